@@ -1,0 +1,1 @@
+"""The mixture-of-experts layer. Pure tensor code: nothing here imports torch.distributed or knows a rank."""

@@ -1,0 +1,62 @@
+"""What one MoE layer did in one forward, counted from tensors that are there anyway.
+
+Letters: E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dmoe.moe.balance import choice_count
+from dmoe.moe.routing import Routing
+
+__all__ = ["LayerStats", "measure"]
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Device tensors without gradient; sums, so that ranks and micro-batches add up. They are *returned*, never kept in a buffer,
+    so that recomputing the activations cannot count twice (torchtitan halves its counters for that reason)."""
+
+    choice_E: Tensor
+    """int64: choices of each expert, before any drop."""
+    kept_E: Tensor
+    """int64: rows each expert computed."""
+    dropped_weight: Tensor
+    """float: sum of the weights the router gave to choices that were then dropped."""
+    total_weight: Tensor
+    """float: sum of the weights of all choices."""
+    lost_tokens: Tensor
+    """int64: tokens that chose at least one expert and were left with none."""
+    slots: int
+    """Slots offered by the capacity; 0 when dropless."""
+
+    def as_vector(self) -> Tensor:
+        """float64 [2E + 4]: everything in one tensor, for one reduction over all layers and ranks. Counts stay exact to 2^53."""
+        scalars = [self.dropped_weight, self.total_weight, self.lost_tokens, torch.full_like(self.dropped_weight, self.slots)]
+        return torch.cat([self.choice_E.double(), self.kept_E.double(), torch.stack([s.double() for s in scalars])])
+
+
+@torch.no_grad()
+def measure(chosen: Routing, limited: Routing) -> LayerStats:
+    """Stats of one forward from the routing before and after the capacity. No host sync."""
+    choice_E = choice_count(chosen, 1)[0]
+    made_TK = chosen.weight_TK.detach()
+    if chosen.keep_TK is not None:
+        made_TK = made_TK.masked_fill(~chosen.keep_TK, 0.0)
+    zero = made_TK.new_zeros(())
+    if limited is chosen:
+        return LayerStats(choice_E, choice_E, zero, made_TK.sum(), torch.zeros_like(choice_E[0]), 0)
+    assert limited.keep_TK is not None and limited.capacity is not None
+    chose_T = torch.ones_like(limited.keep_TK[:, 0]) if chosen.keep_TK is None else chosen.keep_TK.any(-1)
+    return LayerStats(
+        choice_E=choice_E,
+        kept_E=choice_count(limited, 1)[0],
+        dropped_weight=made_TK.masked_fill(limited.keep_TK, 0.0).sum(),
+        total_weight=made_TK.sum(),
+        lost_tokens=(chose_T & ~limited.keep_TK.any(-1)).sum(),
+        slots=limited.capacity * limited.groups * limited.score_TE.shape[1],
+    )
