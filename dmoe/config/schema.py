@@ -49,7 +49,7 @@ class ModelConfig:
     dense_first: int = 0
     """The first n blocks are dense whatever moe_every says (DeepSeekMoE keeps the first one dense)."""
     qk_norm: bool = True
-    """RMSNorm on queries and keys, per head (OLMoE, Qwen3): keeps attention logits small."""
+    """RMSNorm on queries and keys, per head (Qwen3): keeps attention logits small."""
     tie_embeddings: bool = True
     """Use the token embedding as the output projection too."""
     rope_base: float = 10000.0

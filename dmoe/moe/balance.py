@@ -50,8 +50,7 @@ def auxiliary_losses(
 
 def choice_count(routing: Routing, units: int) -> Tensor:
     """int64 [U, E]: how many choices of each unit fell on each expert, before any drop. Integer atomics only: deterministic."""
-    tokens, top_k = routing.expert_TK.shape
-    num_experts = routing.score_TE.shape[1]
+    tokens, num_experts = routing.score_TE.shape
     unit_T1 = torch.arange(tokens, device=routing.expert_TK.device).unsqueeze(1) // max(1, tokens // units)
     index_N = (unit_T1 * num_experts + routing.expert_TK).flatten()
     made_N = torch.ones_like(index_N) if routing.keep_TK is None else routing.keep_TK.flatten().to(torch.int64)

@@ -7,6 +7,7 @@ Letters: T tokens on this rank in one micro-batch, D width, F expert hidden widt
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -120,8 +121,9 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, context: TokenContext = NOTHING_KNOWN) -> MoEOutput:
         """x: [..., S, D]: sequences of S tokens, or [T, D] for one. Floating point of any width."""
-        x_TD = x.reshape(-1, x.shape[-1])
-        sequences = max(1, x_TD.shape[0] // x.shape[-2])
+        x_TD = x.flatten(0, -2)
+        sequences = math.prod(x.shape[:-2])
+        self.check_groups(x_TD.shape[0])
 
         chosen = self.router(x_TD, context)
         routing = self.limit(chosen, sequences)
@@ -136,7 +138,11 @@ class MoE(nn.Module):
         aux = auxiliary_losses(
             chosen, self.balance, context, self.peers, layer=self.layer, sequences=sequences, micro_batches=self.virtual_ranks
         )
-        return MoEOutput(y_TM.view(*x.shape[:-1], -1), aux, stats.measure(chosen, routing), routing)
+        return MoEOutput(y_TM.view(*x.shape[:-1], y_TM.shape[1]), aux, stats.measure(chosen, routing), routing)
+
+    def check_groups(self, tokens: int) -> None:
+        if tokens % self.virtual_ranks:
+            raise ValueError(f"{tokens} tokens cannot be shared by virtual_ranks={self.virtual_ranks}: use a batch that divides by it")
 
     def limit(self, chosen: Routing, sequences: int) -> Routing:
         factor = self.capacity.factor if self.training else self.capacity.eval_factor

@@ -63,7 +63,8 @@ def place_packed(routing: Routing) -> tuple[Placement, Tensor]:
 def place_padded(routing: Routing) -> Placement:
     """Fixed slots: row `(e*G + g)*C + s` is slot s of expert e for group g, so R = E*G*C is known from shapes alone. No host sync."""
     assert routing.slot_TK is not None, "padded placement needs a capacity"
-    assert routing.keep_TK is not None and routing.capacity is not None
+    assert routing.keep_TK is not None
+    assert routing.capacity is not None
     tokens, top_k = routing.expert_TK.shape
     capacity, groups, num_experts = routing.capacity, routing.groups, routing.score_TE.shape[1]
     rows = num_experts * groups * capacity

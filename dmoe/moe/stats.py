@@ -50,7 +50,8 @@ def measure(chosen: Routing, limited: Routing) -> LayerStats:
     zero = made_TK.new_zeros(())
     if limited is chosen:
         return LayerStats(choice_E, choice_E, zero, made_TK.sum(), torch.zeros_like(choice_E[0]), 0)
-    assert limited.keep_TK is not None and limited.capacity is not None
+    assert limited.keep_TK is not None
+    assert limited.capacity is not None
     chose_T = torch.ones_like(limited.keep_TK[:, 0]) if chosen.keep_TK is None else chosen.keep_TK.any(-1)
     return LayerStats(
         choice_E=choice_E,

@@ -3,12 +3,13 @@
 A gated unit is memory traffic, not arithmetic: written plainly it makes two temporaries forward and five backward, which on a CPU
 cost as much as a third of the GEMMs. The functions here keep only their input and work in place.
 
-Letters: R rows, F hidden width.
+Letters: R rows, F hidden width, H = 2F for gated kinds, else F.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,31 +17,64 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-__all__ = ["ACTIVATIONS", "GATED", "swiglu", "swiglu_reference"]
+__all__ = ["ACTIVATIONS", "GATED", "activate", "activate_backward", "swiglu", "swiglu_reference"]
+
+aten = torch.ops.aten
+CURVES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]] = {
+    "swiglu": (F.silu, aten.silu_backward.grad_input),
+    "geglu": (F.gelu, aten.gelu_backward.grad_input),
+    "gelu": (F.gelu, aten.gelu_backward.grad_input),
+    "relu": (F.relu, lambda grad, x, *, grad_input: aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad_input)),
+}
+"""Each kind's curve, and its derivative times a gradient, written into `grad_input`."""
+GATED = frozenset({"swiglu", "geglu"})
+
+
+def activate(kind: str, hidden_RH: Tensor) -> Tensor:
+    """[R, F], without autograd: `curve(gate) * up` of [gate | up] for gated kinds (Shazeer 2020), else `curve(hidden)`."""
+    curve, _ = CURVES[kind]
+    if kind not in GATED:
+        return curve(hidden_RH)
+    gate, up = hidden_RH.chunk(2, -1)
+    return curve(gate).mul_(up)
+
+
+def activate_backward(kind: str, hidden_RH: Tensor, grad_RF: Tensor) -> tuple[Tensor, Tensor]:
+    """`activate` once more and the gradient of its input: computing both here is cheaper than keeping the first."""
+    curve, derivative = CURVES[kind]
+    grad_RH = torch.empty_like(hidden_RH)
+    if kind not in GATED:
+        derivative(grad_RF, hidden_RH, grad_input=grad_RH)
+        return curve(hidden_RH), grad_RH
+    gate, up = hidden_RH.chunk(2, -1)
+    grad_gate, grad_up = grad_RH.chunk(2, -1)
+    bent = curve(gate)
+    torch.mul(grad_RF, bent, out=grad_up)
+    derivative(grad_RF * up, gate, grad_input=grad_gate)
+    return bent.mul_(up), grad_RH
+
+
+class _Activate(Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_RH: Tensor, kind: str) -> Tensor:
+        ctx.kind = kind
+        ctx.save_for_backward(hidden_RH)
+        return activate(kind, hidden_RH)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return activate_backward(ctx.kind, *ctx.saved_tensors, grads[0])[1], None
+
+
+def differentiable(kind: str, hidden_RH: Tensor) -> Tensor:
+    """`activate` with autograd, for any [..., H]."""
+    out: Tensor = _Activate.apply(hidden_RH, kind)
+    return out
 
 
 def swiglu(hidden_R2F: Tensor) -> Tensor:
     """`silu(gate) * up` of [gate | up] (Shazeer 2020, "GLU variants improve transformer"). [R, 2F] -> [R, F]."""
-    out: Tensor = _SwiGLU.apply(hidden_R2F)
-    return out
-
-
-class _SwiGLU(Function):
-    @staticmethod
-    def forward(ctx: Any, hidden_R2F: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden_R2F)
-        gate, up = hidden_R2F.chunk(2, -1)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (hidden_R2F,) = ctx.saved_tensors
-        gate, up = hidden_R2F.chunk(2, -1)
-        grad_R2F = torch.empty_like(hidden_R2F)
-        grad_gate, grad_up = grad_R2F.chunk(2, -1)
-        torch.mul(grads[0], F.silu(gate), out=grad_up)
-        grad_gate.copy_(torch.ops.aten.silu_backward(grads[0] * up, gate))
-        return grad_R2F
+    return differentiable("swiglu", hidden_R2F)
 
 
 def swiglu_reference(hidden_R2F: Tensor) -> Tensor:
@@ -48,10 +82,4 @@ def swiglu_reference(hidden_R2F: Tensor) -> Tensor:
     return gate * torch.sigmoid(gate) * up
 
 
-def geglu(hidden_R2F: Tensor) -> Tensor:
-    gate, up = hidden_R2F.chunk(2, -1)
-    return F.gelu(gate) * up
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": swiglu, "geglu": geglu, "gelu": F.gelu, "relu": F.relu}
-GATED = frozenset({"swiglu", "geglu"})
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {kind: partial(differentiable, kind) for kind in CURVES}

@@ -25,8 +25,8 @@ def grouped_linear(rows_RI: Tensor, weight_eIO: Tensor, per_expert: PerExpert) -
     `grouped_mm` there (benchmarks/layer.py), and which also takes float64.
     """
     if isinstance(per_expert, int):
-        experts, _, out = weight_eIO.shape
-        return torch.bmm(rows_RI.view(experts, per_expert, -1), weight_eIO).view(-1, out)
+        experts, width, out = weight_eIO.shape
+        return torch.bmm(rows_RI.view(experts, per_expert, width), weight_eIO).view(experts * per_expert, out)
     result: Tensor = _GroupedLinear.apply(rows_RI, weight_eIO, per_expert)
     return result
 

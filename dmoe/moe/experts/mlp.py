@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dmoe.moe.dispatch import PerExpert
 from dmoe.moe.experts.activation import ACTIVATIONS, GATED
-from dmoe.moe.experts.grouped import grouped_linear
+from dmoe.moe.experts.fused import feed_forward
 from dmoe.moe.keyed import normal_
 
 __all__ = ["FeedForward", "MLPExperts"]
@@ -32,8 +32,7 @@ class MLPExperts(nn.Module):
         self.w_out = nn.Parameter(torch.empty(num_experts, expert_dim, out_dim))
 
     def forward(self, rows_RD: Tensor, per_expert: PerExpert) -> Tensor:
-        hidden_RH = grouped_linear(rows_RD, self.w_in.to(rows_RD.dtype), per_expert)
-        return grouped_linear(ACTIVATIONS[self.kind](hidden_RH), self.w_out.to(rows_RD.dtype), per_expert)
+        return feed_forward(self.kind, rows_RD, self.w_in.to(rows_RD.dtype), self.w_out.to(rows_RD.dtype), per_expert)
 
     def shard(self, first: int, count: int) -> None:
         """Keep only the global experts `first .. first+count-1`."""

@@ -1,0 +1,5 @@
+"""`python -m dmoe` is `dmoe`."""
+
+from dmoe.cli.main import run
+
+run()

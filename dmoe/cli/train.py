@@ -1,0 +1,44 @@
+"""`dmoe train`"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from dmoe.cli.arguments import ARGUMENTS_HELP, load_arguments
+from dmoe.config.check import check
+from dmoe.config.errors import ConfigError
+
+__all__ = ["command"]
+
+
+def command(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [K=V ...]", help=ARGUMENTS_HELP)] = None,
+    ranks: Annotated[int | None, typer.Option(help="Start this many local processes.", min=1)] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port of the local rendezvous. Default: a free one.", min=1, max=65535)
+    ] = None,
+) -> None:
+    """Train a mixture-of-experts language model.
+
+    Under torchrun, accelerate launch or Slurm it is one of their ranks; with --ranks N it starts N local ones; alone, it is one
+    process.
+
+    Example: dmoe train configs/quickstart.yaml moe.top_k=1 moe.router.renormalize=false --ranks 2
+    """
+    launched = "WORLD_SIZE" in os.environ
+    config, given = load_arguments(arguments or [])
+    if launched and ranks is not None:
+        raise ConfigError("--ranks", ranks, "a launcher has already set the world size", "leave --ranks out under torchrun")
+    check(config, int(os.environ["WORLD_SIZE"]) if launched else ranks or 1)
+    if ranks is None:
+        from dmoe.training.trainer import train
+
+        train(config, given)
+    else:
+        from dmoe.distributed.launcher import launch
+
+        sys.exit(launch(ranks, ["train", *(arguments or [])], port))

@@ -1,0 +1,114 @@
+"""Documents to sequences: one stream of tokens, cut every seq_len tokens.
+
+The stream is  sep doc_0 sep doc_1 sep ... doc_n sep.  Sequence i holds tokens i * S .. (i + 1) * S inclusive (S = seq_len): S
+inputs and, shifted by one, S targets. Neighbours share one token, so every token up to the end of the last sequence is a
+target exactly once, except the separator that opens the stream; the tail that fills no sequence (under S tokens) is left out.
+
+A sequence may span documents, and attention is not cut there: the model sees the separator and learns what it means (GPT-3 does
+the same; masking would cost a mask in every attention call). Letters: S seq_len, B sequences, N samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dmoe.config.errors import ConfigError
+from dmoe.data.order import sequence_indices
+from dmoe.data.tokenizer import Tokenizer
+
+__all__ = ["PackedStream", "stored_dtype", "stream_hash", "token_chunks"]
+
+
+def stored_dtype(vocab_size: int) -> np.dtype:
+    """The type tokens are kept in, in memory and in shards: little-endian uint16 where the vocabulary fits, else uint32."""
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
+def token_chunks(contents: Iterable[bytes], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """The token stream of documents, piece by piece: the opening separator, then each document with the separator after it.
+
+    Chunks are one-dimensional arrays of stored_dtype(vocab_size).
+    """
+    dtype = stored_dtype(tokenizer.vocab_size)
+    yield np.array([tokenizer.separator], dtype=dtype)
+    for content in contents:
+        yield np.append(tokenizer.encode(content), tokenizer.separator).astype(dtype)
+
+
+def stream_hash(chunks: Iterable[np.ndarray]) -> str:
+    """SHA-256 (hex) of a token stream, the same however it is cut into chunks."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(np.ascontiguousarray(chunk).data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class PackedStream:
+    """Sequences cut from a token stream that lies in one or more arrays (in memory, or memory-mapped shards).
+
+    The arrays are one stream: a sequence may begin in one and end in the next, so the sequences do not depend on how large the
+    shards are. `vocab_size` is checked on every read, because a damaged shard must not become an index error inside a model.
+    """
+
+    parts: Sequence[np.ndarray]
+    seq_len: int
+    seed: int
+    vocab_size: int
+    split: str
+
+    def __post_init__(self) -> None:
+        assert self.seq_len >= 1
+        if self.sequences == 0:
+            fix = f"set data.seq_len={self.tokens - 1} or less, or use more text"
+            if self.tokens < 2:
+                fix = "use more text"
+            raise ConfigError(
+                "data.seq_len", self.seq_len, f"must be less than the {self.tokens} tokens of the {self.split} split", fix
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the stream, separators included."""
+        return sum(len(part) for part in self.parts)
+
+    @property
+    def sequences(self) -> int:
+        """Whole sequences in the stream."""
+        return max(0, self.tokens - 1) // self.seq_len
+
+    def batch(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
+        """Samples first .. first + count - 1 of a step in the shuffled order of order.py: int64 [count, seq_len + 1]."""
+        return self._gather(sequence_indices(step, first, count, global_batch, self.sequences, self.seed))
+
+    def rows(self, first: int, count: int) -> np.ndarray:
+        """Sequences first .. first + count - 1 as they are stored, without wrapping around: int64 [count, seq_len + 1]."""
+        assert 0 <= first <= first + count <= self.sequences, f"rows {first}+{count} of {self.sequences}"
+        return self._gather(np.arange(first, first + count, dtype=np.int64))
+
+    def _gather(self, index_B: np.ndarray) -> np.ndarray:
+        token_BS = np.empty((len(index_B), self.seq_len + 1), dtype=np.int64)
+        starts = np.cumsum([0] + [len(part) for part in self.parts])
+        for row, index in zip(token_BS, index_B.tolist(), strict=True):
+            self._copy(row, index * self.seq_len, starts)
+        if token_BS.size and token_BS.max() >= self.vocab_size:
+            raise ConfigError(
+                "data.source", f"the {self.split} split", f"must hold tokens below {self.vocab_size}, not {token_BS.max()}",
+                "the shards are damaged: prepare them again",
+            )  # fmt: skip
+        return token_BS
+
+    def _copy(self, row_S: np.ndarray, begin: int, starts: np.ndarray) -> None:
+        """Fill a row with the tokens from `begin` on, across as many parts as it takes."""
+        part = int(np.searchsorted(starts, begin, side="right")) - 1
+        done = 0
+        while done < len(row_S):
+            offset = begin + done - int(starts[part])
+            piece = self.parts[part][offset : offset + len(row_S) - done]
+            row_S[done : done + len(piece)] = piece
+            done += len(piece)
+            part += 1

@@ -1,0 +1,146 @@
+"""index.json of a shard directory: what is in it, checked field by field before any file is opened.
+
+{"format": "dmoe-shards", "version": 1, "dtype": "uint16",
+ "tokenizer": {"name": "bytes", "fingerprint": "...", "vocab_size": 256, "separator": 0},
+ "holdout": 0.05,
+ "splits": {"train": {"documents": 700, "text_bytes": 11500000, "sha256": "<of the whole token stream>",
+                      "shards": [{"file": "train-00000.bin", "tokens": 8000, "bytes": 16000, "sha256": "..."}]},
+            "held_out": {...}}}
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmoe.config.errors import ConfigError
+
+__all__ = ["FORMAT", "INDEX", "SPLITS", "Shard", "ShardIndex", "Split", "damaged", "read_index"]
+
+FORMAT = "dmoe-shards"
+INDEX = "index.json"
+SPLITS = ("train", "held_out")
+_VERSION = 1
+_DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.bin")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of raw little-endian tokens."""
+
+    file: str
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """One side of the corpus; its shards, in order, are one token stream."""
+
+    documents: int
+    text_bytes: int
+    sha256: str
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The whole of index.json."""
+
+    dtype: np.dtype
+    tokenizer: Mapping[str, Any]
+    holdout: float
+    splits: Mapping[str, Split]
+
+    def to_json(self) -> str:
+        """The text of index.json."""
+        body = {
+            "format": FORMAT,
+            "version": _VERSION,
+            "dtype": self.dtype.name,
+            "tokenizer": dict(self.tokenizer),
+            "holdout": self.holdout,
+            "splits": {name: asdict(split) for name, split in self.splits.items()},
+        }
+        return json.dumps(body, indent=1) + "\n"
+
+
+def read_index(directory: Path) -> ShardIndex:
+    """index.json of a directory, every field checked; a ConfigError on data.source if it cannot be used."""
+    try:
+        body = json.loads((directory / INDEX).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise damaged(directory, f"{INDEX} cannot be read ({error})") from error
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise ConfigError(
+            "data.source", directory, f"has an {INDEX} that is not of format {FORMAT}",
+            f"name a directory written by `dmoe data prepare`, or for text use the glob {directory}/**",
+        )  # fmt: skip
+    if body.get("version") != _VERSION:
+        raise ConfigError(
+            "data.source", directory, f"must be shards of version {_VERSION}, but is {body.get('version')}", "prepare it again"
+        )
+    try:
+        return _parse(body)
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(directory, f"{INDEX} is wrong at {error}") from error
+
+
+def damaged(directory: Path, reason: str) -> ConfigError:
+    """The error for a shard directory that cannot be used."""
+    return ConfigError("data.source", directory, f"must be a whole directory of shards, but {reason}", "prepare it again")
+
+
+def _parse(body: dict[str, Any]) -> ShardIndex:
+    dtype = _DTYPES[body["dtype"]]
+    tokenizer = body["tokenizer"]
+    if not isinstance(tokenizer, dict):
+        raise ValueError("tokenizer")
+    holdout = body["holdout"]
+    if not isinstance(holdout, float) or not 0 < holdout < 1:
+        raise ValueError("holdout")
+    header = {
+        "name": str(tokenizer["name"]),
+        "fingerprint": _hash(tokenizer, "fingerprint"),
+        "vocab_size": _count(tokenizer, "vocab_size", 1),
+        "separator": _count(tokenizer, "separator", 0),
+    }
+    return ShardIndex(dtype, header, holdout, {name: _split(body["splits"][name], dtype) for name in SPLITS})
+
+
+def _split(body: dict[str, Any], dtype: np.dtype) -> Split:
+    shards = tuple(_shard(entry, dtype) for entry in body["shards"])
+    return Split(_count(body, "documents", 1), _count(body, "text_bytes", 1), _hash(body, "sha256"), shards)
+
+
+def _shard(entry: dict[str, Any], dtype: np.dtype) -> Shard:
+    # A file name comes from outside: a plain name only, so that an index cannot point anywhere else.
+    if not isinstance(entry["file"], str) or not _FILE.fullmatch(entry["file"]):
+        raise ValueError(f"file name {entry['file']!r}, which must be a plain name ending in .bin")
+    shard = Shard(entry["file"], _count(entry, "tokens", 1), _count(entry, "bytes", 1), _hash(entry, "sha256"))
+    if shard.bytes != shard.tokens * dtype.itemsize:
+        raise ValueError(f"{shard.file}: {shard.tokens} tokens are not {shard.bytes} bytes")
+    return shard
+
+
+def _count(body: dict[str, Any], key: str, least: int) -> int:
+    value = body[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{key} {value!r}")
+    return value
+
+
+def _hash(body: dict[str, Any], key: str) -> str:
+    value = body[key]
+    if not isinstance(value, str) or not _SHA256.fullmatch(value):
+        raise ValueError(f"{key} {value!r}")
+    return value

@@ -1,0 +1,72 @@
+"""Endless streams whose best possible loss is known, for measuring: `synthetic:uniform`, `synthetic:zipf`, `synthetic:copy`.
+
+Sequence n is a function of (seed, split, n) alone. Tokens are 1 .. 255 of the byte vocabulary (0, the separator, is never
+drawn), so a token is a byte and bits per byte are bits per token:
+- uniform: every token equally likely; the best loss is ln 255 nats.
+- zipf: token t with probability proportional to 1/t, the law of word frequencies; the best loss is the entropy, 4.31 nats.
+- copy: the second half repeats the first (uniform) half; the best loss is ln 255 on the first half and 0 on the second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dmoe.config.errors import ConfigError
+from dmoe.data.counter import counter_hash
+from dmoe.data.order import sample_numbers
+
+__all__ = ["KINDS", "SyntheticStream", "zipf_probability"]
+
+KINDS = ("uniform", "zipf", "copy")
+_TOKENS = 255
+_SPLIT = {"train": 0, "held_out": 1}
+
+
+def zipf_probability() -> np.ndarray:
+    """Probability of tokens 1 .. 255 in synthetic:zipf: float64 [255]."""
+    weight = 1.0 / np.arange(1, _TOKENS + 1)
+    return np.asarray(weight / weight.sum())
+
+
+@dataclass(frozen=True)
+class SyntheticStream:
+    """An endless stream of one kind; `split` is train or held_out, which share no sequence."""
+
+    kind: str
+    seq_len: int
+    seed: int
+    split: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            allowed = "must be one of " + ", ".join(f"synthetic:{kind}" for kind in KINDS)
+            raise ConfigError("data.source", f"synthetic:{self.kind}", allowed, "name one of these")
+        assert self.seq_len >= 1
+
+    @property
+    def sequences(self) -> int | None:
+        """None: there is no end."""
+        return None
+
+    def batch(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
+        """Samples first .. first + count - 1 of a step: int64 [count, seq_len + 1]."""
+        return self._draw(sample_numbers(step, first, count, global_batch))
+
+    def rows(self, first: int, count: int) -> np.ndarray:
+        """Sequences first .. first + count - 1: int64 [count, seq_len + 1]."""
+        assert min(first, count) >= 0, f"rows {first}+{count}"
+        return self._draw(np.arange(first, first + count, dtype=np.int64))
+
+    def _draw(self, number_B: np.ndarray) -> np.ndarray:
+        position_S = np.arange(self.seq_len + 1)
+        if self.kind == "copy":
+            position_S = position_S % ((self.seq_len + 2) // 2)
+        word_BS = counter_hash(self.seed, _SPLIT[self.split], number_B[:, None], position_S[None, :])
+        # The upper 53 bits are a float64 in [0, 1) with nothing rounded.
+        uniform_BS = (word_BS >> np.uint64(11)).astype(np.float64) / 2**53
+        if self.kind == "zipf":
+            upper = np.cumsum(zipf_probability())[:-1]
+            return 1 + np.searchsorted(upper, uniform_BS, side="right").astype(np.int64)
+        return 1 + np.floor(uniform_BS * _TOKENS).astype(np.int64)

@@ -1,0 +1,1 @@
+"""Ranks, groups and collectives: the only package that imports torch.distributed."""

@@ -1,0 +1,141 @@
+"""The two exchanges: tokens to the ranks of their experts, and back.
+
+Packed moves exactly the rows there are. One layer, forward: counts (tiny), rows out, rows back = 3 collectives and 1 host sync (the
+split sizes); backward: 2 collectives. Bytes a rank, each way: (rows for other ranks) * M * itemsize.
+Padded moves C slots for each (group, expert). Forward 2 collectives, backward 2, no host sync: every shape is known from the config.
+Bytes a rank, each way: (EP-1)/EP * E * G * C * M * itemsize.
+
+Sorting, dropping and summing are the local dispatchers' (moe/dispatch.py); here is only the journey.
+
+Letters: T tokens here, D width, E experts, e experts here (E/EP), K experts a token, R rows received, P = EP ranks, G groups, C slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from dmoe.moe.dispatch import PerExpert
+from dmoe.moe.permute import Placement, combine, gather, place_packed, place_padded
+from dmoe.moe.routing import Routing
+
+__all__ = ["PackedAllToAll", "PaddedAllToAll", "exchange_rows"]
+
+
+class _ExchangeRows(Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, send: list[int] | None, receive: list[int] | None, group: dist.ProcessGroup) -> Tensor:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        return _all_to_all(rows, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _all_to_all(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None
+
+
+def exchange_rows(rows: Tensor, send: list[int] | None, receive: list[int] | None, group: dist.ProcessGroup) -> Tensor:
+    """All-to-all of the leading dimension; `None` splits it equally. Its gradient is the same exchange with the lists swapped."""
+    out: Tensor = _ExchangeRows.apply(rows, send, receive, group)
+    return out
+
+
+def _all_to_all(rows: Tensor, send: list[int] | None, receive: list[int] | None, group: dist.ProcessGroup) -> Tensor:
+    received = rows.new_empty((len(rows) if receive is None else sum(receive), *rows.shape[1:]))
+    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
+    return received
+
+
+class _Reorder(Function):
+    """`rows[order]` whose backward is the gather by the inverse, not a scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+        ctx.save_for_backward(order_R, inverse_R)
+        return rows.index_select(0, order_R)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        _, inverse_R = ctx.saved_tensors
+        return grads[0].index_select(0, inverse_R), None, None
+
+
+def reorder(rows: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+    out: Tensor = _Reorder.apply(rows, order_R, inverse_R)
+    return out
+
+
+@dataclass(frozen=True)
+class PackedTicket:
+    placement: Placement
+    send: list[int]
+    """Rows this rank sent to each rank of the exchange group."""
+    receive: list[int]
+    order_R: Tensor
+    """Arrival order (by source rank) -> order by local expert."""
+    inverse_R: Tensor
+
+
+class PackedAllToAll:
+    """Exactly the rows there are."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.ranks = group, dist.get_world_size(group)
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, PerExpert, PackedTicket]:
+        placement, count_E = place_packed(routing)
+        count_Pe = count_E.view(self.ranks, -1)
+        arriving_Pe = _all_to_all(count_Pe, None, None, self.group)
+        send, receive = torch.stack([count_Pe.sum(1), arriving_Pe.sum(1)]).tolist()  # the one host sync
+
+        rows_ND = gather(x_TD, placement.first_rows(sum(send)))
+        rows_RD = exchange_rows(rows_ND, send, receive, self.group)
+        order_R, inverse_R = by_local_expert(arriving_Pe, sum(receive))
+        ticket = PackedTicket(placement.first_rows(sum(send)), send, receive, order_R, inverse_R)
+        return reorder(rows_RD, order_R, inverse_R), arriving_Pe.sum(0), ticket
+
+    def combine(self, rows_RD: Tensor, weight_TK: Tensor, ticket: PackedTicket) -> Tensor:
+        assert len(rows_RD) == sum(ticket.receive), f"experts returned {len(rows_RD)} rows for {sum(ticket.receive)}"
+        arrival_RD = reorder(rows_RD, ticket.inverse_R, ticket.order_R)
+        rows_ND = exchange_rows(arrival_RD, ticket.receive, ticket.send, self.group)
+        return combine(rows_ND, weight_TK, ticket.placement)
+
+
+def by_local_expert(arriving_Pe: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The order that turns rows sorted by (source rank, expert) into (expert, source rank), and its inverse. No host sync."""
+    ranks, experts = arriving_Pe.shape
+    expert_Pe = torch.arange(experts, device=arriving_Pe.device).expand(ranks, experts)
+    expert_R = expert_Pe.flatten().repeat_interleave(arriving_Pe.flatten(), output_size=rows)
+    order_R = expert_R.sort(stable=True).indices
+    inverse_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(rows, device=order_R.device))
+    return order_R, inverse_R
+
+
+@dataclass(frozen=True)
+class PaddedTicket:
+    placement: Placement
+    slots: int
+    """Rows one rank sends to one expert: G * C."""
+
+
+class PaddedAllToAll:
+    """Fixed slots, equal splits, no counts."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.ranks = group, dist.get_world_size(group)
+
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, PerExpert, PaddedTicket]:
+        assert routing.capacity is not None, "the padded exchange needs a capacity"
+        ticket = PaddedTicket(place_padded(routing), routing.groups * routing.capacity)
+        rows_RD = exchange_rows(gather(x_TD, ticket.placement), None, None, self.group)
+        by_rank = rows_RD.view(self.ranks, -1, ticket.slots, rows_RD.shape[1])
+        return by_rank.transpose(0, 1).flatten(0, 2), self.ranks * ticket.slots, ticket
+
+    def combine(self, rows_RD: Tensor, weight_TK: Tensor, ticket: PaddedTicket) -> Tensor:
+        by_expert = rows_RD.view(-1, self.ranks, ticket.slots, rows_RD.shape[1])
+        rows_ED = exchange_rows(by_expert.transpose(0, 1).flatten(0, 2), None, None, self.group)
+        return combine(rows_ED, weight_TK, ticket.placement)

@@ -1,0 +1,7 @@
+"""Checkpoints that cannot be half right: no pickle, checksummed, atomic, loadable at any world and EP size."""
+
+from dmoe.distributed.checkpoint.layout import latest, list_steps, prune
+from dmoe.distributed.checkpoint.manifest import Manifest, verify
+from dmoe.distributed.checkpoint.store import find_latest, load, peek, save
+
+__all__ = ["Manifest", "find_latest", "latest", "list_steps", "load", "peek", "prune", "save", "verify"]

@@ -1,0 +1,41 @@
+"""DDP for everything but the experts: what it must not touch, and that it sums where it would average."""
+
+# No `from __future__ import annotations`: DDP compares the hook's annotations with the types themselves.
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
+from torch.nn.parallel import DistributedDataParallel
+
+from dmoe.distributed.parallelize import expert_parameters
+
+__all__ = ["keep_experts_out_of_ddp", "sum_dense_gradients"]
+
+
+def keep_experts_out_of_ddp(model: nn.Module) -> None:
+    """Tell DDP which parameters are not replicas. Must be set on the root module, before DDP wraps it.
+
+    Without this, DDP broadcasts rank 0's experts over all others and then averages the gradients of different experts: equal
+    shapes, no error. There is no public way yet (pytorch/pytorch#43690 asks for one); remove when there is.
+    """
+    model._ddp_params_and_buffers_to_ignore = list(expert_parameters(model))  # type: ignore[assignment]
+
+
+def sum_dense_gradients(ddp: nn.Module) -> None:
+    """Make DDP sum gradients over the ranks, where it would average them, and prove that no expert is among them.
+
+    The loss is already divided by the global number of tokens, so the sum over ranks *is* the gradient. Division on the wire is
+    avoided besides: gloo has no AVG, and bf16 PREMUL_SUM on NCCL has lost gradients.
+    """
+    assert isinstance(ddp, DistributedDataParallel), f"expected DDP, got {type(ddp).__name__}"
+    experts = {id(parameter) for parameter in expert_parameters(ddp.module).values()}
+    reduced = {id(p) for name, p in ddp.module.named_parameters() if name not in ddp.parameters_to_ignore}
+    assert not experts & reduced, "an expert's parameters are inside DDP: they would be overwritten by rank 0's"
+    ddp.register_comm_hook(None, _sum)
+
+
+def _sum(state: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda future: future.value()[0])  # type: ignore[no-any-return]

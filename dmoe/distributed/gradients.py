@@ -1,0 +1,85 @@
+"""Every gradient is the gradient of one number: the loss of the global batch.
+
+Dense parameters: DDP sums over all ranks (`parallelize.sum_dense_gradients`). Experts: the all-to-all's backward has already
+summed over the ranks of a row; here they are summed over the copies, down the column. No class of parameters has a factor of its
+own. The worst bugs of every peer are exactly here: DeepSpeed#6545, Megatron-LM#5916, megablocks#86, fastmoe#169.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dmoe.distributed.parallelize import expert_parameters
+from dmoe.distributed.topology import Topology
+
+__all__ = ["ExpertGradients", "all_sum", "clip_", "square_sums"]
+
+
+class ExpertGradients:
+    """Sums each expert gradient over the copies of that expert, overlapped with backward.
+
+    A hook starts the reduction of a parameter as soon as its gradient of the last accumulation step is complete; `finish` waits.
+    Costs one all-reduce a parameter a step over the EDP group; none where EDP = 1.
+    """
+
+    def __init__(self, model: nn.Module, topology: Topology) -> None:
+        self.group, self.armed, self.works = topology.copies, False, list[dist.Work]()
+        if self.group is not None:
+            for parameter in expert_parameters(model).values():
+                parameter.register_post_accumulate_grad_hook(self._start)
+
+    def arm(self, last: bool) -> None:
+        """Reduce in the coming backward if it is the `last` of the accumulation."""
+        self.armed = last
+
+    def finish(self) -> None:
+        for work in self.works:
+            work.wait()
+        self.works.clear()
+
+    def _start(self, parameter: Tensor) -> None:
+        if self.armed:
+            assert parameter.grad is not None
+            work = dist.all_reduce(parameter.grad, group=self.group, async_op=True)
+            assert work is not None
+            self.works.append(work)
+
+
+def square_sums(model: nn.Module, topology: Topology) -> Tensor:
+    """[2], float32 (float64 for a float64 model): this rank's share of the squared gradient norm, dense and expert.
+
+    Summed over all ranks the shares give the squares of each dense parameter once and of each of the E experts once, so that every
+    rank computes the same norm from the same bits.
+    """
+    experts = {id(parameter) for parameter in expert_parameters(model).values()}
+    parameters = list(model.parameters())
+    dense = _squares(p for p in parameters if id(p) not in experts) / topology.world
+    expert = _squares(p for p in parameters if id(p) in experts) / topology.edp
+    return torch.stack([dense, expert])
+
+
+def _squares(parameters: Iterable[nn.Parameter]) -> Tensor:
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    wide = torch.promote_types(grads[0].dtype, torch.float32)
+    return torch.stack(torch._foreach_norm(grads, 2.0, dtype=wide)).square().sum()
+
+
+def all_sum(value: Tensor, topology: Topology) -> Tensor:
+    """`value` summed over all ranks, in place, on the control communicator."""
+    if topology.control is not None:
+        dist.all_reduce(value, group=topology.control)
+    return value
+
+
+def clip_(model: nn.Module, norm: float, limit: float) -> float:
+    """Scale every gradient by `min(1, limit / (norm + 1e-6))`, the same on all ranks; returns the factor."""
+    factor = min(1.0, limit / (norm + 1e-6))
+    if factor < 1.0:
+        torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], factor)
+    return factor

@@ -1,0 +1,28 @@
+"""N local ranks of this very command, by torch's elastic launcher: `dmoe train --ranks N` is `torchrun -m dmoe train`."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import get_args_parser, run
+
+__all__ = ["launch"]
+
+
+def launch(ranks: int, arguments: list[str], port: int | None = None) -> int:
+    """Run `python -m dmoe ARGUMENTS` on `ranks` local processes and return the exit code of the first that failed, or 0.
+
+    The cores are shared out evenly unless OMP_NUM_THREADS says otherwise. `port`: of the rendezvous; default a free one.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the failing rank has said what is wrong, in one line
+    where = ["--standalone"] if port is None else ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    options = get_args_parser().parse_args([*where, "--nproc-per-node", str(ranks), "-m", "dmoe", *arguments])
+    try:
+        run(options)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return int(failure.exitcode) if failure.exitcode > 0 else 128 - int(failure.exitcode)
+    return 0

@@ -1,0 +1,38 @@
+"""From a model that holds every expert to one rank's part of it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dmoe.distributed.all_to_all import PackedAllToAll, PaddedAllToAll
+from dmoe.distributed.peers import GroupPeers
+from dmoe.distributed.topology import Topology
+from dmoe.moe.layer import MoE
+
+__all__ = ["expert_parameters", "moe_layers", "shard_experts"]
+
+
+def shard_experts(model: nn.Module, topology: Topology) -> None:
+    """Keep this rank's experts in every MoE layer, and send tokens to the others by all-to-all.
+
+    Call it before the weights are materialised (on the meta device, a rank never holds more than its own experts) and before an
+    optimizer sees the parameters. With EP = 1 nothing is sharded and nothing is sent. No collective.
+    """
+    for layer in moe_layers(model):
+        if topology.world > 1:
+            layer.peers = GroupPeers(topology)
+        if topology.exchange is not None:
+            owned = topology.owned(layer.experts.num_experts)
+            layer.experts.shard(owned.start, len(owned))
+            layer.packed = PackedAllToAll(topology.exchange)
+            layer.padded = None if layer.padded is None else PaddedAllToAll(topology.exchange)
+
+
+def moe_layers(model: nn.Module) -> list[MoE]:
+    return [module for module in model.modules() if isinstance(module, MoE)]
+
+
+def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that differ by EP rank, by name: those of every MoE layer's experts."""
+    owned = {id(parameter) for layer in moe_layers(model) for parameter in layer.experts.parameters()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in owned}

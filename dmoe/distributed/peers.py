@@ -1,0 +1,23 @@
+"""`moe.peers.Peers` over real ranks."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+from dmoe.distributed.topology import Topology
+
+__all__ = ["GroupPeers"]
+
+
+class GroupPeers:
+    """Sums over all data ranks, on a communicator of their own."""
+
+    def __init__(self, topology: Topology) -> None:
+        assert topology.routing is not None
+        self.group, self.size = topology.routing, topology.world
+
+    def sum(self, value: Tensor) -> Tensor:
+        total = value.detach().clone()
+        dist.all_reduce(total, group=self.group)
+        return total

@@ -1,0 +1,104 @@
+"""Which ranks share what.
+
+Eight ranks, EP = 4: each row is one complete set of experts, each column holds copies of the same experts.
+
+                 ep ->
+               +----------------------+
+    edp  row 0 | rank 0   1   2   3   |   tokens travel along a row (all-to-all)
+     |   row 1 | rank 4   5   6   7   |   expert gradients are summed down a column
+     v         +----------------------+   everything else is summed over all eight
+
+Every rank is a data rank: it reads sequences of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["Topology", "build"]
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Rank, degrees and process groups. A group is None where it would have one member.
+
+    Each use has a communicator of its own: token exchange and gradient sums on one communicator have deadlocked Megatron
+    (Megatron-LM#5749), since backward interleaves them in an order that can differ by rank.
+    """
+
+    rank: int = 0
+    world: int = 1
+    ep: int = 1
+    exchange: dist.ProcessGroup | None = None
+    """The row of this rank: its peers in the token all-to-all."""
+    copies: dist.ProcessGroup | None = None
+    """The column of this rank: the ranks that hold the same experts."""
+    routing: dist.ProcessGroup | None = None
+    """All ranks, for sums inside a layer's forward."""
+    control: dist.ProcessGroup | None = None
+    """All ranks, for the one control reduction a step, evaluation and checkpoints."""
+
+    @property
+    def edp(self) -> int:
+        return self.world // self.ep
+
+    @property
+    def ep_rank(self) -> int:
+        return self.rank % self.ep
+
+    @property
+    def edp_rank(self) -> int:
+        return self.rank // self.ep
+
+    def owned(self, num_experts: int) -> range:
+        """Global ids of the experts on this rank."""
+        per_rank = num_experts // self.ep
+        return range(self.ep_rank * per_rank, (self.ep_rank + 1) * per_rank)
+
+    def groups(self) -> list[dist.ProcessGroup]:
+        own = [group for group in (self.exchange, self.copies, self.routing, self.control) if group is not None]
+        world = dist.group.WORLD
+        return own if world is None else [*own, world]
+
+    def __str__(self) -> str:
+        return f"{self.world} data ranks = {self.edp} copies of the experts (edp) x {self.ep} ranks a copy (ep)"
+
+
+def build(ep: int, device: torch.device) -> Topology:
+    """Create all groups, on all ranks in the same order, and use each once.
+
+    A communicator that is first used in the middle of a step is created there, without the user's time-out (Megatron-LM#2238).
+    `ep` must divide the world size (`config/check.py` refuses it otherwise).
+    """
+    if not dist.is_initialized():
+        assert ep == 1, f"ep={ep} needs a process group"
+        return Topology()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    assert world % ep == 0, f"ep={ep} does not divide the world of {world}"
+    rows = [list(range(start, start + ep)) for start in range(0, world, ep)]
+    columns = [list(range(column, world, ep)) for column in range(ep)]
+    topology = Topology(
+        rank=rank,
+        world=world,
+        ep=ep,
+        exchange=_mine(rows, rank),
+        copies=_mine(columns, rank),
+        routing=dist.new_group(),
+        control=dist.new_group(),
+    )
+    for group in topology.groups():
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+    return topology
+
+
+def _mine(parts: list[list[int]], rank: int) -> dist.ProcessGroup | None:
+    """The group of `parts` that holds `rank`. Every rank must create every group, in the same order."""
+    mine = None
+    for part in parts:
+        if len(part) > 1:
+            group = dist.new_group(part)
+            mine = group if rank in part else mine
+    return mine

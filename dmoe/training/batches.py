@@ -1,0 +1,44 @@
+"""Which sequences of the global batch this rank takes, and when.
+
+Accumulation step a of a world of W ranks takes the samples `a*W*n .. (a+1)*W*n`, n sequences a rank, rank after rank: so W ranks with
+one virtual rank each, and one rank with W virtual ones, see the same micro-batches in the same groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dmoe.data import Stream
+from dmoe.models.transformer import IGNORE
+from dmoe.training.engine import Engine
+
+__all__ = ["evaluation_batches", "training_batches"]
+
+
+def training_batches(stream: Stream, engine: Engine, step: int) -> list[Tensor]:
+    """int64 [B, S+1] for each accumulation step."""
+    count, world = engine.sequences, engine.world
+    firsts = [(a * world.size + world.rank) * count for a in range(engine.batching.accumulation)]
+    return [torch.from_numpy(stream.batch(step, first, count, engine.config.train.global_batch)) for first in firsts]
+
+
+def evaluation_batches(stream: Stream, engine: Engine) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Inputs [B, S], targets [B, S], valid [B, S] of the first `eval_sequences` held-out sequences, shared by the ranks.
+
+    Every rank yields equally many batches of equal shape (the experts' exchange needs all of them); what is missing at the end is
+    padding: target -100, valid False.
+    """
+    world, count = engine.world, engine.sequences
+    wanted = engine.config.train.eval_sequences
+    total = wanted if stream.sequences is None else min(wanted, stream.sequences)
+    for start in range(0, total, world.size * count):
+        first = start + world.rank * count
+        there = max(0, min(count, total - first))
+        token_BS = torch.zeros(count, stream.seq_len + 1, dtype=torch.int64)
+        if there:
+            token_BS[:there] = torch.from_numpy(stream.rows(first, there))
+        valid_BS = (torch.arange(count) < there).unsqueeze(1).expand(count, stream.seq_len)
+        yield token_BS[:, :-1], token_BS[:, 1:].masked_fill(~valid_BS, IGNORE), valid_BS

@@ -1,0 +1,56 @@
+"""Saving and resuming a run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+import dmoe
+from dmoe.data import Data
+from dmoe.distributed.checkpoint import layout, store
+from dmoe.distributed.state import model_state, optimizer_state, share_step
+from dmoe.training.engine import Engine
+from dmoe.training.run_dir import RunDir
+
+__all__ = ["resume", "save"]
+
+
+def save(engine: Engine, data: Data, run: RunDir, step: int) -> None:
+    """Write the state after `step` steps, then forget all but the last `checkpoint.keep` complete checkpoints. Collective."""
+    store.save(run.checkpoints, step, _state(engine), _extra(engine, data, step), group=engine.topology.control)
+    if engine.world.is_main:
+        layout.prune(run.checkpoints, engine.config.checkpoint.keep)
+
+
+def resume(engine: Engine, data: Data, run: RunDir) -> int:
+    """Load the newest whole checkpoint of `run`, at whatever world or EP size it was written; the number of steps done, 0 for none.
+
+    The data order, the schedule and all noise are functions of the step, so nothing else has to be restored. Collective.
+    """
+    group = engine.topology.control
+    path = store.find_latest(run.checkpoints, group=group)
+    if path is None:
+        return 0
+    state = _state(engine)
+    extra = store.load(path, state, group=group)
+    if "optim.step" in state:
+        share_step(engine.optimizer, state["optim.step"])
+    return int(extra["step"])
+
+
+def _state(engine: Engine) -> dict[str, torch.Tensor]:
+    return model_state(engine.model, engine.topology) | optimizer_state(engine.model, engine.optimizer, engine.topology)
+
+
+def _extra(engine: Engine, data: Data, step: int) -> dict[str, Any]:
+    config = engine.config
+    return {
+        "step": step,
+        "tokens": step * config.train.global_batch * config.data.seq_len,
+        "config": asdict(config),
+        "topology": {"world": engine.world.size, "ep": engine.topology.ep, "virtual_ranks": config.parallel.virtual_ranks},
+        "data": data.fingerprint,
+        "versions": {"dmoe": dmoe.__version__, "torch": torch.__version__},
+    }

@@ -1,0 +1,79 @@
+"""The directory of a run: plain files that a person can read and compare."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from dmoe.config.errors import ConfigError
+from dmoe.config.load import to_yaml
+from dmoe.config.schema import Config
+
+__all__ = ["MetricsFile", "RunDir", "find_run"]
+
+
+class RunDir:
+    """`runs/NAME/` with `resolved.yaml`, `metrics.jsonl`, `checkpoints/`, `logs/`; `runs/latest` points at the newest."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints, self.logs, self.metrics = path / "checkpoints", path / "logs", path / "metrics.jsonl"
+
+    def create(self, config: Config, given: str) -> None:
+        """Make the directory and write the config, as given and resolved. Raises ConfigError where that is not possible."""
+        try:
+            for folder in (self.path, self.checkpoints, self.logs):
+                folder.mkdir(parents=True, exist_ok=True)
+            (self.path / "config.yaml").write_text(given, encoding="utf-8")
+            (self.path / "resolved.yaml").write_text(to_yaml(config), encoding="utf-8")
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise ConfigError(
+                "train.run_dir", self.path, f"cannot be written ({reason})", "choose a directory you may write to"
+            ) from None
+        self._point_latest()
+
+    def _point_latest(self) -> None:
+        link = self.path.parent / "latest"
+        if link.is_symlink() or not link.exists():
+            fresh = link.with_name(f".latest-{os.getpid()}")
+            fresh.symlink_to(self.path.name)
+            fresh.replace(link)
+
+
+def name_run(config: Config) -> Path:
+    """Where this run goes: `train.run_dir`, or a new directory under runs/ named by the time."""
+    if config.train.run_dir:
+        return Path(config.train.run_dir)
+    base = Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    path, number = base, 1
+    while path.exists():
+        number += 1
+        path = base.with_name(f"{base.name}-{number}")
+    return path
+
+
+def find_run(path: str) -> RunDir:
+    """The run at `path`, e.g. `runs/latest`. Raises ConfigError if there is none."""
+    run = Path(path)
+    if not (run / "resolved.yaml").is_file():
+        raise ConfigError("RUN", path, "is not a run directory (it has no resolved.yaml)", "give one, e.g. runs/latest")
+    return RunDir(run.resolve())
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, appended and flushed at once, so that it can be followed and survives a crash."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, event: str, step: int, values: dict[str, Any]) -> None:
+        line = {"event": event, "step": step, "time": round(time.time(), 3), **values}
+        self._file.write(json.dumps(line, allow_nan=True) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,31 @@
+"""Checks on the first step, when being wrong is still cheap."""
+
+from __future__ import annotations
+
+import math
+
+from dmoe.config.errors import NumbersError
+from dmoe.training.engine import Engine
+from dmoe.training.step import StepResult
+
+__all__ = ["check_first_step"]
+
+
+def check_first_step(engine: Engine, result: StepResult, vocab_size: int, targets: int) -> str | None:
+    """A remark if the first loss is far from that of guessing (log of the vocabulary), else None.
+
+    Raises NumbersError for a first loss or gradient that is not finite, and for a router that the loss does not reach
+    (NeMo Automodel#2995 trained for months with one).
+    """
+    loss, guess = result.totals.loss_sum / targets, math.log(vocab_size)
+    if not result.updated:
+        raise NumbersError(
+            f"the first step gave loss {loss} and gradient norm {result.grad_norm}: lower optim.lr or use train.precision=fp32"
+        )
+    for layer in engine.model.moe_layers():
+        moments = engine.optimizer.state.get(layer.router.weight, {})
+        if "exp_avg" in moments and not bool(moments["exp_avg"].any()):
+            raise NumbersError(f"the router of MoE layer {layer.layer} got no gradient in the first step: it would never learn")
+    if not 0.5 * guess < loss < 1.5 * guess:
+        return f"the first loss is {loss:.2f}, guessing is {guess:.2f}: check model.init_std and the data"
+    return None

@@ -1,0 +1,108 @@
+"""One optimizer step: accumulate, sum, agree, clip, update.
+
+    loss = (sum of cross-entropy over the global batch) / (its number of targets) + sum over MoE layers of coefficient * auxiliary loss
+
+Every rank computes its share of that one number, and every gradient is summed, so no factor of W, EP or EDP appears anywhere.
+
+Letters: L MoE layers, E experts, B sequences of this process, S sequence length.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dmoe.distributed.gradients import all_sum, clip_, square_sums
+from dmoe.models.transformer import LMOutput
+from dmoe.moe.balance import coefficients
+from dmoe.moe.routing import TokenContext
+from dmoe.training.engine import Engine
+from dmoe.training.totals import StepTotals, pack, unpack
+
+__all__ = ["StepResult", "micro_batch", "train_step"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    totals: StepTotals
+    """Sums over all ranks and accumulation steps: losses, squares, counts. The same on every rank."""
+    grad_norm: float
+    """Global norm before clipping."""
+    clip_factor: float
+    updated: bool
+    """False if the loss or the norm was not finite: then no rank touched its parameters."""
+
+
+def train_step(
+    engine: Engine, batches: list[Tensor], learning_rate: float, *, read_bytes: int = 0, stop: bool = False
+) -> StepResult:
+    """Take one step on this rank's micro-batches (`accumulation` tensors int64 [B, S+1]), `read_bytes` bytes of text.
+
+    Collectives beside the layers' own: DDP's dense sums, one a parameter for experts with copies, and one control reduction
+    (float64, 2 L E + small) that carries norm, losses, counts and flags; one host read of it. All ranks decide from its bits.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    outputs = _accumulate(engine, batches)
+    engine.expert_gradients.finish()
+    if engine.accelerator.scaler is not None:
+        engine.accelerator.unscale_gradients(engine.optimizer)
+    vector = pack(square_sums(engine.model, engine.topology), outputs, read_bytes, stop)
+    totals = unpack(all_sum(vector, engine.topology).tolist(), outputs[0])
+    return _update(engine, totals)
+
+
+def micro_batch(token_BS: Tensor, engine: Engine) -> tuple[Tensor, Tensor]:
+    """Inputs and targets, shifted by one, on the device."""
+    token_BS = token_BS.to(engine.world.device, non_blocking=True)
+    return token_BS[:, :-1], token_BS[:, 1:]
+
+
+def _accumulate(engine: Engine, batches: list[Tensor]) -> list[LMOutput]:
+    outputs: list[LMOutput] = []
+    targets = engine.config.train.global_batch * engine.config.data.seq_len
+    prior_LE = None
+    for index, tokens in enumerate(batches):
+        last = index == len(batches) - 1
+        engine.expert_gradients.arm(last)
+        with nullcontext() if last else engine.accelerator.no_sync(engine.wrapped):
+            input_BS, target_BS = micro_batch(tokens, engine)
+            output: LMOutput = engine.wrapped(input_BS, target_BS, TokenContext(prior_count_LE=prior_LE))
+            engine.accelerator.backward(_loss(output, engine, targets, len(batches)))
+        outputs.append(_detached(output))
+        if engine.config.moe.balance.switch_level == "global" and not last and output.stats:
+            counts_LE = all_sum(torch.stack([stats.choice_E for stats in output.stats]), engine.topology)
+            prior_LE = counts_LE if prior_LE is None else prior_LE + counts_LE
+    return outputs
+
+
+def _detached(output: LMOutput) -> LMOutput:
+    """The same numbers without the graph: it would keep every accumulation step's activations alive."""
+    assert output.loss_sum is not None
+    aux = [{name: value.detach() for name, value in layer.items()} for layer in output.aux]
+    return LMOutput(None, output.loss_sum.detach(), aux, output.stats)
+
+
+def _loss(output: LMOutput, engine: Engine, targets: int, accumulation: int) -> Tensor:
+    assert output.loss_sum is not None
+    loss = output.loss_sum / targets
+    for name, coefficient in coefficients(engine.config.moe.balance).items():
+        for layer in output.aux:
+            loss = loss + coefficient / accumulation * layer[name]
+    return loss
+
+
+def _update(engine: Engine, totals: StepTotals) -> StepResult:
+    norm, clip = math.sqrt(totals.squares) if totals.squares >= 0 else math.nan, engine.config.optim.clip
+    finite = math.isfinite(norm) and math.isfinite(totals.loss_sum)
+    factor = clip_(engine.model, norm, clip) if finite and clip is not None else 1.0
+    if (
+        finite or engine.accelerator.scaler is not None
+    ):  # a scaler must see the overflow to lower its scale; it skips the update
+        engine.optimizer.step()
+    engine.optimizer.zero_grad()
+    return StepResult(totals, norm, factor, finite)

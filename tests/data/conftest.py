@@ -1,0 +1,50 @@
+"""Small corpora and tokenizers made on the spot: nothing here is fetched."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+
+WORDS = ["the", "expert", "routes", "tokens", "über", "capacity", "и", "専門家", "42", "gate"]
+
+
+def text_of_file(number: int, words: int = 200) -> str:
+    """A text that differs from every other number's."""
+    return " ".join(WORDS[(number * 7 + i * i + i // 3) % len(WORDS)] for i in range(words)) + f"\nfile {number}\n"
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A directory with 40 text files in two sub-directories."""
+    root = tmp_path / "texts"
+    for number in range(40):
+        folder = root / ("even" if number % 2 == 0 else "odd")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number:02d}.txt").write_text(text_of_file(number), encoding="utf-8")
+    return root
+
+
+def merged_ranks() -> list[bytes]:
+    """Byte-pair ranks in which every merge is of two earlier ranks."""
+    merges = [b"th", b"the", b" t", b"ex", b"exp", b"er", b"exper", b"to", b"tok", b"en", b"token", b" token", b"\n\n"]
+    return [bytes([value]) for value in range(256)] + merges
+
+
+@pytest.fixture
+def rank_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.tiktoken"
+    lines = [f"{base64.b64encode(piece).decode()} {rank}" for rank, piece in enumerate(merged_ranks())]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def tekken_file(tmp_path: Path) -> Path:
+    vocab = [{"rank": i, "token_bytes": base64.b64encode(p).decode(), "token_str": None} for i, p in enumerate(merged_ranks())]
+    config = {"pattern": r"\s?\p{L}+|[^\p{L}]", "default_vocab_size": 264, "default_num_special_tokens": 2, "version": "v3"}
+    path = tmp_path / "tekken.json"
+    path.write_text(json.dumps({"config": config, "vocab": vocab}))
+    return path

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dmoe.config.errors import ConfigError
+from dmoe.config.schema import DataConfig
+from dmoe.data import open_data, prepare_shards
+from dmoe.data.shards import SplitContent, map_shards, verify_shards, write_shards
+from dmoe.data.tokenizer import byte_tokenizer
+
+Body = dict[str, Any]  # index.json as read by json
+
+
+@pytest.fixture
+def config(texts: Path) -> DataConfig:
+    return DataConfig(source=str(texts), seq_len=16, holdout=0.2)
+
+
+@pytest.fixture
+def shards(config: DataConfig, tmp_path: Path) -> Path:
+    prepare_shards(config, tmp_path / "shards", shard_tokens=5000)
+    return tmp_path / "shards"
+
+
+def content(chunks: list[np.ndarray]) -> SplitContent:
+    return SplitContent(chunks, documents=1, text_bytes=1)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6), shard_tokens=st.integers(1, 50))
+def test_any_stream_comes_back(tmp_path_factory: pytest.TempPathFactory, lengths: list[int], shard_tokens: int) -> None:
+    chunks = [np.arange(i * 50, i * 50 + n, dtype="<u2") for i, n in enumerate(lengths)]
+    directory = tmp_path_factory.mktemp("shards")
+    splits = {"train": content(chunks), "held_out": content([np.ones(3, dtype="<u2")])}
+    index = write_shards(directory, byte_tokenizer(), 0.5, splits, shard_tokens)
+    assert verify_shards(directory) == index
+    maps = map_shards(directory, index, "train")
+    assert [len(part) for part in maps[:-1]] == [shard_tokens] * (len(maps) - 1)
+    assert np.array_equal(np.concatenate([*maps, []]), np.concatenate(chunks))
+
+
+def test_shards_give_exactly_the_data_of_the_text(config: DataConfig, shards: Path) -> None:
+    text, mapped = open_data(config, 3), open_data(replace(config, source=str(shards)), 3)
+    assert len(list(shards.glob("train-*.bin"))) > 3
+    assert mapped.fingerprint == text.fingerprint
+    assert mapped.train.sequences == text.train.sequences
+    assert np.array_equal(mapped.train.batch(5, 0, 64, 64), text.train.batch(5, 0, 64, 64))
+    assert np.array_equal(mapped.held_out.rows(0, 10), text.held_out.rows(0, 10))
+    assert "40 files" in mapped.describe()
+    assert "holdout 0.2" in mapped.describe()
+
+
+def test_another_tokenizer_is_refused(config: DataConfig, shards: Path, rank_file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.tokenizer=.*must be the tokenizer the shards in .* were made with, bytes"):
+        open_data(replace(config, source=str(shards), tokenizer=str(rank_file)), 0)
+
+
+def test_large_vocabularies_are_stored_in_32_bits(tmp_path: Path) -> None:
+    tokenizer = replace(byte_tokenizer(), pieces=(b"", *(b"x" for _ in range(70_000))))
+    chunk = np.array([0, 69_999], dtype="<u4")
+    index = write_shards(tmp_path / "a", tokenizer, 0.5, {"train": content([chunk]), "held_out": content([chunk])})
+    assert index.dtype == np.dtype("<u4")
+    assert (tmp_path / "a" / "train-00000.bin").read_bytes() == b"\0\0\0\0\x6f\x11\x01\0"
+
+
+def test_a_directory_in_use_is_refused(config: DataConfig, shards: Path) -> None:
+    with pytest.raises(ConfigError, match="must not exist yet or be empty"):
+        prepare_shards(config, shards)
+    with pytest.raises(ConfigError, match="must be text to be prepared"):
+        prepare_shards(replace(config, source=str(shards)), shards.parent / "again")
+
+
+def first(body: Body) -> Any:
+    return body["splits"]["train"]["shards"][0]
+
+
+def swap_name(name: object) -> Callable[[Body], None]:
+    return lambda body: first(body).update(file=name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (swap_name("../train-00000.bin"), "must be a plain name"),
+        (swap_name("/etc/passwd"), "must be a plain name"),
+        (swap_name("a\\b.bin"), "must be a plain name"),
+        (swap_name(".bin"), "must be a plain name"),
+        (swap_name(7), "must be a plain name"),
+        (swap_name("absent.bin"), "absent.bin is missing"),
+        (lambda b: first(b).update(tokens=first(b)["tokens"] + 1), "tokens are not"),
+        (lambda b: first(b).update(tokens=6000, bytes=12000), "has 10000 bytes instead of 12000"),
+        (lambda b: first(b).update(tokens=-1, bytes=-2), "tokens -1"),
+        (lambda b: first(b).update(tokens=True), "tokens True"),
+        (lambda b: first(b).update(sha256="abc"), "sha256 'abc'"),
+        (lambda b: b.update(dtype="float64"), "'float64'"),
+        (lambda b: b.update(dtype=["x"]), "is wrong at"),
+        (lambda b: b.update(version=2), "must be shards of version 1, but is 2"),
+        (lambda b: b.update(format="other"), "not of format dmoe-shards"),
+        (lambda b: b.update(holdout=2.0), "holdout"),
+        (lambda b: b.update(tokenizer=None), "tokenizer"),
+        (lambda b: b["splits"].pop("held_out"), "held_out"),
+        (lambda b: b.update(splits=[]), "is wrong at"),
+    ],
+)
+def test_a_damaged_index_is_refused(config: DataConfig, shards: Path, change: Callable[[Body], None], message: str) -> None:
+    body = json.loads((shards / "index.json").read_text())
+    change(body)
+    (shards / "index.json").write_text(json.dumps(body))
+    with pytest.raises(ConfigError, match=message) as error:
+        open_data(replace(config, source=str(shards)), 0)
+    assert error.value.field == "data.source"
+
+
+def test_an_index_that_is_no_json_is_refused(config: DataConfig, shards: Path) -> None:
+    (shards / "index.json").write_bytes(b"\xff{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        open_data(replace(config, source=str(shards)), 0)
+
+
+def test_links_and_short_files_are_refused(config: DataConfig, shards: Path) -> None:
+    file = shards / "train-00000.bin"
+    data = file.read_bytes()
+    file.write_bytes(data[:-2])
+    with pytest.raises(ConfigError, match="has 9998 bytes instead of 10000"):
+        open_data(replace(config, source=str(shards)), 0)
+    file.unlink()
+    (shards.parent / "real.bin").write_bytes(data)
+    file.symlink_to(shards.parent / "real.bin")
+    with pytest.raises(ConfigError, match="missing or not a plain file"):
+        open_data(replace(config, source=str(shards)), 0)
+
+
+def test_changed_content_is_found(shards: Path) -> None:
+    verify_shards(shards)
+    file = shards / "train-00001.bin"
+    data = bytearray(file.read_bytes())
+    data[17] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"the content of train-00001.bin has changed"):
+        verify_shards(shards)
+
+
+def test_shards_in_another_order_are_found(shards: Path) -> None:
+    body = json.loads((shards / "index.json").read_text())
+    listed = body["splits"]["train"]["shards"]
+    listed[0], listed[1] = listed[1], listed[0]
+    (shards / "index.json").write_text(json.dumps(body))
+    with pytest.raises(ConfigError, match="SHA-256 of its stream"):
+        verify_shards(shards)

@@ -1,0 +1,52 @@
+"""A short training run as a function of a rank, for the tests that compare worlds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from dmoe.config.schema import Config
+from dmoe.data import open_data
+from dmoe.distributed import world as worlds
+from dmoe.distributed.state import model_state
+from dmoe.training import engine as engines
+from dmoe.training.batches import training_batches
+from dmoe.training.schedule import learning_rate
+from dmoe.training.step import train_step
+
+__all__ = ["Trace", "trace"]
+
+
+@dataclass
+class Trace:
+    losses: list[float]
+    norms: list[float]
+    clips: list[float]
+    aux: list[dict[str, float]]
+    choices: list[list[int]]
+    kept: list[list[int]]
+    weights: dict[str, np.ndarray]
+
+
+def trace(rank: int, world: int, config: Config, steps: int, dtype: torch.dtype = torch.float32) -> Trace:
+    """Train `steps` steps and tell what was seen; the weights whole, gathered over the ranks."""
+    here = worlds.start("cpu")
+    data = open_data(config.data, config.train.seed)
+    engine = engines.build(config, here, data.tokenizer.vocab_size, dtype)
+    seen = Trace([], [], [], [], [], [], {})
+    for step in range(steps):
+        rate = learning_rate(step, config.train.steps, config.optim)
+        result = train_step(engine, training_batches(data.train, engine, step), rate)
+        seen.losses.append(result.totals.loss_sum)
+        seen.norms.append(result.grad_norm)
+        seen.clips.append(result.clip_factor)
+        for layer in result.totals.layers:
+            seen.aux.append(layer.aux)
+            seen.choices.append(layer.choices)
+            seen.kept.append(layer.kept)
+    for name, value in model_state(engine.model, engine.topology).items():
+        seen.weights[name] = (value.full_tensor() if isinstance(value, DTensor) else value).numpy()
+    return seen

@@ -1,0 +1,161 @@
+"""Which assignments find a slot: against the walk over the queues, and the promises made to users."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dmoe.config.schema import CapacityConfig
+from dmoe.moe.capacity import limit, limit_reference, slots_per_expert
+from dmoe.moe.routing import Routing
+from tests.moe.drawing import drawn, random_routing, routings
+
+factors = st.sampled_from([0.1, 0.5, 1.0, 1.25, 2.0, 100.0])
+configs = st.builds(
+    CapacityConfig,
+    min_capacity=st.integers(0, 2),
+    priority=st.sampled_from(["position", "score"]),
+    renormalize=st.booleans(),
+)
+
+
+@drawn
+@given(drawn_routing=routings(), config=configs, factor=factors)
+def test_survivors_equal_the_walk(drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float) -> None:
+    routing, groups = drawn_routing
+    limited = limit(routing, config, factor, groups)
+    assert limited.keep_TK is not None
+    assert torch.equal(limited.keep_TK, limit_reference(routing, config, factor, groups))
+
+
+@drawn
+@given(drawn_routing=routings(), config=configs, factor=factors)
+def test_slots_are_unique_and_in_range(drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float) -> None:
+    routing, groups = drawn_routing
+    limited = limit(routing, config, factor, groups)
+    assert limited.keep_TK is not None
+    assert limited.slot_TK is not None
+    assert limited.capacity is not None
+    assert limited.groups == groups
+    per_group = len(routing.expert_TK) // groups
+    places = [
+        (t // per_group, int(routing.expert_TK[t, k]), int(limited.slot_TK[t, k]))
+        for t, k in limited.keep_TK.nonzero().tolist()
+    ]
+    assert len(set(places)) == len(places)
+    assert all(0 <= slot < limited.capacity for _, _, slot in places)
+
+
+@drawn
+@given(drawn_routing=routings(), config=configs, factor=factors)
+def test_weights_of_survivors(drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float) -> None:
+    routing = replace(drawn_routing[0], scale=1.5)
+    limited = limit(routing, config, factor, drawn_routing[1])
+    assert limited.keep_TK is not None
+    for weights, kept, got in zip(
+        routing.weight_TK.tolist(), limited.keep_TK.tolist(), limited.weight_TK.tolist(), strict=True
+    ):
+        alive = [weight if keep else 0.0 for weight, keep in zip(weights, kept, strict=True)]
+        if config.renormalize and any(kept):
+            alive = [weight / sum(alive) * 1.5 for weight in alive]
+        assert got == pytest.approx(alive, rel=1e-12, abs=1e-15)
+
+
+@drawn
+@given(
+    hundredths=st.integers(1, 400),
+    tokens=st.integers(0, 5000),
+    top_k=st.integers(1, 8),
+    num_experts=st.integers(8, 300),
+    least=st.integers(0, 5),
+)
+def test_slots_formula_in_exact_arithmetic(hundredths: int, tokens: int, top_k: int, num_experts: int, least: int) -> None:
+    wanted = -((-Fraction(hundredths, 100) * top_k * tokens / num_experts) // 1)
+    expected = min(tokens, max(least, int(wanted)))
+    assert slots_per_expert(hundredths / 100, tokens, top_k, num_experts, least) == expected
+
+
+def test_dropless_is_the_same_object() -> None:
+    routing = random_routing(6, 3, 2)
+    assert limit(routing, CapacityConfig(), None, 1) is routing
+
+
+def test_position_serves_first_choices_of_late_tokens_before_second_choices_of_early_ones() -> None:
+    routing = replace(random_routing(3, 2, 2), expert_TK=torch.tensor([[1, 0], [1, 0], [0, 1]]))
+    limited = limit(routing, CapacityConfig(), 2 / 3, 1)  # C = ceil(2/3 * 2 * 3 / 2) = 2
+    assert limited.capacity == 2
+    assert limited.keep_TK is not None
+    assert limited.keep_TK.tolist() == [[True, True], [True, False], [True, False]]
+
+
+def test_score_serves_the_surest_and_ties_by_position() -> None:
+    score_TE = torch.tensor([[0.2, 0.1], [0.9, 0.1], [0.5, 0.1], [0.5, 0.1]])
+    routing = Routing(torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1), score_TE, score_TE.log())
+    limited = limit(routing, CapacityConfig(priority="score"), 1.0, 1)  # C = 2
+    assert limited.keep_TK is not None
+    assert limited.keep_TK[:, 0].tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("priority", ["position", "score"])
+def test_sequence_groups_do_not_see_each_other(priority: str) -> None:
+    """With a group a sequence, splitting the batch over calls (or ranks) cannot change who is dropped."""
+    config = CapacityConfig(priority=priority)
+    routing = random_routing(4 * 6, 5, 2, seed=3, hot=1, masked=0.2)
+    whole = limit(routing, config, 0.8, groups=4)
+    assert whole.keep_TK is not None
+    assert routing.keep_TK is not None
+    assert 0 < int(whole.keep_TK.sum()) < int(routing.keep_TK.sum())  # something is dropped, or nothing is tested
+    for parts in (2, 4):
+        for part in range(parts):
+            rows = slice(part * 24 // parts, (part + 1) * 24 // parts)
+            piece = limit(rows_of(routing, rows), config, 0.8, groups=4 // parts)
+            assert piece.keep_TK is not None
+            assert piece.slot_TK is not None
+            assert whole.slot_TK is not None
+            assert torch.equal(piece.keep_TK, whole.keep_TK[rows])
+            kept = piece.keep_TK  # a slot means nothing where no choice was made
+            assert torch.equal(piece.slot_TK[kept], whole.slot_TK[rows][kept])
+
+
+def rows_of(routing: Routing, rows: slice) -> Routing:
+    assert routing.keep_TK is not None
+    return replace(
+        routing,
+        expert_TK=routing.expert_TK[rows],
+        weight_TK=routing.weight_TK[rows],
+        score_TE=routing.score_TE[rows],
+        logit_TE=routing.logit_TE[rows],
+        keep_TK=routing.keep_TK[rows],
+    )
+
+
+def test_padding_takes_no_slot() -> None:
+    routing = random_routing(8, 4, 1, hot=2)
+    valid_T = torch.tensor([False, True] * 4)
+    limited = limit(replace(routing, keep_TK=valid_T.unsqueeze(1)), CapacityConfig(), 2.0, 1)  # C = 4: one for each real token
+    assert limited.keep_TK is not None
+    assert limited.keep_TK[:, 0].tolist() == valid_T.tolist()
+
+
+def test_gradient_passes_survivors_only() -> None:
+    routing = random_routing(6, 3, 2, hot=0)
+    weight_TK = routing.weight_TK.clone().requires_grad_()
+    limited = limit(replace(routing, weight_TK=weight_TK), CapacityConfig(), 0.5, 1)
+    assert limited.keep_TK is not None
+    assert not bool(limited.keep_TK.all())
+    limited.weight_TK.sum().backward()
+    assert weight_TK.grad is not None
+    assert torch.equal(weight_TK.grad, limited.keep_TK.double())
+
+
+@pytest.mark.parametrize("priority", ["position", "score"])
+def test_no_tokens(priority: str) -> None:
+    limited = limit(random_routing(0, 4, 2), CapacityConfig(priority=priority), 1.0, groups=3)
+    assert limited.keep_TK is not None
+    assert limited.keep_TK.shape == (0, 2)
+    assert limited.capacity == 0

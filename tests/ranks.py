@@ -1,0 +1,5 @@
+"""Real gloo ranks for tests: the same processes `dmoe verify` uses."""
+
+from dmoe.distributed.spawn import RankError, run_ranks
+
+__all__ = ["RankError", "run_ranks"]

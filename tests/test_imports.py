@@ -1,0 +1,180 @@
+"""The rules of the house that an import can break, read from the source with `ast`: nothing is imported to check them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "dmoe"
+LEVELS = [
+    ("cli",),
+    ("training",),
+    ("models", "modular", "distributed", "data", "report", "interop", "simulation"),
+    ("moe",),
+    ("config",),
+]
+HEIGHT = {name: len(LEVELS) - position for position, names in enumerate(LEVELS) for name in names}
+ROOT_MODULES = {"": {"moe"}, "__main__": {"cli"}}
+"""`dmoe/__init__.py` offers the layer, `dmoe/__main__.py` the command line; nothing else may stand beside the packages."""
+FORBIDDEN_CALLS = {"eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
+FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve"}
+LONGEST = 300
+
+
+def violations(package: Path) -> list[str]:
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        place = path.relative_to(package)
+        tree = ast.parse(source)
+        found += [f"{place}: {complaint}" for complaint in (*arrows(tree, place), *collectives(tree, place), *unsafe(tree))]
+        if (lines := len(source.splitlines())) > LONGEST:
+            found.append(f"{place}: {lines} lines, more than {LONGEST}")
+    return found
+
+
+def imported(tree: ast.Module, place: Path) -> Iterator[str]:
+    """Every module and every name that is imported, dotted, with relative imports resolved (`dmoe.a.b`)."""
+    here = ("dmoe", *place.parts[:-1])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = [*here[: len(here) - node.level + 1]] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of an attribute chain; empty where it does not start at a name."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else ""
+
+
+def arrows(tree: ast.Module, place: Path) -> Iterator[str]:
+    owner = place.parts[0] if len(place.parts) > 1 else ""
+    stem = "" if place.stem == "__init__" else place.stem
+    if owner and owner not in HEIGHT:
+        yield f"package {owner} has no place among the levels"
+        return
+    if not owner and stem not in ROOT_MODULES:
+        yield "a module beside the packages"
+        return
+    for name in imported(tree, place):
+        parts = name.split(".")
+        if parts[0] != "dmoe" or len(parts) < 2 or parts[1].startswith("__"):
+            continue
+        target = parts[1]
+        if target not in HEIGHT:
+            if owner:  # a name that dmoe/__init__.py hands on, such as MoE: packages import it from where it is
+                yield f"imports {name} through dmoe/__init__.py"
+        elif not owner:
+            if target not in ROOT_MODULES[stem]:
+                yield f"imports {name}"
+        elif target != owner and HEIGHT[target] >= HEIGHT[owner]:
+            yield f"imports {name}: arrows point down"
+        elif owner == "data" and target not in ("data", "config"):
+            yield f"imports {name}: data knows config only"
+
+
+def collectives(tree: ast.Module, place: Path) -> Iterator[str]:
+    if place.parts[0] == "distributed":
+        return
+    for name in imported(tree, place):
+        if name == "torch.distributed" or name.startswith("torch.distributed."):
+            yield f"imports {name} outside distributed"
+    torch_names = {"torch"} | {
+        alias.asname
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+        if alias.name == "torch" and alias.asname
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr == "distributed" and dotted(node.value) in torch_names:
+            yield f"line {node.lineno}: uses torch.distributed outside distributed"
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("torch.distributed"):
+            yield f"line {node.lineno}: names torch.distributed in a string outside distributed"
+
+
+def unsafe(tree: ast.Module) -> Iterator[str]:
+    for name in imported(tree, Path("x.py")):
+        if name.split(".")[0] in FORBIDDEN_MODULES:
+            yield f"imports {name}"
+        if name in FORBIDDEN_CALLS:
+            yield f"imports {name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and dotted(node.func) in FORBIDDEN_CALLS:
+            yield f"line {node.lineno}: calls {dotted(node.func)}"
+
+
+def test_the_house_keeps_its_rules() -> None:
+    assert len(list(PACKAGE.rglob("*.py"))) > 20  # or the walk went past the package
+    assert violations(PACKAGE) == []
+
+
+CAUGHT = {
+    "upwards": ("moe/a.py", "from dmoe.distributed.world import rank"),
+    "upwards, relative": ("moe/routers/a.py", "from ...training import trainer"),
+    "upwards, inside a function": ("moe/a.py", "def f():\n    import dmoe.cli.main"),
+    "upwards, for the type checker": (
+        "models/a.py",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dmoe.training import t",
+    ),
+    "sideways": ("models/a.py", "from dmoe.distributed import world"),
+    "sideways, the package": ("report/a.py", "from dmoe import simulation"),
+    "config upwards": ("config/a.py", "import dmoe.moe.layer"),
+    "data and moe": ("data/a.py", "from dmoe.moe import routing"),
+    "through the root": ("models/a.py", "from dmoe import MoE"),
+    "a package nobody knows": ("misc/a.py", "x = 1"),
+    "a module beside the packages": ("helpers.py", "x = 1"),
+    "root to training": ("__init__.py", "from dmoe.training import t"),
+    "collective": ("moe/a.py", "import torch.distributed as dist"),
+    "collective, from torch": ("training/a.py", "from torch import distributed"),
+    "collective, below": ("cli/a.py", "from torch.distributed.checkpoint import save"),
+    "collective, by attribute": ("training/a.py", "import torch\nok = torch.distributed.is_initialized()"),
+    "collective, by another name": ("training/a.py", "import torch as t\nok = t.distributed.is_initialized()"),
+    "collective, by a string": ("moe/a.py", "import importlib\nd = importlib.import_module('torch.distributed')"),
+    "pickle": ("training/a.py", "import pickle"),
+    "pickle, from": ("distributed/a.py", "from pickle import loads"),
+    "eval": ("cli/a.py", "x = eval('1')"),
+    "exec": ("cli/a.py", "exec('1')"),
+    "yaml": ("config/a.py", "import yaml\nyaml.load('a: 1')"),
+    "yaml, from": ("config/a.py", "from yaml import load"),
+    "too long": ("moe/a.py", "x = 1\n" * (LONGEST + 1)),
+}
+ALLOWED = {
+    "downwards": (
+        "training/a.py",
+        "from dmoe.distributed import world\nfrom dmoe.models import x\nfrom dmoe.config.schema import Config",
+    ),
+    "inside": ("moe/a.py", "from dmoe.moe.routing import Routing\nfrom . import b\nfrom .routing import Routing"),
+    "version": ("cli/a.py", "from dmoe import __version__"),
+    "collective at home": ("distributed/a.py", "import torch.distributed as dist\ndist.barrier()"),
+    "a method called eval": ("training/a.py", "model.eval()"),
+    "safe yaml": ("config/a.py", "import yaml\nyaml.safe_load('a: 1')"),
+    "long enough": ("moe/a.py", "x = 1\n" * LONGEST),
+}
+
+
+@pytest.mark.parametrize("name", CAUGHT)
+def test_a_broken_rule_is_seen(name: str, tmp_path: Path) -> None:
+    assert len(violations(tree_with(tmp_path, *CAUGHT[name]))) >= 1
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_what_is_allowed_is_not_complained_of(name: str, tmp_path: Path) -> None:
+    assert violations(tree_with(tmp_path, *ALLOWED[name])) == []
+
+
+def tree_with(folder: Path, place: str, source: str) -> Path:
+    path = folder / "dmoe" / place
+    path.parent.mkdir(parents=True)
+    path.write_text(source, encoding="utf-8")
+    return folder / "dmoe"
