@@ -62,8 +62,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class RouterConfig:
-    kind: Literal["top_k"] = "top_k"
-    """How a token's experts are chosen."""
+    kind: Literal["top_k", "noisy", "group_limited", "adaptive", "fixed", "hash", "soft", "expert_choice"] = "top_k"
+    """How a token's experts are chosen; one file each in dmoe/moe/routers."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     """What turns logits into scores: softmax (Switch, Mixtral, OLMoE, Qwen) or sigmoid (DeepSeek-V3)."""
     weights_from: Literal["all", "chosen"] = "all"
@@ -72,6 +72,18 @@ class RouterConfig:
     """Divide the chosen weights by their sum. Refused for top_k=1: every weight would be 1 and the router would learn nothing."""
     scale: float = 1.0
     """Factor on the weights, after renormalisation (DeepSeek's routed_scaling_factor)."""
+    jitter: float = 0.0
+    """Switch: in training the router sees its input times uniform noise in [1 - jitter, 1 + jitter]."""
+    groups: int = 1
+    """group_limited: experts form this many groups of neighbours (DeepSeek-V3's n_group)."""
+    topk_groups: int = 1
+    """group_limited: a token's experts come from its best so many groups."""
+    top_p: float = 0.6
+    """adaptive: a token takes experts until their probabilities sum to this."""
+    k_min: int = 1
+    """adaptive: it takes at least so many, and at most moe.top_k."""
+    allow_future_leak: bool = False
+    """expert_choice: accept that an expert's choice among a sequence's tokens looks at later ones, which a causal model must not."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +94,15 @@ class CapacityConfig:
     """The same in evaluation and generation; null (default) is dropless."""
     min_capacity: int = 1
     """An expert never has fewer slots than this for one group."""
-    group: Literal["rank", "sequence"] = "rank"
-    """Which tokens share a capacity: a rank's micro-batch (GShard), or each sequence (drops do not depend on the world size)."""
+    group: Literal["rank", "sequence", "global"] = "rank"
+    """Which tokens share a capacity: a rank's micro-batch (GShard), each sequence, or the global micro-batch (the last two drop the
+    same tokens on any number of ranks)."""
     priority: Literal["position", "score"] = "position"
     """Who is served first: all first choices before all second ones in token order (GShard), or the higher router score."""
     renormalize: bool = False
     """Divide a token's surviving weights by their sum (DeepSpeed does this for K >= 2)."""
+    overflow: Literal["drop", "next_choice"] = "drop"
+    """What happens to an assignment without a slot: dropped, or offered once to the token's next eligible expert."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +113,16 @@ class BalanceConfig:
     """The tokens over which f_e and P_e are taken; global takes f_e over all data ranks and the accumulation steps so far."""
     z: float = 0.001
     """Coefficient of the router z-loss mean(logsumexp(logits)^2) (ST-MoE): keeps router logits small; 0 turns it off."""
+    importance: float = 0.0
+    """Coefficient of the squared coefficient of variation of each expert's summed score (Shazeer 2017)."""
+    load: float = 0.0
+    """Coefficient of the same of the smooth load (Shazeer 2017, appendix A); needs the noisy router, whose noise makes it smooth."""
+    usage_std: float = 0.0
+    """Coefficient of the standard deviation of expert usage, the mean score of each expert."""
+    bias: float = 0.0
+    """Update rate u of the auxiliary-loss-free bias (DeepSeek-V3): after each step b_e += u * sign(mean load - load of e); 0: none."""
+    recenter: bool = True
+    """Subtract the mean of the bias after each update, so that it cannot drift."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +155,9 @@ class MoEConfig:
 class ParallelConfig:
     ep: Union[int, str] = "auto"
     """Ranks that share one copy of the experts; must divide the world and num_experts. auto: the largest number that does."""
-    mode: Literal["ddp"] = "ddp"
-    """How everything but the experts is replicated."""
+    mode: Literal["ddp", "fsdp"] = "ddp"
+    """ddp keeps a copy of everything but the experts on every rank; fsdp (FSDP2) shards it over all ranks, and the experts over
+    their copies."""
     virtual_ranks: int = 1
     """Routing groups inside each process: W processes with V virtual ranks train exactly as W*V processes with one."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"

@@ -15,9 +15,15 @@ class GroupPeers:
 
     def __init__(self, topology: Topology) -> None:
         assert topology.routing is not None
-        self.group, self.size = topology.routing, topology.world
+        self.group, self.size, self.rank = topology.routing, topology.world, topology.rank
 
     def sum(self, value: Tensor) -> Tensor:
         total = value.detach().clone()
         dist.all_reduce(total, group=self.group)
         return total
+
+    def gather(self, value: Tensor) -> Tensor:
+        value = value.detach().contiguous()
+        gathered = value.new_empty((self.size, *value.shape))
+        dist.all_gather_into_tensor(gathered.view(-1, *value.shape[1:]) if value.ndim else gathered, value, group=self.group)
+        return gathered

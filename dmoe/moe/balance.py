@@ -31,7 +31,6 @@ def auxiliary_losses(
     peers: Peers,
     *,
     layer: int,
-    sequences: int,
     micro_batches: int,
 ) -> dict[str, Tensor]:
     """This rank's share of each loss in force, unweighted, by name. One all-reduce if `switch_level` is `global`, else none."""
@@ -41,7 +40,7 @@ def auxiliary_losses(
             prior_E = None if context.prior_count_LE is None else context.prior_count_LE[layer]
             losses["switch"] = switch_loss_global(routing, prior_E, context.valid_T, peers)
         else:
-            units = sequences if config.switch_level == "sequence" else micro_batches
+            units = context.sequences if config.switch_level == "sequence" else micro_batches
             losses["switch"] = switch_loss(routing, context.valid_T, units).sum() / (units * peers.size)
     if config.z:
         losses["z"] = z_loss(routing.logit_TE, context.valid_T, micro_batches).sum() / (micro_batches * peers.size)

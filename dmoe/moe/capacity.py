@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dmoe.config.schema import CapacityConfig
-from dmoe.moe.routing import Routing
+from dmoe.moe.peers import Peers
+from dmoe.moe.routing import Routing, TokenContext
 
 __all__ = ["limit", "limit_reference", "slots_per_expert"]
 
@@ -29,25 +30,30 @@ def slots_per_expert(factor: float, tokens: int, top_k: int, num_experts: int, m
     return min(tokens, max(min_capacity, wanted))
 
 
-def limit(routing: Routing, config: CapacityConfig, factor: float | None, groups: int) -> Routing:
+def limit(routing: Routing, config: CapacityConfig, context: TokenContext, peers: Peers) -> Routing:
     """`routing` with `keep_TK` and `slot_TK` set: the first C assignments in each (group, expert) queue survive.
 
     Queue order: `position` = all first choices before all second choices, then token order (GShard); `score` = higher router
-    score first, ties by position. Groups are equal contiguous runs of tokens. Dropless (`factor` None) returns `routing` itself.
-    No collective, no host sync; O(N log N) by stable sorts, so the order is the same on every device.
+    score first, ties by position. Groups are equal contiguous runs of tokens. Dropless (`context.capacity` None) returns `routing`
+    itself. No collective, no host sync; O(N log N) by stable sorts, so the order is the same on every device.
     """
-    if factor is None:
+    if context.capacity is None:
         return routing
-    tokens, top_k = routing.expert_TK.shape
-    num_experts = routing.score_TE.shape[1]
-    assert tokens % groups == 0, f"{tokens} tokens cannot be split into {groups} equal groups"
-    capacity = slots_per_expert(factor, tokens // groups, top_k, num_experts, config.min_capacity)
-    slot_TK = queue_position(routing, groups, config.priority)
-    keep_TK = slot_TK < capacity
+    slot_TK = queue_position(routing, context.groups, config.priority)
+    keep_TK = slot_TK < context.capacity
     if routing.keep_TK is not None:
         keep_TK = keep_TK & routing.keep_TK
     weight_TK = surviving_weight(routing, keep_TK, config.renormalize)
-    return replace(routing, weight_TK=weight_TK, keep_TK=keep_TK, slot_TK=slot_TK, capacity=capacity, groups=groups)
+    slots = float(context.capacity * context.groups * routing.score_TE.shape[1])
+    return replace(
+        routing,
+        weight_TK=weight_TK,
+        keep_TK=keep_TK,
+        slot_TK=slot_TK,
+        capacity=context.capacity,
+        groups=context.groups,
+        slots=slots,
+    )
 
 
 def queue_position(routing: Routing, groups: int, priority: str) -> Tensor:
@@ -80,11 +86,10 @@ def surviving_weight(routing: Routing, keep_TK: Tensor, renormalize: bool) -> Te
     return kept_TK / (kept_TK.sum(-1, keepdim=True) + 1e-20) * routing.scale
 
 
-def limit_reference(routing: Routing, config: CapacityConfig, factor: float, groups: int) -> Tensor:
+def limit_reference(routing: Routing, config: CapacityConfig, groups: int, capacity: int) -> Tensor:
     """`limit(...).keep_TK` by walking each queue in order, obviously right. For tests."""
     tokens, top_k = routing.expert_TK.shape
     per_group = tokens // groups
-    capacity = slots_per_expert(factor, per_group, top_k, routing.score_TE.shape[1], config.min_capacity)
     keep_TK = torch.zeros(tokens, top_k, dtype=torch.bool)
     made = torch.ones_like(keep_TK) if routing.keep_TK is None else routing.keep_TK
     for group in range(groups):

@@ -8,7 +8,7 @@ Letters: T tokens on this rank in one micro-batch, D width, F expert hidden widt
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -85,8 +85,8 @@ class MoE(nn.Module):
         self.balance = balance or BalanceConfig()
         kinds = experts or ExpertsConfig()
         check_layer(num_experts, top_k, router or RouterConfig(), self.capacity, exchange)
-        self.layer, self.virtual_ranks = layer, virtual_ranks
-        self.router = routers.build(router or RouterConfig(), dim, num_experts, top_k)
+        self.num_experts, self.top_k, self.layer, self.virtual_ranks = num_experts, top_k, layer, virtual_ranks
+        self.router = routers.build(router or RouterConfig(), dim, num_experts, top_k, layer)
         self.experts = MLPExperts(kinds.kind, dim, expert_dim, num_experts, out_dim)
         shared_dim = kinds.shared * (kinds.shared_dim or expert_dim)
         self.shared = FeedForward(kinds.kind, dim, shared_dim, out_dim) if kinds.shared else None
@@ -122,11 +122,10 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, context: TokenContext = NOTHING_KNOWN) -> MoEOutput:
         """x: [..., S, D]: sequences of S tokens, or [T, D] for one. Floating point of any width."""
         x_TD = x.flatten(0, -2)
-        sequences = math.prod(x.shape[:-2])
-        self.check_groups(x_TD.shape[0])
+        context = self.complete(context, math.prod(x.shape[:-2]), x_TD.shape[0])
 
         chosen = self.router(x_TD, context)
-        routing = self.limit(chosen, sequences)
+        routing = capacity.limit(chosen, self.capacity, context, self.peers)
         dispatcher = self.packed if self.padded is None or routing.capacity is None else self.padded
 
         rows_RD, per_expert, ticket = dispatcher.dispatch(x_TD.to(expert_dtype(x_TD)), routing)
@@ -135,19 +134,22 @@ class MoE(nn.Module):
         if self.shared is not None:
             y_TM = y_TM + self.shared(x_TD)
 
-        aux = auxiliary_losses(
-            chosen, self.balance, context, self.peers, layer=self.layer, sequences=sequences, micro_batches=self.virtual_ranks
-        )
+        aux = auxiliary_losses(chosen, self.balance, context, self.peers, layer=self.layer, micro_batches=self.virtual_ranks)
         return MoEOutput(y_TM.view(*x.shape[:-1], y_TM.shape[1]), aux, stats.measure(chosen, routing), routing)
 
-    def check_groups(self, tokens: int) -> None:
+    def complete(self, context: TokenContext, sequences: int, tokens: int) -> TokenContext:
+        """`context` with what follows from the shapes: sequences, groups, slots."""
         if tokens % self.virtual_ranks:
-            raise ValueError(f"{tokens} tokens cannot be shared by virtual_ranks={self.virtual_ranks}: use a batch that divides by it")
-
-    def limit(self, chosen: Routing, sequences: int) -> Routing:
+            raise ValueError(
+                f"{tokens} tokens cannot be shared by virtual_ranks={self.virtual_ranks}: use a batch that divides by it"
+            )
+        groups = {"rank": self.virtual_ranks, "sequence": sequences, "global": 1}[self.capacity.group]
         factor = self.capacity.factor if self.training else self.capacity.eval_factor
-        groups = sequences if self.capacity.group == "sequence" else self.virtual_ranks
-        return capacity.limit(chosen, self.capacity, factor, groups)
+        if factor is None:
+            return replace(context, sequences=sequences, groups=groups, capacity=None)
+        sharing = tokens * self.peers.size if self.capacity.group == "global" else tokens // max(1, groups)
+        slots = capacity.slots_per_expert(factor, sharing, self.top_k, self.num_experts, self.capacity.min_capacity)
+        return replace(context, sequences=sequences, groups=groups, capacity=slots)
 
 
 def expert_dtype(x: Tensor) -> torch.dtype:

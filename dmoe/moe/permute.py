@@ -116,9 +116,8 @@ class _Combine(Function):
         rows_RD, weight_TK = ctx.saved_tensors
         placement: Placement = ctx.placement
         grad_RD = _rows_of_tokens(grads[0], placement)
-        dot_R = torch.linalg.vecdot(grad_RD, rows_RD).to(weight_TK.dtype)
         weight_R = weight_TK.flatten()[placement.assignment_R].to(grad_RD.dtype)
-        return grad_RD.mul_(weight_R.unsqueeze(1)), _to_assignments(dot_R, placement), None
+        return grad_RD.mul_(weight_R.unsqueeze(1)), _dots(grads[0], rows_RD, placement).to(weight_TK.dtype), None
 
 
 def _rows_of_tokens(x_TD: Tensor, placement: Placement) -> Tensor:
@@ -132,11 +131,21 @@ def _sum_over_choices(rows_RD: Tensor, weight_TK: Tensor | None, placement: Plac
     return embedding_bag(placement.row_TK, rows_RD, per_sample_weights=weight_TK, mode="sum")
 
 
-def _to_assignments(value_R: Tensor, placement: Placement) -> Tensor:
-    if len(value_R) == 0:
-        return value_R.new_zeros(placement.row_TK.shape)
-    value_TK = value_R[placement.row_TK]
-    return value_TK if placement.keep_TK is None else value_TK.masked_fill(~placement.keep_TK, 0.0)
+def _dots(grad_TD: Tensor, rows_RD: Tensor, placement: Placement) -> Tensor:
+    """[T, K]: each token's gradient times each of its rows.
+
+    The kernel behind `embedding_bag`'s own backward: no product of R x D is ever written, and it adds in float32 (`vecdot` rounds
+    each product to bf16 first).
+    """
+    tokens, top_k = placement.row_TK.shape
+    if len(rows_RD) == 0:
+        return rows_RD.new_zeros(tokens, top_k)
+    start_T = torch.arange(0, tokens * top_k, top_k, device=rows_RD.device)
+    token_N = torch.arange(tokens, device=rows_RD.device).repeat_interleave(top_k)
+    row_N = placement.row_TK.flatten()
+    dot_N = torch.ops.aten._embedding_bag_per_sample_weights_backward(grad_TD.contiguous(), rows_RD, row_N, start_T, token_N, 0)
+    dot_TK: Tensor = dot_N.view(tokens, top_k)
+    return dot_TK if placement.keep_TK is None else dot_TK.masked_fill(~placement.keep_TK, 0.0)
 
 
 def gather_reference(x_TD: Tensor, placement: Placement) -> Tensor:

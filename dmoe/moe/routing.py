@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Router", "Routing", "TokenContext"]
+__all__ = ["Noise", "Router", "Routing", "TokenContext"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,31 @@ class TokenContext:
     """bool; False marks padding, which is never routed and never counted. None: every token is real."""
     prior_count_LE: Tensor | None = None
     """int64; choices of the optimizer step's earlier accumulation steps, over all data ranks (global balance loss)."""
+    token_id_T: Tensor | None = None
+    """int64; the tokens themselves (hash routing)."""
+    label_T: Tensor | None = None
+    """int64; task, language or domain of each token (fixed routing)."""
+    noise_key: tuple[int, int] | None = None
+    """(seed, optimizer step): keys the noise of this forward. Needed in training by routers that draw any."""
+    sequences: int = 1
+    """Equal sequences these tokens are. Set by the layer."""
+    groups: int = 1
+    """Equal, contiguous groups of tokens that share a capacity. Set by the layer."""
+    capacity: int | None = None
+    """Slots C of one (group, expert), None when dropless. Set by the layer."""
+    first_sequence: int = 0
+    """Index of this forward's first sequence in the optimizer step's global batch; keys the noise with it, so that the noise does not
+    depend on how the batch is spread over ranks."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How a noisy router arrived at its logits (Shazeer 2017, eq. 4)."""
+
+    clean_TE: Tensor
+    """float: logits before the noise."""
+    std_TE: Tensor
+    """float: standard deviation of each logit's noise."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +74,14 @@ class Routing:
     """Slots C of one (group, expert); None is dropless."""
     groups: int = 1
     """Number G of equal, contiguous groups of tokens that share a capacity."""
+    slots: float = 0.0
+    """This rank's share of the slots offered over all experts: summed over the ranks, all there are. 0 when dropless."""
+    spare_TK: Tensor | None = None
+    """int64 [T, S]: the next eligible experts after the chosen ones, best first; -1 where there is none (`overflow: next_choice`)."""
+    spare_weight_TK: Tensor | None = None
+    """float [T, S]: the weight each of them would have."""
+    noise: Noise | None = None
+    """What the smooth load needs of a noisy router."""
 
 
 class Router(Protocol):

@@ -31,8 +31,8 @@ class LayerStats:
     """float: sum of the weights of all choices."""
     lost_tokens: Tensor
     """int64: tokens that chose at least one expert and were left with none."""
-    slots: int
-    """Slots offered by the capacity; 0 when dropless."""
+    slots: float
+    """This rank's share of the slots offered by the capacity; 0 when dropless."""
 
     def as_vector(self) -> Tensor:
         """float64 [2E + 4]: everything in one tensor, for one reduction over all layers and ranks. Counts stay exact to 2^53."""
@@ -59,5 +59,5 @@ def measure(chosen: Routing, limited: Routing) -> LayerStats:
         dropped_weight=made_TK.masked_fill(limited.keep_TK, 0.0).sum(),
         total_weight=made_TK.sum(),
         lost_tokens=(chose_T & ~limited.keep_TK.any(-1)).sum(),
-        slots=limited.capacity * limited.groups * limited.score_TE.shape[1],
+        slots=limited.slots,
     )

@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from dmoe.moe.dispatch import PerExpert
 from dmoe.moe.experts.activation import ACTIVATIONS, activate, activate_backward
-from dmoe.moe.experts.grouped import grouped_linear
+from dmoe.moe.experts.grouped import grouped_linear, outer
 
 __all__ = ["feed_forward", "feed_forward_in_steps"]
 
@@ -54,17 +54,19 @@ class _FeedForward(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         rows_RD, w_in, w_out, *hidden = ctx.saved_tensors
-        found = [
+        grad_rows, grad_in, grad_out = (
             torch.empty_like(x) if needed else None
             for x, needed in zip((rows_RD, w_in, w_out), ctx.needs_input_grad[:3], strict=True)
-        ]
-        grad_rows, grad_in, grad_out = found
-        for e, (x, h, grad) in enumerate(zip(rows_RD.split(ctx.sizes), hidden, grads[0].split(ctx.sizes), strict=True)):
+        )
+        start = 0
+        for e, (h, size) in enumerate(zip(hidden, ctx.sizes, strict=True)):
+            here = slice(start, start := start + size)
+            grad = grads[0][here]
             bent, grad_h = activate_backward(ctx.kind, h, grad @ w_out[e].t())
             if grad_out is not None:
-                torch.mm(bent.t(), grad, out=grad_out[e])
+                outer(bent, grad, grad_out[e])
             if grad_in is not None:
-                torch.mm(x.t(), grad_h, out=grad_in[e])
+                outer(rows_RD[here], grad_h, grad_in[e])
             if grad_rows is not None:
-                torch.mm(grad_h, w_in[e].t(), out=grad_rows.split(ctx.sizes)[e])
+                torch.mm(grad_h, w_in[e].t(), out=grad_rows[here])
         return grad_rows, grad_in, grad_out, None, None
