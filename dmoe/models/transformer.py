@@ -8,7 +8,7 @@ Letters: B sequences, S tokens a sequence, D model width, V vocabulary, T = B*S 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -108,11 +108,12 @@ class Transformer(nn.Module):
         A position without a target is still an ordinary token, routed and counted; only `context.valid_T` makes it padding.
         Padding is attended to by later positions, so it belongs at the end of a sequence.
         """
+        context = replace(context or NOTHING_KNOWN, token_id_T=token_BS.flatten())
         x_BSD = self.embedding(token_BS)
         rotary = rotary_table(token_BS.shape[1], heads_of(self.config)[2], self.config.rope_base, x_BSD.dtype, x_BSD.device)
         out = LMOutput(None, None)
         for block in self.blocks:
-            x_BSD, aux, stats = self._run(block, x_BSD, rotary, context or NOTHING_KNOWN)
+            x_BSD, aux, stats = self._run(block, x_BSD, rotary, context)
             if aux is not None and stats is not None:
                 out.aux.append(aux)
                 out.stats.append(stats)

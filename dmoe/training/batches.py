@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -15,14 +17,26 @@ from dmoe.data import Stream
 from dmoe.models.transformer import IGNORE
 from dmoe.training.engine import Engine
 
-__all__ = ["evaluation_batches", "training_batches"]
+__all__ = ["Batch", "evaluation_batches", "training_batches"]
 
 
-def training_batches(stream: Stream, engine: Engine, step: int) -> list[Tensor]:
-    """int64 [B, S+1] for each accumulation step."""
+@dataclass(frozen=True)
+class Batch:
+    """One accumulation step of this rank."""
+
+    token_BS: Tensor
+    """int64 [B, S+1]."""
+    step: int
+    first_sequence: int
+    """Index of the first of the B sequences in the step's global batch."""
+
+
+def training_batches(stream: Stream, engine: Engine, step: int) -> list[Batch]:
+    """This rank's part of optimizer step `step`, one batch for each accumulation step."""
     count, world = engine.sequences, engine.world
     firsts = [(a * world.size + world.rank) * count for a in range(engine.batching.accumulation)]
-    return [torch.from_numpy(stream.batch(step, first, count, engine.config.train.global_batch)) for first in firsts]
+    global_batch = engine.config.train.global_batch
+    return [Batch(torch.from_numpy(stream.batch(step, first, count, global_batch)), step, first) for first in firsts]
 
 
 def evaluation_batches(stream: Stream, engine: Engine) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

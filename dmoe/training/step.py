@@ -20,10 +20,11 @@ from dmoe.distributed.gradients import all_sum, clip_, square_sums
 from dmoe.models.transformer import LMOutput
 from dmoe.moe.balance import coefficients
 from dmoe.moe.routing import TokenContext
+from dmoe.training.batches import Batch
 from dmoe.training.engine import Engine
 from dmoe.training.totals import StepTotals, pack, unpack
 
-__all__ = ["StepResult", "micro_batch", "train_step"]
+__all__ = ["StepResult", "compute_gradients", "train_step", "update"]
 
 
 @dataclass(frozen=True)
@@ -38,46 +39,64 @@ class StepResult:
 
 
 def train_step(
-    engine: Engine, batches: list[Tensor], learning_rate: float, *, read_bytes: int = 0, stop: bool = False
+    engine: Engine, batches: list[Batch], learning_rate: float, *, read_bytes: int = 0, stop: bool = False
 ) -> StepResult:
-    """Take one step on this rank's micro-batches (`accumulation` tensors int64 [B, S+1]), `read_bytes` bytes of text.
+    """Take one optimizer step on this rank's micro-batches, one for each accumulation step, `read_bytes` bytes of text."""
+    return update(engine, compute_gradients(engine, batches, read_bytes=read_bytes, stop=stop), learning_rate)
 
-    Collectives beside the layers' own: DDP's dense sums, one a parameter for experts with copies, and one control reduction
-    (float64, 2 L E + small) that carries norm, losses, counts and flags; one host read of it. All ranks decide from its bits.
+
+def compute_gradients(engine: Engine, batches: list[Batch], *, read_bytes: int = 0, stop: bool = False) -> StepTotals:
+    """Leave in every parameter's `grad` the gradient of the global batch's loss, and return what all ranks know of the step.
+
+    Collectives beside the layers' own: the sums of dense gradients, one a parameter for experts with copies, and one control
+    reduction (float64, 2 L E + small) that carries norm, losses, counts and flags; one host read of it. All ranks decide from its
+    bits.
     """
-    for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
     outputs = _accumulate(engine, batches)
     engine.expert_gradients.finish()
     if engine.accelerator.scaler is not None:
         engine.accelerator.unscale_gradients(engine.optimizer)
     vector = pack(square_sums(engine.model, engine.topology), outputs, read_bytes, stop)
-    totals = unpack(all_sum(vector, engine.topology).tolist(), outputs[0])
-    return _update(engine, totals)
+    return unpack(all_sum(vector, engine.topology).tolist(), outputs[0])
 
 
-def micro_batch(token_BS: Tensor, engine: Engine) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, shifted by one, on the device."""
-    token_BS = token_BS.to(engine.world.device, non_blocking=True)
-    return token_BS[:, :-1], token_BS[:, 1:]
+def update(engine: Engine, totals: StepTotals, learning_rate: float) -> StepResult:
+    """Clip and step, or, where the loss or the norm is not finite, do neither: the same on all ranks."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    norm, clip = math.sqrt(totals.squares) if totals.squares >= 0 else math.nan, engine.config.optim.clip
+    finite = math.isfinite(norm) and math.isfinite(totals.loss_sum)
+    factor = clip_(engine.model, norm, clip) if finite and clip is not None else 1.0
+    if (
+        finite or engine.accelerator.scaler is not None
+    ):  # a scaler must see the overflow to lower its scale; it skips the update
+        engine.optimizer.step()
+    engine.optimizer.zero_grad()
+    return StepResult(totals, norm, factor, finite)
 
 
-def _accumulate(engine: Engine, batches: list[Tensor]) -> list[LMOutput]:
+def _accumulate(engine: Engine, batches: list[Batch]) -> list[LMOutput]:
     outputs: list[LMOutput] = []
     targets = engine.config.train.global_batch * engine.config.data.seq_len
     prior_LE = None
-    for index, tokens in enumerate(batches):
+    for index, batch in enumerate(batches):
         last = index == len(batches) - 1
         engine.expert_gradients.arm(last)
         with nullcontext() if last else engine.accelerator.no_sync(engine.wrapped):
-            input_BS, target_BS = micro_batch(tokens, engine)
-            output: LMOutput = engine.wrapped(input_BS, target_BS, TokenContext(prior_count_LE=prior_LE))
+            token_BS = batch.token_BS.to(engine.world.device, non_blocking=True)
+            output: LMOutput = engine.wrapped(token_BS[:, :-1], token_BS[:, 1:], _context(batch, engine, prior_LE))
             engine.accelerator.backward(_loss(output, engine, targets, len(batches)))
         outputs.append(_detached(output))
         if engine.config.moe.balance.switch_level == "global" and not last and output.stats:
             counts_LE = all_sum(torch.stack([stats.choice_E for stats in output.stats]), engine.topology)
             prior_LE = counts_LE if prior_LE is None else prior_LE + counts_LE
     return outputs
+
+
+def _context(batch: Batch, engine: Engine, prior_LE: Tensor | None) -> TokenContext:
+    return TokenContext(
+        prior_count_LE=prior_LE, noise_key=(engine.config.train.seed, batch.step), first_sequence=batch.first_sequence
+    )
 
 
 def _detached(output: LMOutput) -> LMOutput:
@@ -94,15 +113,3 @@ def _loss(output: LMOutput, engine: Engine, targets: int, accumulation: int) -> 
         for layer in output.aux:
             loss = loss + coefficient / accumulation * layer[name]
     return loss
-
-
-def _update(engine: Engine, totals: StepTotals) -> StepResult:
-    norm, clip = math.sqrt(totals.squares) if totals.squares >= 0 else math.nan, engine.config.optim.clip
-    finite = math.isfinite(norm) and math.isfinite(totals.loss_sum)
-    factor = clip_(engine.model, norm, clip) if finite and clip is not None else 1.0
-    if (
-        finite or engine.accelerator.scaler is not None
-    ):  # a scaler must see the overflow to lower its scale; it skips the update
-        engine.optimizer.step()
-    engine.optimizer.zero_grad()
-    return StepResult(totals, norm, factor, finite)

@@ -91,7 +91,7 @@ class Trainer:
         """Optimizer step number `step` (0-based), and what is due after it."""
         batches = training_batches(self.data.train, self.engine, step)
         rate = learning_rate(step, self.config.steps, self.engine.config.optim)
-        read_bytes = sum(int(self.data.tokenizer.token_bytes[tokens[:, 1:].numpy()].sum()) for tokens in batches)
+        read_bytes = sum(int(self.data.tokenizer.token_bytes[batch.token_BS[:, 1:].numpy()].sum()) for batch in batches)
         result = train_step(self.engine, batches, rate, read_bytes=read_bytes)
         done = step + 1
         self._watch(step, result)
