@@ -1,7 +1,7 @@
 """The layer's forward and backward, against what it cannot beat and what it must.
 
-    python benchmarks/layer.py                      # T=4096 D=512 F=1024 E=16 K=2, bf16 and fp32
-    python benchmarks/layer.py --experts 64 --top-k 8 --hidden 256 --dtype bf16 --profile
+    python -m benchmarks.layer                      # T=4096 D=512 F=1024 E=16 K=2, bf16 and fp32
+    python -m benchmarks.layer --experts 64 --top-k 8 --hidden 256 --dtype bf16 --profile
 
 Rows of the table:
   gemms         the floor: the same multiplications as three large matrix products, forward and both backward products of each
@@ -31,7 +31,7 @@ from benchmarks.where import profile_layer
 from dmoe import MoE
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-TOLERANCE = {"bf16": 0.02, "fp32": 1e-4}  # of the largest value: bf16 rounds each of five products to 2^-9
+TOLERANCE = {"bf16": 0.02, "fp32": 1e-5}  # bf16 rounds every product to 2^-9, and the two blocks weigh the sum in another order
 
 
 @dataclass(frozen=True)
@@ -136,17 +136,23 @@ def contenders(shape: Shape, dtype_name: str, device: str) -> dict[str, Contende
     return found
 
 
-def largest_difference(one: dict[str, Tensor], two: dict[str, Tensor], dtype_name: str) -> dict[str, float]:
-    """The root mean square of the difference over that of the value, by name; stops the run where it is too large.
+def difference(one: dict[str, Tensor], two: dict[str, Tensor], dtype_name: str) -> dict[str, float]:
+    """Relative difference by name; stops the run where it is too large.
 
-    The router is left out of the verdict in bf16: there the peer's logits are bf16, so a few tokens choose another expert.
+    float32: the norm of the difference over the norm, of everything. bf16: the median token's, of output and input gradient alone:
+    the peer's logits are bf16 there, so a few tokens choose another expert, which weight gradients cannot be cleared of.
     """
+    names = one if dtype_name == "fp32" else ("y", "x")
     found = {}
-    for name, value in one.items():
-        other = two[name].detach().float()
-        found[name] = float((value.detach().float() - other).norm() / other.norm())
-    judged = found if dtype_name == "fp32" else {name: error for name, error in found.items() if name != "router"}
-    if max(judged.values()) > 10 * TOLERANCE[dtype_name]:
+    for name in names:
+        rows, others = (value[name].detach().float().flatten(0, -2) for value in (one, two))
+        error = (
+            (rows - others).norm(dim=-1) / others.norm(dim=-1)
+            if dtype_name == "bf16"
+            else (rows - others).norm() / others.norm()
+        )
+        found[name] = float(error.median())
+    if not all(error < TOLERANCE[dtype_name] for error in found.values()):
         raise SystemExit(f"the two blocks do not compute the same thing: relative difference {found}")
     return found
 
@@ -221,10 +227,10 @@ def main() -> None:
     for dtype_name in DTYPES if args.dtype == "both" else [args.dtype]:
         found = contenders(shape, dtype_name, args.device)
         comparable = [contender.results() for contender in found.values() if contender.results]
-        difference = largest_difference(*comparable, dtype_name) if len(comparable) == 2 else {}
+        differences = difference(*comparable, dtype_name) if len(comparable) == 2 else {}
         times = measure(found, args.rounds, args.device)
         rows = summary(times)
-        report[dtype_name] = {"rows": rows, "difference": difference, "ms": times}
+        report[dtype_name] = {"rows": rows, "difference": differences, "ms": times}
         if not args.json:
             show(dtype_name, rows, times)
         if args.profile:

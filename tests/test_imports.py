@@ -11,6 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dmoe"
 LEVELS = [
     ("cli",),
+    ("verification",),
     ("training",),
     ("models", "modular", "distributed", "data", "report", "interop", "simulation"),
     ("moe",),

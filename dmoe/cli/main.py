@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, NoReturn
 
 import typer
 
 from dmoe import __version__
-from dmoe.cli import train
+from dmoe.cli import explain, generate, train
 from dmoe.config.errors import DmoeError
 
 __all__ = ["app", "run"]
+
+
+def paragraphs(command: Callable[..., None]) -> str:
+    """A docstring for any width of terminal: typer keeps the line breaks of the source."""
+    return "\n\n".join(" ".join(part.split()) for part in (command.__doc__ or "").split("\n\n"))
+
 
 app = typer.Typer(
     add_completion=False,
@@ -34,16 +41,29 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-app.command(name="train")(train.command)
+for name, module in {"train": train, "explain": explain, "generate": generate, "verify": verify}.items():
+    app.command(name=name, help=paragraphs(module.command))(module.command)
 
 
 def run() -> None:
     """The entry point: a user's mistake is one line on stderr and its exit code, never a traceback."""
     try:
-        app()
+        app(prog_name="dmoe", standalone_mode=False)
     except DmoeError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank finds the same mistake; one says it
-            print(f"dmoe: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        leave(str(error), error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if not hasattr(
+            error, "format_message"
+        ):  # click's usage errors have it; newer versions of typer carry a click of their own
+            raise
+        context = getattr(error, "ctx", None)
+        leave(f"{error.format_message().rstrip('.')}; see {context.command_path if context else 'dmoe'} --help", 2)
+
+
+def leave(message: str, code: int) -> NoReturn:
+    """Every rank of a launcher finds the same mistake; one says it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"dmoe: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -11,6 +11,7 @@ import typer
 from dmoe.cli.arguments import ARGUMENTS_HELP, load_arguments
 from dmoe.config.check import check
 from dmoe.config.errors import ConfigError
+from dmoe.config.schema import Config
 
 __all__ = ["command"]
 
@@ -18,6 +19,9 @@ __all__ = ["command"]
 def command(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [K=V ...]", help=ARGUMENTS_HELP)] = None,
     ranks: Annotated[int | None, typer.Option(help="Start this many local processes.", min=1)] = None,
+    preflight: Annotated[
+        bool, typer.Option("--preflight", help="First prove on 2 ranks that EP is sound on this config.")
+    ] = False,
     port: Annotated[
         int | None, typer.Option(help="Port of the local rendezvous. Default: a free one.", min=1, max=65535)
     ] = None,
@@ -34,6 +38,12 @@ def command(
     if launched and ranks is not None:
         raise ConfigError("--ranks", ranks, "a launcher has already set the world size", "leave --ranks out under torchrun")
     check(config, int(os.environ["WORLD_SIZE"]) if launched else ranks or 1)
+    if preflight:
+        if launched:
+            raise ConfigError(
+                "--preflight", True, "every rank of the launcher would start ranks of its own", "run dmoe verify first"
+            )
+        fly(config)
     if ranks is None:
         from dmoe.training.trainer import train
 
@@ -42,3 +52,15 @@ def command(
         from dmoe.distributed.launcher import launch
 
         sys.exit(launch(ranks, ["train", *(arguments or [])], port))
+
+
+def fly(config: Config) -> None:
+    """The short form of `dmoe verify`: one world of two ranks. Leaves with exit code 1 and the first difference if there is one."""
+    from dmoe.verification.verify import verify
+
+    report = verify(config, worlds=[2])
+    if report.first is not None:
+        first = report.first
+        print(f"dmoe: preflight: {first.quantity} differs in {first.case}: {first.where}: {first.cause}", file=sys.stderr)
+        sys.exit(1)
+    print(f"preflight: {len(report.cases)} cases train the same model ({report.seconds:.0f} s)")

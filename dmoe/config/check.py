@@ -10,16 +10,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dmoe.config.errors import ConfigError
-from dmoe.config.schema import Config
+from dmoe.config.schema import Config, RouterConfig
 
-__all__ = ["Batching", "batching", "check", "expert_parallel", "head_dim", "moe_blocks"]
+__all__ = ["Batching", "batching", "check", "check_router", "expert_parallel", "head_dim", "moe_blocks"]
 
 AT_LEAST_ONE = (
     "model.dim model.layers model.heads moe.num_experts moe.top_k moe.expert_dim moe.capacity.min_capacity parallel.virtual_ranks "
     "data.seq_len train.steps train.global_batch train.log_every train.eval_sequences checkpoint.keep"
 )
 NOT_NEGATIVE = (
-    "model.moe_every model.dense_first moe.experts.shared moe.balance.switch moe.balance.z train.eval_every train.sample_tokens "
+    "model.moe_every model.dense_first moe.experts.shared moe.balance.switch moe.balance.z moe.balance.importance "
+    "moe.balance.load moe.balance.usage_std moe.balance.bias train.eval_every train.sample_tokens "
     "optim.warmup optim.weight_decay checkpoint.every train.seed optim.min_lr_ratio optim.decay_fraction"
 )
 POSITIVE = (
@@ -29,6 +30,19 @@ OPTIONAL_POSITIVE = (
     "model.kv_heads model.head_dim model.dense_dim moe.capacity.factor moe.capacity.eval_factor moe.experts.shared_dim "
     "train.micro_batch optim.clip data.tokenizer_vocab"
 )
+WITHOUT_ORDER = ("fixed", "hash", "soft", "expert_choice")
+"""Routers that do not rank a token's experts by score: they have no next choice, and nothing that a bias could move."""
+READ_BY = {
+    "score": ("top_k", "group_limited"),
+    "weights_from": ("top_k", "group_limited", "adaptive"),
+    "jitter": ("top_k", "noisy", "group_limited", "adaptive", "soft", "expert_choice"),
+    "groups": ("group_limited",),
+    "topk_groups": ("group_limited",),
+    "top_p": ("adaptive",),
+    "k_min": ("adaptive",),
+    "allow_future_leak": ("expert_choice",),
+}
+"""Fields that only some kinds read. Not renormalize: who comes from top_k=1 has it at false, which is harmless everywhere."""
 AT_MOST_ONE = "optim.min_lr_ratio optim.decay_fraction optim.beta1 optim.beta2"
 
 
@@ -47,6 +61,8 @@ def check(config: Config, world: int = 1) -> None:
     _ranges(config)
     _model(config)
     _moe(config)
+    _capacity(config)
+    _balance(config)
     expert_parallel(config, world)
     batching(config, world)
     _rest(config)
@@ -109,21 +125,126 @@ def _model(config: Config) -> None:
 
 
 def _moe(config: Config) -> None:
-    moe, router = config.moe, config.moe.router
+    moe = config.moe
     if moe.top_k > moe.num_experts:
         raise ConfigError(
             "moe.top_k", moe.top_k, f"must be at most moe.num_experts={moe.num_experts}", f"use {moe.num_experts} or less"
         )
-    if moe.top_k == 1 and router.renormalize:
-        raise ConfigError(
-            "moe.router.renormalize",
-            True,
-            "with moe.top_k=1 makes every weight 1 and starves the router of gradient",
-            "set it to false",
-        )
+    check_router(moe.router, moe.num_experts, moe.top_k)
+    _router_in_model(config)
     if moe.exchange == "padded" and moe.capacity.factor is None:
         raise ConfigError(
             "moe.exchange", "padded", "sends a fixed number of slots and so needs moe.capacity.factor", "set it, e.g. to 1.25"
+        )
+
+
+def check_router(router: RouterConfig, num_experts: int, top_k: int) -> None:
+    """Refuse settings of a router that mean nothing, whatever the layer around it. Raises ConfigError."""
+    for field, kinds in READ_BY.items():
+        if getattr(router, field) != getattr(RouterConfig(), field) and router.kind not in kinds:
+            allowed = f"has no meaning for moe.router.kind={router.kind}, only for {', '.join(kinds)}"
+            raise ConfigError(f"moe.router.{field}", getattr(router, field), allowed, f"leave moe.router.{field} out")
+    if not 0 <= router.jitter < 1:
+        raise ConfigError("moe.router.jitter", router.jitter, "must be at least 0 and less than 1", "Switch used 0.01")
+    _starved(router, top_k)
+    if router.kind == "group_limited":
+        _groups(router, num_experts, top_k)
+    elif router.kind == "adaptive":
+        _adaptive(router, top_k)
+    elif router.kind == "soft" and top_k != num_experts:
+        allowed = f"must be moe.num_experts={num_experts} for moe.router.kind=soft, which sends a token to every expert"
+        raise ConfigError("moe.top_k", top_k, allowed, f"use {num_experts}")
+
+
+def _starved(router: RouterConfig, top_k: int) -> None:
+    """A weight that is 1 whatever the logits are sends the router no gradient."""
+    if router.kind == "noisy" and top_k == 1:
+        allowed = "with moe.router.kind=noisy makes every weight 1 and starves the router of gradient"
+        raise ConfigError("moe.top_k", 1, allowed, "use 2 or more, or moe.router.kind=top_k with moe.router.jitter")
+    if router.kind not in ("top_k", "group_limited") or top_k > 1:
+        return
+    allowed = "with moe.top_k=1 makes every weight 1 and starves the router of gradient"
+    if router.renormalize:
+        raise ConfigError("moe.router.renormalize", True, allowed, "set it to false")
+    if router.weights_from == "chosen" and router.score == "softmax":
+        raise ConfigError("moe.router.weights_from", "chosen", allowed, "use all")
+
+
+def _groups(router: RouterConfig, num_experts: int, top_k: int) -> None:
+    if router.groups < 1 or num_experts % router.groups:
+        fits = f"use one of {[n for n in range(1, num_experts + 1) if num_experts % n == 0]}"
+        raise ConfigError("moe.router.groups", router.groups, f"must divide moe.num_experts={num_experts}", fits)
+    if not 1 <= router.topk_groups <= router.groups:
+        allowed = f"must be between 1 and moe.router.groups={router.groups}"
+        raise ConfigError("moe.router.topk_groups", router.topk_groups, allowed, f"use {router.groups} or less")
+    eligible = router.topk_groups * num_experts // router.groups
+    if top_k > eligible:
+        allowed = f"must be at most the {eligible} experts of moe.router.topk_groups={router.topk_groups} groups"
+        raise ConfigError("moe.top_k", top_k, allowed, f"use {eligible} or less, or more topk_groups")
+
+
+def _adaptive(router: RouterConfig, top_k: int) -> None:
+    if not 0 < router.top_p <= 1:
+        raise ConfigError("moe.router.top_p", router.top_p, "must be greater than 0 and at most 1", "use 0.6")
+    if not 1 <= router.k_min <= top_k:
+        raise ConfigError("moe.router.k_min", router.k_min, f"must be from 1 to moe.top_k={top_k}", f"use {top_k} or less")
+    allowed = "with moe.router.k_min=1 gives a token of one expert weight 1, from which its router learns nothing"
+    for field, chosen, fix in (("renormalize", True, "false"), ("weights_from", "chosen", "all")):
+        if router.k_min == 1 and getattr(router, field) == chosen:
+            raise ConfigError(f"moe.router.{field}", chosen, allowed, f"set it to {fix}, or moe.router.k_min=2")
+
+
+def _router_in_model(config: Config) -> None:
+    """What a router cannot do inside a causal language model or together with a capacity."""
+    router, limits = config.moe.router, config.moe.capacity
+    if router.kind == "expert_choice":
+        if not router.allow_future_leak:
+            allowed = "looks at later tokens of a sequence to choose among earlier ones, which a causal model must not"
+            fix = "use top_k, or accept it with moe.router.allow_future_leak=true"
+            raise ConfigError("moe.router.kind", router.kind, allowed, fix)
+        if limits.group == "global":
+            raise ConfigError("moe.capacity.group", "global", "expert_choice cannot compare tokens of all ranks", "use rank")
+    for field in ("factor", "eval_factor"):
+        factor = getattr(limits, field)
+        if router.kind == "soft" and factor is not None and factor < 1:
+            allowed = "must be at least 1 for moe.router.kind=soft: every token needs a slot with every expert"
+            raise ConfigError(f"moe.capacity.{field}", factor, allowed, "use 1.0 or leave it out")
+
+
+def _capacity(config: Config) -> None:
+    moe, capacity = config.moe, config.moe.capacity
+    field, fewest = ("router.k_min", moe.router.k_min) if moe.router.kind == "adaptive" else ("top_k", moe.top_k)
+    if capacity.renormalize and fewest == 1 and moe.router.kind not in WITHOUT_ORDER:
+        allowed = f"with moe.{field}=1 makes the weight of an expert that is alone 1 and starves the router of gradient"
+        raise ConfigError("moe.capacity.renormalize", True, allowed, "set it to false")
+    if capacity.overflow != "next_choice":
+        return
+    if capacity.factor is None and capacity.eval_factor is None:
+        raise ConfigError(
+            "moe.capacity.overflow", "next_choice", "needs a capacity that overflows", "set moe.capacity.factor, e.g. to 1.25"
+        )
+    if moe.router.kind in WITHOUT_ORDER:
+        raise ConfigError(
+            "moe.capacity.overflow", "next_choice", f"needs a next expert, which router {moe.router.kind} has not", "use drop"
+        )
+    if moe.top_k == moe.num_experts and moe.router.kind != "adaptive":
+        raise ConfigError(
+            "moe.capacity.overflow", "next_choice", "needs a next expert, but moe.top_k chooses all of them", "use drop"
+        )
+
+
+def _balance(config: Config) -> None:
+    kind, balance = config.moe.router.kind, config.moe.balance
+    if balance.load and kind != "noisy":
+        raise ConfigError(
+            "moe.balance.load",
+            balance.load,
+            f"is smooth by the noise of a noisy router, and {kind} has none",
+            "use router.kind=noisy",
+        )
+    if balance.bias and kind in WITHOUT_ORDER:
+        raise ConfigError(
+            "moe.balance.bias", balance.bias, f"moves choices by score, and router {kind} makes none", "set it to 0"
         )
 
 

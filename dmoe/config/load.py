@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.fields import list_fields
 from dmoe.config.schema import Config
 
 __all__ = ["load", "to_yaml"]
@@ -100,7 +101,14 @@ def _merge(base: DictConfig, new: DictConfig, source: str) -> DictConfig:
     except OmegaConfBaseException as error:
         key = error.full_key or source
         value = OmegaConf.select(new, key, default="?") if error.full_key else "?"
-        raise ConfigError(key, value, _first_line(error), "see `dmoe explain --fields` for every field and its type") from None
+        field = next((field for field in list_fields() if field.name == key), None)
+        if field is None:
+            raise ConfigError(
+                key, value, _first_line(error), "see `dmoe explain --fields` for every field and its type"
+            ) from None
+        raise ConfigError(
+            key, value, f"must be {field.type.replace(' | ', ' or ')}", f"the default is {field.default}"
+        ) from None
 
 
 def _refuse_wrong_sections(base: DictConfig, new: DictConfig, prefix: str) -> None:

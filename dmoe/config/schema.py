@@ -184,7 +184,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 1100
+    steps: int = 600
     """Optimizer steps."""
     global_batch: int = 24
     """Sequences an optimizer step, over all ranks and accumulation steps; never depends on the world size."""
@@ -202,7 +202,7 @@ class TrainConfig:
     """Recompute each block in backward instead of keeping its activations."""
     log_every: int = 10
     """Steps between two metric lines."""
-    eval_every: int = 400
+    eval_every: int = 300
     """Steps between two evaluations; one more at the end. 0: only at the end."""
     eval_sequences: int = 512
     """Held-out sequences an evaluation reads."""
@@ -238,7 +238,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 400
+    every: int = 300
     """Steps between two checkpoints; one more at the end. 0: only at the end."""
     keep: int = 2
     """Complete checkpoints that are kept."""

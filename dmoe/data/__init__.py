@@ -4,7 +4,7 @@ sources.py    where documents come from          tokenizer*.py  bytes, tokenizer
 corpus.py     documents, duplicates, hold-out    packing.py     documents -> token stream -> sequences
 order.py      which sequence is sample i of s    shards.py      the token stream on disk (index: shard_index.py)
 counter.py    random numbers without a state     synthetic.py   endless streams with a known best loss
-stream.py     open_data: all of it together
+stream.py     open_data: all of it together         labels.py     which domain a sequence starts in
 """
 
 from __future__ import annotations

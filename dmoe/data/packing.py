@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dmoe.config.errors import ConfigError
+from dmoe.data.labels import ONE_DOMAIN, Runs, label_at
 from dmoe.data.order import sequence_indices
 from dmoe.data.tokenizer import Tokenizer
 
@@ -60,6 +61,8 @@ class PackedStream:
     seed: int
     vocab_size: int
     split: str
+    runs: Runs = ONE_DOMAIN
+    """Where the domain changes (labels.py)."""
 
     def __post_init__(self) -> None:
         assert self.seq_len >= 1
@@ -89,6 +92,16 @@ class PackedStream:
         """Sequences first .. first + count - 1 as they are stored, without wrapping around: int64 [count, seq_len + 1]."""
         assert 0 <= first <= first + count <= self.sequences, f"rows {first}+{count} of {self.sequences}"
         return self._gather(np.arange(first, first + count, dtype=np.int64))
+
+    def labels(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
+        """The domain each sample of `batch` starts in: int64 [count]."""
+        index_B = sequence_indices(step, first, count, global_batch, self.sequences, self.seed)
+        return label_at(index_B * self.seq_len, self.runs)
+
+    def row_labels(self, first: int, count: int) -> np.ndarray:
+        """The domain each sequence of `rows` starts in: int64 [count]."""
+        assert 0 <= first <= first + count <= self.sequences, f"rows {first}+{count} of {self.sequences}"
+        return label_at(np.arange(first, first + count, dtype=np.int64) * self.seq_len, self.runs)
 
     def _gather(self, index_B: np.ndarray) -> np.ndarray:
         token_BS = np.empty((len(index_B), self.seq_len + 1), dtype=np.int64)

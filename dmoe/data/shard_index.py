@@ -3,9 +3,13 @@
 {"format": "dmoe-shards", "version": 1, "dtype": "uint16",
  "tokenizer": {"name": "bytes", "fingerprint": "...", "vocab_size": 256, "separator": 0},
  "holdout": 0.05,
+ "domains": ["de", "python"],
  "splits": {"train": {"documents": 700, "text_bytes": 11500000, "sha256": "<of the whole token stream>",
+                      "runs": [[0, 1], [7000, 0]],
                       "shards": [{"file": "train-00000.bin", "tokens": 8000, "bytes": 16000, "sha256": "..."}]},
             "held_out": {...}}}
+
+"runs" is where the domain changes (labels.py). Shards written before there were domains have neither it nor "domains": one domain.
 """
 
 from __future__ import annotations
@@ -14,12 +18,14 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dmoe.config.errors import ConfigError
+from dmoe.data.labels import ONE_DOMAIN, Runs
 
 __all__ = ["FORMAT", "INDEX", "SPLITS", "Shard", "ShardIndex", "Split", "damaged", "read_index"]
 
@@ -50,6 +56,7 @@ class Split:
     text_bytes: int
     sha256: str
     shards: tuple[Shard, ...]
+    runs: Runs = ONE_DOMAIN
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class ShardIndex:
     tokenizer: Mapping[str, Any]
     holdout: float
     splits: Mapping[str, Split]
+    domains: tuple[str, ...] = ("text",)
 
     def to_json(self) -> str:
         """The text of index.json."""
@@ -69,6 +77,7 @@ class ShardIndex:
             "dtype": self.dtype.name,
             "tokenizer": dict(self.tokenizer),
             "holdout": self.holdout,
+            "domains": list(self.domains),
             "splits": {name: asdict(split) for name, split in self.splits.items()},
         }
         return json.dumps(body, indent=1) + "\n"
@@ -114,12 +123,33 @@ def _parse(body: dict[str, Any]) -> ShardIndex:
         "vocab_size": _count(tokenizer, "vocab_size", 1),
         "separator": _count(tokenizer, "separator", 0),
     }
-    return ShardIndex(dtype, header, holdout, {name: _split(body["splits"][name], dtype) for name in SPLITS})
+    domains = _domains(body.get("domains", ["text"]))
+    splits = {name: _split(body["splits"][name], dtype, len(domains)) for name in SPLITS}
+    return ShardIndex(dtype, header, holdout, splits, domains)
 
 
-def _split(body: dict[str, Any], dtype: np.dtype) -> Split:
+def _split(body: dict[str, Any], dtype: np.dtype, domains: int) -> Split:
     shards = tuple(_shard(entry, dtype) for entry in body["shards"])
-    return Split(_count(body, "documents", 1), _count(body, "text_bytes", 1), _hash(body, "sha256"), shards)
+    runs = _runs(body.get("runs", ONE_DOMAIN), domains)
+    return Split(_count(body, "documents", 1), _count(body, "text_bytes", 1), _hash(body, "sha256"), shards, runs)
+
+
+def _domains(names: Any) -> tuple[str, ...]:
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"domains {names!r}")
+    if names != sorted(set(names)):
+        raise ValueError(f"domains {names!r}, which must be sorted and distinct")
+    return tuple(names)
+
+
+def _runs(body: Any, domains: int) -> Runs:
+    runs = tuple((begin, label) for begin, label in body)
+    plain = all(type(number) is int for run in runs for number in run)
+    if not plain or not runs or runs[0][0] != 0 or any(not 0 <= label < domains for _, label in runs):
+        raise ValueError(f"runs {body!r}")
+    if any(one[0] >= two[0] for one, two in pairwise(runs)):
+        raise ValueError("runs, whose positions must ascend")
+    return runs
 
 
 def _shard(entry: dict[str, Any], dtype: np.dtype) -> Shard:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from dmoe.config.errors import ConfigError
+from dmoe.data.labels import ONE_DOMAIN, count_lengths, domain_runs
 from dmoe.data.packing import stored_dtype
 from dmoe.data.shard_index import INDEX, SPLITS, Shard, ShardIndex, Split, damaged, read_index
 from dmoe.data.tokenizer import Tokenizer
@@ -33,6 +34,8 @@ class SplitContent:
     chunks: Iterable[np.ndarray]
     documents: int
     text_bytes: int
+    domains: tuple[str, ...] = ()
+    """The domain of each document, i.e. of each chunk but the first; empty if nothing is known of them."""
 
 
 def write_shards(
@@ -55,8 +58,9 @@ def write_shards(
         "separator": tokenizer.separator,
     }
     dtype = stored_dtype(tokenizer.vocab_size)
-    written = {name: _write_split(directory, name, splits[name], dtype, shard_tokens) for name in SPLITS}
-    index = ShardIndex(dtype, header, holdout, written)
+    domains = tuple(sorted({domain for content in splits.values() for domain in content.domains})) or ("text",)
+    written = {name: _write_split(directory, name, splits[name], dtype, shard_tokens, domains) for name in SPLITS}
+    index = ShardIndex(dtype, header, holdout, written, domains)
     temporary = directory / (INDEX + ".partial")
     _write_durably(temporary, index.to_json().encode())
     os.replace(temporary, directory / INDEX)
@@ -98,17 +102,21 @@ def _checked_file(directory: Path, shard: Shard) -> Path:
     return path
 
 
-def _write_split(directory: Path, name: str, content: SplitContent, dtype: np.dtype, shard_tokens: int) -> Split:
+def _write_split(
+    directory: Path, name: str, content: SplitContent, dtype: np.dtype, shard_tokens: int, domains: tuple[str, ...]
+) -> Split:
     whole = hashlib.sha256()
     shards = []
-    for number, tokens in enumerate(_regroup(content.chunks, shard_tokens)):
+    lengths: list[int] = []
+    for number, tokens in enumerate(_regroup(count_lengths(content.chunks, lengths), shard_tokens)):
         assert tokens.dtype == dtype, f"chunks of {tokens.dtype} instead of {dtype}"
         data = tokens.tobytes()
         whole.update(data)
         file = f"{name}-{number:05d}.bin"
         _write_durably(directory / file, data)
         shards.append(Shard(file, len(tokens), len(data), hashlib.sha256(data).hexdigest()))
-    return Split(content.documents, content.text_bytes, whole.hexdigest(), tuple(shards))
+    runs = domain_runs(lengths[1:], content.domains, domains) if content.domains else ONE_DOMAIN
+    return Split(content.documents, content.text_bytes, whole.hexdigest(), tuple(shards), runs)
 
 
 def _write_durably(path: Path, data: bytes) -> None:

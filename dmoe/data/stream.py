@@ -18,6 +18,7 @@ import numpy as np
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data.corpus import Corpus, Document, split_corpus
+from dmoe.data.labels import Runs, domain_runs
 from dmoe.data.packing import PackedStream, stream_hash, token_chunks
 from dmoe.data.shard_index import INDEX, SPLITS, ShardIndex, read_index
 from dmoe.data.shards import SplitContent, map_shards, write_shards
@@ -51,6 +52,12 @@ class Stream(Protocol):
         Never wraps: the caller keeps first + count within `sequences` (an assert).
         """
 
+    def labels(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
+        """For each sequence of `batch`, the index in `Data.domains` of the document it starts in: int64 [count]."""
+
+    def row_labels(self, first: int, count: int) -> np.ndarray:
+        """The same for `rows`: int64 [count]."""
+
 
 @dataclass(frozen=True)
 class Data:
@@ -61,6 +68,8 @@ class Data:
     tokenizer: Tokenizer
     fingerprint: str
     summary: str
+    domains: tuple[str, ...]
+    """What the labels number, sorted by name."""
 
     def describe(self) -> str:
         """One line: where the data is from, files, bytes, tokens, sequences, the fingerprint's first 12 digits, and remarks."""
@@ -90,7 +99,7 @@ def prepare_shards(config: DataConfig, directory: Path, shard_tokens: int = 2**2
     tokenizer = open_tokenizer(config)
     train, held_out = split_corpus(read_corpus(config.source), config.holdout)
     splits = {
-        name: SplitContent(_chunks(corpus, tokenizer), len(corpus.documents), corpus.size)
+        name: SplitContent(_chunks(corpus, tokenizer), len(corpus.documents), corpus.size, _domains(corpus))
         for name, corpus in (("train", train), ("held_out", held_out))
     }
     return write_shards(directory, tokenizer, config.holdout, splits, shard_tokens)
@@ -98,7 +107,13 @@ def prepare_shards(config: DataConfig, directory: Path, shard_tokens: int = 2**2
 
 def _open_text(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data:
     train, held_out = split_corpus(read_corpus(config.source), config.holdout)
-    parts = [[np.concatenate(list(_chunks(corpus, tokenizer)))] for corpus in (train, held_out)]
+    names = tuple(sorted({*_domains(train), *_domains(held_out)}))
+    chunks = [list(_chunks(corpus, tokenizer)) for corpus in (train, held_out)]
+    parts = [[np.concatenate(side)] for side in chunks]
+    runs = [
+        domain_runs([len(chunk) for chunk in side[1:]], _domains(corpus), names)
+        for side, corpus in zip(chunks, (train, held_out), strict=True)
+    ]
     documents = (*train.documents, *held_out.documents)
     origin = f"{config.source}: {len(documents)} files, {(train.size + held_out.size) / 1e6:.1f} MB"
     if len(train.domains) > 1:
@@ -106,7 +121,7 @@ def _open_text(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data:
         origin += f" ({shares})"
     notes = (*train.notes, *_content_notes(documents, tokenizer))
     hashes = (stream_hash(parts[0]), stream_hash(parts[1]))
-    return _packed(config, seed, tokenizer, config.holdout, parts, hashes, "; ".join((origin, *notes)))
+    return _packed(config, seed, tokenizer, config.holdout, parts, hashes, "; ".join((origin, *notes)), runs, names)
 
 
 def _open_shards(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data:
@@ -125,7 +140,8 @@ def _open_shards(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data:
     count = sum(len(arrays) for arrays in parts)
     # The split was made when the shards were written: their hold-out counts, not data.holdout.
     origin = f"{directory}: {files} files, {size:.1f} MB in {count} shards, holdout {index.holdout}"
-    return _packed(config, seed, tokenizer, index.holdout, parts, hashes, origin)
+    runs = [index.splits[split].runs for split in SPLITS]
+    return _packed(config, seed, tokenizer, index.holdout, parts, hashes, origin, runs, index.domains)
 
 
 def _open_synthetic(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data:
@@ -136,7 +152,8 @@ def _open_synthetic(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data
     kind = config.source.removeprefix("synthetic:")
     train, held_out = (SyntheticStream(kind, config.seq_len, seed, split) for split in SPLITS)
     fingerprint = _sha256("synthetic", kind, config.seq_len, seed)
-    return Data(train, held_out, tokenizer, fingerprint, f"{config.source}: endless sequences of {config.seq_len} tokens")
+    summary = f"{config.source}: endless sequences of {config.seq_len} tokens"
+    return Data(train, held_out, tokenizer, fingerprint, summary, (kind,))
 
 
 def _packed(
@@ -147,21 +164,27 @@ def _packed(
     parts: Sequence[Sequence[np.ndarray]],
     hashes: tuple[str, str],
     origin: str,
+    runs: Sequence[Runs],
+    domains: tuple[str, ...],
 ) -> Data:
     train, held_out = (
-        PackedStream(arrays, config.seq_len, seed, tokenizer.vocab_size, split)
-        for split, arrays in zip(SPLITS, parts, strict=True)
+        PackedStream(arrays, config.seq_len, seed, tokenizer.vocab_size, split, changes)
+        for split, arrays, changes in zip(SPLITS, parts, runs, strict=True)
     )
     summary = (
         f"{origin}; {train.tokens + held_out.tokens:,} tokens ({tokenizer.name}, vocabulary {tokenizer.vocab_size:,}); "
         f"{train.sequences:,} training and {held_out.sequences:,} held-out sequences of {config.seq_len}"
     )
     fingerprint = _sha256("packed", *hashes, tokenizer.fingerprint, config.seq_len, holdout)
-    return Data(train, held_out, tokenizer, fingerprint, summary)
+    return Data(train, held_out, tokenizer, fingerprint, summary, domains)
 
 
 def _chunks(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     return token_chunks((document.content for document in corpus.documents), tokenizer)
+
+
+def _domains(corpus: Corpus) -> tuple[str, ...]:
+    return tuple(document.domain for document in corpus.documents)
 
 
 def _content_notes(documents: Sequence[Document], tokenizer: Tokenizer) -> list[str]:

@@ -59,6 +59,14 @@ class SyntheticStream:
         assert min(first, count) >= 0, f"rows {first}+{count}"
         return self._draw(np.arange(first, first + count, dtype=np.int64))
 
+    def labels(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
+        """int64 [count]: one domain, 0."""
+        return np.zeros(count, dtype=np.int64)
+
+    def row_labels(self, first: int, count: int) -> np.ndarray:
+        """int64 [count]: one domain, 0."""
+        return np.zeros(count, dtype=np.int64)
+
     def _draw(self, number_B: np.ndarray) -> np.ndarray:
         position_S = np.arange(self.seq_len + 1)
         if self.kind == "copy":

@@ -1,16 +1,43 @@
-"""DDP for everything but the experts: what it must not touch, and that it sums where it would average."""
+"""DDP for everything but the experts: what it must not touch, and that it sums where it would average.
+
+Every rank holds all dense parameters whole, and its experts whole; `ExpertGradients` sums what DDP leaves alone.
+"""
 
 # No `from __future__ import annotations`: DDP compares the hook's annotations with the types themselves.
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
+from dmoe.distributed.gradients import ExpertGradients
 from dmoe.distributed.parallelize import expert_parameters
+from dmoe.distributed.topology import Topology
 
-__all__ = ["keep_experts_out_of_ddp", "sum_dense_gradients"]
+__all__ = ["Replicated", "keep_experts_out_of_ddp", "sum_dense_gradients"]
+
+
+class Replicated:
+    """`parallelize.Replication` by DDP, as accelerate wraps it; without a process group, accelerate's model alone."""
+
+    def __init__(self, model: nn.Module, topology: Topology, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        keep_experts_out_of_ddp(model)
+        self.wrapped: nn.Module = accelerator.prepare_model(model)
+        if dist.is_initialized():
+            sum_dense_gradients(self.wrapped)
+        self.expert_gradients = ExpertGradients(model, topology)
+
+    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+        self.expert_gradients.arm(last)
+        return nullcontext() if last else self.accelerator.no_sync(self.wrapped)
+
+    def finish(self) -> None:
+        self.expert_gradients.finish()
 
 
 def keep_experts_out_of_ddp(model: nn.Module) -> None:

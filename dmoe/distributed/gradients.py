@@ -1,8 +1,9 @@
 """Every gradient is the gradient of one number: the loss of the global batch.
 
-Dense parameters: DDP sums over all ranks (`parallelize.sum_dense_gradients`). Experts: the all-to-all's backward has already
-summed over the ranks of a row; here they are summed over the copies, down the column. No class of parameters has a factor of its
-own. The worst bugs of every peer are exactly here: DeepSpeed#6545, Megatron-LM#5916, megablocks#86, fastmoe#169.
+Dense parameters: DDP sums over all ranks (`ddp.sum_dense_gradients`). Experts: the all-to-all's backward has already summed over
+the ranks of a row; here they are summed over the copies, down the column. FSDP2 does both sums itself, and leaves each rank a part
+of each (`fsdp.py`). No class of parameters has a factor of its own. The worst bugs of every peer are exactly here:
+DeepSpeed#6545, Megatron-LM#5916, megablocks#86, fastmoe#169.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dmoe.distributed.parallelize import expert_parameters
 from dmoe.distributed.topology import Topology
 
-__all__ = ["ExpertGradients", "all_sum", "clip_", "square_sums"]
+__all__ = ["ExpertGradients", "all_sum", "clip_", "local", "square_sums"]
 
 
 class ExpertGradients:
@@ -57,17 +59,26 @@ def square_sums(model: nn.Module, topology: Topology) -> Tensor:
     """
     experts = {id(parameter) for parameter in expert_parameters(model).values()}
     parameters = list(model.parameters())
-    dense = _squares(p for p in parameters if id(p) not in experts) / topology.world
-    expert = _squares(p for p in parameters if id(p) in experts) / topology.edp
+    dense = _squares((p for p in parameters if id(p) not in experts), topology.world)
+    expert = _squares((p for p in parameters if id(p) in experts), topology.edp)
     return torch.stack([dense, expert])
 
 
-def _squares(parameters: Iterable[nn.Parameter]) -> Tensor:
+def _squares(parameters: Iterable[nn.Parameter], copies: int) -> Tensor:
+    """A plain gradient is held whole by `copies` ranks; of a sharded one each element is held once."""
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return torch.zeros(())
     wide = torch.promote_types(grads[0].dtype, torch.float32)
-    return torch.stack(torch._foreach_norm(grads, 2.0, dtype=wide)).square().sum()
+    squares = torch.stack(torch._foreach_norm([local(g) for g in grads], 2.0, dtype=wide)).square()
+    share = torch.tensor([1.0 if isinstance(g, DTensor) else 1.0 / copies for g in grads], dtype=wide)
+    return squares @ share.to(squares.device)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds, in the same memory: of a DTensor its part. Collectives and in-place work want it; autograd does not."""
+    with torch.no_grad():
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def all_sum(value: Tensor, topology: Topology) -> Tensor:
@@ -81,5 +92,5 @@ def clip_(model: nn.Module, norm: float, limit: float) -> float:
     """Scale every gradient by `min(1, limit / (norm + 1e-6))`, the same on all ranks; returns the factor."""
     factor = min(1.0, limit / (norm + 1e-6))
     if factor < 1.0:
-        torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], factor)
+        torch._foreach_mul_([local(p.grad) for p in model.parameters() if p.grad is not None], factor)
     return factor

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import os
 
+from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, run
+
+from dmoe.config.errors import ConfigError
 
 __all__ = ["launch"]
 
@@ -25,4 +28,8 @@ def launch(ranks: int, arguments: list[str], port: int | None = None) -> int:
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return int(failure.exitcode) if failure.exitcode > 0 else 128 - int(failure.exitcode)
+    except DistNetworkError as error:
+        if port is None or "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError("--port", port, "the port is in use", "leave --port out to get a free one, or name another") from None
     return 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from typing import Protocol
+
 from torch import nn
 
 from dmoe.distributed.all_to_all import PackedAllToAll, PaddedAllToAll
@@ -9,7 +12,26 @@ from dmoe.distributed.peers import GroupPeers
 from dmoe.distributed.topology import Topology
 from dmoe.moe.layer import MoE
 
-__all__ = ["expert_parameters", "moe_layers", "shard_experts"]
+__all__ = ["Replication", "expert_parameters", "moe_layers", "shard_experts"]
+
+
+class Replication(Protocol):
+    """How ranks share a parameter that is the same on all of them, and sum its gradient: `ddp.Replicated` or `fsdp.Sharded`.
+
+    Made from the model of `shard_experts`, with its weights drawn, and before the optimizer: its parameters may become others.
+    Collective.
+    """
+
+    wrapped: nn.Module
+    """What is called: the model, under autocast."""
+
+    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+        """Around one forward and backward of an optimizer step. Gradients are summed over the ranks in the `last` of them."""
+        ...
+
+    def finish(self) -> None:
+        """Wait for the sums: afterwards every `grad` is the gradient of the global batch's loss."""
+        ...
 
 
 def shard_experts(model: nn.Module, topology: Topology) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -24,6 +25,6 @@ class GroupPeers:
 
     def gather(self, value: Tensor) -> Tensor:
         value = value.detach().contiguous()
-        gathered = value.new_empty((self.size, *value.shape))
-        dist.all_gather_into_tensor(gathered.view(-1, *value.shape[1:]) if value.ndim else gathered, value, group=self.group)
-        return gathered
+        parts = [torch.empty_like(value) for _ in range(self.size)]
+        dist.all_gather(parts, value, group=self.group)
+        return torch.stack(parts)

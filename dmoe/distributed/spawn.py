@@ -108,7 +108,8 @@ def _run(
     limit = timedelta(seconds=timeout)
     try:
         if world > 1:  # what torchrun would set: accelerate reads it
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+            here, size = str(rank), str(world)
+            os.environ.update(RANK=here, WORLD_SIZE=size, LOCAL_RANK=here, LOCAL_WORLD_SIZE=size, OMP_NUM_THREADS="1")
             dist.init_process_group("gloo", store=FileStore(str(store), world), rank=rank, world_size=world, timeout=limit)
         value = function(rank, world, *args)
         if world > 1:

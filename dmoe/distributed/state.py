@@ -1,17 +1,20 @@
 """A training state as named tensors: what a checkpoint holds, the same names at any world, EP size and mode.
 
-Dense parameters are plain tensors, equal on all ranks. Experts are DTensors of global shape [E, ...], Shard(0) over the ranks of a
-row and replicated down the columns, so that a checkpoint written by 4 ranks is read by 1 or 8 and every expert finds itself by its
-global id. Names: `model.NAME`, `optim.exp_avg.NAME`, `optim.exp_avg_sq.NAME`, `optim.step`.
+Dense parameters are plain tensors, equal on all ranks; under FSDP2, DTensors over all ranks. Experts are DTensors of global shape
+[E, ...], Shard(0) over the ranks of a row and, down the columns, replicated (DDP) or sharded once more (FSDP2), so that a checkpoint
+written by 4 ranks is read by 1 or 8, in either mode, and every expert finds itself by its global id. Names: `model.NAME`,
+`optim.exp_avg.NAME`, `optim.exp_avg_sq.NAME`, `optim.step`.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import make_contiguous_strides_for
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from dmoe.distributed.gradients import local
 from dmoe.distributed.parallelize import expert_parameters
 from dmoe.distributed.topology import Topology
 
@@ -63,18 +66,22 @@ def _device_type(model: nn.Module) -> str:
 
 
 def _mesh(topology: Topology, device: str) -> DeviceMesh | None:
-    """The picture of topology.py as torch's mesh, over the groups that are there already."""
+    """The picture of topology.py as torch's mesh, over the groups that are there already; turned, because experts are divided along
+    ep first and along edp after."""
     if topology.exchange is None:
         return None
-    ranks = torch.arange(topology.world).view(topology.edp, topology.ep)
+    ranks = torch.arange(topology.world).view(topology.edp, topology.ep).T
     if topology.copies is None:
         return DeviceMesh.from_group(topology.exchange, device, ranks.flatten(), mesh_dim_names=("ep",))
-    return DeviceMesh.from_group([topology.copies, topology.exchange], device, ranks, mesh_dim_names=("edp", "ep"))
+    return DeviceMesh.from_group([topology.exchange, topology.copies], device, ranks, mesh_dim_names=("ep", "edp"))
 
 
-def _whole(local: Tensor, mesh: DeviceMesh | None) -> Tensor:
-    """The local experts as their part of [E, ...]: split along ep, equal along edp."""
+def _whole(experts: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    """A rank's experts [e, ...] as their part of [E, ...]: split along ep; along edp as they are, equal or split."""
     if mesh is None:
-        return local
-    placements = [Shard(0)] if mesh.ndim == 1 else [Replicate(), Shard(0)]
-    return DTensor.from_local(local, mesh, placements, run_check=False)
+        return experts
+    shape = torch.Size([experts.shape[0] * mesh.size(0), *experts.shape[1:]])
+    down = experts.placements if isinstance(experts, DTensor) else (Replicate(),)
+    placements = [Shard(0), *down][: mesh.ndim]
+    stride = make_contiguous_strides_for(shape)
+    return DTensor.from_local(local(experts), mesh, placements, run_check=False, shape=shape, stride=stride)

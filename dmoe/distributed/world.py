@@ -54,9 +54,10 @@ def start(device: str = "auto", backend: str = "auto", timeout: float = 600.0) -
     """
     size, rank, local = launched_world_size(), int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     where = _device(device, local)
+    library = _backend(backend, where)
     restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        _join(_backend(backend, where), rank, size, restart, timedelta(seconds=timeout))
+        _join(library, rank, size, restart, timedelta(seconds=timeout))
     return World(rank, size, local, where, restart, dist.is_initialized())
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dmoe.models.transformer import Transformer
 from dmoe.moe.keyed import generator
+from dmoe.moe.routing import TokenContext
 
 __all__ = ["generate", "pick"]
 
@@ -31,20 +32,24 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     stop: Collection[int] = (),
+    label: int = 0,
 ) -> list[int]:
     """Up to `max_tokens` new tokens after the prompt; a token in `stop` ends the text and is left out.
 
     Each token sees the last `window` ones (use the training's `seq_len`). Temperature 0 takes the most likely token; otherwise
     the draw depends on (seed, logits) alone. `top_k` keeps the k most likely tokens, `top_p` the fewest whose probabilities
-    reach p (Holtzman et al. 2019). Under expert parallelism every rank must make the same call. The model's mode is restored.
+    reach p (Holtzman et al. 2019). `label` is the text's task,
+    language or domain (fixed routing). Under expert parallelism every rank must make the same call. The model's mode is restored.
     """
     check(prompt_ids, window, temperature, top_k, top_p)
     device = model.embedding.weight.device
     draws = generator(seed, "generate")
     ids = list(prompt_ids)
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.no_grad():  # not inference_mode: see evaluation.py
         for _ in range(max_tokens):
-            logits_BSV = model(torch.tensor([ids[-window:]], device=device)).logits_BSV
+            token_BS = torch.tensor([ids[-window:]], device=device)
+            context = TokenContext(label_T=torch.full_like(token_BS[0], label))
+            logits_BSV = model(token_BS, context=context).logits_BSV
             token = pick(logits_BSV[0, -1], temperature, top_k, top_p, draws)
             if token in stop:
                 break

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import register_dataclass
 from torch.utils.checkpoint import checkpoint
 
 from dmoe.config.schema import ModelConfig, MoEConfig
@@ -45,6 +46,9 @@ class LMOutput:
     """For each MoE layer its auxiliary losses, raw (no coefficient), by name; see `dmoe.moe.balance`."""
     stats: list[LayerStats] = field(default_factory=list)
     """For each MoE layer what it counted."""
+
+
+register_dataclass(LMOutput)  # FSDP2 before torch 2.13 looks for tensors in pytrees only, and misses a backward without a word
 
 
 class Transformer(nn.Module):

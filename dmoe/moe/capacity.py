@@ -2,8 +2,9 @@
 
 An expert takes at most C assignments from each group of tokens; who comes later is dropped and its token keeps only its other
 choices (or nothing: then the residual stream alone carries it). GShard (Lepikhin et al. 2020), Switch (Fedus et al. 2021).
+The order of a queue is in `queues.py`, the second chance of who is late in `overflow.py`.
 
-Letters: T tokens, E experts, K experts a token, N = T*K assignments, G groups, C slots of one (group, expert).
+Letters: T tokens, E experts, K experts a token, G groups, C slots of one (group, expert), W ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from dmoe.config.schema import CapacityConfig
+from dmoe.moe.overflow import next_choice
 from dmoe.moe.peers import Peers
+from dmoe.moe.queues import Line, find_places
 from dmoe.moe.routing import Routing, TokenContext
 
 __all__ = ["limit", "limit_reference", "slots_per_expert"]
@@ -33,73 +36,85 @@ def slots_per_expert(factor: float, tokens: int, top_k: int, num_experts: int, m
 def limit(routing: Routing, config: CapacityConfig, context: TokenContext, peers: Peers) -> Routing:
     """`routing` with `keep_TK` and `slot_TK` set: the first C assignments in each (group, expert) queue survive.
 
-    Queue order: `position` = all first choices before all second choices, then token order (GShard); `score` = higher router
-    score first, ties by position. Groups are equal contiguous runs of tokens. Dropless (`context.capacity` None) returns `routing`
-    itself. No collective, no host sync; O(N log N) by stable sorts, so the order is the same on every device.
+    Groups `rank` and `sequence` are equal contiguous runs of this rank's tokens: no collective. Group `global` is the tokens of all
+    ranks in rank order, equally many on each, and `context.capacity` is their common C: one all-gather, and one more for
+    `next_choice` (`queues.find_places` tells its size). The result says what the dispatchers need of it: G = 1 group and
+    min(C, T) slots, for more than that no expert can get from this rank. Dropless (`context.capacity` None) returns `routing`
+    itself. No host sync.
     """
     if context.capacity is None:
         return routing
-    slot_TK = queue_position(routing, context.groups, config.priority)
-    keep_TK = slot_TK < context.capacity
-    if routing.keep_TK is not None:
-        keep_TK = keep_TK & routing.keep_TK
-    weight_TK = surviving_weight(routing, keep_TK, config.renormalize)
-    slots = float(context.capacity * context.groups * routing.score_TE.shape[1])
-    return replace(
+    tokens, num_experts = routing.score_TE.shape
+    groups = max(1, context.groups)  # a batch of no sequences has none
+    shared = config.group == "global"
+    everybody = peers if shared else None
+    by_score = config.priority == "score"
+    made_TK = torch.ones_like(routing.expert_TK, dtype=torch.bool) if routing.keep_TK is None else routing.keep_TK
+    score_TK = routing.score_TE.detach().gather(1, routing.expert_TK) if by_score else None
+    places = find_places(Line(routing.expert_TK, made_TK, score_TK, groups, num_experts), everybody)
+    keep_TK = made_TK & (places.place_TK < context.capacity)
+    limited = replace(
         routing,
-        weight_TK=weight_TK,
         keep_TK=keep_TK,
-        slot_TK=slot_TK,
-        capacity=context.capacity,
-        groups=context.groups,
-        slots=slots,
+        slot_TK=places.slot_TK,
+        capacity=min(context.capacity, tokens) if shared else context.capacity,
+        groups=groups,
+        slots=context.capacity * groups * num_experts / (peers.size if shared else 1),
     )
+    if config.overflow == "next_choice":
+        limited = next_choice(limited, made_TK & ~keep_TK, places, context.capacity, by_score, everybody)
+    return replace(limited, weight_TK=surviving_weight(limited, config.renormalize))
 
 
-def queue_position(routing: Routing, groups: int, priority: str) -> Tensor:
-    """int64 [T, K]: how many assignments stand before this one in the queue of its (group, expert)."""
-    tokens, top_k = routing.expert_TK.shape
-    num_experts = routing.score_TE.shape[1]
-    expert_KT = routing.expert_TK.t()
-    group_T = torch.arange(tokens, device=expert_KT.device) // (tokens // groups)
-    queue_N = (group_T * num_experts + expert_KT).flatten()  # choice-major: that *is* the position order
-    if routing.keep_TK is not None:
-        queue_N = queue_N.masked_fill(~routing.keep_TK.t().flatten(), groups * num_experts)  # choices not made wait elsewhere
-    if priority == "score":
-        score_N = routing.score_TE.detach().gather(1, routing.expert_TK).t().flatten()
-        by_score_N = score_N.sort(descending=True, stable=True).indices
-        order_N = by_score_N[queue_N[by_score_N].sort(stable=True).indices]
-    else:
-        order_N = queue_N.sort(stable=True).indices
-    sorted_N = queue_N[order_N]
-    start_N = torch.searchsorted(sorted_N, sorted_N)  # first index of the same queue
-    rank_N = torch.arange(tokens * top_k, device=order_N.device) - start_N
-    position_N = torch.empty_like(rank_N).scatter_(0, order_N, rank_N)
-    return position_N.view(top_k, tokens).t().contiguous()
-
-
-def surviving_weight(routing: Routing, keep_TK: Tensor, renormalize: bool) -> Tensor:
+def surviving_weight(limited: Routing, renormalize: bool) -> Tensor:
     """Weights with the dropped ones zero; survivors keep theirs, or are divided by their sum (DeepSpeed for K >= 2), then scaled."""
-    kept_TK = routing.weight_TK.masked_fill(~keep_TK, 0.0)
+    assert limited.keep_TK is not None
+    kept_TK = limited.weight_TK.masked_fill(~limited.keep_TK, 0.0)
     if not renormalize:
         return kept_TK
-    return kept_TK / (kept_TK.sum(-1, keepdim=True) + 1e-20) * routing.scale
+    return kept_TK / (kept_TK.sum(-1, keepdim=True) + 1e-20) * limited.scale
 
 
-def limit_reference(routing: Routing, config: CapacityConfig, groups: int, capacity: int) -> Tensor:
-    """`limit(...).keep_TK` by walking each queue in order, obviously right. For tests."""
-    tokens, top_k = routing.expert_TK.shape
-    per_group = tokens // groups
-    keep_TK = torch.zeros(tokens, top_k, dtype=torch.bool)
+def limit_reference(routing: Routing, config: CapacityConfig, groups: int, capacity: int) -> tuple[Tensor, Tensor]:
+    """`keep_TK` and `expert_TK` of `limit`, by walking each group's line in order, obviously right. For tests.
+
+    For group `global` give it the tokens of all ranks, in rank order, as one group.
+    """
+    keep_TK, expert_TK = torch.zeros_like(routing.expert_TK, dtype=torch.bool), routing.expert_TK.clone()
     made = torch.ones_like(keep_TK) if routing.keep_TK is None else routing.keep_TK
+    tokens, top_k = routing.expert_TK.shape
     for group in range(groups):
-        line = [(k, t) for k in range(top_k) for t in range(group * per_group, (group + 1) * per_group) if made[t, k]]
-        if config.priority == "score":
-            line.sort(key=lambda kt: -float(routing.score_TE[kt[1], routing.expert_TK[kt[1], kt[0]]]))
-        taken: dict[int, int] = {}
-        for k, t in line:
-            expert = int(routing.expert_TK[t, k])
-            if taken.get(expert, 0) < capacity:
-                taken[expert] = taken.get(expert, 0) + 1
-                keep_TK[t, k] = True
-    return keep_TK
+        members = range(group * (tokens // groups), (group + 1) * (tokens // groups))
+        taken = [0] * routing.score_TE.shape[1]
+        line = [(k, t, int(expert_TK[t, k])) for k in range(top_k) for t in members if made[t, k]]
+        late = _serve(line, routing, config, capacity, taken, keep_TK, expert_TK)
+        if config.overflow == "next_choice":
+            assert routing.spare_TK is not None
+            offers = []
+            for t in members:
+                spares = routing.spare_TK[t].tolist()
+                offers += [(k, t, e) for k, e in zip(sorted(k for k, u, _ in late if u == t), spares, strict=False) if e >= 0]
+            _serve(sorted(offers), routing, config, capacity, taken, keep_TK, expert_TK)
+    return keep_TK, expert_TK
+
+
+def _serve(
+    line: list[tuple[int, int, int]],
+    routing: Routing,
+    config: CapacityConfig,
+    capacity: int,
+    taken: list[int],
+    keep_TK: Tensor,
+    expert_TK: Tensor,
+) -> list[tuple[int, int, int]]:
+    """Serve a line of (choice, token, expert) in order; fills the last three; returns who went away with nothing."""
+    if config.priority == "score":
+        line = sorted(line, key=lambda kte: -float(routing.score_TE[kte[1], kte[2]]))
+    late = []
+    for k, t, expert in line:
+        if taken[expert] < capacity:
+            taken[expert] += 1
+            keep_TK[t, k], expert_TK[t, k] = True, expert
+        else:
+            late.append((k, t, expert))
+    return late

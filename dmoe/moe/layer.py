@@ -84,7 +84,7 @@ class MoE(nn.Module):
         self.capacity = capacity or CapacityConfig()
         self.balance = balance or BalanceConfig()
         kinds = experts or ExpertsConfig()
-        check_layer(num_experts, top_k, router or RouterConfig(), self.capacity, exchange)
+        check_layer(num_experts, top_k, self.capacity, exchange)
         self.num_experts, self.top_k, self.layer, self.virtual_ranks = num_experts, top_k, layer, virtual_ranks
         self.router = routers.build(router or RouterConfig(), dim, num_experts, top_k, layer)
         self.experts = MLPExperts(kinds.kind, dim, expert_dim, num_experts, out_dim)
@@ -154,17 +154,15 @@ class MoE(nn.Module):
 
 def expert_dtype(x: Tensor) -> torch.dtype:
     """What the experts compute in, and so what travels: autocast's dtype where it is on, else the input's own."""
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta knows no autocast
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
-def check_layer(num_experts: int, top_k: int, router: RouterConfig, limits: CapacityConfig, exchange: str) -> None:
-    """Raise ValueError for what a layer cannot mean. `config/check.py` says the same of a whole config, with the field's path."""
+def check_layer(num_experts: int, top_k: int, limits: CapacityConfig, exchange: str) -> None:
+    """Raise ValueError for what a layer cannot mean; what a router cannot mean, `routers.build` refuses."""
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k={top_k}: must be between 1 and num_experts={num_experts}")
-    if top_k == 1 and router.renormalize:
-        raise ValueError(
-            "router.renormalize=True with top_k=1 makes every weight 1, so the router gets no gradient; set it to False"
-        )
     if exchange not in ("packed", "padded"):
         raise ValueError(f"exchange={exchange!r}: must be packed or padded")
     if exchange == "padded" and limits.factor is None:

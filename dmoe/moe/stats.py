@@ -24,9 +24,9 @@ class LayerStats:
     choice_E: Tensor
     """int64: choices of each expert, before any drop."""
     kept_E: Tensor
-    """int64: rows each expert computed."""
+    """int64: rows each expert computed, rerouted ones (`overflow: next_choice`) at the expert that took them."""
     dropped_weight: Tensor
-    """float: sum of the weights the router gave to choices that were then dropped."""
+    """float: sum of the weights the router gave to choices that were then dropped; a rerouted choice is not."""
     total_weight: Tensor
     """float: sum of the weights of all choices."""
     lost_tokens: Tensor
@@ -36,8 +36,9 @@ class LayerStats:
 
     def as_vector(self) -> Tensor:
         """float64 [2E + 4]: everything in one tensor, for one reduction over all layers and ranks. Counts stay exact to 2^53."""
-        scalars = [self.dropped_weight, self.total_weight, self.lost_tokens, torch.full_like(self.dropped_weight, self.slots)]
-        return torch.cat([self.choice_E.double(), self.kept_E.double(), torch.stack([s.double() for s in scalars])])
+        slots = torch.full_like(self.dropped_weight, self.slots, dtype=torch.float64)  # a share can be a fraction
+        scalars = [self.dropped_weight.double(), self.total_weight.double(), self.lost_tokens.double(), slots]
+        return torch.cat([self.choice_E.double(), self.kept_E.double(), torch.stack(scalars)])
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ one virtual rank each, and one rank with W virtual ones, see the same micro-batc
 from __future__ import annotations
 
 from collections.abc import Iterator
-
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +25,8 @@ class Batch:
 
     token_BS: Tensor
     """int64 [B, S+1]."""
+    label_B: Tensor
+    """int64: each sequence's domain, for fixed routing."""
     step: int
     first_sequence: int
     """Index of the first of the B sequences in the step's global batch."""
@@ -36,11 +37,16 @@ def training_batches(stream: Stream, engine: Engine, step: int) -> list[Batch]:
     count, world = engine.sequences, engine.world
     firsts = [(a * world.size + world.rank) * count for a in range(engine.batching.accumulation)]
     global_batch = engine.config.train.global_batch
-    return [Batch(torch.from_numpy(stream.batch(step, first, count, global_batch)), step, first) for first in firsts]
+    return [_batch(stream, step, first, count, global_batch) for first in firsts]
 
 
-def evaluation_batches(stream: Stream, engine: Engine) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Inputs [B, S], targets [B, S], valid [B, S] of the first `eval_sequences` held-out sequences, shared by the ranks.
+def _batch(stream: Stream, step: int, first: int, count: int, global_batch: int) -> Batch:
+    tokens, labels = stream.batch(step, first, count, global_batch), stream.labels(step, first, count, global_batch)
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), step, first)
+
+
+def evaluation_batches(stream: Stream, engine: Engine) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Inputs [B, S], targets [B, S], valid [B, S], labels [B] of the first `eval_sequences` held-out sequences, shared by the ranks.
 
     Every rank yields equally many batches of equal shape (the experts' exchange needs all of them); what is missing at the end is
     padding: target -100, valid False.
@@ -52,7 +58,9 @@ def evaluation_batches(stream: Stream, engine: Engine) -> Iterator[tuple[Tensor,
         first = start + world.rank * count
         there = max(0, min(count, total - first))
         token_BS = torch.zeros(count, stream.seq_len + 1, dtype=torch.int64)
+        label_B = torch.zeros(count, dtype=torch.int64)
         if there:
             token_BS[:there] = torch.from_numpy(stream.rows(first, there))
+            label_B[:there] = torch.from_numpy(stream.row_labels(first, there))
         valid_BS = (torch.arange(count) < there).unsqueeze(1).expand(count, stream.seq_len)
-        yield token_BS[:, :-1], token_BS[:, 1:].masked_fill(~valid_BS, IGNORE), valid_BS
+        yield token_BS[:, :-1], token_BS[:, 1:].masked_fill(~valid_BS, IGNORE), valid_BS, label_B

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +15,12 @@ from dmoe.distributed.state import model_state, optimizer_state, share_step
 from dmoe.training.engine import Engine
 from dmoe.training.run_dir import RunDir
 
-__all__ = ["resume", "save"]
+__all__ = ["load", "resume", "save", "training_state"]
 
 
 def save(engine: Engine, data: Data, run: RunDir, step: int) -> None:
     """Write the state after `step` steps, then forget all but the last `checkpoint.keep` complete checkpoints. Collective."""
-    store.save(run.checkpoints, step, _state(engine), _extra(engine, data, step), group=engine.topology.control)
+    store.save(run.checkpoints, step, training_state(engine), _extra(engine, data, step), group=engine.topology.control)
     if engine.world.is_main:
         layout.prune(run.checkpoints, engine.config.checkpoint.keep)
 
@@ -29,18 +30,20 @@ def resume(engine: Engine, data: Data, run: RunDir) -> int:
 
     The data order, the schedule and all noise are functions of the step, so nothing else has to be restored. Collective.
     """
-    group = engine.topology.control
-    path = store.find_latest(run.checkpoints, group=group)
-    if path is None:
-        return 0
-    state = _state(engine)
-    extra = store.load(path, state, group=group)
+    path = store.find_latest(run.checkpoints, group=engine.topology.control)
+    return 0 if path is None else int(load(engine, path)["step"])
+
+
+def load(engine: Engine, path: Path) -> dict[str, Any]:
+    """Fill the weights and the optimizer's state from the checkpoint at `path`; its `extra`. Collective."""
+    state = training_state(engine)
+    extra = store.load(path, state, group=engine.topology.control)
     if "optim.step" in state:
         share_step(engine.optimizer, state["optim.step"])
-    return int(extra["step"])
+    return extra
 
 
-def _state(engine: Engine) -> dict[str, torch.Tensor]:
+def training_state(engine: Engine) -> dict[str, torch.Tensor]:
     return model_state(engine.model, engine.topology) | optimizer_state(engine.model, engine.optimizer, engine.topology)
 
 

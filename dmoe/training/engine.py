@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
 from dmoe.config.check import Batching, batching, expert_parallel
 from dmoe.config.schema import Config
-from dmoe.distributed import ddp, parallelize, topology
-from dmoe.distributed.gradients import ExpertGradients
+from dmoe.distributed import ddp, fsdp, parallelize, topology
+from dmoe.distributed.parallelize import Replication
 from dmoe.distributed.scaler import shared_scaler
 from dmoe.distributed.topology import Topology
 from dmoe.distributed.world import World
@@ -21,6 +22,10 @@ from dmoe.training import precision as precisions
 
 __all__ = ["Engine", "build"]
 
+REPLICATION: dict[str, Callable[[nn.Module, Topology, Accelerator], Replication]] = {
+    "ddp": ddp.Replicated,
+    "fsdp": fsdp.Sharded,
+}
 ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -34,10 +39,14 @@ class Engine:
     accelerator: Accelerator
     model: Transformer
     """The bare model: names, weights, MoE layers."""
-    wrapped: nn.Module
-    """What is called: the model under autocast, inside DDP where there are other ranks."""
+    replication: Replication
+    """How the ranks share what is the same on all of them: `parallel.mode`."""
     optimizer: torch.optim.Optimizer
-    expert_gradients: ExpertGradients
+
+    @property
+    def wrapped(self) -> nn.Module:
+        """What is called: the model under autocast, inside DDP or FSDP2 where there are other ranks."""
+        return self.replication.wrapped
 
     @property
     def sequences(self) -> int:
@@ -56,20 +65,17 @@ def build(config: Config, world: World, vocab_size: int, dtype: torch.dtype = to
     precision = precisions.resolve(config.train.precision, world.device)
     groups = topology.build(expert_parallel(config, world.size), world.device)
     model = _model(config, groups, world, vocab_size, dtype)
-    optimizer = optimizers.build(model, config.optim)
     accelerator = Accelerator(
-        cpu=world.device.type == "cpu", mixed_precision=ACCELERATE_PRECISION[precision], step_scheduler_with_optimizer=False
+        cpu=world.device.type == "cpu",
+        mixed_precision=ACCELERATE_PRECISION[precision],
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # equal on all ranks by computation
     )
     if precision == "fp16":
         accelerator.scaler = shared_scaler(groups, world.device)
-    ddp.keep_experts_out_of_ddp(model)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    if world.in_group:
-        ddp.sum_dense_gradients(wrapped)
-    expert_gradients = ExpertGradients(model, groups)
-    return Engine(
-        config, world, groups, batching(config, world.size), precision, accelerator, model, wrapped, optimizer, expert_gradients
-    )
+    replication = REPLICATION[config.parallel.mode](model, groups, accelerator)
+    optimizer = accelerator.prepare_optimizer(optimizers.build(model, config.optim))
+    return Engine(config, world, groups, batching(config, world.size), precision, accelerator, model, replication, optimizer)
 
 
 def _model(config: Config, groups: Topology, world: World, vocab_size: int, dtype: torch.dtype) -> Transformer:

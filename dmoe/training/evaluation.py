@@ -26,15 +26,17 @@ class Evaluation:
     tokens: int
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: FSDP2 keeps the tensors it gathers into, and training could not write into them
 def evaluate(engine: Engine, data: Data) -> Evaluation:
     """Mean loss over the first `train.eval_sequences` held-out sequences. One small reduction at the end."""
     device, totals = engine.world.device, torch.zeros(3, dtype=torch.float64, device=engine.world.device)
     byte_V = torch.from_numpy(data.tokenizer.token_bytes).to(device)
     engine.wrapped.eval()
-    for token_BS, target_BS, valid_BS in evaluation_batches(data.held_out, engine):
+    for token_BS, target_BS, valid_BS, label_B in evaluation_batches(data.held_out, engine):
         target_BS, valid_BS = target_BS.to(device), valid_BS.to(device)
-        output: LMOutput = engine.wrapped(token_BS.to(device), target_BS, TokenContext(valid_T=valid_BS.flatten()))
+        label_T = label_B.to(device).repeat_interleave(token_BS.shape[1])
+        context = TokenContext(valid_T=valid_BS.flatten(), label_T=label_T)
+        output: LMOutput = engine.wrapped(token_BS.to(device), target_BS, context)
         assert output.loss_sum is not None
         read = byte_V[target_BS.clamp(min=0)].masked_fill(~valid_BS, 0).sum()
         totals += torch.stack([output.loss_sum.double(), valid_BS.sum().double(), read.double()])

@@ -13,13 +13,13 @@ NO_DECAY = ("norm", "embedding", "router")
 
 
 def build(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Two groups: matrices decay; vectors, norms, embeddings and routers do not. Fused: one kernel for all tensors of a group."""
-    decay: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+    """Matrices decay; vectors, norms, embeddings and routers do not. Fused: one kernel for all tensors of a group, so what FSDP2
+    shards over different ranks makes groups of its own."""
+    by_kind: dict[tuple[object, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             plain = parameter.ndim < 2 or any(part in name for part in NO_DECAY)
-            (rest if plain else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+            sharded_over = getattr(parameter, "device_mesh", None)
+            by_kind.setdefault((sharded_over, 0.0 if plain else config.weight_decay), []).append(parameter)
+    groups = [{"params": parameters, "weight_decay": decay} for (_, decay), parameters in by_kind.items()]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from dmoe.config.errors import NumbersError
+from dmoe.distributed.whole import norm
 from dmoe.training.engine import Engine
 from dmoe.training.step import StepResult
 
@@ -23,8 +24,9 @@ def check_first_step(engine: Engine, result: StepResult, vocab_size: int, target
             f"the first step gave loss {loss} and gradient norm {result.grad_norm}: lower optim.lr or use train.precision=fp32"
         )
     for layer in engine.model.moe_layers():
-        moments = engine.optimizer.state.get(layer.router.weight, {})
-        if "exp_avg" in moments and not bool(moments["exp_avg"].any()):
+        moments = [engine.optimizer.state.get(parameter, {}).get("exp_avg") for parameter in layer.router.parameters()]
+        learning = [moment for moment in moments if moment is not None]
+        if learning and not any(norm(moment) > 0 for moment in learning):
             raise NumbersError(f"the router of MoE layer {layer.layer} got no gradient in the first step: it would never learn")
     if not 0.5 * guess < loss < 1.5 * guess:
         return f"the first loss is {loss:.2f}, guessing is {guess:.2f}: check model.init_std and the data"

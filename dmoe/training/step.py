@@ -10,7 +10,6 @@ Letters: L MoE layers, E experts, B sequences of this process, S sequence length
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +17,13 @@ from torch import Tensor
 
 from dmoe.distributed.gradients import all_sum, clip_, square_sums
 from dmoe.models.transformer import LMOutput
-from dmoe.moe.balance import coefficients
+from dmoe.moe.balance import coefficients, updated_bias
 from dmoe.moe.routing import TokenContext
 from dmoe.training.batches import Batch
 from dmoe.training.engine import Engine
 from dmoe.training.totals import StepTotals, pack, unpack
 
-__all__ = ["StepResult", "compute_gradients", "train_step", "update"]
+__all__ = ["StepResult", "compute_gradients", "forward", "train_step", "update"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def compute_gradients(engine: Engine, batches: list[Batch], *, read_bytes: int =
     bits.
     """
     outputs = _accumulate(engine, batches)
-    engine.expert_gradients.finish()
+    engine.replication.finish()
     if engine.accelerator.scaler is not None:
         engine.accelerator.unscale_gradients(engine.optimizer)
     vector = pack(square_sums(engine.model, engine.topology), outputs, read_bytes, stop)
@@ -71,8 +70,21 @@ def update(engine: Engine, totals: StepTotals, learning_rate: float) -> StepResu
         finite or engine.accelerator.scaler is not None
     ):  # a scaler must see the overflow to lower its scale; it skips the update
         engine.optimizer.step()
+    if finite:
+        _move_biases(engine, totals)
     engine.optimizer.zero_grad()
     return StepResult(totals, norm, factor, finite)
+
+
+def _move_biases(engine: Engine, totals: StepTotals) -> None:
+    """The bias controller, once a step, from the whole global batch's choices before any drop: equal bits on all ranks."""
+    balance = engine.config.moe.balance
+    if not balance.bias:
+        return
+    for layer, seen in zip(engine.model.moe_layers(), totals.layers, strict=True):
+        bias_E = layer.router.get_buffer("bias_E")
+        count_E = torch.tensor(seen.choices, device=bias_E.device)
+        bias_E.copy_(updated_bias(bias_E, count_E, balance.bias, balance.recenter))
 
 
 def _accumulate(engine: Engine, batches: list[Batch]) -> list[LMOutput]:
@@ -81,10 +93,8 @@ def _accumulate(engine: Engine, batches: list[Batch]) -> list[LMOutput]:
     prior_LE = None
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
-        engine.expert_gradients.arm(last)
-        with nullcontext() if last else engine.accelerator.no_sync(engine.wrapped):
-            token_BS = batch.token_BS.to(engine.world.device, non_blocking=True)
-            output: LMOutput = engine.wrapped(token_BS[:, :-1], token_BS[:, 1:], _context(batch, engine, prior_LE))
+        with engine.replication.accumulating(last):
+            output = forward(engine, batch, prior_LE)
             engine.accelerator.backward(_loss(output, engine, targets, len(batches)))
         outputs.append(_detached(output))
         if engine.config.moe.balance.switch_level == "global" and not last and output.stats:
@@ -93,10 +103,17 @@ def _accumulate(engine: Engine, batches: list[Batch]) -> list[LMOutput]:
     return outputs
 
 
-def _context(batch: Batch, engine: Engine, prior_LE: Tensor | None) -> TokenContext:
-    return TokenContext(
-        prior_count_LE=prior_LE, noise_key=(engine.config.train.seed, batch.step), first_sequence=batch.first_sequence
+def forward(engine: Engine, batch: Batch, prior_LE: Tensor | None) -> LMOutput:
+    """One forward of the wrapped model on this rank's micro-batch. Collective."""
+    token_BS = batch.token_BS.to(engine.world.device, non_blocking=True)
+    context = TokenContext(
+        prior_count_LE=prior_LE,
+        label_T=batch.label_B.to(engine.world.device).repeat_interleave(token_BS.shape[1] - 1),
+        noise_key=(engine.config.train.seed, batch.step),
+        first_sequence=batch.first_sequence,
     )
+    output: LMOutput = engine.wrapped(token_BS[:, :-1], token_BS[:, 1:], context)
+    return output
 
 
 def _detached(output: LMOutput) -> LMOutput:

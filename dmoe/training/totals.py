@@ -91,7 +91,7 @@ def unpack(numbers: list[float], like: LMOutput) -> StepTotals:
                 dropped_weight=own[-4],
                 total_weight=own[-3],
                 lost_tokens=int(own[-2]),
-                slots=int(own[-1]),
+                slots=round(own[-1]),
             )
         )
     return StepTotals(numbers[0] + numbers[1], numbers[2], numbers[3], numbers[4] > 0, layers)

@@ -37,9 +37,12 @@ class Trackers:
 
 def _open(name: str, config: Config, run: RunDir) -> GeneralTracker:
     if name == "tensorboard":
-        return TensorBoardTracker(run_name="tensorboard", logging_dir=run.logs)
+        board = TensorBoardTracker(run_name="tensorboard", logging_dir=run.logs)
+        board.start()
+        return board
     tracker = WandBTracker(
         run_name=config.tracking.project, name=run.path.name, dir=str(run.logs), mode=config.tracking.wandb_mode
     )
+    tracker.start()
     tracker.store_init_configuration({"config": (run.path / "resolved.yaml").read_text(encoding="utf-8")})
     return tracker

@@ -32,7 +32,7 @@ def compare(reference: Trace, other: Trace, tolerance: float) -> None:
     assert other.choices == reference.choices
     assert other.kept == reference.kept
     for name, value in reference.weights.items():
-        difference = np.linalg.norm(other.weights[name] - value) / np.linalg.norm(value)
+        difference = np.linalg.norm(other.weights[name] - value) / (np.linalg.norm(value) or 1.0)
         assert difference < tolerance * 10, f"{name} differs by {difference:.1e}"
 
 

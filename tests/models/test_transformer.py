@@ -147,6 +147,7 @@ def test_bfloat16_autocast_runs_and_is_near_float32(recompute):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_state_dict_holds_parameters_only():
+def test_state_dict_holds_parameters_and_the_routers_biases():
     model = Transformer(ModelConfig(dim=16, heads=2, layers=1), MOE, VOCAB)
-    assert model.state_dict().keys() == dict(model.named_parameters()).keys()
+    biases = {"blocks.0.feed_forward.router.bias_E"}
+    assert model.state_dict().keys() == dict(model.named_parameters()).keys() | biases

@@ -10,9 +10,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dmoe.moe.routing import Routing
+from dmoe.config.schema import CapacityConfig
+from dmoe.moe.capacity import limit, slots_per_expert
+from dmoe.moe.peers import Alone
+from dmoe.moe.routing import Routing, TokenContext
 
-__all__ = ["drawn", "random_routing", "routings"]
+__all__ = ["drawn", "limit_to", "random_routing", "routings", "slots"]
 
 drawn = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 """The same examples in every run: a red test can be run again."""
@@ -57,3 +60,14 @@ def routings(draw: st.DrawFn) -> tuple[Routing, int]:
     levels = draw(st.sampled_from([1, 3, 1000]))
     seed = draw(st.integers(0, 2**20))
     return random_routing(tokens, num_experts, top_k, seed, levels=levels, hot=hot, masked=masked), groups
+
+
+def slots(routing: Routing, config: CapacityConfig, factor: float, groups: int) -> int:
+    tokens, top_k = routing.expert_TK.shape
+    return slots_per_expert(factor, tokens // groups, top_k, routing.score_TE.shape[1], config.min_capacity)
+
+
+def limit_to(routing: Routing, config: CapacityConfig, factor: float | None, groups: int) -> Routing:
+    """`limit` with the slots that a layer would offer."""
+    capacity = None if factor is None else slots(routing, config, factor, groups)
+    return limit(routing, config, TokenContext(groups=groups, capacity=capacity), Alone())

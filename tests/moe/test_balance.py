@@ -36,10 +36,9 @@ def losses(
     return auxiliary_losses(
         routing,
         BalanceConfig(switch_level=level),  # type: ignore[arg-type]
-        TokenContext(valid_T, prior),
+        TokenContext(valid_T=valid_T, prior_count_LE=prior, sequences=SEQUENCES),
         peers or Alone(),  # type: ignore[arg-type]
         layer=1,
-        sequences=SEQUENCES,
         micro_batches=RANKS,
     )
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from dmoe.config.schema import CapacityConfig
-from dmoe.moe.capacity import limit, limit_reference, slots_per_expert
+from dmoe.moe.capacity import limit_reference, slots_per_expert
 from dmoe.moe.routing import Routing
-from tests.moe.drawing import drawn, random_routing, routings
+from tests.moe.drawing import drawn, limit_to, random_routing, routings, slots
+from tests.moe.layers import make, tokens_of
 
 factors = st.sampled_from([0.1, 0.5, 1.0, 1.25, 2.0, 100.0])
 configs = st.builds(
@@ -28,16 +30,18 @@ configs = st.builds(
 @given(drawn_routing=routings(), config=configs, factor=factors)
 def test_survivors_equal_the_walk(drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float) -> None:
     routing, groups = drawn_routing
-    limited = limit(routing, config, factor, groups)
+    limited = limit_to(routing, config, factor, groups)
+    keep_TK, expert_TK = limit_reference(routing, config, groups, slots(routing, config, factor, groups))
     assert limited.keep_TK is not None
-    assert torch.equal(limited.keep_TK, limit_reference(routing, config, factor, groups))
+    assert torch.equal(limited.keep_TK, keep_TK)
+    assert torch.equal(limited.expert_TK, expert_TK)
 
 
 @drawn
 @given(drawn_routing=routings(), config=configs, factor=factors)
 def test_slots_are_unique_and_in_range(drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float) -> None:
     routing, groups = drawn_routing
-    limited = limit(routing, config, factor, groups)
+    limited = limit_to(routing, config, factor, groups)
     assert limited.keep_TK is not None
     assert limited.slot_TK is not None
     assert limited.capacity is not None
@@ -55,7 +59,7 @@ def test_slots_are_unique_and_in_range(drawn_routing: tuple[Routing, int], confi
 @given(drawn_routing=routings(), config=configs, factor=factors)
 def test_weights_of_survivors(drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float) -> None:
     routing = replace(drawn_routing[0], scale=1.5)
-    limited = limit(routing, config, factor, drawn_routing[1])
+    limited = limit_to(routing, config, factor, drawn_routing[1])
     assert limited.keep_TK is not None
     for weights, kept, got in zip(
         routing.weight_TK.tolist(), limited.keep_TK.tolist(), limited.weight_TK.tolist(), strict=True
@@ -82,12 +86,12 @@ def test_slots_formula_in_exact_arithmetic(hundredths: int, tokens: int, top_k: 
 
 def test_dropless_is_the_same_object() -> None:
     routing = random_routing(6, 3, 2)
-    assert limit(routing, CapacityConfig(), None, 1) is routing
+    assert limit_to(routing, CapacityConfig(), None, 1) is routing
 
 
 def test_position_serves_first_choices_of_late_tokens_before_second_choices_of_early_ones() -> None:
     routing = replace(random_routing(3, 2, 2), expert_TK=torch.tensor([[1, 0], [1, 0], [0, 1]]))
-    limited = limit(routing, CapacityConfig(), 2 / 3, 1)  # C = ceil(2/3 * 2 * 3 / 2) = 2
+    limited = limit_to(routing, CapacityConfig(), 2 / 3, 1)  # C = ceil(2/3 * 2 * 3 / 2) = 2
     assert limited.capacity == 2
     assert limited.keep_TK is not None
     assert limited.keep_TK.tolist() == [[True, True], [True, False], [True, False]]
@@ -96,7 +100,7 @@ def test_position_serves_first_choices_of_late_tokens_before_second_choices_of_e
 def test_score_serves_the_surest_and_ties_by_position() -> None:
     score_TE = torch.tensor([[0.2, 0.1], [0.9, 0.1], [0.5, 0.1], [0.5, 0.1]])
     routing = Routing(torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1), score_TE, score_TE.log())
-    limited = limit(routing, CapacityConfig(priority="score"), 1.0, 1)  # C = 2
+    limited = limit_to(routing, CapacityConfig(priority="score"), 1.0, 1)  # C = 2
     assert limited.keep_TK is not None
     assert limited.keep_TK[:, 0].tolist() == [False, True, True, False]
 
@@ -106,14 +110,14 @@ def test_sequence_groups_do_not_see_each_other(priority: str) -> None:
     """With a group a sequence, splitting the batch over calls (or ranks) cannot change who is dropped."""
     config = CapacityConfig(priority=priority)
     routing = random_routing(4 * 6, 5, 2, seed=3, hot=1, masked=0.2)
-    whole = limit(routing, config, 0.8, groups=4)
+    whole = limit_to(routing, config, 0.8, groups=4)
     assert whole.keep_TK is not None
     assert routing.keep_TK is not None
     assert 0 < int(whole.keep_TK.sum()) < int(routing.keep_TK.sum())  # something is dropped, or nothing is tested
     for parts in (2, 4):
         for part in range(parts):
             rows = slice(part * 24 // parts, (part + 1) * 24 // parts)
-            piece = limit(rows_of(routing, rows), config, 0.8, groups=4 // parts)
+            piece = limit_to(rows_of(routing, rows), config, 0.8, groups=4 // parts)
             assert piece.keep_TK is not None
             assert piece.slot_TK is not None
             assert whole.slot_TK is not None
@@ -137,7 +141,9 @@ def rows_of(routing: Routing, rows: slice) -> Routing:
 def test_padding_takes_no_slot() -> None:
     routing = random_routing(8, 4, 1, hot=2)
     valid_T = torch.tensor([False, True] * 4)
-    limited = limit(replace(routing, keep_TK=valid_T.unsqueeze(1)), CapacityConfig(), 2.0, 1)  # C = 4: one for each real token
+    limited = limit_to(
+        replace(routing, keep_TK=valid_T.unsqueeze(1)), CapacityConfig(), 2.0, 1
+    )  # C = 4: one for each real token
     assert limited.keep_TK is not None
     assert limited.keep_TK[:, 0].tolist() == valid_T.tolist()
 
@@ -145,7 +151,7 @@ def test_padding_takes_no_slot() -> None:
 def test_gradient_passes_survivors_only() -> None:
     routing = random_routing(6, 3, 2, hot=0)
     weight_TK = routing.weight_TK.clone().requires_grad_()
-    limited = limit(replace(routing, weight_TK=weight_TK), CapacityConfig(), 0.5, 1)
+    limited = limit_to(replace(routing, weight_TK=weight_TK), CapacityConfig(), 0.5, 1)
     assert limited.keep_TK is not None
     assert not bool(limited.keep_TK.all())
     limited.weight_TK.sum().backward()
@@ -155,7 +161,21 @@ def test_gradient_passes_survivors_only() -> None:
 
 @pytest.mark.parametrize("priority", ["position", "score"])
 def test_no_tokens(priority: str) -> None:
-    limited = limit(random_routing(0, 4, 2), CapacityConfig(priority=priority), 1.0, groups=3)
+    limited = limit_to(random_routing(0, 4, 2), CapacityConfig(priority=priority), 1.0, groups=3)
     assert limited.keep_TK is not None
     assert limited.keep_TK.shape == (0, 2)
     assert limited.capacity == 0
+
+
+@pytest.mark.parametrize("group", ["rank", "sequence", "global"])
+def test_evaluation_has_a_factor_of_its_own(group: str) -> None:
+    """Dropless by default, whatever training drops; with a factor, what training would drop with that factor."""
+    x = tokens_of(4, 6)
+
+    def kept(training: bool, factor: float | None, eval_factor: float | None = None) -> Tensor:
+        limits = CapacityConfig(factor=factor, eval_factor=eval_factor, group=group)  # type: ignore[arg-type]
+        return make(capacity=limits).train(training)(x).stats.kept_E
+
+    assert int(kept(False, 0.5).sum()) == int(kept(True, None).sum()) > int(kept(True, 0.5).sum())
+    assert torch.equal(kept(False, 2.0, 0.5), kept(True, 0.5))
+    assert torch.equal(kept(False, None, 0.5), kept(True, 0.5))

@@ -10,6 +10,7 @@ from torch.nn.functional import grouped_mm
 
 from dmoe.moe.experts import FeedForward, MLPExperts
 from dmoe.moe.experts.activation import ACTIVATIONS, GATED, swiglu, swiglu_reference
+from dmoe.moe.experts.fused import feed_forward, feed_forward_in_steps
 from dmoe.moe.experts.grouped import grouped_linear, grouped_linear_reference
 
 COUNTS = [[3, 0, 5, 1], [0, 0, 0, 9], [4, 4, 4, 4], [0, 0, 0, 0]]
@@ -94,6 +95,21 @@ def test_experts_equal_one_row_at_a_time(kind: str, counts: list[int], out_dim: 
         results.append((out, rows.grad, experts.w_in.grad, experts.w_out.grad))
     for got, expected in zip(*results, strict=True):
         close(got, expected, 1e-11)
+
+
+@pytest.mark.parametrize("kind", sorted(FORMULAS))
+@pytest.mark.parametrize("per_expert", [torch.tensor([3, 0, 5, 4]), 3, 0])
+def test_fused_equals_step_by_step(kind: str, per_expert: Tensor | int) -> None:
+    """What the CPU runs, and what CUDA runs."""
+    results = []
+    for function in (feed_forward, feed_forward_in_steps):
+        rows = draw(4 * per_expert if isinstance(per_expert, int) else 12, 5)
+        w_in, w_out = draw(4, 5, 6, seed=1), draw(4, 3 if kind in GATED else 6, 2, seed=2)
+        out = function(kind, rows, w_in, w_out, per_expert)
+        out.sin().sum().backward()
+        results.append((out, rows.grad, w_in.grad, w_out.grad))
+    for got, expected in zip(*results, strict=True):
+        close(got, expected)
 
 
 @pytest.mark.parametrize("counts", COUNTS)

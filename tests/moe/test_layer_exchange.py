@@ -38,6 +38,17 @@ def test_packed_equals_padded_in_float32() -> None:
     close(results[0][1], results[1][1], 1e-5)
 
 
+@pytest.mark.parametrize(("eval_factor", "evaluated"), [(None, torch.Tensor), (1.5, int)])
+def test_which_exchange_is_taken(eval_factor: float | None, evaluated: type) -> None:
+    """Padded slots come as one number an expert. Without a capacity there are no slots, so the forward is packed."""
+    layer = make(capacity=CapacityConfig(factor=0.9, eval_factor=eval_factor), exchange="padded")
+    seen: list[type] = []
+    layer.experts.register_forward_pre_hook(lambda module, inputs: seen.append(type(inputs[1])))
+    for training in (True, False):
+        layer.train(training)(tokens_of(4, 5))
+    assert seen == [int, evaluated]
+
+
 def test_padded_needs_a_capacity() -> None:
     with pytest.raises(ValueError, match=r"capacity\.factor"):
         MoE(8, 4, 4, 2, exchange="padded")

@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from dmoe.config.schema import CapacityConfig
-from dmoe.moe.capacity import limit
 from dmoe.moe.permute import Placement, combine, combine_reference, gather, gather_reference, place_packed, place_padded
 from dmoe.moe.routing import Routing
-from tests.moe.drawing import drawn, random_routing, routings
+from tests.moe.drawing import drawn, limit_to, random_routing, routings
 
 WIDTH = 3
 
@@ -28,7 +27,7 @@ def placement_of(routing: Routing, how: str) -> Placement:
 
 
 def placed(how: str, factor: float | None = 0.7, tokens: int = 10, **options: float) -> tuple[Routing, Placement]:
-    routing = limit(random_routing(tokens, 5, 2, seed=4, **options), CapacityConfig(), factor, 2)  # type: ignore[arg-type]
+    routing = limit_to(random_routing(tokens, 5, 2, seed=4, **options), CapacityConfig(), factor, 2)  # type: ignore[arg-type]
     return routing, placement_of(routing, how)
 
 
@@ -41,7 +40,7 @@ def close(got: Tensor, expected: Tensor) -> None:
 def test_equals_the_loops(drawn_routing: tuple[Routing, int], factor: float | None, how: str) -> None:
     routing, groups = drawn_routing
     factor = 1.0 if how == "padded" and factor is None else factor
-    routing = limit(routing, CapacityConfig(), factor, groups)
+    routing = limit_to(routing, CapacityConfig(), factor, groups)
     placement = placement_of(routing, how)
     x_TD = torch.randn(len(routing.expert_TK), WIDTH, dtype=torch.float64)
     rows_RD = gather(x_TD, placement)
@@ -54,7 +53,7 @@ def test_equals_the_loops(drawn_routing: tuple[Routing, int], factor: float | No
 @given(drawn_routing=routings(), factor=st.sampled_from([None, 0.3, 1.0]))
 def test_packed_rows_are_grouped_by_expert_in_token_order(drawn_routing: tuple[Routing, int], factor: float | None) -> None:
     routing, groups = drawn_routing
-    routing = limit(routing, CapacityConfig(), factor, groups)
+    routing = limit_to(routing, CapacityConfig(), factor, groups)
     placement, count_E = place_packed(routing)
     tokens, top_k = routing.expert_TK.shape
     kept = torch.ones(tokens, top_k, dtype=torch.bool) if routing.keep_TK is None else routing.keep_TK
@@ -74,7 +73,7 @@ def test_packed_rows_are_grouped_by_expert_in_token_order(drawn_routing: tuple[R
 @given(drawn_routing=routings(), factor=st.sampled_from([0.3, 1.0, 2.5]))
 def test_padded_row_is_expert_group_slot(drawn_routing: tuple[Routing, int], factor: float) -> None:
     routing, groups = drawn_routing
-    routing = limit(routing, CapacityConfig(), factor, groups)
+    routing = limit_to(routing, CapacityConfig(), factor, groups)
     placement = place_padded(routing)
     assert routing.keep_TK is not None
     assert routing.slot_TK is not None

@@ -63,7 +63,8 @@ class _Activate(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return activate_backward(ctx.kind, *ctx.saved_tensors, grads[0])[1], None
+        (hidden_RH,) = ctx.saved_tensors
+        return activate_backward(ctx.kind, hidden_RH, grads[0])[1], None
 
 
 def differentiable(kind: str, hidden_RH: Tensor) -> Tensor:

@@ -1,13 +1,40 @@
-"""One router a file; `build` is the registry."""
+"""One router a file; `build` is the registry.
+
+learned:     top_k, noisy, group_limited, adaptive, soft, expert_choice (shared: learned.py, spare.py, noise.py)
+unlearned:   fixed, hashed (shared: unlearned.py)
+"""
 
 from __future__ import annotations
 
+from dmoe.config.check import check_router
 from dmoe.config.schema import RouterConfig
+from dmoe.moe.routers.adaptive import AdaptiveRouter
+from dmoe.moe.routers.base import RouterModule
+from dmoe.moe.routers.expert_choice import ExpertChoiceRouter
+from dmoe.moe.routers.fixed import FixedRouter
+from dmoe.moe.routers.group_limited import GroupLimitedRouter
+from dmoe.moe.routers.hashed import HashRouter
+from dmoe.moe.routers.learned import LearnedRouter
+from dmoe.moe.routers.noisy import NoisyRouter
+from dmoe.moe.routers.soft import SoftRouter
 from dmoe.moe.routers.top_k import TopKRouter
 
-__all__ = ["TopKRouter", "build"]
+__all__ = ["LEARNED", "UNLEARNED", "LearnedRouter", "RouterModule", "TopKRouter", "build"]
+
+LEARNED: dict[str, type[LearnedRouter]] = {
+    "top_k": TopKRouter,
+    "noisy": NoisyRouter,
+    "group_limited": GroupLimitedRouter,
+    "adaptive": AdaptiveRouter,
+    "soft": SoftRouter,
+    "expert_choice": ExpertChoiceRouter,
+}
+UNLEARNED: dict[str, type[RouterModule]] = {"fixed": FixedRouter, "hash": HashRouter}
 
 
-def build(config: RouterConfig, dim: int, num_experts: int, top_k: int, layer: int) -> TopKRouter:
-    """The router that `config.kind` names, for tokens of width `dim`."""
-    return {"top_k": TopKRouter}[config.kind](config, dim, num_experts, top_k)
+def build(config: RouterConfig, dim: int, num_experts: int, top_k: int, layer: int) -> RouterModule:
+    """The router that `config.kind` names, for tokens of width `dim`. Raises ConfigError for settings that mean nothing."""
+    check_router(config, num_experts, top_k)
+    if config.kind in UNLEARNED:
+        return UNLEARNED[config.kind](config, num_experts, top_k, layer)
+    return LEARNED[config.kind](config, dim, num_experts, top_k, layer)

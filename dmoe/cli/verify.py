@@ -1,0 +1,83 @@
+"""`dmoe verify`"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dmoe.cli.arguments import ARGUMENTS_HELP, load_arguments
+from dmoe.config.check import check
+from dmoe.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dmoe.verification.verify import Report
+
+__all__ = ["command"]
+
+
+def command(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [K=V ...]", help=ARGUMENTS_HELP)] = None,
+    worlds: Annotated[str, typer.Option(help="Numbers of ranks to start, separated by commas.")] = "1,2,4",
+    dtype: Annotated[str, typer.Option(help="float64 (tolerance 1e-10) or float32 (1e-5).")] = "float64",
+    full: Annotated[bool, typer.Option("--full", help="Keep the config's widths and number of experts.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Prove that one process and N ranks train the same model, on this config.
+
+    Starts real gloo ranks for each world and EP size, with both exchanges and both modes, and compares loss, gradients, norm, clip,
+    drops, counts, bias, two steps and checkpoints with one process that computes the layer naively. Exit code 1 and the first
+    difference if they are not the same.
+
+    Example: dmoe verify configs/olmoe_1b_7b.yaml --worlds 1,2,4
+    """
+    config, _ = load_arguments(arguments or [])
+    check(config, config.parallel.ep if isinstance(config.parallel.ep, int) else 1)
+    numbers = _numbers(worlds)
+    if dtype not in ("float64", "float32"):
+        raise ConfigError("--dtype", dtype, "must be float64 or float32", "use float64")
+    from dmoe.verification.verify import verify
+
+    report = verify(config, numbers, dtype=dtype, full=full)
+    if as_json:
+        print(json.dumps(asdict(report) | {"ok": report.ok}, indent=2))
+    else:
+        _print(report)
+    sys.exit(0 if report.ok else 1)
+
+
+def _numbers(worlds: str) -> list[int]:
+    try:
+        numbers = sorted({int(part) for part in worlds.split(",")})
+    except ValueError:
+        numbers = []
+    if not numbers or numbers[0] < 1 or numbers[-1] > 64:
+        raise ConfigError("--worlds", worlds, "must be numbers of ranks from 1 to 64, separated by commas", "use 1,2,4")
+    return numbers
+
+
+def _print(report: Report) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(title=f"one process = N ranks?  {report.dtype}, {len(report.cases)} cases", title_justify="left")
+    for column in ("quantity", "worst difference", "allowed", ""):
+        table.add_column(column, justify="right" if "difference" in column or column == "allowed" else "left")
+    for row in report.rows:
+        mark = "[green]equal[/green]" if row.ok else "[bold red]DIFFERENT[/bold red]"
+        table.add_row(
+            row.quantity, f"{row.size:.1e}" if row.size else "0", f"{row.tolerance:.0e}" if row.tolerance else "0", mark
+        )
+    console.print(table)
+    for case, reason in report.refused.items():
+        console.print(f"not run: {case}: {reason}", markup=False)
+    if report.first is None:
+        console.print(f"every case trains the same model ({report.seconds:.0f} s)")
+    else:
+        first = report.first
+        console.print(f"\nfirst difference: {first.quantity}, {first.size:.3g}, in {first.case}", markup=False)
+        console.print(f"  where:  {first.where}\n  likely: {first.cause}", markup=False)

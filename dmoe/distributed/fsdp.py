@@ -1,0 +1,99 @@
+"""FSDP2: every parameter lies in parts on the ranks that would hold equal copies of it under DDP, and is put together to be used.
+
+Eight ranks, EP = 4 (the picture of topology.py), two experts a rank:
+
+    experts     rank 0 and 4 hold halves of experts 0 1, rank 1 and 5 of experts 2 3, ...: sharded down the column (edp)
+    all else    every rank holds an eighth
+
+A unit (the experts of a layer, a block, the root) is gathered before its forward and again before its backward, and its gradients
+are reduce-scattered after it: a third more bytes than DDP's all-reduce, for 1/W of the memory of weights, gradients and moments.
+Gradients are sums, as everywhere: FSDP2 by default divides by the number of ranks that share a parameter, which is another one
+for experts than for the rest, so the two would differ by a factor of EP.
+
+Weights are gathered in their own dtype (float32) and cast by autocast, exactly as under DDP, so that the numbers are DDP's.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Shard
+
+from dmoe.config.errors import ConfigError
+from dmoe.distributed.parallelize import expert_parameters, moe_layers
+from dmoe.distributed.topology import Topology
+
+__all__ = ["Sharded", "shard"]
+
+
+class Sharded:
+    """`parallelize.Replication` by FSDP2. One process has nothing to shard: there the model stays as it is."""
+
+    def __init__(self, model: nn.Module, topology: Topology, accelerator: Accelerator) -> None:
+        if topology.world > 1:
+            if accelerator.scaler is not None:
+                why = "does not work with parallel.mode=fsdp: torch's loss scaler refuses gradients on different meshes"
+                raise ConfigError("train.precision", "fp16", why, "use bf16, or parallel.mode=ddp")
+            shard(model, topology)
+        # accelerate has no FSDP2 on CPU and would put the model inside DDP. "evaluation mode" is only autocast around its forward.
+        self.wrapped: nn.Module = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+
+    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+        """Until the `last` backward the gradients stay whole and unreduced on their rank (the memory of DDP's gradients)."""
+        if isinstance(self.wrapped, FSDPModule):
+            self.wrapped.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def finish(self) -> None:
+        """Nothing: backward itself ends with the last reduction."""
+
+
+def shard(model: nn.Module, topology: Topology) -> None:
+    """Make DTensors of the parameters, in place: before an optimizer sees them, after `shard_experts` and initialisation.
+
+    Units are the experts of each MoE layer (over the copies of an expert), each member of the model's module lists (its blocks) and
+    the root with what is left (both over all ranks). Experts without copies stay plain tensors. No collective.
+    """
+    device = next(model.parameters()).device.type
+    everyone, whole = _mesh(dist.group.WORLD, device), set(expert_parameters(model).values())
+    if topology.copies is not None:
+        column, whole = _mesh(topology.copies, device), set[nn.Parameter]()
+        for layer in moe_layers(model):
+            fully_shard(layer.experts, mesh=column, shard_placement_fn=lambda p: Shard(shard_dim(p.shape, topology.edp)))
+    for blocks in (child for child in model.children() if isinstance(child, nn.ModuleList)):
+        for block in blocks:
+            fully_shard(block, mesh=everyone, ignored_params=whole)
+    fully_shard(model, mesh=everyone, ignored_params=whole)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM, which 1.0 would still ask for
+    model.register_forward_hook(_put_root_away)
+
+
+def shard_dim(shape: torch.Size, parts: int) -> int:
+    """The first dimension that `parts` divides, else 0: FSDP2 can leave ranks with less, or nothing, in dimension 0 only.
+
+    Of experts [e, D, H]: whole experts where there are enough of them (no copy around the collectives), else slices of each.
+    """
+    return next((dim for dim, size in enumerate(shape) if size % parts == 0), 0)
+
+
+def _put_root_away(model: nn.Module, given: object, output: object) -> None:
+    """FSDP2 keeps the root gathered for its backward. Where none follows, `model.parameters()` would be another set of tensors."""
+    if not torch.is_grad_enabled():
+        cast(FSDPModule, model).reshard()
+
+
+def _mesh(group: dist.ProcessGroup | None, device: str) -> DeviceMesh:
+    """The ranks of a communicator that is there already, and has been used (topology.py), in one dimension."""
+    assert group is not None
+    mesh: Any = DeviceMesh.from_group(group, device)
+    return cast(DeviceMesh, mesh)

@@ -1,0 +1,102 @@
+"""A config on so many ranks, with what follows from it: the degrees, the micro-batches, the model without its weights, the slots.
+
+Slots and shapes are asked of the code that trains, never computed a second time here.
+
+Letters: T tokens of one process in one micro-batch, E experts, EP expert-parallel degree, G groups that share a capacity, C slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dmoe.config.check import Batching, batching, check, expert_parallel
+from dmoe.config.schema import Config
+from dmoe.data import open_tokenizer
+from dmoe.distributed.topology import Topology
+from dmoe.models.transformer import Transformer
+from dmoe.moe.layer import MoE
+from dmoe.moe.peers import Alone
+from dmoe.moe.routing import TokenContext
+from dmoe.training import precision as precisions
+
+__all__ = ["Setting", "resolve"]
+
+ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+class AsMany(Alone):
+    """Peers that are not there: enough for shapes, and wrong for anything else, so that nothing else is asked."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+@dataclass(frozen=True)
+class Setting:
+    config: Config
+    world: int
+    ep: int
+    batching: Batching
+    vocabulary: int
+    precision: str
+    """fp32, bf16 or fp16."""
+    model: Transformer
+    """On the meta device, with all experts."""
+
+    @property
+    def layer(self) -> MoE | None:
+        """The first MoE layer; all are alike."""
+        layers = self.model.moe_layers()
+        return layers[0] if layers else None
+
+    @property
+    def edp(self) -> int:
+        return self.world // self.ep
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of one forward of one process: its virtual ranks' micro-batches."""
+        return self.batching.micro_batch * self.config.parallel.virtual_ranks
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.sequences * self.config.data.seq_len
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number that travels: rows are exchanged in the precision the experts compute in."""
+        return ITEMSIZE[self.precision]
+
+    def owned(self, rank: int) -> range:
+        return Topology(rank=rank, world=self.world, ep=self.ep).owned(self.config.moe.num_experts)
+
+    def slots(self, training: bool = True) -> TokenContext:
+        """`groups` G and `capacity` C (None: dropless) of one forward, as the layer works them out."""
+        assert self.layer is not None
+        self.layer.train(training)
+        return self.layer.complete(TokenContext(), self.sequences, self.tokens)
+
+
+def resolve(config: Config, world: int) -> Setting:
+    """Raises ConfigError for what `dmoe train` would refuse on `world` ranks, but for what only the machine decides."""
+    check(config, world)
+    tokenizer = open_tokenizer(config.data)
+    with torch.device("meta"):
+        model = Transformer(config.model, config.moe, tokenizer.vocab_size, virtual_ranks=config.parallel.virtual_ranks)
+    for layer in model.moe_layers():
+        layer.peers = AsMany(world)
+    ep = expert_parallel(config, world)
+    return Setting(config, world, ep, batching(config, world), tokenizer.vocab_size, _precision(config), model)
+
+
+def _precision(config: Config) -> str:
+    """`auto` as this machine answers it; for GPUs that are not here, bf16, which all since Ampere have."""
+    if config.train.precision != "auto":
+        return config.train.precision
+    if config.train.device == "cuda" and not torch.cuda.is_available():
+        return "bf16"
+    here = "cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu"
+    return precisions.resolve("auto", torch.device(here))

@@ -1,0 +1,129 @@
+"""Everything two steps of training produce, as one flat dictionary of arrays.
+
+Keys: `initial/NAME`; `slots/a/l` and `kept/a/l` (accumulation step a, MoE layer l), of this rank's tokens only; and, of the global
+batch, `counts`, `loss`, `aux/NAME`, `gradient/NAME`, `norm`, `clip`, `bias/l`, `final/NAME`.
+
+Letters: T tokens, E experts, L MoE layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dmoe.data import open_data
+from dmoe.distributed.parallelize import expert_parameters
+from dmoe.distributed.whole import gathered
+from dmoe.moe.layer import MoEOutput
+from dmoe.moe.routing import Routing
+from dmoe.training.batches import Batch, training_batches
+from dmoe.training.engine import Engine
+from dmoe.training.schedule import learning_rate
+from dmoe.training.step import compute_gradients, forward, update
+
+__all__ = ["Capture", "capture", "state_arrays"]
+
+Capture = dict[str, NDArray[np.generic]]
+STEPS = 2
+LABELS = 3
+
+
+def capture(engine: Engine) -> Capture:
+    """Train two steps and tell what happened; gradients, losses and routing are those of the first. Collective."""
+    found: Capture = {f"initial/{name}": array for name, array in _weights(engine).items()}
+    data = open_data(engine.config.data, engine.config.train.seed)
+    for step in range(STEPS):
+        batches = [_labelled(batch) for batch in training_batches(data.train, engine, step)]
+        if step == 0:
+            found |= _routing(engine, batches)
+        totals = compute_gradients(engine, batches)
+        if step == 0:
+            found |= {f"gradient/{name}": array for name, array in _gradients(engine).items()}
+        result = update(engine, totals, learning_rate(step, engine.config.train.steps, engine.config.optim))
+        if step == 0:
+            found |= {
+                "loss": np.array(totals.loss_sum),
+                "norm": np.array(result.grad_norm),
+                "clip": np.array(result.clip_factor),
+            }
+            found["counts"] = np.array([[layer.choices, layer.kept] for layer in totals.layers])
+            for name in totals.layers[0].aux if totals.layers else ():
+                found[f"aux/{name}"] = np.array([layer.aux[name] for layer in totals.layers])
+    for layer in engine.model.moe_layers():
+        bias = dict(layer.router.named_buffers()).get("bias_E")
+        if bias is not None:
+            found[f"bias/{layer.layer}"] = bias.detach().numpy().copy()
+    return found | {f"final/{name}": array for name, array in state_arrays(engine).items()}
+
+
+def _labelled(batch: Batch) -> Batch:
+    """Synthetic text has one domain; fixed routing needs several, by sequence, on any number of ranks alike."""
+    sequences = torch.arange(batch.first_sequence, batch.first_sequence + len(batch.token_BS))
+    return replace(batch, label_B=sequences % LABELS)
+
+
+def state_arrays(engine: Engine) -> Capture:
+    """Weights and Adam's moments, whole, by name."""
+    arrays = {f"model.{name}": array for name, array in _weights(engine).items()}
+    named, experts = dict(engine.model.named_parameters()), set(expert_parameters(engine.model))
+    for moment in ("exp_avg", "exp_avg_sq"):
+        values = {n: engine.optimizer.state[p][moment] for n, p in named.items() if moment in engine.optimizer.state.get(p, {})}
+        arrays |= {f"{moment}.{name}": _array(v) for name, v in gathered(values, experts, engine.topology).items()}
+    return arrays
+
+
+def _weights(engine: Engine) -> Capture:
+    values = dict(engine.model.named_parameters())
+    return {n: _array(v) for n, v in gathered(values, set(expert_parameters(engine.model)), engine.topology).items()}
+
+
+def _gradients(engine: Engine) -> Capture:
+    values = {name: p.grad for name, p in engine.model.named_parameters() if p.grad is not None}
+    return {n: _array(v) for n, v in gathered(values, set(expert_parameters(engine.model)), engine.topology).items()}
+
+
+def _routing(engine: Engine, batches: list[Batch]) -> Capture:
+    """A forward without gradients in training mode: nothing is recomputed, so every layer decides exactly once."""
+    found: Capture = {}
+    for index, batch in enumerate(batches):
+        with torch.no_grad(), _recorded(engine.model.moe_layers()) as routings:
+            forward(engine, batch, None)
+        for layer, routing in enumerate(routings):
+            found[f"kept/{index}/{layer}"] = _kept(routing)
+            found[f"slots/{index}/{layer}"] = np.array(routing.slots)
+    return found
+
+
+def _kept(routing: Routing) -> NDArray[np.bool_]:
+    """[T, E] of this rank's tokens: whether expert e computes token t."""
+    made_TK = torch.ones_like(routing.expert_TK, dtype=torch.bool) if routing.keep_TK is None else routing.keep_TK
+    kept_TE = torch.zeros_like(routing.score_TE, dtype=torch.bool)
+    for k in range(made_TK.shape[1]):  # one choice at a time: a dropped choice must not overwrite a kept one of the same expert
+        kept_TE |= torch.zeros_like(kept_TE).scatter_(1, routing.expert_TK[:, k : k + 1], made_TK[:, k : k + 1])
+    return kept_TE.numpy()
+
+
+def _array(value: Tensor) -> NDArray[np.generic]:
+    array: NDArray[np.generic] = value.detach().cpu().numpy().copy()
+    return array
+
+
+@contextmanager
+def _recorded(layers: Sequence[nn.Module]) -> Iterator[list[Routing]]:
+    routings: list[Routing] = []
+
+    def record(module: nn.Module, given: object, output: MoEOutput) -> None:
+        routings.append(output.routing)
+
+    handles = [layer.register_forward_hook(record) for layer in layers]
+    try:
+        yield routings
+    finally:
+        for handle in handles:
+            handle.remove()

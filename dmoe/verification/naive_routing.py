@@ -1,0 +1,122 @@
+"""Every router of dmoe/moe/routers by its formula, one token at a time. See there for the papers.
+
+Only the random numbers and the hash are taken from there: they are definitions, not computations.
+
+Letters: T tokens, D width, E experts, K experts a token, S tokens a sequence.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from dmoe.moe.layer import MoE
+from dmoe.moe.routers.hashed import hash_reference
+from dmoe.moe.routers.noise import keyed_noise
+from dmoe.moe.routing import TokenContext
+from dmoe.verification.naive_queue import Choices, slots
+
+__all__ = ["decide"]
+
+
+def decide(layer: MoE, x_TD: Tensor, context: TokenContext) -> Choices:
+    """The experts of every token, and the weight of each."""
+    valid = [True] * len(x_TD) if context.valid_T is None else [bool(v) for v in context.valid_T]
+    kind = layer.router.config.kind
+    if kind in ("fixed", "hash"):
+        return _unlearned(layer, x_TD, context, valid)
+    clean_TE, std_TE, logit_TE = _logits(layer, x_TD, context)
+    sigmoid = layer.router.config.score == "sigmoid"
+    score_TE = torch.sigmoid(logit_TE) if sigmoid else torch.exp(logit_TE) / torch.exp(logit_TE).sum(-1, keepdim=True)
+    if kind == "expert_choice":
+        experts, spare = _experts_choose(layer, score_TE, valid, context.sequences), [list[int]() for _ in valid]
+    else:
+        pairs = [_tokens_choose(layer, row) if real else ([], []) for row, real in zip(score_TE.tolist(), valid, strict=True)]
+        experts, spare = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    weight_TE = _weights(layer, logit_TE, score_TE, experts)
+    return Choices(experts, spare, logit_TE, score_TE, weight_TE, valid, clean_TE=clean_TE, std_TE=std_TE)
+
+
+def _logits(layer: MoE, x_TD: Tensor, context: TokenContext) -> tuple[Tensor, Tensor, Tensor]:
+    """Clean logits, the standard deviation of their noise, and both together."""
+    router, config = layer.router, layer.router.config
+    if layer.training and config.jitter:
+        uniform_TD = keyed_noise(torch.rand, "jitter", x_TD, x_TD.shape[1], layer.layer, context)
+        x_TD = x_TD * (1 - config.jitter + 2 * config.jitter * uniform_TD)
+    clean_TE = x_TD @ router.get_parameter("weight").t()
+    if config.kind != "noisy":
+        return clean_TE, torch.zeros_like(clean_TE), clean_TE
+    std_TE = softplus(x_TD @ router.get_parameter("noise_weight").t())
+    if not layer.training:
+        return clean_TE, std_TE, clean_TE
+    return (
+        clean_TE,
+        std_TE,
+        clean_TE + std_TE * keyed_noise(torch.randn, "noise", clean_TE, layer.num_experts, layer.layer, context),
+    )
+
+
+def _tokens_choose(layer: MoE, scores: list[float]) -> tuple[list[int], list[int]]:
+    """One token's experts and, after them, its spare ones, best first."""
+    config, count = layer.router.config, layer.num_experts
+    biased = [s + float(b) for s, b in zip(scores, layer.router.get_buffer("bias_E"), strict=True)]
+    order = sorted(range(count), key=lambda e: (-biased[e], e))
+    if config.kind == "soft":
+        return list(range(count)), []
+    if config.kind == "group_limited":
+        size = count // config.groups
+        strength = [sum(sorted(biased[g * size : (g + 1) * size])[-2:]) for g in range(config.groups)]
+        best = sorted(range(config.groups), key=lambda g: (-strength[g], g))[: config.topk_groups]
+        order = [e for e in order if e // size in best]
+    k = layer.top_k
+    if config.kind == "adaptive":
+        k = next((n for n in range(config.k_min, k) if sum(scores[e] for e in order[:n]) >= config.top_p), k)
+    return order[:k], order[k:]
+
+
+def _experts_choose(layer: MoE, score_TE: Tensor, valid: list[bool], sequences: int) -> list[list[int]]:
+    """Each expert takes the best tokens of each group."""
+    capacity, groups = slots(layer, len(valid), sequences, otherwise=1.0)
+    experts: list[list[int]] = [[] for _ in valid]
+    size, scores = len(valid) // groups, score_TE.tolist()
+    for e in range(layer.num_experts):
+        for g in range(groups):
+            real = [t for t in range(g * size, (g + 1) * size) if valid[t]]
+            for t in sorted(real, key=lambda t: (-scores[t][e], t))[:capacity]:
+                experts[t].append(e)
+    return experts
+
+
+def _unlearned(layer: MoE, x_TD: Tensor, context: TokenContext, valid: list[bool]) -> Choices:
+    """Experts from the token's id or label, with equal weights; nothing has a gradient."""
+    count, k = layer.num_experts, layer.top_k
+    if layer.router.config.kind == "hash":
+        assert context.token_id_T is not None
+        experts = [hash_reference(int(token), k, count, layer.layer) for token in context.token_id_T]
+    else:
+        assert context.label_T is not None
+        experts = [[(int(label) * k + i) % count for i in range(k)] for label in context.label_T]
+    experts = [own if real else [] for own, real in zip(experts, valid, strict=True)]
+    score_TE = torch.zeros(len(valid), count, dtype=x_TD.dtype)
+    for t, own in enumerate(experts):
+        score_TE[t, own] = 1.0 / k
+    logit_TE = torch.full_like(score_TE, -math.log(count))
+    return Choices(experts, [[] for _ in valid], logit_TE, score_TE, score_TE * layer.router.config.scale, valid)
+
+
+def _weights(layer: MoE, logit_TE: Tensor, score_TE: Tensor, experts: list[list[int]]) -> Tensor:
+    """weight[t, e] for every e: its score, over the sum of the chosen ones' where the config says so, times the scale."""
+    config = layer.router.config
+    chosen_TE = torch.zeros_like(score_TE)
+    for t, own in enumerate(experts):
+        chosen_TE[t, own] = 1.0
+    weight_TE = score_TE
+    if config.weights_from == "chosen" and config.score == "softmax" and config.kind not in ("soft", "expert_choice"):
+        weight_TE = torch.exp(logit_TE)
+        weight_TE = weight_TE / ((weight_TE * chosen_TE).sum(-1, keepdim=True) + 1e-300)
+    if config.renormalize and config.kind not in ("soft", "expert_choice"):
+        weight_TE = weight_TE / ((weight_TE * chosen_TE).sum(-1, keepdim=True) + 1e-20)
+    return weight_TE * config.scale

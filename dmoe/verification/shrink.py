@@ -1,0 +1,82 @@
+"""The config with narrow layers and a handful of tokens; whatever decides *how* it is trained is kept.
+
+Kept: router, capacity, balance, experts' kind, shared experts, attention's form, which blocks are sparse, the optimizer. Changed:
+widths, depth, number of experts above 16, batch, data (synthetic tokens: no corpus is read), precision (set by verify).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dmoe.config.schema import Config, ModelConfig, MoEConfig
+
+__all__ = ["prepare", "shrink"]
+
+DIM, HEADS, EXPERT_DIM, MOST_EXPERTS, SEQ_LEN = 32, 4, 24, 16, 16
+ACCUMULATION = 2
+
+
+def prepare(config: Config, groups: int) -> Config:
+    """Data, batch and precision of a verification: two accumulation steps of one sequence a group. Widths stay."""
+    return replace(
+        config,
+        data=replace(
+            config.data,
+            source="synthetic:zipf",
+            tokenizer="bytes",
+            tokenizer_vocab=None,
+            seq_len=min(config.data.seq_len, SEQ_LEN),
+        ),
+        train=replace(
+            config.train,
+            steps=4,
+            global_batch=groups * ACCUMULATION,
+            micro_batch=1,
+            precision="fp32",
+            device="cpu",
+            eval_sequences=groups,
+        ),
+        optim=replace(config.optim, warmup=0),
+        parallel=replace(config.parallel, backend="gloo"),
+    )
+
+
+def shrink(config: Config) -> Config:
+    """Narrow layers; see the module's docstring for what is kept."""
+    return replace(config, model=_model(config.model), moe=_moe(config.moe))
+
+
+def _model(model: ModelConfig) -> ModelConfig:
+    every, first = min(model.moe_every, 2), min(model.dense_first, 1)
+    kv_heads = None if model.kv_heads is None else max(1, HEADS * model.kv_heads // model.heads)
+    return replace(
+        model,
+        dim=DIM,
+        heads=HEADS,
+        kv_heads=kv_heads,
+        head_dim=None,
+        dense_dim=None if model.dense_dim is None else 2 * DIM,
+        layers=min(model.layers, max(2, first + max(1, every))),
+        moe_every=every,
+        dense_first=first,
+        init_std=max(model.init_std, 0.1),  # narrow layers need larger weights for routing to differ between tokens
+    )
+
+
+def _moe(moe: MoEConfig) -> MoEConfig:
+    experts = moe.num_experts if moe.num_experts <= MOST_EXPERTS else MOST_EXPERTS
+    router = moe.router
+    if router.groups > 1 and experts != moe.num_experts:
+        groups = min(router.groups, 4)
+        router = replace(router, groups=groups, topk_groups=max(1, min(router.topk_groups, groups // 2)))
+    most = experts if router.groups == 1 else experts // router.groups * router.topk_groups
+    top_k = moe.top_k if experts == moe.num_experts else max(2, min(moe.top_k, most // 2)) if moe.top_k > 1 else 1
+    shared_dim = None if moe.experts.shared_dim is None else EXPERT_DIM
+    return replace(
+        moe,
+        num_experts=experts,
+        top_k=top_k,
+        expert_dim=EXPERT_DIM,
+        router=replace(router, k_min=min(router.k_min, top_k)),
+        experts=replace(moe.experts, shared_dim=shared_dim),
+    )

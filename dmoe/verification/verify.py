@@ -1,0 +1,207 @@
+"""Runs the cases on real gloo ranks and says, quantity by quantity, whether they are the same training run."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.numpy import load_file, save_file
+
+from dmoe.config.check import check
+from dmoe.config.errors import CheckpointError
+from dmoe.config.schema import Config
+from dmoe.distributed import world as worlds_
+from dmoe.distributed.checkpoint import store
+from dmoe.distributed.spawn import RankError, run_ranks
+from dmoe.training import checkpointing
+from dmoe.training import engine as engines
+from dmoe.training.engine import Engine
+from dmoe.verification import naive
+from dmoe.verification.capture import Capture, capture, state_arrays
+from dmoe.verification.cases import Case, plan, reference
+from dmoe.verification.causes import cause
+from dmoe.verification.compare import QUANTITIES, Difference, compare, compare_exactly
+from dmoe.verification.shrink import prepare, shrink
+
+__all__ = ["TOLERANCE", "Report", "Row", "verify"]
+
+TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
+VOCABULARY = 256
+TIMEOUT = 120.0
+Patch = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The worst of one quantity over all cases."""
+
+    quantity: str
+    ok: bool
+    size: float
+    """Relative difference; for exact quantities the number of entries that differ."""
+    tolerance: float
+    case: str
+    where: str
+    cause: str
+
+
+@dataclass(frozen=True)
+class Report:
+    rows: list[Row]
+    cases: list[str]
+    refused: dict[str, str]
+    dtype: str
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return all(row.ok for row in self.rows)
+
+    @property
+    def first(self) -> Row | None:
+        """The first difference in the order of cause and effect."""
+        return next((row for row in self.rows if not row.ok), None)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the ranks of one world do."""
+
+    config: Config
+    cases: list[tuple[int, Case]]
+    folder: Path
+    dtype: str
+    patch: Patch | None
+
+
+def verify(
+    config: Config, worlds: Sequence[int] = (1, 2, 4), *, dtype: str = "float64", full: bool = False, patch: Patch | None = None
+) -> Report:
+    """Compare every allowed (world, EP, exchange, mode) with one process and the naive layer.
+
+    Args:
+        worlds: numbers of ranks; each is started once.
+        dtype: of weights and arithmetic; float64 (tolerance 1e-10) or float32 (1e-5).
+        full: keep the config's widths; default: the narrow form of `shrink`.
+        patch: called in every rank before anything is built: the tests break the code with it.
+
+    Raises ConfigError for a config that cannot run at all. Never raises for a difference: see the report.
+    """
+    began = time.monotonic()
+    groups = math.lcm(*worlds) * config.parallel.virtual_ranks
+    base = prepare(config if full else shrink(config), groups)
+    truth = reference(groups)
+    check(truth.config(base), 1)
+    planned = plan(base, list(worlds), groups)
+    with tempfile.TemporaryDirectory() as name:
+        differences = _run_all(_Job(base, list(enumerate(planned.cases)), Path(name), dtype, patch), truth, worlds)
+    rows = [_row(quantity, differences, dtype) for quantity in QUANTITIES]
+    shown = [row for row in rows if row is not None]
+    return Report(shown, [str(case) for case in planned.cases], planned.refused, dtype, time.monotonic() - began)
+
+
+def _run_all(job: _Job, truth: Case, worlds: Sequence[int]) -> list[tuple[Case, Difference]]:
+    run_ranks(1, _record_truth, job, truth, timeout=TIMEOUT)
+    found: list[tuple[Case, Difference]] = []
+    for world in worlds:
+        found.extend(_run_world(replace(job, cases=[(index, case) for index, case in job.cases if case.world == world]), world))
+    done = [(index, case) for index, case in job.cases if (job.folder / f"{index}.safetensors").exists()]
+    reread = run_ranks(1, _reread, replace(job, cases=done), truth, timeout=TIMEOUT)[0]
+    return found + [(case, difference) for (_, case), difference in zip(done, reread, strict=True)]
+
+
+def _run_world(job: _Job, world: int) -> list[tuple[Case, Difference]]:
+    """All cases in one start of the ranks; if that fails, each in a start of its own, so that a crash does not hide the rest."""
+    quantity = "every rank finishes"
+    try:
+        ranks = run_ranks(world, _compare_cases, job, timeout=TIMEOUT)
+    except RankError as error:
+        if len(job.cases) > 1:
+            return [pair for one in job.cases for pair in _run_world(replace(job, cases=[one]), world)]
+        return [(job.cases[0][1], Difference(quantity, _last_line(error), math.inf, exact=True))]
+    found = [(job.cases[n][1], difference) for rank in ranks for n, own in enumerate(rank) for difference in own]
+    return [*found, *((case, Difference(quantity, "", 0.0, exact=True)) for _, case in job.cases)]
+
+
+def _record_truth(rank: int, world: int, job: _Job, truth: Case) -> None:
+    engine = _build(job, truth)
+    found = capture(engine)
+    save_file(found, job.folder / "truth.safetensors")
+    store.save(job.folder / "truth", 1, checkpointing.training_state(engine), {})
+
+
+def _compare_cases(rank: int, world: int, job: _Job) -> list[list[Difference]]:
+    if job.patch is not None:
+        job.patch()
+    truth = load_file(job.folder / "truth.safetensors")
+    return [_compare_case(rank, world, job, index, case, truth) for index, case in job.cases]
+
+
+def _compare_case(rank: int, world: int, job: _Job, index: int, case: Case, truth: Capture) -> list[Difference]:
+    engine = _build(job, case)
+    mine = capture(engine)
+    found = compare(mine, truth, rank, world)
+    found.append(_round_trip(engine, job, index, mine, truth))
+    engine.close()
+    return found
+
+
+def _round_trip(engine: Engine, job: _Job, index: int, mine: Capture, truth: Capture) -> Difference:
+    """Write this case's checkpoint for `_reread`, then load the reference's and compare every bit."""
+    quantity = "checkpoint written by 1, read here"
+    try:
+        store.save(job.folder / str(index), 1, checkpointing.training_state(engine), {}, group=engine.topology.control)
+        if engine.world.is_main:
+            save_file(_finals(mine), job.folder / f"{index}.safetensors")
+        checkpointing.load(engine, job.folder / "truth" / "step-00000001")
+    except CheckpointError as error:
+        return Difference(quantity, str(error), math.inf, finding="refused")
+    return compare_exactly(quantity, state_arrays(engine), _finals(truth))
+
+
+def _reread(rank: int, world: int, job: _Job, truth: Case) -> list[Difference]:
+    """Load every case's checkpoint into one process."""
+    if job.patch is not None:
+        job.patch()
+    engine, quantity, found = _build(job, truth), "checkpoint written here, read by 1", []
+    for index, _ in job.cases:
+        try:
+            checkpointing.load(engine, job.folder / str(index) / "step-00000001")
+        except CheckpointError as error:
+            found.append(Difference(quantity, str(error), math.inf, finding="refused"))
+            continue
+        found.append(compare_exactly(quantity, state_arrays(engine), load_file(job.folder / f"{index}.safetensors")))
+    return found
+
+
+def _build(job: _Job, case: Case) -> Engine:
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process builds many engines; accelerate expects one
+    engine = engines.build(case.config(job.config), worlds_.start("cpu"), VOCABULARY, getattr(torch, job.dtype))
+    if case.naive:
+        naive.install(engine.model)
+    return engine
+
+
+def _finals(found: Capture) -> Capture:
+    return {name.removeprefix("final/"): array for name, array in found.items() if name.startswith("final/")}
+
+
+def _row(quantity: str, found: list[tuple[Case, Difference]], dtype: str) -> Row | None:
+    own = [(case, difference) for case, difference in found if difference.quantity == quantity]
+    if not own:
+        return None
+    case, worst = max(own, key=lambda pair: pair[1].size)
+    tolerance = 0.0 if worst.exact else TOLERANCE[dtype]
+    ok = worst.size <= tolerance
+    where = "" if ok else ", ".join(part for part in (worst.where, worst.finding) if part)
+    return Row(quantity, ok, worst.size, tolerance, str(case), where, "" if ok else cause(worst, case))
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]

@@ -1,0 +1,133 @@
+"""A user's mistake: one line with field, value and fix, exit code 2, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.commands import dmoe, environment, refused
+
+CONFIG = {
+    "unknown key": (["moe.top_q=1"], ["moe.top_q=1", "no such field", "moe.top_k"]),
+    "unknown section": (["mo.top_k=1"], ["mo", "no such field", "moe"]),
+    "wrong type": (["moe.top_k=two"], ["moe.top_k=two", "must be int", "default is 2"]),
+    "wrong word": (["moe.exchange=sideways"], ["moe.exchange=sideways", "packed or padded"]),
+    "not a number": (["optim.lr=.nan"], ["optim.lr=nan", "finite"]),
+    "experts not divisible": (
+        ["moe.num_experts=9", "parallel.ep=2", "--ranks", "2"],
+        ["moe.num_experts=9", "parallel.ep=2", "use"],
+    ),
+    "ep does not divide the world": (["parallel.ep=4", "--ranks", "2"], ["parallel.ep=4", "world of 2", "use one of [1, 2]"]),
+    "more choices than experts": (["moe.top_k=9"], ["moe.top_k=9", "moe.num_experts=8", "use 8 or less"]),
+    "batch not divisible": (["train.global_batch=9", "--ranks", "2"], ["train.global_batch=9", "multiple of the 2", "use 8"]),
+    "no such file": (["nowhere.yaml"], ["CONFIG=nowhere.yaml", "cannot be read", "configs/quickstart.yaml"]),
+    "unknown option": (["--rank", "2"], ["--rank", "dmoe train --help"]),
+    "no ranks": (["--ranks", "0"], ["--ranks", "1", "dmoe train --help"]),
+}
+NEVER_TORCH = {
+    "refused config": ["train", "moe.top_q=1"],
+    "refused by check": ["train", "moe.top_k=9", "--ranks", "2"],
+    "refused explain": ["explain", "moe.top_k=9"],
+    "refused generate": ["generate", "nowhere", "--prompt", "a", "--temperature", "-1"],
+    "no run": ["generate", "nowhere", "--prompt", "a"],
+    "help": ["--help"],
+    "fields": ["explain", "--fields"],
+}
+
+
+@pytest.fixture
+def away(place: Path) -> Iterator[Path]:
+    """Where no run may be left."""
+    path = place / "must-not-exist"
+    yield path
+    assert not path.exists(), "a refused run has left a directory"
+
+
+@pytest.fixture(scope="module")
+def taken_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize("name", CONFIG)
+def test_a_config_that_cannot_work(name: str, away: Path, place: Path, small: tuple[str, ...]) -> None:
+    arguments, words = CONFIG[name]
+    rest = () if name == "no such file" else small
+    file = arguments if name == "no such file" else ()
+    refused(dmoe("train", *file, *rest, f"train.run_dir={away}", *(() if file else arguments), cwd=place), *words)
+
+
+@pytest.mark.parametrize("name", NEVER_TORCH)
+def test_torch_is_never_imported_for(name: str, place: Path) -> None:
+    code = "import atexit, sys; from dmoe.cli.main import run; atexit.register(lambda: print('torch' in sys.modules)); run()"
+    command = [sys.executable, "-c", code, *NEVER_TORCH[name]]
+    result = subprocess.run(command, cwd=place, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert result.stdout.splitlines()[-1] == "False"
+    assert result.returncode == (0 if name in ("help", "fields") else 2)
+
+
+def texts(place: Path) -> dict[str, tuple[list[str], list[str]]]:
+    """Overrides and the words of the refusal."""
+    short = ["data.source=short.txt", "data.seq_len=512"]
+    (place / "empty.txt").touch()
+    (place / "short.txt").write_text("Just a few words in here.\n" * 3, encoding="utf-8")
+    return {
+        "missing corpus": (["data.source=nowhere.txt"], ["data.source=nowhere.txt", "no such file", "check the path"]),
+        "empty corpus": (["data.source=empty.txt"], ["data.source=empty.txt", "at least one byte"]),
+        "too short a corpus": (short, ["data.seq_len=512", "must be less than", "set data.seq_len="]),
+        "no CUDA": (["train.device=cuda"], ["train.device=cuda", "no CUDA device", "train.device=cpu"]),
+    }
+
+
+@pytest.mark.parametrize("name", ["missing corpus", "empty corpus", "too short a corpus", "no CUDA"])
+def test_what_only_the_machine_can_tell(name: str, away: Path, place: Path, small: tuple[str, ...]) -> None:
+    overrides, words = texts(place)[name]
+    refused(dmoe("train", *small, *overrides, f"train.run_dir={away}", cwd=place), *words)
+
+
+@pytest.mark.parametrize("name", ["empty corpus", "no CUDA"])
+def test_two_ranks_say_it_once(name: str, away: Path, place: Path, small: tuple[str, ...]) -> None:
+    overrides, words = texts(place)[name]
+    refused(dmoe("train", *small, *overrides, f"train.run_dir={away}", "--ranks", "2", cwd=place), *words)
+
+
+@pytest.mark.parametrize("ranks", [[], ["--ranks", "2"]], ids=["alone", "two ranks"])
+def test_a_run_directory_that_cannot_be_written(ranks: list[str], place: Path, small: tuple[str, ...]) -> None:
+    """Below a regular file nobody can write, not even root."""
+    (place / "file").write_text("mine", encoding="utf-8")
+    result = dmoe("train", *small, "train.run_dir=file/run", *ranks, cwd=place)
+    refused(result, "train.run_dir=file/run", "cannot be written", "choose a directory")
+    assert (place / "file").read_text(encoding="utf-8") == "mine"
+
+
+def test_the_rendezvous_port_of_a_launcher_is_in_use(taken_port: int, away: Path, place: Path, small: tuple[str, ...]) -> None:
+    launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken_port)}
+    result = dmoe("train", *small, f"train.run_dir={away}", cwd=place, **launcher)
+    refused(result, f"MASTER_PORT={taken_port}", "in use", "--master-port")
+
+
+def test_the_port_of_local_ranks_is_in_use(taken_port: int, away: Path, place: Path, small: tuple[str, ...]) -> None:
+    result = dmoe("train", *small, f"train.run_dir={away}", "--ranks", "2", "--port", str(taken_port), cwd=place)
+    refused(result, f"--port={taken_port}", "in use", "leave --port out")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--temperature", "-1"),
+        ("--temperature", "nan"),
+        ("--top-k", "0"),
+        ("--top-p", "1.5"),
+        ("--tokens", "0"),
+        ("--seed", "-1"),
+    ],
+)
+def test_generate_refuses_before_it_looks_for_the_run(option: str, value: str, place: Path) -> None:
+    refused(
+        dmoe("generate", "nowhere", "--prompt", "a", option, value, cwd=place), f"{option}={value}".removesuffix("-1"), "must"
+    )

@@ -1,0 +1,118 @@
+"""What an exchange costs is part of its meaning: collectives and host reads, counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dmoe.config.schema import BalanceConfig, CapacityConfig
+from dmoe.distributed import topology
+from dmoe.distributed.parallelize import shard_experts
+from dmoe.moe.dispatch import PerExpert
+from dmoe.moe.layer import MoE
+from tests.ranks import run_ranks
+
+COLLECTIVES = ("all_to_all_single", "all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce_scatter_tensor")
+READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero")
+
+
+class CountingExperts(nn.Module):
+    """Experts that read nothing: on the CPU the real ones loop over counts, which CUDA's grouped GEMM reads on the device."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.num_experts = experts.num_experts
+
+    def forward(self, rows_RD: Tensor, per_expert: PerExpert) -> Tensor:
+        return rows_RD * self.weight
+
+
+def counted(counter: Counter[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        counter[name] += 1
+        return function(*args, **kwargs)
+
+    return call
+
+
+def costs(rank: int, world: int, exchange: str, factor: float | None, level: str) -> list[tuple[int, int]]:
+    """(collectives, host reads) of one layer's forward and of its backward."""
+    torch.manual_seed(rank)
+    layer = MoE(
+        16, 8, 8, 2, exchange=exchange, capacity=CapacityConfig(factor=factor), balance=BalanceConfig(switch_level=level)
+    )
+    shard_experts(layer, topology.build(world, torch.device("cpu")))
+    layer.experts = CountingExperts(layer.experts)
+    x = torch.randn(2, 24, 16, requires_grad=True)
+    layer(x).y.sum().backward()  # gloo's and autograd's own first-time reads are not the layer's
+    made, read = Counter[str](), Counter[str]()
+    for name in COLLECTIVES:
+        setattr(dist, name, counted(made, name, getattr(dist, name)))
+    for name in READS:
+        setattr(torch.Tensor, name, counted(read, name, getattr(torch.Tensor, name)))
+    output = layer(x)
+    forward = (made.total(), read.total())
+    loss = output.y.sum() + output.aux["switch"] + output.aux["z"]
+    made.clear(), read.clear()
+    loss.backward()
+    return [forward, (made.total(), read.total())]
+
+
+@pytest.mark.parametrize(
+    ("exchange", "factor", "level", "expected"),
+    [
+        ("packed", None, "micro_batch", [(3, 1), (2, 0)]),
+        ("packed", 1.25, "sequence", [(3, 1), (2, 0)]),
+        ("padded", 1.25, "micro_batch", [(2, 0), (2, 0)]),
+        ("padded", 1.25, "global", [(3, 0), (2, 0)]),
+    ],
+)
+def test_collectives_and_host_reads_of_a_layer(exchange: str, factor: float | None, level: str, expected: list[Any]) -> None:
+    """Packed 3 + 2 and one read of the split sizes, padded 2 + 2 and none; the global balance loss adds one all-reduce."""
+    for rank in run_ranks(2, costs, exchange, factor, level):
+        assert rank == expected
+
+
+def padded_on_meta(rank: int, world: int, pretended: int, options: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=pretended)
+    with torch.device("meta"):
+        layer = MoE(64, 32, 64, 4, exchange="padded", **options)
+        shard_experts(layer, topology.build(64, torch.device("meta")))
+        x = torch.randn(2, 128, 64, requires_grad=True)
+        output = layer(x)
+        (output.y.sum() + output.aux["switch"] + output.aux["z"]).backward()
+    dist.destroy_process_group()
+    return {
+        "y": tuple(output.y.shape),
+        "x": tuple(x.grad.shape),
+        "w_in": tuple(layer.experts.w_in.grad.shape),
+        "router": tuple(layer.router.weight.grad.shape),
+    }
+
+
+@pytest.mark.parametrize("pretended", [64, 1024])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"capacity": CapacityConfig(factor=1.25)},
+        {"capacity": CapacityConfig(factor=1.0, group="sequence", priority="score", overflow="next_choice", renormalize=True)},
+        {
+            "capacity": CapacityConfig(factor=1.0, group="global"),
+            "balance": BalanceConfig(switch_level="global", importance=0.1),
+        },
+    ],
+    ids=["rank", "sequence", "global"],
+)
+def test_the_padded_layer_reads_no_value(pretended: int, options: dict[str, Any]) -> None:
+    """On the meta device there are no values: a single read, anywhere in forward or backward, would raise."""
+    shapes = run_ranks(1, padded_on_meta, pretended, options)[0]
+    assert shapes == {"y": (2, 128, 64), "x": (2, 128, 64), "w_in": (1, 64, 64), "router": (64, 64)}

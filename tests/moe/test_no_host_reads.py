@@ -1,0 +1,82 @@
+"""Capacity, losses, bias and stats run on the meta device, where any read of a value, any mask index and any `nonzero` raises.
+
+That is what lets the padded layer run without a host sync on CUDA, and at any world size without hardware.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from dmoe.config.schema import BalanceConfig, CapacityConfig
+from dmoe.moe.balance import auxiliary_losses, updated_bias
+from dmoe.moe.capacity import limit
+from dmoe.moe.routing import Noise, Routing, TokenContext
+from dmoe.moe.stats import measure
+from tests.moe.drawing import random_routing
+from tests.moe.spares import with_spares
+
+TOKENS, WORLD = 24, 64
+
+
+class Far:
+    """A rank of 64 that has no values, only shapes."""
+
+    size, rank = WORLD, 5
+
+    def sum(self, value: Tensor) -> Tensor:
+        return torch.empty_like(value)
+
+    def gather(self, value: Tensor) -> Tensor:
+        return value.new_empty(self.size, *value.shape)
+
+
+def on_meta(routing: Routing) -> Routing:
+    values = {field.name: getattr(routing, field.name) for field in fields(routing)}
+    moved = {name: value.to("meta") for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(routing, **moved)
+
+
+def routing_and_context(masked: float | None) -> tuple[Routing, TokenContext]:
+    routing = on_meta(with_spares(random_routing(TOKENS, 5, 2, masked=masked), 3))
+    score_TE = routing.score_TE.requires_grad_()
+    routing = replace(routing, score_TE=score_TE, logit_TE=score_TE.log(), weight_TK=score_TE[:, :2])
+    valid_T = None if routing.keep_TK is None else routing.keep_TK[:, 0]
+    prior_LE = torch.zeros(3, 5, dtype=torch.int64, device="meta")
+    return routing, TokenContext(valid_T=valid_T, prior_count_LE=prior_LE, sequences=4, groups=4, capacity=3)
+
+
+CASES = list(product(["rank", "sequence", "global"], ["position", "score"], ["drop", "next_choice"], [None, 0.4]))
+
+
+@pytest.mark.parametrize(("group", "priority", "overflow", "masked"), CASES)
+def test_capacity_and_stats(group: str, priority: str, overflow: str, masked: float | None) -> None:
+    routing, context = routing_and_context(masked)
+    context = replace(context, groups=1, capacity=3 * WORLD) if group == "global" else context
+    config = CapacityConfig(group=group, priority=priority, overflow=overflow, renormalize=True)  # type: ignore[arg-type]
+    limited = limit(routing, config, context, Far())
+    assert limited.slot_TK is not None
+    assert limited.slot_TK.shape == limited.expert_TK.shape
+    assert limited.capacity == (TOKENS if group == "global" else 3)
+    limited.weight_TK.sum().backward()
+    assert measure(routing, limited).as_vector().shape == (14,)
+
+
+@pytest.mark.parametrize("masked", [None, 0.4])
+@pytest.mark.parametrize("level", ["sequence", "micro_batch", "global"])
+def test_losses(level: str, masked: float | None) -> None:
+    routing, context = routing_and_context(masked)
+    routing = replace(routing, noise=Noise(routing.logit_TE, routing.score_TE))
+    config = BalanceConfig(1.0, level, 1.0, 1.0, 1.0, 1.0)  # type: ignore[arg-type]
+    losses = auxiliary_losses(routing, config, context, Far(), layer=1, micro_batches=2)
+    assert list(losses) == ["switch", "z", "importance", "load", "usage_std"]
+    sum(losses.values(), torch.zeros((), device="meta")).backward()
+
+
+def test_bias() -> None:
+    count_LE = torch.zeros(3, 5, dtype=torch.int64, device="meta")
+    assert updated_bias(torch.zeros(3, 5, device="meta"), count_LE, 0.1, recenter=True).shape == (3, 5)
