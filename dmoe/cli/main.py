@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dmoe import __version__
-from dmoe.cli import explain, generate, train
+from dmoe.cli import explain, generate, train, verify
 from dmoe.config.errors import DmoeError
 
 __all__ = ["app", "run"]

@@ -41,12 +41,16 @@ class Replicated:
 
 
 def keep_experts_out_of_ddp(model: nn.Module) -> None:
-    """Tell DDP which parameters are not replicas. Must be set on the root module, before DDP wraps it.
+    """Tell DDP what it must not touch. Must be set on the root module, before DDP wraps it.
 
-    Without this, DDP broadcasts rank 0's experts over all others and then averages the gradients of different experts: equal
+    That is the experts, which are not replicas, and the buffers (the routers' biases), which every rank computes from the same
+    counts: DDP would broadcast them in every forward.
+
+    Without this, DDP also broadcasts rank 0's experts over all others and then averages the gradients of different experts: equal
     shapes, no error. There is no public way yet (pytorch/pytorch#43690 asks for one); remove when there is.
     """
-    model._ddp_params_and_buffers_to_ignore = list(expert_parameters(model))  # type: ignore[assignment]
+    buffers = [name for name, _ in model.named_buffers()]
+    model._ddp_params_and_buffers_to_ignore = [*expert_parameters(model), *buffers]  # type: ignore[assignment]
 
 
 def sum_dense_gradients(ddp: nn.Module) -> None:

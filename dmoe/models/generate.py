@@ -38,8 +38,8 @@ def generate(
 
     Each token sees the last `window` ones (use the training's `seq_len`). Temperature 0 takes the most likely token; otherwise
     the draw depends on (seed, logits) alone. `top_k` keeps the k most likely tokens, `top_p` the fewest whose probabilities
-    reach p (Holtzman et al. 2019). `label` is the text's task,
-    language or domain (fixed routing). Under expert parallelism every rank must make the same call. The model's mode is restored.
+    reach p (Holtzman et al. 2019). `label` is the text's task, language or domain, for fixed routing. Under expert parallelism
+    every rank must make the same call. The model's mode is restored.
     """
     check(prompt_ids, window, temperature, top_k, top_p)
     device = model.embedding.weight.device

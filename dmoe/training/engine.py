@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from torch import nn
 
 from dmoe.config.check import Batching, batching, expert_parallel
@@ -69,7 +69,6 @@ def build(config: Config, world: World, vocab_size: int, dtype: torch.dtype = to
         cpu=world.device.type == "cpu",
         mixed_precision=ACCELERATE_PRECISION[precision],
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # equal on all ranks by computation
     )
     if precision == "fp16":
         accelerator.scaler = shared_scaler(groups, world.device)
