@@ -17,6 +17,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "DebugConfig",
     "ExpertsConfig",
     "MoEConfig",
     "ModelConfig",
@@ -255,6 +256,12 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
+class DebugConfig:
+    collectives: bool = False
+    """Before each token exchange the ranks compare operation, shapes and splits, and name who does not fit. Several times slower."""
+
+
+@dataclass(frozen=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -264,3 +271,4 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)

@@ -20,34 +20,48 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from dmoe.distributed.watch import Watch
 from dmoe.moe.dispatch import PerExpert
 from dmoe.moe.permute import Placement, combine, gather, place_packed, place_padded
 from dmoe.moe.routing import Routing
 
-__all__ = ["PackedAllToAll", "PaddedAllToAll", "exchange_rows"]
+__all__ = ["PackedAllToAll", "PaddedAllToAll", "Route"]
+
+
+@dataclass(frozen=True)
+class Route:
+    """The journey of one layer's rows: over which ranks, and who watches it."""
+
+    group: dist.ProcessGroup
+    layer: int = 0
+    watch: Watch | None = None
+
+    def exchange(self, rows: Tensor, send: list[int] | None, receive: list[int] | None, operation: str) -> Tensor:
+        """All-to-all of the leading dimension; `None` splits it equally. Its gradient is the same exchange with the lists swapped."""
+        out: Tensor = _ExchangeRows.apply(rows, send, receive, operation, self)
+        return out
+
+    def move(self, rows: Tensor, send: list[int] | None, receive: list[int] | None, operation: str) -> Tensor:
+        """The exchange itself, without autograd. The lists are checked against the rows on every rank, in any mode."""
+        assert send is None or sum(send) == len(rows), f"{operation}: {len(rows)} rows, but {sum(send or [])} to send"
+        if self.watch is not None:
+            self.watch.compare(self.layer, operation, rows, send, receive)
+        received = rows.new_empty((len(rows) if receive is None else sum(receive), *rows.shape[1:]))
+        dist.all_to_all_single(received, rows.contiguous(), receive, send, group=self.group)
+        return received
 
 
 class _ExchangeRows(Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: list[int] | None, receive: list[int] | None, group: dist.ProcessGroup) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _all_to_all(rows, send, receive, group)
+    def forward(
+        ctx: Any, rows: Tensor, send: list[int] | None, receive: list[int] | None, operation: str, route: Route
+    ) -> Tensor:
+        ctx.send, ctx.receive, ctx.operation, ctx.route = send, receive, operation, route
+        return route.move(rows, send, receive, operation)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None
-
-
-def exchange_rows(rows: Tensor, send: list[int] | None, receive: list[int] | None, group: dist.ProcessGroup) -> Tensor:
-    """All-to-all of the leading dimension; `None` splits it equally. Its gradient is the same exchange with the lists swapped."""
-    out: Tensor = _ExchangeRows.apply(rows, send, receive, group)
-    return out
-
-
-def _all_to_all(rows: Tensor, send: list[int] | None, receive: list[int] | None, group: dist.ProcessGroup) -> Tensor:
-    received = rows.new_empty((len(rows) if receive is None else sum(receive), *rows.shape[1:]))
-    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
-    return received
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return ctx.route.move(grads[0], ctx.receive, ctx.send, f"{ctx.operation} backward"), None, None, None, None
 
 
 class _Reorder(Function):
@@ -83,17 +97,17 @@ class PackedTicket:
 class PackedAllToAll:
     """Exactly the rows there are."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group, self.ranks = group, dist.get_world_size(group)
+    def __init__(self, route: Route) -> None:
+        self.route, self.ranks = route, dist.get_world_size(route.group)
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, PerExpert, PackedTicket]:
         placement, count_E = place_packed(routing)
         count_Pe = count_E.view(self.ranks, -1)
-        arriving_Pe = _all_to_all(count_Pe, None, None, self.group)
+        arriving_Pe = self.route.move(count_Pe, None, None, "counts")
         send, receive = torch.stack([count_Pe.sum(1), arriving_Pe.sum(1)]).tolist()  # the one host sync
 
         rows_ND = gather(x_TD, placement.first_rows(sum(send)))
-        rows_RD = exchange_rows(rows_ND, send, receive, self.group)
+        rows_RD = self.route.exchange(rows_ND, send, receive, "dispatch")
         order_R, inverse_R = by_local_expert(arriving_Pe, sum(receive))
         ticket = PackedTicket(placement.first_rows(sum(send)), send, receive, order_R, inverse_R)
         return reorder(rows_RD, order_R, inverse_R), arriving_Pe.sum(0), ticket
@@ -101,7 +115,7 @@ class PackedAllToAll:
     def combine(self, rows_RD: Tensor, weight_TK: Tensor, ticket: PackedTicket) -> Tensor:
         assert len(rows_RD) == sum(ticket.receive), f"experts returned {len(rows_RD)} rows for {sum(ticket.receive)}"
         arrival_RD = reorder(rows_RD, ticket.inverse_R, ticket.order_R)
-        rows_ND = exchange_rows(arrival_RD, ticket.receive, ticket.send, self.group)
+        rows_ND = self.route.exchange(arrival_RD, ticket.receive, ticket.send, "combine")
         return combine(rows_ND, weight_TK, ticket.placement)
 
 
@@ -125,17 +139,17 @@ class PaddedTicket:
 class PaddedAllToAll:
     """Fixed slots, equal splits, no counts."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group, self.ranks = group, dist.get_world_size(group)
+    def __init__(self, route: Route) -> None:
+        self.route, self.ranks = route, dist.get_world_size(route.group)
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, PerExpert, PaddedTicket]:
         assert routing.capacity is not None, "the padded exchange needs a capacity"
         ticket = PaddedTicket(place_padded(routing), routing.groups * routing.capacity)
-        rows_RD = exchange_rows(gather(x_TD, ticket.placement), None, None, self.group)
+        rows_RD = self.route.exchange(gather(x_TD, ticket.placement), None, None, "dispatch")
         by_rank = rows_RD.view(self.ranks, -1, ticket.slots, rows_RD.shape[1])
         return by_rank.transpose(0, 1).flatten(0, 2), self.ranks * ticket.slots, ticket
 
     def combine(self, rows_RD: Tensor, weight_TK: Tensor, ticket: PaddedTicket) -> Tensor:
         by_expert = rows_RD.view(-1, self.ranks, ticket.slots, rows_RD.shape[1])
-        rows_ED = exchange_rows(by_expert.transpose(0, 1).flatten(0, 2), None, None, self.group)
+        rows_ED = self.route.exchange(by_expert.transpose(0, 1).flatten(0, 2), None, None, "combine")
         return combine(rows_ED, weight_TK, ticket.placement)

@@ -6,7 +6,7 @@ Eight ranks, EP = 4 (the picture of topology.py), two experts a rank:
     all else    every rank holds an eighth
 
 A unit (the experts of a layer, a block, the root) is gathered before its forward and again before its backward, and its gradients
-are reduce-scattered after it: a third more bytes than DDP's all-reduce, for 1/W of the memory of weights, gradients and moments.
+are reduce-scattered after it: half as many bytes again as DDP's all-reduce, for 1/W of the memory of weights, gradients and moments.
 Gradients are sums, as everywhere: FSDP2 by default divides by the number of ranks that share a parameter, which is another one
 for experts than for the rest, so the two would differ by a factor of EP.
 

@@ -7,9 +7,10 @@ from typing import Protocol
 
 from torch import nn
 
-from dmoe.distributed.all_to_all import PackedAllToAll, PaddedAllToAll
+from dmoe.distributed.all_to_all import PackedAllToAll, PaddedAllToAll, Route
 from dmoe.distributed.peers import GroupPeers
 from dmoe.distributed.topology import Topology
+from dmoe.distributed.watch import Watch
 from dmoe.moe.layer import MoE
 
 __all__ = ["Replication", "expert_parameters", "moe_layers", "shard_experts"]
@@ -34,11 +35,12 @@ class Replication(Protocol):
         ...
 
 
-def shard_experts(model: nn.Module, topology: Topology) -> None:
+def shard_experts(model: nn.Module, topology: Topology, watch: Watch | None = None) -> None:
     """Keep this rank's experts in every MoE layer, and send tokens to the others by all-to-all.
 
     Call it before the weights are materialised (on the meta device, a rank never holds more than its own experts) and before an
-    optimizer sees the parameters. With EP = 1 nothing is sharded and nothing is sent. No collective.
+    optimizer sees the parameters. With EP = 1 nothing is sharded and nothing is sent. `watch` compares every exchange over the
+    ranks (`debug.collectives`). No collective.
     """
     for layer in moe_layers(model):
         if topology.world > 1:
@@ -46,8 +48,9 @@ def shard_experts(model: nn.Module, topology: Topology) -> None:
         if topology.exchange is not None:
             owned = topology.owned(layer.experts.num_experts)
             layer.experts.shard(owned.start, len(owned))
-            layer.packed = PackedAllToAll(topology.exchange)
-            layer.padded = None if layer.padded is None else PaddedAllToAll(topology.exchange)
+            route = Route(topology.exchange, layer.layer, watch)
+            layer.packed = PackedAllToAll(route)
+            layer.padded = None if layer.padded is None else PaddedAllToAll(route)
 
 
 def moe_layers(model: nn.Module) -> list[MoE]:

@@ -15,6 +15,7 @@ from dmoe.distributed import ddp, fsdp, parallelize, topology
 from dmoe.distributed.parallelize import Replication
 from dmoe.distributed.scaler import shared_scaler
 from dmoe.distributed.topology import Topology
+from dmoe.distributed.watch import Watch
 from dmoe.distributed.world import World
 from dmoe.models.transformer import Transformer
 from dmoe.training import optimizer as optimizers
@@ -42,6 +43,8 @@ class Engine:
     replication: Replication
     """How the ranks share what is the same on all of them: `parallel.mode`."""
     optimizer: torch.optim.Optimizer
+    watch: Watch | None
+    """Compares the ranks' exchanges, if `debug.collectives`."""
 
     @property
     def wrapped(self) -> nn.Module:
@@ -64,7 +67,8 @@ def build(config: Config, world: World, vocab_size: int, dtype: torch.dtype = to
     """
     precision = precisions.resolve(config.train.precision, world.device)
     groups = topology.build(expert_parallel(config, world.size), world.device)
-    model = _model(config, groups, world, vocab_size, dtype)
+    watch = Watch(groups.exchange, config.parallel.timeout) if config.debug.collectives and groups.exchange else None
+    model = _model(config, groups, watch, world, vocab_size, dtype)
     accelerator = Accelerator(
         cpu=world.device.type == "cpu",
         mixed_precision=ACCELERATE_PRECISION[precision],
@@ -74,16 +78,20 @@ def build(config: Config, world: World, vocab_size: int, dtype: torch.dtype = to
         accelerator.scaler = shared_scaler(groups, world.device)
     replication = REPLICATION[config.parallel.mode](model, groups, accelerator)
     optimizer = accelerator.prepare_optimizer(optimizers.build(model, config.optim))
-    return Engine(config, world, groups, batching(config, world.size), precision, accelerator, model, replication, optimizer)
+    return Engine(
+        config, world, groups, batching(config, world.size), precision, accelerator, model, replication, optimizer, watch
+    )
 
 
-def _model(config: Config, groups: Topology, world: World, vocab_size: int, dtype: torch.dtype) -> Transformer:
+def _model(
+    config: Config, groups: Topology, watch: Watch | None, world: World, vocab_size: int, dtype: torch.dtype
+) -> Transformer:
     with torch.device("meta"):
         model = Transformer(
             config.model, config.moe, vocab_size, virtual_ranks=config.parallel.virtual_ranks, recompute=config.train.recompute
         )
     model = model.to(dtype)
-    parallelize.shard_experts(model, groups)
+    parallelize.shard_experts(model, groups, watch)
     model.to_empty(device=world.device)
     model.initialize(config.train.seed)
     return model

@@ -105,6 +105,8 @@ def _accumulate(engine: Engine, batches: list[Batch]) -> list[LMOutput]:
 
 def forward(engine: Engine, batch: Batch, prior_LE: Tensor | None) -> LMOutput:
     """One forward of the wrapped model on this rank's micro-batch. Collective."""
+    if engine.watch is not None:
+        engine.watch.step = batch.step
     token_BS = batch.token_BS.to(engine.world.device, non_blocking=True)
     context = TokenContext(
         prior_count_LE=prior_LE,

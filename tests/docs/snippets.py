@@ -50,8 +50,10 @@ def snippets(document: Path) -> Iterator[tuple[Block, Block | None]]:
         assert block is not None
         if block.language == "python":
             end = block.start + len(block.text)
-            shown = after is not None and after.language == "text" and not content[end : after.start].strip("`text\n")
-            yield block, after if shown else None
+            shown = (
+                after is not None and after.language == "text" and re.fullmatch(r"```\s+```text\n", content[end : after.start])
+            )
+            yield block, (after if shown else None)
 
 
 def run(block: Block) -> str:
