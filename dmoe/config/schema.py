@@ -194,7 +194,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of initialisation, data order and noise."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto is bf16 where the hardware has it (CUDA, avx512_bf16 or amx on CPUs), fp32 elsewhere."""
+    """auto is bf16 where the hardware has it and it pays (CUDA; avx512_bf16 or amx on CPUs from model.dim=512 on), fp32 elsewhere."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto is cuda where a GPU is visible."""
     run_dir: Optional[str] = None

@@ -1,8 +1,8 @@
 """`debug.collectives`: before each exchange the ranks compare what they are about to do.
 
 gloo takes split sizes that do not match the peer's in silence (the rows that are missing are whatever was in memory) or aborts the
-process, and a rank that has skipped a collective shows as a time-out somewhere else. Here each rank writes a line into the store that started
-the group, reads its peers' lines, and says in words what does not fit, on every rank, before a wrong number is used.
+process, and a rank that has skipped a collective shows as a time-out somewhere else. Here each rank writes a line into the store
+that started the group, reads its peers' lines, and says in words what does not fit, on every rank, before a wrong number is used.
 
 Cost, when on: P+1 small messages to the store an exchange, in forward and backward; a step is several times slower. Off: nothing.
 """

@@ -38,7 +38,7 @@ class Restored:
         """The precision the run was trained and evaluated in; float32 where this device does not have it."""
         wanted = self.config.train.precision
         lacking = wanted == "fp16" and self.device.type == "cpu"
-        precision = "fp32" if lacking else precisions.resolve(wanted, self.device)
+        precision = "fp32" if lacking else precisions.resolve(wanted, self.device, self.config.model.dim)
         return torch.autocast(self.device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST)
 
 

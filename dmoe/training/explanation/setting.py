@@ -99,4 +99,4 @@ def _precision(config: Config) -> str:
     if config.train.device == "cuda" and not torch.cuda.is_available():
         return "bf16"
     here = "cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu"
-    return precisions.resolve("auto", torch.device(here))
+    return precisions.resolve("auto", torch.device(here), config.model.dim)
