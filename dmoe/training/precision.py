@@ -16,7 +16,7 @@ twice. Measured on one thread with AMX, a quickstart step at width 128: fp32 122
 def resolve(precision: str, device: torch.device, dim: int) -> str:
     """`auto | fp32 | bf16 | fp16` -> `fp32 | bf16 | fp16`; parameters and optimizer state stay float32 in all of them.
 
-    auto is bf16 where the hardware multiplies it natively, which is CUDA from Ampere on and CPUs with amx_bf16 or avx512_bf16, and where
+    auto is bf16 where the hardware multiplies it natively (CUDA from Ampere on, CPUs with amx_bf16 or avx512_bf16) and where
     that pays, which on a CPU takes a model width `dim` of 512.
     """
     if precision == "fp16" and device.type == "cpu":
