@@ -1,6 +1,6 @@
 """`dmoe COMMAND`. Nothing here imports torch: a typo is answered at once.
 
-Exit codes: 0 done, 2 bad config or usage, 3 checkpoint, 4 numbers, 5 no progress, 1 anything else.
+Exit codes: 0 done, 2 bad config or usage, 3 checkpoint, 4 numbers, 1 anything else; 128 + n when stopped by signal n.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 2 bad config, 3 checkpoint, 4 numbers, 5 no progress, 1 anything else.",
+    epilog="Exit codes: 0 done, 2 bad config, 3 checkpoint, 4 numbers, 1 anything else; 128 + n when stopped by signal n.",
 )
 
 

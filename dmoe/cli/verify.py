@@ -75,8 +75,11 @@ def _print(report: Report) -> None:
     console.print(table)
     for case, reason in report.refused.items():
         console.print(f"not run: {case}: {reason}", markup=False)
+    for case, sentence in report.undecided.items():
+        console.print(f"undecided: {case}: {sentence}", markup=False)
     if report.first is None:
-        console.print(f"every case trains the same model ({report.seconds:.0f} s)")
+        which = "every other case" if report.undecided else "every case"
+        console.print(f"{which} trains the same model ({report.seconds:.0f} s)")
     else:
         first = report.first
         console.print(f"\nfirst difference: {first.quantity}, {first.size:.3g}, in {first.case}", markup=False)

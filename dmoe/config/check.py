@@ -249,13 +249,8 @@ def _balance(config: Config) -> None:
 
 
 def _rest(config: Config) -> None:
-    train, optim = config.train, config.optim
     if not 0.0 < config.data.holdout < 1.0:
         raise ConfigError("data.holdout", config.data.holdout, "must be between 0 and 1, both excluded", "use 0.05")
-    if optim.warmup > train.steps:
-        raise ConfigError(
-            "optim.warmup", optim.warmup, f"must be at most train.steps={train.steps}", f"use {train.steps // 20}"
-        )
     unknown = set(config.tracking.trackers) - {"wandb", "tensorboard"}
     if unknown:
         raise ConfigError(

@@ -6,6 +6,7 @@ import logging
 import os
 
 from torch.distributed import DistNetworkError
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, run
 
@@ -28,6 +29,8 @@ def launch(ranks: int, arguments: list[str], port: int | None = None) -> int:
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return int(failure.exitcode) if failure.exitcode > 0 else 128 - int(failure.exitcode)
+    except SignalException as stop:  # passed on to the ranks, which have saved their step and left
+        return 128 + int(stop.sigval)
     except DistNetworkError as error:
         if port is None or "EADDRINUSE" not in str(error):
             raise

@@ -64,7 +64,11 @@ class Topology:
         return own if world is None else [*own, world]
 
     def __str__(self) -> str:
-        return f"{self.world} data ranks = {self.edp} copies of the experts (edp) x {self.ep} ranks a copy (ep)"
+        if self.world == 1:
+            return "1 process, which holds every expert"
+        copies = "1 copy" if self.edp == 1 else f"{self.edp} copies"
+        ranks = "1 rank" if self.ep == 1 else f"{self.ep} ranks"
+        return f"{self.world} data ranks = {copies} of the experts (edp) x {ranks} a copy (ep)"
 
 
 def build(ep: int, device: torch.device) -> Topology:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from dmoe.training.run_dir import MetricsFile, RunDir, name_run
 from dmoe.training.sanity import check_first_step
 from dmoe.training.schedule import learning_rate
 from dmoe.training.step import StepResult, train_step
+from dmoe.training.stopping import StopRequest
 from dmoe.training.telemetry import train_metrics
 from dmoe.training.trackers import Trackers
 
@@ -69,17 +71,21 @@ class Trainer:
         self.config = engine.config.train
         self.targets = self.config.global_batch * engine.config.data.seq_len
         self.bad_steps = 0
+        self.stop = StopRequest()
         self.first = checkpointing.resume(engine, data, run)
         self.display: Display = open_display(self.config.steps, self.first, engine.world.is_main)
         self.metrics = MetricsFile(run.metrics) if engine.world.is_main else None
         self.trackers = Trackers(engine.accelerator, engine.config, run)
 
     def run(self) -> None:
+        """Train to the last step, or to where all ranks agreed to stop: then the exit code is that of the signal."""
         self._greet()
+        self.stop.listen()
         self.clock, self.clock_step = time.monotonic(), self.first
         try:
             for step in range(self.first, self.config.steps):
-                self._step(step)
+                if self._step(step):
+                    return self._leave(step + 1)
             self._finish()
         finally:
             self.display.close()
@@ -87,21 +93,29 @@ class Trainer:
             if self.metrics is not None:
                 self.metrics.close()
 
-    def _step(self, step: int) -> None:
-        """Optimizer step number `step` (0-based), and what is due after it."""
+    def _step(self, step: int) -> bool:
+        """Optimizer step number `step` (0-based), and what is due after it; whether some rank was told to stop."""
         batches = training_batches(self.data.train, self.engine, step)
         rate = learning_rate(step, self.config.steps, self.engine.config.optim)
         read_bytes = sum(int(self.data.tokenizer.token_bytes[batch.token_BS[:, 1:].numpy()].sum()) for batch in batches)
-        result = train_step(self.engine, batches, rate, read_bytes=read_bytes)
+        result = train_step(self.engine, batches, rate, read_bytes=read_bytes, stop=self.stop.asked)
         done = step + 1
         self._watch(step, result)
         self._log(done, result, rate)
-        if done == self.config.steps:
-            return
+        if result.totals.stop or done == self.config.steps:
+            return result.totals.stop
         if self.config.eval_every and done % self.config.eval_every == 0:
             self._evaluate(done)
         if self.engine.config.checkpoint.every and done % self.engine.config.checkpoint.every == 0:
             self._save(done)
+        return False
+
+    def _leave(self, done: int) -> None:
+        """A stop that all ranks agreed on: save this step, say so, and end as the signal would have."""
+        self._save(done)
+        self._tell("end", done, {"stopped": True}, f"stopped after step {done}, which is saved; the same command continues")
+        worlds.close()
+        raise SystemExit(128 + (self.stop.number or signal.SIGTERM))
 
     def _watch(self, step: int, result: StepResult) -> None:
         if step == self.first:
@@ -184,7 +198,7 @@ class Trainer:
             f"{engine.precision} on {engine.world.device.type}"
         )
         self.display.say(
-            f"ranks: {engine.topology}; {engine.config.train.global_batch} sequences a step = {engine.world.size} ranks x "
+            f"ranks: {engine.topology}; {engine.config.train.global_batch} sequences a step = {engine.world.size} x "
             f"{engine.sequences} x {engine.batching.accumulation} accumulated"
         )
         resumed = f"resumed after step {self.first}; " if self.first else ""

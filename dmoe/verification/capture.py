@@ -1,31 +1,27 @@
 """Everything two steps of training produce, as one flat dictionary of arrays.
 
 Keys: `initial/NAME`; `slots/a/l` and `kept/a/l` (accumulation step a, MoE layer l), of this rank's tokens only; and, of the global
-batch, `counts`, `loss`, `aux/NAME`, `gradient/NAME`, `norm`, `clip`, `bias/l`, `final/NAME`.
-
-Letters: T tokens, E experts, L MoE layers.
+batch, `counts`, `loss`, `aux/NAME`, `gradient/NAME`, `norm`, `clip`, `bias/l`, `final/NAME`. On demand, of both steps s, what the
+decisions were made from: `score/s/a/l` and the others of `decisions.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmoe.data import open_data
 from dmoe.distributed.parallelize import expert_parameters
 from dmoe.distributed.whole import gathered
-from dmoe.moe.layer import MoEOutput
-from dmoe.moe.routing import Routing
 from dmoe.training.batches import Batch, training_batches
 from dmoe.training.engine import Engine
 from dmoe.training.schedule import learning_rate
 from dmoe.training.step import compute_gradients, forward, update
+from dmoe.verification.decisions import computed, recorded, witness
 
 __all__ = ["Capture", "capture", "state_arrays"]
 
@@ -34,14 +30,17 @@ STEPS = 2
 LABELS = 3
 
 
-def capture(engine: Engine) -> Capture:
-    """Train two steps and tell what happened; gradients, losses and routing are those of the first. Collective."""
+def capture(engine: Engine, *, scores: bool = False) -> Capture:
+    """Train two steps and tell what happened; gradients, losses and routing are those of the first. Collective.
+
+    `scores`: tell also what every decision of both steps was made from.
+    """
     found: Capture = {f"initial/{name}": array for name, array in _weights(engine).items()}
     data = open_data(engine.config.data, engine.config.train.seed)
     for step in range(STEPS):
         batches = [_labelled(batch) for batch in training_batches(data.train, engine, step)]
-        if step == 0:
-            found |= _routing(engine, batches)
+        if step == 0 or scores:
+            found |= _routing(engine, batches, step, scores)
         totals = compute_gradients(engine, batches)
         if step == 0:
             found |= {f"gradient/{name}": array for name, array in _gradients(engine).items()}
@@ -88,42 +87,23 @@ def _gradients(engine: Engine) -> Capture:
     return {n: _array(v) for n, v in gathered(values, set(expert_parameters(engine.model)), engine.topology).items()}
 
 
-def _routing(engine: Engine, batches: list[Batch]) -> Capture:
+def _routing(engine: Engine, batches: list[Batch], step: int, scores: bool) -> Capture:
     """A forward without gradients in training mode: nothing is recomputed, so every layer decides exactly once."""
     found: Capture = {}
+    layers = engine.model.moe_layers()
     for index, batch in enumerate(batches):
-        with torch.no_grad(), _recorded(engine.model.moe_layers()) as routings:
+        with torch.no_grad(), recorded(layers) as (routings, choices):
             forward(engine, batch, None)
-        for layer, routing in enumerate(routings):
-            found[f"kept/{index}/{layer}"] = _kept(routing)
-            found[f"slots/{index}/{layer}"] = np.array(routing.slots)
+        for n, routing in enumerate(routings):
+            if step == 0:
+                found[f"kept/{index}/{n}"] = computed(routing)
+                found[f"slots/{index}/{n}"] = np.array(routing.slots)
+            if scores:
+                known = witness(layers[n], routing, choices[n] if choices else None, len(batch.token_BS))
+                found |= {f"{what}/{step}/{index}/{n}": array for what, array in known.items()}
     return found
-
-
-def _kept(routing: Routing) -> NDArray[np.bool_]:
-    """[T, E] of this rank's tokens: whether expert e computes token t."""
-    made_TK = torch.ones_like(routing.expert_TK, dtype=torch.bool) if routing.keep_TK is None else routing.keep_TK
-    kept_TE = torch.zeros_like(routing.score_TE, dtype=torch.bool)
-    for k in range(made_TK.shape[1]):  # one choice at a time: a dropped choice must not overwrite a kept one of the same expert
-        kept_TE |= torch.zeros_like(kept_TE).scatter_(1, routing.expert_TK[:, k : k + 1], made_TK[:, k : k + 1])
-    return kept_TE.numpy()
 
 
 def _array(value: Tensor) -> NDArray[np.generic]:
     array: NDArray[np.generic] = value.detach().cpu().numpy().copy()
     return array
-
-
-@contextmanager
-def _recorded(layers: Sequence[nn.Module]) -> Iterator[list[Routing]]:
-    routings: list[Routing] = []
-
-    def record(module: nn.Module, given: object, output: MoEOutput) -> None:
-        routings.append(output.routing)
-
-    handles = [layer.register_forward_hook(record) for layer in layers]
-    try:
-        yield routings
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 
 from dmoe.verification.capture import Capture
 
-__all__ = ["QUANTITIES", "Difference", "compare", "compare_exactly"]
+__all__ = ["QUANTITIES", "TOLERANCE", "Difference", "compare", "compare_exactly"]
 
 Array = NDArray[np.generic]
+
+TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
+"""The relative difference that is allowed where nothing is exact, by the dtype of the arithmetic."""
 
 QUANTITIES = (
     "initial weights",

@@ -99,4 +99,4 @@ def as_routing(decision: Choices, kept: Choices) -> Routing:
     score_TE = decision.score_TE.detach()
     expert_TE = torch.arange(score_TE.shape[1]).expand_as(score_TE)
     keep_TE = kept.mask(score_TE)
-    return Routing(expert_TE, score_TE * keep_TE, score_TE, score_TE, keep_TK=keep_TE, slots=kept.slots)
+    return Routing(expert_TE, score_TE * keep_TE, score_TE, decision.logit_TE.detach(), keep_TK=keep_TE, slots=kept.slots)

@@ -8,7 +8,9 @@ Letters: T tokens, D width, E experts, K experts a token, S tokens a sequence.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -19,7 +21,7 @@ from dmoe.moe.routers.noise import keyed_noise
 from dmoe.moe.routing import TokenContext
 from dmoe.verification.naive_queue import Choices, slots
 
-__all__ = ["decide"]
+__all__ = ["choose", "decide"]
 
 
 def decide(layer: MoE, x_TD: Tensor, context: TokenContext) -> Choices:
@@ -31,13 +33,26 @@ def decide(layer: MoE, x_TD: Tensor, context: TokenContext) -> Choices:
     clean_TE, std_TE, logit_TE = _logits(layer, x_TD, context)
     sigmoid = layer.router.config.score == "sigmoid"
     score_TE = torch.sigmoid(logit_TE) if sigmoid else torch.exp(logit_TE) / torch.exp(logit_TE).sum(-1, keepdim=True)
-    if kind == "expert_choice":
-        experts, spare = _experts_choose(layer, score_TE, valid, context.sequences), [list[int]() for _ in valid]
-    else:
-        pairs = [_tokens_choose(layer, row) if real else ([], []) for row, real in zip(score_TE.tolist(), valid, strict=True)]
-        experts, spare = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    experts, spare = choose(layer, score_TE, valid, context.sequences)
     weight_TE = _weights(layer, logit_TE, score_TE, experts)
     return Choices(experts, spare, logit_TE, score_TE, weight_TE, valid, clean_TE=clean_TE, std_TE=std_TE)
+
+
+def choose(layer: MoE, score_TE: Tensor, valid: list[bool], sequences: int) -> tuple[list[list[int]], list[list[int]]]:
+    """A learned router's choice from its scores: the experts of every token and, after them, its spare ones, best first."""
+    if layer.router.config.kind == "expert_choice":
+        return _experts_choose(layer, score_TE, valid, sequences), [[] for _ in valid]
+    biased_TE = (score_TE + layer.router.get_buffer("bias_E")).tolist()
+    exact = score_TE.dtype == torch.float64
+    pairs = [
+        _tokens_choose(layer, scores, biased, float if exact else _to_float32) if real else ([], [])
+        for scores, biased, real in zip(score_TE.tolist(), biased_TE, valid, strict=True)
+    ]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def _to_float32(value: float) -> float:
+    return float(np.float32(value))
 
 
 def _logits(layer: MoE, x_TD: Tensor, context: TokenContext) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,21 +74,23 @@ def _logits(layer: MoE, x_TD: Tensor, context: TokenContext) -> tuple[Tensor, Te
     )
 
 
-def _tokens_choose(layer: MoE, scores: list[float]) -> tuple[list[int], list[int]]:
-    """One token's experts and, after them, its spare ones, best first."""
+def _tokens_choose(
+    layer: MoE, scores: list[float], biased: list[float], rounded: Callable[[float], float]
+) -> tuple[list[int], list[int]]:
+    """One token's experts and, after them, its spare ones, best first. `rounded` gives a sum the precision of the scores."""
     config, count = layer.router.config, layer.num_experts
-    biased = [s + float(b) for s, b in zip(scores, layer.router.get_buffer("bias_E"), strict=True)]
     order = sorted(range(count), key=lambda e: (-biased[e], e))
     if config.kind == "soft":
         return list(range(count)), []
     if config.kind == "group_limited":
         size = count // config.groups
-        strength = [sum(sorted(biased[g * size : (g + 1) * size])[-2:]) for g in range(config.groups)]
+        strength = [rounded(sum(sorted(biased[g * size : (g + 1) * size])[-2:])) for g in range(config.groups)]
         best = sorted(range(config.groups), key=lambda g: (-strength[g], g))[: config.topk_groups]
         order = [e for e in order if e // size in best]
     k = layer.top_k
     if config.kind == "adaptive":
-        k = next((n for n in range(config.k_min, k) if sum(scores[e] for e in order[:n]) >= config.top_p), k)
+        enough = rounded(config.top_p)
+        k = next((n for n in range(config.k_min, k) if rounded(sum(scores[e] for e in order[:n])) >= enough), k)
     return order[:k], order[k:]
 
 

@@ -6,7 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,16 +22,15 @@ from dmoe.distributed.spawn import RankError, run_ranks
 from dmoe.training import checkpointing
 from dmoe.training import engine as engines
 from dmoe.training.engine import Engine
-from dmoe.verification import naive
+from dmoe.verification import naive, ties
 from dmoe.verification.capture import Capture, capture, state_arrays
 from dmoe.verification.cases import Case, plan, reference
 from dmoe.verification.causes import cause
-from dmoe.verification.compare import QUANTITIES, Difference, compare, compare_exactly
+from dmoe.verification.compare import QUANTITIES, TOLERANCE, Difference, compare, compare_exactly
 from dmoe.verification.shrink import prepare, shrink
 
-__all__ = ["TOLERANCE", "Report", "Row", "verify"]
+__all__ = ["Report", "Row", "verify"]
 
-TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 VOCABULARY = 256
 TIMEOUT = 120.0
 Patch = Callable[[], None]
@@ -56,6 +55,8 @@ class Report:
     rows: list[Row]
     cases: list[str]
     refused: dict[str, str]
+    undecided: dict[str, str]
+    """Float32 only: cases with another choice, between scores closer than rounding, and the choice. What follows is in no row."""
     dtype: str
     seconds: float
 
@@ -78,10 +79,36 @@ class _Job:
     folder: Path
     dtype: str
     patch: Patch | None
+    setting: Patch | None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the ranks of some worlds found."""
+
+    differences: list[tuple[Case, Difference]] = field(default_factory=list)
+    undecided: dict[str, str] = field(default_factory=dict)
+
+    def __add__(self, other: _Found) -> _Found:
+        return _Found(self.differences + other.differences, self.undecided | other.undecided)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """What one rank found in one case."""
+
+    differences: list[Difference]
+    routing: list[ties.Finding] | None
 
 
 def verify(
-    config: Config, worlds: Sequence[int] = (1, 2, 4), *, dtype: str = "float64", full: bool = False, patch: Patch | None = None
+    config: Config,
+    worlds: Sequence[int] = (1, 2, 4),
+    *,
+    dtype: str = "float64",
+    full: bool = False,
+    patch: Patch | None = None,
+    setting: Patch | None = None,
 ) -> Report:
     """Compare every allowed (world, EP, exchange, mode) with one process and the naive layer.
 
@@ -89,7 +116,8 @@ def verify(
         worlds: numbers of ranks; each is started once.
         dtype: of weights and arithmetic; float64 (tolerance 1e-10) or float32 (1e-5).
         full: keep the config's widths; default: the narrow form of `shrink`.
-        patch: called in every rank before anything is built: the tests break the code with it.
+        patch: called in every rank before anything is built, but not for the truth: the tests break the code with it.
+        setting: called before it, and for the truth too: the tests make a hard case with it.
 
     Raises ConfigError for a config that cannot run at all. Never raises for a difference: see the report.
     """
@@ -100,56 +128,69 @@ def verify(
     check(truth.config(base), 1)
     planned = plan(base, list(worlds), groups)
     with tempfile.TemporaryDirectory() as name:
-        differences = _run_all(_Job(base, list(enumerate(planned.cases)), Path(name), dtype, patch), truth, worlds)
-    rows = [_row(quantity, differences, dtype) for quantity in QUANTITIES]
+        found = _run_all(_Job(base, list(enumerate(planned.cases)), Path(name), dtype, patch, setting), truth, worlds)
+    rows = [_row(quantity, found.differences, dtype) for quantity in QUANTITIES]
     shown = [row for row in rows if row is not None]
-    return Report(shown, [str(case) for case in planned.cases], planned.refused, dtype, time.monotonic() - began)
+    cases = [str(case) for case in planned.cases]
+    return Report(shown, cases, planned.refused, found.undecided, dtype, time.monotonic() - began)
 
 
-def _run_all(job: _Job, truth: Case, worlds: Sequence[int]) -> list[tuple[Case, Difference]]:
+def _run_all(job: _Job, truth: Case, worlds: Sequence[int]) -> _Found:
     run_ranks(1, _record_truth, job, truth, timeout=TIMEOUT)
-    found: list[tuple[Case, Difference]] = []
+    found = _Found()
     for world in worlds:
-        found.extend(_run_world(replace(job, cases=[(index, case) for index, case in job.cases if case.world == world]), world))
+        found += _run_world(replace(job, cases=[(index, case) for index, case in job.cases if case.world == world]), world)
     done = [(index, case) for index, case in job.cases if (job.folder / f"{index}.safetensors").exists()]
     reread = run_ranks(1, _reread, replace(job, cases=done), truth, timeout=TIMEOUT)[0]
-    return found + [(case, difference) for (_, case), difference in zip(done, reread, strict=True)]
+    return found + _Found([(case, difference) for (_, case), difference in zip(done, reread, strict=True)])
 
 
-def _run_world(job: _Job, world: int) -> list[tuple[Case, Difference]]:
+def _run_world(job: _Job, world: int) -> _Found:
     """All cases in one start of the ranks; if that fails, each in a start of its own, so that a crash does not hide the rest."""
     quantity = "every rank finishes"
     try:
-        ranks = run_ranks(world, _compare_cases, job, timeout=TIMEOUT)
+        ranks: list[list[_Compared]] = run_ranks(world, _compare_cases, job, timeout=TIMEOUT)
     except RankError as error:
         if len(job.cases) > 1:
-            return [pair for one in job.cases for pair in _run_world(replace(job, cases=[one]), world)]
-        return [(job.cases[0][1], Difference(quantity, _last_line(error), math.inf, exact=True))]
-    found = [(job.cases[n][1], difference) for rank in ranks for n, own in enumerate(rank) for difference in own]
-    return [*found, *((case, Difference(quantity, "", 0.0, exact=True)) for _, case in job.cases)]
+            return sum((_run_world(replace(job, cases=[one]), world) for one in job.cases), _Found())
+        return _Found([(job.cases[0][1], Difference(quantity, _last_line(error), math.inf, exact=True))])
+    found = _Found()
+    for (_, case), compared in zip(job.cases, zip(*ranks, strict=True), strict=True):
+        found += _of_case(case, compared)
+        found.differences.append((case, Difference(quantity, "", 0.0, exact=True)))
+    return found
+
+
+def _of_case(case: Case, ranks: Sequence[_Compared]) -> _Found:
+    """What all ranks found, without what follows from a tie."""
+    tie = ties.decide([rank.routing for rank in ranks])
+    omitted = ties.following(tie.step) if tie else ()
+    found = [(case, difference) for rank in ranks for difference in rank.differences if difference.quantity not in omitted]
+    return _Found(found, {str(case): str(tie)} if tie else {})
 
 
 def _record_truth(rank: int, world: int, job: _Job, truth: Case) -> None:
+    if job.setting is not None:
+        job.setting()
     engine = _build(job, truth)
-    found = capture(engine)
+    found = capture(engine, scores=job.dtype == "float32")
     save_file(found, job.folder / "truth.safetensors")
     store.save(job.folder / "truth", 1, checkpointing.training_state(engine), {})
 
 
-def _compare_cases(rank: int, world: int, job: _Job) -> list[list[Difference]]:
-    if job.patch is not None:
-        job.patch()
+def _compare_cases(rank: int, world: int, job: _Job) -> list[_Compared]:
+    _patched(job)
     truth = load_file(job.folder / "truth.safetensors")
     return [_compare_case(rank, world, job, index, case, truth) for index, case in job.cases]
 
 
-def _compare_case(rank: int, world: int, job: _Job, index: int, case: Case, truth: Capture) -> list[Difference]:
+def _compare_case(rank: int, world: int, job: _Job, index: int, case: Case, truth: Capture) -> _Compared:
     engine = _build(job, case)
-    mine = capture(engine)
+    mine = capture(engine, scores=job.dtype == "float32")
     found = compare(mine, truth, rank, world)
     found.append(_round_trip(engine, job, index, mine, truth))
     engine.close()
-    return found
+    return _Compared(found, ties.judge(mine, truth, rank, job.config, world * case.virtual_ranks))
 
 
 def _round_trip(engine: Engine, job: _Job, index: int, mine: Capture, truth: Capture) -> Difference:
@@ -167,8 +208,7 @@ def _round_trip(engine: Engine, job: _Job, index: int, mine: Capture, truth: Cap
 
 def _reread(rank: int, world: int, job: _Job, truth: Case) -> list[Difference]:
     """Load every case's checkpoint into one process."""
-    if job.patch is not None:
-        job.patch()
+    _patched(job)
     engine, quantity, found = _build(job, truth), "checkpoint written here, read by 1", []
     for index, _ in job.cases:
         try:
@@ -178,6 +218,12 @@ def _reread(rank: int, world: int, job: _Job, truth: Case) -> list[Difference]:
             continue
         found.append(compare_exactly(quantity, state_arrays(engine), load_file(job.folder / f"{index}.safetensors")))
     return found
+
+
+def _patched(job: _Job) -> None:
+    for change in (job.setting, job.patch):
+        if change is not None:
+            change()
 
 
 def _build(job: _Job, case: Case) -> Engine:

@@ -46,7 +46,7 @@ def test_the_stages_and_their_headings(tmp_path: Path) -> None:
         install, "ruff check", "ruff format --check", "mypy", install, "pytest", "pytest -m slow",
     ]  # fmt: skip
     assert len(re.findall(r"^== .* \(\d+ s\)$", stdout, re.M)) == 8
-    assert "pip install -c constraints.txt -e '.[test]' && pytest\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "pip install -c constraints.txt -e '.[test]' && pytest" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
 def test_no_slow_tests_is_no_failure(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def experts_inside_the_average() -> None:
 
     def finish_and_average(self: Any) -> None:
         finish(self)
-        for parameter in expert_parameters(self.wrapped).values():
+        for parameter in expert_parameters(self.wrapped).values() if dist.is_initialized() else ():
             dist.all_reduce(parameter.grad)
             parameter.grad /= dist.get_world_size()
 

@@ -1,0 +1,47 @@
+"""A run that is told to stop saves the step it is at, on every rank, and continues there."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cli.commands import SMALL, environment
+
+ENDLESS = [*SMALL, "train.steps=100000", "train.log_every=1", "train.eval_every=0", "checkpoint.every=0", "train.run_dir=run"]
+
+
+def events(run: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_steps(run: Path, process: subprocess.Popen[str], count: int = 3) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and sum(event["event"] == "train" for event in events(run)) >= count:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no {count} steps, exit code {process.poll()}")
+
+
+@pytest.mark.parametrize("ranks", [[], ["--ranks", "2"]], ids=["alone", "two ranks"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(tmp_path: Path, ranks: list[str], number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "dmoe", "train", *ENDLESS, *ranks]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_steps(tmp_path / "run", process)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert "Traceback" not in errors
+    last = events(tmp_path / "run")[-1]
+    assert last["event"] == "end"
+    assert f"stopped after step {last['step']}" in output
+    assert (tmp_path / "run" / "checkpoints" / f"step-{last['step']:08d}" / "manifest.json").exists()
