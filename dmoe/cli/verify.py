@@ -22,7 +22,7 @@ __all__ = ["command"]
 def command(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [K=V ...]", help=ARGUMENTS_HELP)] = None,
     worlds: Annotated[str, typer.Option(help="Numbers of ranks to start, separated by commas.")] = "1,2,4",
-    dtype: Annotated[str, typer.Option(help="float64 (tolerance 1e-10) or float32 (1e-5).")] = "float64",
+    dtype: Annotated[str, typer.Option(help="float64 (tolerance 1e-10) or float32 (1e-5; 1e-4 after Adam).")] = "float64",
     full: Annotated[bool, typer.Option("--full", help="Keep the config's widths and number of experts.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:

@@ -26,7 +26,7 @@ from dmoe.verification import naive, ties
 from dmoe.verification.capture import Capture, capture, state_arrays
 from dmoe.verification.cases import Case, plan, reference
 from dmoe.verification.causes import cause
-from dmoe.verification.compare import QUANTITIES, TOLERANCE, Difference, compare, compare_exactly
+from dmoe.verification.compare import QUANTITIES, Difference, compare, compare_exactly, tolerance
 from dmoe.verification.shrink import prepare, shrink
 
 __all__ = ["Report", "Row", "verify"]
@@ -243,10 +243,10 @@ def _row(quantity: str, found: list[tuple[Case, Difference]], dtype: str) -> Row
     if not own:
         return None
     case, worst = max(own, key=lambda pair: pair[1].size)
-    tolerance = 0.0 if worst.exact else TOLERANCE[dtype]
-    ok = worst.size <= tolerance
+    allowed = 0.0 if worst.exact else tolerance(quantity, dtype)
+    ok = worst.size <= allowed
     where = "" if ok else ", ".join(part for part in (worst.where, worst.finding) if part)
-    return Row(quantity, ok, worst.size, tolerance, str(case), where, "" if ok else cause(worst, case))
+    return Row(quantity, ok, worst.size, allowed, str(case), where, "" if ok else cause(worst, case))
 
 
 def _last_line(error: Exception) -> str:
