@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dmoe.models.transformer import Transformer
 from dmoe.moe.keyed import generator
+from dmoe.moe.peers import Alone
 from dmoe.moe.routing import TokenContext
 
 __all__ = ["generate", "pick"]
@@ -85,15 +86,16 @@ def check(prompt_ids: Sequence[int], window: int, temperature: float, top_k: int
 
 @contextmanager
 def evaluating(model: Transformer) -> Iterator[None]:
-    """Evaluation mode, and one group of tokens: a lone sequence need not divide by the virtual ranks."""
+    """Evaluation mode, one group of tokens, no peers: a lone sequence need not divide by the virtual ranks, and the copies of it that
+    other ranks sample must not take its slots (`capacity.group: global` with an `eval_factor`)."""
     training, layers = model.training, model.moe_layers()
-    groups = [layer.virtual_ranks for layer in layers]
+    before = [(layer.virtual_ranks, layer.peers) for layer in layers]
     model.eval()
     for layer in layers:
-        layer.virtual_ranks = 1
+        layer.virtual_ranks, layer.peers = 1, Alone()
     try:
         yield
     finally:
         model.train(training)
-        for layer, virtual_ranks in zip(layers, groups, strict=True):
-            layer.virtual_ranks = virtual_ranks
+        for layer, (virtual_ranks, peers) in zip(layers, before, strict=True):
+            layer.virtual_ranks, layer.peers = virtual_ranks, peers

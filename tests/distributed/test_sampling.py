@@ -1,0 +1,24 @@
+"""Text sampled by ranks that share the experts is the text one process samples."""
+
+from __future__ import annotations
+
+import torch
+
+from dmoe.config.schema import Config
+from dmoe.distributed import world as worlds
+from dmoe.models.generate import generate
+from dmoe.training import engine as engines
+from tests.ranks import run_ranks
+from tests.tiny import VOCAB, tiny
+
+
+def sample(rank: int, world: int, config: Config) -> list[int]:
+    engine = engines.build(config, worlds.start("cpu"), VOCAB, torch.float64)
+    return generate(engine.model, [1, 2, 3, 4, 5, 6], 12, window=16, seed=3)
+
+
+def test_the_copies_on_other_ranks_take_no_slots() -> None:
+    """With `capacity.group: global` and an `eval_factor` the ranks' copies of one text competed for the slots, and the later rank lost."""
+    settings = ["moe.capacity.group=global", "moe.capacity.factor=1.0", "moe.capacity.eval_factor=1.0", "model.init_std=0.3"]
+    alone = run_ranks(1, sample, tiny(*settings))[0]
+    assert run_ranks(2, sample, tiny(*settings)) == [alone, alone]
