@@ -18,7 +18,7 @@ def sample(rank: int, world: int, config: Config) -> list[int]:
 
 
 def test_the_copies_on_other_ranks_take_no_slots() -> None:
-    """With `capacity.group: global` and an `eval_factor` the ranks' copies of one text competed for the slots, and the later rank lost."""
+    """With `capacity.group: global` and an `eval_factor` the copies on other ranks competed for the slots, and the later rank lost."""
     settings = ["moe.capacity.group=global", "moe.capacity.factor=1.0", "moe.capacity.eval_factor=1.0", "model.init_std=0.3"]
     alone = run_ranks(1, sample, tiny(*settings))[0]
     assert run_ranks(2, sample, tiny(*settings)) == [alone, alone]
