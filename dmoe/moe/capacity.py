@@ -18,7 +18,7 @@ from torch import Tensor
 from dmoe.config.schema import CapacityConfig
 from dmoe.moe.overflow import next_choice
 from dmoe.moe.peers import Peers
-from dmoe.moe.queues import Line, find_places
+from dmoe.moe.queues import Line, find_places, serving_score
 from dmoe.moe.routing import Routing, TokenContext
 
 __all__ = ["limit", "limit_reference", "slots_per_expert"]
@@ -50,7 +50,7 @@ def limit(routing: Routing, config: CapacityConfig, context: TokenContext, peers
     everybody = peers if shared else None
     by_score = config.priority == "score"
     made_TK = torch.ones_like(routing.expert_TK, dtype=torch.bool) if routing.keep_TK is None else routing.keep_TK
-    score_TK = routing.score_TE.detach().gather(1, routing.expert_TK) if by_score else None
+    score_TK = serving_score(routing.score_TE.gather(1, routing.expert_TK)) if by_score else None
     places = find_places(Line(routing.expert_TK, made_TK, score_TK, groups, num_experts), everybody)
     keep_TK = made_TK & (places.place_TK < context.capacity)
     limited = replace(
@@ -109,7 +109,7 @@ def _serve(
 ) -> list[tuple[int, int, int]]:
     """Serve a line of (choice, token, expert) in order; fills the last three; returns who went away with nothing."""
     if config.priority == "score":
-        line = sorted(line, key=lambda kte: -float(routing.score_TE[kte[1], kte[2]]))
+        line = sorted(line, key=lambda kte: -float(serving_score(routing.score_TE[kte[1], kte[2]])))
     late = []
     for k, t, expert in line:
         if taken[expert] < capacity:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dmoe.moe.peers import Peers
-from dmoe.moe.queues import Line, Places, count, find_places, group_of_token
+from dmoe.moe.queues import Line, Places, count, find_places, group_of_token, serving_score
 from dmoe.moe.routing import Routing
 
 __all__ = ["next_choice"]
@@ -31,7 +31,7 @@ def next_choice(
 ) -> Routing:
     """`limited` (whose `keep_TK` and `slot_TK` are the first round's) after `overflow_TK` had their second chance."""
     offered_TK, spare_TK, weight_TK = offers(limited, overflow_TK)
-    score_TK = limited.score_TE.detach().gather(1, spare_TK) if by_score else None
+    score_TK = serving_score(limited.score_TE.gather(1, spare_TK)) if by_score else None
     num_experts = limited.score_TE.shape[1]
     second = find_places(Line(spare_TK, offered_TK, score_TK, limited.groups, num_experts), peers)
 

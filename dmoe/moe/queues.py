@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dmoe.moe.peers import Peers
 
-__all__ = ["Line", "Places", "count", "find_places", "group_of_token"]
+__all__ = ["Line", "Places", "count", "find_places", "group_of_token", "serving_score"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,16 @@ class Places:
     """The same over all ranks that share the capacity."""
     length_GE: Tensor
     """Everybody who waits for (group, expert), over all ranks that share the capacity."""
+
+
+def serving_score(score: Tensor) -> Tensor:
+    """What a queue by score compares: the score in float32, whatever the model's precision.
+
+    Two tokens that are the same (the first ones of two sequences, say) have scores that are equal but for the last bit, and that bit
+    depends on the shape of the product they came from, so on the number of ranks. Rounding a float64 model's scores makes them the
+    tie they are, which position then decides. In a float32 model nothing is left to round: `dmoe verify` calls such a case undecided.
+    """
+    return score.detach().to(torch.float32)
 
 
 def find_places(line: Line, peers: Peers | None) -> Places:

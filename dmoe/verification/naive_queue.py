@@ -91,5 +91,5 @@ def _next_choices(decision: Choices, overflow: list[tuple[int, int]]) -> list[tu
 def _sorted(layer: MoE, decision: Choices, line: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
     if layer.capacity.priority == "position":
         return line
-    score_TE = decision.score_TE.tolist()
+    score_TE = decision.score_TE.to(torch.float32).tolist()  # the comparison is defined in float32, see queues.serving_score
     return sorted(line, key=lambda item: -score_TE[item[0]][item[2]])

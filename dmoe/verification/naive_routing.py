@@ -98,7 +98,7 @@ def _experts_choose(layer: MoE, score_TE: Tensor, valid: list[bool], sequences: 
     """Each expert takes the best tokens of each group."""
     capacity, groups = slots(layer, len(valid), sequences, otherwise=1.0)
     experts: list[list[int]] = [[] for _ in valid]
-    size, scores = len(valid) // groups, score_TE.tolist()
+    size, scores = len(valid) // groups, score_TE.to(torch.float32).tolist()
     for e in range(layer.num_experts):
         for g in range(groups):
             real = [t for t in range(g * size, (g + 1) * size) if valid[t]]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dmoe.moe.capacity import slots_per_expert
+from dmoe.moe.queues import serving_score
 from dmoe.moe.routers.learned import LearnedRouter
 from dmoe.moe.routing import Routing, TokenContext
 
@@ -41,7 +42,7 @@ class ExpertChoiceRouter(LearnedRouter):
             score_TE,
             logit_TE,
             scale=self.config.scale,
-            keep_TK=taken_tokens(score_TE.detach(), context.valid_T, groups, capacity),
+            keep_TK=taken_tokens(serving_score(score_TE), context.valid_T, groups, capacity),
         )
 
 
