@@ -33,12 +33,19 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
-    """Distributed mixture-of-experts training: the same run on one process, N gloo ranks or N GPUs."""
-    if version:
+def show_version(asked: bool) -> None:
+    if asked:
         print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=show_version, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Distributed mixture-of-experts training: the same run on one process, N gloo ranks or N GPUs."""
 
 
 for name, module in {"train": train, "explain": explain, "generate": generate, "verify": verify}.items():
@@ -48,7 +55,8 @@ for name, module in {"train": train, "explain": explain, "generate": generate, "
 def run() -> None:
     """The entry point: a user's mistake is one line on stderr and its exit code, never a traceback."""
     try:
-        app(prog_name="dmoe", standalone_mode=False)
+        code = app(prog_name="dmoe", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)  # 130 after Ctrl-C, which typer turns into a return value
     except DmoeError as error:
         leave(str(error), error.exit_code)
     except KeyboardInterrupt:

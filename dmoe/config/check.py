@@ -249,6 +249,9 @@ def _balance(config: Config) -> None:
 
 
 def _rest(config: Config) -> None:
+    for name, value in _values(config, "optim.beta1 optim.beta2"):
+        if value >= 1:
+            raise ConfigError(name, value, "must be below 1", "use the default")
     if not 0.0 < config.data.holdout < 1.0:
         raise ConfigError("data.holdout", config.data.holdout, "must be between 0 and 1, both excluded", "use 0.05")
     unknown = set(config.tracking.trackers) - {"wandb", "tensorboard"}

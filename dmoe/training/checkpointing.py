@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import dmoe
+from dmoe.config.errors import CheckpointError
 from dmoe.data import Data
 from dmoe.distributed.checkpoint import layout, store
 from dmoe.distributed.state import model_state, optimizer_state, share_step
@@ -31,7 +32,14 @@ def resume(engine: Engine, data: Data, run: RunDir) -> int:
     The data order, the schedule and all noise are functions of the step, so nothing else has to be restored. Collective.
     """
     path = store.find_latest(run.checkpoints, group=engine.topology.control)
-    return 0 if path is None else int(load(engine, path)["step"])
+    if path is None:
+        return 0
+    extra = store.peek(path).extra
+    if extra.get("data") != data.fingerprint:
+        raise CheckpointError(
+            f"{path} was trained on other data (source, tokenizer, seq_len or holdout): give the same, or another train.run_dir"
+        )
+    return int(load(engine, path)["step"])
 
 
 def load(engine: Engine, path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import time
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 __all__ = ["Display", "open_display"]
 
@@ -25,7 +25,7 @@ def open_display(steps: int, start: int, speaks: bool) -> Display:
     """The display for this process: silent on all ranks but the main one."""
     if not speaks:
         return Silent()
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     return Live(console, steps, start) if console.is_terminal else Plain(steps, start)
 
 
@@ -38,15 +38,10 @@ class Silent:
 
 
 class Live:
-    """One line that is redrawn: bar, loss, bits per byte, tokens/s, drop rate, load, time left."""
+    """One line that is redrawn: steps, time left, loss, bits per byte, tokens/s, drop rate, load max/mean."""
 
     def __init__(self, console: Console, steps: int, start: int) -> None:
-        columns = (
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(compact=True),
-        )
+        columns = (MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn("{task.description}"))
         self.progress = Progress(*columns, console=console, refresh_per_second=4)
         self.task = self.progress.add_task("", total=steps, completed=start)
         self.progress.start()
@@ -55,7 +50,7 @@ class Live:
         if values is None:
             self.progress.update(self.task, completed=step)
         else:
-            self.progress.update(self.task, completed=step, description=_words(values))
+            self.progress.update(self.task, completed=step, description=_few_words(values))
 
     def say(self, text: str) -> None:
         self.progress.console.print(text, markup=False)
@@ -83,4 +78,11 @@ def _words(values: dict[str, Any]) -> str:
     return (
         f"loss {values['loss']:.3f}  bits/byte {values['bits_per_byte']:.3f}  {values['tokens_per_second']:,.0f} tokens/s  "
         f"dropped {values['drop_rate']:.1%}  load max/mean {values['load_max_over_mean']:.2f}"
+    )
+
+
+def _few_words(values: dict[str, Any]) -> str:
+    return (
+        f"loss {values['loss']:.3f} bpb {values['bits_per_byte']:.3f} {values['tokens_per_second']:,.0f} tok/s "
+        f"drop {values['drop_rate']:.1%} load {values['load_max_over_mean']:.2f}"
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +24,23 @@ class RunDir:
         self.path = path
         self.checkpoints, self.logs, self.metrics = path / "checkpoints", path / "logs", path / "metrics.jsonl"
 
-    def create(self, config: Config, given: str) -> None:
-        """Make the directory and write the config, as given and resolved. Raises ConfigError where that is not possible."""
+    def create(self, named: str | None) -> None:
+        """Make the directories. Raises ConfigError where that is not possible; `named` is `train.run_dir` as the user gave it."""
         try:
             for folder in (self.path, self.checkpoints, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.yaml").write_text(given, encoding="utf-8")
-            (self.path / "resolved.yaml").write_text(to_yaml(config), encoding="utf-8")
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise ConfigError(
-                "train.run_dir", self.path, f"cannot be written ({reason})", "choose a directory you may write to"
+                "train.run_dir", named or self.path, f"cannot be written ({reason})", "choose a directory you may write to"
             ) from None
-        self._point_latest()
+
+    def record(self, config: Config, given: str) -> None:
+        """Write the config, as given and resolved, and point `latest` here: once the run is known to fit what the directory holds."""
+        (self.path / "config.yaml").write_text(given, encoding="utf-8")
+        (self.path / "resolved.yaml").write_text(to_yaml(config), encoding="utf-8")
+        with suppress(OSError):  # a convenience: a parent that may not be written is no reason not to train
+            self._point_latest()
 
     def _point_latest(self) -> None:
         link = self.path.parent / "latest"
@@ -47,7 +53,7 @@ class RunDir:
 def name_run(config: Config) -> Path:
     """Where this run goes: `train.run_dir`, or a new directory under runs/ named by the time."""
     if config.train.run_dir:
-        return Path(config.train.run_dir)
+        return Path(os.path.realpath(Path(config.train.run_dir).expanduser()))  # runs/latest is the run it points to
     base = Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     path, number = base, 1
     while path.exists():
@@ -72,8 +78,17 @@ class MetricsFile:
 
     def write(self, event: str, step: int, values: dict[str, Any]) -> None:
         line = {"event": event, "step": step, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(line, allow_nan=True) + "\n")
+        self._file.write(json.dumps(_plain(line), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -42,18 +42,18 @@ def train(config: Config, given: str) -> None:
     data = open_data(config.data, config.train.seed)
     world = worlds.start(config.train.device, config.parallel.backend, config.parallel.start_timeout)
     engine = engines.build(config, world, data.tokenizer.vocab_size)
-    run = _open_run(config, given, world)
-    Trainer(engine, data, run).run()
+    run = _open_run(config, world)
+    Trainer(engine, data, run, given).run()
     worlds.close()
 
 
-def _open_run(config: Config, given: str, world: World) -> RunDir:
+def _open_run(config: Config, world: World) -> RunDir:
     """The run directory, made by rank 0, known to all; every rank fails if rank 0 does."""
     path, problem = "", None
     if world.is_main:
         try:
             run = RunDir(name_run(config))
-            run.create(config, given)
+            run.create(config.train.run_dir)
             path = str(run.path.resolve())
         except ConfigError as error:
             problem = error
@@ -66,13 +66,18 @@ def _open_run(config: Config, given: str, world: World) -> RunDir:
 class Trainer:
     """Owns the loop and nothing else: what a step, an evaluation or a checkpoint is, their modules say."""
 
-    def __init__(self, engine: Engine, data: Data, run: RunDir) -> None:
+    def __init__(self, engine: Engine, data: Data, run: RunDir, given: str) -> None:
         self.engine, self.data, self.run_dir = engine, data, run
         self.config = engine.config.train
         self.targets = self.config.global_batch * engine.config.data.seq_len
         self.bad_steps = 0
         self.stop = StopRequest()
         self.first = checkpointing.resume(engine, data, run)
+        if self.first > self.config.steps:
+            done = f"the run in {_short(run.path)} has done {self.first} steps already"
+            raise ConfigError("train.steps", self.config.steps, done, "use more, or another train.run_dir")
+        if engine.world.is_main:
+            run.record(engine.config, given)
         self.display: Display = open_display(self.config.steps, self.first, engine.world.is_main)
         self.metrics = MetricsFile(run.metrics) if engine.world.is_main else None
         self.trackers = Trackers(engine.accelerator, engine.config, run)
@@ -113,7 +118,8 @@ class Trainer:
     def _leave(self, done: int) -> None:
         """A stop that all ranks agreed on: save this step, say so, and end as the signal would have."""
         self._save(done)
-        self._tell("end", done, {"stopped": True}, f"stopped after step {done}, which is saved; the same command continues")
+        where = f"train.run_dir={_short(self.run_dir.path)}"
+        self._tell("end", done, {"stopped": True}, f"stopped after step {done}, which is saved; continue with {where}")
         worlds.close()
         raise SystemExit(128 + (self.stop.number or signal.SIGTERM))
 

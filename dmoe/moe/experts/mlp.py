@@ -6,6 +6,7 @@ Letters: R rows, D width in, M width out, F hidden width, H = 2F for gated kinds
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmoe.moe.dispatch import PerExpert
@@ -62,8 +63,8 @@ class FeedForward(nn.Module):
         self.w_out = nn.Linear(hidden_dim, out_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.w_out(ACTIVATIONS[self.kind](self.w_in(x)))
-        return out
+        hidden = F.linear(x, self.w_in.weight.to(x.dtype))
+        return F.linear(ACTIVATIONS[self.kind](hidden), self.w_out.weight.to(x.dtype))
 
     def initialize(self, seed: int, name: str, std: float, out_std: float) -> None:
         normal_(self.w_in.weight, std, seed, name, "in")
