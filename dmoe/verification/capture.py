@@ -68,13 +68,16 @@ def _labelled(batch: Batch) -> Batch:
 
 
 def state_arrays(engine: Engine) -> Capture:
-    """Weights and Adam's moments, whole, by name."""
+    """Weights, Adam's moments and step counts, and the routers' biases, whole, by name."""
     arrays = {f"model.{name}": array for name, array in _weights(engine).items()}
     named, experts = dict(engine.model.named_parameters()), set(expert_parameters(engine.model))
     for moment in ("exp_avg", "exp_avg_sq"):
         values = {n: engine.optimizer.state[p][moment] for n, p in named.items() if moment in engine.optimizer.state.get(p, {})}
         arrays |= {f"{moment}.{name}": _array(v) for name, v in gathered(values, experts, engine.topology).items()}
-    return arrays
+    buffers = engine.model.named_buffers()
+    steps = {n: engine.optimizer.state[p]["step"] for n, p in named.items() if "step" in engine.optimizer.state.get(p, {})}
+    arrays |= {f"buffer.{name}": _array(value) for name, value in buffers}
+    return arrays | {f"step.{name}": _array(value) for name, value in steps.items()}
 
 
 def _weights(engine: Engine) -> Capture:

@@ -13,11 +13,12 @@ from dmoe.config.schema import Config, ModelConfig, MoEConfig
 __all__ = ["prepare", "shrink"]
 
 DIM, HEADS, EXPERT_DIM, MOST_EXPERTS, SEQ_LEN = 32, 4, 24, 16, 16
-ACCUMULATION = 2
+ACCUMULATION = 3  # more than one earlier step, so that their sum is not the last of them
+MICRO_BATCH = 2  # sequences and groups must not be the same thing
 
 
 def prepare(config: Config, groups: int) -> Config:
-    """Data, batch and precision of a verification: two accumulation steps of one sequence a group. Widths stay."""
+    """Data, batch and precision of a verification: three accumulation steps of two sequences a group. Widths stay."""
     return replace(
         config,
         data=replace(
@@ -30,8 +31,8 @@ def prepare(config: Config, groups: int) -> Config:
         train=replace(
             config.train,
             steps=4,
-            global_batch=groups * ACCUMULATION,
-            micro_batch=1,
+            global_batch=groups * ACCUMULATION * MICRO_BATCH,
+            micro_batch=MICRO_BATCH,
             precision="fp32",
             device="cpu",
             eval_sequences=groups,
