@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "ConfigError", "DmoeError", "NumbersError"]
+__all__ = ["CheckpointError", "ConfigError", "DmoeError", "LostPeerError", "NoProgressError", "NumbersError"]
 
 
 class DmoeError(Exception):
     """An error with a message meant for the user: printed as one line, never as a traceback."""
 
     exit_code = 1
+    every_rank = False
+    """Whether each rank has something of its own to say; else all ranks find the same mistake, and one of them says it."""
 
 
 class ConfigError(DmoeError, ValueError):
@@ -31,3 +33,16 @@ class NumbersError(DmoeError):
     """Training produced numbers that cannot be trained on (NaN, Inf, a router that learns nothing)."""
 
     exit_code = 4
+
+
+class NoProgressError(DmoeError):
+    """The launcher starts the job again and again from one step, and it never gets to the next checkpoint."""
+
+    exit_code = 5
+
+
+class LostPeerError(DmoeError):
+    """A collective failed because a rank is gone; the message names the rank, as this one sees it."""
+
+    exit_code = 1
+    every_rank = True

@@ -1,4 +1,4 @@
-"""Every field of the schema with its type, default and docstring, read from schema.py's source: the text is written once, there."""
+"""Every field of the schema with its type, default and docstring, read from the source of schema/: the text is written once, there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 __all__ = ["Field", "list_fields"]
 
-SCHEMA = Path(__file__).with_name("schema.py")
+SCHEMA = Path(__file__).with_name("schema")
 WORDS = {"None": "null", "True": "true", "False": "false"}
 """As they are written in YAML."""
 
@@ -31,8 +31,8 @@ class Field:
 
 def list_fields() -> list[Field]:
     """All fields, in the order of the schema, a section's own fields before its subsections. Imports neither torch nor OmegaConf."""
-    tree = ast.parse(SCHEMA.read_text(encoding="utf-8"))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SCHEMA.glob("*.py"))]
+    classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
     return list(_walk(classes, "Config", ""))
 
 

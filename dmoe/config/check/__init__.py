@@ -1,0 +1,42 @@
+"""Values that do not fit together, refused before torch starts. Each rule names the field, what is allowed, and the fix.
+
+ranges: each value by itself. model, router, moe, parallel, run: values together. size: what a machine can hold.
+"""
+
+from __future__ import annotations
+
+from dmoe.config.check.model import check_model, head_dim, moe_blocks
+from dmoe.config.check.moe import check_moe
+from dmoe.config.check.parallel import Batching, batching, check_world, expert_parallel
+from dmoe.config.check.ranges import check_ranges
+from dmoe.config.check.router import READ_BY, WITHOUT_ORDER, check_router
+from dmoe.config.check.run import check_run
+from dmoe.config.check.size import check_memory, check_size
+from dmoe.config.schema import Config
+from dmoe.config.secrets import refuse_secrets
+
+__all__ = [
+    "READ_BY",
+    "WITHOUT_ORDER",
+    "Batching",
+    "batching",
+    "check",
+    "check_memory",
+    "check_router",
+    "expert_parallel",
+    "head_dim",
+    "moe_blocks",
+]
+
+
+def check(config: Config, world: int = 1) -> None:
+    """Refuse what cannot work on `world` ranks. Raises ConfigError with the first reason found."""
+    refuse_secrets(config)
+    check_ranges(config)
+    check_world(world)
+    check_model(config)
+    check_moe(config)
+    check_size(config)
+    expert_parallel(config, world)
+    batching(config, world)
+    check_run(config)

@@ -1,0 +1,79 @@
+"""The mixture layer around its router: capacity, overflow, exchange and balance."""
+
+from __future__ import annotations
+
+from dmoe.config.check.router import WITHOUT_ORDER, check_router
+from dmoe.config.errors import ConfigError
+from dmoe.config.schema import Config
+
+__all__ = ["check_moe"]
+
+
+def check_moe(config: Config) -> None:
+    moe = config.moe
+    if moe.top_k > moe.num_experts:
+        raise ConfigError(
+            "moe.top_k", moe.top_k, f"must be at most moe.num_experts={moe.num_experts}", f"use {moe.num_experts} or less"
+        )
+    check_router(moe.router, moe.num_experts, moe.top_k)
+    _router_in_model(config)
+    if moe.exchange == "padded" and moe.capacity.factor is None:
+        raise ConfigError(
+            "moe.exchange", "padded", "sends a fixed number of slots and so needs moe.capacity.factor", "set it, e.g. to 1.25"
+        )
+    _capacity(config)
+    _balance(config)
+
+
+def _router_in_model(config: Config) -> None:
+    """What a router cannot do inside a causal language model or together with a capacity."""
+    router, limits = config.moe.router, config.moe.capacity
+    if router.kind == "expert_choice":
+        if not router.allow_future_leak:
+            allowed = "looks at later tokens of a sequence to choose among earlier ones, which a causal model must not"
+            fix = "use top_k, or accept it with moe.router.allow_future_leak=true"
+            raise ConfigError("moe.router.kind", router.kind, allowed, fix)
+        if limits.group == "global":
+            raise ConfigError("moe.capacity.group", "global", "expert_choice cannot compare tokens of all ranks", "use rank")
+    for field in ("factor", "eval_factor"):
+        factor = getattr(limits, field)
+        if router.kind == "soft" and factor is not None and factor < 1:
+            allowed = "must be at least 1 for moe.router.kind=soft: every token needs a slot with every expert"
+            raise ConfigError(f"moe.capacity.{field}", factor, allowed, "use 1.0 or leave it out")
+
+
+def _capacity(config: Config) -> None:
+    moe, capacity = config.moe, config.moe.capacity
+    field, fewest = ("router.k_min", moe.router.k_min) if moe.router.kind == "adaptive" else ("top_k", moe.top_k)
+    if capacity.renormalize and fewest == 1 and moe.router.kind not in WITHOUT_ORDER:
+        allowed = f"with moe.{field}=1 makes the weight of an expert that is alone 1 and starves the router of gradient"
+        raise ConfigError("moe.capacity.renormalize", True, allowed, "set it to false")
+    if capacity.overflow != "next_choice":
+        return
+    if capacity.factor is None and capacity.eval_factor is None:
+        raise ConfigError(
+            "moe.capacity.overflow", "next_choice", "needs a capacity that overflows", "set moe.capacity.factor, e.g. to 1.25"
+        )
+    if moe.router.kind in WITHOUT_ORDER:
+        raise ConfigError(
+            "moe.capacity.overflow", "next_choice", f"needs a next expert, which router {moe.router.kind} has not", "use drop"
+        )
+    if moe.top_k == moe.num_experts and moe.router.kind != "adaptive":
+        raise ConfigError(
+            "moe.capacity.overflow", "next_choice", "needs a next expert, but moe.top_k chooses all of them", "use drop"
+        )
+
+
+def _balance(config: Config) -> None:
+    kind, balance = config.moe.router.kind, config.moe.balance
+    if balance.load and kind != "noisy":
+        raise ConfigError(
+            "moe.balance.load",
+            balance.load,
+            f"is smooth by the noise of a noisy router, and {kind} has none",
+            "use router.kind=noisy",
+        )
+    if balance.bias and kind in WITHOUT_ORDER:
+        raise ConfigError(
+            "moe.balance.bias", balance.bias, f"moves choices by score, and router {kind} makes none", "set it to 0"
+        )

@@ -1,0 +1,76 @@
+"""How large a model is at the least, and whether this machine could hold it: before torch is asked to, and the kernel ends the process.
+
+Letters: D model width, F expert hidden width, E experts, A width of a head. The token embedding is left out (it needs the
+tokenizer), and so are norms, routers and activations: what is computed here is a lower bound.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dmoe.config.check.model import head_dim, moe_blocks
+from dmoe.config.check.parallel import expert_parallel
+from dmoe.config.errors import ConfigError
+from dmoe.config.schema import Config
+
+__all__ = ["check_memory", "check_size"]
+
+MOST_PARAMETERS = 10**15
+MOST_TOKENS = 10**12
+BYTES = 16
+"""Of a parameter in training: weight, gradient and AdamW's two moments, in float32 each."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters that every rank has under DDP, and those of the routed experts of all ranks."""
+
+    dense: int
+    experts: int
+
+    def largest(self, config: Config) -> tuple[str, int]:
+        """The field to name: most of the parameters depend on it."""
+        if self.experts > self.dense:
+            return "moe.num_experts", config.moe.num_experts
+        return "model.dim", config.model.dim
+
+
+def check_size(config: Config) -> None:
+    """Refuse what no machine can hold."""
+    size = _size(config)
+    if size.dense + size.experts > MOST_PARAMETERS:
+        allowed = f"gives {size.dense + size.experts:.0e} parameters, more than any cluster can hold"
+        raise ConfigError(*size.largest(config), allowed, "is there a digit too many?")
+    tokens = config.train.global_batch * config.data.seq_len
+    if tokens > MOST_TOKENS:
+        allowed = f"times data.seq_len={config.data.seq_len} gives {tokens:.0e} tokens a step"
+        raise ConfigError("train.global_batch", config.train.global_batch, allowed, "is there a digit too many?")
+
+
+def check_memory(config: Config, world: int, local: int, memory: int) -> None:
+    """Refuse a model whose training state is larger than a machine that trains `local` of `world` ranks in its main memory.
+
+    memory: bytes of this machine.
+    """
+    size = _size(config)
+    dense = size.dense // (world if config.parallel.mode == "fsdp" else 1)
+    experts = size.experts // (world if config.parallel.mode == "fsdp" else expert_parallel(config, world))
+    needed = BYTES * local * (dense + experts)
+    if needed > memory:
+        allowed = (
+            f"gives {size.dense + size.experts:,} parameters, whose training takes at least {needed / 2**30:,.0f} GiB "
+            f"on this machine of {memory / 2**30:,.0f} GiB"
+        )
+        raise ConfigError(*size.largest(config), allowed, "make the model smaller, or train it on more machines")
+
+
+def _size(config: Config) -> Size:
+    model, moe = config.model, config.moe
+    mixtures = len(moe_blocks(config))
+    matrices = 3 if moe.experts.kind in ("swiglu", "geglu") else 2
+    attention = model.dim * head_dim(config) * 2 * (model.heads + (model.kv_heads or model.heads))
+    shared = moe.experts.shared * (moe.experts.shared_dim or moe.expert_dim)
+    active = moe.top_k * moe.expert_dim + shared
+    widths = (model.layers - mixtures) * (model.dense_dim or active) + mixtures * shared
+    dense = model.layers * attention + matrices * model.dim * widths
+    return Size(dense, mixtures * moe.num_experts * matrices * model.dim * moe.expert_dim)

@@ -1,0 +1,49 @@
+"""Every knob of dmoe, with its default and one sentence of meaning under it.
+
+The defaults *are* the quickstart: `dmoe train` without a file trains exactly this. A YAML file holds only what differs.
+The docstrings under the fields are not decoration: `dmoe explain --fields` prints them.
+
+model: what is trained. run: how. care: what is kept, watched and told.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dmoe.config.schema.care import AlertsConfig, CheckpointConfig, DebugConfig, GuardConfig, TrackingConfig
+from dmoe.config.schema.model import BalanceConfig, CapacityConfig, ExpertsConfig, ModelConfig, MoEConfig, RouterConfig
+from dmoe.config.schema.run import DataConfig, OptimConfig, ParallelConfig, TrainConfig
+
+__all__ = [
+    "AlertsConfig",
+    "BalanceConfig",
+    "CapacityConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "DebugConfig",
+    "ExpertsConfig",
+    "GuardConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "RouterConfig",
+    "TrackingConfig",
+    "TrainConfig",
+]
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    alerts: AlertsConfig = field(default_factory=AlertsConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)

@@ -1,0 +1,114 @@
+"""An override of a text field is that text; of any other field, YAML without its traps."""
+
+from __future__ import annotations
+
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dmoe.cli.arguments import load_arguments, split
+from dmoe.config.errors import ConfigError
+from dmoe.config.load import load, load_text, to_yaml
+from dmoe.config.schema import Config
+
+TEXTS = {
+    "leading zero": ("data.source=0123", "0123"),
+    "hexadecimal": ("data.source=0x10", "0x10"),
+    "a glob": ("data.source=*.py", "*.py"),
+    "a mapping to YAML": ("train.sample_prompt=def f(x):", "def f(x):"),
+    "a list to YAML": ("train.sample_prompt=[1, 2", "[1, 2"),
+    "a comment to YAML": ("data.source=a #b", "a #b"),
+    "a tag to YAML": ("train.sample_prompt=!important", "!important"),
+    "true": ("data.source=true", "true"),
+    "an equals sign": ("data.source=runs/lr=0.1/text", "runs/lr=0.1/text"),
+    "nothing": ("train.sample_prompt=", ""),
+    "white space": ("train.sample_prompt=  x ", "  x "),
+    "double quotes": ('train.sample_prompt="def "', "def "),
+    "an escape": (r'train.sample_prompt="a\nb"', "a\nb"),
+    "single quotes": ("train.sample_prompt='it''s'", "it's"),
+    "one quote": ("train.sample_prompt='tis", "'tis"),
+    "two quoted words": ('train.sample_prompt="a" or "b"', '"a" or "b"'),
+    "null of a text": ("data.source=null", "null"),
+    "null of an optional text": ("train.run_dir=null", None),
+    "quoted null": ('train.run_dir="null"', "null"),
+    "number or text": ("parallel.ep=4", 4),
+    "text or number": ("parallel.ep=auto", "auto"),
+}
+REFUSED = {
+    "an environment variable": ("data.source=${oc.env:HOME}", "data.source=${oc.env:HOME}: must not hold ${"),
+    "a broken interpolation": ("optim.lr=${", "optim.lr=${: must not hold ${"),
+    "an interpolation in quotes": ('train.sample_prompt="${a}"', "must not hold ${"),
+    "an escaped interpolation": (r"data.source=\${a}", "must not hold ${"),
+    "a missing text": ("data.source=???", "data.source=???: stands for a value that is missing"),
+    "a missing number": ("moe.top_k=???", "moe.top_k=???: stands for a value that is missing"),
+    "a number among names": ("tracking.trackers=[1]", "tracking.trackers=1: must be text, and YAML reads it as the number 1"),
+    "a number in a section": ("train={run_dir: 012}", "train.run_dir=10: must be text, and YAML reads it as the number 10"),
+    "a key that ends in a dot": ("moe.=1", "must look like section.field=value"),
+    "a key with two dots": ("moe..top_k=1", "must look like section.field=value"),
+    "a key of 3000 parts": ("a" + ".a" * 3000 + "=1", "must look like section.field=value"),
+    "nested 3000 deep": ("moe.top_k=" + "[" * 3000, "nested more than 16 deep"),
+    "an alias": ("moe.top_k=*a", "YAML aliases are not allowed"),
+    "a tag": ("moe.top_k=!!python/object/apply:os.system [id]", "!!python/object/apply:os.system are not allowed"),
+    "bytes": ("optim.lr=\udcff", "is not valid YAML"),
+    "5000 digits": ("train.steps=" + "9" * 5000, "a number of 5000 digits"),
+    "more than 64 bits": ("train.steps=99999999999999999999", "does not fit in 64 bits"),
+    "no number after 0x": ("train.steps=0x_", "holds a value that cannot be read"),
+    "nan as text": ("optim.lr=nan", "optim.lr=nan: must be a finite number"),
+    "infinity": ("optim.lr=1e400", "optim.lr=inf: must be a finite number"),
+    "two for a truth": ("model.qk_norm=2", "model.qk_norm=2: must be true or false"),
+    "a key twice": ("moe={top_k: 1, top_k: 2}", "found duplicate key top_k"),
+}
+
+
+def value_of(config: Config, override: str) -> Any:
+    return reduce(getattr, override.partition("=")[0].split("."), config)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_the_value_is_what_stands_there(name: str) -> None:
+    """All values went through YAML: 0123 was 83, a star began an alias, and a colon at the end made a mapping."""
+    override, expected = TEXTS[name]
+    config = load(None, [override])
+    assert value_of(config, override) == expected
+    assert load_text(to_yaml(config), "resolved.yaml") == config, "and it survives the run's resolved.yaml"
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_rest_is_refused_in_one_sentence(name: str) -> None:
+    override, words = REFUSED[name]
+    with pytest.raises(ConfigError) as refusal:
+        load(None, [override])
+    assert words in str(refusal.value)
+    assert len(str(refusal.value)) < 300
+    assert str(refusal.value).isprintable()
+
+
+def test_the_file_is_kept_as_given_with_the_overrides_after_it(tmp_path: Path) -> None:
+    """Without a line break at its end, the first override went into the file's last line: `top_k: 1# override: ...`."""
+    file = tmp_path / "small.yaml"
+    file.write_text("moe: {num_experts: 4}\ntrain:\n  run_dir: here", encoding="utf-8")
+    _, given = load_arguments([str(file), "moe.top_k=1", "train.steps=3"])
+    assert given.splitlines()[-3:] == ["  run_dir: here", "# override: moe.top_k=1", "# override: train.steps=3"]
+    assert load_text(given, "config.yaml").train.run_dir == "here"
+
+
+def test_an_override_cannot_leave_its_comment() -> None:
+    """A line break in a prompt ended the comment, and the run's config.yaml held what came after it."""
+    _, given = load_arguments(["train.sample_prompt=a\nmodel: {dim: 3}"])
+    assert load_text(given, "config.yaml") == Config()
+
+
+def test_the_first_argument_may_be_a_file_with_an_equals_sign(tmp_path: Path) -> None:
+    file = tmp_path / "lr=0.1.yaml"
+    assert split([str(file), "moe.top_k=1"]) == (None, [str(file), "moe.top_k=1"])
+    file.write_text("optim: {lr: 0.1}", encoding="utf-8")
+    assert split([str(file), "moe.top_k=1"]) == (str(file), ["moe.top_k=1"])
+    assert load_arguments([str(file)])[0].optim.lr == 0.1
+
+
+def test_a_second_file_is_refused() -> None:
+    for arguments in (["a.yaml", "b.yaml"], ["moe.top_k=1", "b.yaml"]):
+        with pytest.raises(ConfigError, match=r"argument=b\.yaml: .* put CONFIG first"):
+            split(arguments)
