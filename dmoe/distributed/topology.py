@@ -14,6 +14,7 @@ Every rank is a data rank: it reads sequences of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,9 @@ class Topology:
     routing: dist.ProcessGroup | None = None
     """All ranks, for sums inside a layer's forward."""
     control: dist.ProcessGroup | None = None
-    """All ranks, for the one control reduction a step, evaluation and checkpoints."""
+    """All ranks, for the one control reduction a step, evaluation, and loading checkpoints."""
+    checkpoint: dist.ProcessGroup | None = None
+    """All ranks, on the CPU (gloo) whatever the others use, for the writer of checkpoints alone, which may be a thread of its own."""
 
     @property
     def edp(self) -> int:
@@ -59,6 +62,8 @@ class Topology:
         return range(self.ep_rank * per_rank, (self.ep_rank + 1) * per_rank)
 
     def groups(self) -> list[dist.ProcessGroup]:
+        """The groups a step uses, the world's included, whose time-outs shrink after the first step. Not `checkpoint`: there a rank
+        waits for another's disk, which may take as long as it takes."""
         own = [group for group in (self.exchange, self.copies, self.routing, self.control) if group is not None]
         world = dist.group.WORLD
         return own if world is None else [*own, world]
@@ -71,11 +76,12 @@ class Topology:
         return f"{self.world} data ranks = {copies} of the experts (edp) x {ranks} a copy (ep)"
 
 
-def build(ep: int, device: torch.device) -> Topology:
+def build(ep: int, device: torch.device, timeout: float | None = None) -> Topology:
     """Create all groups, on all ranks in the same order, and use each once.
 
     A communicator that is first used in the middle of a step is created there, without the user's time-out (Megatron-LM#2238).
-    `ep` must divide the world size (`config/check.py` refuses it otherwise).
+    `ep` must divide the world size (`config/check.py` refuses it otherwise). `timeout`: seconds that any collective of these groups
+    may wait, until `shorten_timeouts`; a new group does not take over the world's, so None is torch's 10 (NCCL) or 30 minutes.
     """
     if not dist.is_initialized():
         assert ep == 1, f"ep={ep} needs a process group"
@@ -84,25 +90,38 @@ def build(ep: int, device: torch.device) -> Topology:
     assert world % ep == 0, f"ep={ep} does not divide the world of {world}"
     rows = [list(range(start, start + ep)) for start in range(0, world, ep)]
     columns = [list(range(column, world, ep)) for column in range(ep)]
+    limit = None if timeout is None else timedelta(seconds=timeout)
     topology = Topology(
         rank=rank,
         world=world,
         ep=ep,
-        exchange=_mine(rows, rank),
-        copies=_mine(columns, rank),
-        routing=dist.new_group(),
-        control=dist.new_group(),
+        exchange=_mine(rows, rank, limit),
+        copies=_mine(columns, rank, limit),
+        routing=dist.new_group(timeout=limit),
+        control=dist.new_group(timeout=limit),
+        checkpoint=_of_cpu_tensors(world, limit),
     )
     for group in topology.groups():
         dist.all_reduce(torch.zeros(1, device=device), group=group)
+    if topology.checkpoint is not None:
+        dist.all_reduce(torch.zeros(1, device="cpu"), group=topology.checkpoint)
     return topology
 
 
-def _mine(parts: list[list[int]], rank: int) -> dist.ProcessGroup | None:
+def _mine(parts: list[list[int]], rank: int, timeout: timedelta | None) -> dist.ProcessGroup | None:
     """The group of `parts` that holds `rank`. Every rank must create every group, in the same order."""
     mine = None
     for part in parts:
         if len(part) > 1:
-            group = dist.new_group(part)
+            group = dist.new_group(part, timeout=timeout)
             mine = group if rank in part else mine
     return mine
+
+
+def _of_cpu_tensors(world: int, timeout: timedelta | None) -> dist.ProcessGroup | None:
+    """All ranks over gloo; over torch's fake back-end where the world is a fake one, whose other ranks nobody can connect to."""
+    if world == 1:
+        return None
+    backend = "fake" if dist.get_backend() == "fake" else "gloo"
+    group: dist.ProcessGroup = dist.new_group(timeout=timeout, backend=backend)
+    return group

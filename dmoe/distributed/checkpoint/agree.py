@@ -66,7 +66,9 @@ class Ranks:
             return
         texts = self._exchange_texts(_message(error) if error is not None else "")
         first = next(rank for rank, text in enumerate(texts) if text)
-        where = f" on rank {first}" if self.world > 1 else ""
+        # torch's DCP raises on every rank what one of them raised, and knows which.
+        culprit = min(error.failures) if isinstance(error, CheckpointException) else first
+        where = f" on rank {culprit}" if self.world > 1 else ""
         raise CheckpointError(f"{doing} failed{where}: {texts[first]}") from error
 
     def _exchange_texts(self, text: str) -> list[str]:

@@ -15,7 +15,7 @@ from dmoe.config.errors import CheckpointError
 from dmoe.distributed.checkpoint.manifest import verify
 from dmoe.distributed.checkpoint.names import partial_name, step_of
 
-__all__ = ["discard", "fsync_directory", "is_whole", "latest", "list_steps", "prune"]
+__all__ = ["discard", "discard_partials", "fsync_directory", "is_whole", "latest", "list_steps", "prune", "remove"]
 
 
 def list_steps(root: Path) -> list[tuple[int, Path]]:
@@ -49,30 +49,39 @@ def latest(root: Path) -> Path | None:
     return None
 
 
-def prune(root: Path, keep: int) -> list[Path]:
+def prune(root: Path, keep: int, proven: Path | None = None) -> list[Path]:
     """Delete what is older than the newest `keep` complete checkpoints, and every partial one; returns what was deleted.
 
     Only checkpoints whose files are all there with the right sizes count towards `keep`, so failed saves never push a good one
     out (accelerate's `total_limit` deletes the old one before the new one exists). Before anything is deleted one of
     those kept is proven whole by its hashes; if none is, nothing is deleted and one warning says so.
-    Call it on one rank only, and not while a save is running. Cost: reads one checkpoint if there is something to delete.
+    Call it on one rank only, and not while a save is running.
+
+    proven: a checkpoint that the caller has verified just now: if it is among those kept, nothing is hashed again.
+    Errors: CheckpointError for keep < 1; OSError. Cost: without `proven`, reads one checkpoint if there is something to delete.
     """
     if keep < 1:
         raise CheckpointError(f"keep={keep}: at least one checkpoint must be kept")
-    gone = [path for _, path in _scan(root, partial=True)]
-    for path in gone:
-        discard(path)
+    gone = discard_partials(root)
     steps = [path for _, path in reversed(list_steps(root))]
     kept = [path for path in steps if is_whole(path, contents=False)][:keep]
     if len(kept) < keep:
         return gone
     old = steps[steps.index(kept[-1]) + 1 :]
-    if old and not any(is_whole(path, contents=True) for path in kept):
+    if old and proven not in kept and not any(is_whole(path, contents=True) for path in kept):
         warnings.warn(f"nothing is pruned: none of the newest {keep} checkpoints under {root} is whole", stacklevel=2)
         return gone
     for path in old:
-        _delete(path)
+        remove(path)
     return gone + old
+
+
+def discard_partials(root: Path) -> list[Path]:
+    """Delete what saves that were killed have left, and return it. One rank only, while nobody saves under `root`. Errors: OSError."""
+    gone = [path for _, path in _scan(root, partial=True)]
+    for path in gone:
+        discard(path)
+    return gone
 
 
 def discard(path: Path) -> None:
@@ -92,8 +101,8 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _delete(path: Path) -> None:
-    """Rename first: a deletion that is cut short must leave a stale partial, not a damaged checkpoint."""
+def remove(path: Path) -> None:
+    """Delete a checkpoint. It is renamed first: a deletion cut short must leave a stale partial, not a damaged one. Errors: OSError."""
     named = step_of(path.name)
     assert named is not None
     partial = path.with_name(partial_name(named[0]))

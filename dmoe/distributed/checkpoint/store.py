@@ -29,7 +29,7 @@ from dmoe.distributed.checkpoint.replicas import check_replicas
 from dmoe.distributed.checkpoint.shards import check_shards, shard_of
 from dmoe.distributed.checkpoint.state import describe, match
 
-__all__ = ["find_latest", "load", "peek", "save"]
+__all__ = ["find_latest", "load", "look", "peek", "save"]
 
 
 def save(
@@ -43,7 +43,7 @@ def save(
     Raises: CheckpointError on every rank if anything fails on any; what was written is removed, older checkpoints are
         untouched. Also for a `step` that already exists whole; a damaged one is replaced.
     Cost: about 6 small all-reduces and 3 small all-gathers plus DCP's own two exchanges of plans; disk: every piece once, read
-        once more for its hash; memory: twice this rank's pieces during the call (safetensors serialises in memory).
+        once more for its hash; memory: none to speak of on the CPU, one tensor at a time from an accelerator.
     """
     root, ranks, contents = Path(root), Ranks(group), dict[str, TensorEntry]()
     partial, final = root / partial_name(step), root / step_name(step)
@@ -96,6 +96,13 @@ def load(
 def peek(path: Path) -> Manifest:
     """The manifest alone: step, tensors, `extra`. Local; hashes no other file. Raises: CheckpointError."""
     return manifest.read(Path(path))
+
+
+def look(path: Path, *, group: dist.ProcessGroup | None = None) -> Manifest:
+    """`peek` on every rank; collective over `group`. Raises: CheckpointError on every rank if it fails on any."""
+    with Ranks(group).stage(f"looking at {path}"):
+        return peek(path)
+    raise AssertionError("a stage that failed has raised")
 
 
 def find_latest(root: Path, *, group: dist.ProcessGroup | None = None) -> Path | None:

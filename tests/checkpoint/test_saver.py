@@ -1,0 +1,160 @@
+"""Saves in the background: the same bytes as in the foreground, whatever training does meanwhile, and a way out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dmoe.distributed import topology
+from dmoe.distributed.checkpoint import Saver, list_steps, store, verify
+from dmoe.distributed.checkpoint.state import local_part
+from dmoe.distributed.world import shorten_timeouts
+from tests.checkpoint.experts import sharded, whole
+from tests.checkpoint.saving import after, patched, state_of, steps_of, value_at
+from tests.ranks import run_ranks
+
+
+def written_twice(rank: int, world: int, root: Path, ep: int) -> list[dict[str, Any]]:
+    group = topology.build(ep, torch.device("cpu")).checkpoint
+    found = []
+    for name, asynchronous in (("foreground", False), ("background", True)):
+        state, extra, trained = sharded(world, ep) if world > 1 else whole(), {"tokens": [1, 2]}, threading.Event()
+        state["strided"] = torch.arange(12.0).reshape(3, 4).t()
+        state["tied"] = state["model.embed"]
+        saver = Saver(root / name, 2, group, asynchronous)
+        with patched(store, "save", after(trained, store.save) if asynchronous else store.save):
+            for step in (1, 2):  # the second reuses the first one's buffers
+                trained.clear()
+                for tensor in state.values():
+                    local_part(tensor).add_(step) if tensor.dtype != torch.bool else local_part(tensor).logical_not_()
+                saver.save(step, state, extra | {"step": step})
+                before = {key: local_part(tensor).clone() for key, tensor in state.items()}
+                for tensor in state.values():
+                    local_part(tensor).zero_()
+                extra["tokens"].append(step)
+                trained.set()
+                saver.wait()
+                extra["tokens"].pop()
+                for key, tensor in state.items():
+                    local_part(tensor).copy_(before[key])
+        saver.close()
+        found.append({step: (verify(path).files, verify(path).extra) for step, path in list_steps(root / name)})
+    return found
+
+
+@pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 2), (4, 2)])
+def test_the_background_writes_the_bytes_of_the_moment_of_the_call(tmp_path: Path, world: int, ep: int) -> None:
+    """Training zeroes every tensor, and appends to `extra`, before the writer may start; SHA-256 and size of every file stay equal."""
+    for foreground, background in run_ranks(world, written_twice, tmp_path, ep):
+        assert sorted(foreground) == [1, 2]
+        assert foreground == background
+        assert foreground[1] != foreground[2]
+
+
+def test_the_next_save_waits_for_the_last_and_does_not_write_into_its_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events, original = [], store.save
+
+    def slow(root: Path, step: int, *args: Any, **kwargs: Any) -> Path:
+        events.append(f"begin {step}")
+        time.sleep(0.2)
+        path = original(root, step, *args, **kwargs)
+        events.append(f"end {step}")
+        return path
+
+    monkeypatch.setattr(store, "save", slow)
+    saver, state = Saver(tmp_path, 3, None, True), state_of(0.0)
+    for step in (1, 2, 3):
+        state["w"].fill_(step)
+        saver.save(step, state, {})
+    saver.close()
+    assert events == ["begin 1", "end 1", "begin 2", "end 2", "begin 3", "end 3"]
+    assert [value_at(path) for _, path in list_steps(tmp_path)] == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_is_finished_is_told_once(tmp_path: Path, asynchronous: bool) -> None:
+    saver = Saver(tmp_path, 2, None, asynchronous)
+    assert saver.finished() == []
+    for step in (1, 2, 3):
+        saver.save(step, state_of(step), {})
+    saver.close()
+    done = saver.finished()
+    assert [saved.step for saved in done] == [1, 2, 3]
+    assert all(0 <= saved.seconds_held <= saved.seconds for saved in done)
+    (shard,) = (tmp_path / "step-00000003").glob("shard-*")
+    assert done[2].bytes == shard.stat().st_size
+    assert saver.finished() == []
+    assert steps_of(tmp_path) == [2, 3]
+
+
+# --- the group, and the way out
+
+
+def slow_disk(rank: int, world: int, root: Path) -> bool:
+    groups = topology.build(world, torch.device("cpu"), timeout=50.0)
+    shorten_timeouts(groups.groups(), 0.3)
+    if rank == 1:
+        time.sleep(1.0)
+    Saver(root, 1, groups.checkpoint, False).save(1, sharded(world, world), {})
+    shorten_timeouts(groups.groups(), 50.0)
+    return groups.checkpoint not in groups.groups()
+
+
+def test_a_slow_disk_is_no_time_out(tmp_path: Path) -> None:
+    """`shorten_timeouts` is for the groups of a step: a rank that needs longer to write than that is not a dead one."""
+    assert run_ranks(2, slow_disk, tmp_path) == [True, True]
+
+
+def test_abandon_does_not_wait_for_ever_and_tells_what_it_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    monkeypatch.setattr(store, "save", after(go, store.save))
+    saver = Saver(tmp_path, 1, None, True)
+    saver.save(7, state_of(7.0), {})
+    with pytest.warns(UserWarning, match="save-7 .* was not finished"):
+        saver.abandon(0.05)
+    go.set()
+    saver.abandon()
+    assert steps_of(tmp_path) == [7]
+
+
+LEFT_BEHIND = """
+import sys, time, torch, torch.distributed as dist
+from pathlib import Path
+from datetime import timedelta
+from dmoe.distributed import topology
+from dmoe.distributed.checkpoint import Saver
+
+root, rank = Path(sys.argv[1]), int(sys.argv[2])
+dist.init_process_group("gloo", store=dist.FileStore(str(root / "store"), 2), rank=rank, world_size=2, timeout=timedelta(seconds=50))
+groups = topology.build(2, torch.device("cpu"), 50.0)
+if rank == 1:
+    time.sleep(60)
+saver = Saver(root / "checkpoints", 1, groups.checkpoint, True)
+saver.save(1, {"w": torch.ones(3)}, {})
+saver.abandon(0.1)
+sys.exit(4)
+"""
+
+
+def test_a_process_leaves_with_its_own_code_while_a_frozen_peer_keeps_its_writer(tmp_path: Path) -> None:
+    """An ordinary thread would hold the process until the group's time-out, long after the error was told."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LEFT_BEHIND, str(tmp_path)]
+    peer = subprocess.Popen([*command, "1"], env=environment)
+    try:
+        ended = subprocess.run([*command, "0"], env=environment, capture_output=True, text=True, timeout=40)
+    finally:
+        peer.kill()
+        peer.wait()
+    assert ended.returncode == 4, ended.stderr
+    assert "was not finished" in ended.stderr

@@ -1,0 +1,112 @@
+"""A save that fails in the background is told on all ranks, once, and leaves what was there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dmoe.distributed import topology
+from dmoe.distributed.checkpoint import Saver, agree, list_steps
+from dmoe.distributed.checkpoint.saver import Staging
+from tests.checkpoint.experts import sharded
+from tests.checkpoint.saving import full, patched, refusal, state_of, steps_of, until_failed, value_at
+from tests.ranks import run_ranks
+
+
+def failing_writer(rank: int, world: int, root: Path) -> list[str]:
+    saver = Saver(root, 2, topology.build(world, torch.device("cpu")).checkpoint, True)
+    saver.save(100, sharded(world, world), {})
+    saver.wait()
+    messages = []
+
+    for name in ("fsync", "rename"):  # rank 1's own file; the commit, which is rank 0's
+        with patched(os, name, full if rank == (name == "fsync") else getattr(os, name)):
+            saver.save(200, sharded(world, world), {})
+            until_failed(saver)
+        messages.append(refusal(saver.wait))
+        assert not saver.failed
+        saver.wait()  # told once
+        dist.barrier()
+        assert [entry.name for entry in root.iterdir()] == ["step-00000100"]
+        dist.barrier()
+    with patched(Staging, "copy", full if rank == 1 else Staging.copy):
+        saver.save(200, sharded(world, world), {})
+    messages.append(refusal(lambda: saver.save(300, sharded(world, world), {})))
+    saver.save(400, sharded(world, world), {})
+    saver.close()
+    assert [saved.step for saved in saver.finished()] == [100, 400]
+    assert steps_of(root) == [100, 400]
+    return messages
+
+
+def test_a_failure_of_one_writer_is_told_on_all_ranks(tmp_path: Path) -> None:
+    results = run_ranks(2, failing_writer, tmp_path)
+    assert results[0] == results[1]
+    assert "writing" in results[0][0]
+    assert "committing" in results[0][1]
+    assert results[0][2].startswith("copying the state of step 200 failed on rank 1")
+    assert all("No space left on device" in message for message in results[0])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 256 KiB."""
+    root = tmp_path / "disk"
+    root.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(root)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a small tmpfs needs root")
+    yield root
+    subprocess.run(["umount", str(root)], check=True)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(small_disk: Path) -> None:
+    saver = Saver(small_disk, 2, None, True)
+    saver.save(1, state_of(1.0), {})
+    saver.save(2, {"w": torch.ones(100_000)}, {})
+    assert "No space left on device" in refusal(lambda: saver.save(3, state_of(3.0), {}))  # the error of 2; 3 is not started
+    saver.close()
+    assert [entry.name for entry in small_disk.iterdir()] == ["step-00000001"]
+    saver.save(4, state_of(4.0), {})
+    saver.close()
+    assert [value_at(path) for _, path in list_steps(small_disk)] == [1.0, 4.0]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_failed_saves_push_no_good_one_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool) -> None:
+    """keep=2, then three failed saves: both complete checkpoints are still there."""
+    saver = Saver(tmp_path, 2, None, asynchronous)
+    for step in (1, 2):
+        saver.save(step, state_of(step), {})
+    saver.wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        for step in (3, 4, 5):
+            assert "No space left" in refusal(lambda step=step: (saver.save(step, state_of(step), {}), saver.wait()))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+    assert [value_at(path) for _, path in list_steps(tmp_path)] == [1.0, 2.0]
+
+
+def test_a_broken_group_is_no_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training may go on after a CheckpointError; after a peer's death it must not, so that error keeps its type."""
+
+    def broken(*args: object) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    saver = Saver(tmp_path, 2, None, True)
+    with monkeypatch.context() as patch:
+        patch.setattr(agree.Ranks, "_decide", broken)
+        saver.save(1, state_of(1.0), {})
+        until_failed(saver)
+        with pytest.raises(RuntimeError, match="closed by peer"):
+            saver.wait()
+    saver.close()
