@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
 
 from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -24,6 +29,7 @@ def launch(ranks: int, arguments: list[str], port: int | None = None) -> int:
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the failing rank has said what is wrong, in one line
     where = ["--standalone"] if port is None else ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     options = get_args_parser().parse_args([*where, "--nproc-per-node", str(ranks), "-m", "dmoe", *arguments])
+    signal.signal(signal.SIGUSR1, _pass_on)  # torch's launcher passes on TERM, INT, HUP and QUIT, and would die of this one
     try:
         run(options)
     except ChildFailedError as error:
@@ -35,4 +41,16 @@ def launch(ranks: int, arguments: list[str], port: int | None = None) -> int:
         if port is None or "EADDRINUSE" not in str(error):
             raise
         raise ConfigError("--port", port, "the port is in use", "leave --port out to get a free one, or name another") from None
+    finally:
+        if sys.stdout.isatty():  # what is left of the live panel, where rank 0 was killed before it could clear it
+            print("\x1b[J", end="", flush=True)
     return 0
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """Send the signal to the ranks: this process's children, but for those that do not run dmoe (torch's own helpers)."""
+    for task in Path("/proc/self/task").iterdir():
+        for child in (task / "children").read_text().split():
+            with suppress(OSError):
+                if b"\0dmoe\0" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    os.kill(int(child), number)

@@ -26,6 +26,8 @@ __all__ = ["ExchangeError", "Watch"]
 class ExchangeError(DmoeError):
     """The ranks of an exchange are not doing the same thing."""
 
+    every_rank = True
+
 
 class Watch:
     """Compares every exchange of one group of ranks. One for all layers, so that a skipped exchange is seen at the next one."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -11,9 +13,9 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
-from dmoe.config.errors import ConfigError
+from dmoe.config.errors import ConfigError, DmoeError
 
-__all__ = ["World", "agree_on", "barrier", "close", "launched_world_size", "shorten_timeouts", "start"]
+__all__ = ["World", "barrier", "close", "job", "launched_world_size", "on_first", "shorten_timeouts", "start"]
 
 
 @dataclass(frozen=True)
@@ -73,17 +75,44 @@ def barrier() -> None:
         dist.barrier()
 
 
-def agree_on(text: str, device: torch.device) -> str:
-    """Rank 0's `text` on every rank (at most 4 KiB of UTF-8). One broadcast."""
+def job() -> str | None:
+    """The name that torch's elastic launcher gives this job, the same after a restart; None without one."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if name == "none" else name
+
+
+def on_first(world: World, action: Callable[[], str]) -> str:
+    """Run `action` on rank 0 and return its text on every rank. Collective: one broadcast of 4 KiB.
+
+    Raises: what rank 0 raised, if that is a DmoeError; on the other ranks one with the same text and exit code.
+    """
+    answer, problem = "", None
+    if world.is_main:
+        try:
+            answer = action()
+        except DmoeError as error:
+            problem = error
+    said = {"answer": answer} if problem is None else {"code": problem.exit_code, "text": str(problem)[:600]}
+    heard = json.loads(_from_first(json.dumps(said), world.device))
+    if "code" not in heard:
+        return str(heard["answer"])
+    if problem is None:
+        problem = DmoeError(heard["text"])
+        problem.exit_code = heard["code"]
+    raise problem
+
+
+def _from_first(text: str, device: torch.device) -> str:
+    """Rank 0's `text` on every rank (ASCII, under 4 KiB)."""
     if not dist.is_initialized():
         return text
-    encoded = text.encode()
+    encoded = text.encode("ascii")
     assert len(encoded) < 4096, "text too long to agree on"
     data = torch.zeros(4096, dtype=torch.uint8)
     data[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
     data = data.to(device)
     dist.broadcast(data, src=0)
-    return bytes(data.tolist()).rstrip(b"\0").decode()
+    return bytes(data.tolist()).rstrip(b"\0").decode("ascii")
 
 
 def shorten_timeouts(groups: list[dist.ProcessGroup], seconds: float) -> None:

@@ -16,11 +16,12 @@ from dmoe.distributed import world as worlds
 from dmoe.distributed.parallelize import expert_parameters
 from dmoe.distributed.whole import gathered
 from dmoe.models.generate import generate
-from dmoe.training import checkpointing
 from dmoe.training import engine as engines
 from dmoe.training.batches import training_batches
+from dmoe.training.checkpointing import Checkpoints
 from dmoe.training.engine import Engine
 from dmoe.training.evaluation import evaluate
+from dmoe.training.guard import Guard
 from dmoe.training.run_dir import RunDir
 from dmoe.training.step import train_step
 from tests.ranks import run_ranks
@@ -36,12 +37,12 @@ def continued(
     """The state after loading `source`, and after `steps` more steps, which is saved at `target`."""
     here, data = worlds.start("cpu"), open_data(config.data, config.train.seed)
     engine = engines.build(config, here, data.tokenizer.vocab_size, torch.float64)
-    first = 0 if source is None else checkpointing.resume(engine, data, RunDir(source))
+    first = 0 if source is None else Checkpoints(engine, data, RunDir(source), Guard(config.guard)).resume()
     loaded = state(engine)
     for step in range(first, first + steps):
         train_step(engine, training_batches(data.train, engine, step), 1e-3)
     if target is not None:
-        checkpointing.save(engine, data, RunDir(target), first + steps)
+        Checkpoints(engine, data, RunDir(target), Guard(config.guard)).save(first + steps)
     return loaded, state(engine)
 
 

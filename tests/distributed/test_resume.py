@@ -10,9 +10,10 @@ import pytest
 from dmoe.config.schema import Config
 from dmoe.data import open_data
 from dmoe.distributed import world as worlds
-from dmoe.training import checkpointing
 from dmoe.training import engine as engines
 from dmoe.training.batches import training_batches
+from dmoe.training.checkpointing import Checkpoints
+from dmoe.training.guard import Guard
 from dmoe.training.run_dir import RunDir
 from dmoe.training.schedule import learning_rate
 from dmoe.training.step import train_step
@@ -35,17 +36,18 @@ def resume(rank: int, world: int, config: Config, folder: Path) -> tuple[Capture
 def run_part(config: Config, folder: Path, resume: bool) -> tuple[Capture, list[float]]:
     here, data, run = worlds.start("cpu"), open_data(config.data, config.train.seed), RunDir(folder)
     engine = engines.build(config, here, data.tokenizer.vocab_size)
+    checkpoints = Checkpoints(engine, data, run, Guard(config.guard))
 
     def step(number: int) -> float:
         rate = learning_rate(number, config.train.steps, config.optim)
         return train_step(engine, training_batches(data.train, engine, number), rate).totals.loss_sum
 
     if resume:
-        assert checkpointing.resume(engine, data, run) == STEPS
+        assert checkpoints.resume() == STEPS
     else:
         for number in range(STEPS):
             step(number)
-        checkpointing.save(engine, data, run, STEPS)
+        checkpoints.save(STEPS)
     return state_arrays(engine), [step(number) for number in (STEPS, STEPS + 1)]
 
 

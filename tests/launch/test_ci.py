@@ -17,7 +17,7 @@ BASH = shutil.which("bash") or "/bin/bash"
 PYTHON = """#!{bash}
 [[ "$1" == -c ]] && exec {python} "$@"
 mkdir -p "$3/bin"
-for name in pip ruff mypy pytest; do
+for name in pip ruff mypy pytest chromium; do
   printf '%s\\n' '#!{bash}' "echo $name \\"\\$*\\" >>'{record}'" "{fail}" >"$3/bin/$name"
   chmod +x "$3/bin/$name"
 done
@@ -43,16 +43,10 @@ def test_the_stages_and_their_headings(tmp_path: Path) -> None:
     assert status == 0
     install = "pip install -c constraints.txt -e .[test]"
     assert [command.strip() for command in commands] == [
-        install, "ruff check", "ruff format --check", "mypy", install, "pytest", "pytest -m slow",
+        install, "ruff check", "ruff format --check", "mypy", install, "pytest", "pytest -m slow -n 0", "pytest -m faults -n 0",
     ]  # fmt: skip
-    assert len(re.findall(r"^== .* \(\d+ s\)$", stdout, re.M)) == 8
+    assert len(re.findall(r"^== .* \(\d+ s\)$", stdout, re.M)) == 10
     assert "pip install -c constraints.txt -e '.[test]' && pytest" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-
-
-def test_no_slow_tests_is_no_failure(tmp_path: Path) -> None:
-    status, stdout, _ = run(tmp_path, fail='[[ $name == pytest && \\"\\$*\\" == *slow* ]] && exit 5 || exit 0')
-    assert status == 0
-    assert "there are no slow tests" in stdout
 
 
 @pytest.mark.parametrize(
@@ -60,9 +54,10 @@ def test_no_slow_tests_is_no_failure(tmp_path: Path) -> None:
     [
         ("[[ $name == mypy ]] && exit 1 || exit 0", 1, "mypy"),
         ("[[ $name == pytest ]] && exit 5 || exit 0", 5, "pytest"),
-        ('[[ $name == pytest && \\"\\$*\\" == *slow* ]] && exit 1 || exit 0', 1, "pytest -m slow"),
+        ('[[ $name == pytest && \\"\\$*\\" == *slow* ]] && exit 1 || exit 0', 1, "pytest -m slow -n 0"),
+        ('[[ $name == pytest && \\"\\$*\\" == *faults* ]] && exit 5 || exit 0', 5, "pytest -m faults -n 0"),
     ],
-    ids=["types", "nothing collected in the main run", "slow"],
+    ids=["types", "nothing collected in the main run", "slow", "no drill collected"],
 )
 def test_a_failure_ends_the_run(fail: str, code: int, last: str, tmp_path: Path) -> None:
     status, _, commands = run(tmp_path, fail=fail)
