@@ -12,29 +12,33 @@ Letters: T tokens here, D width, E experts, e experts here (E/EP), K experts a t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 
+from dmoe.distributed.meter import Meter
 from dmoe.distributed.watch import Watch
 from dmoe.moe.dispatch import PerExpert
+from dmoe.moe.layer import MoE
 from dmoe.moe.permute import Placement, combine, gather, place_packed, place_padded
 from dmoe.moe.routing import Routing
+from dmoe.moe.stage import stage
 
-__all__ = ["PackedAllToAll", "PaddedAllToAll", "Route"]
+__all__ = ["PackedAllToAll", "PaddedAllToAll", "Route", "exchange_meters"]
 
 
 @dataclass(frozen=True)
 class Route:
-    """The journey of one layer's rows: over which ranks, and who watches it."""
+    """The journey of one layer's rows: over which ranks, who watches it, and what it takes."""
 
     group: dist.ProcessGroup
     layer: int = 0
     watch: Watch | None = None
+    meter: Meter = field(default_factory=Meter)
 
     def exchange(self, rows: Tensor, send: list[int] | None, receive: list[int] | None, operation: str) -> Tensor:
         """All-to-all of the leading dimension; `None` splits it equally. Its gradient is the same exchange with the lists swapped."""
@@ -47,8 +51,15 @@ class Route:
         if self.watch is not None:
             self.watch.compare(self.layer, operation, rows, send, receive)
         received = rows.new_empty((len(rows) if receive is None else sum(receive), *rows.shape[1:]))
-        dist.all_to_all_single(received, rows.contiguous(), receive, send, group=self.group)
+        with stage("exchange"), self.meter.measuring(rows, send, self.group):
+            dist.all_to_all_single(received, rows.contiguous(), receive, send, group=self.group)
         return received
+
+
+def exchange_meters(model: nn.Module) -> list[Meter]:
+    """The meter of each MoE layer whose rows travel; none where every rank has all experts."""
+    dispatchers = [module.packed for module in model.modules() if isinstance(module, MoE)]
+    return [dispatcher.route.meter for dispatcher in dispatchers if isinstance(dispatcher, PackedAllToAll)]
 
 
 class _ExchangeRows(Function):

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dmoe.distributed.parallelize import expert_parameters
+from dmoe.distributed.parallelize import expert_parameters, moe_layers
 from dmoe.distributed.topology import Topology
 
-__all__ = ["ExpertGradients", "all_sum", "clip_", "local", "square_sums"]
+__all__ = ["ExpertGradients", "all_max", "all_sum", "clip_", "local", "router_squares", "square_sums"]
 
 
 class ExpertGradients:
@@ -64,6 +64,11 @@ def square_sums(model: nn.Module, topology: Topology) -> Tensor:
     return torch.stack([dense, expert])
 
 
+def router_squares(model: nn.Module, topology: Topology) -> Tensor:
+    """Scalar: this rank's share of the squared norm of the routers' gradients, which are among the dense ones of `square_sums`."""
+    return _squares((p for layer in moe_layers(model) for p in layer.router.parameters()), topology.world)
+
+
 def _squares(parameters: Iterable[nn.Parameter], copies: int) -> Tensor:
     """A plain gradient is held whole by `copies` ranks; of a sharded one each element is held once."""
     grads = [p.grad for p in parameters if p.grad is not None]
@@ -85,6 +90,13 @@ def all_sum(value: Tensor, topology: Topology) -> Tensor:
     """`value` summed over all ranks, in place, on the control communicator."""
     if topology.control is not None:
         dist.all_reduce(value, group=topology.control)
+    return value
+
+
+def all_max(value: Tensor, topology: Topology) -> Tensor:
+    """The largest of each element over all ranks, in place, on the control communicator."""
+    if topology.control is not None:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=topology.control)
     return value
 
 

@@ -21,6 +21,7 @@ from dmoe.moe.dispatch import Dispatcher, PackedLocal, PaddedLocal
 from dmoe.moe.experts import FeedForward, MLPExperts
 from dmoe.moe.peers import Alone, Peers
 from dmoe.moe.routing import Routing, TokenContext
+from dmoe.moe.stage import stage
 
 __all__ = ["MoE", "MoEOutput"]
 
@@ -124,18 +125,22 @@ class MoE(nn.Module):
         x_TD = x.flatten(0, -2)
         context = self.complete(context, math.prod(x.shape[:-2]), x_TD.shape[0])
 
-        chosen = self.router(x_TD, context)
-        routing = capacity.limit(chosen, self.capacity, context, self.peers)
+        with stage("route"):
+            chosen = self.router(x_TD, context)
+            routing = capacity.limit(chosen, self.capacity, context, self.peers)
         dispatcher = self.packed if self.padded is None or routing.capacity is None else self.padded
-
-        rows_RD, per_expert, ticket = dispatcher.dispatch(x_TD.to(expert_dtype(x_TD)), routing)
-        rows_RM = self.experts(rows_RD, per_expert)
-        y_TM = dispatcher.combine(rows_RM, routing.weight_TK, ticket)
+        with stage("dispatch"):
+            rows_RD, per_expert, ticket = dispatcher.dispatch(x_TD.to(expert_dtype(x_TD)), routing)
+        with stage("experts"):
+            rows_RM = self.experts(rows_RD, per_expert)
+        with stage("combine"):
+            y_TM = dispatcher.combine(rows_RM, routing.weight_TK, ticket)
         if self.shared is not None:
             y_TM = y_TM + self.shared(x_TD)
 
         aux = auxiliary_losses(chosen, self.balance, context, self.peers, layer=self.layer, micro_batches=self.virtual_ranks)
-        return MoEOutput(y_TM.view(*x.shape[:-1], y_TM.shape[1]), aux, stats.measure(chosen, routing), routing)
+        seen = stats.observed(stats.measure(chosen, routing), chosen, routing, context)
+        return MoEOutput(y_TM.view(*x.shape[:-1], y_TM.shape[1]), aux, seen, routing)
 
     def complete(self, context: TokenContext, sequences: int, tokens: int) -> TokenContext:
         """`context` with what follows from the shapes: sequences, groups, slots."""

@@ -5,15 +5,31 @@ Letters: E experts, K experts a token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from dmoe.moe.balance import choice_count
-from dmoe.moe.routing import Routing
+from dmoe.moe.routing import Routing, TokenContext
 
-__all__ = ["LayerStats", "measure"]
+__all__ = ["LayerStats", "ObservedContext", "Observer", "measure", "nothing_more", "observed"]
+
+Observer = Callable[[Routing, Routing, TokenContext], dict[str, Tensor]]
+"""From a layer's routing before and after the capacity to what is wanted of it, by name; on the device, without a host read."""
+
+
+def nothing_more(chosen: Routing, limited: Routing, context: TokenContext) -> dict[str, Tensor]:
+    """The observer of a forward that nobody asks for more than its counts."""
+    return {}
+
+
+@dataclass(frozen=True)
+class ObservedContext(TokenContext):
+    """A context that asks the layers for more than their counts: on the steps that are logged, and of the probe batch."""
+
+    observer: Observer = nothing_more
 
 
 @dataclass(frozen=True)
@@ -33,9 +49,11 @@ class LayerStats:
     """int64: tokens that chose at least one expert and were left with none."""
     slots: float
     """This rank's share of the slots offered by the capacity; 0 when dropless."""
+    observed: dict[str, Tensor] = field(default_factory=dict)
+    """What the context's observer was asked to find; empty where there is none."""
 
     def as_vector(self) -> Tensor:
-        """float64 [2E + 4]: everything in one tensor, for one reduction over all layers and ranks. Counts stay exact to 2^53."""
+        """float64 [2E + 4]: all counts in one tensor, for one reduction over all layers and ranks. Counts stay exact to 2^53."""
         slots = torch.full_like(self.dropped_weight, self.slots, dtype=torch.float64)  # a share can be a fraction
         scalars = [self.dropped_weight.double(), self.total_weight.double(), self.lost_tokens.double(), slots]
         return torch.cat([self.choice_E.double(), self.kept_E.double(), torch.stack(scalars)])
@@ -62,3 +80,11 @@ def measure(chosen: Routing, limited: Routing) -> LayerStats:
         lost_tokens=(chose_T & ~limited.keep_TK.any(-1)).sum(),
         slots=limited.slots,
     )
+
+
+@torch.no_grad()
+def observed(stats: LayerStats, chosen: Routing, limited: Routing, context: TokenContext) -> LayerStats:
+    """`stats` with what the context asks for, if it is one that asks."""
+    if not isinstance(context, ObservedContext):
+        return stats
+    return replace(stats, observed=context.observer(chosen, limited, context))

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from dmoe.config.schema import CapacityConfig
 from dmoe.moe.capacity import limit_reference, slots_per_expert
-from dmoe.moe.routing import Routing
-from dmoe.moe.stats import measure
+from dmoe.moe.observation import decisions, router_state
+from dmoe.moe.routing import Routing, TokenContext
+from dmoe.moe.stats import ObservedContext, measure
 from tests.moe.drawing import drawn, limit_to, random_routing, routings, slots
 from tests.moe.layers import gradients, make, tokens_of
 from tests.moe.spares import spared_routings
@@ -102,3 +103,57 @@ def test_recomputation_counts_once() -> None:
     assert [name for name, _ in layer.named_buffers()] == ["router.bias_E"]  # the controller's, which a forward never writes
     assert not any(buffer.any() for buffer in layer.buffers())
     assert not plain.stats.as_vector().requires_grad
+
+
+def test_nothing_is_observed_unless_asked_for() -> None:
+    layer, x = make(), tokens_of(2, 6)
+    assert (
+        layer(x).stats.observed == layer(x, TokenContext()).stats.observed == layer(x, ObservedContext()).stats.observed == {}
+    )
+    asked = layer(x, ObservedContext(observer=router_state)).stats
+    assert asked.observed
+    assert not any(value.requires_grad for value in asked.observed.values())
+
+
+def test_padding_is_not_observed() -> None:
+    """Five real tokens and seven of padding are seen as those five alone."""
+    layer, x = make(), tokens_of(12)
+    valid_T = torch.arange(12) < 5
+    for observer in (router_state, decisions):
+        padded = layer(x, ObservedContext(valid_T=valid_T, observer=observer)).stats.observed
+        alone = layer(x[:5], ObservedContext(observer=observer)).stats.observed
+        for name, value in padded.items():
+            if name.endswith("_TE"):
+                assert not value[5:].any()
+                value = value[:5]
+            torch.testing.assert_close(value, alone[name], rtol=1e-12, atol=1e-12)
+
+
+@drawn
+@given(drawn_routing=routings())
+def test_decisions_equal_the_loop(drawn_routing: tuple[Routing, int]) -> None:
+    chosen, _ = drawn_routing
+    seen = decisions(chosen, chosen, TokenContext())
+    for t, experts in enumerate(chosen.expert_TK.tolist()):
+        made = experts if chosen.keep_TK is None or bool(chosen.keep_TK[t, 0]) else []
+        assert seen["chosen_TE"][t].nonzero().flatten().tolist() == sorted(made)
+        assert seen["first_TE"][t].nonzero().flatten().tolist() == made[:1]
+
+
+def test_observers_read_no_value() -> None:
+    """On the meta device a host read would raise; a rank without tokens has no largest logit, and says 0."""
+    empty = random_routing(0, 5, 2)
+    assert router_state(empty, empty, TokenContext())["logit_max"].tolist() == [0.0]
+    routing = random_routing(8, 5, 2, masked=0.4)
+    assert routing.keep_TK is not None
+    far = replace(
+        routing,
+        expert_TK=routing.expert_TK.to("meta"),
+        weight_TK=routing.weight_TK.to("meta"),
+        score_TE=routing.score_TE.to("meta"),
+        logit_TE=routing.logit_TE.to("meta"),
+        keep_TK=routing.keep_TK.to("meta"),
+    )
+    context = TokenContext(valid_T=torch.empty(8, dtype=torch.bool, device="meta"))
+    assert router_state(far, far, context)["made_K"].shape == (2,)
+    assert decisions(far, far, context)["chosen_TE"].shape == (8, 5)
