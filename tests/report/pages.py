@@ -1,0 +1,55 @@
+"""A report taken apart again: its data, and its text as a browser's parser sees it."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Page", "read_page"]
+
+
+class Page(HTMLParser):
+    """`data`: the charts' JSON; `tags`: every element with its attributes; `text`: what is not in a script or a style."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.data: dict[str, Any] = {}
+        self._inside = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag in ("script", "style"):
+            self._inside = "data" if dict(attrs).get("id") == "report-data" else tag
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("script", "style"):
+            self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "data":
+            self.data = json.loads(data)
+        elif not self._inside:
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def view(self, chart: str, key: str = "") -> dict[str, Any]:
+        return self.data["charts"][chart]["views"][key]
+
+    def curve(self, chart: str, name: str, key: str = "") -> dict[int, float | None]:
+        """Value by step."""
+        found = [curve for curve in self.view(chart, key)["curves"] if curve["name"] == name]
+        assert len(found) == 1, [curve["name"] for curve in self.view(chart, key)["curves"]]
+        return dict(zip(found[0]["x"], found[0]["y"], strict=True))
+
+
+def read_page(path: Path) -> Page:
+    page = Page()
+    page.feed(path.read_text(encoding="utf-8"))
+    return page
