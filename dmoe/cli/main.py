@@ -1,6 +1,6 @@
 """`dmoe COMMAND`. Nothing here imports torch: a typo is answered at once.
 
-Exit codes: 0 done, 2 bad config or usage, 3 checkpoint, 4 numbers, 1 anything else; 128 + n when stopped by signal n.
+Exit codes: 0 done, 2 bad config or usage, 3 checkpoint, 4 numbers, 5 no progress, 1 anything else; 128 + n when stopped by signal n.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ from typing import Annotated, NoReturn
 import typer
 
 from dmoe import __version__
-from dmoe.cli import explain, generate, train, verify
+from dmoe.cli import checkpoint, explain, generate, report, train, verify, watch
+from dmoe.cli.output import OutputError, guard_output
 from dmoe.config.errors import DmoeError
+from dmoe.config.secrets import redact
 
 __all__ = ["app", "run"]
+
+EXIT_CODES = "0 done, 2 bad config, 3 checkpoint, 4 numbers, 5 no progress, 1 anything else; 128 + n when stopped by signal n"
 
 
 def paragraphs(command: Callable[..., None]) -> str:
@@ -29,7 +33,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 2 bad config, 3 checkpoint, 4 numbers, 1 anything else; 128 + n when stopped by signal n.",
+    epilog=f"Exit codes: {EXIT_CODES}.",
 )
 
 
@@ -48,30 +52,49 @@ def root(
     """Distributed mixture-of-experts training: the same run on one process, N gloo ranks or N GPUs."""
 
 
-for name, module in {"train": train, "explain": explain, "generate": generate, "verify": verify}.items():
+COMMANDS = {"train": train, "watch": watch, "report": report, "explain": explain, "verify": verify, "generate": generate}
+for name, module in COMMANDS.items():
     app.command(name=name, help=paragraphs(module.command))(module.command)
+app.add_typer(checkpoint.app, name="checkpoint")
 
 
-def run() -> None:
+def run() -> NoReturn:
     """The entry point: a user's mistake is one line on stderr and its exit code, never a traceback."""
+    guard_output()
+    try:
+        code = answer()
+        sys.stdout.flush()
+    except OutputError as error:
+        code = error.leave(complain)
+    sys.exit(code)
+
+
+def answer() -> int:
+    """Run the command; the exit code."""
     try:
         code = app(prog_name="dmoe", standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)  # 130 after Ctrl-C, which typer turns into a return value
     except DmoeError as error:
-        leave(str(error), error.exit_code)
+        return complain(str(error), error.exit_code, error.every_rank)
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
+    except SystemExit as left:
+        if isinstance(left.code, str):
+            raise
+        return left.code or 0
     except Exception as error:
-        if not hasattr(
-            error, "format_message"
-        ):  # click's usage errors have it; newer versions of typer carry a click of their own
+        if not hasattr(error, "format_message"):  # click's usage errors have it; typer carries a click of its own
             raise
         context = getattr(error, "ctx", None)
-        leave(f"{error.format_message().rstrip('.')}; see {context.command_path if context else 'dmoe'} --help", 2)
+        if type(error).__name__ == "NoArgsIsHelpError":  # click's message is the help; typer has printed it, and leaves none
+            print(error.format_message(), end="")
+            return 2
+        return complain(f"{error.format_message().rstrip('.')}; see {context.command_path if context else 'dmoe'} --help", 2)
+    return code if isinstance(code, int) else 0  # 130 after Ctrl-C, which typer turns into a return value
 
 
-def leave(message: str, code: int) -> NoReturn:
-    """Every rank of a launcher finds the same mistake; one says it."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"dmoe: {message}", file=sys.stderr)
-    sys.exit(code)
+def complain(message: str, code: int, every_rank: bool = False) -> int:
+    """One line on stderr. Every rank of a launcher finds the same mistake; one says it, unless each has something of its own to say."""
+    rank, world = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    if every_rank or not (rank.isdecimal() and world.isdecimal() and 0 < int(rank) < int(world)):
+        print(f"dmoe: {redact(' '.join(message.splitlines()))}", file=sys.stderr)
+    return code

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import signal
 import sys
 from typing import Annotated
 
 import typer
 
 from dmoe.cli.arguments import ARGUMENTS_HELP, load_arguments
-from dmoe.config.check import check
+from dmoe.config.check import check, check_memory
+from dmoe.config.environment import has_accelerator, launched, main_memory
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import Config
+from dmoe.distributed.orphans import die_with_launcher
 
 __all__ = ["command"]
 
@@ -25,6 +27,7 @@ def command(
     port: Annotated[
         int | None, typer.Option(help="Port of the local rendezvous. Default: a free one.", min=1, max=65535)
     ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say only notes, alerts, and at the end where the run is.")] = False,
 ) -> None:
     """Train a mixture-of-experts language model.
 
@@ -33,13 +36,18 @@ def command(
 
     Example: dmoe train configs/quickstart.yaml moe.top_k=1 moe.router.renormalize=false --ranks 2
     """
-    launched = "WORLD_SIZE" in os.environ
+    die_with_launcher()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # "save now" means nothing yet, and would end the process by default
     config, given = load_arguments(arguments or [])
-    if launched and ranks is not None:
+    launcher = launched()
+    if launcher is not None and ranks is not None:
         raise ConfigError("--ranks", ranks, "a launcher has already set the world size", "leave --ranks out under torchrun")
-    check(config, int(os.environ["WORLD_SIZE"]) if launched else ranks or 1)
+    world, local = (ranks or 1, ranks or 1) if launcher is None else (launcher.world, launcher.local)
+    check(config, world)
+    if config.train.device == "cpu" or (config.train.device == "auto" and not has_accelerator()):
+        check_memory(config, world, local, main_memory())
     if preflight:
-        if launched:
+        if launcher is not None:
             raise ConfigError(
                 "--preflight", True, "every rank of the launcher would start ranks of its own", "run dmoe verify first"
             )
@@ -47,11 +55,11 @@ def command(
     if ranks is None:
         from dmoe.training.trainer import train
 
-        train(config, given)
+        train(config, given, quiet)
     else:
         from dmoe.distributed.launcher import launch
 
-        sys.exit(launch(ranks, ["train", *(arguments or [])], port))
+        sys.exit(launch(ranks, ["train", *(["--quiet"] if quiet else []), *(arguments or [])], port))
 
 
 def fly(config: Config) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dmoe.data import Stream
 from dmoe.models.transformer import IGNORE
+from dmoe.moe.stats import Observer, nothing_more
 from dmoe.training.engine import Engine
 
 __all__ = ["Batch", "evaluation_batches", "training_batches"]
@@ -30,6 +31,8 @@ class Batch:
     step: int
     first_sequence: int
     """Index of the first of the B sequences in the step's global batch."""
+    observer: Observer = nothing_more
+    """What the layers are asked to tell of this forward, beside their counts."""
 
 
 def training_batches(stream: Stream, engine: Engine, step: int) -> list[Batch]:

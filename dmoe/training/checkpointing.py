@@ -1,7 +1,8 @@
-"""Saving and resuming a run."""
+"""Saving, resuming and going back: what of a run a checkpoint holds, and when it may be taken up."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,43 +12,137 @@ import torch
 import dmoe
 from dmoe.config.errors import CheckpointError
 from dmoe.data import Data
-from dmoe.distributed.checkpoint import layout, store
+from dmoe.distributed.checkpoint import store
+from dmoe.distributed.checkpoint.retention import discard_partials
+from dmoe.distributed.checkpoint.saver import Saved, Saver
+from dmoe.distributed.random_state import gather_random_state, random_tables, set_random_state
 from dmoe.distributed.state import model_state, optimizer_state, share_step
+from dmoe.training.compatible import check_same_run, redefined
 from dmoe.training.engine import Engine
+from dmoe.training.guard import Guard
 from dmoe.training.run_dir import RunDir
 
-__all__ = ["load", "resume", "save", "training_state"]
+__all__ = ["Checkpoints", "load", "training_state"]
+
+NOTHING: Mapping[str, torch.Tensor] = {}
 
 
-def save(engine: Engine, data: Data, run: RunDir, step: int) -> None:
-    """Write the state after `step` steps, then forget all but the last `checkpoint.keep` complete checkpoints. Collective."""
-    store.save(run.checkpoints, step, training_state(engine), _extra(engine, data, step), group=engine.topology.control)
-    if engine.world.is_main:
-        layout.prune(run.checkpoints, engine.config.checkpoint.keep)
+class Checkpoints:
+    """The checkpoints of one run. Every method but `failed` and `finished` is collective.
 
-
-def resume(engine: Engine, data: Data, run: RunDir) -> int:
-    """Load the newest whole checkpoint of `run`, at whatever world or EP size it was written; the number of steps done, 0 for none.
-
-    The data order, the schedule and all noise are functions of the step, so nothing else has to be restored. Collective.
+    A step that is given is the number of optimizer steps done. The data order, the schedule and all noise are functions of it.
     """
-    path = store.find_latest(run.checkpoints, group=engine.topology.control)
-    if path is None:
-        return 0
-    extra = store.peek(path).extra
-    if extra.get("data") != data.fingerprint:
-        raise CheckpointError(
-            f"{path} was trained on other data (source, tokenizer, seq_len or holdout): give the same, or another train.run_dir"
-        )
-    return int(load(engine, path)["step"])
+
+    def __init__(self, engine: Engine, data: Data, run: RunDir, guard: Guard) -> None:
+        self.engine, self.data, self.guard, self.root = engine, data, guard, run.checkpoints
+        config, self.group = engine.config.checkpoint, engine.topology.control
+        self.saver = Saver(run.checkpoints, config.keep, engine.topology.checkpoint, config.asynchronous)
+        self.saved = -1
+        """The last step that was given to `save`, or taken up."""
+        self.remarks: list[str] = []
+        """What `resume` has to say: what is redefined, what could not be restored."""
+
+    def resume(self) -> int:
+        """Take up the newest whole checkpoint, at whatever world or EP size it was written; the step it is of, 0 for none.
+
+        Raises: CheckpointError if none is whole, or if the config means another run.
+        """
+        discard_partials(self.root, group=self.group)
+        path = store.find_latest(self.root, group=self.group)
+        if path is None:
+            return 0
+        extra = store.look(path, group=self.group).extra
+        check_same_run(extra["config"], extra["data"], self.engine.config, self.data.fingerprint)
+        topology, micro_batch = self.engine.topology, self.engine.batching.micro_batch
+        line = redefined(extra["topology"], topology.world, topology.ep, micro_batch, self.engine.config)
+        self.remarks = [line] if line else []
+        return self._take_up(path)
+
+    def save(self, step: int) -> None:
+        """Save the state after `step` steps; in the background if so configured. Does nothing where it is saved already.
+
+        Raises: CheckpointError on all ranks, of this save or of the one before it, which was still being written.
+        """
+        if step == self.saved:
+            return
+        state = training_state(self.engine) | gather_random_state(self.group)
+        self.saver.save(step, state, self._extra(step))
+        self.saved = step
+
+    def back(self) -> int | None:
+        """Go back to the newest whole checkpoint; the step it is of, or None where there is none."""
+        self.saver.wait()
+        path = store.find_latest(self.root, group=self.group)
+        if path is None:
+            return None
+        step = self._take_up(path)
+        self.guard.rolled_back()
+        return step
+
+    @property
+    def failed(self) -> bool:
+        """A background save has failed on this rank, and nobody has been told. No collective."""
+        return self.saver.failed
+
+    def finished(self) -> list[Saved]:
+        """The checkpoints that have become complete since the last call. No collective."""
+        return self.saver.finished()
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises: CheckpointError on all ranks."""
+        try:
+            self.saver.wait()
+        except CheckpointError:
+            self.saved = -1  # so that the same step can be saved again: it is not there
+            raise
+
+    def close(self) -> None:
+        """Wait, and let go of the memory. Raises: CheckpointError on all ranks."""
+        self.saver.close()
+
+    def abandon(self) -> None:
+        """On the way out of an error, when the other ranks may be gone: give the writer a moment. Not collective."""
+        self.saver.abandon()
+
+    def _take_up(self, path: Path) -> int:
+        tables, remark = random_tables(store.peek(path), self.group)
+        extra = load(self.engine, path, tables)
+        set_random_state(tables, self.group)
+        if remark:
+            self.remarks.append(remark)
+        self.guard.restore(extra.get("guard"))
+        self.saved = int(extra["step"])
+        return self.saved
+
+    def _extra(self, step: int) -> dict[str, Any]:
+        config = self.engine.config
+        scaler = self.engine.accelerator.scaler
+        return {
+            "step": step,
+            "tokens": step * config.train.global_batch * config.data.seq_len,
+            "config": asdict(config),
+            "topology": {
+                "world": self.engine.world.size,
+                "ep": self.engine.topology.ep,
+                "virtual_ranks": config.parallel.virtual_ranks,
+                "micro_batch": self.engine.batching.micro_batch,
+            },
+            "data": self.data.fingerprint,
+            "guard": self.guard.state(),
+            "scaler": None if scaler is None else _plain(scaler.state_dict()),
+            "versions": {"dmoe": dmoe.__version__, "torch": torch.__version__},
+        }
 
 
-def load(engine: Engine, path: Path) -> dict[str, Any]:
-    """Fill the weights and the optimizer's state from the checkpoint at `path`; its `extra`. Collective."""
+def load(engine: Engine, path: Path, more: Mapping[str, torch.Tensor] = NOTHING) -> dict[str, Any]:
+    """Fill the weights, the optimizer's state, the loss scale and `more` from the checkpoint at `path`; its `extra`. Collective."""
     state = training_state(engine)
-    extra = store.load(path, state, group=engine.topology.control)
+    extra = store.load(path, state | dict(more), prefix=("model.", "optim.", *more), group=engine.topology.control)
     if "optim.step" in state:
         share_step(engine.optimizer, state["optim.step"])
+    scaler, scale = engine.accelerator.scaler, extra.get("scaler")
+    if scaler is not None and scale is not None:
+        scaler.load_state_dict(scale)
     return extra
 
 
@@ -55,13 +150,6 @@ def training_state(engine: Engine) -> dict[str, torch.Tensor]:
     return model_state(engine.model, engine.topology) | optimizer_state(engine.model, engine.optimizer, engine.topology)
 
 
-def _extra(engine: Engine, data: Data, step: int) -> dict[str, Any]:
-    config = engine.config
-    return {
-        "step": step,
-        "tokens": step * config.train.global_batch * config.data.seq_len,
-        "config": asdict(config),
-        "topology": {"world": engine.world.size, "ep": engine.topology.ep, "virtual_ranks": config.parallel.virtual_ranks},
-        "data": data.fingerprint,
-        "versions": {"dmoe": dmoe.__version__, "torch": torch.__version__},
-    }
+def _plain(state: Mapping[str, Any]) -> dict[str, float]:
+    """A gradient scaler's state: the scale, how it grows, and how many good steps it has seen."""
+    return {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in state.items()}

@@ -67,7 +67,7 @@ def build(config: Config, world: World, vocab_size: int, dtype: torch.dtype = to
     `dtype` is that of the master weights; float64 is for `verify`. Collective over all ranks.
     """
     precision = precisions.resolve(config.train.precision, world.device, config.model.dim)
-    groups = topology.build(expert_parallel(config, world.size), world.device)
+    groups = topology.build(expert_parallel(config, world.size), world.device, config.parallel.start_timeout)
     watch = Watch(groups.exchange, config.parallel.timeout) if config.debug.collectives and groups.exchange else None
     model = _model(config, groups, watch, world, vocab_size, dtype)
     accelerator = Accelerator(

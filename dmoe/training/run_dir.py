@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.load import to_yaml
 from dmoe.config.schema import Config
+from dmoe.config.secrets import redact
+from dmoe.training.metrics_file import MetricsFile
 
 __all__ = ["MetricsFile", "RunDir", "find_run"]
 
@@ -36,9 +35,12 @@ class RunDir:
             ) from None
 
     def record(self, config: Config, given: str) -> None:
-        """Write the config, as given and resolved, and point `latest` here: once the run is known to fit what the directory holds."""
-        (self.path / "config.yaml").write_text(given, encoding="utf-8")
-        (self.path / "resolved.yaml").write_text(to_yaml(config), encoding="utf-8")
+        """Write the config, as given and resolved, and point `latest` here: once the run is known to fit what the directory holds.
+
+        A secret in what was given (a comment) is left out; `dmoe.config.secrets` has refused one in a field.
+        """
+        (self.path / "config.yaml").write_text(redact(given), encoding="utf-8")
+        (self.path / "resolved.yaml").write_text(redact(to_yaml(config)), encoding="utf-8")
         with suppress(OSError):  # a convenience: a parent that may not be written is no reason not to train
             self._point_latest()
 
@@ -68,27 +70,3 @@ def find_run(path: str) -> RunDir:
     if not (run / "resolved.yaml").is_file():
         raise ConfigError("RUN", path, "is not a run directory (it has no resolved.yaml)", "give one, e.g. runs/latest")
     return RunDir(run.resolve())
-
-
-class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, appended and flushed at once, so that it can be followed and survives a crash."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, event: str, step: int, values: dict[str, Any]) -> None:
-        line = {"event": event, "step": step, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(_plain(line), allow_nan=False) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _plain(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: null."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

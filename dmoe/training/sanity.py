@@ -16,17 +16,18 @@ def check_first_step(engine: Engine, result: StepResult, vocab_size: int, target
     """A remark if the first loss is far from that of guessing (log of the vocabulary), else None.
 
     Raises NumbersError for a first loss or gradient that is not finite, and for a router that the loss does not reach
-    (NeMo Automodel#2995 trained for months with one).
+    (NeMo Automodel#2995 trained for months with one). Under fp16 the first gradients may overflow: the loss scale is found by trying.
     """
     loss, guess = result.totals.loss_sum / targets, math.log(vocab_size)
-    if not result.updated:
+    scaled = engine.accelerator.scaler is not None
+    if not math.isfinite(loss) or not (result.updated or scaled):
         raise NumbersError(
             f"the first step gave loss {loss} and gradient norm {result.grad_norm}: lower optim.lr or use train.precision=fp32"
         )
     for layer in engine.model.moe_layers():
         moments = [engine.optimizer.state.get(parameter, {}).get("exp_avg") for parameter in layer.router.parameters()]
         learning = [moment for moment in moments if moment is not None]
-        if learning and not any(norm(moment) > 0 for moment in learning):
+        if result.updated and learning and not any(norm(moment) > 0 for moment in learning):
             raise NumbersError(f"the router of MoE layer {layer.layer} got no gradient in the first step: it would never learn")
     if not 0.5 * guess < loss < 1.5 * guess:
         return f"the first loss is {loss:.2f}, guessing is {guess:.2f}: check model.init_std and the data"

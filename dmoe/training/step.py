@@ -10,7 +10,7 @@ Letters: L MoE layers, E experts, B sequences of this process, S sequence length
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,12 +18,15 @@ from torch import Tensor
 from dmoe.distributed.gradients import all_sum, clip_, square_sums
 from dmoe.models.transformer import LMOutput
 from dmoe.moe.balance import coefficients, updated_bias
-from dmoe.moe.routing import TokenContext
+from dmoe.moe.stats import ObservedContext
 from dmoe.training.batches import Batch
 from dmoe.training.engine import Engine
-from dmoe.training.totals import StepTotals, pack, unpack
+from dmoe.training.measurement import UNMEASURED, Unmeasured
+from dmoe.training.totals import Requests, StepTotals, pack, unpack
 
-__all__ = ["StepResult", "compute_gradients", "forward", "train_step", "update"]
+__all__ = ["NOTHING", "StepResult", "compute_gradients", "forward", "grad_norm", "train_step", "update"]
+
+NOTHING = Requests()
 
 
 @dataclass(frozen=True)
@@ -34,46 +37,61 @@ class StepResult:
     """Global norm before clipping."""
     clip_factor: float
     updated: bool
-    """False if the loss or the norm was not finite: then no rank touched its parameters."""
+    """False if the loss or the norm was not finite, or the step was not to be taken: then no rank touched its parameters."""
 
 
-def train_step(
-    engine: Engine, batches: list[Batch], learning_rate: float, *, read_bytes: int = 0, stop: bool = False
-) -> StepResult:
-    """Take one optimizer step on this rank's micro-batches, one for each accumulation step, `read_bytes` bytes of text."""
-    return update(engine, compute_gradients(engine, batches, read_bytes=read_bytes, stop=stop), learning_rate)
+def train_step(engine: Engine, batches: list[Batch], learning_rate: float) -> StepResult:
+    """Take one optimizer step on this rank's micro-batches, one for each accumulation step, if its numbers are finite."""
+    return update(engine, compute_gradients(engine, batches), learning_rate)
 
 
-def compute_gradients(engine: Engine, batches: list[Batch], *, read_bytes: int = 0, stop: bool = False) -> StepTotals:
+def compute_gradients(
+    engine: Engine,
+    batches: list[Batch],
+    *,
+    read_bytes: int = 0,
+    requests: Requests = NOTHING,
+    measurement: Unmeasured = UNMEASURED,
+) -> StepTotals:
     """Leave in every parameter's `grad` the gradient of the global batch's loss, and return what all ranks know of the step.
 
     Collectives beside the layers' own: the sums of dense gradients, one a parameter for experts with copies, and one control
     reduction (float64, 2 L E + small) that carries norm, losses, counts and flags; one host read of it. All ranks decide from its
-    bits.
+    bits. `measurement`, on a step that is logged, collects what is to be told beside that.
     """
-    outputs = _accumulate(engine, batches)
+    outputs = _accumulate(engine, batches, measurement)
     engine.replication.finish()
     if engine.accelerator.scaler is not None:
         engine.accelerator.unscale_gradients(engine.optimizer)
-    vector = pack(square_sums(engine.model, engine.topology), outputs, read_bytes, stop)
-    return unpack(all_sum(vector, engine.topology).tolist(), outputs[0])
+    measurement.collect(outputs)
+    vector = pack(square_sums(engine.model, engine.topology), outputs, read_bytes, requests)
+    totals = unpack(all_sum(vector, engine.topology).tolist(), outputs[0])
+    measurement.lap("other")
+    return totals
 
 
-def update(engine: Engine, totals: StepTotals, learning_rate: float) -> StepResult:
-    """Clip and step, or, where the loss or the norm is not finite, do neither: the same on all ranks."""
+def update(engine: Engine, totals: StepTotals, learning_rate: float, *, take: bool = True) -> StepResult:
+    """Clip and step; or, where the loss or the norm is not finite or the step is not to be taken, do neither. The same on all ranks."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-    norm, clip = math.sqrt(totals.squares) if totals.squares >= 0 else math.nan, engine.config.optim.clip
+    norm, clip = grad_norm(totals), engine.config.optim.clip
     finite = math.isfinite(norm) and math.isfinite(totals.loss_sum)
-    factor = clip_(engine.model, norm, clip) if finite and clip is not None else 1.0
-    if (
-        finite or engine.accelerator.scaler is not None
-    ):  # a scaler must see the overflow to lower its scale; it skips the update
-        engine.optimizer.step()
-    if finite:
+    take = take and finite
+    factor = clip_(engine.model, norm, clip) if take and clip is not None else 1.0
+    scaler = engine.accelerator.scaler
+    if take or (scaler is not None and not finite):
+        engine.optimizer.step()  # a scaler must see the overflow to lower its scale; it leaves the parameters alone then
+    elif scaler is not None:
+        scaler.update()  # it has unscaled the gradients of a step that is left out, and would refuse to do so again
+    if take:
         _move_biases(engine, totals)
     engine.optimizer.zero_grad()
-    return StepResult(totals, norm, factor, finite)
+    return StepResult(totals, norm, factor, take)
+
+
+def grad_norm(totals: StepTotals) -> float:
+    """The global gradient norm; NaN where the sum of squares is."""
+    return math.sqrt(totals.squares) if totals.squares >= 0 else math.nan
 
 
 def _move_biases(engine: Engine, totals: StepTotals) -> None:
@@ -87,19 +105,22 @@ def _move_biases(engine: Engine, totals: StepTotals) -> None:
         bias_E.copy_(updated_bias(bias_E, count_E, balance.bias, balance.recenter))
 
 
-def _accumulate(engine: Engine, batches: list[Batch]) -> list[LMOutput]:
+def _accumulate(engine: Engine, batches: list[Batch], measurement: Unmeasured) -> list[LMOutput]:
     outputs: list[LMOutput] = []
     targets = engine.config.train.global_batch * engine.config.data.seq_len
     prior_LE = None
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
         with engine.replication.accumulating(last):
-            output = forward(engine, batch, prior_LE)
+            output = forward(engine, replace(batch, observer=measurement.observer), prior_LE)
+            measurement.lap("forward")
             engine.accelerator.backward(_loss(output, engine, targets, len(batches)))
+            measurement.lap("backward")
         outputs.append(_detached(output))
         if engine.config.moe.balance.switch_level == "global" and not last and output.stats:
             counts_LE = all_sum(torch.stack([stats.choice_E for stats in output.stats]), engine.topology)
             prior_LE = counts_LE if prior_LE is None else prior_LE + counts_LE
+            measurement.lap("other")
     return outputs
 
 
@@ -108,11 +129,12 @@ def forward(engine: Engine, batch: Batch, prior_LE: Tensor | None) -> LMOutput:
     if engine.watch is not None:
         engine.watch.step = batch.step
     token_BS = batch.token_BS.to(engine.world.device, non_blocking=True)
-    context = TokenContext(
+    context = ObservedContext(
         prior_count_LE=prior_LE,
         label_T=batch.label_B.to(engine.world.device).repeat_interleave(token_BS.shape[1] - 1),
         noise_key=(engine.config.train.seed, batch.step),
         first_sequence=batch.first_sequence,
+        observer=batch.observer,
     )
     output: LMOutput = engine.wrapped(token_BS[:, :-1], token_BS[:, 1:], context)
     return output

@@ -1,66 +1,169 @@
-"""From a step's totals to the metrics that every logger gets."""
+"""From a step's totals and measures to the metrics that every logger gets.
+
+What a name means and where it is measured: `totals.py` (every step), `measurement.py` (logged steps), `probe.py` (evaluations).
+"""
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
+from dmoe.config.schema import Config, TrainConfig
+from dmoe.moe.balance import coefficients
+from dmoe.training.alerts import Alerts
+from dmoe.training.engine import Engine
 from dmoe.training.evaluation import bits_per_byte
+from dmoe.training.measurement import UNMEASURED, LayerMeasures, Measurement, StepMeasures, Unmeasured
+from dmoe.training.peak import measured_peak
+from dmoe.training.probe import Probe
 from dmoe.training.step import StepResult
 from dmoe.training.totals import LayerTotals
 
-__all__ = ["flatten", "train_metrics"]
+__all__ = ["Telemetry", "is_logged", "train_metrics"]
+
+WITHOUT_LOGITS = ("fixed", "hash")
+"""Routers whose scores are made up (`routers/unlearned.py`): no entropy, no logits, no probability."""
+WITHOUT_ORDER = ("soft", "expert_choice")
+"""Routers that list all experts of a token by id: there is no first and no second choice."""
 
 
-def train_metrics(
-    result: StepResult, *, targets: int, tokens: int, learning_rate: float, seconds: float, steps: int
-) -> dict[str, Any]:
-    """One `train` line of metrics.jsonl. `targets`: of one step; `tokens`: since the start; `seconds` for the last `steps` steps."""
-    totals = result.totals
-    layers = [_layer(index, layer) for index, layer in enumerate(totals.layers)]
+class Telemetry:
+    """What a run remembers in order to measure: the peak of the hardware, the last decisions of the probe, the alerts said."""
+
+    def __init__(self, engine: Engine, domains: Sequence[str]) -> None:
+        """Takes 0.15 s for the peak."""
+        self.engine = engine
+        self.peak = measured_peak(engine.world.device, engine.precision)
+        self.flops_per_token = 3 * engine.model.flops_per_token(engine.config.data.seq_len)
+        """Of training: backward takes twice as many as forward."""
+        self.probe = Probe(engine, domains)
+        self.alerts = Alerts(engine.config.alerts, engine.config.moe.top_k)
+        self.measurement: Unmeasured = UNMEASURED
+
+    def begin(self, logged: bool, began: float) -> Unmeasured:
+        """The measurement of the step whose data have been read since `began` (`time.monotonic`)."""
+        self.measurement = Measurement(self.engine, began) if logged else UNMEASURED
+        return self.measurement
+
+    def train_line(
+        self, result: StepResult, *, tokens: int, learning_rate: float, seconds: float, steps: int
+    ) -> dict[str, Any]:
+        """One `train` line of metrics.jsonl: `tokens` since the start, `seconds` for the last `steps` steps. Collective.
+
+        `mfu` is PaLM's model FLOP utilisation (Chowdhery et al. 2022, appendix B): the FLOPs that the model's matrix products need a
+        token, forward and backward, times the tokens a second, over the measured peak of all ranks. Counted are the weights a token
+        passes and causal attention (`models.size`); not counted are activations computed again, padded slots, and all that is no
+        matrix product. Dropped choices are counted as if they had been computed.
+        """
+        measurement = self.measurement
+        assert isinstance(measurement, Measurement), "the step that is told was not measured"
+        measurement.lap("optimizer")
+        measures = measurement.reduce(self.peak)
+        config = self.engine.config
+        targets = config.train.global_batch * config.data.seq_len
+        speed = targets * steps / seconds if seconds > 0 else math.nan
+        line = train_metrics(result, measures, config, self.engine.topology.ep)
+        return line | {
+            "lr": learning_rate,
+            "tokens": tokens,
+            "tokens_per_second": speed,
+            "mfu": self.flops_per_token * speed / measures.peak_flops,
+        }
+
+
+def is_logged(done: int, first: int, config: TrainConfig) -> bool:
+    """Whether step number `done`, counted from 1, is told, in a process that began after step `first`. The same on all ranks."""
+    return done % config.log_every == 0 or done in (first + 1, config.steps)
+
+
+def train_metrics(result: StepResult, measures: StepMeasures, config: Config, ep: int) -> dict[str, Any]:
+    """What a `train` line says of the step itself. `aux` is the mean over the layers, `aux_weighted` what the loss got from all."""
+    totals, targets = result.totals, config.train.global_batch * config.data.seq_len
+    layers = [_layer(index, *layer, config, ep) for index, layer in enumerate(zip(totals.layers, measures.layers, strict=True))]
     choices = sum(sum(layer.choices) for layer in totals.layers)
+    names = list(totals.layers[0].aux) if layers else []
     return {
         "loss": totals.loss_sum / targets,
         "bits_per_byte": bits_per_byte(totals.loss_sum, totals.read_bytes),
-        "aux": {name: _mean([layer.aux[name] for layer in totals.layers]) for name in (totals.layers[0].aux if layers else {})},
+        "aux": {name: statistics.fmean(layer.aux[name] for layer in totals.layers) for name in names},
+        "aux_weighted": {name: sum(layer["aux_weighted"][name] for layer in layers) for name in names},
         "grad_norm": result.grad_norm,
+        **_norms(result, measures),
         "clip_factor": result.clip_factor,
         "updated": result.updated,
-        "lr": learning_rate,
-        "tokens": tokens,
-        "tokens_per_second": targets * steps / seconds if seconds > 0 else math.nan,
         "drop_rate": 1.0 - sum(sum(layer.kept) for layer in totals.layers) / choices if choices else 0.0,
         "load_max_over_mean": max((layer.load_max_over_mean for layer in totals.layers), default=1.0),
+        "step_time": measures.seconds,
+        "bytes_exchanged": measures.exchanged_bytes,
+        "straggler": measures.straggler,
+        "memory": measures.memory,
         "layers": layers,
     }
 
 
-def _layer(index: int, layer: LayerTotals) -> dict[str, Any]:
-    return {
+def _norms(result: StepResult, measures: StepMeasures) -> dict[str, float]:
+    """Three classes that share out all parameters: their squares sum to that of `grad_norm`."""
+    experts, routers = result.totals.expert_squares, measures.router_squares
+    squares = {"dense": result.totals.squares - experts - routers, "experts": experts, "router": routers}
+    return {f"grad_norm_{name}": _root(square) for name, square in squares.items()}
+
+
+def _root(square: float) -> float:
+    """A difference of float32 sums may end a little below zero."""
+    return math.sqrt(max(0.0, square)) if math.isfinite(square) else math.nan
+
+
+def _layer(index: int, layer: LayerTotals, measures: LayerMeasures, config: Config, ep: int) -> dict[str, Any]:
+    load, per_rank = layer.choices, len(layer.choices) // ep
+    mean = sum(load) / len(load)
+    weights = coefficients(config.moe.balance)
+    line = {
         "layer": index,
         "aux": layer.aux,
-        "load": layer.choices,
+        "aux_weighted": {name: weights[name] * value for name, value in layer.aux.items()},
+        "load": load,
+        "kept": layer.kept,
+        "load_by_rank": [sum(load[first : first + per_rank]) for first in range(0, len(load), per_rank)],
         "load_max_over_mean": layer.load_max_over_mean,
+        "load_cv": statistics.pstdev(load) / mean if mean else 0.0,
+        "dead_experts": load.count(0),
         "drop_rate": layer.drop_rate,
         "dropped_mass": layer.dropped_weight / layer.total_weight if layer.total_weight else 0.0,
         "lost_tokens": layer.lost_tokens,
         "padding_waste": layer.padding_waste,
+        "effective_k": sum(layer.kept) / max(1.0, measures.sums["tokens"][0]),
+        "traffic": measures.traffic,
+    }
+    if config.moe.router.kind not in WITHOUT_ORDER:
+        line |= _by_choice(measures.sums)
+    if config.moe.router.kind not in WITHOUT_LOGITS:
+        line |= _certainty(measures)
+    if measures.bias is not None:
+        line |= dict(zip(("bias_min", "bias_max", "bias_drift"), measures.bias, strict=True))
+    return line
+
+
+def _by_choice(sums: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Of a token's first, second, ... choice: the share that was dropped, and the share of the router's weight that went with it."""
+    return {
+        "drop_rate_by_choice": [
+            1 - _share(*pair) if pair[1] else 0.0 for pair in zip(sums["kept_K"], sums["made_K"], strict=True)
+        ],
+        "dropped_mass_by_choice": [_share(*pair) for pair in zip(sums["dropped_K"], sums["weight_K"], strict=True)],
     }
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _certainty(measures: LayerMeasures) -> dict[str, float]:
+    """`logit_max` is the largest absolute logit of any real token and expert, in the step, over all ranks."""
+    tokens = measures.sums["tokens"][0]
+    return {
+        "router_entropy": _share(measures.sums["entropy"][0], tokens),
+        "top1_probability": _share(measures.sums["top1"][0], tokens),
+        "logit_max": measures.maxima["logit_max"],
+    }
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Scalars for trackers, under names that group by layer: `layers/0/drop_rate`, `aux/switch`. Lists of numbers are left out."""
-    flat: dict[str, float] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}/")
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            for index, item in enumerate(value):
-                flat |= flatten(item, f"{prefix}{key}/{index}/")
-        elif isinstance(value, int | float):
-            flat[f"{prefix}{key}"] = float(value)
-    return flat
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0

@@ -12,10 +12,22 @@ from torch import Tensor
 
 from dmoe.models.transformer import LMOutput
 
-__all__ = ["LayerTotals", "StepTotals", "pack", "unpack"]
+__all__ = ["LayerTotals", "Requests", "StepTotals", "pack", "unpack"]
 
-HEAD = 5
+HEAD = 7
 STATS_TAIL = 4
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What one rank has heard and all must know before they go on; summed over the ranks, so that one is enough."""
+
+    stop: bool = False
+    """Told to end after this step (SIGTERM, SIGINT)."""
+    save: bool = False
+    """Told to save after this step (SIGUSR1)."""
+    failed: bool = False
+    """A checkpoint that is written in the background has failed here."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +62,23 @@ class LayerTotals:
 class StepTotals:
     squares: float
     """Square of the global gradient norm."""
+    expert_squares: float
+    """The experts' part of it."""
     loss_sum: float
     """Cross-entropy in nats over all targets of the global batch."""
     read_bytes: float
     """Bytes of text those targets stand for."""
-    stop: bool
-    """Some rank wants to end after this step."""
+    requests: Requests
+    """What some rank asks for."""
     layers: list[LayerTotals]
 
 
-def pack(squares: Tensor, outputs: list[LMOutput], read_bytes: int, stop: bool) -> Tensor:
-    """float64 vector of this rank's shares: [dense squares, expert squares, loss, bytes, stop] + aux [L * n] + stats [L * (2E + 4)]."""
+def pack(squares: Tensor, outputs: list[LMOutput], read_bytes: int, requests: Requests) -> Tensor:
+    """float64 vector of this rank's shares: [dense squares, expert squares, loss, bytes, stop, save, failed] + aux [L * n] +
+    stats [L * (2E + 4)]."""
     loss = torch.stack([o.loss_sum.double() for o in outputs if o.loss_sum is not None]).sum()
-    head = torch.cat(
-        [squares.double(), torch.stack([loss, torch.full_like(loss, read_bytes), torch.full_like(loss, float(stop))])]
-    )
+    known = (read_bytes, requests.stop, requests.save, requests.failed)
+    head = torch.cat([squares.to(loss), loss[None], *(torch.full_like(loss[None], float(number)) for number in known)])
     if not outputs[0].stats:
         return head
     aux = torch.stack(
@@ -94,4 +108,5 @@ def unpack(numbers: list[float], like: LMOutput) -> StepTotals:
                 slots=round(own[-1]),
             )
         )
-    return StepTotals(numbers[0] + numbers[1], numbers[2], numbers[3], numbers[4] > 0, layers)
+    requests = Requests(*(number > 0 for number in numbers[4:HEAD]))
+    return StepTotals(numbers[0] + numbers[1], numbers[1], numbers[2], numbers[3], requests, layers)

@@ -4,187 +4,223 @@ from __future__ import annotations
 
 import signal
 import time
-from pathlib import Path
-from typing import Any
+from contextlib import nullcontext
+
+import torch
 
 from dmoe.config.check import check
 from dmoe.config.errors import ConfigError, NumbersError
 from dmoe.config.schema import Config
 from dmoe.data import Data, open_data
 from dmoe.distributed import world as worlds
-from dmoe.distributed.world import World
+from dmoe.distributed.roll_call import Listener, is_collective_failure, lost_peer
 from dmoe.models.generate import generate
-from dmoe.training import checkpointing
+from dmoe.moe.keyed import generator
 from dmoe.training import engine as engines
 from dmoe.training.batches import training_batches
+from dmoe.training.checkpointing import Checkpoints
 from dmoe.training.engine import Engine
 from dmoe.training.evaluation import Evaluation, evaluate
-from dmoe.training.progress import Display, open_display
-from dmoe.training.run_dir import MetricsFile, RunDir, name_run
+from dmoe.training.guard import Action, Guard, Kind
+from dmoe.training.keeper import Keeper
+from dmoe.training.opening import OpenRun, open_run
+from dmoe.training.profiling import Profiling
 from dmoe.training.sanity import check_first_step
 from dmoe.training.schedule import learning_rate
-from dmoe.training.step import StepResult, train_step
-from dmoe.training.stopping import StopRequest
-from dmoe.training.telemetry import train_metrics
-from dmoe.training.trackers import Trackers
+from dmoe.training.signals import Signals
+from dmoe.training.step import StepResult, compute_gradients, grad_norm, update
+from dmoe.training.telemetry import Telemetry, is_logged
+from dmoe.training.voice import Voice
 
 __all__ = ["train"]
 
-MOST_BAD_STEPS = 10
 
+def train(config: Config, given: str, quiet: bool = False) -> None:
+    """Train as `config` says, alone or as one rank of those the launcher started. `given` is the config file's text, for the record;
+    `quiet` leaves notes, alerts and where the run is.
 
-def train(config: Config, given: str) -> None:
-    """Train as `config` says, alone or as one rank of those the launcher started. `given` is the config file's text, for the record.
-
-    Raises ConfigError before anything is written, NumbersError where training cannot go on.
+    Raises ConfigError before anything is written, CheckpointError for a run that cannot be taken up or saved, NumbersError where
+    training cannot go on, NoProgressError where a launcher has restarted it in vain, LostPeerError where another rank is gone.
     """
     check(config, worlds.launched_world_size())
     data = open_data(config.data, config.train.seed)
     world = worlds.start(config.train.device, config.parallel.backend, config.parallel.start_timeout)
+    # For what a user's own module draws: torch starts its generators from the clock, and no run would repeat another.
+    torch.manual_seed(generator(config.train.seed, "rank", world.rank).initial_seed())
     engine = engines.build(config, world, data.tokenizer.vocab_size)
-    run = _open_run(config, world)
-    Trainer(engine, data, run, given).run()
+    run = open_run(config, world)
+    try:
+        with Listener() if world.size > 1 else nullcontext():
+            stopped_by = Trainer(engine, data, run, given, quiet).run()
+    finally:
+        run.close()
     worlds.close()
-
-
-def _open_run(config: Config, world: World) -> RunDir:
-    """The run directory, made by rank 0, known to all; every rank fails if rank 0 does."""
-    path, problem = "", None
-    if world.is_main:
-        try:
-            run = RunDir(name_run(config))
-            run.create(config.train.run_dir)
-            path = str(run.path.resolve())
-        except ConfigError as error:
-            problem = error
-    path = worlds.agree_on(path, world.device)
-    if not path:
-        raise problem or ConfigError("train.run_dir", config.train.run_dir, "rank 0 cannot write there", "see its message")
-    return RunDir(Path(path))
+    if stopped_by:
+        raise SystemExit(128 + stopped_by)
 
 
 class Trainer:
     """Owns the loop and nothing else: what a step, an evaluation or a checkpoint is, their modules say."""
 
-    def __init__(self, engine: Engine, data: Data, run: RunDir, given: str) -> None:
+    def __init__(self, engine: Engine, data: Data, run: OpenRun, given: str, quiet: bool = False) -> None:
         self.engine, self.data, self.run_dir = engine, data, run
-        self.config = engine.config.train
-        self.targets = self.config.global_batch * engine.config.data.seq_len
-        self.bad_steps = 0
-        self.stop = StopRequest()
-        self.first = checkpointing.resume(engine, data, run)
+        self.config, self.targets = engine.config.train, engine.config.train.global_batch * engine.config.data.seq_len
+        self.guard = Guard(engine.config.guard, scaled=engine.accelerator.scaler is not None)
+        self.checkpoints = Checkpoints(engine, data, run.directory, self.guard)
+        self.signals = Signals()
+        self.first = self.done = self.checkpoints.resume()
+        """Steps done: when this process began, and now."""
         if self.first > self.config.steps:
-            done = f"the run in {_short(run.path)} has done {self.first} steps already"
+            done = f"the run in {run} has done {self.first} steps already"
             raise ConfigError("train.steps", self.config.steps, done, "use more, or another train.run_dir")
-        if engine.world.is_main:
-            run.record(engine.config, given)
-        self.display: Display = open_display(self.config.steps, self.first, engine.world.is_main)
-        self.metrics = MetricsFile(run.metrics) if engine.world.is_main else None
-        self.trackers = Trackers(engine.accelerator, engine.config, run)
+        run.begin(self.first, engine.config.guard.attempts)
+        self.owes_evaluation = run.misses_evaluation(self.first, self.config)
+        run.record(engine.config, given)
+        self.voice = Voice(engine, run.directory, self.first, quiet)
+        self.keeper = Keeper(self.checkpoints, self.voice, engine.config.checkpoint)
+        self.telemetry = Telemetry(engine, data.domains)
+        self.profiling = Profiling(
+            self.config.profile_steps, self.config.profile_ranks, engine.world.rank, run.directory.logs, self.voice.say
+        )
 
-    def run(self) -> None:
-        """Train to the last step, or to where all ranks agreed to stop: then the exit code is that of the signal."""
+    def run(self) -> int:
+        """Train to the last step, or to where all ranks agreed to stop: then the number of the signal, else 0."""
         self._greet()
-        self.stop.listen()
-        self.clock, self.clock_step = time.monotonic(), self.first
+        self.signals.listen()
+        self.clock, self.clock_step, self.began = time.monotonic(), self.first, time.monotonic()
         try:
-            for step in range(self.first, self.config.steps):
-                if self._step(step):
-                    return self._leave(step + 1)
-            self._finish()
+            code = self._train()
+            self.voice.finish(self.done)
+            return code
+        except NumbersError as error:
+            self.voice.alert(self.done, "stopped", str(error))
+            self.run_dir.give_up(error)
+            self.voice.finish(self.done)
+            raise
+        except RuntimeError as error:
+            if not is_collective_failure(error):
+                raise
+            raise lost_peer(error, self.done + 1, time.monotonic() - self.began) from error
         finally:
-            self.display.close()
-            self.trackers.close()
-            if self.metrics is not None:
-                self.metrics.close()
+            self.checkpoints.abandon()
+            self.voice.close()
 
-    def _step(self, step: int) -> bool:
-        """Optimizer step number `step` (0-based), and what is due after it; whether some rank was told to stop."""
+    def _train(self) -> int:
+        stopped = self.owes_evaluation and self._evaluate() is None
+        while self.done < self.config.steps and not stopped:
+            with self.profiling.around(self.done + 1):
+                stopped = self._step()
+        return self._leave() if stopped or self._finish() else 0
+
+    def _step(self) -> bool:
+        """The next optimizer step, and what is due after it; whether some rank was told to stop."""
+        self.began = time.monotonic()
+        step = self.done
         batches = training_batches(self.data.train, self.engine, step)
         rate = learning_rate(step, self.config.steps, self.engine.config.optim)
         read_bytes = sum(int(self.data.tokenizer.token_bytes[batch.token_BS[:, 1:].numpy()].sum()) for batch in batches)
-        result = train_step(self.engine, batches, rate, read_bytes=read_bytes, stop=self.stop.asked)
-        done = step + 1
-        self._watch(step, result)
-        self._log(done, result, rate)
-        if result.totals.stop or done == self.config.steps:
-            return result.totals.stop
-        if self.config.eval_every and done % self.config.eval_every == 0:
-            self._evaluate(done)
-        if self.engine.config.checkpoint.every and done % self.engine.config.checkpoint.every == 0:
-            self._save(done)
-        return False
+        requests = self.signals.requests(self.checkpoints.failed)
+        measurement = self.telemetry.begin(is_logged(step + 1, self.first, self.config), self.began)
+        totals = compute_gradients(self.engine, batches, read_bytes=read_bytes, requests=requests, measurement=measurement)
+        kind, action = self.guard.judge(step, totals.loss_sum / self.targets, grad_norm(totals))
+        result = update(self.engine, totals, rate, take=action is Action.TAKE)
+        self.done = step + 1
+        self._check_first(step, result)
+        if kind is not Kind.GOOD and self._bad(step, kind, action, result):
+            return totals.requests.stop
+        self._log(result, rate)
+        began = time.monotonic()
+        self.keeper.after_step(self.done, totals.requests, calm=self.guard.bad == 0, last=self.done == self.config.steps)
+        if totals.requests.save:
+            self.signals.saved()
+        self._exclude(began)
+        if totals.requests.stop:
+            return True
+        due = self.config.eval_every and self.done % self.config.eval_every == 0 and self.done < self.config.steps
+        return bool(due) and self._evaluate() is None
 
-    def _leave(self, done: int) -> None:
-        """A stop that all ranks agreed on: save this step, say so, and end as the signal would have."""
-        self._save(done)
-        where = f"train.run_dir={_short(self.run_dir.path)}"
-        self._tell("end", done, {"stopped": True}, f"stopped after step {done}, which is saved; continue with {where}")
-        worlds.close()
-        raise SystemExit(128 + (self.stop.number or signal.SIGTERM))
-
-    def _watch(self, step: int, result: StepResult) -> None:
+    def _check_first(self, step: int, result: StepResult) -> None:
         if step == self.first:
             worlds.shorten_timeouts(self.engine.topology.groups(), self.engine.config.parallel.timeout)
         if step == 0:
             remark = check_first_step(self.engine, result, self.data.tokenizer.vocab_size, self.targets)
             if remark:
-                self._tell("alert", 1, {"text": remark}, f"note: {remark}")
-        self.bad_steps = 0 if result.updated else self.bad_steps + 1
-        if not result.updated:
-            text = f"step {step + 1} skipped on all ranks: loss or gradient not finite (norm {result.grad_norm})"
-            self._tell("alert", step + 1, {"text": text}, text)
-        if self.bad_steps >= MOST_BAD_STEPS:
-            raise NumbersError(
-                f"{MOST_BAD_STEPS} steps in a row were not finite, the last is {step + 1}: lower optim.lr, or look at the data"
-            )
+                self.voice.note(1, remark)
 
-    def _log(self, done: int, result: StepResult, rate: float) -> None:
-        due = done % self.config.log_every == 0 or done in (self.first + 1, self.config.steps)
-        values: dict[str, Any] | None = None
-        if due:
-            now = time.monotonic()
-            values = train_metrics(
-                result,
-                targets=self.targets,
-                tokens=done * self.targets,
-                learning_rate=rate,
-                seconds=now - self.clock,
-                steps=done - self.clock_step,
-            )
-            self.clock, self.clock_step = now, done
-            self._tell("train", done, values)
-            self.trackers.log(values, done)
-        self.display.step(done, values)
-
-    def _evaluate(self, done: int) -> Evaluation:
-        began = time.monotonic()
-        result = evaluate(self.engine, self.data)
-        values = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "split": "held_out", "tokens": result.tokens}
-        line = (
-            f"step {done}: held-out loss {result.loss:.3f}, {result.bits_per_byte:.3f} bits/byte over {result.tokens:,} tokens"
+    def _bad(self, step: int, kind: Kind, action: Action, result: StepResult) -> bool:
+        """Tell of a bad step, and go back or end where the guard says so; whether the run went back."""
+        back = None
+        if action is Action.ROLLBACK:
+            self.keeper.settle(self.done)
+            back = self.checkpoints.back()
+            action = Action.STOP if back is None else action
+        first = step * self.config.global_batch
+        text = (
+            f"step {step + 1} is {kind.value} and {action.value} on all ranks: loss {result.totals.loss_sum / self.targets:.4g}, "
+            f"gradient norm {result.grad_norm:.4g}, samples {first} to {first + self.config.global_batch - 1}"
         )
-        self._tell("eval", done, values, line)
-        self.trackers.log(values, done, "eval/")
+        if action is Action.STOP:
+            raise NumbersError(
+                f"{text}; {self.guard.bad} bad steps in a row, and starting again would meet them again: lower optim.lr, look at "
+                "the data, or see guard.* in the config"
+            )
+        self.voice.alert(self.done, "bad step", text)
+        if back is None:
+            return False
+        self.done = self.clock_step = back
+        self.clock = time.monotonic()
+        self.voice.went_back(back)
+        return True
+
+    def _log(self, result: StepResult, rate: float) -> None:
+        done = self.done
+        if not is_logged(done, self.first, self.config):
+            self.voice.display.step(done)
+            return
+        now = time.monotonic()
+        values = self.telemetry.train_line(
+            result,
+            tokens=done * self.targets,
+            learning_rate=rate,
+            seconds=now - self.clock,
+            steps=done - self.clock_step,
+        )
+        self.clock, self.clock_step = now, done
+        self.voice.numbers("train", done, values)
+        for text in self.telemetry.alerts.judge(values):
+            self.voice.alert(done, "routing", text)
+
+    def _evaluate(self) -> Evaluation | None:
+        """Held-out loss, told to all; None if some rank was told to stop on the way."""
+        began = time.monotonic()
+        result = evaluate(self.engine, self.data, lambda: self.signals.stop, self.telemetry.probe)
+        if result is not None:
+            values = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "split": "held_out", "tokens": result.tokens}
+            if result.layers:
+                values["layers"] = result.layers
+            line = f"step {self.done}: held-out loss {result.loss:.3f}, {result.bits_per_byte:.3f} bits/byte"
+            self.voice.numbers("eval", self.done, values, f"{line} over {result.tokens:,} tokens")
         self._exclude(began)
         return result
 
-    def _save(self, done: int) -> None:
-        began = time.monotonic()
-        checkpointing.save(self.engine, self.data, self.run_dir, done)
-        self._tell("checkpoint", done, {"seconds": time.monotonic() - began})
-        self._exclude(began)
+    def _leave(self) -> int:
+        """A stop that all ranks agreed on: save this step, say so, and tell the signal that asked for it."""
+        self.keeper.save_last(self.done)
+        line = f"stopped after step {self.done}, which is saved; continue with train.run_dir={self.run_dir}"
+        self.voice.tell("end", self.done, {"stopped": True}, line)
+        return self.signals.number or signal.SIGTERM
 
-    def _finish(self) -> None:
-        """The end of a run: evaluate, save what is not saved yet, show a sample and where everything is."""
-        steps = self.config.steps
-        result = self._evaluate(steps)
-        if self.first < steps:
-            self._save(steps)
-        self.display.close()
+    def _finish(self) -> bool:
+        """The end of a run: save, evaluate, show a sample and where everything is; whether some rank was told to stop before that."""
+        self.keeper.save_last(self.done)
+        result = self._evaluate()
+        if result is None:
+            return True
+        self.voice.display.close()
         if self.config.sample_tokens:
-            self.display.say(f"\nsample:\n{self._sample()}\n")
-        self._tell("end", steps, {"bits_per_byte": result.bits_per_byte}, f"run directory: {_short(self.run_dir.path)}")
+            self.voice.say(f"\nsample:\n{self._sample()}\n")
+        self.voice.tell("end", self.done, {"bits_per_byte": result.bits_per_byte}, f"run directory: {self.run_dir}")
+        return False
 
     def _sample(self) -> str:
         """Every rank generates the same text: under expert parallelism each layer needs all of them."""
@@ -197,41 +233,32 @@ class Trainer:
         return tokenizer.decode([*prompt, *ids])
 
     def _greet(self) -> None:
-        engine, counts = self.engine, self.engine.model.num_parameters()
-        self.display.say(f"data: {self.data.describe()}")
-        self.display.say(
+        engine, counts, say = self.engine, self.engine.model.num_parameters(), self.voice.say
+        say(f"data: {self.data.describe()}")
+        say(
             f"model: {counts.total / 1e6:.2f} M parameters, {counts.active / 1e6:.2f} M active a token; "
             f"{engine.precision} on {engine.world.device.type}"
         )
-        self.display.say(
+        say(
             f"ranks: {engine.topology}; {engine.config.train.global_batch} sequences a step = {engine.world.size} x "
             f"{engine.sequences} x {engine.batching.accumulation} accumulated"
         )
+        for remark in (self.run_dir.remark, *self.checkpoints.remarks):
+            if remark:
+                self.voice.note(self.first, remark)
         resumed = f"resumed after step {self.first}; " if self.first else ""
-        self.display.say(f"{resumed}run directory: {_short(self.run_dir.path)}")
+        say(f"{resumed}run directory: {self.run_dir}")
         start = {
             "parameters": counts.total,
             "active_parameters": counts.active,
             "world": engine.world.size,
             "ep": engine.topology.ep,
+            "precision": engine.precision,
+            "data": self.data.fingerprint,
         }
-        self._tell(
-            "restart" if self.first else "start",
-            self.first,
-            {**start, "precision": engine.precision, "data": self.data.fingerprint},
-        )
-
-    def _tell(self, event: str, step: int, values: dict[str, Any], line: str = "") -> None:
-        if self.metrics is not None:
-            self.metrics.write(event, step, values)
-        if line:
-            self.display.say(line)
+        again = {"resumed_from": self.first, "attempt": engine.world.restart}
+        self.voice.tell("restart" if self.first or engine.world.restart else "start", self.first, start | again)
 
     def _exclude(self, began: float) -> None:
         """What is not training does not count in tokens per second."""
         self.clock += time.monotonic() - began
-
-
-def _short(path: Path) -> str:
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

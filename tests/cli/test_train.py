@@ -11,7 +11,7 @@ from dmoe.config.load import load
 from tests.cli.commands import metrics, train_lines
 from tests.cli.conftest import Run
 
-EVENTS = ["start", *["train"] * 3, "eval", "checkpoint", *["train"] * 3, "eval", "checkpoint", "end"]
+EVENTS = ["start", *["train"] * 3, "checkpoint", "eval", *["train"] * 3, "checkpoint", "eval", "end"]
 ALWAYS = {"event", "step", "time"}
 TRAIN = {"loss", "bits_per_byte", "aux", "grad_norm", "lr", "tokens", "tokens_per_second", "drop_rate", "load_max_over_mean"}
 

@@ -22,10 +22,17 @@ EXAMPLES = [pair for document in DOCUMENTS for pair in snippets(document)]
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 REPOSITORY_PATH = re.compile(r"(?:dmoe|configs|launch|docker|tests|docs|benchmarks|\.ci)/[\w./-]*")
-SECTIONS = ["model", "moe", "parallel", "data", "train", "optim", "checkpoint", "tracking", "debug"]
+SECTIONS = ["model", "moe", "parallel", "data", "train", "optim", "checkpoint", "guard", "alerts", "tracking", "debug"]
 FIELD = re.compile(rf"((?:{'|'.join(SECTIONS)})\.[a-z_.]+?)(?:=\S+|: .*)?")
 WITH_CONFIG = ("train", "verify", "explain")
 PLACEHOLDERS = {"CONFIG"}
+NEEDED = {
+    "generate": ["runs/latest", "--prompt", "def"],
+    "report": ["runs/latest"],
+    "watch": ["runs/latest"],
+    "checkpoint": ["inspect", "runs/latest"],
+}
+"""What a command cannot do without."""
 by_name = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
 
@@ -80,8 +87,8 @@ def test_each_command_exists_with_its_options_and_its_config(document: Path, mon
     monkeypatch.chdir(ROOT)
     for place, arguments, ranks in dmoe_commands(document):
         given = [word for word in arguments if word not in PLACEHOLDERS]
-        if given[0] == "generate" and "--prompt" not in given:  # the command is only named
-            given += ["runs/latest", "--prompt", "def"]
+        if len(given) == 1:  # the command is only named
+            given += NEEDED.get(given[0], [])
         context = parsed(given)
         if given[0] in WITH_CONFIG:
             config, _ = load_arguments(context.params["arguments"] or [])

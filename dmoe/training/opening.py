@@ -1,0 +1,109 @@
+"""Taking hold of a run directory, before anything is read from it or written to it.
+
+Rank 0 does it and all ranks hear how it went, so that a refusal ends all of them alike, with the same exit code.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from dmoe.config.errors import DmoeError, NoProgressError
+from dmoe.config.schema import Config, TrainConfig
+from dmoe.distributed import world as worlds
+from dmoe.distributed.world import World
+from dmoe.training.attempts import earlier_verdict, last_logged_step, record_attempt, record_verdict
+from dmoe.training.lock import RunLock
+from dmoe.training.metrics_file import read_metrics
+from dmoe.training.run_dir import RunDir, name_run
+
+__all__ = ["OpenRun", "open_run"]
+
+
+class OpenRun:
+    """A run directory that is ours until `close`."""
+
+    def __init__(self, directory: RunDir, world: World, lock: RunLock | None) -> None:
+        self.directory, self.world, self._lock = directory, world, lock
+
+    @property
+    def remark(self) -> str | None:
+        return self._lock.remark if self._lock is not None else None
+
+    def begin(self, resumed_step: int, attempts: int) -> None:
+        """Note where this attempt starts. Raises NoProgressError on all ranks after `attempts` starts of this job from one step."""
+
+        def note() -> str:
+            last = last_logged_step(self.directory.metrics)
+            record_attempt(self.directory.path, worlds.job(), self.world.restart, resumed_step, last, attempts)
+            return ""
+
+        try:
+            worlds.on_first(self.world, note)
+        except NoProgressError as error:  # on rank 0; the attempts that may follow end at once
+            self.give_up(error)
+            raise
+
+    def misses_evaluation(self, step: int, config: TrainConfig) -> bool:
+        """Whether the evaluation after `step` was due and never told: the process ended between the checkpoint and it. Collective."""
+
+        def look() -> str:
+            due = step > 0 and config.eval_every > 0 and step % config.eval_every == 0 and step < config.steps
+            told = due and any(
+                line["event"] == "eval" and line["step"] == step for line in read_metrics(self.directory.metrics)
+            )
+            return "yes" if due and not told else "no"
+
+        return worlds.on_first(self.world, look) == "yes"
+
+    def record(self, config: Config, given: str) -> None:
+        """Write down what is run: once it is known to fit what the directory holds. Collective; raises ConfigError on all ranks."""
+
+        def write() -> str:
+            self.directory.record(config, given)
+            return ""
+
+        worlds.on_first(self.world, write)
+
+    def __str__(self) -> str:
+        """The path as a person in this directory would type it."""
+        path, here = self.directory.path, Path.cwd()
+        return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+    def give_up(self, error: DmoeError) -> None:
+        """Trying again would end the same way: what a launcher that restarts us is to be told."""
+        if self.world.is_main:
+            with suppress(OSError):  # a full disk must not hide why the run ends
+                record_verdict(self.directory.path, worlds.job(), error.exit_code, str(error))
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+
+def open_run(config: Config, world: World) -> OpenRun:
+    """Make the run directory and lock it. Collective.
+
+    Raises, on all ranks: ConfigError where it cannot be written or another job has it; what an earlier attempt of this job said,
+    if it said that trying again would not help.
+    """
+    held: list[RunLock] = []
+
+    def take() -> str:
+        run = RunDir(name_run(config))
+        run.create(config.train.run_dir)
+        held.append(RunLock.take(run.path, worlds.job()))
+        verdict = earlier_verdict(run.path, worlds.job(), world.restart)
+        if verdict is not None:
+            raise _repeated(*verdict)
+        return str(Path(os.path.realpath(run.path)))
+
+    path = worlds.on_first(world, take)
+    return OpenRun(RunDir(Path(path)), world, held[0] if held else None)
+
+
+def _repeated(code: int, text: str) -> DmoeError:
+    error = DmoeError(f"not tried again: {text}")
+    error.exit_code = code
+    return error

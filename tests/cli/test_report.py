@@ -1,0 +1,47 @@
+"""`dmoe report`: where the file goes, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dmoe.cli.report import command
+from dmoe.config.errors import ConfigError
+from tests.report.runs import line, write
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write(tmp_path / "run", [line("start", 0, world=1, ep=1), line("train", 1, loss=2.5)])
+
+
+def test_one_run_keeps_its_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command([run])
+    assert capsys.readouterr().out == f"report: {run / 'report.html'}\n"
+    assert "Report on run" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_several_runs_are_reported_here(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command([run, run])
+    assert "Report on 2 runs" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not (run / "report.html").exists()
+
+
+def test_the_output_is_where_it_was_asked_for(run: Path, tmp_path: Path) -> None:
+    command([run], output=tmp_path / "elsewhere.html")
+    assert (tmp_path / "elsewhere.html").is_file()
+    assert not (run / "report.html").exists()
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a run directory") as refused:
+        command([tmp_path])
+    assert refused.value.exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_written_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--output=.*cannot be written \(No such file or directory\)"):
+        command([run], output=tmp_path / "nowhere" / "report.html")

@@ -1,0 +1,269 @@
+"""`dmoe watch`: a run that somebody else trains, and the panel of one's own, on a real pseudo-terminal."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import pytest
+
+from dmoe.training.display.follow import Follower
+from dmoe.training.display.silence import Silence
+from dmoe.training.display.watching import Watch
+from tests.cli.commands import SMALL, dmoe, environment, refused
+from tests.cli.conftest import Run
+from tests.cli.screen import Terminal
+
+LOAD = [30, 2, 16, 16]
+
+
+def written(event: str, step: int, at: float = 0.0, **values: Any) -> str:
+    return json.dumps({"event": event, "step": step, "time": at or time.time(), **values}) + "\n"
+
+
+def train_line(step: int, at: float = 0.0) -> str:
+    layers = [{"layer": 0, "load": LOAD, "drop_rate": 0.25}]
+    return written("train", step, at, loss=10 / step, bits_per_byte=14 / step, tokens_per_second=1000.0, layers=layers)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory as it is before the first line."""
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "resolved.yaml").write_text("train:\n  steps: 40\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def writer(run: Path) -> Iterator[TextIO]:
+    with (run / "metrics.jsonl").open("a", encoding="utf-8", buffering=1) as file:
+        yield file
+
+
+@pytest.fixture
+def watcher(run: Path) -> Iterator[subprocess.Popen[str]]:
+    """`dmoe watch run | ...`"""
+    command = [sys.executable, "-m", "dmoe", "watch", str(run)]
+    env = environment() | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def until(process: subprocess.Popen[str], words: str) -> list[str]:
+    """What is printed up to the line with `words`."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line.rstrip())
+        if words in line:
+            return lines
+    raise AssertionError(f"{words!r} is not in {lines}")
+
+
+@pytest.mark.timeout(60)
+def test_lines_are_followed_from_before_the_start_to_the_end(writer: TextIO, watcher: subprocess.Popen[str]) -> None:
+    until(watcher, "has told nothing yet; waiting")
+    writer.write(written("start", 0, resumed_from=0) + train_line(1))
+    assert until(watcher, "step 1/40  loss 10.000")[0] == "the run has started"
+    writer.write(train_line(2) + written("alert", 2, title="routing", text="dead experts"))
+    assert until(watcher, "alert: dead experts")[0].startswith("step 2/40  loss 5.000")
+    writer.write(written("eval", 2, loss=5.5, bits_per_byte=7.0, split="held_out"))
+    until(watcher, "step 2: held-out loss 5.500, 7.000 bits/byte")
+    writer.write(written("end", 2))
+    assert until(watcher, "the run has ended after step 2")
+    assert watcher.wait(timeout=20) == 0
+
+
+@pytest.mark.timeout(60)
+def test_a_killed_run_is_followed_into_the_next_attempt(run: Path, writer: TextIO, watcher: subprocess.Popen[str]) -> None:
+    until(watcher, "waiting")
+    torn = train_line(10)
+    writer.write(written("start", 0, resumed_from=0) + train_line(5) + torn[:40])
+    until(watcher, "step 5/40")
+    whole = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    with (run / "metrics.jsonl").open("r+", encoding="utf-8") as file:  # as the next attempt does before it writes
+        file.truncate(len(whole) - 40)
+    (run / "resolved.yaml").write_text("train:\n  steps: 60\n", encoding="utf-8")
+    writer.write(written("restart", 4, resumed_from=4) + train_line(6))
+    said = until(watcher, "step 6/60")
+    assert "the run was resumed after step 4" in said
+    watcher.send_signal(signal.SIGINT)
+    _, errors = watcher.communicate(timeout=20)
+    assert (watcher.returncode, errors) == (130, "")
+
+
+def test_a_line_counts_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    follower = Follower(path)
+    assert follower.poll() == ([], False)
+    line = train_line(1)
+    path.write_text(line + line[:30], encoding="utf-8")
+    assert [found["step"] for found in follower.poll()[0]] == [1]
+    assert follower.poll() == ([], False)
+    path.write_text(line + line + '"no object"\n' + train_line(2), encoding="utf-8")
+    assert [found["step"] for found in follower.poll()[0]] == [1, 2]
+    assert follower.unreadable == 1
+    path.write_text(train_line(3), encoding="utf-8")
+    lines, again = follower.poll()
+    assert again, "a shorter file is another one"
+    assert [found["step"] for found in lines] == [3]
+
+
+def test_the_present_state_is_printed_once(run: Path, writer: TextIO) -> None:
+    writer.write(written("start", 0, resumed_from=0) + train_line(5) + train_line(10))
+    writer.write(written("restart", 5, resumed_from=5, attempt=1) + train_line(6))
+    result = dmoe("watch", str(run), "--once", cwd=run)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("step 6/40")
+    assert "last line 0:0" in lines[1]
+    assert "loss 1.667" in lines[2], "that of step 6"
+    assert any("1.88 e0" in line and "0.12 e1" in line and "25.0%" in line for line in lines)
+    assert "\x1b" not in result.stdout
+
+
+def test_a_real_run_is_read_whole(alone: Run, place: Path) -> None:
+    result = dmoe("watch", str(alone.path), "--once", cwd=place)
+    assert result.returncode == 0, result.stderr
+    for words in ("step 6/6", "100%", "has ended after step 6", "held out", "forward", "max/mean", "saved step 6"):
+        assert words in result.stdout
+    assert len([line for line in result.stdout.splitlines() if re.match(r" +[01]  ", line)]) == 2
+    piped = dmoe("watch", str(alone.path), cwd=place)
+    assert piped.returncode == 0
+    assert piped.stdout.splitlines()[1].startswith("step 6/6  loss ")
+
+
+def test_a_path_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused(dmoe("watch", "file", cwd=tmp_path), "RUN", "not a directory")
+    refused(dmoe("watch", "nothing", "--once", cwd=tmp_path), "RUN", "not a run directory yet")
+
+
+def test_the_latest_run_stays_the_one_that_was_latest(tmp_path: Path) -> None:
+    latest = tmp_path / "latest"
+    watch = Watch(latest)
+    assert "there is no such directory yet" in watch.state.status
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(written("start", 0) + train_line(1 if name == "first" else 2))
+    latest.symlink_to("first")
+    assert [line["step"] for line in watch._poll()[0]] == [0, 1]
+    latest.unlink()
+    latest.symlink_to("second")
+    assert watch._poll() == ([], False)
+
+
+class Clocks:
+    """Two clocks that the test sets: the time of day here, and the one that only runs."""
+
+    def __init__(self) -> None:
+        self.day, self.running = 5000.0, 0.0
+
+
+@pytest.fixture
+def clocks() -> Clocks:
+    return Clocks()
+
+
+@pytest.fixture
+def silence(clocks: Clocks) -> Silence:
+    return Silence(minimum=30, factor=3, monotonic=lambda: clocks.running, wall=lambda: clocks.day)
+
+
+def test_silence_is_long_against_the_pauses_before(clocks: Clocks, silence: Silence) -> None:
+    for at in (0.0, 20.0, 40.0, 45.0):
+        silence.heard({"event": "train", "time": 1000 + at}, fresh=True)
+    clocks.running = 60
+    assert not silence.worries
+    clocks.running, clocks.day = 61, 9e9  # a clock that was set tells nothing
+    assert "no line for 1:01, and the longest pause before was 0:20" in silence.worries
+    assert silence.clock() == 1045 + 61
+    silence.heard({"event": "train", "time": 1110.0}, fresh=True)
+    assert not silence.worries
+
+
+def test_short_pauses_do_not_make_a_short_silence_long(clocks: Clocks, silence: Silence) -> None:
+    for at in range(10):
+        silence.heard({"event": "train", "time": 1000 + at / 10}, fresh=True)
+    clocks.running = 29
+    assert not silence.worries
+    clocks.running = 31
+    assert silence.worries
+
+
+def test_nothing_is_claimed_without_a_pause_to_compare_with(clocks: Clocks, silence: Silence) -> None:
+    for event, at in (("start", 100), ("train", 110), ("restart", 120)):
+        silence.heard({"event": event, "time": at}, fresh=True)
+    clocks.running = 3600
+    assert not silence.worries, "the pauses of the attempt before are none of this one, whose first step may take an hour"
+    assert silence.words == "last line 1:00:00 ago"
+
+
+def test_an_old_line_is_as_old_as_two_clocks_say(clocks: Clocks, silence: Silence) -> None:
+    silence.heard({"event": "train", "time": 4000.0}, fresh=False)
+    clocks.running = 5
+    assert silence.words == "last line 16:45 ago, if its clock and this one agree"
+    silence.heard({"event": "train"}, fresh=False)
+    assert silence.words == ""
+    assert silence.clock() is None
+
+
+def test_watching_needs_no_torch() -> None:
+    code = "import sys, dmoe.cli.main; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.timeout(120)
+def test_a_terminal_shows_a_panel_and_what_was_said_above_it(tmp_path: Path) -> None:
+    with Terminal("train", *SMALL, "data.source=synthetic:zipf", "train.run_dir=run", cwd=tmp_path, rows=40) as terminal:
+        assert terminal.finish() == 0, terminal.text
+        text, raw = terminal.text, terminal.raw
+    lines = text.splitlines()
+    assert text.count("step 6/6 ") == 1, "a frame was left behind"
+    panel = next(place for place, line in enumerate(lines) if line.startswith("step 6/6 "))
+    for words in ("data: ", "model: ", "run directory: run", "step 3: held-out loss", "step 6: held-out loss"):
+        assert sum(line.startswith(words) for line in lines[:panel]) == 1, words
+    below = "\n".join(lines[panel:])
+    assert re.search(r"^loss \d\.\d{3} .*bits/byte \d", below, re.MULTILINE)
+    assert re.search(r"^ +1  .*\d\.\d\d e\d", below, re.MULTILINE), "a row for layer 1"
+    assert re.search(r"^sample:\n(.*\n)+run directory: run$", below, re.MULTILINE)
+    assert b"\x1b[?25l" not in raw, "no end of the process could leave the terminal without a cursor"
+
+
+@pytest.mark.timeout(120)
+def test_the_panel_of_a_run_is_watched_narrowed_and_left(run: Path, writer: TextIO) -> None:
+    writer.write(written("start", 0, resumed_from=0) + train_line(1))
+    with Terminal("watch", str(run), cwd=run, columns=100) as terminal:
+        terminal.read_until(lambda text: "step 1/40" in text and "1.88 e0" in text)
+        terminal.narrow(60)
+        writer.write("".join(train_line(step) for step in range(2, 21)))
+        terminal.read_until(lambda text: "step 20/40" in text)
+        assert max(map(len, terminal.text.splitlines())) <= 60
+        assert terminal.text.count("max/mean") == 1, "the panel of the old width is gone"
+        terminal.send(signal.SIGINT)
+        assert terminal.finish() == 130
+        assert "Traceback" not in terminal.text
+        last = max(place for place, line in enumerate(terminal.screen.display) if line.strip())
+        assert (terminal.screen.cursor.y, terminal.screen.cursor.x) == (last + 1, 0), "the shell's prompt goes below the panel"
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("term", ["dumb", "linux"])
+def test_poor_terminals(run: Path, writer: TextIO, term: str) -> None:
+    writer.write(written("start", 0, resumed_from=0) + train_line(1) + train_line(2) + written("end", 2))
+    with Terminal("watch", str(run), cwd=run, TERM=term, NO_COLOR="1") as terminal:
+        assert terminal.finish() == 0
+        assert "has ended after step 2" in "".join(terminal.text.splitlines())  # the path before it may fill the line
+        assert terminal.raw.isascii()
+        assert not re.search(rb"\x1b\[(\d+;)*3\d", terminal.raw)
+        assert (b"\x1b" in terminal.raw) == (term == "linux")
