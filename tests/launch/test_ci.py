@@ -43,7 +43,7 @@ def test_the_stages_and_their_headings(tmp_path: Path) -> None:
     assert status == 0
     install = "pip install -c constraints.txt -e .[test]"
     assert [command.strip() for command in commands] == [
-        install, "ruff check", "ruff format --check", "mypy", install, "pytest", "pytest -m slow -n 0", "pytest -m faults -n 0",
+        install, "ruff check", "ruff format --check", "mypy", install, "pytest", "pytest -m slow", "pytest -m faults",
     ]  # fmt: skip
     assert len(re.findall(r"^== .* \(\d+ s\)$", stdout, re.M)) == 10
     assert "pip install -c constraints.txt -e '.[test]' && pytest" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
@@ -54,8 +54,8 @@ def test_the_stages_and_their_headings(tmp_path: Path) -> None:
     [
         ("[[ $name == mypy ]] && exit 1 || exit 0", 1, "mypy"),
         ("[[ $name == pytest ]] && exit 5 || exit 0", 5, "pytest"),
-        ('[[ $name == pytest && \\"\\$*\\" == *slow* ]] && exit 1 || exit 0', 1, "pytest -m slow -n 0"),
-        ('[[ $name == pytest && \\"\\$*\\" == *faults* ]] && exit 5 || exit 0', 5, "pytest -m faults -n 0"),
+        ('[[ $name == pytest && \\"\\$*\\" == *slow* ]] && exit 1 || exit 0', 1, "pytest -m slow"),
+        ('[[ $name == pytest && \\"\\$*\\" == *faults* ]] && exit 5 || exit 0', 5, "pytest -m faults"),
     ],
     ids=["types", "nothing collected in the main run", "slow", "no drill collected"],
 )
