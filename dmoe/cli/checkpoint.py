@@ -53,7 +53,7 @@ def verify(place: Place, as_json: AsJson = False) -> None:
     from dmoe.training import inspection
 
     found = inspection.find(place)
-    proofs = [inspection.verify(path) for path in found.checkpoints]
+    proofs = [proof for path in found.checkpoints if (proof := inspection.verify(path)) is not None]
     ok = all(proof.problem is None for proof in proofs)
     if as_json:
         print_json({"ok": ok, "checkpoints": [asdict(proof) for proof in proofs], "partial": [*map(str, found.partial)]})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Annotated, NoReturn
 
@@ -66,6 +67,9 @@ def run() -> NoReturn:
         sys.stdout.flush()
     except OutputError as error:
         code = error.leave(complain)
+    except Exception:  # a defect of ours; what it prints must hold no secret either
+        print(redact(traceback.format_exc()), file=sys.stderr, end="")
+        code = 1
     sys.exit(code)
 
 

@@ -42,6 +42,7 @@ def launch(ranks: int, arguments: list[str], port: int | None = None) -> int:
             raise
         raise ConfigError("--port", port, "the port is in use", "leave --port out to get a free one, or name another") from None
     finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it holds to the end of the process, where Python's own handlers do not
         if sys.stdout.isatty():  # what is left of the live panel, where rank 0 was killed before it could clear it
             print("\x1b[J", end="", flush=True)
     return 0
@@ -52,5 +53,11 @@ def _pass_on(number: int, frame: FrameType | None) -> None:
     for task in Path("/proc/self/task").iterdir():
         for child in (task / "children").read_text().split():
             with suppress(OSError):
-                if b"\0dmoe\0" in Path(f"/proc/{child}/cmdline").read_bytes():
+                if b"\0dmoe\0" in Path(f"/proc/{child}/cmdline").read_bytes() and _minds(child, number):
                     os.kill(int(child), number)
+
+
+def _minds(pid: str, number: int) -> bool:
+    """Whether the process catches or ignores the signal: one that is starting still, or ending, would die of it."""
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool((int(lines["SigCgt"], 16) | int(lines["SigIgn"], 16)) >> (number - 1) & 1)

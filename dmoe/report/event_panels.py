@@ -13,7 +13,7 @@ from dmoe.report.spelling import clock, duration, plain
 __all__ = ["events", "marks", "samples"]
 
 MEASURES = ("train", "eval")
-HEAD = ("event", "step", "time", "text", "sample")
+HEAD = ("event", "step", "time", "text", "title", "sample", "data", "attempt")
 ROWS = 500
 """Of the table; saves go first where there are more, since they are all alike."""
 MARKS = 300
@@ -25,7 +25,9 @@ QUOTES = 8
 def kind(line: Line) -> str:
     """What the line is called: a skipped step is an alert in the file, and something else to a reader."""
     text = line.get("text")
-    return "skip" if line["event"] == "alert" and isinstance(text, str) and "skipped" in text else str(line["event"])
+    if line["event"] != "alert":
+        return str(line["event"])
+    return "skip" if isinstance(text, str) and "skipped" in text else "alert" if "title" in line else "note"
 
 
 def details(line: Line) -> str:

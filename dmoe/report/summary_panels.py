@@ -51,6 +51,8 @@ def _state(run: Run) -> str:
     step = run.metrics.lines[-1]["step"] if run.metrics.lines else 0
     if run.end is None:
         return f"no end was recorded; the last line is of step {step:,}: still running, or killed"
+    if run.end.get("failed"):
+        return f"ended by an error after step {step:,}; see Events"
     return f"stopped after step {step:,}, and can go on" if run.end.get("stopped") else f"finished after step {step:,}"
 
 

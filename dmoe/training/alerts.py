@@ -18,6 +18,8 @@ __all__ = ["Alerts"]
 
 BACK = 0.9
 """Cleared below this share of the limit."""
+LEAST = 1.5
+"""Experts there must be for each that a token chooses, for a collapse to mean anything."""
 COLLAPSED = 0.75
 """Share of the way from perfect balance (1) to all tokens at the same K experts (E/K) that is a collapse at any number of experts."""
 
@@ -88,7 +90,7 @@ class Alerts:
         for layer in values.get("layers", ()):
             experts, place = len(layer["load"]), f"layer {layer['layer']}"
             for kind, value, limit in (
-                ("load", layer["load_max_over_mean"], self._load_limit(experts)),
+                ("load", layer["load_max_over_mean"], self._load_limit(layer, experts)),
                 ("dead_share", layer["dead_experts"] / experts, self.config.dead_share),
                 ("drop_rate", layer["drop_rate"], self.config.drop_rate),
                 ("certainty", _certainty(layer, experts), self.config.certainty),
@@ -99,10 +101,13 @@ class Alerts:
         if straggler is not None and self.config.straggler is not None:
             yield Reading("straggler", "", straggler, self.config.straggler)
 
-    def _load_limit(self, experts: int) -> float | None:
-        if self.config.load is None:
+    def _load_limit(self, layer: dict[str, Any], experts: int) -> float | None:
+        """Of the busiest expert over the mean. None where tokens choose so many experts that it cannot be far above."""
+        served, kept = 1 - layer["drop_rate"], layer.get("effective_k", 0.0)
+        chosen = kept / served if served > 0 and kept > 0 else self.top_k
+        if self.config.load is None or experts < LEAST * chosen:
             return None
-        return min(self.config.load, 1 + COLLAPSED * (experts / self.top_k - 1))
+        return min(self.config.load, 1 + COLLAPSED * (experts / chosen - 1))
 
 
 def _certainty(layer: dict[str, Any], experts: int) -> float | None:

@@ -35,8 +35,9 @@ class Checkpoints:
 
     def __init__(self, engine: Engine, data: Data, run: RunDir, guard: Guard) -> None:
         self.engine, self.data, self.guard, self.root = engine, data, guard, run.checkpoints
-        config, self.group = engine.config.checkpoint, engine.topology.control
-        self.saver = Saver(run.checkpoints, config.keep, engine.topology.checkpoint, config.asynchronous)
+        config, self.group = engine.config.checkpoint, engine.topology.checkpoint
+        """`group` has the long time-out: rank 0 may read for minutes. Nobody else uses it while nothing is being written."""
+        self.saver = Saver(run.checkpoints, config.keep, self.group, config.asynchronous)
         self.saved = -1
         """The last step that was given to `save`, or taken up."""
         self.remarks: list[str] = []
@@ -65,7 +66,7 @@ class Checkpoints:
         """
         if step == self.saved:
             return
-        state = training_state(self.engine) | gather_random_state(self.group)
+        state = training_state(self.engine) | gather_random_state(self.engine.topology.control)
         self.saver.save(step, state, self._extra(step))
         self.saved = step
 
@@ -137,7 +138,7 @@ class Checkpoints:
 def load(engine: Engine, path: Path, more: Mapping[str, torch.Tensor] = NOTHING) -> dict[str, Any]:
     """Fill the weights, the optimizer's state, the loss scale and `more` from the checkpoint at `path`; its `extra`. Collective."""
     state = training_state(engine)
-    extra = store.load(path, state | dict(more), prefix=("model.", "optim.", *more), group=engine.topology.control)
+    extra = store.load(path, state | dict(more), prefix=("model.", "optim.", *more), group=engine.topology.checkpoint)
     if "optim.step" in state:
         share_step(engine.optimizer, state["optim.step"])
     scaler, scale = engine.accelerator.scaler, extra.get("scaler")

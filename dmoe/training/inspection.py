@@ -138,7 +138,18 @@ def newest(found: Found) -> Path:
 
 
 def inspect(path: Path) -> Contents:
-    """What the checkpoint at `path` holds. Raises: CheckpointError for a manifest that cannot be read. Cost: reads headers only."""
+    """What the checkpoint at `path` holds. Cost: reads headers only.
+
+    Raises: CheckpointError for a manifest that cannot be read, or a checkpoint that is gone meanwhile.
+    """
+    try:
+        return _contents(path)
+    except FileNotFoundError:
+        gone = f"{path} is gone: a run that goes on forgets its oldest checkpoints; ask again"
+        raise CheckpointError(gone) from None
+
+
+def _contents(path: Path) -> Contents:
     manifest = read_manifest(path)
     extra, tensors = manifest.extra, manifest.tensors
     layers, kinds = _layers(tensors), _kinds(tensors)
@@ -162,14 +173,19 @@ def inspect(path: Path) -> Contents:
     )
 
 
-def verify(path: Path) -> Proof:
-    """Hash every byte of the checkpoint at `path`, and see that its files hold every tensor, whole. Cost: reads it once."""
+def verify(path: Path) -> Proof | None:
+    """Hash every byte of the checkpoint at `path`, and see that its files hold every tensor, whole. Cost: reads it once.
+
+    None for one that is gone meanwhile: a run that goes on forgets its oldest.
+    """
     start, named = time.monotonic(), step_of(path.resolve().name)
     manifest, problem = None, None
     try:
         manifest = verify_manifest(path)
         check_shards(path, manifest.files, manifest.tensors)
     except CheckpointError as error:
+        if not path.exists():
+            return None
         problem = str(error)
     step = manifest.step if manifest else named[0] if named else -1
     sizes = [entry.size for entry in manifest.files.values()] if manifest else []

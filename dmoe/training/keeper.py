@@ -16,19 +16,23 @@ class Keeper:
 
     def __init__(self, checkpoints: Checkpoints, voice: Voice, config: CheckpointConfig) -> None:
         self.checkpoints, self.voice, self.config = checkpoints, voice, config
+        self.owed = False
+        """A checkpoint was due and could not be made yet."""
 
     def after_step(self, done: int, requests: Requests, *, calm: bool, last: bool) -> None:
         """Save if it is due or was asked for, and tell what has become of the save before.
 
-        Nothing is due in a row of bad steps (`calm` is false): it would push out the checkpoints that the run may have to go back to.
+        Nothing is saved in a row of bad steps (`calm` is false): it would push out the checkpoints that the run may have to go back to.
+        What was due then is saved after the next good step.
         The `last` step has a save of its own.
 
         Raises: CheckpointError if a save has failed and `checkpoint.on_error` is stop.
         """
         if requests.failed:
             self.settle(done)
-        due = calm and self.config.every > 0 and done % self.config.every == 0
-        if (due or requests.save) and not last:
+        self.owed |= self.config.every > 0 and done % self.config.every == 0
+        if ((calm and self.owed) or requests.save) and not last:
+            self.owed = False
             self.settle(done)
             try:
                 self.checkpoints.save(done)

@@ -73,8 +73,9 @@ class Owner:
 class RunLock:
     """The lock of a run directory, once taken. Made by `RunLock.take`, ended by `release` or the end of the process."""
 
-    def __init__(self, descriptor: int, remark: str | None) -> None:
+    def __init__(self, descriptor: int, directory: int, remark: str | None) -> None:
         self._descriptor: int | None = descriptor
+        self._directory = directory
         self.remark = remark
         """What the user should know about this lock, or None."""
 
@@ -86,14 +87,16 @@ class RunLock:
             ConfigError: another job is at work there; or may be, on another host; or the file cannot be opened.
         """
         path, job = run_path / "lock", None if named in (None, "", "none") else named
-        descriptor = _open(path)
+        descriptor, directory = _open(path), os.open(run_path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             remark = _hold(descriptor, path, job)
+            _hold_directory(directory, path)
             _write(descriptor, json.dumps(asdict(Owner.here(job))).encode() + b"\n")
         except BaseException:
             os.close(descriptor)
+            os.close(directory)
             raise
-        return cls(descriptor, remark)
+        return cls(descriptor, directory, remark)
 
     def release(self) -> None:
         """Empty the file, which says that the run ended by itself, and let go. A second call does nothing."""
@@ -103,6 +106,7 @@ class RunLock:
                 os.ftruncate(descriptor, 0)
             finally:
                 os.close(descriptor)
+                os.close(self._directory)
 
     def __enter__(self) -> RunLock:
         return self
@@ -140,6 +144,16 @@ def _hold(descriptor: int, path: Path, job: str | None) -> str | None:
     elif remark is not None and owner.lives_here():
         raise _refusal(path, owner)
     return remark
+
+
+def _hold_directory(directory: int, path: Path) -> None:
+    """The directory itself as well: who deletes the file, of a job that lives, does not get in."""
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _refusal(path, None) from None
+    except OSError:  # no locks here, which the file has found out already, or none on directories
+        pass
 
 
 def _refusal(

@@ -6,10 +6,11 @@ Rank 0 does it and all ranks hear how it went, so that a refusal ends all of the
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from dmoe.config.errors import DmoeError, NoProgressError
+from dmoe.config.errors import ConfigError, DmoeError, NoProgressError
 from dmoe.config.schema import Config, TrainConfig
 from dmoe.distributed import world as worlds
 from dmoe.distributed.world import World
@@ -40,7 +41,7 @@ class OpenRun:
             return ""
 
         try:
-            worlds.on_first(self.world, note)
+            _in_directory(self.world, self.directory.path, note)
         except NoProgressError as error:  # on rank 0; the attempts that may follow end at once
             self.give_up(error)
             raise
@@ -55,16 +56,17 @@ class OpenRun:
             )
             return "yes" if due and not told else "no"
 
-        return worlds.on_first(self.world, look) == "yes"
+        return _in_directory(self.world, self.directory.path, look) == "yes"
 
     def record(self, config: Config, given: str) -> None:
         """Write down what is run: once it is known to fit what the directory holds. Collective; raises ConfigError on all ranks."""
 
         def write() -> str:
             self.directory.record(config, given)
+            self.directory.metrics.open("a").close()  # or it would be refused on rank 0 alone, later
             return ""
 
-        worlds.on_first(self.world, write)
+        _in_directory(self.world, self.directory.path, write)
 
     def __str__(self) -> str:
         """The path as a person in this directory would type it."""
@@ -99,8 +101,23 @@ def open_run(config: Config, world: World) -> OpenRun:
             raise _repeated(*verdict)
         return str(Path(os.path.realpath(run.path)))
 
-    path = worlds.on_first(world, take)
+    path = _in_directory(world, Path(config.train.run_dir or "runs"), take)
     return OpenRun(RunDir(Path(path)), world, held[0] if held else None)
+
+
+def _in_directory(world: World, path: Path, action: Callable[[], str]) -> str:
+    """`worlds.on_first`, where what the system refuses is the user's to mend: one sentence on all ranks."""
+
+    def careful() -> str:
+        try:
+            return action()
+        except OSError as error:
+            where, reason = error.filename or path, error.strerror or type(error).__name__
+            raise ConfigError(
+                "train.run_dir", path, f"{where} cannot be used ({reason})", "look at it, or name another"
+            ) from None
+
+    return worlds.on_first(world, careful)
 
 
 def _repeated(code: int, text: str) -> DmoeError:

@@ -66,7 +66,7 @@ class Probe:
         shares = []
         for layer, look in enumerate(looks):
             old_TE = self.previous[layer] if self.previous else look.chosen_TE
-            tokens = torch.stack([look.chosen_TE.any(-1).sum(), (look.chosen_TE != old_TE).any(-1).sum()])
+            tokens = torch.stack([(look.chosen_TE | old_TE).any(-1).sum(), (look.chosen_TE != old_TE).any(-1).sum()])
             shares += [look.pair_EE.flatten(), look.domain_ME.flatten(), look.first_ME.flatten(), tokens.double()]
         known, (domains, experts) = bool(self.previous), looks[0].domain_ME.shape
         self.previous = [look.chosen_TE for look in looks]
@@ -100,8 +100,9 @@ class Probe:
         if len(pairs) <= MOST_EXPERTS:
             line["co_selection"] = pairs
         if len(self.domains) > 1:
-            line["domains"] = dict(zip(self.domains, served, strict=True))
-            if self.engine.config.moe.router.kind not in WITHOUT_A_FIRST:
+            reached = [domain for domain, row in enumerate(served) if any(row)]
+            line["domains"] = {self.domains[domain]: served[domain] for domain in reached}
+            if len(reached) > 1 and self.engine.config.moe.router.kind not in WITHOUT_A_FIRST:
                 line["mutual_information"] = mutual_information(first)
         return line
 

@@ -6,6 +6,7 @@ is slower by tens of percent; the others run as if there were no profiler.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -20,9 +21,19 @@ class Profiling:
     """Which steps of this rank are profiled, and where their traces go. Ranks that are not chosen only take part in the step."""
 
     def __init__(
-        self, steps: Sequence[int], ranks: Sequence[int], rank: int, folder: Path, tell: Callable[[str], None]
+        self,
+        steps: Sequence[int],
+        ranks: Sequence[int],
+        rank: int,
+        folder: Path,
+        tell: Callable[[str], None],
+        exclude: Callable[[float], None] = lambda began: None,
     ) -> None:
-        """`steps` count from 1, as in metrics.jsonl; no `ranks` at all means every rank. `tell` gets a line for each trace."""
+        """`steps` count from 1, as in metrics.jsonl; no `ranks` at all means every rank. `tell` gets a line for each trace.
+
+        `exclude` is told when writing a trace began (`time.monotonic`): that is no training, and must not count in its speed.
+        """
+        self.exclude = exclude
         chosen = not ranks or rank in ranks
         self.steps, self.rank, self.folder, self.tell = set(steps) if chosen else set(), rank, folder, tell
 
@@ -35,6 +46,7 @@ class Profiling:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
         with profile(activities=activities) as profiler:
             yield
+            began = time.monotonic()
         path = trace_path(self.folder, step, self.rank)
         partial = path.with_name(f".{path.name}")  # until it is whole: a viewer refuses half a JSON
         try:
@@ -45,6 +57,7 @@ class Profiling:
             self.tell(f"no trace of step {step}: {path} cannot be written ({error.strerror})")
         else:
             self.tell(f"trace of step {step}: {path} (open it at ui.perfetto.dev)")
+        self.exclude(began)
 
 
 def trace_path(folder: Path, step: int, rank: int) -> Path:

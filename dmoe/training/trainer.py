@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
@@ -80,7 +81,12 @@ class Trainer:
         self.keeper = Keeper(self.checkpoints, self.voice, engine.config.checkpoint)
         self.telemetry = Telemetry(engine, data.domains)
         self.profiling = Profiling(
-            self.config.profile_steps, self.config.profile_ranks, engine.world.rank, run.directory.logs, self.voice.say
+            self.config.profile_steps,
+            self.config.profile_ranks,
+            engine.world.rank,
+            run.directory.logs,
+            self.voice.say,
+            exclude=self._exclude,
         )
 
     def run(self) -> int:
@@ -93,8 +99,9 @@ class Trainer:
             self.voice.finish(self.done)
             return code
         except NumbersError as error:
-            self.voice.alert(self.done, "stopped", str(error))
             self.run_dir.give_up(error)
+            self.voice.alert(self.done, "stopped", str(error))
+            self.voice.tell("end", self.done, {"failed": True})
             self.voice.finish(self.done)
             raise
         except RuntimeError as error:
@@ -170,6 +177,7 @@ class Trainer:
         self.done = self.clock_step = back
         self.clock = time.monotonic()
         self.voice.went_back(back)
+        self.telemetry.probe.previous = []
         return True
 
     def _log(self, result: StepResult, rate: float) -> None:
@@ -217,9 +225,11 @@ class Trainer:
         if result is None:
             return True
         self.voice.display.close()
+        values: dict[str, Any] = {"bits_per_byte": result.bits_per_byte}
         if self.config.sample_tokens:
-            self.voice.say(f"\nsample:\n{self._sample()}\n")
-        self.voice.tell("end", self.done, {"bits_per_byte": result.bits_per_byte}, f"run directory: {self.run_dir}")
+            values["sample"] = self._sample()
+            self.voice.say(f"\nsample:\n{values['sample']}\n")
+        self.voice.tell("end", self.done, values, f"run directory: {self.run_dir}")
         return False
 
     def _sample(self) -> str:

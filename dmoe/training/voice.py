@@ -23,7 +23,7 @@ class Voice:
     def __init__(self, engine: Engine, run: RunDir, first: int, quiet: bool = False) -> None:
         self.display: Display = open_display(engine.config.train.steps, first, engine.world.is_main, quiet)
         self.metrics = MetricsFile(run.metrics) if engine.world.is_main else None
-        self.run = run
+        self.run, self.lines_lost = run, 0
         self.trackers = Trackers(
             engine.accelerator, engine.config, run, first_step=first, say=lambda text: self.note(first, text)
         )
@@ -34,8 +34,7 @@ class Voice:
 
     def tell(self, event: str, step: int, values: dict[str, Any], line: str = "") -> None:
         """One line of `metrics.jsonl`, and `line` on the terminal."""
-        if self.metrics is not None:
-            self.metrics.write(event, step, values)
+        self._write_line(event, step, values)
         self.display.tell(event, step, values, redact(line))
 
     def note(self, step: int, text: str) -> None:
@@ -67,15 +66,26 @@ class Voice:
         if problem:
             text = f"there is no report at the end of this run: {problem}; try dmoe report {self.run.path}"
             self.say(f"note: {text}")
-            with suppress(OSError):  # a full disk is the likely reason
-                self.tell("alert", step, {"text": text})
+            self.tell("alert", step, {"text": text})
         self.trackers.finish(None if problem else report)
 
     def close(self) -> None:
         self.display.close()
         self.trackers.close()
         if self.metrics is not None:
-            self.metrics.close()
+            with suppress(OSError):  # what a full disk has kept back
+                self.metrics.close()
+
+    def _write_line(self, event: str, step: int, values: dict[str, Any]) -> None:
+        """A disk that is full must not hide what the run has to say, nor end it: that is for the checkpoints to decide."""
+        if self.metrics is None:
+            return
+        try:
+            self.metrics.write(event, step, values)
+        except OSError as error:
+            if not self.lines_lost:
+                self.say(f"note: {self.run.metrics} cannot be written ({error.strerror}): lines are lost until it can")
+            self.lines_lost += 1
 
 
 def _write(run: Path, report: Path) -> str | None:

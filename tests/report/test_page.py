@@ -72,7 +72,11 @@ def test_the_matrices_are_the_last_lines(full_run: Path, one: Path) -> None:
 
 
 def test_what_a_restart_undid_is_in_no_curve_but_in_the_table(tmp_path: Path) -> None:
-    before = [line("train", 2, loss=9.0), line("alert", 2, text="expert 7 is dead"), line("checkpoint", 2, seconds=1.5)]
+    before = [
+        line("train", 2, loss=9.0),
+        line("alert", 2, title="routing", text="expert 7 is dead"),
+        line("checkpoint", 2, seconds=1.5),
+    ]
     run = write(
         tmp_path / "run", [line("train", 1, loss=8.0), *before, line("restart", 1, resumed_from=1), line("train", 2, loss=7.0)]
     )

@@ -103,6 +103,16 @@ def test_a_released_lock_is_an_empty_file_and_free(tmp_path: Path) -> None:
     RunLock.take(tmp_path, None).release()
 
 
+def test_deleting_the_file_of_a_living_job_does_not_let_a_second_one_in(tmp_path: Path) -> None:
+    """The refusal's own advice invites it. The directory is locked as well."""
+    first = RunLock.take(tmp_path, None)
+    (tmp_path / "lock").unlink()
+    with pytest.raises(ConfigError, match="another job is at work"):
+        RunLock.take(tmp_path, None)
+    first.release()
+    RunLock.take(tmp_path, None).release()
+
+
 def test_an_owner_that_has_not_written_its_name_yet_still_counts(tmp_path: Path) -> None:
     with (tmp_path / "lock").open("wb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)

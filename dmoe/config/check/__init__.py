@@ -39,4 +39,4 @@ def check(config: Config, world: int = 1) -> None:
     check_size(config)
     expert_parallel(config, world)
     batching(config, world)
-    check_run(config)
+    check_run(config, world)

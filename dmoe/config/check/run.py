@@ -12,7 +12,7 @@ from dmoe.config.schema import Config
 __all__ = ["check_run"]
 
 
-def check_run(config: Config) -> None:
+def check_run(config: Config, world: int) -> None:
     for name, value in values(config, "optim.beta1 optim.beta2"):
         if value >= 1:
             raise ConfigError(name, value, "must be below 1", "use the default")
@@ -23,12 +23,23 @@ def check_run(config: Config) -> None:
         raise ConfigError(
             "tracking.trackers", sorted(unknown)[0], "must be wandb or tensorboard", "metrics.jsonl is always written"
         )
-    for field, least in (("profile_steps", 1), ("profile_ranks", 0)):
-        for number in getattr(config.train, field):
-            if number < least:
-                raise ConfigError(f"train.{field}", number, f"must be {least} or more", f"count from {least}")
+    for field in ("load", "straggler"):
+        limit = getattr(config.alerts, field)
+        if limit is not None and limit <= 1:
+            raise ConfigError(
+                f"alerts.{field}", limit, "must be above 1, which is perfect balance", "use the default, or null for none"
+            )
+    _profiled(config, world)
     if config.checkpoint.accept_changes:
         _accepted(config.checkpoint.accept_changes)
+
+
+def _profiled(config: Config, world: int) -> None:
+    """A step or a rank that never comes would leave no trace, and no word of it."""
+    for field, first, last in (("profile_steps", 1, config.train.steps), ("profile_ranks", 0, world - 1)):
+        for number in getattr(config.train, field):
+            if not first <= number <= last:
+                raise ConfigError(f"train.{field}", number, f"must be from {first} to {last}", "name one that there is")
 
 
 def _accepted(names: list[str]) -> None:

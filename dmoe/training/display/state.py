@@ -41,7 +41,7 @@ class State:
             self.step, self.saved = start, 0
             self.told_anything = False
             self.ended = ""
-            """`ended` or `stopped` after the line that says so."""
+            """`ended`, `stopped` or `failed` after the line that says so."""
             self.lines: deque[Mark] = deque(maxlen=BACK)
             self.losses: deque[Mark] = deque(maxlen=REMEMBERED)
             self.held_out: deque[Mark] = deque(maxlen=BACK)
@@ -77,7 +77,7 @@ class State:
             elif event == "alert":
                 self.alerts.append(Mark(step, str(values.get("text", ""))))
             elif event == "end":
-                self.step, self.ended = step, "stopped" if values.get("stopped") else "ended"
+                self.step, self.ended = step, next((how for how in ("stopped", "failed") if values.get(how)), "ended")
             if event in ("train", "eval"):
                 self.reached(step, now)
 

@@ -106,7 +106,7 @@ class Watch:
         if self._follower is None:
             return f"{self.name}: there is no such directory yet; waiting"
         if self.state.ended:
-            return f"{self.name}: {event_words('end', self.state.step, {'stopped': self.state.ended == 'stopped'})}"
+            return f"{self.name}: {event_words('end', self.state.step, {self.state.ended: True})}"
         if not self.state.told_anything:
             return f"{self.name}: the run has told nothing yet; waiting"
         return ": ".join([self.name, *([words] if (words := self.silence.worries or self.silence.words) else [])])

@@ -62,5 +62,7 @@ def event_words(event: str, step: int, values: dict[str, Any]) -> str:
         loss, bits = figure(values.get("loss"), "{:.3f}"), figure(values.get("bits_per_byte"), "{:.3f}")
         return f"step {step}: held-out loss {loss}, {bits} bits/byte"
     if event == "end":
+        if values.get("failed"):
+            return f"the run was ended by an error after step {step}"
         return f"stopped after step {step}, which is saved" if values.get("stopped") else f"the run has ended after step {step}"
     return ""
