@@ -152,8 +152,10 @@ def _hold_directory(directory: int, path: Path) -> None:
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise _refusal(path, None) from None
-    except OSError:  # no locks here, which the file has found out already, or none on directories
-        pass
+    except OSError as error:
+        # No locks here, which the file has found out already; or (EBADF, on NFS) none on what cannot be opened for writing.
+        if error.errno not in NO_LOCKS | {errno.EBADF}:
+            raise ConfigError(FIELD, path.parent, f"cannot be locked ({error.strerror})", "look at it") from None
 
 
 def _refusal(

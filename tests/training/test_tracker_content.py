@@ -8,11 +8,9 @@ import io
 import json
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,6 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dmoe.training import voice
 from dmoe.training.metrics_file import read_metrics
 from dmoe.training.trackers.loads import COLUMNS, LoadHistory
 from dmoe.training.trackers.names import MOST_ITEMS, MOST_LISTED, scalars
@@ -216,52 +213,6 @@ def test_a_report_that_cannot_be_written_is_a_note(tmp_path: Path) -> None:
     assert end["event"] == "end"
     assert "irectory" in note["text"], "it says why"
     assert not list((tmp_path / "run").glob(".report*"))
-
-
-def test_a_report_that_takes_too_long_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The run ends all the same, and says why there is none."""
-    monkeypatch.setattr(voice, "REPORT_SECONDS", 0.05)
-    monkeypatch.setattr(voice, "_write", lambda run, report: time.sleep(30))
-    said: list[str] = []
-    given: list[Path | None] = []
-
-    told: list[str] = []
-    speaker = SimpleNamespace(
-        metrics=object(),
-        run=SimpleNamespace(path=tmp_path),
-        say=said.append,
-        tell=lambda event, step, values: told.append(event),
-        trackers=SimpleNamespace(finish=given.append),
-    )
-    began = time.monotonic()
-    voice.Voice.finish(speaker, 7)  # type: ignore[arg-type]
-    assert time.monotonic() - began < 20
-    assert "more than 0.05 seconds" in said[0]
-    assert told == ["alert"]
-    assert given == [None], "the trackers get no report that is half-written"
-
-
-def test_a_full_disk_loses_lines_and_says_so_once(tmp_path: Path) -> None:
-    """A note that could not be written raised, and hid the exit code and the verdict of the run it was about."""
-
-    class Full:
-        def write(self, event: str, step: int, values: dict[str, Any]) -> None:
-            raise OSError(28, "No space left on device")
-
-        def close(self) -> None:
-            raise OSError(28, "No space left on device")
-
-    said: list[str] = []
-    speaker = voice.Voice.__new__(voice.Voice)
-    speaker.metrics, speaker.lines_lost, speaker.run = Full(), 0, SimpleNamespace(metrics=tmp_path / "metrics.jsonl")  # type: ignore[assignment]
-    speaker.display = SimpleNamespace(say=said.append, tell=lambda *told: None, close=lambda: None)  # type: ignore[assignment]
-    speaker.trackers = SimpleNamespace(alert=lambda title, text: None, close=lambda: None)  # type: ignore[assignment]
-    for step in (1, 2, 3):
-        speaker.alert(step, "bad step", "a step was skipped")
-    speaker.close()
-    assert speaker.lines_lost == 3
-    assert len(said) == 1
-    assert "metrics.jsonl cannot be written (No space left on device)" in said[0]
 
 
 def test_long_lists_are_pictures_and_no_scalars() -> None:
