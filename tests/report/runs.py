@@ -48,7 +48,7 @@ def write_run(
         if step == half:
             lines += [
                 line("checkpoint", step, seconds=0.21),
-                line("alert", step, text=f"expert 3 of layer 0 is dead {HOSTILE}"),
+                line("alert", step, title="dead experts", text=f"expert 3 of layer 0 is dead {HOSTILE}"),
             ]
             lines += [
                 train_line(draw, step + every, steps, **size),
