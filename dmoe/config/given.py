@@ -71,12 +71,21 @@ def _refuse_value(field: Field, value: Any, source: str) -> None:
             raise ConfigError(
                 field.name, short(wrong), f"must be text, and YAML reads it as {_kind(wrong)}{source}", "quote it"
             )
+    if field.type == "list[list[int]]" and not _lists_of_integers(value):
+        raise ConfigError(
+            field.name, short(value), f"must be a list of lists of whole numbers{source}", "e.g. [[], [50], [64, 32]]"
+        )
     if field.type == "bool" and not isinstance(value, str | bool) and value not in (0, 1):
         raise ConfigError(field.name, short(value), f"must be true or false{source}", f"the default is {field.default}")
     if isinstance(value, int) and abs(value) > LARGEST:
         raise ConfigError(field.name, short(value), f"does not fit in 64 bits{source}", f"the default is {field.default}")
     if field.type.startswith("float") and not _finite(value):
         raise ConfigError(field.name, value, f"must be a finite number{source}", f"the default is {field.default}")
+
+
+def _lists_of_integers(value: Any) -> bool:
+    lists = value if isinstance(value, list) else [None]
+    return all(isinstance(one, list) and all(type(number) is int for number in one) for one in lists)
 
 
 def _finite(value: Any) -> bool:

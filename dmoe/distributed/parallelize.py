@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from dmoe.distributed.all_to_all import PackedAllToAll, PaddedAllToAll, Route
 from dmoe.distributed.peers import GroupPeers
 from dmoe.distributed.topology import Topology
 from dmoe.distributed.watch import Watch
+from dmoe.moe.expert_layer import ExpertLayer
+from dmoe.moe.experts import MixedExperts
 from dmoe.moe.layer import MoE
 
-__all__ = ["Replication", "expert_parameters", "moe_layers", "shard_experts"]
+__all__ = ["Home", "Replication", "expert_buffers", "expert_homes", "expert_parameters", "moe_layers", "shard_experts"]
 
 
 class Replication(Protocol):
@@ -46,18 +50,51 @@ def shard_experts(model: nn.Module, topology: Topology, watch: Watch | None = No
         if topology.world > 1:
             layer.peers = GroupPeers(topology)
         if topology.exchange is not None:
-            owned = topology.owned(layer.experts.num_experts)
-            layer.experts.shard(owned.start, len(owned))
+            layer.keep(topology.ep, topology.ep_rank)
             route = Route(topology.exchange, layer.layer, watch)
             layer.packed = PackedAllToAll(route)
             layer.padded = None if layer.padded is None else PaddedAllToAll(route)
 
 
-def moe_layers(model: nn.Module) -> list[MoE]:
-    return [module for module in model.modules() if isinstance(module, MoE)]
+def moe_layers(model: nn.Module) -> list[ExpertLayer]:
+    """Every layer with experts: mixtures of them, and modules beside a frozen network."""
+    return [module for module in model.modules() if isinstance(module, ExpertLayer)]
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that differ by EP rank, by name: those of every MoE layer's experts."""
     owned = {id(parameter) for layer in moe_layers(model) for parameter in layer.experts.parameters()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in owned}
+
+
+def expert_buffers(model: nn.Module) -> set[str]:
+    """The names of the buffers that differ by EP rank: the places of sparse modules, for one."""
+    owned = {id(buffer) for layer in moe_layers(model) for buffer in layer.experts.buffers()}
+    return {name for name, buffer in model.named_buffers() if id(buffer) in owned}
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where a matrix lives that belongs to one expert alone."""
+
+    ep_rank: int
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+
+def expert_homes(model: nn.Module) -> dict[str, Home]:
+    """The matrices of all experts of different shape, by name, those of other ranks included; the same on every rank.
+
+    Uniform experts are not among them: they are stacks [e, ...], of which every EP rank has an equal part under one name.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        layer = module if isinstance(module, MoE) else None
+        if layer is None or not isinstance(layer.experts, MixedExperts):
+            continue
+        dtype = next(layer.experts.parameters()).dtype
+        for expert, sizes in enumerate(layer.experts.matrices):
+            for n, size in enumerate(sizes):
+                name = f"{path}.experts.{expert}.w{n}".removeprefix(".")
+                found[name] = Home(layer.ownership.rank_of[expert], size, dtype)
+    return found

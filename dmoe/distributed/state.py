@@ -4,6 +4,9 @@ Dense parameters are plain tensors, equal on all ranks; under FSDP2, DTensors ov
 [E, ...], Shard(0) over the ranks of a row and, down the columns, replicated (DDP) or sharded once more (FSDP2), so that a checkpoint
 written by 4 ranks is read by 1 or 8, in either mode, and every expert finds itself by its global id. Names: `model.NAME`,
 `optim.exp_avg.NAME`, `optim.exp_avg_sq.NAME`, `optim.step`.
+
+Experts of different shape cannot be stacked. Each of their matrices is a tensor of its own, named by the global id, on the column of
+ranks that have it; the other ranks know its name and shape and hold nothing of it.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dmoe.distributed.gradients import local
-from dmoe.distributed.parallelize import expert_parameters
+from dmoe.distributed.parallelize import Home, expert_buffers, expert_homes, expert_parameters
 from dmoe.distributed.topology import Topology
 
 __all__ = ["model_state", "optimizer_state", "share_step"]
@@ -25,25 +28,32 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def model_state(model: nn.Module, topology: Topology) -> dict[str, Tensor]:
     """Every parameter and persistent buffer by name; the tensors share memory with the model, so loading into them loads the model."""
-    experts, mesh = expert_parameters(model), _mesh(topology, _device_type(model))
-    return {
-        f"model.{name}": _whole(value.detach(), mesh) if name in experts else value.detach()
-        for name, value in model.state_dict(keep_vars=True).items()
-    }
+    experts, homes = {*expert_parameters(model), *expert_buffers(model)}, expert_homes(model)
+    mesh = _mesh(topology, _device_type(model))
+    own = {name: value.detach() for name, value in model.state_dict(keep_vars=True).items()}
+    whole = {n: _whole(value, mesh) if n in experts else value for n, value in own.items() if n not in homes}
+    whole |= {name: _at_home(own.get(name), home, topology, _device_type(model)) for name, home in homes.items()}
+    return {f"model.{name}": value for name, value in whole.items()}
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, topology: Topology) -> dict[str, Tensor]:
     """AdamW's moments by parameter name, and the one step count all parameters share. Made (as zeros) where the optimizer has not
     stepped yet, so that a checkpoint can be loaded into it."""
-    experts, mesh = expert_parameters(model), _mesh(topology, _device_type(model))
+    experts, homes, mesh = expert_parameters(model), expert_homes(model), _mesh(topology, _device_type(model))
+    own: dict[str, dict[str, Tensor]] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state: dict[str, Tensor] = {}
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         name, moments = names[id(parameter)], _moments(optimizer, parameter)
-        for moment in MOMENTS:
+        own[name] = moments
+        for moment in MOMENTS if name not in homes else ():
             state[f"optim.{moment}.{name}"] = _whole(moments[moment], mesh) if name in experts else moments[moment]
         steps = state.setdefault("optim.step", moments["step"])
         assert torch.equal(steps, moments["step"]), "parameters of one optimizer have stepped differently often"
+    for name, home in homes.items():
+        for moment in MOMENTS:
+            value = own[name][moment] if name in own else None
+            state[f"optim.{moment}.{name}"] = _at_home(value, home, topology, _device_type(model))
     return state
 
 
@@ -85,3 +95,18 @@ def _whole(experts: Tensor, mesh: DeviceMesh | None) -> Tensor:
     placements = [Shard(0), *down][: mesh.ndim]
     stride = make_contiguous_strides_for(shape)
     return DTensor.from_local(local(experts), mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def _at_home(value: Tensor | None, home: Home, topology: Topology, device: str) -> Tensor:
+    """One expert's matrix as it lies on its column of ranks: equal copies, or as FSDP2 has split it. `value` is None elsewhere.
+
+    The mesh is a list of ranks and no communicator: where a checkpoint's pieces lie is all that is asked of it.
+    """
+    if topology.exchange is None or isinstance(value, DTensor):
+        assert value is not None, "one rank of an EP group of one has every expert"
+        return value
+    column = list(range(home.ep_rank, topology.world, topology.ep))
+    mesh = DeviceMesh(device, column, mesh_dim_names=("edp",), _init_backend=False)
+    here = torch.empty(0, dtype=home.dtype, device=device) if value is None else local(value)
+    shape, stride = torch.Size(home.shape), make_contiguous_strides_for(home.shape)
+    return DTensor.from_local(here, mesh, [Replicate()], run_check=False, shape=shape, stride=stride)

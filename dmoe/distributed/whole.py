@@ -12,21 +12,39 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dmoe.distributed.parallelize import Home
 from dmoe.distributed.topology import Topology
 
-__all__ = ["gathered", "norm"]
+__all__ = ["from_home", "gathered", "norm"]
 
 
-def gathered(values: Mapping[str, Tensor], experts: set[str], topology: Topology) -> dict[str, Tensor]:
+def gathered(
+    values: Mapping[str, Tensor], experts: set[str], topology: Topology, homes: Mapping[str, Home] | None = None
+) -> dict[str, Tensor]:
     """`values` by name, each whole: shards put together, experts of all EP ranks in global order [E, ...]. On every rank.
 
-    One all-gather an expert tensor over the exchange group, and what DTensor needs for sharded ones.
+    homes: `expert_homes` of the model, the matrices that one EP rank has alone; values must hold all of its own, or no tensor at all.
+    One all-gather an expert stack over the exchange group, one broadcast a matrix of `homes`, and what DTensor needs for sharded ones.
     """
-    whole = {}
+    homes = homes or {}
+    whole = {name: from_home(values.get(name), home, topology) for name, home in homes.items()} if values else {}
     for name, value in values.items():
+        if name in homes:
+            continue
         full = value.full_tensor() if isinstance(value, DTensor) else value
         whole[name] = _all_experts(full.detach(), topology) if name in experts else full.detach()
     return whole
+
+
+def from_home(value: Tensor | None, home: Home, topology: Topology, shape: tuple[int, ...] | None = None) -> Tensor:
+    """What the ranks of one column hold, on every rank. `value` is None on the others; `shape` where it is not the matrix's own."""
+    full = value.full_tensor() if isinstance(value, DTensor) else value
+    if topology.exchange is None:
+        assert full is not None, "one rank of an EP group of one has every expert"
+        return full.detach()
+    sent = torch.empty(home.shape if shape is None else shape, dtype=home.dtype) if full is None else full.detach().contiguous()
+    dist.broadcast(sent, group=topology.exchange, group_src=home.ep_rank)
+    return sent
 
 
 def norm(value: Tensor) -> float:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from dmoe.models.attention import Attention
-from dmoe.moe.experts import MLPExperts
+from dmoe.moe.experts import Experts
 from dmoe.moe.layer import MoE
 
 __all__ = ["Parameters", "flops_per_token", "parameters"]
@@ -20,25 +20,28 @@ class Parameters(NamedTuple):
     total: int
     """All weights, every expert counted once wherever it lives."""
     active: int
-    """Those one token passes: all but the E-K experts of each MoE layer that it does not choose."""
+    """Those one token passes: all but the E-K experts of each MoE layer that it does not choose. Where experts differ, the most that K
+    of them have and a budget allows."""
     embedding: int
     """Of both, the token embedding; it is the output projection too if they are tied."""
 
 
 def parameters(model: nn.Module) -> Parameters:
     """Parameters of a model with MoE layers, any module with an `embedding`."""
-    experts = {id(p) for module in model.modules() if isinstance(module, MLPExperts) for p in module.parameters()}
+    experts = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
     dense = sum(p.numel() for p in model.parameters() if id(p) not in experts)
     layers = [module for module in model.modules() if isinstance(module, MoE)]
-    total = dense + sum(one_expert(layer.experts) * layer.experts.num_experts for layer in layers)
-    active = dense + sum(one_expert(layer.experts) * layer.router.top_k for layer in layers)
+    total = dense + sum(sum(layer.experts.multiply_adds) for layer in layers)
+    active = dense + sum(_most_active(layer) for layer in layers)
     embedding = getattr(model, "embedding", None)
     return Parameters(total, active, embedding.weight.numel() if isinstance(embedding, nn.Embedding) else 0)
 
 
-def one_expert(experts: MLPExperts) -> int:
-    """Weights of a single expert; the stacks may hold only some of them."""
-    return sum(p[0].numel() if isinstance(p, Tensor) else 0 for p in experts.parameters())
+def _most_active(layer: MoE) -> int:
+    """Weights of the K largest experts of all ranks, or what the budget buys where that is less: a weight is a multiply-add."""
+    work = sorted(layer.experts.multiply_adds, reverse=True)
+    largest, config = sum(work[: layer.router.top_k]), layer.router.config
+    return min(largest, int(config.budget * sum(work))) if config.kind == "budget" else largest
 
 
 def flops_per_token(model: nn.Module, seq_len: int) -> int:

@@ -40,7 +40,7 @@ def limit(routing: Routing, config: CapacityConfig, context: TokenContext, peers
     ranks in rank order, equally many on each, and `context.capacity` is their common C: one all-gather, and one more for
     `next_choice` (`queues.find_places` tells its size). The result says what the dispatchers need of it: G = 1 group and
     min(C, T) slots, for more than that no expert can get from this rank. Dropless (`context.capacity` None) returns `routing`
-    itself. No host sync.
+    itself. Experts that cost nothing (`routing.free`) have no queue: who chose one keeps it. No host sync.
     """
     if context.capacity is None:
         return routing
@@ -51,15 +51,17 @@ def limit(routing: Routing, config: CapacityConfig, context: TokenContext, peers
     by_score = config.priority == "score"
     made_TK = torch.ones_like(routing.expert_TK, dtype=torch.bool) if routing.keep_TK is None else routing.keep_TK
     score_TK = serving_score(routing.score_TE.gather(1, routing.expert_TK)) if by_score else None
-    places = find_places(Line(routing.expert_TK, made_TK, score_TK, groups, num_experts), everybody)
-    keep_TK = made_TK & (places.place_TK < context.capacity)
+    queued_TK = made_TK & ~routing.at_home_TK if routing.free else made_TK
+    places = find_places(Line(routing.expert_TK, queued_TK, score_TK, groups, num_experts), everybody)
+    fits_TK = places.place_TK < context.capacity
+    keep_TK = made_TK & (fits_TK | routing.at_home_TK) if routing.free else made_TK & fits_TK
     limited = replace(
         routing,
         keep_TK=keep_TK,
         slot_TK=places.slot_TK,
         capacity=min(context.capacity, tokens) if shared else context.capacity,
         groups=groups,
-        slots=context.capacity * groups * num_experts / (peers.size if shared else 1),
+        slots=context.capacity * groups * (num_experts - routing.free) / (peers.size if shared else 1),
     )
     if config.overflow == "next_choice":
         limited = next_choice(limited, made_TK & ~keep_TK, places, context.capacity, by_score, everybody)
@@ -87,6 +89,10 @@ def limit_reference(routing: Routing, config: CapacityConfig, groups: int, capac
         members = range(group * (tokens // groups), (group + 1) * (tokens // groups))
         taken = [0] * routing.score_TE.shape[1]
         line = [(k, t, int(expert_TK[t, k])) for k in range(top_k) for t in members if made[t, k]]
+        queued = len(taken) - routing.free
+        for k, t, expert in line:
+            keep_TK[t, k] = expert >= queued
+        line = [(k, t, expert) for k, t, expert in line if expert < queued]
         late = _serve(line, routing, config, capacity, taken, keep_TK, expert_TK)
         if config.overflow == "next_choice":
             assert routing.spare_TK is not None

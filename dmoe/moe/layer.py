@@ -14,11 +14,16 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from dmoe.config.check import check_shapes, check_zero_cost
 from dmoe.config.schema import BalanceConfig, CapacityConfig, ExpertsConfig, MoEConfig, RouterConfig
+from dmoe.config.shapes import zero_cost
 from dmoe.moe import capacity, routers, stats
+from dmoe.moe import experts as kinds_of_experts
+from dmoe.moe.account import Account
 from dmoe.moe.balance import auxiliary_losses
 from dmoe.moe.dispatch import Dispatcher, PackedLocal, PaddedLocal
-from dmoe.moe.experts import FeedForward, MLPExperts
+from dmoe.moe.experts import FeedForward, ZeroCost
+from dmoe.moe.ownership import travelling
 from dmoe.moe.peers import Alone, Peers
 from dmoe.moe.routing import Routing, TokenContext
 from dmoe.moe.stage import stage
@@ -38,6 +43,8 @@ class MoEOutput:
     """Counts of what was chosen, kept and dropped."""
     routing: Routing
     """The decision, after the capacity."""
+    account: Account | None = None
+    """Who was used, what was spent and why, in numbers and in words."""
 
 
 class MoE(nn.Module):
@@ -49,7 +56,7 @@ class MoE(nn.Module):
     Args:
         dim: width D of the input.
         expert_dim: hidden width F of one expert.
-        num_experts: E, over all ranks.
+        num_experts: E, over all ranks; `experts.zero`, `copy` and `constant` come on top, with the ids after them.
         top_k: K.
         out_dim: width of the output; default `dim`.
         router, capacity, balance, experts: the sections of the config with the same names; see `dmoe.config.schema`.
@@ -85,10 +92,21 @@ class MoE(nn.Module):
         self.capacity = capacity or CapacityConfig()
         self.balance = balance or BalanceConfig()
         kinds = experts or ExpertsConfig()
-        check_layer(num_experts, top_k, self.capacity, exchange)
-        self.num_experts, self.top_k, self.layer, self.virtual_ranks = num_experts, top_k, layer, virtual_ranks
-        self.router = routers.build(router or RouterConfig(), dim, num_experts, top_k, layer)
-        self.experts = MLPExperts(kinds.kind, dim, expert_dim, num_experts, out_dim)
+        router = router or RouterConfig()
+        self.num_experts = num_experts + zero_cost(kinds)
+        """What the router chooses among. `experts.num_experts` are the real ones."""
+        check_layer(self.num_experts, top_k, self.capacity, exchange)
+        check_shapes(kinds, num_experts)
+        check_zero_cost(kinds, router, self.capacity)
+        self.top_k, self.layer, self.virtual_ranks = top_k, layer, virtual_ranks
+        self.router = routers.build(router, dim, self.num_experts, top_k, layer)
+        self.experts = kinds_of_experts.build(kinds, dim, expert_dim, num_experts, out_dim)
+        self.zero_cost = ZeroCost(kinds, dim, out_dim) if zero_cost(kinds) else None
+        self.free = zero_cost(kinds)
+        self.router.price((*self.experts.multiply_adds, *[0] * self.free))
+        self.ownership = self.experts.ownership(1)
+        self.cost_E = (*self.experts.cost, *[0.0] * self.free)
+        self.names_E = (*(f"expert {e}" for e in range(num_experts)), *(self.zero_cost.names if self.zero_cost else ()))
         shared_dim = kinds.shared * (kinds.shared_dim or expert_dim)
         self.shared = FeedForward(kinds.kind, dim, shared_dim, out_dim) if kinds.shared else None
         self.packed: Dispatcher = PackedLocal()
@@ -117,30 +135,59 @@ class MoE(nn.Module):
         out_std = std if out_std is None else out_std
         self.router.initialize(seed, self.layer, std)
         self.experts.initialize(seed, self.layer, std, out_std)
+        if self.zero_cost is not None:
+            self.zero_cost.initialize(seed, f"zero_cost.{self.layer}", out_std)
         if self.shared is not None:
             self.shared.initialize(seed, f"shared.{self.layer}", std, out_std)
 
-    def forward(self, x: Tensor, context: TokenContext = NOTHING_KNOWN) -> MoEOutput:
-        """x: [..., S, D]: sequences of S tokens, or [T, D] for one. Floating point of any width."""
+    def keep(self, ranks: int, rank: int) -> None:
+        """Keep only the experts of one of so many ranks, and send choices to the places where the others are."""
+        self.ownership = self.experts.ownership(ranks)
+        self.experts.keep(self.ownership, rank)
+
+    def forward(self, x: Tensor, context: TokenContext = NOTHING_KNOWN, *, compute_budget: float | None = None) -> MoEOutput:
+        """x: [..., S, D]: sequences of S tokens, or [T, D] for one. Floating point of any width.
+
+        compute_budget: share of the multiply-adds of all experts that a token may spend in this call (`router.kind=budget`).
+        """
         x_TD = x.flatten(0, -2)
-        context = self.complete(context, math.prod(x.shape[:-2]), x_TD.shape[0])
+        context = self.complete(self.within(context, compute_budget), math.prod(x.shape[:-2]), x_TD.shape[0])
 
         with stage("route"):
             chosen = self.router(x_TD, context)
+            chosen = replace(chosen, free=self.free) if self.free else chosen
             routing = capacity.limit(chosen, self.capacity, context, self.peers)
         dispatcher = self.packed if self.padded is None or routing.capacity is None else self.padded
         with stage("dispatch"):
-            rows_RD, per_expert, ticket = dispatcher.dispatch(x_TD.to(expert_dtype(x_TD)), routing)
+            journey = travelling(routing, self.ownership)
+            rows_RD, per_expert, ticket = dispatcher.dispatch(x_TD.to(expert_dtype(x_TD)), journey)
         with stage("experts"):
             rows_RM = self.experts(rows_RD, per_expert)
         with stage("combine"):
             y_TM = dispatcher.combine(rows_RM, routing.weight_TK, ticket)
+        if self.zero_cost is not None:
+            y_TM = self.zero_cost(y_TM, x_TD, routing)
         if self.shared is not None:
             y_TM = y_TM + self.shared(x_TD)
 
         aux = auxiliary_losses(chosen, self.balance, context, self.peers, layer=self.layer, micro_batches=self.virtual_ranks)
         seen = stats.observed(stats.measure(chosen, routing), chosen, routing, context)
-        return MoEOutput(y_TM.view(*x.shape[:-1], y_TM.shape[1]), aux, seen, routing)
+        bias_E = getattr(self.router, "bias_E", None)
+        account = Account(chosen, routing, self.cost_E, self.names_E, self.router.config, context.budget, bias_E)
+        return MoEOutput(y_TM.view(*x.shape[:-1], y_TM.shape[1]), aux, seen, routing, account)
+
+    def within(self, context: TokenContext, compute_budget: float | None) -> TokenContext:
+        """`context` with the budget of this call: the one given, else the config's."""
+        config = self.router.config
+        if compute_budget is None:
+            return replace(context, budget=config.budget) if config.kind == "budget" else context
+        if config.kind != "budget":
+            raise ValueError(
+                f"compute_budget={compute_budget}: router.kind={config.kind} has no budget; use router.kind=budget"
+            )
+        if not 0 <= compute_budget <= 1:
+            raise ValueError(f"compute_budget={compute_budget}: must be from 0 to 1, the share of all experts' cost")
+        return replace(context, budget=compute_budget)
 
     def complete(self, context: TokenContext, sequences: int, tokens: int) -> TokenContext:
         """`context` with what follows from the shapes: sequences, groups, slots."""

@@ -48,7 +48,7 @@ def place_packed(routing: Routing) -> tuple[Placement, Tensor]:
 
     The placement has N rows: cut it with `first_rows(sum of count_E)` where something was dropped. O(N log N), no host sync.
     """
-    num_experts = routing.score_TE.shape[1]
+    num_experts = routing.num_places
     expert_N = routing.expert_TK.flatten()
     if routing.keep_TK is not None:
         expert_N = expert_N.masked_fill(~routing.keep_TK.flatten(), num_experts)
@@ -66,7 +66,7 @@ def place_padded(routing: Routing) -> Placement:
     assert routing.keep_TK is not None
     assert routing.capacity is not None
     tokens, top_k = routing.expert_TK.shape
-    capacity, groups, num_experts = routing.capacity, routing.groups, routing.score_TE.shape[1]
+    capacity, groups, num_experts = routing.capacity, routing.groups, routing.num_places
     rows = num_experts * groups * capacity
     group_T1 = torch.arange(tokens, device=routing.expert_TK.device).unsqueeze(1) // (tokens // groups)
     row_TK = (routing.expert_TK * groups + group_T1) * capacity + routing.slot_TK

@@ -36,6 +36,8 @@ class TokenContext:
     first_sequence: int = 0
     """Index of this forward's first sequence in the optimizer step's global batch; keys the noise with it, so that the noise does not
     depend on how the batch is spread over ranks."""
+    budget: float | None = None
+    """Share of all experts' multiply-adds that a token may spend (budget routing); None: as configured."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,20 @@ class Routing:
     """float [T, S]: the weight each of them would have."""
     noise: Noise | None = None
     """What the smooth load needs of a noisy router."""
+    free: int = 0
+    """The last so many experts cost nothing: their choices are computed where the token is, have no queue, and travel nowhere."""
+    places: int | None = None
+    """What `expert_TK` counts on a journey, if not the router's experts: see `ownership.travelling`."""
+
+    @property
+    def num_places(self) -> int:
+        """How many queues of rows there are: one for each expert, wherever it lives."""
+        return self.score_TE.shape[1] if self.places is None else self.places
+
+    @property
+    def at_home_TK(self) -> Tensor:
+        """bool: choices of experts that cost nothing."""
+        return self.expert_TK >= self.score_TE.shape[1] - self.free
 
 
 class Router(Protocol):

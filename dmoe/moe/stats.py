@@ -49,6 +49,8 @@ class LayerStats:
     """int64: tokens that chose at least one expert and were left with none."""
     slots: float
     """This rank's share of the slots offered by the capacity; 0 when dropless."""
+    free: int = 0
+    """The last so many experts cost nothing and have no slots."""
     observed: dict[str, Tensor] = field(default_factory=dict)
     """What the context's observer was asked to find; empty where there is none."""
 
@@ -68,7 +70,7 @@ def measure(chosen: Routing, limited: Routing) -> LayerStats:
         made_TK = made_TK.masked_fill(~chosen.keep_TK, 0.0)
     zero = made_TK.new_zeros(())
     if limited is chosen:
-        return LayerStats(choice_E, choice_E, zero, made_TK.sum(), torch.zeros_like(choice_E[0]), 0)
+        return LayerStats(choice_E, choice_E, zero, made_TK.sum(), torch.zeros_like(choice_E[0]), 0, chosen.free)
     assert limited.keep_TK is not None
     assert limited.capacity is not None
     chose_T = torch.ones_like(limited.keep_TK[:, 0]) if chosen.keep_TK is None else chosen.keep_TK.any(-1)
@@ -79,6 +81,7 @@ def measure(chosen: Routing, limited: Routing) -> LayerStats:
         total_weight=made_TK.sum(),
         lost_tokens=(chose_T & ~limited.keep_TK.any(-1)).sum(),
         slots=limited.slots,
+        free=chosen.free,
     )
 
 

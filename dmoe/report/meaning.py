@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from dmoe.config.schema import Config, MoEConfig
+from dmoe.config.shapes import all_choices, zero_cost
 from dmoe.report.spelling import count
 
 __all__ = ["meaning"]
@@ -18,6 +19,7 @@ CHOICE = {
     "noisy": "the experts of largest score, with noise of a learned width in training",
     "group_limited": "the experts of largest score within a token's best groups of experts",
     "adaptive": "as many experts as it takes for their probabilities to reach moe.router.top_p",
+    "budget": "by descending score, what weighs more than moe.router.min_weight and fits the budget of moe.router.budget",
     "fixed": "the experts that belong to the token's label; nothing is learned",
     "hash": "the experts that a hash of the token gives; nothing is learned",
     "soft": "all experts",
@@ -43,7 +45,9 @@ def _model(config: Config) -> str:
     where = "every block" if model.moe_every == 1 else f"every {model.moe_every}th block"
     first = f" after the first {model.dense_first}" if model.dense_first else ""
     shared = f", and {count(moe.experts.shared, 'shared expert')} that every token passes" if moe.experts.shared else ""
-    experts = f"{moe.num_experts:,} experts ({moe.experts.kind}, hidden width {moe.expert_dim:,})"
+    widths = f"hidden width {moe.expert_dim:,}" if not moe.experts.shapes else "of different shape"
+    free = f" and {zero_cost(moe.experts):,} of zero cost" if zero_cost(moe.experts) else ""
+    experts = f"{moe.num_experts:,} experts ({moe.experts.kind}, {widths}){free}"
     return f"Model: {blocks}; {where}{first} holds a mixture of {experts}{shared}."
 
 
@@ -51,8 +55,8 @@ def _routing(moe: MoEConfig) -> str:
     router = moe.router
     if router.kind in UNSCORED:
         return f"Routing: {moe.top_k} of {moe.num_experts:,} experts a token, {CHOICE[router.kind]}; each weighs 1/{moe.top_k}."
-    many = f"{moe.top_k} of {moe.num_experts:,} experts a token, " if router.kind not in ("soft", "expert_choice") else ""
-    most = "at most " if router.kind == "adaptive" else ""
+    many = f"{moe.top_k} of {all_choices(moe):,} experts a token, " if router.kind not in ("soft", "expert_choice") else ""
+    most = "at most " if router.kind in ("adaptive", "budget") else ""
     score = "softmax of the logits" if router.score == "softmax" else "sigmoid of each logit"
     chosen = " over the chosen ones" if router.weights_from == "chosen" else ""
     weights = "divided by their sum" if router.renormalize else "not divided by their sum"

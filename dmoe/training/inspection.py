@@ -33,6 +33,8 @@ BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bflo
 """Of one element; the other types have one byte."""
 EXPERTS = re.compile(r"model\.(.+)\.experts\.[^.]+")
 """A stack of experts [E, ...]; the group names its layer."""
+ONE_EXPERT = re.compile(r"model\.(.+)\.experts\.(\d+)\.[^.]+")
+"""A matrix of one expert, where they differ in shape: layer and global id."""
 MOMENT = re.compile(r"optim\.exp_avg(_sq)?\.")
 
 
@@ -154,6 +156,7 @@ def _contents(path: Path) -> Contents:
     extra, tensors = manifest.extra, manifest.tensors
     layers, kinds = _layers(tensors), _kinds(tensors)
     topology = _of(extra, "topology", dict, {})
+    uniform = not any(map(ONE_EXPERT.fullmatch, tensors))
     return Contents(
         path=str(path),
         step=manifest.step,
@@ -167,7 +170,7 @@ def _contents(path: Path) -> Contents:
         bytes_by_kind=_bytes_by(tensors, kinds),
         bytes_by_dtype=_bytes_by(tensors, {name: entry.dtype for name, entry in tensors.items()}),
         layers=layers,
-        owners=_owners(topology, layers),
+        owners=_owners(topology, layers) if uniform else [],
         files=[_shard(path / name, manifest.files[name].size) for name in sorted(manifest.files)],
         problem=_problem(path),
     )
@@ -221,11 +224,15 @@ def _bytes_by(tensors: Mapping[str, TensorEntry], group: Mapping[str, str]) -> d
 
 def _layers(tensors: Mapping[str, TensorEntry]) -> dict[str, int]:
     stacks = ((EXPERTS.fullmatch(name), entry) for name, entry in tensors.items())
-    return {match[1]: entry.shape[0] for match, entry in stacks if match and entry.shape}
+    layers = {match[1]: entry.shape[0] for match, entry in stacks if match and entry.shape}
+    for match in filter(None, map(ONE_EXPERT.fullmatch, tensors)):
+        layers[match[1]] = max(layers.get(match[1], 0), int(match[2]) + 1)
+    return layers
 
 
 def _owners(topology: Mapping[str, int], layers: Mapping[str, int]) -> list[dict[str, Any]]:
-    """EP rank r has the r-th share of each layer's experts; in the picture of topology.py it is every EP-th rank from r on."""
+    """EP rank r has the r-th share of each layer's experts; in the picture of topology.py it is every EP-th rank from r on. Nothing
+    where experts differ in shape: which file holds whom is in `files`."""
     world, ep, experts = topology.get("world", 1), topology.get("ep", 1), max(layers.values(), default=0)
     if not experts or ep < 1 or experts % ep:
         return []
@@ -239,6 +246,7 @@ def _owners(topology: Mapping[str, int], layers: Mapping[str, int]) -> list[dict
 def _shard(path: Path, size: int) -> Shard:
     pieces = _pieces(path)
     experts = {piece.offset[0] + i for piece in pieces if EXPERTS.fullmatch(piece.name) for i in range(piece.shape[0])}
+    experts |= {int(match[2]) for match in (ONE_EXPERT.fullmatch(piece.name) for piece in pieces) if match}
     return Shard(path.name, size, pieces, sorted(experts))
 
 

@@ -19,6 +19,7 @@ from dmoe.distributed.all_to_all import exchange_meters
 from dmoe.distributed.gradients import all_max, all_sum, router_squares
 from dmoe.models.transformer import LMOutput
 from dmoe.moe.observation import MAXIMA, SUMS, router_state
+from dmoe.moe.ownership import Ownership
 from dmoe.moe.stats import LayerStats, Observer, nothing_more
 from dmoe.training.engine import Engine
 from dmoe.training.peak import used_memory
@@ -95,7 +96,11 @@ class Measurement(Unmeasured):
         layers = list(zip(*(output.stats for output in outputs), strict=True))
         self.widths = [len(layers[0][0].observed[name]) for name in SUMS] if layers else []
         squares = router_squares(engine.model, engine.topology).to(engine.world.device, torch.float64)
-        sums = [torch.cat([_sum(parts, name) for name in SUMS] + [self._traffic(parts)]) for parts in layers]
+        owned = [layer.ownership for layer in engine.model.moe_layers()]
+        sums = [
+            torch.cat([_sum(parts, name) for name in SUMS] + [self._traffic(parts, ownership)])
+            for parts, ownership in zip(layers, owned, strict=True)
+        ]
         self.sums = torch.cat([*sums, squares.view(1), torch.full_like(squares, float(sent)).view(1)])
         self.maxima = [_largest(parts, name) for parts in layers for name in MAXIMA]
 
@@ -131,12 +136,13 @@ class Measurement(Unmeasured):
         ranks = self.engine.topology.ep
         return sums, [[int(rows) for rows in islice(numbers, ranks)] for _ in range(ranks)]
 
-    def _traffic(self, parts: Sequence[LayerStats]) -> Tensor:
-        """float64 [EP * EP], zero but for this rank's row: what it sent, from what was kept. Slots that stayed empty do not count."""
+    def _traffic(self, parts: Sequence[LayerStats], ownership: Ownership) -> Tensor:
+        """float64 [EP * EP], zero but for this rank's row: what it sent, from what was kept. Slots that stayed empty do not count, nor
+        do experts of zero cost."""
         topology = self.engine.topology
         kept_E = torch.stack([part.kept_E for part in parts]).sum(0).double()
         sent = kept_E.new_zeros(topology.ep, topology.ep)
-        sent[topology.ep_rank] = kept_E.view(topology.ep, -1).sum(1)
+        sent[topology.ep_rank] = ownership.of_each_rank(kept_E)
         return sent.flatten()
 
     @property

@@ -9,12 +9,12 @@ from dmoe.config.schema import OptimConfig
 
 __all__ = ["build"]
 
-NO_DECAY = ("norm", "embedding", "router")
+NO_DECAY = ("norm", "embedding", "router", "constant")
 
 
 def build(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Matrices decay; vectors, norms, embeddings and routers do not. Fused: one kernel for all tensors of a group, so what FSDP2
-    shards over different ranks makes groups of its own."""
+    """Matrices decay; vectors, norms, embeddings, routers and constant experts do not. Fused: one kernel for all tensors of a group,
+    so what FSDP2 shards over different ranks makes groups of its own."""
     by_kind: dict[tuple[object, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -42,6 +42,8 @@ class LayerTotals:
     total_weight: float
     lost_tokens: int
     slots: int
+    free: int = 0
+    """The last so many experts cost nothing and have no slots."""
 
     @property
     def drop_rate(self) -> float:
@@ -55,7 +57,7 @@ class LayerTotals:
     @property
     def padding_waste(self) -> float:
         """Share of the capacity's slots that no token used; 0 when dropless."""
-        return 1.0 - sum(self.kept) / self.slots if self.slots else 0.0
+        return 1.0 - sum(self.kept[: len(self.kept) - self.free]) / self.slots if self.slots else 0.0
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def unpack(numbers: list[float], like: LMOutput) -> StepTotals:
                 total_weight=own[-3],
                 lost_tokens=int(own[-2]),
                 slots=round(own[-1]),
+                free=layer.free,
             )
         )
     requests = Requests(*(number > 0 for number in numbers[4:HEAD]))

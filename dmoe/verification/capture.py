@@ -7,6 +7,7 @@ decisions were made from: `score/s/a/l` and the others of `decisions.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -15,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dmoe.data import open_data
-from dmoe.distributed.parallelize import expert_parameters
-from dmoe.distributed.whole import gathered
+from dmoe.distributed.parallelize import expert_homes, expert_parameters
+from dmoe.distributed.whole import from_home, gathered
 from dmoe.training.batches import Batch, training_batches
 from dmoe.training.engine import Engine
 from dmoe.training.schedule import learning_rate
@@ -71,23 +72,31 @@ def state_arrays(engine: Engine) -> Capture:
     """Weights, Adam's moments and step counts, and the routers' biases, whole, by name."""
     arrays = {f"model.{name}": array for name, array in _weights(engine).items()}
     named, experts = dict(engine.model.named_parameters()), set(expert_parameters(engine.model))
+    homes, topology = expert_homes(engine.model), engine.topology
     for moment in ("exp_avg", "exp_avg_sq"):
         values = {n: engine.optimizer.state[p][moment] for n, p in named.items() if moment in engine.optimizer.state.get(p, {})}
-        arrays |= {f"{moment}.{name}": _array(v) for name, v in gathered(values, experts, engine.topology).items()}
+        arrays |= {f"{moment}.{name}": _array(v) for name, v in gathered(values, experts, topology, homes).items()}
     buffers = engine.model.named_buffers()
     steps = {n: engine.optimizer.state[p]["step"] for n, p in named.items() if "step" in engine.optimizer.state.get(p, {})}
+    if steps:  # all of them, or none
+        count = {name: replace(home, dtype=torch.float32) for name, home in homes.items()}
+        steps |= {name: from_home(steps.get(name), home, topology, ()) for name, home in count.items()}
     arrays |= {f"buffer.{name}": _array(value) for name, value in buffers}
     return arrays | {f"step.{name}": _array(value) for name, value in steps.items()}
 
 
 def _weights(engine: Engine) -> Capture:
     values = dict(engine.model.named_parameters())
-    return {n: _array(v) for n, v in gathered(values, set(expert_parameters(engine.model)), engine.topology).items()}
+    return {n: _array(v) for n, v in _gathered(values, engine).items()}
 
 
 def _gradients(engine: Engine) -> Capture:
     values = {name: p.grad for name, p in engine.model.named_parameters() if p.grad is not None}
-    return {n: _array(v) for n, v in gathered(values, set(expert_parameters(engine.model)), engine.topology).items()}
+    return {n: _array(v) for n, v in _gathered(values, engine).items()}
+
+
+def _gathered(values: Mapping[str, Tensor], engine: Engine) -> dict[str, Tensor]:
+    return gathered(values, set(expert_parameters(engine.model)), engine.topology, expert_homes(engine.model))
 
 
 def _routing(engine: Engine, batches: list[Batch], step: int, scores: bool) -> Capture:

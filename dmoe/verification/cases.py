@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from dmoe.config.check import check, moe_blocks
+from dmoe.config.check import can_share, check, moe_blocks
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import Config
 
@@ -88,4 +88,4 @@ def _of_world(config: Config, world: int, groups: int, exchanges: list[Exchange]
 
 
 def _shards(config: Config, ep: int) -> bool:
-    return bool(moe_blocks(config)) and config.moe.num_experts % ep == 0
+    return bool(moe_blocks(config)) and can_share(config, ep)

@@ -98,7 +98,7 @@ def _pairs(prefix: str, mine: Capture, truth: Capture) -> list[tuple[str, Array,
 
 
 def _by_expert(name: str, mine: Array, truth: Array) -> list[tuple[str, Array, Array]]:
-    if mine.shape != truth.shape:
+    if mine.shape != truth.shape or truth.ndim < 3:  # a matrix of one expert is a tensor of its own
         return [(name, mine, truth)]
     return [(f"{name} of expert {e}", mine[e], truth[e]) for e in range(len(truth))]
 

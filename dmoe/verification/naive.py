@@ -13,12 +13,12 @@ from dataclasses import replace
 from types import MethodType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmoe.moe.layer import MoE, MoEOutput
 from dmoe.moe.routing import Routing, TokenContext
 from dmoe.moe.stats import LayerStats
+from dmoe.verification import naive_experts
 from dmoe.verification.naive_losses import auxiliary
 from dmoe.verification.naive_queue import Choices, keep
 from dmoe.verification.naive_routing import decide
@@ -41,10 +41,12 @@ def forward(layer: MoE, x: Tensor, context: TokenContext) -> MoEOutput:
     decision = decide(layer, x_TD, context)
     kept = keep(layer, decision, sequences)
     weight_TE = combine_weights(layer, decision.weight_TE, kept.mask(decision.score_TE))
-    y_TM = sum((weight_TE[:, e : e + 1] * expert(layer, e, x_TD) for e in range(layer.num_experts)), torch.zeros(()))
+    y_TM = sum(
+        (weight_TE[:, e : e + 1] * naive_experts.output(layer, e, x_TD) for e in range(layer.num_experts)), torch.zeros(())
+    )
     assert isinstance(y_TM, Tensor)
     if layer.shared is not None:
-        y_TM = y_TM + layer.shared.w_out(activation(layer.shared.kind, layer.shared.w_in(x_TD)))
+        y_TM = y_TM + layer.shared.w_out(naive_experts.activation(layer.shared.kind, layer.shared.w_in(x_TD)))
     aux = auxiliary(layer, decision, context)
     return MoEOutput(y_TM.view(*x.shape[:-1], -1), aux, statistics(layer, decision, kept), as_routing(decision, kept))
 
@@ -60,20 +62,6 @@ def combine_weights(layer: MoE, weight_TE: Tensor, kept_TE: Tensor) -> Tensor:
 def kept_queue(layer: MoE) -> bool:
     """Whether a capacity is in force."""
     return (layer.capacity.factor if layer.training else layer.capacity.eval_factor) is not None
-
-
-def expert(layer: MoE, e: int, x_TD: Tensor) -> Tensor:
-    return activation(layer.experts.kind, x_TD @ layer.experts.w_in[e]) @ layer.experts.w_out[e]
-
-
-def activation(kind: str, hidden: Tensor) -> Tensor:
-    if kind == "relu":
-        return hidden.clamp(min=0)
-    if kind == "gelu":
-        return F.gelu(hidden)
-    half = hidden.shape[-1] // 2
-    gate, up = hidden[..., :half], hidden[..., half:]
-    return (gate * torch.sigmoid(gate) if kind == "swiglu" else F.gelu(gate)) * up
 
 
 def statistics(layer: MoE, decision: Choices, kept: Choices) -> LayerStats:

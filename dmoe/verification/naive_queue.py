@@ -46,7 +46,9 @@ def keep(layer: MoE, decision: Choices, sequences: int) -> Choices:
     for g in range(groups):
         for t, e in _serve(layer, decision, range(g * tokens // groups, (g + 1) * tokens // groups), capacity):
             kept[t].append(e)
-    return replace(decision, experts_T=kept, slots=float(capacity * groups * layer.num_experts))
+    for t, chosen in enumerate(decision.experts_T):  # who chose an expert that costs nothing stands in no line
+        kept[t] += [e for e in chosen if e >= layer.experts.num_experts]
+    return replace(decision, experts_T=kept, slots=float(capacity * groups * layer.experts.num_experts))
 
 
 def slots(layer: MoE, tokens: int, sequences: int, otherwise: float | None = None) -> tuple[int, int]:
@@ -63,6 +65,7 @@ def _serve(layer: MoE, decision: Choices, tokens: range, capacity: int) -> list[
     """(token, expert) of every choice that is served, first comers first; then, once, the overflow at its next choice."""
     longest = max((len(decision.experts_T[t]) for t in tokens), default=0)
     line = [(t, k, decision.experts_T[t][k]) for k in range(longest) for t in tokens if k < len(decision.experts_T[t])]
+    line = [(t, k, e) for t, k, e in line if e < layer.experts.num_experts]
     taken, served = dict[int, int](), list[tuple[int, int]]()
     overflow = list[tuple[int, int]]()
     for t, k, e in _sorted(layer, decision, line):

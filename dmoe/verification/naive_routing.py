@@ -19,6 +19,7 @@ from dmoe.moe.layer import MoE
 from dmoe.moe.routers.hashed import hash_reference
 from dmoe.moe.routers.noise import keyed_noise
 from dmoe.moe.routing import TokenContext
+from dmoe.verification.naive_experts import work
 from dmoe.verification.naive_queue import Choices, slots
 
 __all__ = ["choose", "decide"]
@@ -61,6 +62,8 @@ def _logits(layer: MoE, x_TD: Tensor, context: TokenContext) -> tuple[Tensor, Te
     if layer.training and config.jitter:
         uniform_TD = keyed_noise(torch.rand, "jitter", x_TD, x_TD.shape[1], layer.layer, context)
         x_TD = x_TD * (1 - config.jitter + 2 * config.jitter * uniform_TD)
+    if config.kind == "budget" and config.per == "sequence":
+        x_TD = _means(x_TD, context)
     clean_TE = x_TD @ router.get_parameter("weight").t()
     if config.kind != "noisy":
         return clean_TE, torch.zeros_like(clean_TE), clean_TE
@@ -72,6 +75,16 @@ def _logits(layer: MoE, x_TD: Tensor, context: TokenContext) -> tuple[Tensor, Te
         std_TE,
         clean_TE + std_TE * keyed_noise(torch.randn, "noise", clean_TE, layer.num_experts, layer.layer, context),
     )
+
+
+def _means(x_TD: Tensor, context: TokenContext) -> Tensor:
+    """Every token replaced by the mean of its sequence's real tokens."""
+    rows, size = list[Tensor](), len(x_TD) // context.sequences
+    for t in range(len(x_TD)):
+        own = range(t // size * size, (t // size + 1) * size)
+        real = [u for u in own if context.valid_T is None or bool(context.valid_T[u])]
+        rows.append(torch.stack([x_TD[u] for u in real]).mean(0) if real else torch.zeros_like(x_TD[t]))
+    return torch.stack(rows)
 
 
 def _tokens_choose(
@@ -88,10 +101,23 @@ def _tokens_choose(
         best = sorted(range(config.groups), key=lambda g: (-strength[g], g))[: config.topk_groups]
         order = [e for e in order if e // size in best]
     k = layer.top_k
+    if config.kind == "budget":
+        return _within_budget(layer, scores, order[:k], rounded), []
     if config.kind == "adaptive":
         enough = rounded(config.top_p)
         k = next((n for n in range(config.k_min, k) if rounded(sum(scores[e] for e in order[:n])) >= enough), k)
     return order[:k], order[k:]
+
+
+def _within_budget(layer: MoE, scores: list[float], order: list[int], rounded: Callable[[float], float]) -> list[int]:
+    """Heaviest first, whoever weighs enough and can still be paid. A budget, being a decimal fraction, may be missed by a 10^-9th."""
+    price, spent, taken = work(layer), 0, list[int]()
+    purse = layer.router.config.budget * sum(price) * (1 + 1e-9)
+    for e in order:
+        if scores[e] > rounded(layer.router.config.min_weight) and spent + price[e] <= purse:
+            taken.append(e)
+            spent += price[e]
+    return taken
 
 
 def _experts_choose(layer: MoE, score_TE: Tensor, valid: list[bool], sequences: int) -> list[list[int]]:

@@ -12,7 +12,7 @@ from dmoe.config.schema import Config, ModelConfig, MoEConfig
 
 __all__ = ["prepare", "shrink"]
 
-DIM, HEADS, EXPERT_DIM, MOST_EXPERTS, SEQ_LEN = 32, 4, 24, 16, 16
+DIM, HEADS, EXPERT_DIM, MOST_EXPERTS, MOST_ZERO_COST, SEQ_LEN = 32, 4, 24, 16, 2, 16
 ACCUMULATION = 3  # more than one earlier step, so that their sum is not the last of them
 MICRO_BATCH = 2  # sequences and groups must not be the same thing
 
@@ -66,18 +66,28 @@ def _model(model: ModelConfig) -> ModelConfig:
 
 def _moe(moe: MoEConfig) -> MoEConfig:
     experts = moe.num_experts if moe.num_experts <= MOST_EXPERTS else MOST_EXPERTS
+    zero_cost = sum(min(number, MOST_ZERO_COST) for number in (moe.experts.zero, moe.experts.copy, moe.experts.constant))
     router = moe.router
     if router.groups > 1 and experts != moe.num_experts:
         groups = min(router.groups, 4)
         router = replace(router, groups=groups, topk_groups=max(1, min(router.topk_groups, groups // 2)))
     most = experts if router.groups == 1 else experts // router.groups * router.topk_groups
-    top_k = moe.top_k if experts == moe.num_experts else max(2, min(moe.top_k, most // 2)) if moe.top_k > 1 else 1
+    top_k = min(moe.top_k, experts + zero_cost)
+    if experts != moe.num_experts:
+        top_k = max(2, min(moe.top_k, most // 2)) if moe.top_k > 1 else 1
     shared_dim = None if moe.experts.shared_dim is None else EXPERT_DIM
+    widest = max([width for shape in moe.experts.shapes for width in shape], default=EXPERT_DIM)
+    shapes = [[max(2, width * EXPERT_DIM // max(EXPERT_DIM, widest)) for width in shape] for shape in moe.experts.shapes]
     return replace(
         moe,
         num_experts=experts,
         top_k=top_k,
         expert_dim=EXPERT_DIM,
         router=replace(router, k_min=min(router.k_min, top_k)),
-        experts=replace(moe.experts, shared_dim=shared_dim),
+        experts=replace(
+            moe.experts,
+            shared_dim=shared_dim,
+            shapes=shapes[:experts],
+            **{name: min(getattr(moe.experts, name), MOST_ZERO_COST) for name in ("zero", "copy", "constant")},
+        ),
     )

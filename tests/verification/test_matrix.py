@@ -10,7 +10,7 @@ from dmoe.config.load import load
 from dmoe.verification.verify import verify
 from tests.verification.test_verify import lines
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 ROUTERS = {
     "softmax": [],
     "sigmoid": ["moe.router.score=sigmoid", "moe.router.scale=2.5", "moe.balance.bias=0.01"],
@@ -28,6 +28,7 @@ ROUTERS = {
     "fixed": ["moe.router.kind=fixed"],
     "hash": ["moe.router.kind=hash"],
     "soft": ["moe.router.kind=soft", "moe.top_k=8"],
+    "budget": ["moe.router.kind=budget", "moe.top_k=8", "moe.router.renormalize=false", "moe.router.budget=0.4"],
     "expert_choice": ["moe.router.kind=expert_choice", "moe.router.allow_future_leak=true"],
 }
 CAPACITIES = {

@@ -1,13 +1,14 @@
 """Values that do not fit together, refused before torch starts. Each rule names the field, what is allowed, and the fix.
 
-ranges: each value by itself. model, router, moe, parallel, run: values together. size: what a machine can hold.
+ranges: each value by itself. model, router, experts, moe, parallel, run: values together. size: what a machine can hold.
 """
 
 from __future__ import annotations
 
+from dmoe.config.check.experts import check_shapes, check_zero_cost
 from dmoe.config.check.model import check_model, head_dim, moe_blocks
 from dmoe.config.check.moe import check_moe
-from dmoe.config.check.parallel import Batching, batching, check_world, expert_parallel
+from dmoe.config.check.parallel import Batching, batching, can_share, check_world, expert_parallel
 from dmoe.config.check.ranges import check_ranges
 from dmoe.config.check.router import READ_BY, WITHOUT_ORDER, check_router
 from dmoe.config.check.run import check_run
@@ -20,9 +21,12 @@ __all__ = [
     "WITHOUT_ORDER",
     "Batching",
     "batching",
+    "can_share",
     "check",
     "check_memory",
     "check_router",
+    "check_shapes",
+    "check_zero_cost",
     "expert_parallel",
     "head_dim",
     "moe_blocks",

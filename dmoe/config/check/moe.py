@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from dmoe.config.check.experts import check_experts
 from dmoe.config.check.router import WITHOUT_ORDER, check_router
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import Config
+from dmoe.config.shapes import all_choices
 
 __all__ = ["check_moe"]
 
 
 def check_moe(config: Config) -> None:
-    moe = config.moe
-    if moe.top_k > moe.num_experts:
-        raise ConfigError(
-            "moe.top_k", moe.top_k, f"must be at most moe.num_experts={moe.num_experts}", f"use {moe.num_experts} or less"
-        )
-    check_router(moe.router, moe.num_experts, moe.top_k)
+    moe, choices = config.moe, all_choices(config.moe)
+    if moe.top_k > choices:
+        what = f"moe.num_experts={choices}" if choices == moe.num_experts else f"the {choices} experts, zero-cost ones included"
+        raise ConfigError("moe.top_k", moe.top_k, f"must be at most {what}", f"use {choices} or less")
+    check_router(moe.router, choices, moe.top_k)
+    check_experts(config)
     _router_in_model(config)
     if moe.exchange == "padded" and moe.capacity.factor is None:
         raise ConfigError(
@@ -35,6 +37,11 @@ def _router_in_model(config: Config) -> None:
             raise ConfigError("moe.router.kind", router.kind, allowed, fix)
         if limits.group == "global":
             raise ConfigError("moe.capacity.group", "global", "expert_choice cannot compare tokens of all ranks", "use rank")
+    if router.kind == "budget" and router.per == "sequence" and not router.allow_future_leak:
+        allowed = "routes a token by the mean over its whole sequence, later tokens included, which a causal model must not"
+        raise ConfigError(
+            "moe.router.per", "sequence", allowed, "use token, or accept it with moe.router.allow_future_leak=true"
+        )
     for field in ("factor", "eval_factor"):
         factor = getattr(limits, field)
         if router.kind == "soft" and factor is not None and factor < 1:
@@ -45,6 +52,9 @@ def _router_in_model(config: Config) -> None:
 def _capacity(config: Config) -> None:
     moe, capacity = config.moe, config.moe.capacity
     field, fewest = ("router.k_min", moe.router.k_min) if moe.router.kind == "adaptive" else ("top_k", moe.top_k)
+    if capacity.renormalize and moe.router.kind == "budget":
+        allowed = "with moe.router.kind=budget makes the weight of an expert that is alone 1 and starves the router of gradient"
+        raise ConfigError("moe.capacity.renormalize", True, allowed, "set it to false")
     if capacity.renormalize and fewest == 1 and moe.router.kind not in WITHOUT_ORDER:
         allowed = f"with moe.{field}=1 makes the weight of an expert that is alone 1 and starves the router of gradient"
         raise ConfigError("moe.capacity.renormalize", True, allowed, "set it to false")
@@ -58,6 +68,9 @@ def _capacity(config: Config) -> None:
         raise ConfigError(
             "moe.capacity.overflow", "next_choice", f"needs a next expert, which router {moe.router.kind} has not", "use drop"
         )
+    if moe.router.kind == "budget":
+        allowed = "needs a next expert, and which one a budget affords depends on what was dropped"
+        raise ConfigError("moe.capacity.overflow", "next_choice", allowed, "use drop")
     if moe.top_k == moe.num_experts and moe.router.kind != "adaptive":
         raise ConfigError(
             "moe.capacity.overflow", "next_choice", "needs a next expert, but moe.top_k chooses all of them", "use drop"

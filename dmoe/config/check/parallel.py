@@ -12,7 +12,7 @@ from dmoe.config.check.model import moe_blocks
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import Config
 
-__all__ = ["Batching", "batching", "check_world", "expert_parallel"]
+__all__ = ["Batching", "batching", "can_share", "check_world", "expert_parallel"]
 
 LARGEST_WORLD = 1 << 20
 """Ten times the largest job anyone has run; beyond it the number is a slip, and what divides it would take minutes to list."""
@@ -33,18 +33,28 @@ def check_world(world: int) -> None:
         raise ConfigError("world", world, f"must be a number of ranks from 1 to {LARGEST_WORLD}", "start fewer ranks")
 
 
+def can_share(config: Config, ep: int) -> bool:
+    """Whether so many ranks can share one copy of the experts: uniform ones in equal numbers, those of different shape at least one
+    each (which rank has which: moe/ownership.py)."""
+    experts = config.moe.num_experts
+    return ep <= experts if config.moe.experts.shapes else experts % ep == 0
+
+
 def expert_parallel(config: Config, world: int) -> int:
-    """EP: the number given, or for `auto` the largest one that divides both the world and the number of experts."""
+    """EP: the number given, or for `auto` the largest one that divides the world and that the experts can be shared by."""
     ep, experts = config.parallel.ep, config.moe.num_experts
+    most = min(world, experts) if config.moe.experts.shapes else math.gcd(world, experts)
     if ep == "auto":
-        return math.gcd(world, experts) if moe_blocks(config) else 1
+        return max(n for n in range(1, most + 1) if world % n == 0 and can_share(config, n)) if moe_blocks(config) else 1
     if not isinstance(ep, int) or ep < 1:
         raise ConfigError("parallel.ep", ep, "must be auto or a number of ranks from 1 up", "use parallel.ep=auto")
-    common = math.gcd(world, experts)
-    fits = [n for n in range(1, common + 1) if common % n == 0]
+    fits = [n for n in range(1, most + 1) if world % n == 0 and can_share(config, n)]
     if world % ep:
         raise ConfigError("parallel.ep", ep, f"must divide the world of {world} ranks", f"use one of {fits}")
-    if experts % ep:
+    if config.moe.experts.shapes and ep > experts:
+        allowed = f"leaves some of the parallel.ep={ep} ranks without an expert"
+        raise ConfigError("moe.num_experts", experts, allowed, f"use parallel.ep from {fits}")
+    if not can_share(config, ep):
         raise ConfigError("moe.num_experts", experts, f"must be divisible by parallel.ep={ep}", f"use parallel.ep from {fits}")
     return ep
 

@@ -19,6 +19,7 @@ AT_LEAST_ONE = (
 NOT_NEGATIVE = (
     "model.moe_every model.dense_first moe.experts.shared moe.balance.switch moe.balance.z moe.balance.importance "
     "moe.balance.load moe.balance.usage_std moe.balance.bias train.eval_every train.sample_tokens "
+    "moe.experts.zero moe.experts.copy moe.experts.constant "
     "optim.warmup optim.weight_decay checkpoint.every train.seed optim.min_lr_ratio optim.decay_fraction"
 )
 POSITIVE = (
@@ -42,6 +43,9 @@ AT_MOST = {
     "moe.expert_dim": 1 << 24,
     "moe.experts.shared": 1 << 16,
     "moe.experts.shared_dim": 1 << 24,
+    "moe.experts.zero": 1 << 16,
+    "moe.experts.copy": 1 << 16,
+    "moe.experts.constant": 1 << 16,
     "parallel.ep": 1 << 20,
     "parallel.virtual_ranks": 1 << 16,
     "data.seq_len": 1 << 27,

@@ -15,12 +15,15 @@ WITHOUT_ORDER = ("fixed", "hash", "soft", "expert_choice")
 READ_BY = {
     "score": ("top_k", "group_limited"),
     "weights_from": ("top_k", "group_limited", "adaptive"),
-    "jitter": ("top_k", "noisy", "group_limited", "adaptive", "soft", "expert_choice"),
+    "jitter": ("top_k", "noisy", "group_limited", "adaptive", "soft", "expert_choice", "budget"),
     "groups": ("group_limited",),
     "topk_groups": ("group_limited",),
     "top_p": ("adaptive",),
     "k_min": ("adaptive",),
-    "allow_future_leak": ("expert_choice",),
+    "min_weight": ("budget",),
+    "budget": ("budget",),
+    "per": ("budget",),
+    "allow_future_leak": ("expert_choice", "budget"),
 }
 """Fields that only some kinds read. Not renormalize: who comes from top_k=1 has it at false, which is harmless everywhere."""
 
@@ -38,6 +41,8 @@ def check_router(router: RouterConfig, num_experts: int, top_k: int) -> None:
         _groups(router, num_experts, top_k)
     elif router.kind == "adaptive":
         _adaptive(router, top_k)
+    elif router.kind == "budget":
+        _budget(router)
     elif router.kind == "soft" and top_k != num_experts:
         allowed = f"must be moe.num_experts={num_experts} for moe.router.kind=soft, which sends a token to every expert"
         raise ConfigError("moe.top_k", top_k, allowed, f"use {num_experts}")
@@ -79,3 +84,13 @@ def _adaptive(router: RouterConfig, top_k: int) -> None:
     for field, chosen, fix in (("renormalize", True, "false"), ("weights_from", "chosen", "all")):
         if router.k_min == 1 and getattr(router, field) == chosen:
             raise ConfigError(f"moe.router.{field}", chosen, allowed, f"set it to {fix}, or moe.router.k_min=2")
+
+
+def _budget(router: RouterConfig) -> None:
+    if router.renormalize:
+        allowed = "with moe.router.kind=budget gives a token of one expert weight 1, from which its router learns nothing"
+        raise ConfigError("moe.router.renormalize", True, allowed, "set it to false")
+    if not 0 < router.budget <= 1:
+        raise ConfigError("moe.router.budget", router.budget, "must be greater than 0 and at most 1", "use 1.0 for no limit")
+    if not 0 <= router.min_weight < 1:
+        raise ConfigError("moe.router.min_weight", router.min_weight, "must be at least 0 and less than 1", "use 0.1")

@@ -12,6 +12,7 @@ from dmoe.config.check.model import head_dim, moe_blocks
 from dmoe.config.check.parallel import expert_parallel
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import Config
+from dmoe.config.shapes import GATED, multiply_adds
 
 __all__ = ["check_memory", "check_size"]
 
@@ -67,10 +68,14 @@ def check_memory(config: Config, world: int, local: int, memory: int) -> None:
 def _size(config: Config) -> Size:
     model, moe = config.model, config.moe
     mixtures = len(moe_blocks(config))
-    matrices = 3 if moe.experts.kind in ("swiglu", "geglu") else 2
+    matrices = 3 if moe.experts.kind in GATED else 2
     attention = model.dim * head_dim(config) * 2 * (model.heads + (model.kv_heads or model.heads))
     shared = moe.experts.shared * (moe.experts.shared_dim or moe.expert_dim)
     active = moe.top_k * moe.expert_dim + shared
     widths = (model.layers - mixtures) * (model.dense_dim or active) + mixtures * shared
     dense = model.layers * attention + matrices * model.dim * widths
-    return Size(dense, mixtures * moe.num_experts * matrices * model.dim * moe.expert_dim)
+    if not moe.experts.shapes:
+        return Size(dense, mixtures * moe.num_experts * matrices * model.dim * moe.expert_dim)
+    return Size(
+        dense, mixtures * sum(multiply_adds(shape, model.dim, model.dim, moe.experts.kind) for shape in moe.experts.shapes)
+    )

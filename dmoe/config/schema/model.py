@@ -45,7 +45,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class RouterConfig:
-    kind: Literal["top_k", "noisy", "group_limited", "adaptive", "fixed", "hash", "soft", "expert_choice"] = "top_k"
+    kind: Literal["top_k", "noisy", "group_limited", "adaptive", "fixed", "hash", "soft", "expert_choice", "budget"] = "top_k"
     """How a token's experts are chosen; one file each in dmoe/moe/routers."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     """What turns logits into scores: softmax (Switch, Mixtral, OLMoE, Qwen) or sigmoid (DeepSeek-V3)."""
@@ -65,8 +65,16 @@ class RouterConfig:
     """adaptive: a token takes experts until their probabilities sum to this."""
     k_min: int = 1
     """adaptive: it takes at least so many, and at most moe.top_k."""
+    min_weight: float = 0.1
+    """budget: an expert is taken only if its weight is above this."""
+    budget: float = 1.0
+    """budget: multiply-adds a token may spend, as a share of those of all experts together; 1.0 lets everything run. A call may give
+    another: `layer(x, compute_budget=0.5)`."""
+    per: Literal["token", "sequence"] = "token"
+    """budget: the gating network reads each token, or the mean over its sequence, whose tokens then all go the same way."""
     allow_future_leak: bool = False
-    """expert_choice: accept that an expert's choice among a sequence's tokens looks at later ones, which a causal model must not."""
+    """expert_choice, and budget with per=sequence: accept that the choice for a token looks at later ones of its sequence, which a
+    causal model must not."""
 
 
 @dataclass(frozen=True)
@@ -116,16 +124,24 @@ class ExpertsConfig:
     """Shared experts that every token passes beside the routed ones (DeepSeekMoE)."""
     shared_dim: Optional[int] = None
     """Hidden width of one shared expert. Default: expert_dim."""
+    shapes: list[list[int]] = field(default_factory=list)
+    """Hidden widths of each expert, e.g. [[], [50], [64, 32]]; [] is one linear map. Default: all have one of expert_dim."""
+    zero: int = 0
+    """Zero-cost experts that return 0 (MoE++). They are chosen like any other, and computed where the token is."""
+    copy: int = 0
+    """Zero-cost experts that return their input."""
+    constant: int = 0
+    """Zero-cost experts that return a trainable vector, whatever their input."""
 
 
 @dataclass(frozen=True)
 class MoEConfig:
     num_experts: int = 8
-    """Routed experts E of one layer, over all ranks."""
+    """Routed experts E of one layer, over all ranks; those of zero cost are counted apart."""
     top_k: int = 2
-    """Experts a token goes to."""
+    """Experts a token goes to; adaptive and budget: at most."""
     expert_dim: int = 192
-    """Hidden width F of one expert."""
+    """Hidden width F of one expert, where experts.shapes does not say."""
     exchange: Literal["packed", "padded"] = "packed"
     """The all-to-all: packed sends exactly the rows there are (one host sync); padded sends fixed slots (none, needs a capacity)."""
     router: RouterConfig = field(default_factory=RouterConfig)

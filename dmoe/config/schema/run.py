@@ -16,7 +16,8 @@ __all__ = ["DataConfig", "OptimConfig", "ParallelConfig", "TrainConfig"]
 @dataclass(frozen=True)
 class ParallelConfig:
     ep: Union[int, str] = "auto"
-    """Ranks that share one copy of the experts; must divide the world and num_experts. auto: the largest number that does."""
+    """Ranks that share one copy of the experts; must divide the world and num_experts (experts of different shape: at most so many
+    ranks). auto: the largest number that does."""
     mode: Literal["ddp", "fsdp"] = "ddp"
     """ddp keeps a copy of everything but the experts on every rank; fsdp (FSDP2) shards it over all ranks, and the experts over
     their copies."""

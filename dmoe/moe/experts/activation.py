@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from dmoe.config.shapes import GATED
+
 __all__ = ["ACTIVATIONS", "GATED", "activate", "activate_backward", "swiglu", "swiglu_reference"]
 
 aten = torch.ops.aten
@@ -27,7 +29,6 @@ CURVES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]] = {
     "relu": (F.relu, lambda grad, x, *, grad_input: aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad_input)),
 }
 """Each kind's curve, and its derivative times a gradient, written into `grad_input`."""
-GATED = frozenset({"swiglu", "geglu"})
 
 
 def activate(kind: str, hidden_RH: Tensor) -> Tensor:

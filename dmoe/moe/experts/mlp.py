@@ -9,15 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmoe.config.shapes import GATED, matrices
 from dmoe.moe.dispatch import PerExpert
-from dmoe.moe.experts.activation import ACTIVATIONS, GATED
+from dmoe.moe.experts.activation import ACTIVATIONS
+from dmoe.moe.experts.base import Experts
 from dmoe.moe.experts.fused import feed_forward
 from dmoe.moe.keyed import normal_
+from dmoe.moe.ownership import Ownership, equal_runs
 
 __all__ = ["FeedForward", "MLPExperts"]
 
 
-class MLPExperts(nn.Module):
+class MLPExperts(Experts):
     """Expert e computes `activation(x @ w_in[e]) @ w_out[e]`; gated kinds split the middle in two. No biases: zero stays zero,
     so an empty slot contributes nothing, forward or backward.
 
@@ -26,14 +29,21 @@ class MLPExperts(nn.Module):
     """
 
     def __init__(self, kind: str, dim: int, expert_dim: int, num_experts: int, out_dim: int) -> None:
-        super().__init__()
-        self.kind, self.num_experts, self.first = kind, num_experts, 0
-        hidden = expert_dim * (2 if kind in GATED else 1)
-        self.w_in = nn.Parameter(torch.empty(num_experts, dim, hidden))
-        self.w_out = nn.Parameter(torch.empty(num_experts, expert_dim, out_dim))
+        one = matrices([expert_dim], dim, out_dim, kind)
+        super().__init__(kind, (one,) * num_experts)
+        self.first = 0
+        self.w_in = nn.Parameter(torch.empty(num_experts, *one[0]))
+        self.w_out = nn.Parameter(torch.empty(num_experts, *one[1]))
 
     def forward(self, rows_RD: Tensor, per_expert: PerExpert) -> Tensor:
         return feed_forward(self.kind, rows_RD, self.w_in.to(rows_RD.dtype), self.w_out.to(rows_RD.dtype), per_expert)
+
+    def ownership(self, ranks: int) -> Ownership:
+        return equal_runs(self.num_experts, ranks)
+
+    def keep(self, ownership: Ownership, rank: int) -> None:
+        owned = ownership.experts[rank]
+        self.shard(owned[0], len(owned))
 
     def shard(self, first: int, count: int) -> None:
         """Keep only the global experts `first .. first+count-1`."""

@@ -1,6 +1,6 @@
 """One router a file; `build` is the registry.
 
-learned:     top_k, noisy, group_limited, adaptive, soft, expert_choice (shared: learned.py, spare.py, noise.py)
+learned:     top_k, noisy, group_limited, adaptive, soft, expert_choice, budget (shared: learned.py, spare.py, noise.py)
 unlearned:   fixed, hashed (shared: unlearned.py)
 """
 
@@ -10,6 +10,7 @@ from dmoe.config.check import check_router
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.routers.adaptive import AdaptiveRouter
 from dmoe.moe.routers.base import RouterModule
+from dmoe.moe.routers.budget import BudgetRouter
 from dmoe.moe.routers.expert_choice import ExpertChoiceRouter
 from dmoe.moe.routers.fixed import FixedRouter
 from dmoe.moe.routers.group_limited import GroupLimitedRouter
@@ -28,6 +29,7 @@ LEARNED: dict[str, type[LearnedRouter]] = {
     "adaptive": AdaptiveRouter,
     "soft": SoftRouter,
     "expert_choice": ExpertChoiceRouter,
+    "budget": BudgetRouter,
 }
 UNLEARNED: dict[str, type[RouterModule]] = {"fixed": FixedRouter, "hash": HashRouter}
 

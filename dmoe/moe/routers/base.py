@@ -5,6 +5,8 @@ Letters: T tokens, D width, E experts, K experts a token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,9 @@ class RouterModule(nn.Module):
 
     def initialize(self, seed: int, layer: int, std: float) -> None:
         """Draw the weights anew; a router without parameters has nothing to draw."""
+
+    def price(self, work: Sequence[int]) -> None:
+        """What a row costs with each expert, in multiply-adds. Only a router with a budget asks."""
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
         raise NotImplementedError

@@ -6,6 +6,7 @@ Letters: T_g tokens of a group, E experts, K experts a token, G groups of one fo
 from __future__ import annotations
 
 from dmoe.config.schema import MoEConfig
+from dmoe.config.shapes import all_choices
 from dmoe.training.explanation.section import Section, count
 from dmoe.training.explanation.setting import Setting
 
@@ -34,7 +35,7 @@ def describe(setting: Setting) -> Section | None:
             ]
         return Section("capacity", "Capacity", words, {"factor": None, "slots": None})
     tokens = group_tokens(setting)
-    fair = moe.top_k * tokens / moe.num_experts
+    fair = moe.top_k * tokens / all_choices(moe)
     total = slots.capacity * slots.groups * moe.num_experts
     words = [
         f"Group: {GROUP[limits.group]}; {count(slots.groups, 'group')} of {count(tokens, 'token')} "
@@ -66,7 +67,7 @@ def group_tokens(setting: Setting) -> int:
 
 def _formula(moe: MoEConfig, tokens: int) -> str:
     limits = moe.capacity
-    wanted = f"ceil({limits.factor:g} x {moe.top_k} x {tokens} / {moe.num_experts})"
+    wanted = f"ceil({limits.factor:g} x {moe.top_k} x {tokens} / {all_choices(moe)})"
     return f"{wanted}, at least {limits.min_capacity} and at most {tokens}"
 
 

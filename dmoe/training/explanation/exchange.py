@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dmoe.config.shapes import all_choices
 from dmoe.training.explanation.section import Section, count, size_of
 from dmoe.training.explanation.setting import Setting
 
@@ -25,6 +26,7 @@ def describe(setting: Setting) -> Section | None:
         numbers: dict[str, Any] = {"kind": kind, "bytes_forward": 0, "collectives_forward": 0, "collectives_backward": 0}
         return Section("exchange", "Exchange", words, numbers)
     forward, backward, syncs = COLLECTIVES[kind]
+    syncs += kind == "packed" and bool(setting.config.moe.experts.shapes)  # where the rows of a class begin
     rows = rows_out(setting)
     size = rows * setting.config.model.dim * setting.itemsize
     layers = len(setting.model.moe_layers())
@@ -59,12 +61,13 @@ def rows_out(setting: Setting) -> float:
     """Rows that leave one rank in one all-to-all: exact if padded; if packed, the expectation where every expert is chosen equally."""
     moe, slots = setting.config.moe, setting.slots()
     most = setting.tokens  # of a group that is spread over the ranks, one rank cannot fill more
-    offered = None if slots.capacity is None else moe.num_experts * slots.groups * min(slots.capacity, most)
+    offered = None if slots.capacity is None else setting.places * slots.groups * min(slots.capacity, most)
     if moe.exchange == "padded":
         assert offered is not None
-        rows = offered
+        rows: float = offered
     else:
-        rows = setting.tokens * moe.top_k if offered is None else min(setting.tokens * moe.top_k, offered)
+        chosen = setting.tokens * moe.top_k * moe.num_experts / all_choices(moe)  # those of zero cost stay at home
+        rows = chosen if offered is None else min(chosen, offered)
     return rows * (setting.ep - 1) / setting.ep
 
 
@@ -81,7 +84,7 @@ def _counts(kind: str) -> str:
 def _expected(setting: Setting) -> str:
     if setting.config.moe.exchange == "padded":
         return ", always"
-    if setting.config.moe.router.kind == "adaptive":
+    if setting.config.moe.router.kind in ("adaptive", "budget"):
         return " if every token takes the most experts it may, chosen equally often"
     return " if the experts are chosen equally often"
 

@@ -5,7 +5,10 @@ Letters: E experts, K experts a token.
 
 from __future__ import annotations
 
+from typing import Any
+
 from dmoe.config.schema import MoEConfig, RouterConfig
+from dmoe.config.shapes import all_choices
 from dmoe.training.explanation.section import Section
 from dmoe.training.explanation.setting import Setting
 
@@ -23,17 +26,19 @@ def describe(setting: Setting) -> Section | None:
     if router.kind not in UNSCORED:
         words.insert(0, _score(moe))
     words += _noise(router)
-    numbers = {"kind": router.kind, "num_experts": moe.num_experts, "top_k": moe.top_k, "scale": router.scale}
+    numbers: dict[str, Any] = {"kind": router.kind, "num_experts": moe.num_experts, "top_k": moe.top_k, "scale": router.scale}
     if router.kind == "group_limited":
         numbers |= {"groups": router.groups, "topk_groups": router.topk_groups}
     if router.kind == "adaptive":
         numbers |= {"top_p": router.top_p, "k_min": router.k_min, "k_max": moe.top_k}
+    if router.kind == "budget":
+        numbers |= {"min_weight": router.min_weight, "budget": router.budget, "per": router.per}
     return Section("routing", "Routing", words, numbers)
 
 
 def _score(moe: MoEConfig) -> str:
     function = "softmax of the logits over all" if moe.router.score == "softmax" else "sigmoid of the logit of each of"
-    return f"Score: {function} {moe.num_experts} experts, in float32 whatever the precision of the model."
+    return f"Score: {function} {all_choices(moe)} experts, in float32 whatever the precision of the model."
 
 
 def _choice(moe: MoEConfig) -> str:
@@ -48,6 +53,9 @@ def _choice(moe: MoEConfig) -> str:
         f"group's score is the sum of its two largest; among the best {router.topk_groups} groups, {best}; {ties}.",
         "adaptive": f"Choice: by descending score, as many experts as it takes for their probabilities to reach {router.top_p:g}, at "
         f"least {router.k_min} and at most {k}; {ties}.",
+        "budget": f"Choice: by descending {ranked}, of the best {k} each expert whose score is above {router.min_weight:g} and whose "
+        f"cost fits what is left of a budget of {router.budget:g} times the cost of all experts; one that does not fit is passed over"
+        f"{'' if router.per == 'token' else '; the scores are those of the mean over the sequence, for all of its tokens'}; {ties}.",
         "fixed": f"Choice: experts (label x {k} + 0 .. {k - 1}) mod {moe.num_experts} by the label that comes with each token (task, "
         "language or domain); nothing is learned.",
         "hash": f"Choice: {k} distinct experts by a hash of the token's id and the layer; nothing is learned, and the same token "

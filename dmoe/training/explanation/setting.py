@@ -14,7 +14,6 @@ import torch
 from dmoe.config.check import Batching, batching, check, expert_parallel
 from dmoe.config.schema import Config
 from dmoe.data import open_tokenizer
-from dmoe.distributed.topology import Topology
 from dmoe.models.transformer import Transformer
 from dmoe.moe.layer import MoE
 from dmoe.moe.peers import Alone
@@ -70,8 +69,17 @@ class Setting:
         """Bytes of a number that travels: rows are exchanged in the precision the experts compute in."""
         return ITEMSIZE[self.precision]
 
-    def owned(self, rank: int) -> range:
-        return Topology(rank=rank, world=self.world, ep=self.ep).owned(self.config.moe.num_experts)
+    def owned(self, rank: int) -> tuple[int, ...]:
+        """Global ids of a rank's experts, ascending; the same in all layers."""
+        assert self.layer is not None
+        return tuple(sorted(self.layer.experts.ownership(self.ep).experts[rank % self.ep]))
+
+    @property
+    def places(self) -> int:
+        """Places that an EP group offers for experts: as many as there are, or more where ranks have unequal numbers of them."""
+        assert self.layer is not None
+        ownership = self.layer.experts.ownership(self.ep)
+        return ownership.slots * self.ep
 
     def slots(self, training: bool = True) -> TokenContext:
         """`groups` G and `capacity` C (None: dropless) of one forward, as the layer works them out."""

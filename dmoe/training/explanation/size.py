@@ -46,10 +46,21 @@ def rank_parameters(setting: Setting) -> tuple[int, int]:
     dense = sum(p.numel() for p in setting.model.parameters()) - experts
     if setting.config.parallel.mode == "fsdp":
         return -(-dense // setting.world), -(-experts // setting.world)
-    return dense, experts // setting.ep
+    return dense, _largest_share(setting)
+
+
+def _largest_share(setting: Setting) -> int:
+    """Weights of experts on the rank that has most of them; all ranks, where experts are uniform."""
+    layers = setting.model.moe_layers()
+    if not layers:
+        return 0
+    work = layers[0].experts.multiply_adds
+    return len(layers) * max(sum(work[e] for e in setting.owned(rank)) for rank in range(setting.ep))
 
 
 def _sharded(setting: Setting) -> str:
     if setting.config.parallel.mode == "fsdp" and setting.world > 1:
         return ", both spread by FSDP2"
+    if setting.config.moe.experts.shapes:
+        return ""
     return "" if setting.ep == 1 else f", 1/{setting.ep} of them"

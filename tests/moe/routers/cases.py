@@ -18,7 +18,7 @@ from dmoe.moe.routing import TokenContext
 
 __all__ = ["EVERY_KIND", "Case", "cases", "identity_router", "known", "options_of", "pairs"]
 
-EVERY_KIND = ("top_k", "noisy", "group_limited", "adaptive", "fixed", "hash", "soft", "expert_choice")
+EVERY_KIND = ("top_k", "noisy", "group_limited", "adaptive", "fixed", "hash", "soft", "expert_choice", "budget")
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ def options_of(kind: str, num_experts: int = 6, top_k: int = 2) -> tuple[RouterC
     config = {
         "group_limited": RouterConfig(kind="group_limited", groups=3, topk_groups=2, score="sigmoid"),
         "adaptive": RouterConfig(kind="adaptive", renormalize=False),
+        "budget": RouterConfig(kind="budget", renormalize=False),
         "expert_choice": RouterConfig(kind="expert_choice", allow_future_leak=True),
     }.get(kind, RouterConfig(kind=kind))  # type: ignore[arg-type]
     return config, num_experts if kind == "soft" else top_k

@@ -1,0 +1,67 @@
+"""Attention over modules (AdapterFusion, Pfeiffer et al. 2021).
+
+    s_k = (h_t Q) . (f_k K) / sqrt(A)         a_k = w_k exp(s_k) / sum over the kept j of w_j exp(s_j)         y_t = sum_k a_k (f_k V)
+
+h is what the router sees: for adapters the frozen output, as in the paper. The paper has no routing: with equal weights w this is its
+formula (up to the division by sqrt(A)); with others w is the prior of the attention, which is also how a learned router gets its
+gradient. Weights must not be negative. V starts as the identity (the paper's choice), Q and K random.
+Cost: 2 A (Q + K W) + 2 K W^2 FLOPs a token and T * K * W numbers of memory.
+
+Letters: A width of the attention's keys.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dmoe.modular.aggregation.base import Aggregation, Choice, Modules, kept
+from dmoe.modular.banks.base import Bank
+from dmoe.moe.keyed import normal_
+from dmoe.moe.routing import Routing
+
+__all__ = ["Attention"]
+
+
+class Attention(Aggregation):
+    def __init__(self, width: int, query: int, top_k: int, *, key_dim: int | None = None) -> None:
+        super().__init__(width, query, top_k)
+        self.key_dim = min(width, 64) if key_dim is None else key_dim
+        self.query_weight = nn.Parameter(torch.empty(query, self.key_dim))
+        self.key_weight = nn.Parameter(torch.empty(width, self.key_dim))
+        self.value_weight = nn.Parameter(torch.empty(width, width))
+        self.initialize(0, 0)
+
+    def initialize(self, seed: int, layer: int) -> None:
+        normal_(self.query_weight, 1 / math.sqrt(self.query), seed, "aggregation", layer, "query")
+        normal_(self.key_weight, 1 / math.sqrt(self.width), seed, "aggregation", layer, "key")
+        with torch.no_grad():
+            self.value_weight.copy_(torch.eye(self.width, device=self.value_weight.device))
+
+    def forward(self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int) -> Tensor:
+        slot_TKW = modules.slots(rows_TD, routing)
+        dtype = slot_TKW.dtype
+        query_TA = seen_TQ.to(dtype) @ self.query_weight.to(dtype)
+        score_TK = torch.einsum("ta,tka->tk", query_TA, slot_TKW @ self.key_weight.to(dtype)) / math.sqrt(self.key_dim)
+        share_TK = shares(score_TK.to(routing.weight_TK.dtype), routing.weight_TK, kept(routing)).to(dtype)
+        return torch.einsum("tk,tkw->tw", share_TK, slot_TKW) @ self.value_weight.to(dtype)
+
+    def one(self, bank: Bank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]) -> Tensor:
+        total_W, mass = row_D.new_zeros(bank.width), row_D.new_zeros(())
+        for choice in choices:
+            output_W = bank.one(row_D, choice.module)
+            score = (seen_Q @ self.query_weight) @ (output_W @ self.key_weight) / math.sqrt(self.key_dim)
+            total_W = total_W + choice.weight * score.exp() * output_W
+            mass = mass + choice.weight * score.exp()
+        return total_W / mass @ self.value_weight if choices else total_W
+
+
+def shares(score_TK: Tensor, prior_TK: Tensor, made_TK: Tensor) -> Tensor:
+    """`prior * exp(score)` over the made choices, summing to 1; zeros for a token without any."""
+    largest_T1 = (
+        score_TK.detach().masked_fill(~made_TK, -math.inf).amax(-1, keepdim=True).clamp(min=torch.finfo(score_TK.dtype).min)
+    )
+    mass_TK = ((score_TK - largest_T1).masked_fill(~made_TK, 0.0).exp() * prior_TK).masked_fill(~made_TK, 0.0)
+    return mass_TK / (mass_TK.sum(-1, keepdim=True) + 1e-20)

@@ -1,0 +1,258 @@
+"""Modules beside the parts of any network, and off again.
+
+A place is a submodule, named by a pattern. Its modules become its child `modular`, and a forward hook on it calls them: nothing of the
+network is replaced, so every name, weight and attribute of it stays what it was, and `detach` leaves it bit for bit as it came. A hook
+is passed by where a parent reads a child's weight and does not call it: known cases are refused, and any other is told by the first
+forward, instead of training modules that change nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmoe.config.errors import ConfigError
+from dmoe.modular.aggregation import Aggregation, WeightedSum
+from dmoe.modular.banks.base import Bank
+from dmoe.modular.layer import NOTHING_KNOWN, Modular
+from dmoe.modular.routing import RouterMaker
+from dmoe.moe.experts import FeedForward, MLPExperts
+from dmoe.moe.layer import MoE, MoEOutput
+from dmoe.moe.routing import TokenContext
+
+__all__ = ["CHILD", "AggregationMaker", "BankMaker", "attach", "detach", "given", "initialize", "layers", "matching"]
+
+CHILD = "modular"
+"""The name under which a place holds its modules; what has it in its path is no part of the core."""
+BankMaker = Callable[[int, int], Bank]
+"""(in_dim, out_dim) -> bank, e.g. `partial(LowRank, 4, rank=8)`."""
+AggregationMaker = Callable[[int, int, int], Aggregation]
+"""(width, query, top_k) -> aggregation: one of the classes, or a partial of it."""
+
+
+def attach(
+    model: nn.Module,
+    pattern: str | re.Pattern[str],
+    bank: BankMaker,
+    router: RouterMaker,
+    aggregation: AggregationMaker = WeightedSum,
+    *,
+    width: tuple[int, int] | None = None,
+    seed: int = 0,
+) -> dict[str, Modular]:
+    """Put a bank of modules, with a router of its own, beside every submodule whose name the pattern matches.
+
+    Args:
+        pattern: of submodule names, e.g. `*.attention.w_out`: shell-like, or a compiled regular expression that matches the whole name.
+        bank, router, aggregation: what makes them for the widths of a place.
+        width: (in, out) of the places; read from Linear, Embedding and dmoe's feed-forwards, needed for any other module.
+        seed: of the draws, which are keyed by the order of the places too.
+
+    Returns the new layers by the name of their place. Before `shard_experts` and before the optimizer.
+    Raises: ConfigError where nothing matches, something cannot be attached to, or the parts do not fit each other; then nothing is
+    attached.
+    """
+    number = len(layers(model))
+    made: dict[str, Modular] = {}
+    for name, place in matching(model, pattern).items():
+        _refuse(model, name, place)
+        made[name] = _layer(place, name, bank, router, aggregation, width, number + len(made))
+    for name, layer in made.items():
+        place = model.get_submodule(name)
+        device, dtype = _like(place, model)
+        layer.to(device=device, dtype=dtype).train(model.training)
+        place.add_module(CHILD, layer)
+        _hook(model, name, place, layer)
+        _draw(place, layer, seed)
+    return made
+
+
+def initialize(model: nn.Module, seed: int) -> None:
+    """Draw all modules, routers and aggregations anew, as `attach` did; after `to_empty`, when the core has its weights."""
+    for name, layer in layers(model).items():
+        _draw(model.get_submodule(name), layer, seed)
+
+
+def _draw(place: nn.Module, layer: Modular, seed: int) -> None:
+    layer.experts.meet(place)
+    layer.initialize(seed)
+
+
+def detach(model: nn.Module) -> dict[str, Modular]:
+    """Take all modules off; returns them by the name of their place. The model is what it was before, bit for bit."""
+    taken = layers(model)
+    for name, layer in taken.items():
+        for handle in layer.__dict__.pop("handles"):
+            handle.remove()
+        delattr(model.get_submodule(name), CHILD)
+    return taken
+
+
+def layers(model: nn.Module) -> dict[str, Modular]:
+    """All attached layers by the name of their place, in the model's order."""
+    ending = f".{CHILD}"
+    return {
+        f".{name}".removesuffix(ending).removeprefix("."): module
+        for name, module in model.named_modules()
+        if isinstance(module, Modular) and f".{name}".endswith(ending)
+    }
+
+
+@contextmanager
+def given(model: nn.Module, context: TokenContext | None = None, **fields: Tensor) -> Iterator[None]:
+    """What the modules may know of the tokens inside: `with given(model, label_T=labels): model(...)`.
+
+    Labels are int64, one for each token or one for each sequence. For models that are not handed a `TokenContext` themselves. Backward
+    belongs inside where blocks are recomputed.
+    """
+    context = replace(NOTHING_KNOWN if context is None else context, **fields)  # type: ignore[arg-type]
+    here = layers(model).values()
+    before = [layer.context for layer in here]
+    for layer in here:
+        layer.context = context
+    try:
+        yield
+    finally:
+        for layer, old in zip(here, before, strict=True):
+            layer.context = old
+
+
+def matching(model: nn.Module, pattern: str | re.Pattern[str]) -> dict[str, nn.Module]:
+    """The submodules a pattern names, in the model's order, without what is attached. Raises ConfigError where there is none."""
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if CHILD not in name.split(".")
+        and (fnmatchcase(name, pattern) if isinstance(pattern, str) else pattern.fullmatch(name) is not None)
+    }
+    if not found:
+        some = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][:3]
+        shown = pattern if isinstance(pattern, str) else pattern.pattern
+        raise ConfigError(
+            "pattern",
+            shown,
+            "matches no submodule",
+            f"submodules have names like {', '.join(some) or 'those of named_modules()'}",
+        )
+    return found
+
+
+def _refuse(model: nn.Module, name: str, place: nn.Module) -> None:
+    if hasattr(place, CHILD):
+        raise ConfigError("pattern", name, f"{name} has modules already", "detach them, or name other places")
+    parent = model.get_submodule(name.rpartition(".")[0]) if name else None
+    if isinstance(parent, FeedForward | nn.MultiheadAttention):
+        why = f"is never called: {type(parent).__name__} reads its weight"
+        raise ConfigError("pattern", name, why, f"attach to {name.rpartition('.')[0]} itself")
+
+
+def _layer(
+    place: nn.Module,
+    name: str,
+    bank: BankMaker,
+    router: RouterMaker,
+    aggregation: AggregationMaker,
+    width: tuple[int, int] | None,
+    number: int,
+) -> Modular:
+    in_dim, out_dim = _widths(place, name) if width is None else width
+    made = bank(in_dim, out_dim)
+    query = out_dim if made.reads == "sequence" else made.row_dim
+    chooses = router(query, number)
+    if chooses.num_experts != made.num_modules:
+        allowed = f"must be the {made.num_modules} modules of the bank"
+        raise ConfigError("router.num_experts", chooses.num_experts, allowed, "give both the same number of modules")
+    joins = aggregation(made.width, query, chooses.top_k)
+    if joins.in_sequence and made.reads != "output":
+        allowed = f"needs modules that read the frozen output, not the {made.reads}"
+        raise ConfigError("aggregation", type(joins).__name__, allowed, "use Adapter or Scale, or another aggregation")
+    if not joins.weighs and any(True for _ in chooses.parameters()):
+        allowed = f"does not use the weights of {type(chooses).__name__}, which would learn nothing"
+        raise ConfigError("aggregation", type(joins).__name__, allowed, "use weighted_sum, or a router without parameters")
+    return Modular(made, chooses, joins, number)
+
+
+def _widths(place: nn.Module, name: str) -> tuple[int, int]:
+    if isinstance(place, nn.Linear):
+        return place.in_features, place.out_features
+    if isinstance(place, nn.Embedding):
+        return 1, place.embedding_dim
+    if isinstance(place, FeedForward):
+        return place.w_in.in_features, place.w_out.out_features
+    if isinstance(place, MoE) and isinstance(place.experts, MLPExperts):
+        return place.experts.w_in.shape[1], place.experts.w_out.shape[2]
+    raise ConfigError(
+        "width", None, f"is not known for {name or 'the model'}, a {type(place).__name__}", "give width=(in, out)"
+    )
+
+
+def _like(place: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where, and in what, the modules of a place live: as the first floating weight of the place or of the model, at least float32."""
+    for module in (place, model):
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                return parameter.device, torch.promote_types(parameter.dtype, torch.float32)
+    return torch.device("cpu"), torch.get_default_dtype()
+
+
+def _hook(model: nn.Module, name: str, place: nn.Module, layer: Modular) -> None:
+    watch = _Watch(layer, name)
+    handles = [place.register_forward_hook(watch.beside, with_kwargs=True)]
+    if place is not model:
+        handles += [
+            model.register_forward_pre_hook(watch.listen, with_kwargs=True),
+            model.register_forward_hook(watch.reached),
+        ]
+    layer.__dict__["handles"] = handles  # not an attribute of the module: they are no part of its state
+
+
+class _Watch:
+    """The hooks of one place: bound methods, so that a deep copy of the model calls the copy's modules."""
+
+    def __init__(self, layer: Modular, name: str) -> None:
+        self.layer, self.name, self.called = layer, name, False
+
+    def beside(self, place: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        self.called = True
+        given_x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        assert given_x is not None, f"{self.name} was called without a tensor"
+        return _with_y(output, self.layer(given_x, _y(output, self.name)))
+
+    def listen(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A `TokenContext` among the arguments of the model is what its modules know of the tokens."""
+        context = next((value for value in (*args, *kwargs.values()) if isinstance(value, TokenContext)), None)
+        if context is not None:
+            self.layer.context = context
+
+    def reached(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self.called:
+            raise RuntimeError(
+                f"the modules at {self.name} changed nothing: it was not called in a forward of the model, whose other parts may read "
+                "its weight directly; attach to the submodule around it"
+            )
+
+
+def _y(output: Any, name: str) -> Tensor:
+    y = output.y if isinstance(output, MoEOutput) else output[0] if isinstance(output, tuple) else output
+    if not isinstance(y, Tensor):
+        raise TypeError(
+            f"{name} returns a {type(output).__name__}: modules can stand beside what returns a tensor, or a tuple that starts with one"
+        )
+    return y
+
+
+def _with_y(output: Any, y: Tensor) -> Any:
+    """The output with another tensor in it."""
+    if isinstance(output, MoEOutput):
+        return replace(output, y=y)
+    if isinstance(output, tuple):
+        kind: Any = type(output)
+        return kind(y, *output[1:]) if hasattr(output, "_fields") else (y, *output[1:])
+    return y

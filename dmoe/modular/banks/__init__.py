@@ -1,0 +1,26 @@
+"""Banks of modules, one kind a file.
+
+parameter composition: LowRank, SparseDelta       input composition: Prompt, Prefix       function composition: Adapter, Scale
+"""
+
+from __future__ import annotations
+
+from dmoe.modular.banks.adapter import Adapter
+from dmoe.modular.banks.base import Bank
+from dmoe.modular.banks.low_rank import LowRank
+from dmoe.modular.banks.prefix import Prefix
+from dmoe.modular.banks.prompt import Prompt, with_room
+from dmoe.modular.banks.scale import Scale
+from dmoe.modular.banks.sparse_delta import SparseDelta
+
+__all__ = ["BANKS", "Adapter", "Bank", "LowRank", "Prefix", "Prompt", "Scale", "SparseDelta", "with_room"]
+
+BANKS: dict[str, type[Bank]] = {
+    "low_rank": LowRank,
+    "adapter": Adapter,
+    "prompt": Prompt,
+    "prefix": Prefix,
+    "scale": Scale,
+    "sparse_delta": SparseDelta,
+}
+"""Each is made as `kind(num_modules, in_dim, out_dim, **options)`."""

@@ -1,0 +1,150 @@
+"""What every bank of modules is: M modules as stacked parameters [M, ...], computed over rows that are grouped by module.
+
+A module on a frozen network is the mixture layer once more: the frozen part is the shared expert, the modules are the experts. So a
+bank keeps the contract of `dmoe.moe.experts.MLPExperts`: `forward(rows, per_module)`, `shard`, `num_experts`, `first`, and a draw keyed
+by the global id. It goes through the same dispatchers and is sharded by the same `shard_experts`.
+
+Letters: M modules of the bank, e modules here (M/EP), R rows, D width read, W width of a module's contribution, B sequences.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dmoe.config.errors import ConfigError
+from dmoe.moe.dispatch import PerExpert
+
+__all__ = ["Bank", "Composition", "Reads"]
+
+Composition = Literal["parameter", "input", "function"]
+"""How a module changes the network it is attached to (Pfeiffer et al. 2023, section 3)."""
+Reads = Literal["input", "output", "sequence"]
+"""A module's row: the frozen module's input, its output, or nothing but a one for each sequence."""
+
+
+class Bank(nn.Module):
+    """M modules. Every parameter and every buffer is stacked on dimension 0, which is what shards and grows.
+
+    `in_dim` and `out_dim` are the widths of the frozen module; the contribution of a module has width `width`. A fresh bank has the
+    draws of seed 0 and layer 0; `initialize` draws anew.
+    """
+
+    composition: Composition
+    reads: Reads
+    width: int
+    """W: of what one module returns for one row."""
+    room = 0
+    """Positions at the front of a sequence that the modules write and the router must not see."""
+
+    def __init__(self, num_modules: int, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        if num_modules < 1:
+            raise ConfigError("modules", num_modules, "must be at least 1", "use 1 or more")
+        self.num_experts, self.first = num_modules, 0
+        self.in_dim, self.out_dim, self.width = in_dim, out_dim, out_dim
+        self.key = (0, 0)
+
+    @property
+    def num_modules(self) -> int:
+        """M, over all ranks; the dispatchers call it `num_experts`."""
+        return self.num_experts
+
+    @property
+    def row_dim(self) -> int:
+        """D: the width of the rows a module reads."""
+        return {"input": self.in_dim, "output": self.out_dim, "sequence": 1}[self.reads]
+
+    def forward(self, rows_RD: Tensor, per_module: PerExpert) -> Tensor:
+        """[R, D] grouped by module -> [R, W]: each row's contribution. A module without rows gets a zero gradient."""
+        raise NotImplementedError
+
+    def one(self, row_D: Tensor, module: int) -> Tensor:
+        """[W]: the formula of one row and the module with this local index. For tests, and for who reads."""
+        raise NotImplementedError
+
+    def draw(self, local: int, seed: int, layer: int, module: int) -> None:
+        """Fill module `local` of this rank with the weights of (seed, layer, global id `module`)."""
+        raise NotImplementedError
+
+    def join(self, y: Tensor, contribution: Tensor) -> Tensor:
+        """The frozen module's output [..., S, out_dim] and what the modules add to it, [T, W]."""
+        return y + contribution.view(y.shape)
+
+    def meet(self, frozen: nn.Module) -> None:
+        """Look at the frozen module before the first draw; few banks need it."""
+
+    def delta(self, local: int) -> Tensor:
+        """[in_dim, out_dim]: what one module adds to a frozen matrix, as in `x @ matrix`. Raises ConfigError where it is not one."""
+        raise ConfigError(
+            "modules", type(self).__name__, "adds no matrix", "merge LowRank or SparseDelta, or average the modules"
+        )
+
+    def forward_reference(self, rows_RD: Tensor, per_module: Tensor) -> Tensor:
+        """`forward`, one row at a time. For tests."""
+        module_R = torch.arange(len(per_module)).repeat_interleave(per_module).tolist()
+        rows = [self.one(row_D, module) for row_D, module in zip(rows_RD, module_R, strict=True)]
+        return torch.stack(rows) if rows else rows_RD.new_zeros(0, self.width)
+
+    def initialize(self, seed: int, layer: int) -> None:
+        """Draw every module from a generator of its own: the same weights at any EP size, and whatever M is."""
+        self.key = (seed, layer)
+        for local in range(self.local_modules):
+            self.draw(local, seed, layer, self.first + local)
+
+    @property
+    def local_modules(self) -> int:
+        """e: the modules this rank holds."""
+        return len(next(self.parameters()))
+
+    @property
+    def whole(self) -> bool:
+        return self.local_modules == self.num_modules
+
+    def stacks(self) -> dict[str, Tensor]:
+        """Every stacked tensor by name: parameters and buffers."""
+        return {**dict(self.named_parameters(recurse=False)), **dict(self.named_buffers(recurse=False))}
+
+    def put(self, stacks: dict[str, Tensor]) -> None:
+        """Take these tensors, parameters as new parameters. An optimizer made before does not know them."""
+        for name, value in stacks.items():
+            if name in self._parameters:
+                setattr(self, name, nn.Parameter(value, requires_grad=self.get_parameter(name).requires_grad))
+            else:
+                setattr(self, name, value)
+
+    def shard(self, first: int, count: int) -> None:
+        """Keep only the global modules `first .. first+count-1`."""
+        self.first = first
+        self.put({name: value.detach()[first : first + count].clone() for name, value in self.stacks().items()})
+
+    def grow(self, count: int = 1) -> range:
+        """Add `count` fresh modules behind the others, which keep their bits. Returns the new ids. Before sharding."""
+        assert self.whole, "a bank grows before it is sharded"
+        before = self.num_modules
+        self.put(
+            {
+                name: torch.cat([value.detach(), value.detach()[:1].expand(count, *value.shape[1:])])
+                for name, value in self.stacks().items()
+            }
+        )
+        self.num_experts = before + count
+        for module in range(before, self.num_modules):
+            self.draw(module, *self.key, module)
+        return range(before, self.num_modules)
+
+    def averaged(self, weight_BM: Tensor, rows_RD: Tensor, per_module: int) -> Tensor:
+        """`forward` with B mixtures of the parameters, `theta_b = sum over m of weight[b, m] theta_m`, in place of the M modules.
+
+        Cost: B sets of parameters are written out, whatever the rows are.
+        """
+        assert self.whole, "parameters can be averaged only where all modules are"
+        mixed = {
+            name: torch.tensordot(weight_BM.to(value.dtype), value, dims=1)
+            for name, value in self.named_parameters(recurse=False)
+        }
+        out: Tensor = functional_call(self, mixed, (rows_RD, per_module))
+        return out

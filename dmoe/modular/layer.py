@@ -1,0 +1,122 @@
+"""The layer that stands beside one frozen module: route -> dispatch -> modules -> join.
+
+    y = f(x)  joined with  aggregation(modules(x or y), router(x or y))
+
+It is the mixture layer (dmoe/moe/layer.py) with the frozen module as the shared expert, and has the same attributes, so that
+`distributed.parallelize.shard_experts` shards its modules and swaps its dispatcher. Dropless.
+
+Letters: T tokens, B sequences, D width of a row, W width of a contribution, K modules a token, N = T*K.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from dmoe.config.errors import ConfigError
+from dmoe.modular.aggregation.base import Aggregation
+from dmoe.modular.banks.base import Bank
+from dmoe.modular.routing.per import by_sequence, sequence_mean
+from dmoe.moe.dispatch import Dispatcher, PackedLocal
+from dmoe.moe.layer import expert_dtype
+from dmoe.moe.peers import Alone, Peers
+from dmoe.moe.routers.base import RouterModule
+from dmoe.moe.routing import Routing, TokenContext
+from dmoe.moe.stage import stage
+
+__all__ = ["Modular"]
+
+NOTHING_KNOWN = TokenContext()
+
+
+class Modular(nn.Module):
+    """The modules of one place. `attach` makes it, and calls it after the frozen module.
+
+    `context` is what is known of the tokens of the coming forward (labels, padding): set by `attach.given`, or read from the arguments
+    of the model where a `TokenContext` is among them. `chosen` and `asked` are the latest routing and the context it was made in, for
+    auxiliary losses and statistics.
+    """
+
+    def __init__(self, bank: Bank, router: RouterModule, aggregation: Aggregation, layer: int = 0) -> None:
+        super().__init__()
+        self.experts, self.router, self.aggregation, self.layer = bank, router, aggregation, layer
+        self.packed: Dispatcher = PackedLocal()
+        self.padded: Dispatcher | None = None
+        self.peers: Peers = Alone()
+        self.context = NOTHING_KNOWN
+        self.chosen: Routing | None = None
+        self.asked = NOTHING_KNOWN
+
+    def initialize(self, seed: int, std: float = 0.02) -> None:
+        """Draw router, modules and aggregation anew, keyed by (seed, layer)."""
+        self.experts.initialize(seed, self.layer)
+        self.router.initialize(seed, self.layer, std)
+        self.aggregation.initialize(seed, self.layer)
+
+    def keep(self, ranks: int, rank: int) -> None:
+        """Keep only the modules of one of so many ranks. Raises ConfigError where their number does not divide by it."""
+        each, left = divmod(self.experts.num_modules, ranks)
+        if left:
+            allowed = f"must divide by the {ranks} ranks that share them"
+            raise ConfigError("modules", self.experts.num_modules, allowed, f"use {(each + 1) * ranks}, or parallel.ep=1")
+        self.experts.shard(rank * each, each)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x, what the frozen module was given, [..., S, D] (any ids for a prompt); y, what it made of it, [..., S, O]."""
+        sequences, tokens = math.prod(y.shape[:-2]), math.prod(y.shape[:-1])
+        context = self.complete(sequences, tokens)
+        if self.experts.reads == "sequence":
+            rows_TD, seen_TQ = y.new_ones(sequences, 1), behind(y, context, self.experts.room)
+            context = replace(by_sequence(context), sequences=sequences)
+        else:
+            rows_TD = (x if self.experts.reads == "input" else y).flatten(0, -2)
+            seen_TQ = rows_TD
+        with stage("route"):
+            routing: Routing = self.router(seen_TQ, context)
+        self.chosen, self.asked = routing, context
+        rows_TD = rows_TD.to(expert_dtype(rows_TD))
+        contribution_TW: Tensor = self.aggregation(self, rows_TD, seen_TQ, routing, sequences)
+        return self.experts.join(y, contribution_TW.to(y.dtype))
+
+    def mix(self, rows_TD: Tensor, routing: Routing) -> Tensor:
+        with stage("dispatch"):
+            rows_RD, per_module, ticket = self.packed.dispatch(rows_TD, routing)
+        with stage("experts"):
+            rows_RW = self.experts(rows_RD, per_module)
+        with stage("combine"):
+            return self.packed.combine(rows_RW, routing.weight_TK, ticket)
+
+    def slots(self, rows_TD: Tensor, routing: Routing) -> Tensor:
+        """Each of the N choices travels as a token with one choice of its own: the same rows on the wire, and nothing is summed."""
+        tokens, top_k = routing.expert_TK.shape
+        each_N1 = replace(
+            routing,
+            expert_TK=routing.expert_TK.reshape(-1, 1),
+            weight_TK=routing.weight_TK.new_ones(tokens * top_k, 1),
+            score_TE=routing.score_TE.new_zeros(1, self.experts.num_modules).expand(tokens * top_k, -1),
+            keep_TK=None if routing.keep_TK is None else routing.keep_TK.reshape(-1, 1),
+        )
+        rows_ND = rows_TD.unsqueeze(1).expand(-1, top_k, -1).flatten(0, 1)
+        return self.mix(rows_ND, each_N1).view(tokens, top_k, -1)
+
+    def complete(self, sequences: int, tokens: int) -> TokenContext:
+        """The context with what follows from the shapes. Labels may be given one for each sequence."""
+        label_T = self.context.label_T
+        if label_T is not None and len(label_T) == sequences != tokens:
+            label_T = label_T.repeat_interleave(tokens // sequences)
+        return replace(self.context, label_T=label_T, sequences=sequences, groups=1, capacity=None)
+
+
+def behind(y: Tensor, context: TokenContext, room: int) -> Tensor:
+    """[B, O]: the mean of the frozen output behind the first `room` positions of each sequence."""
+    if y.shape[-2] <= room:
+        raise ValueError(
+            f"{y.shape[-2]} positions leave no room for a prompt of {room}: put {room} tokens in front (with_room)"
+        )
+    y_BSO = y.reshape(context.sequences, -1, y.shape[-1])
+    valid_T = context.valid_T
+    if valid_T is not None:
+        valid_T = valid_T.view(context.sequences, -1)[:, room:].flatten()
+    return sequence_mean(y_BSO[:, room:].flatten(0, 1), valid_T, context.sequences)

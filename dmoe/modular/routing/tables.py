@@ -1,0 +1,116 @@
+"""Fixed routing: which modules, and with which weights, is given and never learned.
+
+    constant:  every token visits module m with weight[m];  what `merge` writes into a matrix, and what one module alone needs
+    table:     a token with label l visits the modules rows[l], in this order, each with the same weight
+
+A table composes modules the network was never trained with together: the row (language, task) of MAD-X (Pfeiffer et al. 2020), or task
+arithmetic (Ilharco et al. 2023) by weighted sum. `dmoe.moe.routers.FixedRouter` is the table whose label l has modules lK .. lK+K-1.
+The scores are the weights, divided by their sum where they are positive; a balance loss of them trains nothing. No host sync.
+
+Letters: T tokens, M modules, K modules of a token, L labels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dmoe.config.errors import ConfigError
+from dmoe.config.schema import RouterConfig
+from dmoe.moe.routers.base import RouterModule, made_choices, of_each_token, router_dtype
+from dmoe.moe.routing import Routing, TokenContext
+
+__all__ = ["ConstantRouter", "TableRouter", "constant_reference", "table_reference"]
+
+
+class ConstantRouter(RouterModule):
+    """Every token visits every module, with one weight vector over the modules; it may hold any numbers, also negative ones."""
+
+    weight_M: Tensor
+
+    def __init__(self, weights: Sequence[float], layer: int = 0) -> None:
+        super().__init__(RouterConfig(kind="fixed"), len(weights), len(weights), layer)
+        self.weights = tuple(weights)
+        self.register_buffer("weight_M", torch.tensor(weights, dtype=torch.float64))
+
+    def initialize(self, seed: int, layer: int, std: float) -> None:
+        self.weight_M.copy_(self.weight_M.new_tensor(self.weights))
+
+    def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
+        expert_TM = torch.arange(self.num_experts, device=x_TD.device).repeat(len(x_TD), 1)
+        return weighted(expert_TM, self.weight_M.to(router_dtype(x_TD)).expand(expert_TM.shape), self.num_experts, context)
+
+
+class TableRouter(RouterModule):
+    """The modules of each label. Rows may differ in length.
+
+    Args:
+        rows: for each label its modules, in order.
+        num_modules: M.
+        weight: of each visit.
+    """
+
+    module_LK: Tensor
+    """int64; -1 where a row is shorter than the longest."""
+
+    def __init__(self, rows: Sequence[Sequence[int]], num_modules: int, *, weight: float = 1.0, layer: int = 0) -> None:
+        check_rows(rows, num_modules)
+        longest = max(len(row) for row in rows)
+        super().__init__(RouterConfig(kind="fixed"), num_modules, longest, layer)
+        self.weight = weight
+        self.rows = [[*row, *[-1] * (longest - len(row))] for row in rows]
+        self.register_buffer("module_LK", torch.tensor(self.rows))
+
+    def initialize(self, seed: int, layer: int, std: float) -> None:
+        self.module_LK.copy_(self.module_LK.new_tensor(self.rows))
+
+    def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
+        """Raises ValueError without `context.label_T`; a label without a row is an IndexError of torch."""
+        label_T = of_each_token(context.label_T, x_TD, "table", "label_T", "label (task, language or domain)")
+        module_TK = self.module_LK[label_T]
+        weight_TK = x_TD.new_full(module_TK.shape, self.weight, dtype=router_dtype(x_TD))
+        return weighted(module_TK.clamp(min=0), weight_TK, self.num_experts, context, there_TK=module_TK >= 0)
+
+    def add_row(self, row: Sequence[int]) -> int:
+        """The modules of one more label, no more than the longest row has; returns the label."""
+        check_rows([row], self.num_experts)
+        if len(row) > self.top_k:
+            raise ConfigError("row", list(row), f"must have at most {self.top_k} modules", "make the table with a longer row")
+        self.rows.append([*row, *[-1] * (self.top_k - len(row))])
+        self.module_LK = self.module_LK.new_tensor(self.rows)
+        return len(self.module_LK) - 1
+
+
+def check_rows(rows: Sequence[Sequence[int]], num_modules: int) -> None:
+    for row in rows:
+        if not row or len(set(row)) < len(row) or min(row) < 0 or max(row) >= num_modules:
+            allowed = f"must name at least one of the modules 0 to {num_modules - 1}, each once"
+            raise ConfigError("row", list(row), allowed, "name existing modules")
+    if not rows:
+        raise ConfigError("rows", "[]", "must have a row for each label", "give at least one")
+
+
+def weighted(
+    expert_TK: Tensor, weight_TK: Tensor, num_modules: int, context: TokenContext, *, there_TK: Tensor | None = None
+) -> Routing:
+    made_TK = made_choices(expert_TK, context)
+    if there_TK is not None:
+        made_TK = there_TK if made_TK is None else made_TK & there_TK
+        weight_TK = weight_TK.masked_fill(~there_TK, 0.0)
+    positive_TK = weight_TK.clamp(min=0)
+    share_TK = positive_TK / (positive_TK.sum(-1, keepdim=True) + 1e-20)
+    score_TM = weight_TK.new_zeros(len(expert_TK), num_modules).scatter_add(1, expert_TK, share_TK)
+    return Routing(expert_TK, weight_TK, score_TM, torch.full_like(score_TM, -math.log(num_modules)), keep_TK=made_TK)
+
+
+def constant_reference(weights: Sequence[float]) -> tuple[list[int], list[float]]:
+    """One token's modules and weights. For tests."""
+    return list(range(len(weights))), list(weights)
+
+
+def table_reference(rows: Sequence[Sequence[int]], label: int, weight: float) -> tuple[list[int], list[float]]:
+    """One token's modules and weights. For tests."""
+    return list(rows[label]), [weight] * len(rows[label])

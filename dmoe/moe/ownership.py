@@ -1,0 +1,99 @@
+"""Which rank of an EP group holds which experts, and the table that sends a choice to its place.
+
+Uniform experts lie in equal runs of neighbours, as the exchange expects them. Experts of different cost are spread so that the ranks
+have equal expected work, by longest processing time first (Graham 1969; at most 4/3 of the best makespan):
+
+    in descending order of cost, ties to the lower id, each expert goes to the rank that has the least work so far; of several, to
+    the one with fewer experts, then to the lower rank
+
+Expected work is the cost, as if all experts were chosen equally often. The numbers of experts a rank has may differ. So that the
+exchange still sees equal runs, every rank has S *places*, S the most experts of a rank. Those left over get no
+rows; in the padded exchange, slots that are always empty and travel as zeros:
+
+    costs 6 5 4 3 2 on two ranks       rank 0: experts 0 3 4  (11)      rank 1: experts 1 2  (9)
+    places, S = 3                      0 3 4 | 1 2 -                     place of each expert: 0 3 4 1 2
+
+Within a rank, experts of one shape stand together (in the order of their first expert), so that their rows are one block.
+Everything here is a function of shapes and EP alone: every rank computes the same, and nothing is sent.
+
+Letters: E experts, T tokens, K experts a token, S places of one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import Tensor
+
+from dmoe.moe.routing import Routing
+from dmoe.moe.table import Table
+
+__all__ = ["Ownership", "equal_runs", "longest_first", "travelling"]
+
+
+@dataclass(frozen=True)
+class Ownership:
+    experts: tuple[tuple[int, ...], ...]
+    """Of each EP rank the global ids of its experts, in the order of their places."""
+
+    @property
+    def slots(self) -> int:
+        """S."""
+        return max(len(owned) for owned in self.experts)
+
+    @cached_property
+    def rank_of(self) -> dict[int, int]:
+        """The EP rank of each global expert id."""
+        return {expert: rank for rank, owned in enumerate(self.experts) for expert in owned}
+
+    @cached_property
+    def places(self) -> Table:
+        """[E]: `rank * S + slot` of each global expert id."""
+        place = {e: rank * self.slots + slot for rank, owned in enumerate(self.experts) for slot, e in enumerate(owned)}
+        return Table([place[expert] for expert in sorted(place)])
+
+    def of_each_rank(self, count_E: Tensor) -> Tensor:
+        """[EP]: a number of each expert, summed over the experts of each rank; those of zero cost, at the end, are nobody's."""
+        places_E = self.places.on(count_E.device)
+        by_place = count_E.new_zeros(self.slots * len(self.experts)).scatter(0, places_E, count_E[: len(places_E)])
+        return by_place.view(len(self.experts), self.slots).sum(1)
+
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether every expert's place is its id, and no place is empty."""
+        return self.places.numbers == tuple(range(self.slots * len(self.experts)))
+
+
+def equal_runs(num_experts: int, ranks: int) -> Ownership:
+    """Rank r has the r-th of equal runs."""
+    share = num_experts // ranks
+    assert share * ranks == num_experts, f"{num_experts} experts cannot be shared by {ranks} ranks in equal runs"
+    return Ownership(tuple(tuple(range(rank * share, (rank + 1) * share)) for rank in range(ranks)))
+
+
+def longest_first(costs: Sequence[int], shapes: Sequence[object], ranks: int) -> Ownership:
+    """The rule above; `shapes` are equal where experts can share a grouped GEMM. Every rank has an expert if there are enough."""
+    assert len(costs) >= ranks, f"{len(costs)} experts for {ranks} ranks"
+    owned: list[list[int]] = [[] for _ in range(ranks)]
+    for expert in sorted(range(len(costs)), key=lambda e: (-costs[e], e)):
+        min(owned, key=lambda mine: (sum(costs[e] for e in mine), len(mine))).append(expert)
+    first = {shape: expert for expert, shape in reversed(list(enumerate(shapes)))}
+    return Ownership(tuple(tuple(sorted(mine, key=lambda e: (first[shapes[e]], e))) for mine in owned))
+
+
+def travelling(routing: Routing, ownership: Ownership) -> Routing:
+    """`routing` as a dispatcher wants it: places for ids, and nothing of what stays at home.
+
+    `routing` itself where neither is asked for; else a few operations on [T, K]. No host sync.
+    """
+    if routing.free:
+        at_home_TK = routing.at_home_TK
+        made_TK = ~at_home_TK if routing.keep_TK is None else routing.keep_TK & ~at_home_TK
+        routed = routing.score_TE.shape[1] - routing.free
+        routing = replace(routing, expert_TK=routing.expert_TK.clamp(max=routed - 1), keep_TK=made_TK, places=routed)
+    if ownership.in_order:
+        return routing
+    places_E = ownership.places.on(routing.expert_TK.device)
+    return replace(routing, expert_TK=places_E[routing.expert_TK], places=ownership.slots * len(ownership.experts))

@@ -1,0 +1,160 @@
+"""What a module computes: the grouped computation against one row at a time, and how banks shard, grow and start."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dmoe.config.errors import ConfigError
+from dmoe.modular import BANKS, Adapter, LowRank, Prompt, SparseDelta
+from dmoe.modular.banks.products import padded_product
+from dmoe.moe.experts.grouped import grouped_linear
+from tests.modular.nets import D, M, O, banks, drawn
+
+KINDS = sorted(banks())
+NEUTRAL = ["adapter", "low_rank", "parallel_adapter", "scale", "sparse_delta"]
+
+
+def rows_of(kind: str, count: int, seed: int = 0) -> Tensor:
+    bank = banks()[kind]
+    return torch.ones(count, 1, dtype=torch.float64) if bank.reads == "sequence" else drawn(count, bank.row_dim, seed=seed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=12, deadline=None)
+@given(counts=st.lists(st.integers(0, 4), min_size=M, max_size=M))
+def test_a_bank_equals_one_row_at_a_time(kind: str, counts: list[int]) -> None:
+    results = []
+    for fast in (True, False):
+        bank = banks()[kind]
+        rows = rows_of(kind, sum(counts)).requires_grad_()
+        out = (bank if fast else bank.forward_reference)(rows, torch.tensor(counts))
+        (out.sin().sum() + 0 * sum(p.sum() for p in bank.parameters()) + 0 * rows.sum()).backward()
+        results.append([out, rows.grad, *(p.grad for p in bank.parameters())])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_groups_may_be_one_number_and_empty_slots_stay_zero(kind: str) -> None:
+    bank, rows = banks()[kind], rows_of(kind, 3 * M)
+    rows[2::3] = 0.0
+    torch.testing.assert_close(bank(rows, 3), bank(rows, torch.full((M,), 3)))
+    assert not bank(rows, 3)[2::3].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_module_without_rows_has_a_zero_gradient(kind: str) -> None:
+    """Zero, not None: on other ranks the sum over the copies of a module is a collective that every rank enters."""
+    bank = banks()[kind]
+    bank(rows_of(kind, 3), torch.tensor([3, 0, 0, 0])).sum().backward()
+    for parameter in bank.parameters():
+        assert parameter.grad is not None
+        assert not parameter.grad[1:].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shard_computes_what_the_whole_bank_computes(kind: str) -> None:
+    whole, part, counts = banks()[kind], banks()[kind], torch.tensor([2, 1, 3, 2])
+    rows = rows_of(kind, 8)
+    part.shard(2, 2)
+    assert (part.first, part.local_modules, part.num_modules, part.whole) == (2, 2, M, False)
+    torch.testing.assert_close(part(rows[3:], counts[2:]), whole(rows, counts)[3:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", sorted(BANKS))
+def test_a_module_is_drawn_by_its_id_alone(kind: str) -> None:
+    """The same weights in a bank of any size, on any rank, and grown later."""
+    large, small = BANKS[kind](6, D, O), BANKS[kind](4, D, O)
+    for bank in (large, small):
+        bank.initialize(11, 2)
+    before = {name: value.detach().clone() for name, value in small.stacks().items()}
+    assert small.grow(2) == range(4, 6)
+    for name, value in small.stacks().items():
+        assert torch.equal(value[:4], before[name])
+        assert torch.equal(value, large.stacks()[name])
+    part = BANKS[kind](6, D, O)
+    part.shard(3, 2)
+    part.initialize(11, 2)
+    for name, value in part.stacks().items():
+        assert torch.equal(value, large.stacks()[name][3:5])
+
+
+@pytest.mark.parametrize("kind", NEUTRAL)
+def test_a_fresh_module_changes_nothing(kind: str) -> None:
+    bank = banks()[kind]
+    bank.initialize(0, 0)
+    assert not bank(rows_of(kind, 8), 2).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_averaged_parameters_are_those_of_one_module_with_the_sum(kind: str) -> None:
+    """A weight of one on a module is that module; mixtures are checked against a bank that is filled with the sums."""
+    bank, rows = banks()[kind], rows_of(kind, 6)
+    alone_BM = torch.eye(M, dtype=torch.float64)[[2, 0]]
+    expected = torch.cat([reference_of(bank, rows[:3], 2), reference_of(bank, rows[3:], 0)])
+    torch.testing.assert_close(bank.averaged(alone_BM, rows, 3), expected)
+    mixed_BM = torch.tensor([[0.5, -1.0, 2.0, 0.25]], dtype=torch.float64)
+    filled = banks()[kind]
+    if isinstance(bank, SparseDelta):
+        expected = rows @ sum(w * bank.delta(m) for m, w in enumerate(mixed_BM[0].tolist()))
+    else:
+        with torch.no_grad():
+            for name, value in filled.named_parameters():
+                value[0] = sum(w * bank.get_parameter(name)[m] for m, w in enumerate(mixed_BM[0].tolist()))
+        expected = reference_of(filled, rows, 0)
+    torch.testing.assert_close(bank.averaged(mixed_BM, rows, 6), expected)
+
+
+def reference_of(bank: nn.Module, rows: Tensor, module: int) -> Tensor:
+    return torch.stack([bank.one(row, module) for row in rows])
+
+
+def test_magnitude_places_are_where_the_frozen_weight_is_largest() -> None:
+    frozen = nn.Linear(D, O).double()
+    bank = SparseDelta(M, D, O, density=0.2, mask="magnitude")
+    bank.meet(frozen)
+    chosen = {(int(i) // O, int(i) % O) for i in bank.index[1]}
+    ranked = sorted(
+        ((d, o) for d in range(D) for o in range(O)), key=lambda place: -abs(float(frozen.weight.detach()[place[1], place[0]]))
+    )
+    assert chosen == set(ranked[: len(chosen)])
+    assert len(chosen) == 6
+
+
+@pytest.mark.parametrize("per_module", [torch.tensor([2, 0, 3, 1]), 2])
+@pytest.mark.parametrize(("width", "out"), [(6, 5), (1, 8), (8, 3), (16, 8)])
+def test_the_product_with_filled_up_widths_is_the_product(width: int, out: int, per_module: Tensor | int) -> None:
+    """What CUDA runs for narrow modules, whose rows would not start at multiples of 16 bytes."""
+    results = []
+    for function in (padded_product, grouped_linear):
+        rows = drawn(8 if isinstance(per_module, int) else 6, width).requires_grad_()
+        weight = drawn(M, width, out, seed=1).requires_grad_()
+        result = function(rows, weight, per_module)
+        result.sin().sum().backward()
+        results.append((result, rows.grad, weight.grad))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda: LowRank(0, D, O), "modules"),
+        (lambda: LowRank(2, D, O, rank=0), "rank"),
+        (lambda: Adapter(2, D, O, activation="swiglu"), "activation"),
+        (lambda: Adapter(2, D, O, reads="sequence"), "reads"),
+        (lambda: SparseDelta(2, D, O, density=0.0), "density"),
+        (lambda: SparseDelta(2, D, O, mask="lottery"), "mask"),
+        (lambda: SparseDelta(2, D, O, mask="magnitude").meet(nn.ReLU()), "magnitude"),
+        (lambda: Prompt(2, D, O, length=0), "length"),
+        (lambda: Prompt(2, D, O, columns=(3, O + 1)), "columns"),
+        (lambda: Adapter(2, D, O).delta(0), "adds no matrix"),
+    ],
+)
+def test_what_means_nothing_is_refused(make: object, word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        make()  # type: ignore[operator]

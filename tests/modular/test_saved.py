@@ -1,0 +1,117 @@
+"""Modules in files of their own: what comes back, what is refused, and that a refusal changes nothing."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from dmoe.config.errors import CheckpointError
+from dmoe.modular import Adapter, LowRank, SparseDelta, attach, core_hash, inspect, layers, load, routed, save, table
+from dmoe.modular.aggregation import Attention
+from dmoe.modular.saved import module_state
+from tests.modular.nets import M, drawn, mlp, stir
+
+TABLE = table([[0], [1, 2]], M)
+
+
+def attached(bank: object = None, seed: int = 0, places: str = "[02]", router: object = None) -> nn.Module:
+    model = mlp()
+    attach(model, places, bank or partial(LowRank, M, rank=2), router or routed("top_k", M, 2), Attention, seed=seed)  # type: ignore[arg-type]
+    return model
+
+
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    for bank in (partial(LowRank, M, rank=2), partial(SparseDelta, M, density=0.2)):
+        one, other = attached(bank), attached(bank, seed=9)
+        stir(one)
+        save(one, tmp_path / "modules.safetensors")
+        load(other, tmp_path / "modules.safetensors")
+        x = drawn(5, 6)
+        assert torch.equal(one(x), other(x))
+        assert all(torch.equal(value, module_state(other)[name]) for name, value in module_state(one).items())
+        assert list(tmp_path.iterdir()) == [tmp_path / "modules.safetensors"]
+
+
+def test_a_file_says_what_it_holds_without_a_model(tmp_path: Path) -> None:
+    model = attached(router=TABLE)
+    save(model, tmp_path / "m")
+    saved = inspect(tmp_path / "m")
+    assert saved.core == core_hash(model)
+    assert saved.places["0"] == {
+        "bank": "LowRank",
+        "router": "TableRouter",
+        "aggregation": "Attention",
+        "modules": M,
+        "parameters": sum(p.numel() for p in layers(model)["0"].experts.parameters()),
+    }
+    with safe_open(tmp_path / "m", framework="pt") as file:
+        assert all(".modular." in name for name in file.keys())  # noqa: SIM118 (not a dict)
+
+
+def other_core(tmp_path: Path) -> nn.Module:
+    model = attached()
+    with torch.no_grad():
+        model[0].bias[0] += 1e-9
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (other_core, "belongs to another core"),
+        (lambda _: attached(places="0"), "has modules at 0, 2, the model at 0"),
+        (lambda _: attached(partial(Adapter, M)), "LowRank"),
+        (lambda _: attached(router=TABLE), "TopKRouter"),
+        (lambda _: attached(partial(LowRank, M, rank=3)), r"\[4, 6, 2\] in the file"),
+        (lambda _: mlp(), "no place"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_sentence(make: object, word: str, tmp_path: Path) -> None:
+    model = attached()
+    stir(model)
+    save(model, tmp_path / "m")
+    other = make(tmp_path)  # type: ignore[operator]
+    before = {name: value.clone() for name, value in module_state(other).items()}
+    with pytest.raises(CheckpointError, match=word) as refusal:
+        load(other, tmp_path / "m")
+    assert "\n" not in str(refusal.value)
+    assert all(torch.equal(value, before[name]) for name, value in module_state(other).items())
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    model = attached()
+    save(model, tmp_path / "m")
+    content = (tmp_path / "m").read_bytes()
+    (tmp_path / "cut").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text").write_text("no tensors")
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign")
+    for name in ("cut", "text", "foreign", "missing"):
+        with pytest.raises(CheckpointError, match=name):
+            load(model, tmp_path / name)
+
+
+def test_a_part_of_a_bank_is_loaded_and_never_saved(tmp_path: Path) -> None:
+    whole, part = attached(), attached(seed=9)
+    stir(whole)
+    core = core_hash(part)
+    save(whole, tmp_path / "m")
+    for layer in layers(part).values():
+        layer.keep(2, 1)
+    load(part, tmp_path / "m", core=core)
+    for name, layer in layers(part).items():
+        for stack, value in layer.experts.stacks().items():
+            assert torch.equal(value, layers(whole)[name].experts.stacks()[stack][2:])
+    with pytest.raises(CheckpointError, match="part of the modules"):
+        save(part, tmp_path / "other")
+
+
+def test_a_model_without_modules_has_nothing_to_save(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no modules"):
+        save(mlp(), tmp_path / "m")
