@@ -1,4 +1,5 @@
-"""The systems the project grew from: each file loads, says what it shows, and trains on one process and on two ranks."""
+"""The systems the project grew from, as language models: each file loads, says what it shows, and trains alike on one process and two
+ranks; those that are compared have the same data, batch, steps and, as far as it can be, arithmetic."""
 
 from __future__ import annotations
 
@@ -6,20 +7,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 
 from dmoe.config.check import check
 from dmoe.config.load import load
 from dmoe.config.schema import Config
+from dmoe.config.shapes import all_choices
 from dmoe.data import open_data
 from dmoe.distributed import world as worlds
+from dmoe.models.transformer import Transformer
 from dmoe.training import engine as engines
 from dmoe.training.batches import training_batches
 from dmoe.training.explanation import explain
 from dmoe.training.step import train_step
+from dmoe.training.totals import LayerTotals
 from tests.ranks import run_ranks
 
 SEEDS = Path(__file__).parents[1] / "configs" / "seeds"
-NAMES = ("budget", "zero_cost")
+COMPARED = ("static", "top_k", "zero_cost", "budget", "deepseek_moe")
+NAMES = (*COMPARED, "adaptive")
+Found = dict[str, list[tuple[float, list[LayerTotals]]]]
 
 
 def short(name: str) -> Config:
@@ -32,31 +40,68 @@ def short(name: str) -> Config:
     )
 
 
-def losses(rank: int, world: int, config: Config) -> list[tuple[float, list[int]]]:
-    engine = engines.build(config, worlds.start("cpu"), 256)
-    data, found = open_data(config.data, config.train.seed), []
-    for step in range(3):
-        totals = train_step(engine, training_batches(data.train, engine, step), 0.004).totals
-        found.append((totals.loss_sum, totals.layers[0].choices))
+def three_steps(rank: int, world: int) -> Found:
+    """Of every file, one after the other. One process takes two virtual ranks, so that the groups are the same."""
+    found: Found = {}
+    for name in NAMES:
+        config = short(name)
+        config = replace(config, parallel=replace(config.parallel, virtual_ranks=2 // world))
+        AcceleratorState._reset_state(reset_partial_state=True)  # one process builds many engines; accelerate expects one
+        engine = engines.build(config, worlds.start("cpu"), 256)
+        data, found[name] = open_data(config.data, config.train.seed), []
+        for step in range(3):
+            totals = train_step(engine, training_batches(data.train, engine, step), 0.004).totals
+            found[name].append((totals.loss_sum, totals.layers))
+        engine.close()
     return found
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_says_what_it_shows(name: str) -> None:
-    header = (SEEDS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+@pytest.fixture(scope="module")
+def trained() -> tuple[Found, list[Found]]:
+    return run_ranks(1, three_steps)[0], run_ranks(2, three_steps)
+
+
+@pytest.mark.parametrize("path", sorted(SEEDS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_says_what_it_shows(path: Path) -> None:
+    header = path.read_text(encoding="utf-8").splitlines()
     for words in ("# What it shows", "# What it needs", "# What to expect"):
         assert any(line.startswith(words) for line in header), words
     for world in (1, 2):
-        check(load(SEEDS / f"{name}.yaml"), world)
+        check(load(path), world)
+        assert all(section.words for section in explain(load(path), world))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_trains_alike_on_one_process_and_two_ranks(name: str) -> None:
-    alone = run_ranks(1, losses, replace(short(name), parallel=replace(short(name).parallel, virtual_ranks=2)))[0]
-    for rank in run_ranks(2, losses, short(name)):
+def test_trains_alike_on_one_process_and_two_ranks(name: str, trained: tuple[Found, list[Found]]) -> None:
+    """The loss, and each balance loss: `usage_std`, of which every rank has its half, among them."""
+    alone, ranks = trained[0][name], [found[name] for found in trained[1]]
+    for rank in ranks:
         assert [loss for loss, _ in rank] == pytest.approx([loss for loss, _ in alone], rel=1e-4)
-        assert len(rank[0][1]) == {"budget": 5, "zero_cost": 12}[name]
+        for (_, mine), (_, theirs) in zip(rank, alone, strict=True):
+            for layer, expected in zip(mine, theirs, strict=True):
+                assert layer.aux == pytest.approx(expected.aux, rel=1e-3)
+                assert len(layer.choices) == all_choices(load(SEEDS / f"{name}.yaml").moe)
     assert alone[2][0] < alone[0][0]
+    assert ("usage_std" in alone[0][1][0].aux if alone[0][1] else False) == (name == "top_k")
+
+
+def test_what_is_compared_is_comparable() -> None:
+    """Data, batch, steps, optimizer and width are those of the dense baseline, and so is the arithmetic of a token's feed-forward:
+    exactly for what always takes K experts, at most for a budget, on average for zero-cost experts chosen as often as others."""
+    static = load(SEEDS / "static.yaml")
+    sizes = {}
+    for name in COMPARED:
+        config = load(SEEDS / f"{name}.yaml")
+        assert (config.data, config.train, config.optim) == (static.data, static.train, static.optim), name
+        assert replace(config.model, moe_every=0, dense_dim=256) == static.model, name
+        with torch.device("meta"):
+            sizes[name] = Transformer(config.model, config.moe, 256).num_parameters()
+    routers = {name: 2 * 96 * experts for name, experts in (("top_k", 8), ("deepseek_moe", 30), ("budget", 5))}
+    for name, router in routers.items():
+        assert sizes[name].active - router == sizes["static"].active, name
+    assert sizes["deepseek_moe"].total - routers["deepseek_moe"] == sizes["top_k"].total - routers["top_k"]
+    free = load(SEEDS / "zero_cost.yaml").moe
+    assert free.top_k * free.num_experts / all_choices(free) * free.expert_dim == static.model.dense_dim
 
 
 def test_explain_tells_cost_and_placement() -> None:
@@ -65,7 +110,7 @@ def test_explain_tells_cost_and_placement() -> None:
     assert sorted(e for owner in numbers["owners"] for e in owner["experts"]) == [0, 1, 2, 3, 4]
     assert sum(owner["expected_work"] for owner in numbers["owners"]) == pytest.approx(1.0)
     assert "Cost of a row" in words
-    assert "3 (192)" in words
+    assert "3 (288)" in words
     assert "budget of 0.5" in " ".join(sections["routing"].words)
     words = " ".join(next(s for s in explain(load(SEEDS / "zero_cost.yaml"), 2) if s.key == "experts").words)
     assert "8 zero, 9 copy, 10 constant, 11 constant" in words

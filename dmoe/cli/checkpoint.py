@@ -1,4 +1,4 @@
-"""`dmoe checkpoint inspect|verify`"""
+"""`dmoe checkpoint inspect|verify|upcycle`"""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dmoe.cli.upcycle import upcycle
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="Say what a checkpoint holds, and prove that it is whole.")
+app = typer.Typer(no_args_is_help=True, help="Say what a checkpoint holds, prove that it is whole, go on from it.")
 
 Place = Annotated[
     str, typer.Argument(metavar="RUN_OR_DIR", help="A run, e.g. runs/latest, its checkpoints/ directory, or one checkpoint.")
@@ -60,6 +62,9 @@ def verify(place: Place, as_json: AsJson = False) -> None:
     else:
         _print_proofs(_console(), proofs, found)
     sys.exit(0 if ok else 3)
+
+
+app.command()(upcycle)
 
 
 def print_json(content: dict[str, Any]) -> None:

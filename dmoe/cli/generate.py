@@ -31,11 +31,16 @@ def command(
 
     directory = find_run(run)
 
+    from dmoe.data import open_tokenizer
     from dmoe.models.generate import generate
+    from dmoe.models.transformer import Transformer
     from dmoe.training.restore import restore
 
     found = restore(directory, step)
-    tokenizer = found.tokenizer
+    if found.config.train.task != "language_modelling":
+        raise ConfigError("RUN", directory.path, "must be the run of a language model to write text", "name another")
+    assert isinstance(found.model, Transformer)
+    tokenizer = open_tokenizer(found.config.data)
     ids = tokenizer.encode(prompt.encode("utf-8", "surrogateescape")).tolist()
     with found.autocast():
         new = generate(

@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dmoe import __version__
-from dmoe.cli import checkpoint, explain, generate, report, train, verify, watch
+from dmoe.cli import checkpoint, compare, explain, generate, modules, report, train, verify, watch
 from dmoe.cli.output import OutputError, guard_output
 from dmoe.config.errors import DmoeError
 from dmoe.config.secrets import redact
@@ -53,10 +53,19 @@ def root(
     """Distributed mixture-of-experts training: the same run on one process, N gloo ranks or N GPUs."""
 
 
-COMMANDS = {"train": train, "watch": watch, "report": report, "explain": explain, "verify": verify, "generate": generate}
+COMMANDS = {
+    "train": train,
+    "watch": watch,
+    "report": report,
+    "compare": compare,
+    "explain": explain,
+    "verify": verify,
+    "generate": generate,
+}
 for name, module in COMMANDS.items():
     app.command(name=name, help=paragraphs(module.command))(module.command)
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(modules.app, name="modules")
 
 
 def run() -> NoReturn:

@@ -1,14 +1,15 @@
 """Documents: what `data.source` names when it names text, and which of them training never sees.
 
 A document is held out by a hash of its content, never by its place, so adding or removing a file moves no other file from one
-side to the other. Exact duplicates are removed first: a file cannot be on both sides.
+side to the other. Exact duplicates are removed first: a file cannot be on both sides. Documents that say the same thing in different
+words (translations, capitals) share a `twin` key, whose hash counts instead: they are on one side all together.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dmoe.config.errors import ConfigError
 
@@ -22,6 +23,13 @@ class Document:
     content: bytes
     name: str
     domain: str
+    twin: bytes = b""
+    """What it shares with documents that say the same; empty: nothing."""
+
+    @property
+    def key(self) -> bytes:
+        """What decides whether it is held out."""
+        return self.twin or self.content
 
 
 @dataclass(frozen=True)
@@ -54,10 +62,10 @@ def unique_documents(documents: list[Document]) -> tuple[tuple[Document, ...], i
     return tuple(seen.values()), len(documents) - len(seen)
 
 
-def held_out_fraction(content: bytes) -> float:
+def held_out_fraction(key: bytes) -> float:
     """Where a document stands between 0 and 1: it is held out if this is less than data.holdout."""
     # Salted, so that the split is independent of any other use of a file's SHA-256.
-    return int.from_bytes(hashlib.sha256(b"dmoe holdout\0" + content).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(b"dmoe holdout\0" + key).digest()[:8], "big") / 2**64
 
 
 def split_corpus(corpus: Corpus, holdout: float) -> tuple[Corpus, Corpus]:
@@ -69,7 +77,7 @@ def split_corpus(corpus: Corpus, holdout: float) -> tuple[Corpus, Corpus]:
         raise ConfigError("data.holdout", holdout, "must be greater than 0 and less than 1", "set data.holdout=0.05")
     if len(corpus.documents) == 1:
         return _cut_document(corpus, holdout)
-    fractions = [held_out_fraction(document.content) for document in corpus.documents]
+    fractions = [held_out_fraction(document.key) for document in corpus.documents]
     train = tuple(d for d, f in zip(corpus.documents, fractions, strict=True) if f >= holdout)
     held_out = tuple(d for d, f in zip(corpus.documents, fractions, strict=True) if f < holdout)
     if not held_out:
@@ -94,8 +102,8 @@ def _cut_document(corpus: Corpus, holdout: float) -> tuple[Corpus, Corpus]:
         )  # fmt: skip
     note = f"one document: its last {holdout:.2%} held out"
     return (
-        Corpus((Document(document.content[:cut], document.name, document.domain),), (*corpus.notes, note)),
-        Corpus((Document(document.content[cut:], document.name, document.domain),)),
+        Corpus((replace(document, content=document.content[:cut], twin=document.key),), (*corpus.notes, note)),
+        Corpus((replace(document, content=document.content[cut:], twin=document.key),)),
     )
 
 

@@ -86,12 +86,12 @@ class PackedStream:
 
     def batch(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
         """Samples first .. first + count - 1 of a step in the shuffled order of order.py: int64 [count, seq_len + 1]."""
-        return self._gather(sequence_indices(step, first, count, global_batch, self.sequences, self.seed))
+        return self.windows(sequence_indices(step, first, count, global_batch, self.sequences, self.seed) * self.seq_len)
 
     def rows(self, first: int, count: int) -> np.ndarray:
         """Sequences first .. first + count - 1 as they are stored, without wrapping around: int64 [count, seq_len + 1]."""
         assert 0 <= first <= first + count <= self.sequences, f"rows {first}+{count} of {self.sequences}"
-        return self._gather(np.arange(first, first + count, dtype=np.int64))
+        return self.windows(np.arange(first, first + count, dtype=np.int64) * self.seq_len)
 
     def labels(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
         """The domain each sample of `batch` starts in: int64 [count]."""
@@ -103,11 +103,12 @@ class PackedStream:
         assert 0 <= first <= first + count <= self.sequences, f"rows {first}+{count} of {self.sequences}"
         return label_at(np.arange(first, first + count, dtype=np.int64) * self.seq_len, self.runs)
 
-    def _gather(self, index_B: np.ndarray) -> np.ndarray:
-        token_BS = np.empty((len(index_B), self.seq_len + 1), dtype=np.int64)
+    def windows(self, begin_B: np.ndarray) -> np.ndarray:
+        """The seq_len + 1 tokens from each position of the stream on: int64 [B, seq_len + 1]."""
+        token_BS = np.empty((len(begin_B), self.seq_len + 1), dtype=np.int64)
         starts = np.cumsum([0] + [len(part) for part in self.parts])
-        for row, index in zip(token_BS, index_B.tolist(), strict=True):
-            self._copy(row, index * self.seq_len, starts)
+        for row, begin in zip(token_BS, begin_B.tolist(), strict=True):
+            self._copy(row, begin, starts)
         if token_BS.size and token_BS.max() >= self.vocab_size:
             raise ConfigError(
                 "data.source", f"the {self.split} split", f"must hold tokens below {self.vocab_size}, not {token_BS.max()}",

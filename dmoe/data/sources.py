@@ -1,11 +1,13 @@
-"""Where documents come from: Python's own library, text files, globs, directories.
+"""Where documents come from: Python's own library, the installation guide, text files, globs, directories.
 
-`data.source` holds entries separated by commas. The domain of a document is the entry it came from, by name: `python` for the
-standard library, else the last part of the entry before any wildcard (`texts/de/**/*.txt` gives `de`, `a/kjv.txt` gives `kjv`).
+`data.source` and `data.eval_source` hold entries separated by commas. The domain of a document is the entry it came from, by name:
+`python` for the standard library, the language for the guide, else the last part of the entry before any wildcard (`texts/de/**/*.txt`
+gives `de`, `a/kjv.txt` gives `kjv`); a transformation stands before it (`upper:a/kjv.txt` gives `upper-kjv`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import importlib.util
 import logging
@@ -16,38 +18,62 @@ from pathlib import Path
 
 from dmoe.config.errors import ConfigError
 from dmoe.data.corpus import Corpus, Document, unique_documents
+from dmoe.data.guide import read_guide
+from dmoe.data.transforms import split_transform, transformed
 
 __all__ = ["read_corpus"]
 
 _log = logging.getLogger(__name__)
-_ALLOWED = "must be stdlib, text files, globs or directories separated by commas, a directory of shards, or synthetic:KIND"
+_ALLOWED = (
+    "must be stdlib, guide:LANG, text files, globs or directories separated by commas (upper: before one gives capitals), "
+    "a directory of shards, or synthetic:KIND"
+)
 # Tests are left out because they are long, repetitive tables; packages because they depend on what is installed.
 _NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 _BINARY_PROBE = 8192
 
 
-def read_corpus(source: str) -> Corpus:
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """The field that is read, for errors, and the notes it leads to."""
+
+    field: str
+    value: str
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def refused(self, value: object, allowed: str, fix: str) -> ConfigError:
+        return ConfigError(self.field, value, allowed, fix)
+
+
+def read_corpus(source: str, field: str = "data.source") -> Corpus:
     """All documents of `data.source`, duplicates removed, in the order of the entries and of the paths within an entry.
 
     Contents are raw bytes. A file that an entry names, or a glob matches, is always taken; of a directory, hidden files and
-    binary ones (a NUL in the first 8 KiB) are left out and counted in the notes. Raises ConfigError on data.source: nothing
+    binary ones (a NUL in the first 8 KiB) are left out and counted in the notes. Raises ConfigError on `field`: nothing
     found, a missing or unreadable file, only empty files.
     """
-    entries = [entry.strip() for entry in source.split(",") if entry.strip()]
-    documents: list[Document] = []
-    notes: list[str] = []
-    for entry in entries:
-        found = _read_library(source, notes) if entry == "stdlib" else _read_entry(source, entry, notes)
-        documents.extend(found)
+    given = _Given(field, source)
+    documents = [document for entry in source.split(",") if entry.strip() for document in _read_entry(given, entry.strip())]
     unique, removed = unique_documents(documents)
     if removed:
-        notes.append(f"{removed} duplicate or empty files left out")
+        given.notes.append(f"{removed} duplicate or empty files left out")
     if not unique:
-        raise ConfigError("data.source", source or "''", f"{_ALLOWED}, and hold at least one byte of text", "name a text")
-    return Corpus(unique, tuple(notes))
+        raise given.refused(source or "''", f"{_ALLOWED}, and hold at least one byte of text", "name a text")
+    return Corpus(unique, tuple(given.notes))
 
 
-def _read_library(source: str, notes: list[str]) -> list[Document]:
+def _read_entry(given: _Given, entry: str) -> list[Document]:
+    transform, rest = split_transform(entry)
+    if transform is not None:
+        if not rest:
+            raise given.refused(entry, f"{_ALLOWED}, and {transform}: needs one of them behind it", f"use {transform}:stdlib")
+        return transformed(transform, _read_entry(given, rest))
+    if entry.startswith("guide:"):
+        return read_guide(entry.removeprefix("guide:"), given.field)
+    return _read_library(given) if entry == "stdlib" else _read_files(given, entry)
+
+
+def _read_library(given: _Given) -> list[Document]:
     """Python's standard library; torch's Python files where the library is zipped."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = list(_walk(root, _is_library_file, _is_library_directory))
@@ -55,14 +81,16 @@ def _read_library(source: str, notes: list[str]) -> list[Document]:
         # find_spec of a top-level name locates the package without importing it.
         spec = importlib.util.find_spec("torch")
         if spec is None or not spec.submodule_search_locations:
-            raise ConfigError(
-                "data.source", source, f"found no .py file of the standard library in {root}, nor torch's", "name a text file"
+            raise given.refused(
+                given.value, f"found no .py file of the standard library in {root}, nor torch's", "name a text file"
             )
         root = Path(spec.submodule_search_locations[0])
-        notes.append(f"no standard library source in {sysconfig.get_paths()['stdlib']}: torch's own source is used instead")
-        _log.warning("data.source=stdlib: %s", notes[-1])
+        given.notes.append(
+            f"no standard library source in {sysconfig.get_paths()['stdlib']}: torch's own source is used instead"
+        )
+        _log.warning("%s=stdlib: %s", given.field, given.notes[-1])
         paths = list(_walk(root, _is_library_file, _is_library_directory))
-    return [_read(source, path, f"python/{path.relative_to(root).as_posix()}", "python") for path in paths]
+    return [_read(given, path, f"python/{path.relative_to(root).as_posix()}", "python") for path in paths]
 
 
 def _is_library_directory(name: str) -> bool:
@@ -76,34 +104,34 @@ def _is_library_file(name: str) -> bool:
     )
 
 
-def _read_entry(source: str, entry: str, notes: list[str]) -> list[Document]:
+def _read_files(given: _Given, entry: str) -> list[Document]:
     path = Path(entry).expanduser()
     if path.is_dir():
-        return _read_directory(source, path, notes)
+        return _read_directory(given, path)
     if path.is_file():
-        return [_read(source, path, f"{path.stem}/{path.name}", path.stem)]
+        return [_read(given, path, f"{path.stem}/{path.name}", path.stem)]
     if not glob.has_magic(entry):
-        raise ConfigError("data.source", entry, f"{_ALLOWED}, and there is no such file", "check the path")
+        raise given.refused(entry, f"{_ALLOWED}, and there is no such file", "check the path")
     root = _literal_root(path)
     matches = sorted((Path(match) for match in glob.glob(str(path), recursive=True)), key=lambda match: match.parts)
     files = [match for match in matches if match.is_file()]
     if not files:
-        raise ConfigError("data.source", entry, f"{_ALLOWED}, and no file matches this glob", "check it with ls, and quote it")
+        raise given.refused(entry, f"{_ALLOWED}, and no file matches this glob", "check it with ls, and quote it")
     domain = root.resolve().name
-    return [_read(source, match, f"{domain}/{match.relative_to(root).as_posix()}", domain) for match in files]
+    return [_read(given, match, f"{domain}/{match.relative_to(root).as_posix()}", domain) for match in files]
 
 
-def _read_directory(source: str, root: Path, notes: list[str]) -> list[Document]:
+def _read_directory(given: _Given, root: Path) -> list[Document]:
     domain = root.resolve().name
     documents = [
-        _read(source, path, f"{domain}/{path.relative_to(root).as_posix()}", domain)
+        _read(given, path, f"{domain}/{path.relative_to(root).as_posix()}", domain)
         for path in _walk(root, _is_visible, _is_visible)
     ]
     text = [document for document in documents if b"\0" not in document.content[:_BINARY_PROBE]]
     if len(text) < len(documents):
-        notes.append(f"{len(documents) - len(text)} binary files of {root} left out")
+        given.notes.append(f"{len(documents) - len(text)} binary files of {root} left out")
     if not text:
-        raise ConfigError("data.source", root, f"{_ALLOWED}, and this directory holds no text file", "check the path")
+        raise given.refused(root, f"{_ALLOWED}, and this directory holds no text file", "check the path")
     return text
 
 
@@ -130,10 +158,8 @@ def _walk(root: Path, wanted: Callable[[str], bool], entered: Callable[[str], bo
     yield from sorted((path for path in found if path.is_file() and not path.is_symlink()), key=lambda path: path.parts)
 
 
-def _read(source: str, path: Path, name: str, domain: str) -> Document:
+def _read(given: _Given, path: Path, name: str, domain: str) -> Document:
     try:
         return Document(path.read_bytes(), name, domain)
     except OSError as error:
-        raise ConfigError(
-            "data.source", source, f"must be readable, but {path} is not ({error.strerror})", "check the file"
-        ) from error
+        raise given.refused(given.value, f"must be readable, but {path} is not ({error.strerror})", "check the file") from error

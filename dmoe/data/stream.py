@@ -18,7 +18,10 @@ import numpy as np
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data.corpus import Corpus, Document, split_corpus
+from dmoe.data.evaluated import Evaluated, read_evaluated
+from dmoe.data.held_out import HeldOutStream
 from dmoe.data.labels import Runs, domain_runs
+from dmoe.data.mixed import MixedStream, mixed
 from dmoe.data.packing import PackedStream, stream_hash, token_chunks
 from dmoe.data.shard_index import INDEX, SPLITS, ShardIndex, read_index
 from dmoe.data.shards import SplitContent, map_shards, write_shards
@@ -47,7 +50,7 @@ class Stream(Protocol):
         """
 
     def rows(self, first: int, count: int) -> np.ndarray:
-        """Sequences first .. first + count - 1 as stored, for evaluation: int64 [count, seq_len + 1].
+        """Sequences first .. first + count - 1, held-out ones one of each domain in turn: int64 [count, seq_len + 1].
 
         Never wraps: the caller keeps first + count within `sequences` (an assert).
         """
@@ -69,7 +72,19 @@ class Data:
     fingerprint: str
     summary: str
     domains: tuple[str, ...]
-    """What the labels number, sorted by name."""
+    """What the labels number: those of data.source sorted by name, then those that only data.eval_source has, sorted by name."""
+    eval_only: tuple[str, ...] = ()
+    """The domains that training never sees: the last ones of `domains`."""
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """For each domain its (training, held-out) sequences. ValueError for endless streams."""
+        if self.train.sequences is None or self.held_out.sequences is None:
+            raise ValueError("an endless stream has no number of sequences")
+        sides = [
+            np.bincount(side.row_labels(0, side.sequences or 0), minlength=len(self.domains))
+            for side in (self.train, self.held_out)
+        ]
+        return {name: (int(sides[0][label]), int(sides[1][label])) for label, name in enumerate(self.domains)}
 
     def describe(self) -> str:
         """One line: where the data is from, files, bytes, tokens, sequences, the fingerprint's first 12 digits, and remarks."""
@@ -108,11 +123,11 @@ def prepare_shards(config: DataConfig, directory: Path, shard_tokens: int = 2**2
 def _open_text(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data:
     train, held_out = split_corpus(read_corpus(config.source), config.holdout)
     names = tuple(sorted({*_domains(train), *_domains(held_out)}))
-    chunks = [list(_chunks(corpus, tokenizer)) for corpus in (train, held_out)]
+    chunks = [list(_chunks(side, tokenizer)) for side in (train, held_out)]
     parts = [[np.concatenate(side)] for side in chunks]
     runs = [
-        domain_runs([len(chunk) for chunk in side[1:]], _domains(corpus), names)
-        for side, corpus in zip(chunks, (train, held_out), strict=True)
+        domain_runs([len(chunk) for chunk in side[1:]], _domains(documents), names)
+        for side, documents in zip(chunks, (train, held_out), strict=True)
     ]
     documents = (*train.documents, *held_out.documents)
     origin = f"{config.source}: {len(documents)} files, {(train.size + held_out.size) / 1e6:.1f} MB"
@@ -121,7 +136,8 @@ def _open_text(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data:
         origin += f" ({shares})"
     notes = (*train.notes, *_content_notes(documents, tokenizer))
     hashes = (stream_hash(parts[0]), stream_hash(parts[1]))
-    return _packed(config, seed, tokenizer, config.holdout, parts, hashes, "; ".join((origin, *notes)), runs, names)
+    more = read_evaluated(config.eval_source, train.documents, held_out.documents, tokenizer, names)
+    return _packed(config, seed, tokenizer, config.holdout, parts, hashes, "; ".join((origin, *notes)), runs, more)
 
 
 def _open_shards(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data:
@@ -141,7 +157,8 @@ def _open_shards(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data:
     # The split was made when the shards were written: their hold-out counts, not data.holdout.
     origin = f"{directory}: {files} files, {size:.1f} MB in {count} shards, holdout {index.holdout}"
     runs = [index.splits[split].runs for split in SPLITS]
-    return _packed(config, seed, tokenizer, index.holdout, parts, hashes, origin, runs, index.domains)
+    more = read_evaluated(config.eval_source, (), (), tokenizer, index.domains)
+    return _packed(config, seed, tokenizer, index.holdout, parts, hashes, origin, runs, more)
 
 
 def _open_synthetic(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data:
@@ -149,6 +166,9 @@ def _open_synthetic(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data
         raise ConfigError(
             "data.tokenizer", config.tokenizer, f"must be bytes for data.source={config.source}", "set data.tokenizer=bytes"
         )
+    for field, value in (("data.eval_source", config.eval_source), ("data.temperature", config.temperature)):
+        if value is not None:
+            raise ConfigError(field, value, f"has no meaning for data.source={config.source}", f"leave {field} out")
     kind = config.source.removeprefix("synthetic:")
     train, held_out = (SyntheticStream(kind, config.seq_len, seed, split) for split in SPLITS)
     fingerprint = _sha256("synthetic", kind, config.seq_len, seed)
@@ -165,18 +185,26 @@ def _packed(
     hashes: tuple[str, str],
     origin: str,
     runs: Sequence[Runs],
-    domains: tuple[str, ...],
+    more: Evaluated,
 ) -> Data:
-    train, held_out = (
-        PackedStream(arrays, config.seq_len, seed, tokenizer.vocab_size, split, changes)
-        for split, arrays, changes in zip(SPLITS, parts, runs, strict=True)
-    )
+    train = PackedStream(parts[0], config.seq_len, seed, tokenizer.vocab_size, "train", runs[0])
+    held_parts, held_runs = more.after(parts[1], runs[1])
+    held_out = HeldOutStream(PackedStream(held_parts, config.seq_len, seed, tokenizer.vocab_size, "held_out", held_runs))
+    stream: PackedStream | MixedStream = train if config.temperature is None else mixed(train, config.temperature)
     summary = (
-        f"{origin}; {train.tokens + held_out.tokens:,} tokens ({tokenizer.name}, vocabulary {tokenizer.vocab_size:,}); "
+        f"{origin}; {train.tokens + held_out.text.tokens:,} tokens ({tokenizer.name}, vocabulary {tokenizer.vocab_size:,}); "
         f"{train.sequences:,} training and {held_out.sequences:,} held-out sequences of {config.seq_len}"
     )
-    fingerprint = _sha256("packed", *hashes, tokenizer.fingerprint, config.seq_len, holdout)
-    return Data(train, held_out, tokenizer, fingerprint, summary, domains)
+    unseen = [name for label, name in enumerate(more.domains) if label not in held_out.label_N]
+    notes = [summary, *more.notes]
+    if isinstance(stream, MixedStream):
+        notes.append("drawn: " + ", ".join(f"{more.domains[label]} {share:.1%}" for label, share in stream.shares.items()))
+    if unseen:
+        notes.append(f"too little held-out text to evaluate {', '.join(unseen)}")
+    # What is only evaluated may change between a run's parts; which sequences are drawn may not.
+    drawing = () if config.temperature is None else ("temperature", float(config.temperature))
+    fingerprint = _sha256("packed", *hashes, tokenizer.fingerprint, config.seq_len, holdout, *drawing)
+    return Data(stream, held_out, tokenizer, fingerprint, "; ".join(notes), more.domains, more.eval_only)
 
 
 def _chunks(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[np.ndarray]:

@@ -27,8 +27,10 @@ class Replicated:
     def __init__(self, model: nn.Module, topology: Topology, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         keep_experts_out_of_ddp(model)
-        self.wrapped: nn.Module = accelerator.prepare_model(model)
-        if dist.is_initialized():
+        # DDP refuses a model in which it has nothing to sum; then it is accelerate's model alone ("evaluation mode").
+        nothing = not any(p.requires_grad for p in dense_parameters(model))
+        self.wrapped: nn.Module = accelerator.prepare_model(model, evaluation_mode=nothing)
+        if dist.is_initialized() and not nothing:
             sum_dense_gradients(self.wrapped)
         self.expert_gradients = ExpertGradients(model, topology)
 
@@ -51,6 +53,11 @@ def keep_experts_out_of_ddp(model: nn.Module) -> None:
     """
     buffers = [name for name, _ in model.named_buffers()]
     model._ddp_params_and_buffers_to_ignore = [*expert_parameters(model), *buffers]  # type: ignore[assignment]
+
+
+def dense_parameters(model: nn.Module) -> list[nn.Parameter]:
+    experts = set(expert_parameters(model))
+    return [parameter for name, parameter in model.named_parameters() if name not in experts]
 
 
 def sum_dense_gradients(ddp: nn.Module) -> None:

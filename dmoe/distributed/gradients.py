@@ -31,7 +31,7 @@ class ExpertGradients:
     def __init__(self, model: nn.Module, topology: Topology) -> None:
         self.group, self.armed, self.works = topology.copies, False, list[dist.Work]()
         if self.group is not None:
-            for parameter in expert_parameters(model).values():
+            for parameter in filter(lambda p: p.requires_grad, expert_parameters(model).values()):
                 parameter.register_post_accumulate_grad_hook(self._start)
 
     def arm(self, last: bool) -> None:
@@ -61,7 +61,7 @@ def square_sums(model: nn.Module, topology: Topology) -> Tensor:
     parameters = list(model.parameters())
     dense = _squares((p for p in parameters if id(p) not in experts), topology.world)
     expert = _squares((p for p in parameters if id(p) in experts), topology.edp)
-    return torch.stack([dense, expert])
+    return torch.stack([dense.to(parameters[0].device), expert.to(parameters[0].device)])
 
 
 def router_squares(model: nn.Module, topology: Topology) -> Tensor:

@@ -39,7 +39,7 @@ def model_state(model: nn.Module, topology: Topology) -> dict[str, Tensor]:
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, topology: Topology) -> dict[str, Tensor]:
     """AdamW's moments by parameter name, and the one step count all parameters share. Made (as zeros) where the optimizer has not
     stepped yet, so that a checkpoint can be loaded into it."""
-    experts, homes, mesh = expert_parameters(model), expert_homes(model), _mesh(topology, _device_type(model))
+    experts, homes, mesh = expert_parameters(model), _trained_homes(model), _mesh(topology, _device_type(model))
     own: dict[str, dict[str, Tensor]] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state: dict[str, Tensor] = {}
@@ -55,6 +55,13 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, topology
             value = own[name][moment] if name in own else None
             state[f"optim.{moment}.{name}"] = _at_home(value, home, topology, _device_type(model))
     return state
+
+
+def _trained_homes(model: nn.Module) -> dict[str, Home]:
+    """Of a layer with experts of different shape either all are trained or none, and every rank has one of them."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    layers = {name.rpartition(".experts.")[0] for name in frozen}
+    return {name: home for name, home in expert_homes(model).items() if name.rpartition(".experts.")[0] not in layers}
 
 
 def share_step(optimizer: torch.optim.Optimizer, step: Tensor) -> None:

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dmoe.distributed.gradients import local
 from dmoe.distributed.parallelize import Home
 from dmoe.distributed.topology import Topology
 
-__all__ = ["from_home", "gathered", "norm"]
+__all__ = ["from_home", "gathered", "norm", "put_whole", "whole_of"]
 
 
 def gathered(
@@ -51,6 +52,19 @@ def norm(value: Tensor) -> float:
     """The 2-norm of the whole of `value`, on every rank; a collective if it is sharded."""
     total = value.detach().norm()
     return float(total.full_tensor() if isinstance(total, DTensor) else total)
+
+
+def whole_of(value: Tensor) -> Tensor:
+    """A copy of the whole of a tensor of `state.model_state`, on every rank. A collective if it is sharded."""
+    return value.full_tensor().detach() if isinstance(value, DTensor) else value.detach().clone()
+
+
+def put_whole(value: Tensor, whole: Tensor) -> None:
+    """Fill this rank's part of `value` from the whole, which every rank has. No collective."""
+    if isinstance(value, DTensor):
+        whole = local(distribute_tensor(whole, value.device_mesh, value.placements, src_data_rank=None))
+    with torch.no_grad():
+        local(value).copy_(whole)
 
 
 def _all_experts(local: Tensor, topology: Topology) -> Tensor:

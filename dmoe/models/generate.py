@@ -50,7 +50,7 @@ def generate(
         for _ in range(max_tokens):
             token_BS = torch.tensor([ids[-window:]], device=device)
             context = TokenContext(label_T=torch.full_like(token_BS[0], label))
-            logits_BSV = model(token_BS, context=context).logits_BSV
+            logits_BSV = model(token_BS, context=context).logits
             token = pick(logits_BSV[0, -1], temperature, top_k, top_p, draws)
             if token in stop:
                 break

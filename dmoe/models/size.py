@@ -10,7 +10,8 @@ from typing import NamedTuple
 from torch import nn
 
 from dmoe.models.attention import Attention
-from dmoe.moe.experts import Experts
+from dmoe.models.fusion import GatedFusion
+from dmoe.moe.expert_layer import ExpertLayer
 from dmoe.moe.layer import MoE
 
 __all__ = ["Parameters", "flops_per_token", "parameters"]
@@ -20,21 +21,43 @@ class Parameters(NamedTuple):
     total: int
     """All weights, every expert counted once wherever it lives."""
     active: int
-    """Those one token passes: all but the E-K experts of each MoE layer that it does not choose. Where experts differ, the most that K
-    of them have and a budget allows."""
+    """Those one token (one sample, of a table) passes: all but the E-K experts of each MoE layer that it does not choose. Where
+    experts differ, the most that K of them have and a budget allows. Encoders of streams: all."""
+    trained: int
+    """Of `total`, those that are not frozen."""
     embedding: int
-    """Of both, the token embedding; it is the output projection too if they are tied."""
+    """Of `total` and `active`, the token embedding; it is the output projection too if they are tied."""
 
 
 def parameters(model: nn.Module) -> Parameters:
-    """Parameters of a model with MoE layers, any module with an `embedding`."""
-    experts = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
-    dense = sum(p.numel() for p in model.parameters() if id(p) not in experts)
+    """Parameters of a model with MoE layers, any module with an `embedding`, with or without modules attached."""
     layers = [module for module in model.modules() if isinstance(module, MoE)]
-    total = dense + sum(sum(layer.experts.multiply_adds) for layer in layers)
-    active = dense + sum(_most_active(layer) for layer in layers)
+    banks = [module for module in model.modules() if isinstance(module, ExpertLayer) and not isinstance(module, MoE)]
+    stacks: list[nn.Module] = [*(layer.experts for layer in layers), *(layer.experts for layer in banks)]
+    experts = {id(p) for stack in stacks for p in stack.parameters()}
+    rest = [p for p in model.parameters() if id(p) not in experts]
+    modules = {layer: _all_modules(layer) for layer in banks}
+    dense = sum(p.numel() for p in rest)
+    total = dense + sum(modules.values()) + sum(sum(layer.experts.multiply_adds) for layer in layers)
+    encoders = {module.encoders for module in model.modules() if isinstance(module, GatedFusion)}
+    active = dense + sum(sum(layer.experts.multiply_adds) if layer in encoders else _most_active(layer) for layer in layers)
+    active += sum(size * layer.router.top_k // layer.router.num_experts for layer, size in modules.items())
+    trained = sum(p.numel() for p in rest if p.requires_grad) + sum(
+        n for layer, n in modules.items() if _trained(layer.experts)
+    )
+    trained += sum(sum(layer.experts.multiply_adds) for layer in layers if _trained(layer.experts))
     embedding = getattr(model, "embedding", None)
-    return Parameters(total, active, embedding.weight.numel() if isinstance(embedding, nn.Embedding) else 0)
+    return Parameters(total, active, trained, embedding.weight.numel() if isinstance(embedding, nn.Embedding) else 0)
+
+
+def _all_modules(bank: ExpertLayer) -> int:
+    """Weights of a bank of modules, over all ranks: each of its parameters is a stack of the modules of this one."""
+    return sum(p.numel() // len(p) * bank.router.num_experts for p in bank.experts.parameters())
+
+
+def _trained(experts: nn.Module) -> bool:
+    """Of the experts of one layer all are trained or none."""
+    return any(p.requires_grad for p in experts.parameters())
 
 
 def _most_active(layer: MoE) -> int:

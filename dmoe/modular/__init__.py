@@ -6,7 +6,6 @@ aggregation   how their outputs become one
 layer         the three together, beside one frozen module
 attach        on any network by name, and off again; core: what is frozen, proven by hash; one_module, grow: adding without touching
 merge         modules into the core's weights, or into one module; saved, peft_format: modules in files of their own
-tasks         which task the next sample comes from
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from dmoe.modular.one_module import train_one
 from dmoe.modular.peft_format import export_peft, import_peft
 from dmoe.modular.routing import constant, routed, table
 from dmoe.modular.saved import inspect, load, save
-from dmoe.modular.tasks import task_weights, tasks_of_step
 
 __all__ = [
     "AGGREGATIONS",
@@ -56,8 +54,6 @@ __all__ = [
     "save",
     "select",
     "table",
-    "task_weights",
-    "tasks_of_step",
     "train_one",
     "with_room",
 ]

@@ -23,7 +23,7 @@ from dmoe.modular.aggregation import Aggregation, WeightedSum
 from dmoe.modular.banks.base import Bank
 from dmoe.modular.layer import NOTHING_KNOWN, Modular
 from dmoe.modular.routing import RouterMaker
-from dmoe.moe.experts import FeedForward, MLPExperts
+from dmoe.moe.experts import FeedForward
 from dmoe.moe.layer import MoE, MoEOutput
 from dmoe.moe.routing import TokenContext
 
@@ -63,14 +63,15 @@ def attach(
     made: dict[str, Modular] = {}
     for name, place in matching(model, pattern).items():
         _refuse(model, name, place)
-        made[name] = _layer(place, name, bank, router, aggregation, width, number + len(made))
-    for name, layer in made.items():
-        place = model.get_submodule(name)
+        layer = _layer(place, name, bank, router, aggregation, width, number + len(made))
         device, dtype = _like(place, model)
         layer.to(device=device, dtype=dtype).train(model.training)
+        _draw(place, layer, seed)  # it looks at the place, and may refuse it: so before anything is attached
+        made[name] = layer
+    for name, layer in made.items():
+        place = model.get_submodule(name)
         place.add_module(CHILD, layer)
         _hook(model, name, place, layer)
-        _draw(place, layer, seed)
     return made
 
 
@@ -147,6 +148,13 @@ def matching(model: nn.Module, pattern: str | re.Pattern[str]) -> dict[str, nn.M
 def _refuse(model: nn.Module, name: str, place: nn.Module) -> None:
     if hasattr(place, CHILD):
         raise ConfigError("pattern", name, f"{name} has modules already", "detach them, or name other places")
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] == CHILD and not isinstance(module, Modular):
+            allowed = f"is a name the model uses itself, at {path}: that part would be left out of the core's hash"
+            raise ConfigError("pattern", CHILD, allowed, "rename it in the model")
+    if isinstance(place, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        why = f"is a {type(place).__name__}, which would take its modules for one more member"
+        raise ConfigError("pattern", name, why, "attach to one of its members, or wrap it")
     parent = model.get_submodule(name.rpartition(".")[0]) if name else None
     if isinstance(parent, FeedForward | nn.MultiheadAttention):
         why = f"is never called: {type(parent).__name__} reads its weight"
@@ -164,6 +172,9 @@ def _layer(
 ) -> Modular:
     in_dim, out_dim = _widths(place, name) if width is None else width
     made = bank(in_dim, out_dim)
+    if isinstance(place, nn.Embedding) and made.reads == "input":
+        allowed = f"reads what {name or 'the model'} is given, which are ids and no vectors"
+        raise ConfigError("bank", type(made).__name__, allowed, "use Prompt, or what reads the output: Adapter, Scale")
     query = out_dim if made.reads == "sequence" else made.row_dim
     chooses = router(query, number)
     if chooses.num_experts != made.num_modules:
@@ -186,8 +197,9 @@ def _widths(place: nn.Module, name: str) -> tuple[int, int]:
         return 1, place.embedding_dim
     if isinstance(place, FeedForward):
         return place.w_in.in_features, place.w_out.out_features
-    if isinstance(place, MoE) and isinstance(place.experts, MLPExperts):
-        return place.experts.w_in.shape[1], place.experts.w_out.shape[2]
+    if isinstance(place, MoE):
+        matrices = place.experts.matrices[0]
+        return matrices[0][0], matrices[-1][1]
     raise ConfigError(
         "width", None, f"is not known for {name or 'the model'}, a {type(place).__name__}", "give width=(in, out)"
     )
@@ -218,6 +230,7 @@ class _Watch:
 
     def __init__(self, layer: Modular, name: str) -> None:
         self.layer, self.name, self.called = layer, name, False
+        self.heard: TokenContext | None = None
 
     def beside(self, place: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
         self.called = True
@@ -226,10 +239,15 @@ class _Watch:
         return _with_y(output, self.layer(given_x, _y(output, self.name)))
 
     def listen(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """A `TokenContext` among the arguments of the model is what its modules know of the tokens."""
-        context = next((value for value in (*args, *kwargs.values()) if isinstance(value, TokenContext)), None)
-        if context is not None:
-            self.layer.context = context
+        """A `TokenContext` among the arguments of the model is what its modules know of the tokens.
+
+        It stays until the next forward, because blocks that are recomputed ask for it in the backward; no longer.
+        """
+        before, self.heard = self.heard, next((v for v in (*args, *kwargs.values()) if isinstance(v, TokenContext)), None)
+        if self.heard is not None:
+            self.layer.context = self.heard
+        elif before is not None and self.layer.context is before:
+            self.layer.context = NOTHING_KNOWN
 
     def reached(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self.called:

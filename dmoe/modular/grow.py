@@ -6,7 +6,7 @@ from torch import nn
 
 from dmoe.config.errors import ConfigError
 from dmoe.modular.attach import layers
-from dmoe.modular.routing import grow_router
+from dmoe.modular.routing import check_grows, grow_router
 
 __all__ = ["grow"]
 
@@ -16,7 +16,7 @@ def grow(model: nn.Module, count: int = 1, *, seed: int = 0) -> range:
 
     Module m has the weights it would have had in a bank that was made with it. Before sharding, before the optimizer.
     Raises: ConfigError where a bank is sharded, banks differ in size, or a router or an aggregation cannot grow; then nothing is
-    changed but where a router refuses.
+    changed.
     """
     found = layers(model)
     sizes = {layer.experts.num_modules for layer in found.values()}
@@ -32,6 +32,7 @@ def grow(model: nn.Module, count: int = 1, *, seed: int = 0) -> range:
             raise ConfigError(
                 "aggregation", kind, "has parameters for each of the modules there are", "use weighted_sum or attention"
             )
+        check_grows(layer.router)
     for layer in found.values():
         grow_router(layer.router, count, seed)
     before = sizes.pop()

@@ -12,19 +12,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.schema import BalanceConfig
 from dmoe.modular.aggregation.base import Aggregation
 from dmoe.modular.banks.base import Bank
 from dmoe.modular.routing.per import by_sequence, sequence_mean
+from dmoe.moe.balance import auxiliary_losses
 from dmoe.moe.dispatch import Dispatcher, PackedLocal
 from dmoe.moe.layer import expert_dtype
 from dmoe.moe.peers import Alone, Peers
 from dmoe.moe.routers.base import RouterModule
 from dmoe.moe.routing import Routing, TokenContext
 from dmoe.moe.stage import stage
+from dmoe.moe.stats import LayerStats, measure
 
 __all__ = ["Modular"]
 
@@ -45,9 +49,15 @@ class Modular(nn.Module):
         self.packed: Dispatcher = PackedLocal()
         self.padded: Dispatcher | None = None
         self.peers: Peers = Alone()
+        self.virtual_ranks = 1
+        """Groups of tokens that losses of level `micro_batch` treat as ranks of their own."""
         self.context = NOTHING_KNOWN
         self.chosen: Routing | None = None
         self.asked = NOTHING_KNOWN
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy.deepcopy`, without the latest forward: a tensor that a graph made cannot be copied."""
+        return {**self.__dict__, "chosen": None, "asked": NOTHING_KNOWN}
 
     def initialize(self, seed: int, std: float = 0.02) -> None:
         """Draw router, modules and aggregation anew, keyed by (seed, layer)."""
@@ -88,6 +98,22 @@ class Modular(nn.Module):
         with stage("combine"):
             return self.packed.combine(rows_RW, routing.weight_TK, ticket)
 
+    def losses(self, balance: BalanceConfig) -> dict[str, Tensor]:
+        """This rank's share of each loss of a learned router's latest decision, unweighted, by name; none for a given routing.
+
+        `switch_level=global` takes this micro-batch alone, and costs one all-reduce.
+        """
+        if self.chosen is None or not any(True for _ in self.router.parameters()):
+            return {}
+        return auxiliary_losses(
+            self.chosen, balance, self.asked, self.peers, layer=self.layer, micro_batches=self.virtual_ranks
+        )
+
+    def stats(self) -> LayerStats:
+        """What the latest forward counted. No host sync."""
+        assert self.chosen is not None, "nothing was counted: the layer was not called"
+        return measure(self.chosen, self.chosen)
+
     def slots(self, rows_TD: Tensor, routing: Routing) -> Tensor:
         """Each of the N choices travels as a token with one choice of its own: the same rows on the wire, and nothing is summed."""
         tokens, top_k = routing.expert_TK.shape
@@ -99,14 +125,14 @@ class Modular(nn.Module):
             keep_TK=None if routing.keep_TK is None else routing.keep_TK.reshape(-1, 1),
         )
         rows_ND = rows_TD.unsqueeze(1).expand(-1, top_k, -1).flatten(0, 1)
-        return self.mix(rows_ND, each_N1).view(tokens, top_k, -1)
+        return self.mix(rows_ND, each_N1).view(tokens, top_k, self.experts.width)
 
     def complete(self, sequences: int, tokens: int) -> TokenContext:
         """The context with what follows from the shapes. Labels may be given one for each sequence."""
         label_T = self.context.label_T
         if label_T is not None and len(label_T) == sequences != tokens:
             label_T = label_T.repeat_interleave(tokens // sequences)
-        return replace(self.context, label_T=label_T, sequences=sequences, groups=1, capacity=None)
+        return replace(self.context, label_T=label_T, prior_count_LE=None, sequences=sequences, groups=1, capacity=None)
 
 
 def behind(y: Tensor, context: TokenContext, room: int) -> Tensor:
@@ -115,8 +141,8 @@ def behind(y: Tensor, context: TokenContext, room: int) -> Tensor:
         raise ValueError(
             f"{y.shape[-2]} positions leave no room for a prompt of {room}: put {room} tokens in front (with_room)"
         )
-    y_BSO = y.reshape(context.sequences, -1, y.shape[-1])
+    y_BSO = y.reshape(context.sequences, *y.shape[-2:])
     valid_T = context.valid_T
     if valid_T is not None:
-        valid_T = valid_T.view(context.sequences, -1)[:, room:].flatten()
+        valid_T = valid_T.view(y_BSO.shape[:2])[:, room:].flatten()
     return sequence_mean(y_BSO[:, room:].flatten(0, 1), valid_T, context.sequences)

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from dmoe.config.schema import BalanceConfig
 from dmoe.modular.attach import layers
-from dmoe.moe.balance import auxiliary_losses
 
 __all__ = ["module_losses"]
 
@@ -14,10 +13,6 @@ __all__ = ["module_losses"]
 def module_losses(model: nn.Module, balance: BalanceConfig) -> dict[str, dict[str, Tensor]]:
     """For each place that took part in the latest forward, this rank's share of each loss in force, unweighted, by name.
 
-    Summed over the ranks, the shares are the loss. `switch_level=global` costs one all-reduce a place.
+    Summed over the ranks, the shares are the loss. A place with a given routing has none. See `Modular.losses`.
     """
-    return {
-        name: auxiliary_losses(layer.chosen, balance, layer.asked, layer.peers, layer=layer.layer, micro_batches=1)
-        for name, layer in layers(model).items()
-        if layer.chosen is not None
-    }
+    return {name: layer.losses(balance) for name, layer in layers(model).items() if layer.chosen is not None}

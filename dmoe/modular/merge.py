@@ -32,7 +32,7 @@ def merge(model: nn.Module, weights: Sequence[float]) -> None:
     Raises: ConfigError where a place cannot be merged; then nothing has changed.
     """
     found = layers(model)
-    merged = {name: _merged(name, model.get_submodule(name), layer, weights) for name, layer in found.items()}
+    merged = {name: _merged(model, name, layer, weights) for name, layer in found.items()}
     with torch.no_grad():
         for name, (weight, bias) in merged.items():
             place = model.get_submodule(name)
@@ -43,11 +43,14 @@ def merge(model: nn.Module, weights: Sequence[float]) -> None:
     detach(model)
 
 
-def _merged(name: str, place: nn.Module, layer: Modular, weights: Sequence[float]) -> tuple[Tensor, Tensor | None]:
-    bank = layer.experts
+def _merged(model: nn.Module, name: str, layer: Modular, weights: Sequence[float]) -> tuple[Tensor, Tensor | None]:
+    place, bank = model.get_submodule(name), layer.experts
     _check(name, bank, weights)
     if not isinstance(place, nn.Linear):
         raise ConfigError("merge", name, f"is a {type(place).__name__}, no Linear", "keep its modules, or average them")
+    if also := [other for other in _holders(model, place.weight) if other is not place]:
+        allowed = f"shares its weight with a {type(also[0]).__name__}, which would be changed too"
+        raise ConfigError("merge", name, allowed, "untie them, or keep its modules")
     wide = torch.promote_types(place.weight.dtype, torch.float32)
     weight_OI, bias = place.weight.detach().to(wide), place.bias
     if isinstance(bank, Scale):
@@ -56,6 +59,11 @@ def _merged(name: str, place: nn.Module, layer: Modular, weights: Sequence[float
     for m, w in enumerate(weights):
         weight_OI = weight_OI + w * bank.delta(m).t().to(wide)
     return weight_OI, None
+
+
+def _holders(model: nn.Module, weight: Tensor) -> list[nn.Module]:
+    """The modules whose parameter it is: several, where weights are tied."""
+    return [module for module in model.modules() if any(own is weight for own in module.parameters(recurse=False))]
 
 
 def average(model: nn.Module, weights: Sequence[float]) -> None:

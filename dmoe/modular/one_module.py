@@ -24,12 +24,15 @@ def train_one(model: nn.Module, module: int, optimizer: torch.optim.Optimizer) -
     """From now on steps of `optimizer` change module `module` (its global id) of every bank, and nothing else.
 
     Everything but the banks is frozen (`select(model, "one_module")`). After sharding, on every rank; `optimizer` holds the banks'
-    parameters. Returns what ends it. Raises ConfigError for a module that is not there.
+    parameters. Returns what ends it. Raises ConfigError for a module that is not there, or that FSDP2 has split.
     """
     for name, layer in layers(model).items():
         if not 0 <= module < layer.experts.num_modules:
             allowed = f"{name} has the modules 0 to {layer.experts.num_modules - 1}"
             raise ConfigError("module", module, allowed, "name one of them, or grow the bank")
+        if any(type(parameter.data) is not Tensor for parameter in layer.experts.parameters()):
+            allowed = f"splits the modules at {name} among the ranks, and the bits of whole ones are put back here"
+            raise ConfigError("parallel.mode", "fsdp", allowed, "use ddp")
     select(model, "one_module")
     handles: list[Any] = []
     kept: list[tuple[nn.Parameter, Tensor, Tensor]] = []

@@ -40,8 +40,18 @@ UNKNOWN = (
     "modules_to_save",
     "layer_replication",
     "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
 )
 """Settings that change what an adapter computes and that `LowRank` has no counterpart of: they must be off."""
+KEEP_THE_CORE = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Of `init_lora_weights`, what draws the factors alone. The others (pissa, olora, loftq, corda, ...) subtract their product from the
+core's weights when peft makes or loads the adapter, so it belongs to another core than the one it names."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,8 @@ def export_peft(
     """Write module `module` of every place into a folder that `peft.PeftModel.from_pretrained(bare model, folder)` loads.
 
     `base_model` and `task_type` (e.g. CAUSAL_LM) are written into the config as they are. The router is not exported: peft applies a
-    module to every token. Raises: ConfigError where a bank is not LowRank, or ranks or alphas differ between places.
+    module to every token. Raises: ConfigError where a bank is not LowRank or not beside a Linear, or ranks or alphas
+    differ between places.
     """
     found = layers(model)
     banks = {name: layer.experts for name, layer in found.items()}
@@ -76,6 +87,10 @@ def export_peft(
     tensors = {}
     for name, bank in banks.items():
         assert isinstance(bank, LowRank)
+        place = model.get_submodule(name)
+        if not isinstance(place, nn.Linear) or not name:
+            what = f"{name} is a {type(place).__name__}" if name else "the model itself has no name"
+            raise ConfigError("export", name, f"{what}, and peft finds Linear modules by name", "attach LowRank to such ones")
         if not 0 <= module < bank.num_modules or not bank.whole:
             raise ConfigError(
                 "module", module, f"must be one of 0 to {bank.num_modules - 1}, on a rank that holds all", "name one of them"
@@ -90,7 +105,7 @@ def export_peft(
         "r": rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": 0.0,
-        "target_modules": sorted(banks),
+        "target_modules": _targets(model, sorted(banks)),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -98,6 +113,14 @@ def export_peft(
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(tensors, Path(folder) / WEIGHTS, {"format": "pt"})
     (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _targets(model: nn.Module, places: list[str]) -> list[str] | str:
+    """What peft finds these places by, and no others: their names, or a pattern where a name ends another one's too."""
+    endings = tuple(f".{place}" for place in places)
+    if any(name.endswith(endings) and name not in places for name, _ in model.named_modules()):
+        return "|".join(map(re.escape, places))
+    return places
 
 
 def read_peft(folder: str | Path) -> PeftAdapter:
@@ -112,6 +135,11 @@ def read_peft(folder: str | Path) -> PeftAdapter:
     if wrong := [name for name in UNKNOWN if config.get(name)]:
         raise CheckpointError(
             f"{folder}: {wrong[0]}={config[wrong[0]]} changes what the adapter computes and has no counterpart here"
+        )
+    if config.get("init_lora_weights", True) not in KEEP_THE_CORE:
+        raise CheckpointError(
+            f"{folder}: init_lora_weights={config['init_lora_weights']} has changed the core it was trained on; "
+            "save it with peft's path_initial_model_for_weight_conversion"
         )
     if config.get("bias", "none") != "none":
         raise CheckpointError(f"{folder}: bias={config['bias']} trains the core's biases; only none can be read")

@@ -37,13 +37,17 @@ class SavedModules:
 
 def module_state(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and persistent buffer of the modules, routers and aggregations, by name; detached, sharing memory."""
-    return {name: value.detach() for name, value in model.state_dict().items() if CHILD in name.split(".")}
+    return {
+        f"{place}.{CHILD}.{name}".removeprefix("."): value.detach()
+        for place, layer in layers(model).items()  # not by the model's own names: a part used in two places has two there
+        for name, value in layer.state_dict().items()
+    }
 
 
 def save(model: nn.Module, path: str | Path, *, core: str | None = None) -> None:
     """Write the modules of a model that holds all of them. `core` is its hash, where that is known already.
 
-    Raises: CheckpointError for a model without modules, or one that holds a part of them only.
+    Raises: CheckpointError for a model without modules, or one that holds a part of them only, and where nothing can be written.
     """
     found = layers(model)
     if not found:
@@ -64,10 +68,14 @@ def save(model: nn.Module, path: str | Path, *, core: str | None = None) -> None
     metadata = {"format": FORMAT, "core": core or core_hash(model), "places": json.dumps(places)}
     state = {name: value.cpu().contiguous() for name, value in module_state(model).items()}
     part = Path(f"{path}.part")
-    save_file(state, part, metadata)
-    with part.open("rb") as written:
-        os.fsync(written.fileno())
-    part.replace(path)
+    try:
+        save_file(state, part, metadata)
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: cannot be written ({error})") from None
 
 
 def inspect(path: str | Path) -> SavedModules:

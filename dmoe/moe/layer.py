@@ -115,12 +115,15 @@ class MoE(nn.Module):
         self.initialize(seed)
 
     @classmethod
-    def from_config(cls, config: MoEConfig, dim: int, *, virtual_ranks: int = 1, layer: int = 0) -> Self:
+    def from_config(
+        cls, config: MoEConfig, dim: int, *, out_dim: int | None = None, virtual_ranks: int = 1, layer: int = 0
+    ) -> Self:
         return cls(
             dim,
             config.expert_dim,
             config.num_experts,
             config.top_k,
+            out_dim=out_dim,
             router=config.router,
             capacity=config.capacity,
             balance=config.balance,

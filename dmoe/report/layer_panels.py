@@ -29,12 +29,16 @@ QUANTITIES = {
     "top1_probability": "Mean probability of the first choice",
     "logit_max": "Largest router logit",
     "effective_k": "Effective number of experts a token",
+    "cost_share": "Cost of the experts a token took, of that of all",
     "bias_min": "Bias: smallest",
     "bias_max": "Bias: largest",
     "bias_drift": "Bias: drift",
     "stability": "Probe tokens that changed expert since the last evaluation",
+    "k_loss_correlation": "Correlation of the experts a token used with its loss",
     "mutual_information": "Mutual information of expert and domain (bits)",
 }
+HELD_OUT = ("stability", "mutual_information", "k_loss_correlation")
+"""Of evaluations: few points, so each is marked."""
 
 
 def mean_of(pick: Callable[[dict[str, Any]], float | None]) -> Reader:
@@ -254,7 +258,7 @@ def _by_layer(run: Run, name: str) -> dict[int, list[Line]]:
 
 
 def _curve(layer: int, lines: list[Line], name: str, count: int, most: int) -> dict[str, Any] | None:
-    return curve(f"layer {layer}", lines, at("value"), most=most, depth=layer / max(1, count - 1), markers=name == "stability")
+    return curve(f"layer {layer}", lines, at("value"), most=most, depth=layer / max(1, count - 1), markers=name in HELD_OUT)
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -31,7 +31,10 @@ LOSSES = ("switch", "z", "importance", "load", "usage_std")
 
 def meaning(config: Config, start: dict[str, Any]) -> list[str]:
     """Sentences on model, routing, capacity, balance, exchange, batch and schedule. `start`: the line a run began with, or {}."""
-    words = [_model(config), _batch(config), _optimization(config)]
+    if config.train.task == "classification":
+        words = [_classifier(config), _samples(config), _optimization(config)]
+    else:
+        words = [_model(config), _batch(config), _optimization(config)]
     if config.model.moe_every:
         words[1:1] = [_routing(config.moe), _capacity(config.moe), _balance(config.moe), _exchange(config, start)]
     return words
@@ -49,6 +52,15 @@ def _model(config: Config) -> str:
     free = f" and {zero_cost(moe.experts):,} of zero cost" if zero_cost(moe.experts) else ""
     experts = f"{moe.num_experts:,} experts ({moe.experts.kind}, {widths}){free}"
     return f"Model: {blocks}; {where}{first} holds a mixture of {experts}{shared}."
+
+
+def _classifier(config: Config) -> str:
+    model, moe = config.model, config.moe
+    joined = "joined by a gate after an encoder each" if model.fusion == "gated" else "side by side"
+    read = f"the streams {', '.join(config.data.streams)}, {joined}" if len(config.data.streams) > 1 else "one stream"
+    head = "a layer of experts" if model.head == "experts" else "linear"
+    blocks = f"{count(model.layers, 'residual feed-forward')} of width {model.dim:,}"
+    return f"Model: a classifier of {read}; {blocks}; the head is {head}; {moe.num_experts:,} experts in a mixture layer."
 
 
 def _routing(moe: MoEConfig) -> str:
@@ -106,6 +118,14 @@ def _batch(config: Config) -> str:
         f"Batch: {count(train.global_batch, 'sequence')} of {length:,} tokens = {tokens:,} tokens a step, for "
         f"{count(train.steps, 'step')} ({train.steps * tokens:,} tokens); data: {config.data.source}, "
         f"tokenizer: {config.data.tokenizer}."
+    )
+
+
+def _samples(config: Config) -> str:
+    train = config.train
+    return (
+        f"Batch: {count(train.global_batch, 'sample')} a step, for {count(train.steps, 'step')} "
+        f"({train.steps * train.global_batch:,} samples); data: {config.data.source}."
     )
 
 

@@ -1,13 +1,15 @@
-"""What every training run has: loss and bits per byte, gradients, time, bytes."""
+"""What every training run has: loss and bits per byte or accuracy, gradients, time, bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from dmoe.report.curves import Reader, by_run, overlay
 from dmoe.report.metrics import Line, number
-from dmoe.report.page import Chart, Panel
+from dmoe.report.page import Chart, Panel, Table
+from dmoe.report.results import domain_rows
 from dmoe.report.run import Run
 
 __all__ = ["gradients", "quality", "time"]
@@ -30,12 +32,14 @@ def panel(id: str, title: str, charts: Sequence[Chart | None], absent: str, word
 
 
 def quality(runs: Sequence[Run]) -> Panel:
-    caption = "Lower is better. Points with markers are held-out text, the other line is the training batch of that step."
-    return panel(
+    """Loss, and what people read beside it; a run has bits per byte or accuracy, by its task."""
+    told = "Points with markers are held-out data, the other line is the training batch of that step."
+    caption = f"Lower is better. {told}"
+    found = panel(
         "quality",
-        "Loss and bits per byte",
+        "Loss, bits per byte, accuracy",
         [
-            overlay("loss", "Loss", caption, "nats a token", runs, {"training": at("loss")}, held_out=at("loss")),
+            overlay("loss", "Loss", caption, "nats a target", runs, {"training": at("loss")}, held_out=at("loss")),
             overlay(
                 "bits-per-byte",
                 "Bits per byte",
@@ -45,9 +49,26 @@ def quality(runs: Sequence[Run]) -> Panel:
                 {"training": at("bits_per_byte")},
                 held_out=at("bits_per_byte"),
             ),
+            overlay(
+                "accuracy",
+                "Accuracy",
+                f"Share of the targets that were guessed right; higher is better. {told}",
+                "share",
+                runs,
+                {"training": at("accuracy")},
+                held_out=at("accuracy"),
+            ),
         ],
         "No step of training and no evaluation was recorded.",
     )
+    return replace(found, tables=[table for run in runs if (table := _by_domain(run, len(runs))) is not None])
+
+
+def _by_domain(run: Run, runs: int) -> Table | None:
+    """Each domain at the first evaluation and at the last one; `=` where nothing has changed to the last bit."""
+    head, rows = domain_rows(run.evals)
+    title = "Held out, by domain" + (f", {run.name}" if runs > 1 else "")
+    return Table(title, [name.replace("\n", " ") for name in head], rows) if len(rows) > 1 else None
 
 
 def gradients(runs: Sequence[Run]) -> Panel:

@@ -13,16 +13,13 @@ from dmoe.config.load import load
 from dmoe.config.schema import Config
 from dmoe.report.metrics import Line, Metrics, read_metrics
 
-__all__ = ["Run", "layers_of", "load_runs"]
+__all__ = ["Record", "Run", "layers_of", "load_runs"]
 
 
 @dataclass(frozen=True)
-class Run:
-    name: str
-    path: Path
-    config: Config | None
-    """None where resolved.yaml is missing or another version of dmoe wrote it; `config_problem` says which."""
-    config_problem: str
+class Record:
+    """What a run has measured, in the order of its steps."""
+
     metrics: Metrics
 
     @cached_property
@@ -45,6 +42,15 @@ class Run:
         """The `end` line, unless the run went on after it."""
         last = next((line for line in reversed(self.metrics.lines) if line["event"] != "checkpoint"), None)
         return last if last is not None and last["event"] == "end" else None
+
+
+@dataclass(frozen=True)
+class Run(Record):
+    name: str
+    path: Path
+    config: Config | None
+    """None where resolved.yaml is missing or another version of dmoe wrote it; `config_problem` says which."""
+    config_problem: str
 
 
 def layers_of(line: Line) -> dict[int, dict[str, Any]]:
@@ -72,7 +78,7 @@ def _load(path: Path, name: str) -> Run:
         config = load(path / "resolved.yaml")
     except ConfigError as error:
         problem = f"This version of dmoe cannot read the run's resolved.yaml, so its settings are left out: {error}."
-    return Run(name, path, config, problem, read_metrics(path / "metrics.jsonl"))
+    return Run(read_metrics(path / "metrics.jsonl"), name, path, config, problem)
 
 
 def _names(paths: list[Path]) -> list[str]:

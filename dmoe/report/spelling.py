@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-__all__ = ["clock", "count", "duration", "many", "percent", "plain", "size_of"]
+__all__ = ["clock", "count", "duration", "flops", "many", "percent", "plain", "size_of"]
 
 MISSING = "not recorded"
 
@@ -28,6 +28,17 @@ def many(value: float | None, unit: str = "") -> str:
             return f"{value:.3g} {suffix}{unit}".strip()
         value /= 1000
     return f"{value:,.4g} T{unit}"
+
+
+def flops(value: float | None) -> str:
+    """Floating-point operations in the prefixes that hardware is sold by: `29.3 k`, `1.44 G`, `2.1 P`."""
+    if value is None:
+        return MISSING
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if abs(value) < 999.5:
+            return f"{value:.3g} {prefix}".strip()
+        value /= 1000
+    return f"{value:,.4g} E"
 
 
 def size_of(value: float | None) -> str:

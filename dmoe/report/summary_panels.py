@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from statistics import median
 from typing import Any
 
+from dmoe.report.figures import ending, figures_of, last, measure_of
 from dmoe.report.meaning import meaning
-from dmoe.report.metrics import Line, number
+from dmoe.report.metrics import number
 from dmoe.report.page import Panel, Table
 from dmoe.report.run import Run
 from dmoe.report.spelling import count, duration, many, percent, plain, size_of
@@ -48,29 +48,23 @@ def _leaves(section: dict[str, Any], prefix: str) -> list[tuple[str, str]]:
 
 
 def _state(run: Run) -> str:
-    step = run.metrics.lines[-1]["step"] if run.metrics.lines else 0
-    if run.end is None:
-        return f"no end was recorded; the last line is of step {step:,}: still running, or killed"
-    if run.end.get("failed"):
-        return f"ended by an error after step {step:,}; see Events"
-    return f"stopped after step {step:,}, and can go on" if run.end.get("stopped") else f"finished after step {step:,}"
-
-
-def _last(lines: Sequence[Line], *path: str) -> float | None:
-    return next((value for line in reversed(lines) if (value := number(line, *path)) is not None), None)
+    return ending(run) + ("; see Events" if run.end is not None and run.end.get("failed") else "")
 
 
 def _held_out(run: Run) -> str:
-    found = [(value, line["step"]) for line in run.evals if (value := number(line, "bits_per_byte")) is not None]
+    """The last measure of held-out data, and the best one where that was earlier."""
+    name = measure_of(run.evals[-1]) if run.evals else "loss"
+    found = [(value, line["step"]) for line in run.evals if (value := number(line, name)) is not None]
     if not found:
         return plain(None)
-    best, step = min(found)
-    return f"{found[-1][0]:.4g} bits a byte" + (f" (best {best:.4g} at step {step:,})" if step != found[-1][1] else "")
+    say = MEASURES[name]
+    best, step = max(found) if name == "accuracy" else min(found)
+    return say(found[-1][0]) + (f" (best {say(best)} at step {step:,})" if best != found[-1][0] else "")
 
 
 def _speed(run: Run) -> str:
-    found = [value for line in run.train if (value := number(line, "tokens_per_second")) is not None]
-    return f"{many(median(found))} (median)" if found else plain(None)
+    speed = figures_of(run).tokens_per_second
+    return plain(None) if speed is None else f"{many(speed)} (median)"
 
 
 def _wall(run: Run) -> str:
@@ -92,21 +86,28 @@ def _happened(*events: str) -> Callable[[Run], str]:
     return spell
 
 
+MEASURES: dict[str, Callable[[float], str]] = {
+    "bits_per_byte": lambda bits: f"{bits:.4g} bits a byte",
+    "accuracy": lambda share: f"{percent(share)} right",
+    "loss": lambda nats: f"loss {nats:.4g}",
+}
 NUMBERS: dict[str, Callable[[Run], str]] = {
     "State": _state,
-    "Held-out text": _held_out,
-    "Training loss": lambda run: plain(_last(run.train, "loss")),
-    "Tokens seen": lambda run: many(_last(run.train, "tokens")),
+    "Held out": _held_out,
+    "Training loss": lambda run: plain(last(run.train, "loss")),
+    "Tokens seen": lambda run: many(last(run.train, "tokens")),
     "Tokens a second": _speed,
     "Time from first to last line": _wall,
     "Parameters": lambda run: many(number(run.start, "parameters")),
     "Active parameters a token": lambda run: many(number(run.start, "active_parameters")),
+    "Trainable parameters": lambda run: many(number(run.start, "trainable_parameters")),
+    "Forward FLOPs a token": lambda run: many(number(run.start, "flops_per_token")),
     "Ranks": _ranks,
     "Precision": lambda run: str(run.start.get("precision", plain(None))),
-    "Dropped choices, last step": lambda run: percent(_last(run.train, "drop_rate")),
-    "Largest load over mean, last step": lambda run: plain(_last(run.train, "load_max_over_mean"), 3),
-    "Model FLOP utilisation, last step": lambda run: percent(_last(run.train, "mfu")),
-    "Memory, last step": lambda run: size_of(_last(run.train, "memory")),
+    "Dropped choices, last step": lambda run: percent(last(run.train, "drop_rate")),
+    "Largest load over mean, last step": lambda run: plain(last(run.train, "load_max_over_mean"), 3),
+    "Model FLOP utilisation, last step": lambda run: percent(last(run.train, "mfu")),
+    "Memory, last step": lambda run: size_of(last(run.train, "memory")),
     "Restarts": _happened("restart", "rollback"),
     "Alerts": _happened("alert"),
     "Saves": _happened("checkpoint"),

@@ -11,7 +11,6 @@ import torch
 
 import dmoe
 from dmoe.config.errors import CheckpointError
-from dmoe.data import Data
 from dmoe.distributed.checkpoint import store
 from dmoe.distributed.checkpoint.retention import discard_partials
 from dmoe.distributed.checkpoint.saver import Saved, Saver
@@ -21,6 +20,7 @@ from dmoe.training.compatible import check_same_run, redefined
 from dmoe.training.engine import Engine
 from dmoe.training.guard import Guard
 from dmoe.training.run_dir import RunDir
+from dmoe.training.tasks import Data
 
 __all__ = ["Checkpoints", "load", "training_state"]
 
@@ -57,7 +57,10 @@ class Checkpoints:
         topology, micro_batch = self.engine.topology, self.engine.batching.micro_batch
         line = redefined(extra["topology"], topology.world, topology.ep, micro_batch, self.engine.config)
         self.remarks = [line] if line else []
-        return self._take_up(path)
+        step = self._take_up(path)
+        if step == 0:  # not a run's: nothing was drawn, and no group was formed, before it (`training/upcycle.py`)
+            self.remarks = []
+        return step
 
     def save(self, step: int) -> None:
         """Save the state after `step` steps; in the background if so configured. Does nothing where it is saved already.
@@ -120,7 +123,7 @@ class Checkpoints:
         scaler = self.engine.accelerator.scaler
         return {
             "step": step,
-            "tokens": step * config.train.global_batch * config.data.seq_len,
+            "tokens": step * self.engine.targets,
             "config": asdict(config),
             "topology": {
                 "world": self.engine.world.size,

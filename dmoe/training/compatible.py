@@ -16,10 +16,10 @@ from dmoe.config.schema import Config
 
 __all__ = ["check_same_run", "redefined"]
 
-MEANING = ("model", "moe", "train.seed", "train.global_batch")
+MEANING = ("model", "moe", "modular", "train.seed", "train.global_batch")
 """Sections and fields that say what is trained, in which batches. What it is trained on, the data's fingerprint says."""
-NEUTRAL = ("moe.exchange",)
-"""In those sections, what changes no number beyond rounding."""
+NEUTRAL = ("moe.exchange", "modular.core")
+"""In those sections, what changes no number beyond rounding, or no number any more: what the weights started from."""
 ABSENT = object()
 
 
@@ -33,7 +33,7 @@ def check_same_run(saved: Mapping[str, Any], saved_data: str, config: Config, da
         if _under(name, MEANING) and not _under(name, NEUTRAL):
             _refuse(name, now, f"the checkpoint was trained with {before}", config)
     if saved_data != data:
-        fields = [change for change in changed if _under(change[0], ("data",))]
+        fields = [change for change in changed if _under(change[0], ("data",)) and change[0] != "data.eval_source"]
         for name, before, now in fields:
             _refuse(name, now, f"the checkpoint was trained with {before}", config)
         if not fields:

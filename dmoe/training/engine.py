@@ -17,10 +17,13 @@ from dmoe.distributed.scaler import shared_scaler
 from dmoe.distributed.topology import Topology
 from dmoe.distributed.watch import Watch
 from dmoe.distributed.world import World
-from dmoe.models.transformer import LMOutput, Transformer
+from dmoe.models.base import Model
+from dmoe.models.output import ModelOutput
 from dmoe.moe.routing import TokenContext
 from dmoe.training import optimizer as optimizers
 from dmoe.training import precision as precisions
+from dmoe.training.modular.attaching import attach_modules, draw_modules, select_trained
+from dmoe.training.tasks import Task, task_of
 
 __all__ = ["Engine", "build"]
 
@@ -39,7 +42,8 @@ class Engine:
     batching: Batching
     precision: str
     accelerator: Accelerator
-    model: Transformer
+    task: Task
+    model: Model
     """The bare model: names, weights, MoE layers."""
     replication: Replication
     """How the ranks share what is the same on all of them: `parallel.mode`."""
@@ -57,19 +61,25 @@ class Engine:
         """Sequences of one forward of this process: V virtual ranks' micro-batches."""
         return self.batching.micro_batch * self.config.parallel.virtual_ranks
 
+    @property
+    def targets(self) -> int:
+        """Targets of the global batch: what the loss is divided by."""
+        return self.config.train.global_batch * self.task.targets
+
     def close(self) -> None:
         self.accelerator.free_memory()
 
 
-def build(config: Config, world: World, vocab_size: int, dtype: torch.dtype = torch.float32) -> Engine:
+def build(config: Config, world: World, outputs: int, dtype: torch.dtype = torch.float32) -> Engine:
     """Build, shard, initialise and wrap, in this order: no rank ever holds an expert that is not its own.
 
-    `dtype` is that of the master weights; float64 is for `verify`. Collective over all ranks.
+    `outputs`: the vocabulary, or the classes. `dtype`: of the master weights; float64 is for `verify`. Collective over all ranks.
     """
     precision = precisions.resolve(config.train.precision, world.device, config.model.dim)
     groups = topology.build(expert_parallel(config, world.size), world.device, config.parallel.start_timeout)
     watch = Watch(groups.exchange, config.parallel.timeout) if config.debug.collectives and groups.exchange else None
-    model = _model(config, groups, watch, world, vocab_size, dtype)
+    task = task_of(config, outputs)
+    model = _model(task, groups, watch, world, dtype)
     accelerator = Accelerator(
         cpu=world.device.type == "cpu",
         mixed_precision=ACCELERATE_PRECISION[precision],
@@ -80,38 +90,38 @@ def build(config: Config, world: World, vocab_size: int, dtype: torch.dtype = to
     replication = REPLICATION[config.parallel.mode](model, groups, accelerator)
     optimizer = accelerator.prepare_optimizer(optimizers.build(model, config.optim))
     engine = Engine(
-        config, world, groups, batching(config, world.size), precision, accelerator, model, replication, optimizer, watch
+        config, world, groups, batching(config, world.size), precision, accelerator, task, model, replication, optimizer, watch
     )
     _warm_up(engine)
     return engine
 
 
 def _warm_up(engine: Engine) -> None:
-    """One forward and backward on two tokens a sequence, thrown away: every communicator is used, under the start's time-out.
+    """One forward and backward on samples that mean nothing, thrown away: every communicator is used, under the start's time-out.
 
     And DDP sorts its buckets anew after its first backward. A ring sums a number in an order that depends on its place in the bucket,
     so without this the second step after a restart would round differently from the same step of the unbroken run, on three ranks
     or more (seen: 1e-7 of the loss).
     """
-    token_BS = torch.zeros(engine.sequences, 2, dtype=torch.int64, device=engine.world.device)
-    context = TokenContext(label_T=torch.zeros_like(token_BS).flatten(), noise_key=(0, 0))
+    input, target, _ = (part.to(engine.world.device) for part in engine.task.blank(engine.sequences))
+    context = TokenContext(label_T=torch.zeros_like(target).flatten(), noise_key=(0, 0))
     with engine.replication.accumulating(last=True):
-        output: LMOutput = engine.wrapped(token_BS, token_BS, context)
+        output: ModelOutput = engine.wrapped(input, target, context)
         assert output.loss_sum is not None
         engine.accelerator.backward(output.loss_sum)
     engine.replication.finish()
     engine.optimizer.zero_grad()
 
 
-def _model(
-    config: Config, groups: Topology, watch: Watch | None, world: World, vocab_size: int, dtype: torch.dtype
-) -> Transformer:
+def _model(task: Task, groups: Topology, watch: Watch | None, world: World, dtype: torch.dtype) -> Model:
+    config = task.config
     with torch.device("meta"):
-        model = Transformer(
-            config.model, config.moe, vocab_size, virtual_ranks=config.parallel.virtual_ranks, recompute=config.train.recompute
-        )
+        model = task.model(config.parallel.virtual_ranks, config.train.recompute)
+        attach_modules(model, config, config.parallel.virtual_ranks)
     model = model.to(dtype)
     parallelize.shard_experts(model, groups, watch)
     model.to_empty(device=world.device)
     model.initialize(config.train.seed)
+    draw_modules(model, config)
+    select_trained(model, config)
     return model

@@ -1,72 +1,138 @@
-"""Loss on held-out sequences: deterministic, the same on any number of ranks."""
+"""Loss on held-out samples: deterministic, the same on any number of ranks.
+
+Letters: M domains.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from dmoe.data import Data
 from dmoe.distributed.gradients import all_sum
-from dmoe.models.transformer import LMOutput
+from dmoe.models.output import ModelOutput
 from dmoe.moe.observation import decisions
-from dmoe.moe.stats import ObservedContext, nothing_more
-from dmoe.training.batches import evaluation_batches
+from dmoe.moe.stats import ObservedContext, Observer, nothing_more
+from dmoe.training.batches import Part, evaluation_batches
+from dmoe.training.difficulty import Difficulty
 from dmoe.training.engine import Engine
 from dmoe.training.probe import Look, Probe
+from dmoe.training.tasks import Data, Score
 
-__all__ = ["Evaluation", "bits_per_byte", "evaluate"]
+__all__ = ["Evaluation", "evaluate"]
+
+SUMS = 4  # the fields of a Score
 
 
 @dataclass(frozen=True)
 class Evaluation:
     loss: float
-    """Nats a token."""
-    bits_per_byte: float
-    """Comparable between tokenizers."""
+    """Nats a target."""
     tokens: int
+    """Targets it is the mean of."""
+    measures: dict[str, float]
+    """What people read: bits_per_byte (comparable between tokenizers), accuracy; see the task."""
+    missing: dict[str, float] = field(default_factory=dict)
+    """The accuracy without each stream that may be missing."""
+    by_domain: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The same for each domain that was reached, if there is more than one."""
     layers: list[dict[str, Any]] = field(default_factory=list)
     """What the probe saw of each MoE layer; empty without one."""
+
+    def line(self) -> dict[str, Any]:
+        """Of metrics.jsonl."""
+        found = {"loss": self.loss, **self.measures, "split": "held_out", "tokens": self.tokens}
+        parts = {"missing": self.missing, "by_domain": self.by_domain, "layers": self.layers}
+        return found | {name: part for name, part in parts.items() if part}
 
 
 @torch.no_grad()  # not inference_mode: FSDP2 keeps the tensors it gathers into, and training could not write into them
 def evaluate(
     engine: Engine, data: Data, stop: Callable[[], bool] = lambda: False, probe: Probe | None = None
 ) -> Evaluation | None:
-    """Mean loss over the first `train.eval_sequences` held-out sequences; None if some rank was told to `stop` on the way.
+    """Mean loss over the first `train.eval_sequences` held-out samples; None if some rank was told to `stop` on the way.
 
-    One small reduction and one host read a batch, so that a signal does not have to wait for the last one. `probe` looks at the
-    layers' decisions on the way, for one reduction more.
+    One small reduction (4 M + 1 numbers) and one host read a batch, so that a signal does not have to wait for the last one. `probe`
+    looks at the layers' decisions on the way, for one reduction more. Where streams may be missing, once more without each of them.
     """
-    device, totals = engine.world.device, torch.zeros(4, dtype=torch.float64, device=engine.world.device)
-    byte_V = torch.from_numpy(data.tokenizer.token_bytes).to(device)
-    engine.wrapped.eval()
-    looks: list[Look] = []
-    for token_BS, target_BS, valid_BS, label_B in evaluation_batches(data.held_out, engine):
-        target_BS, valid_BS = target_BS.to(device), valid_BS.to(device)
-        label_T = label_B.to(device).repeat_interleave(token_BS.shape[1])
-        observer = nothing_more if probe is None else decisions
-        context = ObservedContext(valid_T=valid_BS.flatten(), label_T=label_T, observer=observer)
-        output: LMOutput = engine.wrapped(token_BS.to(device), target_BS, context)
-        assert output.loss_sum is not None
-        read = byte_V[target_BS.clamp(min=0)].masked_fill(~valid_BS, 0).sum()
-        share = [output.loss_sum, valid_BS.sum(), read, torch.full_like(output.loss_sum, float(stop()))]
-        totals += all_sum(torch.stack([part.double() for part in share]), engine.topology)
-        if totals[3].item() > 0:
-            break
+    difficulty, looks, sums = Difficulty(engine), list[Look](), list[Tensor]()
+
+    def look(output: ModelOutput, label_T: Tensor, valid_T: Tensor) -> None:
         if probe is not None:
-            looks = probe.look(output.stats, label_T, looks)
+            assert output.nats_T is not None
+            looks[:] = probe.look(output.stats, label_T, looks)
+            sums[:] = difficulty.look(output.stats, output.nats_T, valid_T, sums)
+
+    engine.wrapped.eval()
+    scores = _scores(engine, data, stop, look, nothing_more if probe is None else decisions)
+    missing = {}
+    for stream in engine.task.streams if scores else ():
+        less = _scores(engine, data, stop, without=stream)
+        scores = scores if less else None
+        missing[stream] = engine.task.measures(_sum(less or [])).get("accuracy", math.nan)
     engine.wrapped.train()
-    loss_sum, tokens, read_bytes, stopped = totals.tolist()
-    if stopped:
+    if scores is None:
         return None
-    layers = [] if probe is None else probe.report(looks)
-    return Evaluation(loss_sum / tokens, bits_per_byte(loss_sum, read_bytes), int(tokens), layers)
+    layers = [] if probe is None else [a | b for a, b in zip(probe.report(looks), difficulty.report(sums), strict=True)]
+    return _result(engine, scores, data.domains, missing, layers)
 
 
-def bits_per_byte(nats: float, read_bytes: float) -> float:
-    """Bits the model needs for a byte of text, from the summed cross-entropy over it."""
-    return nats / math.log(2) / max(1.0, read_bytes)
+def _scores(
+    engine: Engine,
+    data: Data,
+    stop: Callable[[], bool],
+    look: Callable[[ModelOutput, Tensor, Tensor], None] = lambda output, label_T, valid_T: None,
+    observer: Observer = nothing_more,
+    without: str | None = None,
+) -> list[Score] | None:
+    """Of each domain, over all ranks; None if some rank was told to stop."""
+    device = engine.world.device
+    totals = torch.zeros(max(1, len(data.domains)) * SUMS + 1, dtype=torch.float64, device=device)
+    for part in evaluation_batches(data.held_out, engine):
+        if without is not None:
+            part = replace(part, input=engine.task.without(part.input, without))
+        label_T = part.label_B.to(device).repeat_interleave(part.target.shape[1])
+        valid_T = part.valid_BS.flatten().to(device)
+        context = ObservedContext(valid_T=valid_T, label_T=label_T, observer=observer)
+        output: ModelOutput = engine.wrapped(part.input.to(device), part.target.to(device), context)
+        told = torch.tensor([float(stop())], dtype=torch.float64, device=device)
+        totals += all_sum(torch.cat([_sums(engine, data, part, label_T, output).flatten(), told]), engine.topology)
+        if totals[-1].item() > 0:
+            return None
+        look(output, label_T, valid_T)
+    return [Score(*row) for row in totals[:-1].view(-1, SUMS).tolist()]
+
+
+def _sums(engine: Engine, data: Data, part: Part, label_T: Tensor, output: ModelOutput) -> Tensor:
+    """float64 [M, 4]: what a Score holds, of this rank's part of one batch."""
+    nats_T, hit_T = output.nats_T, output.hit_T
+    assert nats_T is not None, "a model in evaluation tells of each target"
+    assert hit_T is not None
+    target = part.target.to(label_T.device)
+    valid_T = part.valid_BS.to(label_T.device).flatten()
+    read_T = engine.task.bytes_of(data, target).flatten()
+    ones_T = torch.ones_like(nats_T, dtype=torch.float64)
+    each_T4 = torch.stack([nats_T.double(), ones_T, read_T.double(), hit_T.double()], 1)
+    none_M4 = each_T4.new_zeros(max(1, len(data.domains)), SUMS)
+    return none_M4.index_add(0, label_T, each_T4 * valid_T.unsqueeze(1))
+
+
+def _sum(scores: list[Score]) -> Score:
+    return Score(*(sum(getattr(score, name) for score in scores) for name in ("nats", "targets", "read_bytes", "hits")))
+
+
+def _result(
+    engine: Engine, scores: list[Score], domains: tuple[str, ...], missing: dict[str, float], layers: list[dict[str, Any]]
+) -> Evaluation:
+    total = _sum(scores)
+    by_domain = {
+        name: {"loss": score.loss, **engine.task.measures(score), "tokens": score.targets}
+        for name, score in zip(domains, scores, strict=False)
+        if score.targets
+    }
+    measures = dict(engine.task.measures(total))
+    return Evaluation(total.loss, int(total.targets), measures, missing, by_domain if len(domains) > 1 else {}, layers)

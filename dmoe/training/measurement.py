@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dmoe.distributed.all_to_all import exchange_meters
 from dmoe.distributed.gradients import all_max, all_sum, router_squares
-from dmoe.models.transformer import LMOutput
+from dmoe.models.output import ModelOutput
 from dmoe.moe.observation import MAXIMA, SUMS, router_state
 from dmoe.moe.ownership import Ownership
 from dmoe.moe.stats import LayerStats, Observer, nothing_more
@@ -69,7 +69,7 @@ class Unmeasured:
     def lap(self, part: str) -> None:
         """The time since the last lap was spent on `part`."""
 
-    def collect(self, outputs: Sequence[LMOutput]) -> None:
+    def collect(self, outputs: Sequence[ModelOutput]) -> None:
         """Forward, backward and the sums of gradients are done: keep what is to be told, on the device."""
 
 
@@ -90,7 +90,7 @@ class Measurement(Unmeasured):
     def lap(self, part: str) -> None:
         self.stopwatch.lap(part)
 
-    def collect(self, outputs: Sequence[LMOutput]) -> None:
+    def collect(self, outputs: Sequence[ModelOutput]) -> None:
         """No collective, no host read."""
         engine, sent = self.engine, self.stopwatch.stop_meters()
         layers = list(zip(*(output.stats for output in outputs), strict=True))

@@ -47,13 +47,13 @@ class OpenRun:
             raise
 
     def misses_evaluation(self, step: int, config: TrainConfig) -> bool:
-        """Whether the evaluation after `step` was due and never told: the process ended between the checkpoint and it. Collective."""
+        """Whether the evaluation after `step` is due and not told: at the start, or where a process ended before it. Collective."""
 
         def look() -> str:
-            due = step > 0 and config.eval_every > 0 and step % config.eval_every == 0 and step < config.steps
-            told = due and any(
-                line["event"] == "eval" and line["step"] == step for line in read_metrics(self.directory.metrics)
-            )
+            regular = config.eval_every > 0 and step % config.eval_every == 0 and step < config.steps
+            due = regular if step else config.eval_first
+            written = read_metrics(self.directory.metrics) if due and self.directory.metrics.exists() else []
+            told = any(line["event"] == "eval" and line["step"] == step for line in written)
             return "yes" if due and not told else "no"
 
         return _in_directory(self.world, self.directory.path, look) == "yes"

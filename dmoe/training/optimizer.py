@@ -9,11 +9,12 @@ from dmoe.config.schema import OptimConfig
 
 __all__ = ["build"]
 
-NO_DECAY = ("norm", "embedding", "router", "constant")
+NO_DECAY = ("norm", "embedding", "router", "constant", "modular.experts.l", "modular.experts.vector")
 
 
 def build(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Matrices decay; vectors, norms, embeddings, routers and constant experts do not. Fused: one kernel for all tensors of a group,
+    """Matrices decay; vectors, norms, embeddings, routers and constant experts do not; nor do scaling modules (zero would switch
+    the network off) and prompts.  Fused: one kernel for all tensors of a group,
     so what FSDP2 shards over different ranks makes groups of its own."""
     by_kind: dict[tuple[object, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -83,6 +83,7 @@ class Probe:
 
     def _look(self, layer: LayerStats, label_T: Tensor) -> Look:
         chosen_TE, first_TE = layer.observed["chosen_TE"].double(), layer.observed["first_TE"].double()
+        label_T = label_T.repeat_interleave(len(chosen_TE) // len(label_T))  # a layer may see several parts of a sample
         none_ME = chosen_TE.new_zeros(len(self.domains), chosen_TE.shape[1])
         return Look(
             layer.observed["chosen_TE"],

@@ -10,15 +10,15 @@ import torch
 from dmoe.config.errors import CheckpointError
 from dmoe.config.load import load as load_config
 from dmoe.config.schema import Config
-from dmoe.data import open_tokenizer
-from dmoe.data.tokenizer import Tokenizer
 from dmoe.distributed import checkpoint
 from dmoe.distributed.checkpoint.names import step_name
 from dmoe.distributed.state import model_state
 from dmoe.distributed.topology import Topology
-from dmoe.models.transformer import Transformer
+from dmoe.models.base import Model
 from dmoe.training import precision as precisions
+from dmoe.training.modular.attaching import attach_modules
 from dmoe.training.run_dir import RunDir
+from dmoe.training.tasks import Task, task_of
 
 __all__ = ["Restored", "restore"]
 
@@ -28,9 +28,9 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass(frozen=True)
 class Restored:
     config: Config
-    model: Transformer
+    model: Model
     """In evaluation mode."""
-    tokenizer: Tokenizer
+    task: Task
     step: int
     device: torch.device
 
@@ -49,10 +49,11 @@ def restore(run: RunDir, step: int | None = None) -> Restored:
     """
     config = load_config(run.path / "resolved.yaml")
     path = _find(run, step)
-    tokenizer = open_tokenizer(config.data)
+    task = task_of(config)
     device = torch.device("cuda" if torch.cuda.is_available() and config.train.device != "cpu" else "cpu")
     with torch.device("meta"):
-        model = Transformer(config.model, config.moe, tokenizer.vocab_size)
+        model = task.model()
+        attach_modules(model, config)
     model.to_empty(device=device)
     state = model_state(model, Topology())
     filled = {name.removeprefix("model.") for name in state}
@@ -60,7 +61,7 @@ def restore(run: RunDir, step: int | None = None) -> Restored:
         "a buffer that no checkpoint holds"
     )
     extra = checkpoint.load(path, state, prefix="model.")
-    return Restored(config, model.eval(), tokenizer, int(extra["step"]), device)
+    return Restored(config, model.eval(), task, int(extra["step"]), device)
 
 
 def _find(run: RunDir, step: int | None) -> Path:

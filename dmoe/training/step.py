@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from dmoe.distributed.gradients import all_sum, clip_, square_sums
-from dmoe.models.transformer import LMOutput
+from dmoe.models.output import ModelOutput
 from dmoe.moe.balance import coefficients, updated_bias
 from dmoe.moe.stats import ObservedContext
 from dmoe.training.batches import Batch
 from dmoe.training.engine import Engine
 from dmoe.training.measurement import UNMEASURED, Unmeasured
+from dmoe.training.modular.attaching import moved_routers
 from dmoe.training.totals import Requests, StepTotals, pack, unpack
 
 __all__ = ["NOTHING", "StepResult", "compute_gradients", "forward", "grad_norm", "train_step", "update"]
@@ -99,22 +100,21 @@ def _move_biases(engine: Engine, totals: StepTotals) -> None:
     balance = engine.config.moe.balance
     if not balance.bias:
         return
-    for layer, seen in zip(engine.model.moe_layers(), totals.layers, strict=True):
-        bias_E = layer.router.get_buffer("bias_E")
+    for router, seen in moved_routers(engine.model, engine.config, totals):
+        bias_E = router.get_buffer("bias_E")
         count_E = torch.tensor(seen.choices, device=bias_E.device)
         bias_E.copy_(updated_bias(bias_E, count_E, balance.bias, balance.recenter))
 
 
-def _accumulate(engine: Engine, batches: list[Batch], measurement: Unmeasured) -> list[LMOutput]:
-    outputs: list[LMOutput] = []
-    targets = engine.config.train.global_batch * engine.config.data.seq_len
+def _accumulate(engine: Engine, batches: list[Batch], measurement: Unmeasured) -> list[ModelOutput]:
+    outputs: list[ModelOutput] = []
     prior_LE = None
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
         with engine.replication.accumulating(last):
             output = forward(engine, replace(batch, observer=measurement.observer), prior_LE)
             measurement.lap("forward")
-            engine.accelerator.backward(_loss(output, engine, targets, len(batches)))
+            engine.accelerator.backward(_loss(output, engine, len(batches)))
             measurement.lap("backward")
         outputs.append(_detached(output))
         if engine.config.moe.balance.switch_level == "global" and not last and output.stats:
@@ -124,33 +124,35 @@ def _accumulate(engine: Engine, batches: list[Batch], measurement: Unmeasured) -
     return outputs
 
 
-def forward(engine: Engine, batch: Batch, prior_LE: Tensor | None) -> LMOutput:
+def forward(engine: Engine, batch: Batch, prior_LE: Tensor | None) -> ModelOutput:
     """One forward of the wrapped model on this rank's micro-batch. Collective."""
     if engine.watch is not None:
         engine.watch.step = batch.step
-    token_BS = batch.token_BS.to(engine.world.device, non_blocking=True)
+    device = engine.world.device
+    input, target = batch.input.to(device, non_blocking=True), batch.target.to(device, non_blocking=True)
     context = ObservedContext(
         prior_count_LE=prior_LE,
-        label_T=batch.label_B.to(engine.world.device).repeat_interleave(token_BS.shape[1] - 1),
+        label_T=batch.label_B.to(device).repeat_interleave(target.shape[1]),
         noise_key=(engine.config.train.seed, batch.step),
         first_sequence=batch.first_sequence,
         observer=batch.observer,
     )
-    output: LMOutput = engine.wrapped(token_BS[:, :-1], token_BS[:, 1:], context)
+    output: ModelOutput = engine.wrapped(input, target, context)
     return output
 
 
-def _detached(output: LMOutput) -> LMOutput:
+def _detached(output: ModelOutput) -> ModelOutput:
     """The same numbers without the graph: it would keep every accumulation step's activations alive."""
     assert output.loss_sum is not None
     aux = [{name: value.detach() for name, value in layer.items()} for layer in output.aux]
-    return LMOutput(None, output.loss_sum.detach(), aux, output.stats)
+    modules = [{name: value.detach() for name, value in place.items()} for place in output.module_aux]
+    return ModelOutput(None, output.loss_sum.detach(), aux, output.stats, module_aux=modules, module_stats=output.module_stats)
 
 
-def _loss(output: LMOutput, engine: Engine, targets: int, accumulation: int) -> Tensor:
+def _loss(output: ModelOutput, engine: Engine, accumulation: int) -> Tensor:
     assert output.loss_sum is not None
-    loss = output.loss_sum / targets
+    loss = output.loss_sum / engine.targets
     for name, coefficient in coefficients(engine.config.moe.balance).items():
-        for layer in output.aux:
+        for layer in (*output.aux, *filter(None, output.module_aux)):
             loss = loss + coefficient / accumulation * layer[name]
     return loss

@@ -10,15 +10,17 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from dmoe.config.schema import Config, TrainConfig
+from dmoe.config.schema import TrainConfig
 from dmoe.moe.balance import coefficients
+from dmoe.moe.layer import MoE
 from dmoe.training.alerts import Alerts
 from dmoe.training.engine import Engine
-from dmoe.training.evaluation import bits_per_byte
 from dmoe.training.measurement import UNMEASURED, LayerMeasures, Measurement, StepMeasures, Unmeasured
+from dmoe.training.modular.lines import module_lines
 from dmoe.training.peak import measured_peak
 from dmoe.training.probe import Probe
 from dmoe.training.step import StepResult
+from dmoe.training.tasks import Score
 from dmoe.training.totals import LayerTotals
 
 __all__ = ["Telemetry", "is_logged", "train_metrics"]
@@ -36,7 +38,7 @@ class Telemetry:
         """Takes 0.15 s for the peak."""
         self.engine = engine
         self.peak = measured_peak(engine.world.device, engine.precision)
-        self.flops_per_token = 3 * engine.model.flops_per_token(engine.config.data.seq_len)
+        self.flops_per_token = 3 * engine.model.flops_per_token(engine.task.targets)
         """Of training: backward takes twice as many as forward."""
         self.probe = Probe(engine, domains)
         self.alerts = Alerts(engine.config.alerts, engine.config.moe.top_k)
@@ -61,10 +63,8 @@ class Telemetry:
         assert isinstance(measurement, Measurement), "the step that is told was not measured"
         measurement.lap("optimizer")
         measures = measurement.reduce(self.peak)
-        config = self.engine.config
-        targets = config.train.global_batch * config.data.seq_len
-        speed = targets * steps / seconds if seconds > 0 else math.nan
-        line = train_metrics(result, measures, config, self.engine.topology.ep)
+        speed = self.engine.targets * steps / seconds if seconds > 0 else math.nan
+        line = train_metrics(result, measures, self.engine)
         return line | {
             "lr": learning_rate,
             "tokens": tokens,
@@ -78,15 +78,16 @@ def is_logged(done: int, first: int, config: TrainConfig) -> bool:
     return done % config.log_every == 0 or done in (first + 1, config.steps)
 
 
-def train_metrics(result: StepResult, measures: StepMeasures, config: Config, ep: int) -> dict[str, Any]:
+def train_metrics(result: StepResult, measures: StepMeasures, engine: Engine) -> dict[str, Any]:
     """What a `train` line says of the step itself. `aux` is the mean over the layers, `aux_weighted` what the loss got from all."""
-    totals, targets = result.totals, config.train.global_batch * config.data.seq_len
-    layers = [_layer(index, *layer, config, ep) for index, layer in enumerate(zip(totals.layers, measures.layers, strict=True))]
+    totals = result.totals
+    score = Score(totals.loss_sum, engine.targets, totals.read_bytes, hits=math.nan)
+    layers = [_layer(*both, engine) for both in zip(engine.model.moe_layers(), totals.layers, measures.layers, strict=True)]
     choices = sum(sum(layer.choices) for layer in totals.layers)
     names = list(totals.layers[0].aux) if layers else []
     return {
-        "loss": totals.loss_sum / targets,
-        "bits_per_byte": bits_per_byte(totals.loss_sum, totals.read_bytes),
+        "loss": score.loss,
+        **{name: value for name, value in engine.task.measures(score).items() if not math.isnan(value)},
         "aux": {name: statistics.fmean(layer.aux[name] for layer in totals.layers) for name in names},
         "aux_weighted": {name: sum(layer["aux_weighted"][name] for layer in layers) for name in names},
         "grad_norm": result.grad_norm,
@@ -100,6 +101,7 @@ def train_metrics(result: StepResult, measures: StepMeasures, config: Config, ep
         "straggler": measures.straggler,
         "memory": measures.memory,
         "layers": layers,
+        **module_lines(engine.model, totals),
     }
 
 
@@ -115,17 +117,17 @@ def _root(square: float) -> float:
     return math.sqrt(max(0.0, square)) if math.isfinite(square) else math.nan
 
 
-def _layer(index: int, layer: LayerTotals, measures: LayerMeasures, config: Config, ep: int) -> dict[str, Any]:
-    load, per_rank = layer.choices, len(layer.choices) // ep
-    mean = sum(load) / len(load)
+def _layer(built: MoE, layer: LayerTotals, measures: LayerMeasures, engine: Engine) -> dict[str, Any]:
+    load, config = layer.choices, engine.config
+    mean, tokens = sum(load) / len(load), max(1.0, measures.sums["tokens"][0])
     weights = coefficients(config.moe.balance)
     line = {
-        "layer": index,
+        "layer": built.layer,
         "aux": layer.aux,
         "aux_weighted": {name: weights[name] * value for name, value in layer.aux.items()},
         "load": load,
         "kept": layer.kept,
-        "load_by_rank": [sum(load[first : first + per_rank]) for first in range(0, len(load), per_rank)],
+        "load_by_rank": [sum(load[expert] for expert in owned) for owned in built.ownership.experts],
         "load_max_over_mean": layer.load_max_over_mean,
         "load_cv": statistics.pstdev(load) / mean if mean else 0.0,
         "dead_experts": load.count(0),
@@ -133,7 +135,8 @@ def _layer(index: int, layer: LayerTotals, measures: LayerMeasures, config: Conf
         "dropped_mass": layer.dropped_weight / layer.total_weight if layer.total_weight else 0.0,
         "lost_tokens": layer.lost_tokens,
         "padding_waste": layer.padding_waste,
-        "effective_k": sum(layer.kept) / max(1.0, measures.sums["tokens"][0]),
+        "effective_k": sum(layer.kept) / tokens,
+        "cost_share": sum(rows * cost for rows, cost in zip(layer.kept, built.cost_E, strict=True)) / tokens,
         "traffic": measures.traffic,
     }
     if config.moe.router.kind not in WITHOUT_ORDER:

@@ -5,12 +5,14 @@ Letters: L MoE layers, E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from dmoe.models.transformer import LMOutput
+from dmoe.models.output import ModelOutput
+from dmoe.moe.stats import LayerStats
 
 __all__ = ["LayerTotals", "Requests", "StepTotals", "pack", "unpack"]
 
@@ -73,35 +75,44 @@ class StepTotals:
     requests: Requests
     """What some rank asks for."""
     layers: list[LayerTotals]
+    modules: list[LayerTotals] = field(default_factory=list)
+    """The same of each place with modules."""
 
 
-def pack(squares: Tensor, outputs: list[LMOutput], read_bytes: int, requests: Requests) -> Tensor:
+def pack(squares: Tensor, outputs: list[ModelOutput], read_bytes: int, requests: Requests) -> Tensor:
     """float64 vector of this rank's shares: [dense squares, expert squares, loss, bytes, stop, save, failed] + aux [L * n] +
-    stats [L * (2E + 4)]."""
+    stats [L * (2E + 4)]; places with modules are layers too, after the others."""
     loss = torch.stack([o.loss_sum.double() for o in outputs if o.loss_sum is not None]).sum()
     known = (read_bytes, requests.stop, requests.save, requests.failed)
     head = torch.cat([squares.to(loss), loss[None], *(torch.full_like(loss[None], float(number)) for number in known)])
-    if not outputs[0].stats:
+    if not _stats(outputs[0]):
         return head
-    aux = torch.stack(
-        [torch.stack([v.double() for layer in o.aux for v in layer.values()]) if o.aux[0] else head[:0] for o in outputs]
-    )
-    stats = torch.stack([torch.cat([layer.as_vector() for layer in o.stats]) for o in outputs])
+    losses = [[value.double() for layer in _aux(o) for value in layer.values()] for o in outputs]
+    aux = torch.stack([torch.stack(values) if values else head[:0] for values in losses])
+    stats = torch.stack([torch.cat([layer.as_vector() for layer in _stats(o)]) for o in outputs])
     return torch.cat([head, aux.mean(0), stats.sum(0)])
 
 
-def unpack(numbers: list[float], like: LMOutput) -> StepTotals:
+def _aux(output: ModelOutput) -> list[dict[str, Tensor]]:
+    """Of mixture layers, then of modules."""
+    return [*output.aux, *output.module_aux]
+
+
+def _stats(output: ModelOutput) -> list[LayerStats]:
+    return [*output.stats, *output.module_stats]
+
+
+def unpack(numbers: list[float], like: ModelOutput) -> StepTotals:
     """The summed vector in words; `like` is any of the step's outputs, for the names and shapes."""
-    names = list(like.aux[0]) if like.aux else []
-    aux, stats = numbers[HEAD : HEAD + len(names) * len(like.aux)], numbers[HEAD + len(names) * len(like.aux) :]
+    rest = iter(numbers[HEAD:])
+    losses = [{name: next(rest) for name in layer} for layer in _aux(like)]
     layers = []
-    for index, layer in enumerate(like.stats):
+    for aux, layer in zip(losses, _stats(like), strict=True):
         experts = len(layer.choice_E)
-        width = 2 * experts + STATS_TAIL
-        own = stats[index * width : (index + 1) * width]
+        own = list(islice(rest, 2 * experts + STATS_TAIL))
         layers.append(
             LayerTotals(
-                aux=dict(zip(names, aux[index * len(names) : (index + 1) * len(names)], strict=True)),
+                aux=aux,
                 choices=[int(n) for n in own[:experts]],
                 kept=[int(n) for n in own[experts : 2 * experts]],
                 dropped_weight=own[-4],
@@ -112,4 +123,6 @@ def unpack(numbers: list[float], like: LMOutput) -> StepTotals:
             )
         )
     requests = Requests(*(number > 0 for number in numbers[4:HEAD]))
-    return StepTotals(numbers[0] + numbers[1], numbers[1], numbers[2], numbers[3], requests, layers)
+    mixtures = len(like.stats)
+    squares = (numbers[0] + numbers[1], numbers[1])
+    return StepTotals(*squares, numbers[2], numbers[3], requests, layers[:mixtures], layers[mixtures:])

@@ -12,24 +12,27 @@ import torch
 from dmoe.config.check import check
 from dmoe.config.errors import ConfigError, NumbersError
 from dmoe.config.schema import Config
-from dmoe.data import Data, open_data
 from dmoe.distributed import world as worlds
 from dmoe.distributed.roll_call import Listener, is_collective_failure, lost_peer
-from dmoe.models.generate import generate
 from dmoe.moe.keyed import generator
 from dmoe.training import engine as engines
 from dmoe.training.batches import training_batches
 from dmoe.training.checkpointing import Checkpoints
+from dmoe.training.display.words import measure_words
 from dmoe.training.engine import Engine
 from dmoe.training.evaluation import Evaluation, evaluate
 from dmoe.training.guard import Action, Guard, Kind
 from dmoe.training.keeper import Keeper
+from dmoe.training.modular.session import Session, check_domains
+from dmoe.training.modular.stages import check_stages, is_config_file, needed, prepare
 from dmoe.training.opening import OpenRun, open_run
 from dmoe.training.profiling import Profiling
+from dmoe.training.result import tell_result
 from dmoe.training.sanity import check_first_step
 from dmoe.training.schedule import learning_rate
 from dmoe.training.signals import Signals
 from dmoe.training.step import StepResult, compute_gradients, grad_norm, update
+from dmoe.training.tasks import Data, task_of
 from dmoe.training.telemetry import Telemetry, is_logged
 from dmoe.training.voice import Voice
 
@@ -44,20 +47,34 @@ def train(config: Config, given: str, quiet: bool = False) -> None:
     training cannot go on, NoProgressError where a launcher has restarted it in vain, LostPeerError where another rank is gone.
     """
     check(config, worlds.launched_world_size())
-    data = open_data(config.data, config.train.seed)
-    world = worlds.start(config.train.device, config.parallel.backend, config.parallel.start_timeout)
-    # For what a user's own module draws: torch starts its generators from the clock, and no run would repeat another.
-    torch.manual_seed(generator(config.train.seed, "rank", world.rank).initial_seed())
-    engine = engines.build(config, world, data.tokenizer.vocab_size)
-    run = open_run(config, world)
-    try:
-        with Listener() if world.size > 1 else nullcontext():
-            stopped_by = Trainer(engine, data, run, given, quiet).run()
-    finally:
-        run.close()
+    check_stages(config, worlds.launched_world_size())
+    stopped_by = _train(config, given, quiet)
     worlds.close()
     if stopped_by:
         raise SystemExit(128 + stopped_by)
+
+
+def _train(config: Config, given: str, quiet: bool) -> int:
+    """One run; and before it the one that its core comes from, if that is to be trained first. The signal that stopped it, or 0."""
+    task = task_of(config)
+    data = task.open()
+    check_domains(config, data.domains)
+    world = worlds.start(config.train.device, config.parallel.backend, config.parallel.start_timeout)
+    # For what a user's own module draws: torch starts its generators from the clock, and no run would repeat another.
+    torch.manual_seed(generator(config.train.seed, "rank", world.rank).initial_seed())
+    run = open_run(config, world) if is_config_file(config.modular.core) else None
+    try:
+        if run is not None and needed(config, run.directory.path):
+            stopped_by = prepare(config, run.directory.path, lambda core, text: _train(core, text, quiet))
+            if stopped_by:
+                return stopped_by
+        engine = engines.build(config, world, task.outputs)
+        run = open_run(config, world) if run is None else run
+        with Listener() if world.size > 1 else nullcontext():
+            return Trainer(engine, data, run, given, quiet).run()
+    finally:
+        if run is not None:
+            run.close()
 
 
 class Trainer:
@@ -65,7 +82,7 @@ class Trainer:
 
     def __init__(self, engine: Engine, data: Data, run: OpenRun, given: str, quiet: bool = False) -> None:
         self.engine, self.data, self.run_dir = engine, data, run
-        self.config, self.targets = engine.config.train, engine.config.train.global_batch * engine.config.data.seq_len
+        self.config, self.targets, self.task = engine.config.train, engine.targets, engine.task
         self.guard = Guard(engine.config.guard, scaled=engine.accelerator.scaler is not None)
         self.checkpoints = Checkpoints(engine, data, run.directory, self.guard)
         self.signals = Signals()
@@ -74,6 +91,7 @@ class Trainer:
         if self.first > self.config.steps:
             done = f"the run in {run} has done {self.first} steps already"
             raise ConfigError("train.steps", self.config.steps, done, "use more, or another train.run_dir")
+        self.modules = Session(engine, run.directory.path, fresh=self.checkpoints.saved < 0)
         run.begin(self.first, engine.config.guard.attempts)
         self.owes_evaluation = run.misses_evaluation(self.first, self.config)
         run.record(engine.config, given)
@@ -125,7 +143,7 @@ class Trainer:
         step = self.done
         batches = training_batches(self.data.train, self.engine, step)
         rate = learning_rate(step, self.config.steps, self.engine.config.optim)
-        read_bytes = sum(int(self.data.tokenizer.token_bytes[batch.token_BS[:, 1:].numpy()].sum()) for batch in batches)
+        read_bytes = sum(int(self.task.bytes_of(self.data, batch.target).sum()) for batch in batches)
         requests = self.signals.requests(self.checkpoints.failed)
         measurement = self.telemetry.begin(is_logged(step + 1, self.first, self.config), self.began)
         totals = compute_gradients(self.engine, batches, read_bytes=read_bytes, requests=requests, measurement=measurement)
@@ -150,7 +168,7 @@ class Trainer:
         if step == self.first:
             worlds.shorten_timeouts(self.engine.topology.groups(), self.engine.config.parallel.timeout)
         if step == 0:
-            remark = check_first_step(self.engine, result, self.data.tokenizer.vocab_size, self.targets)
+            remark = check_first_step(self.engine, result, self.task.outputs, self.targets)
             if remark:
                 self.voice.note(1, remark)
 
@@ -203,11 +221,11 @@ class Trainer:
         began = time.monotonic()
         result = evaluate(self.engine, self.data, lambda: self.signals.stop, self.telemetry.probe)
         if result is not None:
-            values = {"loss": result.loss, "bits_per_byte": result.bits_per_byte, "split": "held_out", "tokens": result.tokens}
-            if result.layers:
-                values["layers"] = result.layers
-            line = f"step {self.done}: held-out loss {result.loss:.3f}, {result.bits_per_byte:.3f} bits/byte"
-            self.voice.numbers("eval", self.done, values, f"{line} over {result.tokens:,} tokens")
+            said = "".join(f", {measure_words(name, value)}" for name, value in result.measures.items())
+            line = f"step {self.done}: held-out loss {result.loss:.3f}{said} over {result.tokens:,} {self.task.unit}s"
+            composed = self.modules.compositions(self.data, lambda: self.signals.stop) if self.done == self.config.steps else []
+            self.voice.numbers("eval", self.done, result.line() | ({"compositions": composed} if composed else {}), line)
+            result = None if composed is None else result
         self._exclude(began)
         return result
 
@@ -225,22 +243,17 @@ class Trainer:
         if result is None:
             return True
         self.voice.display.close()
-        values: dict[str, Any] = {"bits_per_byte": result.bits_per_byte}
-        if self.config.sample_tokens:
-            values["sample"] = self._sample()
-            self.voice.say(f"\nsample:\n{values['sample']}\n")
+        tell_result(self.voice)
+        proven, words = self.modules.finish()
+        values: dict[str, Any] = {**result.measures, **proven}
+        if words:
+            self.voice.say(words)
+        sample = self.task.sample(self.engine.model, self.data)
+        if sample is not None:
+            values["sample"] = sample
+            self.voice.say(f"\nsample:\n{sample}\n")
         self.voice.tell("end", self.done, values, f"run directory: {self.run_dir}")
         return False
-
-    def _sample(self) -> str:
-        """Every rank generates the same text: under expert parallelism each layer needs all of them."""
-        tokenizer = self.data.tokenizer
-        prompt = tokenizer.encode(self.config.sample_prompt.encode()).tolist() or [tokenizer.separator]
-        window = self.engine.config.data.seq_len
-        ids = generate(
-            self.engine.model, prompt, self.config.sample_tokens, window=window, temperature=0.7, seed=self.config.seed
-        )
-        return tokenizer.decode([*prompt, *ids])
 
     def _greet(self) -> None:
         engine, counts, say = self.engine, self.engine.model.num_parameters(), self.voice.say
@@ -261,6 +274,9 @@ class Trainer:
         start = {
             "parameters": counts.total,
             "active_parameters": counts.active,
+            "trainable_parameters": counts.trained,
+            "flops_per_token": engine.model.flops_per_token(self.task.targets),
+            "task": self.task.name,
             "world": engine.world.size,
             "ep": engine.topology.ep,
             "precision": engine.precision,

@@ -1,8 +1,8 @@
 """Everything two steps of training produce, as one flat dictionary of arrays.
 
 Keys: `initial/NAME`; `slots/a/l` and `kept/a/l` (accumulation step a, MoE layer l), of this rank's tokens only; and, of the global
-batch, `counts`, `loss`, `aux/NAME`, `gradient/NAME`, `norm`, `clip`, `bias/l`, `final/NAME`. On demand, of both steps s, what the
-decisions were made from: `score/s/a/l` and the others of `decisions.py`.
+batch, `counts`, `modules/p` (counts of place p with modules), `loss`, `aux/NAME`, `gradient/NAME`, `norm`, `clip`, `bias/l`,
+`final/NAME`. On demand, of both steps s, what the decisions were made from: `score/s/a/l` and the others of `decisions.py`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dmoe.data import open_data
-from dmoe.distributed.parallelize import expert_homes, expert_parameters
+from dmoe.distributed.parallelize import expert_buffers, expert_homes, expert_parameters
 from dmoe.distributed.whole import from_home, gathered
 from dmoe.training.batches import Batch, training_batches
 from dmoe.training.engine import Engine
 from dmoe.training.schedule import learning_rate
 from dmoe.training.step import compute_gradients, forward, update
 from dmoe.verification.decisions import computed, recorded, witness
+from dmoe.verification.naive_modules import domains
 
 __all__ = ["Capture", "capture", "state_arrays"]
 
@@ -37,9 +37,9 @@ def capture(engine: Engine, *, scores: bool = False) -> Capture:
     `scores`: tell also what every decision of both steps was made from.
     """
     found: Capture = {f"initial/{name}": array for name, array in _weights(engine).items()}
-    data = open_data(engine.config.data, engine.config.train.seed)
+    data, labels = engine.task.open(), domains(engine.config, LABELS)
     for step in range(STEPS):
-        batches = [_labelled(batch) for batch in training_batches(data.train, engine, step)]
+        batches = [_labelled(batch, labels) for batch in training_batches(data.train, engine, step)]
         if step == 0 or scores:
             found |= _routing(engine, batches, step, scores)
         totals = compute_gradients(engine, batches)
@@ -53,6 +53,9 @@ def capture(engine: Engine, *, scores: bool = False) -> Capture:
                 "clip": np.array(result.clip_factor),
             }
             found["counts"] = np.array([[layer.choices, layer.kept] for layer in totals.layers])
+            for place, seen in enumerate(totals.modules):
+                found[f"modules/{place}"] = np.array([seen.choices, seen.kept])
+                found |= {f"aux/modules/{place}/{name}": np.array(value) for name, value in seen.aux.items()}
             for name in totals.layers[0].aux if totals.layers else ():
                 found[f"aux/{name}"] = np.array([layer.aux[name] for layer in totals.layers])
     for layer in engine.model.moe_layers():
@@ -62,10 +65,10 @@ def capture(engine: Engine, *, scores: bool = False) -> Capture:
     return found | {f"final/{name}": array for name, array in state_arrays(engine).items()}
 
 
-def _labelled(batch: Batch) -> Batch:
+def _labelled(batch: Batch, count: int) -> Batch:
     """Synthetic text has one domain; fixed routing needs several, by sequence, on any number of ranks alike."""
-    sequences = torch.arange(batch.first_sequence, batch.first_sequence + len(batch.token_BS))
-    return replace(batch, label_B=sequences % LABELS)
+    sequences = torch.arange(batch.first_sequence, batch.first_sequence + len(batch.input))
+    return replace(batch, label_B=sequences % count)
 
 
 def state_arrays(engine: Engine) -> Capture:
@@ -76,12 +79,12 @@ def state_arrays(engine: Engine) -> Capture:
     for moment in ("exp_avg", "exp_avg_sq"):
         values = {n: engine.optimizer.state[p][moment] for n, p in named.items() if moment in engine.optimizer.state.get(p, {})}
         arrays |= {f"{moment}.{name}": _array(v) for name, v in gathered(values, experts, topology, homes).items()}
-    buffers = engine.model.named_buffers()
+    buffers = gathered(dict(engine.model.named_buffers()), expert_buffers(engine.model), topology)
     steps = {n: engine.optimizer.state[p]["step"] for n, p in named.items() if "step" in engine.optimizer.state.get(p, {})}
     if steps:  # all of them, or none
         count = {name: replace(home, dtype=torch.float32) for name, home in homes.items()}
         steps |= {name: from_home(steps.get(name), home, topology, ()) for name, home in count.items()}
-    arrays |= {f"buffer.{name}": _array(value) for name, value in buffers}
+    arrays |= {f"buffer.{name}": _array(value) for name, value in buffers.items()}
     return arrays | {f"step.{name}": _array(value) for name, value in steps.items()}
 
 
@@ -111,7 +114,7 @@ def _routing(engine: Engine, batches: list[Batch], step: int, scores: bool) -> C
                 found[f"kept/{index}/{n}"] = computed(routing)
                 found[f"slots/{index}/{n}"] = np.array(routing.slots)
             if scores:
-                known = witness(layers[n], routing, choices[n] if choices else None, len(batch.token_BS))
+                known = witness(layers[n], routing, choices[n] if choices else None, len(batch.input))
                 found |= {f"{what}/{step}/{index}/{n}": array for what, array in known.items()}
     return found
 

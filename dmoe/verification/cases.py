@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from dmoe.config.check import can_share, check, moe_blocks
+from dmoe.config.check import can_share, check, moe_widths, shares_something
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import Config
 
@@ -61,7 +61,7 @@ def plan(config: Config, worlds: list[int], groups: int) -> Plan:
     """All cases for these worlds that the config allows. `groups` is a multiple of each world."""
     found, refused = list[Case](), dict[str, str]()
     exchanges: list[Exchange] = ["packed"]
-    if moe_blocks(config):
+    if moe_widths(config):
         if config.moe.capacity.factor is None:
             refused["padded"] = "a dropless config has no fixed number of slots (moe.capacity.factor is null)"
         else:
@@ -88,4 +88,4 @@ def _of_world(config: Config, world: int, groups: int, exchanges: list[Exchange]
 
 
 def _shards(config: Config, ep: int) -> bool:
-    return bool(moe_blocks(config)) and can_share(config, ep)
+    return shares_something(config) and can_share(config, ep)

@@ -70,6 +70,7 @@ def compare(mine: Capture, truth: Capture, rank: int, world: int) -> list[Differ
     found.append(_slots(mine, truth, world))
     found.append(_dropped(mine, truth, rank, world))
     found.append(_exact("counts", "MoE layer, expert", mine["counts"], truth["counts"]))
+    found.extend(_exact("counts", f"modules, place {n}", a, b) for n, a, b in _pairs("modules/", mine, truth))
     found.append(_worst("loss", [("", mine["loss"], truth["loss"])]))
     found.append(_worst("auxiliary losses", _pairs("aux/", mine, truth)))
     gradients = _pairs("gradient/", mine, truth)

@@ -40,6 +40,8 @@ def _smooth_load(layer: MoE, decision: Choices, unit: range) -> Tensor:
     """`sum_t Phi((clean - the K-th best noisy logit of the others) / std)` of each expert (Shazeer 2017, eq. 8 to 10)."""
     assert decision.clean_TE is not None
     assert decision.std_TE is not None
+    if layer.top_k == layer.num_experts:  # chosen with certainty: there is no K-th of the others to beat
+        return torch.full_like(decision.logit_TE[0], float(len(_real(decision, unit))))
     load = []
     for e in range(layer.num_experts):
         others = [other for other in range(layer.num_experts) if other != e]
@@ -58,7 +60,8 @@ def _switch(layer: MoE, decision: Choices, unit: range, prior_E: Tensor | None) 
         for e in decision.experts_T[t]:
             count[e] += 1
     mean_E = _mean_score(layer, decision, unit)
-    return layer.num_experts * _sum([count[e] / sum(count) * mean_E[e] for e in range(layer.num_experts)])
+    chosen = max(1, sum(count))  # with a budget, a unit's tokens may all have chosen nothing
+    return layer.num_experts * _sum([count[e] / chosen * mean_E[e] for e in range(layer.num_experts)])
 
 
 def _mean_score(layer: MoE, decision: Choices, unit: range) -> Tensor:

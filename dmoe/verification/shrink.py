@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dmoe.config.schema import Config, ModelConfig, MoEConfig
+from dmoe.config.schema import Config, DataConfig, ModelConfig, ModularConfig, MoEConfig
+from dmoe.config.shapes import multiply_adds, shapes_of
+from dmoe.config.tables import CATALOGUE
+from dmoe.training.modular.attaching import OPTIONS
 
 __all__ = ["prepare", "shrink"]
 
 DIM, HEADS, EXPERT_DIM, MOST_EXPERTS, MOST_ZERO_COST, SEQ_LEN = 32, 4, 24, 16, 2, 16
+WIDTHS = {"rank": 4, "hidden": 6, "length": 3}  # of modules
 ACCUMULATION = 3  # more than one earlier step, so that their sum is not the last of them
 MICRO_BATCH = 2  # sequences and groups must not be the same thing
 
@@ -21,13 +25,8 @@ def prepare(config: Config, groups: int) -> Config:
     """Data, batch and precision of a verification: three accumulation steps of two sequences a group. Widths stay."""
     return replace(
         config,
-        data=replace(
-            config.data,
-            source="synthetic:zipf",
-            tokenizer="bytes",
-            tokenizer_vocab=None,
-            seq_len=min(config.data.seq_len, SEQ_LEN),
-        ),
+        data=_data(config),
+        modular=replace(config.modular, core=None),  # every weight is drawn
         train=replace(
             config.train,
             steps=4,
@@ -42,9 +41,25 @@ def prepare(config: Config, groups: int) -> Config:
     )
 
 
+def _data(config: Config) -> DataConfig:
+    """Made up, so that nothing is read: tokens, or a table with as many streams."""
+    data = replace(config.data, tokenizer="bytes", tokenizer_vocab=None, seq_len=min(config.data.seq_len, SEQ_LEN))
+    data = replace(data, temperature=None, eval_source=None)
+    if config.train.task == "language_modelling":
+        return replace(data, source="synthetic:zipf")
+    streams = list(CATALOGUE["synthetic:clusters"].streams)
+    return replace(data, source="synthetic:clusters", streams=streams[: max(1, len(config.data.streams))])
+
+
 def shrink(config: Config) -> Config:
     """Narrow layers; see the module's docstring for what is kept."""
-    return replace(config, model=_model(config.model), moe=_moe(config.moe))
+    return replace(config, model=_model(config.model), moe=_moe(config.moe), modular=_modular(config.modular))
+
+
+def _modular(modular: ModularConfig) -> ModularConfig:
+    """Narrow modules, as many as there are: routing and exchange depend on their number."""
+    small = {name: min(getattr(modular, name), WIDTHS[name]) for name in OPTIONS.get(modular.bank, ()) if name in WIDTHS}
+    return replace(modular, **small)
 
 
 def _model(model: ModelConfig) -> ModelConfig:
@@ -78,7 +93,7 @@ def _moe(moe: MoEConfig) -> MoEConfig:
     shared_dim = None if moe.experts.shared_dim is None else EXPERT_DIM
     widest = max([width for shape in moe.experts.shapes for width in shape], default=EXPERT_DIM)
     shapes = [[max(2, width * EXPERT_DIM // max(EXPERT_DIM, widest)) for width in shape] for shape in moe.experts.shapes]
-    return replace(
+    small = replace(
         moe,
         num_experts=experts,
         top_k=top_k,
@@ -91,3 +106,10 @@ def _moe(moe: MoEConfig) -> MoEConfig:
             **{name: min(getattr(moe.experts, name), MOST_ZERO_COST) for name in ("zero", "copy", "constant")},
         ),
     )
+    return small if router.kind != "budget" else replace(small, router=replace(small.router, budget=_budget(small)))
+
+
+def _budget(moe: MoEConfig) -> float:
+    """The budget, or what the cheapest expert costs: among narrow ones a linear map takes a larger share."""
+    work = [multiply_adds(shape, DIM, DIM, moe.experts.kind) for shape in shapes_of(moe)]
+    return max(moe.router.budget, min(work) / sum(work))

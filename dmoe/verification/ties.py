@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmoe.config.schema import Config
+from dmoe.training.tasks import task_of
 from dmoe.verification.capture import Capture
 from dmoe.verification.compare import QUANTITIES, TOLERANCE
 
@@ -67,10 +68,10 @@ def closeness(size_T: Floats, width: int, step: int) -> Floats:
 
 def unit_size(config: Config, tokens: int, groups: int) -> int:
     """How many of one accumulation step's `tokens` (of all ranks) share their fate: U. `groups`: ranks times virtual ranks."""
-    moe = config.moe
+    moe, positions = config.moe, task_of(config, outputs=0).targets
     queues = moe.capacity.factor is not None or moe.router.kind == "expert_choice"
     shared = moe.capacity.group if queues else "sequence"
-    return {"rank": tokens // groups, "sequence": config.data.seq_len, "global": tokens}[shared]
+    return {"rank": tokens // groups, "sequence": positions, "global": tokens}[shared]
 
 
 def judge(mine: Capture, truth: Capture, rank: int, config: Config, groups: int) -> list[Finding] | None:

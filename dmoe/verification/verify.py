@@ -22,7 +22,7 @@ from dmoe.distributed.spawn import RankError, run_ranks
 from dmoe.training import checkpointing
 from dmoe.training import engine as engines
 from dmoe.training.engine import Engine
-from dmoe.verification import naive, ties
+from dmoe.verification import naive, naive_modules, ties
 from dmoe.verification.capture import Capture, capture, state_arrays
 from dmoe.verification.cases import Case, plan, reference
 from dmoe.verification.causes import cause
@@ -231,6 +231,8 @@ def _build(job: _Job, case: Case) -> Engine:
     engine = engines.build(case.config(job.config), worlds_.start("cpu"), VOCABULARY, getattr(torch, job.dtype))
     if case.naive:
         naive.install(engine.model)
+        naive_modules.install(engine.model)
+    naive_modules.stir(engine)
     return engine
 
 

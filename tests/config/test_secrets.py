@@ -104,7 +104,7 @@ def test_what_has_to_survive(text: str) -> None:
 def test_no_field_and_no_file_of_the_project_looks_like_a_secret() -> None:
     """A field whose name looked like one would be blackened in every resolved.yaml."""
     assert [field.name for field in list_fields() if names_secret(field.name)] == []
-    for text in [to_yaml(Config()), *(path.read_text(encoding="utf-8") for path in (ROOT / "configs").glob("*.yaml"))]:
+    for text in [to_yaml(Config()), *(path.read_text(encoding="utf-8") for path in (ROOT / "configs").rglob("*.yaml"))]:
         assert redact(text, {}) == text
 
 

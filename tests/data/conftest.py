@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dmoe.data import guide_cache
+
 WORDS = ["the", "expert", "routes", "tokens", "über", "capacity", "и", "専門家", "42", "gate"]
 
 
@@ -48,3 +50,31 @@ def tekken_file(tmp_path: Path) -> Path:
     path = tmp_path / "tekken.json"
     path.write_text(json.dumps({"config": config, "vocab": vocab}))
     return path
+
+
+GUIDE_PAGE = """<html><head><meta charset="UTF-8"><title>{title}</title></head><body>
+<div class="navheader"><table><tr><td><a href="index.html">navigation</a></td></tr></table></div>
+<div class="sect1"><h2>{title}</h2>{body}</div>
+<div class="navfooter"><div>navigation</div></div></body></html>
+"""
+LEFT_IN_ENGLISH = "This paragraph of more than forty characters was never translated."
+
+
+def write_guide(root: Path, pages: int = 40) -> Path:
+    """A small guide in English, German and Greek: each page differs, and one paragraph was left in English everywhere."""
+    for language, word in (("en", "word"), ("de", "Wörter"), ("el", "λέξη")):
+        (root / language).mkdir(parents=True)
+        for number in range(pages):
+            name = "index.html" if number == 0 else f"ch{number:02d}.html"
+            sentence = " ".join(f"{word}{(number * 31 + i * i) % 97}" for i in range(30))
+            body = f"<p>{LEFT_IN_ENGLISH}</p>\n<p>{sentence} &amp; <b>more</b>.</p>"
+            (root / language / name).write_text(GUIDE_PAGE.format(title=f"{word} {number}", body=body), encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed guide."""
+    root = write_guide(tmp_path / "share" / guide_cache.PACKAGE)
+    monkeypatch.setattr(guide_cache, "INSTALLED", root)
+    return root

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data import Data, open_data, prepare_shards
+from dmoe.data.held_out import HeldOutStream
 from dmoe.data.labels import domain_runs, label_at
 from dmoe.data.packing import PackedStream, token_chunks
 from dmoe.data.tokenizer import byte_tokenizer
@@ -28,8 +29,8 @@ def config(texts: Path) -> DataConfig:
 
 
 def labels_from_text(data: Data, texts: Path) -> list[int]:
-    """Of the held-out split: where each file's text stands in it says where its label begins."""
-    rows = data.held_out.rows(0, data.held_out.sequences or 0)
+    """Of the held-out text as it is stored: where each file stands in it says where its label begins."""
+    rows = stored(data).rows(0, stored(data).sequences)
     tokens = np.append(rows[:, :-1].ravel(), rows[-1, -1]).astype(np.uint8).tobytes()
     begins = {}
     for path in texts.rglob("*.txt"):
@@ -40,15 +41,20 @@ def labels_from_text(data: Data, texts: Path) -> list[int]:
     return [begins[max(b for b in begins if b <= i * data.held_out.seq_len)] for i in range(len(rows))]
 
 
+def stored(data: Data) -> PackedStream:
+    assert isinstance(data.held_out, HeldOutStream)
+    return data.held_out.text
+
+
 def test_a_row_has_the_domain_of_its_document(config: DataConfig, texts: Path) -> None:
     data = open_data(config, 0)
     assert data.domains == ("even", "odd")
-    label_B = data.held_out.row_labels(0, data.held_out.sequences or 0)
+    label_B = stored(data).row_labels(0, stored(data).sequences)
     assert label_B.dtype == np.int64
     assert label_B[0] == 1, "odd is the first entry"
     assert set(label_B.tolist()) == {0, 1}
     assert label_B.tolist() == labels_from_text(data, texts)
-    assert data.held_out.row_labels(3, 4).tolist() == label_B[3:7].tolist()
+    assert stored(data).row_labels(3, 4).tolist() == label_B[3:7].tolist()
 
 
 def test_a_batch_has_the_labels_of_its_rows() -> None:

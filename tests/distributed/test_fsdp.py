@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from dmoe.config.errors import ConfigError
 from dmoe.distributed.fsdp import Sharded, shard_dim
 from dmoe.distributed.topology import Topology
-from dmoe.models.transformer import LMOutput
+from dmoe.models.output import ModelOutput
 from tests.distributed.runs import Trace, trace
 from tests.distributed.test_equality import compare, one_process
 from tests.ranks import run_ranks
@@ -95,7 +95,7 @@ def test_fp16_is_refused_on_ranks() -> None:
 def test_the_output_is_a_pytree() -> None:
     """FSDP2 before torch 2.13 finds an output's tensors in no other way, and says nothing where it finds none."""
     loss, aux = torch.ones(()), torch.ones(2)
-    assert {loss, aux} <= set(tree_leaves(LMOutput(None, loss, [{"switch": aux}], [])))
+    assert {loss, aux} <= set(tree_leaves(ModelOutput(None, loss, [{"switch": aux}], [])))
 
 
 def test_one_process_has_nothing_to_shard() -> None:

@@ -22,7 +22,7 @@ EXAMPLES = [pair for document in DOCUMENTS for pair in snippets(document)]
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 REPOSITORY_PATH = re.compile(r"(?:dmoe|configs|launch|docker|tests|docs|benchmarks|\.ci)/[\w./-]*")
-SECTIONS = ["model", "moe", "parallel", "data", "train", "optim", "checkpoint", "guard", "alerts", "tracking", "debug"]
+SECTIONS = ["model", "moe", "modular", "parallel", "data", "train", "optim", "checkpoint", "guard", "alerts", "tracking", "debug"]
 FIELD = re.compile(rf"((?:{'|'.join(SECTIONS)})\.[a-z_.]+?)(?:=\S+|: .*)?")
 WITH_CONFIG = ("train", "verify", "explain")
 PLACEHOLDERS = {"CONFIG"}
@@ -31,6 +31,8 @@ NEEDED = {
     "report": ["runs/latest"],
     "watch": ["runs/latest"],
     "checkpoint": ["inspect", "runs/latest"],
+    "compare": ["runs/latest"],
+    "modules": ["list", "runs/latest"],
 }
 """What a command cannot do without."""
 by_name = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

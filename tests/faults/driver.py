@@ -189,7 +189,7 @@ class Trace:
 
         def wrapped(stream: Any, engine: Any, step: int) -> Any:
             batches = original(stream, engine, step)
-            self._write(step + 1, [digest(row) for batch in batches for row in batch.token_BS.numpy()])
+            self._write(step + 1, [digest(row) for batch in batches for row in batch.input.numpy()])
             return batches
 
         trainer.training_batches = wrapped  # type: ignore[attr-defined]

@@ -56,7 +56,7 @@ def carried(rank: int, world: int, config: Config, source: Path | None, target: 
     state = state_arrays(engine)
     Checkpoints(engine, data, RunDir(target), Guard(config.guard)).save(STEPS)
     batches = training_batches(data.train, engine, STEPS)
-    samples = {batch.first_sequence + i: digest(row) for batch in batches for i, row in enumerate(batch.token_BS.numpy())}
+    samples = {batch.first_sequence + i: digest(row) for batch in batches for i, row in enumerate(batch.input.numpy())}
     return Part(state, train_step(engine, batches, RATE).totals.loss_sum, samples)
 
 

@@ -15,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from dmoe.config.schema import Config
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted((ROOT / "configs").glob("*.yaml"))
+ALL = sorted((ROOT / "configs").rglob("*.yaml"))
+FILES = [path for path in ALL if path.parent.name == "configs"]
 HEADED = [path for path in FILES if not path.name.startswith("quickstart")]
 MATRICES = {"swiglu": 3, "geglu": 3, "gelu": 2, "relu": 2}
 
@@ -30,7 +31,7 @@ def unlocked(node: DictConfig) -> DictConfig:
     return node
 
 
-def load(name: str) -> DictConfig:
+def load(name: str | Path) -> DictConfig:
     """configs/NAME over the defaults."""
     merged = OmegaConf.merge(unlocked(OmegaConf.structured(Config)), OmegaConf.load(ROOT / "configs" / name))
     assert isinstance(merged, DictConfig)
@@ -72,9 +73,9 @@ def count(config: DictConfig, vocabulary: int) -> tuple[int, int]:
     return rest + sparse_blocks * moe.num_experts * expert, rest + sparse_blocks * moe.top_k * expert
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.name)
 def test_a_config_fits_the_schema(path: Path) -> None:
-    load(path.name)
+    load(path)
 
 
 @pytest.mark.parametrize("path", HEADED, ids=lambda path: path.name)

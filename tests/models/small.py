@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dmoe.config.schema import ModelConfig, MoEConfig
-from dmoe.models.transformer import LMOutput, Transformer
+from dmoe.models.output import ModelOutput
+from dmoe.models.transformer import Transformer
 
 VOCAB = 37
 MODEL = ModelConfig(dim=16, layers=3, heads=4, kv_heads=2, tie_embeddings=False, init_std=0.2)
@@ -30,7 +31,7 @@ def batch(sequences: int = 3, length: int = 10, seed: int = 0) -> tuple[Tensor, 
     return token, target
 
 
-def total_loss(out: LMOutput, tokens: int) -> Tensor:
+def total_loss(out: ModelOutput, tokens: int) -> Tensor:
     """The number training minimises: mean cross-entropy and weighted auxiliary losses."""
     assert out.loss_sum is not None
     return out.loss_sum / tokens + sum(0.1 * value for aux in out.aux for value in aux.values())

@@ -16,7 +16,7 @@ def test_greedy_equals_an_argmax_loop():
     model = small()
     ids = list(PROMPT)
     for _ in range(6):
-        ids.append(int(model(torch.tensor([ids[-5:]])).logits_BSV[0, -1].argmax()))
+        ids.append(int(model(torch.tensor([ids[-5:]])).logits[0, -1].argmax()))
     assert generate(model, PROMPT, 6, window=5, temperature=0.0) == ids[3:]
 
 

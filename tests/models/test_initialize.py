@@ -37,7 +37,7 @@ def test_meta_then_empty_then_initialize_equals_direct_construction():
     later.initialize(3)
     assert_equal(direct, later)
     token, _ = batch()
-    assert torch.equal(direct(token).logits_BSV, later(token).logits_BSV)
+    assert torch.equal(direct(token).logits, later(token).logits)
 
 
 def test_the_constructor_leaves_the_weights_of_seed_zero():

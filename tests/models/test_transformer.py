@@ -34,9 +34,9 @@ def test_recompute_changes_no_number_and_counts_nothing_twice():
 def test_a_later_token_never_changes_an_earlier_logit():
     model = small()
     token, _ = batch()
-    before = model(token).logits_BSV
+    before = model(token).logits
     token[:, 6] = (token[:, 6] + 1) % VOCAB
-    after = model(token).logits_BSV
+    after = model(token).logits
     torch.testing.assert_close(after[:, :6], before[:, :6], rtol=1e-12, atol=1e-12)
     assert not torch.allclose(after[:, 6:], before[:, 6:])
 
@@ -47,8 +47,8 @@ def test_loss_is_the_cross_entropy_of_targets_that_are_not_ignored():
     target[0, :5] = -100
     out = model(token, target, return_logits=True)
     kept = target != -100
-    torch.testing.assert_close(out.loss_sum, F.cross_entropy(out.logits_BSV[kept], target[kept], reduction="sum"))
-    assert model(token, target).logits_BSV is None
+    torch.testing.assert_close(out.loss_sum, F.cross_entropy(out.logits[kept], target[kept], reduction="sum"))
+    assert model(token, target).logits is None
     assert model(token).loss_sum is None
     assert out.stats[0].choice_E.sum() == 2 * token.numel(), "a position without a target is still a token"
 
@@ -129,7 +129,7 @@ def test_tied_embeddings_are_one_parameter():
     assert separate.num_parameters().total - tied.num_parameters().total == VOCAB * 16
     hidden = []
     tied.norm.register_forward_hook(lambda module, args, out: hidden.append(out))
-    logits = tied(batch()[0]).logits_BSV
+    logits = tied(batch()[0]).logits
     torch.testing.assert_close(logits, hidden[0] @ tied.embedding.weight.t())
 
 
@@ -141,7 +141,7 @@ def test_bfloat16_autocast_runs_and_is_near_float32(recompute):
     with torch.autocast("cpu", torch.bfloat16):
         out = model(token, target, return_logits=True)
     total_loss(out, target.numel()).backward()
-    assert out.logits_BSV.dtype == torch.bfloat16
+    assert out.logits.dtype == torch.bfloat16
     assert out.loss_sum.dtype == torch.float32
     torch.testing.assert_close(out.loss_sum, exact, rtol=1e-2, atol=0)
     assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())

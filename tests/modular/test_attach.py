@@ -37,8 +37,7 @@ TOKENS = torch.arange(32).view(2, 16) % 40
 
 
 def logits(model: nn.Module) -> Tensor:
-    out = model(TOKENS)
-    return out.logits if hasattr(out, "logits") else out.logits_BSV
+    return model(TOKENS).logits
 
 
 @pytest.mark.parametrize(
@@ -90,13 +89,13 @@ def test_labels_reach_the_modules_through_the_model_or_around_it() -> None:
     attach(model, "*.attention.w_out", LOW, table([[0], [1, 2], [3]], M))
     stir(model)
     by_token = torch.tensor([2, 1]).repeat_interleave(16)
-    handed = model(TOKENS, context=TokenContext(label_T=by_token)).logits_BSV
+    handed = model(TOKENS, context=TokenContext(label_T=by_token)).logits
     detach(model)
     attach(model, "*.attention.w_out", LOW, table([[0], [1, 2], [3]], M))
     stir(model)
     for labels in (by_token, torch.tensor([2, 1])):
         with given(model, label_T=labels):
-            assert torch.equal(model(TOKENS).logits_BSV, handed)
+            assert torch.equal(model(TOKENS).logits, handed)
     with pytest.raises(ValueError, match="label_T"):
         model(TOKENS)
 
@@ -105,7 +104,7 @@ def test_a_model_that_is_handed_its_context_keeps_none_from_before() -> None:
     model = transformer()
     attach(model, "*.attention.w_out", LOW, table([[0], [1]], M))
     stir(model)
-    out = [model(TOKENS, context=TokenContext(label_T=torch.full((32,), label))).logits_BSV for label in (0, 1, 0)]
+    out = [model(TOKENS, context=TokenContext(label_T=torch.full((32,), label))).logits for label in (0, 1, 0)]
     assert torch.equal(out[0], out[2])
     assert not torch.equal(out[0], out[1])
 

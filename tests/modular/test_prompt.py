@@ -57,10 +57,10 @@ def test_the_reference_transformer_takes_a_prefix_on_a_part_of_a_projection() ->
     outputs = []
     for fill in (0, 7):
         with given(model, label_T=torch.tensor([0, 1])):
-            outputs.append(model(with_room(TOKENS, P, fill)).logits_BSV[:, P:])
+            outputs.append(model(with_room(TOKENS, P, fill)).logits[:, P:])
     torch.testing.assert_close(*outputs)
     with given(model, label_T=torch.tensor([1, 1])):
-        other = model(ROOMY).logits_BSV[:, P:]
+        other = model(ROOMY).logits[:, P:]
     torch.testing.assert_close(other[1], outputs[0][1])
     assert (other[0] - outputs[0][0]).abs().max() > 1e-3
 

@@ -122,7 +122,7 @@ def test_a_new_label_gets_a_row() -> None:
 @pytest.mark.parametrize(
     ("act", "word"),
     [
-        (lambda: TableRouter([[0, 0]], 2), "each once"),
+        (lambda: TableRouter([[0, 0]], 2), "each at most once"),
         (lambda: TableRouter([[2]], 2), "0 to 1"),
         (lambda: TableRouter([], 2), "rows"),
         (lambda: TableRouter([[0]], 2).add_row([0, 1]), "at most 1"),

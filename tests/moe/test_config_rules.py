@@ -7,6 +7,7 @@ import pytest
 from dmoe.config.check import check
 from dmoe.config.errors import ConfigError
 from dmoe.config.load import load
+from dmoe.verification.shrink import prepare, shrink
 
 FACTOR = "moe.capacity.factor=1.0"
 NEXT = "moe.capacity.overflow=next_choice"
@@ -96,3 +97,14 @@ def test_refused(overrides: list[str], field: str, reason: str) -> None:
 @pytest.mark.parametrize("overrides", ALLOWED, ids=text)
 def test_allowed(overrides: list[str]) -> None:
     check(load(None, overrides))
+
+
+def test_what_can_be_trained_can_be_verified() -> None:
+    """Verification trains narrow layers, where a linear expert costs a larger share of all: a budget that afforded it did so no more,
+    and `dmoe verify` refused a config that `dmoe train` takes."""
+    config = load(
+        None, [*BUDGET, "moe.experts.shapes=[[],[1024]]", "moe.num_experts=2", "moe.top_k=2", "moe.router.budget=0.1"]
+    )
+    check(config)
+    check(prepare(shrink(config), 2))
+    assert shrink(load(None, [*BUDGET, *MIXED, "moe.router.budget=0.7"])).moe.router.budget == 0.7

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from dmoe import MoE
-from dmoe.config.schema import CapacityConfig, ExpertsConfig, RouterConfig
+from dmoe.config.schema import BalanceConfig, CapacityConfig, ExpertsConfig, RouterConfig
 from dmoe.moe.experts import MixedExperts, MLPExperts
 from dmoe.moe.experts.mixed import mixed_reference
 from dmoe.moe.layer import MoEOutput
+from dmoe.moe.routing import TokenContext
+from dmoe.verification.naive import forward as naive_forward
 from tests.moe.layers import DIM, close, objective, tokens_of
 
 SHAPES = [[], [5], [4, 3], [5], [], [2, 2, 2]]
@@ -178,3 +180,42 @@ def test_wrong_calls_are_refused() -> None:
         MoE(DIM, 4, 4, 2, out_dim=9, experts=ExpertsConfig(copy=1))
     with pytest.raises(ValueError, match=r"moe.num_experts=4: must be the number of moe.experts.shapes, 6"):
         MoE(DIM, 4, 4, 2, experts=ExpertsConfig(shapes=SHAPES))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        MoE(DIM, 4, 4, 3, router=RouterConfig(kind="budget", renormalize=False, min_weight=0.9)),
+        MoE(DIM, 4, 4, 4, router=RouterConfig(kind="noisy"), balance=BalanceConfig(load=0.1)),
+    ],
+    ids=["nothing is heavy enough", "a noisy router that takes all"],
+)
+def test_the_naive_layer_knows_the_corners(layer: MoE) -> None:
+    """It divided by the number of choices, which a budget can make zero, and asked for the K-th best of K - 1 others: `dmoe verify`
+    ended with a traceback where the layer itself was right."""
+    layer, x = layer.double(), tokens_of(2, 5)
+    context = TokenContext(noise_key=(0, 1))
+    got, expected = layer(x, context), naive_forward(layer, x, context)
+    close(got.y, expected.y)
+    assert got.aux.keys() == expected.aux.keys()
+    for name, loss in expected.aux.items():
+        close(got.aux[name], loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("factor", "exchange"), [(None, "packed"), (0.7, "padded")])
+def test_narrow_numbers_and_no_tokens(dtype: torch.dtype, factor: float | None, exchange: str) -> None:
+    """The dtype of the model is that of output and gradients, and every weight has a gradient, of no token at all a zero one."""
+    layer = layer_of(capacity=CapacityConfig(factor=factor), exchange=exchange).to(dtype)
+    for shape in ((3, 4, DIM), (0, 4, DIM), (0, DIM)):
+        layer.zero_grad()
+        output = layer(torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype))
+        assert output.y.dtype == dtype
+        assert output.y.shape == shape
+        (output.y.float().sum() + sum(loss.float() for loss in output.aux.values())).backward()
+        for name, parameter in layer.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.dtype == dtype
+            assert parameter.grad.isfinite().all()
+            assert len(output.y) or not parameter.grad.any(), name
+        assert "of the cost of all experts" in str(output.account)

@@ -19,6 +19,7 @@ from dmoe.training.display.panel import panel_lines
 from dmoe.training.display.plain import Plain, Quiet, Silent
 from dmoe.training.display.state import State
 from dmoe.training.display.strips import load_strip, parts_bar, sparkline
+from dmoe.training.display.words import event_words
 
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-7]|9[0-7])")
 NOT_NUMBERS = (None, math.nan, math.inf)
@@ -288,3 +289,15 @@ def test_quiet_says_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
         display.tell(event, 1, {}, f"said at {event}")
     display.tell("alert", 1, {})
     assert capsys.readouterr().out.splitlines() == ["said at alert", "said at rollback", "said at end"]
+
+
+def test_a_classifier_is_told_by_its_accuracy() -> None:
+    """It has no bits per byte, and was told as `not finite bits/byte`."""
+    values = {key: value for key, value in train_values([]).items() if key != "bits_per_byte"}
+    state = state_of(values)
+    state.told("eval", 10, {"loss": 0.25, "accuracy": 0.9512}, 10.0)
+    lines = "\n".join(panel(state))
+    assert "held out 95.12% right at 10" in lines
+    assert "byte" not in lines
+    assert event_words("eval", 10, {"loss": 0.25, "accuracy": 0.9512}) == "step 10: held-out loss 0.250, 95.12% right"
+    assert event_words("eval", 10, {"loss": 0.25, "bits_per_byte": None}) == "step 10: held-out loss 0.250, not finite"

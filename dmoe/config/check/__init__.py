@@ -1,14 +1,16 @@
 """Values that do not fit together, refused before torch starts. Each rule names the field, what is allowed, and the fix.
 
-ranges: each value by itself. model, router, experts, moe, parallel, run: values together. size: what a machine can hold.
+ranges: each value by itself. classifier, model, router, experts, moe, parallel, run: values together. size: what a machine can hold.
 """
 
 from __future__ import annotations
 
+from dmoe.config.check.classifier import check_task
 from dmoe.config.check.experts import check_shapes, check_zero_cost
-from dmoe.config.check.model import check_model, head_dim, moe_blocks
+from dmoe.config.check.model import check_model, head_dim, moe_blocks, moe_widths
+from dmoe.config.check.modular import check_modular
 from dmoe.config.check.moe import check_moe
-from dmoe.config.check.parallel import Batching, batching, can_share, check_world, expert_parallel
+from dmoe.config.check.parallel import Batching, batching, can_share, check_world, expert_parallel, shares_something
 from dmoe.config.check.ranges import check_ranges
 from dmoe.config.check.router import READ_BY, WITHOUT_ORDER, check_router
 from dmoe.config.check.run import check_run
@@ -30,6 +32,8 @@ __all__ = [
     "expert_parallel",
     "head_dim",
     "moe_blocks",
+    "moe_widths",
+    "shares_something",
 ]
 
 
@@ -38,8 +42,10 @@ def check(config: Config, world: int = 1) -> None:
     refuse_secrets(config)
     check_ranges(config)
     check_world(world)
+    check_task(config)
     check_model(config)
     check_moe(config)
+    check_modular(config)
     check_size(config)
     expert_parallel(config, world)
     batching(config, world)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dmoe.config.check.model import moe_blocks
+from dmoe.config.check.model import moe_blocks, moe_widths
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import CapacityConfig, Config, ExpertsConfig, RouterConfig
 from dmoe.config.shapes import multiply_adds, shapes_of, zero_cost
@@ -19,7 +19,7 @@ def check_experts(config: Config) -> None:
     moe = config.moe
     check_shapes(moe.experts, moe.num_experts)
     check_zero_cost(moe.experts, moe.router, moe.capacity)
-    if not moe_blocks(config):
+    if not moe_widths(config):
         return
     if moe.experts.shapes and len(moe_blocks(config)) < config.model.layers and config.model.dense_dim is None:
         allowed = "has no default beside moe.experts.shapes: no one width is active in a MoE layer"
@@ -58,9 +58,10 @@ def check_zero_cost(experts: ExpertsConfig, router: RouterConfig, capacity: Capa
 
 
 def _affordable(config: Config) -> None:
-    moe, dim = config.moe, config.model.dim
-    work = [multiply_adds(shape, dim, dim, moe.experts.kind) for shape in shapes_of(moe)]
-    cheapest = min(work) / sum(work)
-    if moe.router.budget < cheapest * (1 - 1e-9):
-        allowed = f"is less than the cheapest expert costs, {cheapest:.3g} of all of them, so nothing would ever run"
-        raise ConfigError("moe.router.budget", moe.router.budget, allowed, f"use {cheapest:.3g} or more")
+    moe = config.moe
+    for dim, out_dim in set(moe_widths(config)):
+        work = [multiply_adds(shape, dim, out_dim, moe.experts.kind) for shape in shapes_of(moe)]
+        cheapest = min(work) / sum(work)
+        if moe.router.budget < cheapest * (1 - 1e-9):
+            allowed = f"is less than the cheapest expert costs, {cheapest:.3g} of all of them, so nothing would ever run"
+            raise ConfigError("moe.router.budget", moe.router.budget, allowed, f"use {cheapest:.3g} or more")

@@ -30,14 +30,15 @@ def check_moe(config: Config) -> None:
 def _router_in_model(config: Config) -> None:
     """What a router cannot do inside a causal language model or together with a capacity."""
     router, limits = config.moe.router, config.moe.capacity
+    causal = config.train.task == "language_modelling"
     if router.kind == "expert_choice":
-        if not router.allow_future_leak:
+        if causal and not router.allow_future_leak:
             allowed = "looks at later tokens of a sequence to choose among earlier ones, which a causal model must not"
             fix = "use top_k, or accept it with moe.router.allow_future_leak=true"
             raise ConfigError("moe.router.kind", router.kind, allowed, fix)
         if limits.group == "global":
             raise ConfigError("moe.capacity.group", "global", "expert_choice cannot compare tokens of all ranks", "use rank")
-    if router.kind == "budget" and router.per == "sequence" and not router.allow_future_leak:
+    if router.kind == "budget" and router.per == "sequence" and causal and not router.allow_future_leak:
         allowed = "routes a token by the mean over its whole sequence, later tokens included, which a causal model must not"
         raise ConfigError(
             "moe.router.per", "sequence", allowed, "use token, or accept it with moe.router.allow_future_leak=true"

@@ -12,12 +12,12 @@ from dmoe.config.schema import Config
 __all__ = ["check_ranges", "values"]
 
 AT_LEAST_ONE = (
-    "model.dim model.layers model.heads moe.num_experts moe.top_k moe.expert_dim moe.capacity.min_capacity parallel.virtual_ranks "
+    "model.dim model.heads moe.num_experts moe.top_k moe.expert_dim moe.capacity.min_capacity parallel.virtual_ranks "
     "data.seq_len train.steps train.global_batch train.log_every train.eval_sequences checkpoint.keep "
     "guard.spike_window guard.patience guard.attempts alerts.patience"
 )
 NOT_NEGATIVE = (
-    "model.moe_every model.dense_first moe.experts.shared moe.balance.switch moe.balance.z moe.balance.importance "
+    "model.layers model.moe_every model.dense_first moe.experts.shared moe.balance.switch moe.balance.z moe.balance.importance "
     "moe.balance.load moe.balance.usage_std moe.balance.bias train.eval_every train.sample_tokens "
     "moe.experts.zero moe.experts.copy moe.experts.constant "
     "optim.warmup optim.weight_decay checkpoint.every train.seed optim.min_lr_ratio optim.decay_fraction"
@@ -28,7 +28,7 @@ POSITIVE = (
 )
 OPTIONAL_POSITIVE = (
     "model.kv_heads model.head_dim model.dense_dim moe.capacity.factor moe.capacity.eval_factor moe.experts.shared_dim "
-    "train.micro_batch optim.clip data.tokenizer_vocab "
+    "train.micro_batch optim.clip data.tokenizer_vocab data.temperature "
     "alerts.load alerts.dead_share alerts.drop_rate alerts.certainty alerts.straggler"
 )
 AT_MOST_ONE = "optim.min_lr_ratio optim.decay_fraction optim.beta1 optim.beta2"

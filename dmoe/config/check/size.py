@@ -6,12 +6,13 @@ tokenizer), and so are norms, routers and activations: what is computed here is 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
-from dmoe.config.check.model import head_dim, moe_blocks
+from dmoe.config.check.model import head_dim, moe_blocks, moe_widths
 from dmoe.config.check.parallel import expert_parallel
 from dmoe.config.errors import ConfigError
-from dmoe.config.schema import Config
+from dmoe.config.schema import Config, MoEConfig
 from dmoe.config.shapes import GATED, multiply_adds
 
 __all__ = ["check_memory", "check_size"]
@@ -42,7 +43,7 @@ def check_size(config: Config) -> None:
     if size.dense + size.experts > MOST_PARAMETERS:
         allowed = f"gives {size.dense + size.experts:.0e} parameters, more than any cluster can hold"
         raise ConfigError(*size.largest(config), allowed, "is there a digit too many?")
-    tokens = config.train.global_batch * config.data.seq_len
+    tokens = config.train.global_batch * (1 if config.train.task == "classification" else config.data.seq_len)
     if tokens > MOST_TOKENS:
         allowed = f"times data.seq_len={config.data.seq_len} gives {tokens:.0e} tokens a step"
         raise ConfigError("train.global_batch", config.train.global_batch, allowed, "is there a digit too many?")
@@ -70,12 +71,17 @@ def _size(config: Config) -> Size:
     mixtures = len(moe_blocks(config))
     matrices = 3 if moe.experts.kind in GATED else 2
     attention = model.dim * head_dim(config) * 2 * (model.heads + (model.kv_heads or model.heads))
+    if config.train.task == "classification":
+        attention = 0
     shared = moe.experts.shared * (moe.experts.shared_dim or moe.expert_dim)
     active = moe.top_k * moe.expert_dim + shared
     widths = (model.layers - mixtures) * (model.dense_dim or active) + mixtures * shared
     dense = model.layers * attention + matrices * model.dim * widths
+    return Size(dense, sum(layers * _experts(moe, *one) for one, layers in Counter(moe_widths(config)).items()))
+
+
+def _experts(moe: MoEConfig, dim: int, out_dim: int) -> int:
+    """Parameters of the routed experts of one layer."""
     if not moe.experts.shapes:
-        return Size(dense, mixtures * moe.num_experts * matrices * model.dim * moe.expert_dim)
-    return Size(
-        dense, mixtures * sum(multiply_adds(shape, model.dim, model.dim, moe.experts.kind) for shape in moe.experts.shapes)
-    )
+        return moe.num_experts * multiply_adds([moe.expert_dim], dim, out_dim, moe.experts.kind)
+    return sum(multiply_adds(shape, dim, out_dim, moe.experts.kind) for shape in moe.experts.shapes)

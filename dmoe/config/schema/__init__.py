@@ -3,7 +3,7 @@
 The defaults *are* the quickstart: `dmoe train` without a file trains exactly this. A YAML file holds only what differs.
 The docstrings under the fields are not decoration: `dmoe explain --fields` prints them.
 
-model: what is trained. run: how. care: what is kept, watched and told.
+model: what is trained. modular: modules on it. run: how. care: what is kept, watched and told.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from dmoe.config.schema.care import AlertsConfig, CheckpointConfig, DebugConfig, GuardConfig, TrackingConfig
 from dmoe.config.schema.model import BalanceConfig, CapacityConfig, ExpertsConfig, ModelConfig, MoEConfig, RouterConfig
+from dmoe.config.schema.modular import ModularConfig
 from dmoe.config.schema.run import DataConfig, OptimConfig, ParallelConfig, TrainConfig
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "GuardConfig",
     "MoEConfig",
     "ModelConfig",
+    "ModularConfig",
     "OptimConfig",
     "ParallelConfig",
     "RouterConfig",
@@ -47,3 +49,4 @@ class Config:
     alerts: AlertsConfig = field(default_factory=AlertsConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
+    modular: ModularConfig = field(default_factory=ModularConfig)

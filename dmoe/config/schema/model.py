@@ -18,7 +18,7 @@ class ModelConfig:
     dim: int = 128
     """Width D of the residual stream."""
     layers: int = 3
-    """Number of transformer blocks."""
+    """Number of transformer blocks; of residual feed-forwards for train.task=classification, where it may be 0."""
     heads: int = 4
     """Query heads of attention."""
     kv_heads: Optional[int] = None
@@ -41,6 +41,13 @@ class ModelConfig:
     """Epsilon of every RMSNorm."""
     init_std: float = 0.02
     """Standard deviation of the normal initialisation; output projections are divided by sqrt(2 * layers) (GPT-2)."""
+    fusion: Literal["concat", "gated"] = "concat"
+    """classification: streams stand side by side, or each has an encoder of its own (the experts of one layer, moe.router.kind=fixed)
+    and a gate joins them."""
+    head: Literal["linear", "experts"] = "linear"
+    """classification: the logits are a linear map, or what a layer of experts makes of its input, whose width may differ."""
+    stream_dropout: float = 0.0
+    """classification: share of the samples of which, in training, one stream is missing; a sample never loses its last one."""
 
 
 @dataclass(frozen=True)

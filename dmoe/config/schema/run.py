@@ -34,7 +34,11 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     source: str = "stdlib"
-    """stdlib (Python's own source), text files or globs separated by commas, a directory of shards, or synthetic:KIND."""
+    """stdlib (Python's own source), guide:LANG (Debian's installation guide in one language), text files or globs, separated by
+    commas; upper:ENTRY is one of these in capitals. Or a directory of shards, or synthetic:KIND. For
+    train.task=classification: sklearn:digits, sklearn:wine, sklearn:breast_cancer or synthetic:clusters."""
+    streams: list[str] = field(default_factory=list)
+    """classification: streams of the source that are read, in this order, e.g. [pixels, strokes]. Default: its first one."""
     seq_len: int = 128
     """Tokens a sequence; each token predicts the next one."""
     tokenizer: str = "bytes"
@@ -42,11 +46,18 @@ class DataConfig:
     tokenizer_vocab: Optional[int] = None
     """Keep only the first n entries of a tiktoken vocabulary (any n >= 256 is a valid byte-pair encoding)."""
     holdout: float = 0.05
-    """Share of the files, chosen by a hash of their content, that training never sees."""
+    """Share of the files (samples, of a table), chosen by a hash of their content, that training never sees."""
+    temperature: Optional[float] = None
+    """Draw each sample's domain with p ~ n^(1/t), n its sequences: 1 in proportion to size, larger flatter. Default: every sequence
+    is read once an epoch."""
+    eval_source: Optional[str] = None
+    """Further entries, as in source, whose text is only evaluated, never trained on."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
+    task: Literal["language_modelling", "classification"] = "language_modelling"
+    """What is learned: to predict the next token, or the class of a sample (data.source=sklearn:digits, synthetic:clusters)."""
     steps: int = 600
     """Optimizer steps."""
     global_batch: int = 24
@@ -67,6 +78,8 @@ class TrainConfig:
     """Steps between two metric lines."""
     eval_every: int = 300
     """Steps between two evaluations; one more at the end. 0: only at the end."""
+    eval_first: bool = False
+    """Evaluate before the first step too: what a frozen core knew without its modules, for one."""
     eval_sequences: int = 512
     """Held-out sequences an evaluation reads."""
     sample_prompt: str = "def "

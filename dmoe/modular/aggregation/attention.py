@@ -59,7 +59,11 @@ class Attention(Aggregation):
 
 
 def shares(score_TK: Tensor, prior_TK: Tensor, made_TK: Tensor) -> Tensor:
-    """`prior * exp(score)` over the made choices, summing to 1; zeros for a token without any."""
+    """`prior * exp(score)` over the made choices, summing to 1; zeros for a token without any.
+
+    A choice whose prior is 0 has no share, so its score must not be the largest that the others are measured by.
+    """
+    made_TK = made_TK & (prior_TK > 0)
     largest_T1 = (
         score_TK.detach().masked_fill(~made_TK, -math.inf).amax(-1, keepdim=True).clamp(min=torch.finfo(score_TK.dtype).min)
     )

@@ -34,7 +34,7 @@ class ParameterMean(Aggregation):
             )
         weight_BM = sequence_weights(routing, sequences, bank.num_modules)
         made_T1 = kept(routing).any(-1, keepdim=True)
-        return bank.averaged(weight_BM, rows_TD, len(rows_TD) // sequences) * made_T1
+        return bank.averaged(weight_BM, rows_TD, len(rows_TD) // max(1, sequences)) * made_T1
 
     def one(self, bank: Bank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]) -> Tensor:
         """`choices` are those of the token's whole sequence, with their mean weights."""
@@ -51,5 +51,6 @@ def sequence_weights(routing: Routing, sequences: int, num_modules: int) -> Tens
     made_TK = kept(routing)
     weight_TK = routing.weight_TK.masked_fill(~made_TK, 0.0)
     weight_TM = weight_TK.new_zeros(len(weight_TK), num_modules).scatter_add(1, routing.expert_TK, weight_TK)
-    routed_B1 = made_TK.any(-1).view(sequences, -1).sum(1, keepdim=True).clamp(min=1)
-    return weight_TM.view(sequences, -1, num_modules).sum(1) / routed_B1
+    each = len(weight_TK) // max(1, sequences)
+    routed_B1 = made_TK.any(-1).view(sequences, each).sum(1, keepdim=True).clamp(min=1)
+    return weight_TM.view(sequences, each, num_modules).sum(1) / routed_B1

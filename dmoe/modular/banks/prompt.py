@@ -72,7 +72,7 @@ class Prompt(Bank):
 
     def join(self, y: Tensor, contribution: Tensor) -> Tensor:
         head, tail = y[..., : self.length, :], y[..., self.length :, :]
-        written = contribution.view(*head.shape[:-1], -1)
+        written = contribution.view(*head.shape[:-1], self.columns.stop - self.columns.start)
         left, right = head[..., : self.columns.start], head[..., self.columns.stop :]
         return torch.cat([torch.cat([left, written, right], -1), tail], -2)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import RouterConfig
-from dmoe.modular.routing.grow import grow_router
+from dmoe.modular.routing.grow import check_grows, grow_router
 from dmoe.modular.routing.per import PerSequence, PerTask
 from dmoe.modular.routing.tables import ConstantRouter, TableRouter
 from dmoe.moe import routers
@@ -23,6 +23,7 @@ __all__ = [
     "PerTask",
     "RouterMaker",
     "TableRouter",
+    "check_grows",
     "constant",
     "grow_router",
     "routed",

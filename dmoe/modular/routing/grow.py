@@ -15,7 +15,20 @@ from dmoe.moe.routers.fixed import FixedRouter
 from dmoe.moe.routers.soft import SoftRouter
 from dmoe.moe.routers.top_k import TopKRouter
 
-__all__ = ["grow_router"]
+__all__ = ["check_grows", "grow_router"]
+
+LEARNED = TopKRouter | AdaptiveRouter | SoftRouter
+
+
+def check_grows(router: RouterModule) -> None:
+    """Raises ConfigError for a router whose old choices would become others (hash, group_limited, expert_choice, noisy)."""
+    if isinstance(router, PerSequence | PerTask):
+        check_grows(router.router)
+    elif not isinstance(router, LEARNED | ConstantRouter | TableRouter | FixedRouter):
+        allowed = "would send old tokens to other modules if it grew"
+        raise ConfigError(
+            "router", type(router).__name__, allowed, "use top_k, soft, adaptive, fixed, a table or constant weights"
+        )
 
 
 def grow_router(router: RouterModule, count: int, seed: int, *, std: float = 0.02) -> None:
@@ -25,14 +38,15 @@ def grow_router(router: RouterModule, count: int, seed: int, *, std: float = 0.0
     more of them gives each a little less. A table keeps its rows (`add_row` gives the new module to a label); constant weights get
     zeros.
 
-    Raises: ConfigError for a router whose old choices would become others (hash, group_limited, expert_choice, noisy).
+    Raises: ConfigError for a router that cannot grow (`check_grows`); it is as it was then.
     """
+    check_grows(router)
     if isinstance(router, PerSequence | PerTask):
         grow_router(router.router, count, seed, std=std)
         router.num_experts, router.top_k = router.router.num_experts, router.router.top_k
         return
     first = router.num_experts
-    if isinstance(router, TopKRouter | AdaptiveRouter | SoftRouter):
+    if isinstance(router, LEARNED):
         new_ED = router.weight.new_empty(count, router.weight.shape[1])
         for row, new_D in enumerate(new_ED):
             normal_(new_D, std, seed, "router", router.layer, "grown", first + row)
@@ -41,11 +55,6 @@ def grow_router(router: RouterModule, count: int, seed: int, *, std: float = 0.0
     elif isinstance(router, ConstantRouter):
         router.weights += (0.0,) * count
         router.weight_M = _with_zeros(router.weight_M, count)
-    elif not isinstance(router, TableRouter | FixedRouter):
-        allowed = "would send old tokens to other modules if it grew"
-        raise ConfigError(
-            "router", type(router).__name__, allowed, "use top_k, soft, adaptive, fixed, a table or constant weights"
-        )
     router.num_experts = first + count
     if isinstance(router, SoftRouter | ConstantRouter):
         router.top_k = router.num_experts

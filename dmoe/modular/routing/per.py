@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmoe.config.errors import ConfigError
-from dmoe.moe.routers.base import RouterModule, made_choices, of_each_token, router_dtype
+from dmoe.modular.routing.tables import labels
+from dmoe.moe.routers.base import RouterModule, made_choices, router_dtype
 from dmoe.moe.routing import Routing, TokenContext
 
 __all__ = ["PerSequence", "PerTask", "by_sequence", "sequence_mean", "sequence_mean_reference"]
@@ -38,7 +39,7 @@ class PerSequence(RouterModule):
     def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
         mean_BD = sequence_mean(x_TD, context.valid_T, context.sequences, self.first)
         routing: Routing = self.router(mean_BD, by_sequence(context))
-        each = len(x_TD) // context.sequences
+        each = len(x_TD) // max(1, context.sequences)
         expert_TK, keep_TK = routing.expert_TK.repeat_interleave(each, 0), routing.keep_TK
         made_TK = made_choices(expert_TK, context)
         if keep_TK is not None:
@@ -68,32 +69,40 @@ class PerTask(RouterModule):
         self.router.initialize(seed, layer, std)
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
-        label_T = of_each_token(context.label_T, x_TD, "per task", "label_T", "label (task, language or domain)")
+        label_T = labels(context, x_TD, "per task")
         routing: Routing = self.router(F.one_hot(label_T, self.labels).to(router_dtype(x_TD)), context)
         return routing
 
 
 def sequence_mean(x_TD: Tensor, valid_T: Tensor | None, sequences: int, first: int | None = None) -> Tensor:
-    """[B, D], at least float32: the mean over each sequence's valid tokens (of its `first` ones); zero where it has none."""
-    x_BSD = x_TD.to(router_dtype(x_TD)).view(sequences, -1, x_TD.shape[1])[:, :first]
+    """[B, D], at least float32: the mean over each sequence's valid tokens (the `first` of them); zero where it has none."""
+    each = len(x_TD) // max(1, sequences)  # spelled out: -1 has no meaning for no sequences
+    x_BSD = x_TD.to(router_dtype(x_TD)).view(sequences, each, x_TD.shape[1])
     if valid_T is None:
-        return x_BSD.mean(1)
-    valid_BS1 = valid_T.view(sequences, -1, 1)[:, :first]
+        return x_BSD[:, :first].mean(1)
+    valid_BS1 = valid_T.view(sequences, each, 1)
+    if first is not None:  # padding may stand in front, as it does for generation
+        valid_BS1 = valid_BS1 & (valid_BS1.cumsum(1) <= first)
     return x_BSD.masked_fill(~valid_BS1, 0.0).sum(1) / valid_BS1.sum(1).clamp(min=1)
 
 
 def by_sequence(context: TokenContext) -> TokenContext:
-    """What is known of the sequences: the label of the first token; valid where any token is. Every sequence is a "token" here."""
+    """What is known of the sequences: the label of the first valid token; valid where any is. Every sequence is a "token" here."""
+    sequences, valid_T = context.sequences, context.valid_T
 
     def of_first(value_T: Tensor | None) -> Tensor | None:
-        return None if value_T is None else value_T.view(context.sequences, -1)[:, 0]
+        if value_T is None:
+            return None
+        value_BS = value_T.view(sequences, len(value_T) // max(1, sequences))
+        if valid_T is None or not value_BS.numel():
+            return value_BS[:, 0] if value_BS.numel() else value_T
+        return value_BS.gather(1, valid_T.view(value_BS.shape).int().argmax(1, keepdim=True)).squeeze(1)
 
-    valid_T = context.valid_T
     return replace(
         context,
         label_T=of_first(context.label_T),
         token_id_T=of_first(context.token_id_T),
-        valid_T=None if valid_T is None else valid_T.view(context.sequences, -1).any(1),
+        valid_T=None if valid_T is None else valid_T.view(sequences, len(valid_T) // max(1, sequences)).any(1),
         capacity=None,
         groups=1,
     )
@@ -111,8 +120,7 @@ def sequence_mean_reference(
     each = len(x_TD) // sequences
     means = []
     for b in range(sequences):
-        tokens = [t for t in range(b * each, (b + 1) * each) if first is None or t < b * each + first]
-        tokens = [t for t in tokens if valid_T is None or bool(valid_T[t])]
+        tokens = [t for t in range(b * each, (b + 1) * each) if valid_T is None or bool(valid_T[t])][:first]
         totals = [sum(float(x_TD[t, d]) for t in tokens) for d in range(x_TD.shape[1])]
         means.append([total / max(1, len(tokens)) for total in totals])
     return means

@@ -23,7 +23,7 @@ from dmoe.config.schema import RouterConfig
 from dmoe.moe.routers.base import RouterModule, made_choices, of_each_token, router_dtype
 from dmoe.moe.routing import Routing, TokenContext
 
-__all__ = ["ConstantRouter", "TableRouter", "constant_reference", "table_reference"]
+__all__ = ["ConstantRouter", "TableRouter", "constant_reference", "labels", "table_reference"]
 
 
 class ConstantRouter(RouterModule):
@@ -45,7 +45,7 @@ class ConstantRouter(RouterModule):
 
 
 class TableRouter(RouterModule):
-    """The modules of each label. Rows may differ in length.
+    """The modules of each label. Rows may differ in length; a label with none has the frozen network alone.
 
     Args:
         rows: for each label its modules, in order.
@@ -68,9 +68,8 @@ class TableRouter(RouterModule):
         self.module_LK.copy_(self.module_LK.new_tensor(self.rows))
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
-        """Raises ValueError without `context.label_T`; a label without a row is an IndexError of torch."""
-        label_T = of_each_token(context.label_T, x_TD, "table", "label_T", "label (task, language or domain)")
-        module_TK = self.module_LK[label_T]
+        """Raises ValueError without `context.label_T`; a label without a row, negative ones too, is an IndexError of torch."""
+        module_TK = self.module_LK.index_select(0, labels(context, x_TD, "table"))
         weight_TK = x_TD.new_full(module_TK.shape, self.weight, dtype=router_dtype(x_TD))
         return weighted(module_TK.clamp(min=0), weight_TK, self.num_experts, context, there_TK=module_TK >= 0)
 
@@ -79,18 +78,24 @@ class TableRouter(RouterModule):
         check_rows([row], self.num_experts)
         if len(row) > self.top_k:
             raise ConfigError("row", list(row), f"must have at most {self.top_k} modules", "make the table with a longer row")
-        self.rows.append([*row, *[-1] * (self.top_k - len(row))])
+        self.rows = [*self.module_LK.tolist(), [*row, *[-1] * (self.top_k - len(row))]]  # a loaded table is in the buffer alone
         self.module_LK = self.module_LK.new_tensor(self.rows)
         return len(self.module_LK) - 1
 
 
+def labels(context: TokenContext, x_TD: Tensor, kind: str) -> Tensor:
+    """int64 [T]: each token's label; 0 for padding, whose own may be any number (-100 marks what a loss ignores)."""
+    label_T = of_each_token(context.label_T, x_TD, kind, "label_T", "label (task, language or domain)")
+    return label_T if context.valid_T is None else label_T.masked_fill(~context.valid_T, 0)
+
+
 def check_rows(rows: Sequence[Sequence[int]], num_modules: int) -> None:
     for row in rows:
-        if not row or len(set(row)) < len(row) or min(row) < 0 or max(row) >= num_modules:
-            allowed = f"must name at least one of the modules 0 to {num_modules - 1}, each once"
+        if len(set(row)) < len(row) or not all(0 <= module < num_modules for module in row):
+            allowed = f"must name modules from 0 to {num_modules - 1}, each at most once"
             raise ConfigError("row", list(row), allowed, "name existing modules")
-    if not rows:
-        raise ConfigError("rows", "[]", "must have a row for each label", "give at least one")
+    if not any(rows):
+        raise ConfigError("rows", list(rows), "must name a module for some label", "give at least one row with a module")
 
 
 def weighted(

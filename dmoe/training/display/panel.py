@@ -13,7 +13,7 @@ from dmoe.training.display.glyphs import Glyphs
 from dmoe.training.display.layers import layer_table
 from dmoe.training.display.state import State
 from dmoe.training.display.strips import part_glyph, part_style, parts_bar, progress_bar, sparkline
-from dmoe.training.display.words import clock_time, figure
+from dmoe.training.display.words import clock_time, figure, measured_words
 
 __all__ = ["panel_lines"]
 
@@ -28,6 +28,7 @@ SPLIT = "step_time"
 ADVICE = "; what usually helps"
 """Where an alert goes on to what to do: the line that was said above the panel has it in full."""
 FIGURES = (
+    ("accuracy", "accuracy", "{:.2%}"),
     ("tokens/s", "tokens_per_second", "{:,.0f}"),
     ("grad norm", "grad_norm", "{:.3g}"),
     ("lr", "lr", "{:.2e}"),
@@ -94,7 +95,8 @@ def _facts(state: State, glyphs: Glyphs) -> Iterator[Fact]:
         yield "bits/byte", figure(values["bits_per_byte"], "{:.3f}"), "bold"
     if state.held_out:
         step, told = state.held_out[-1]
-        yield "held out", f"{figure(told.get('bits_per_byte'), '{:.3f}')} bits/byte at {step:,}", ""
+        words = measured_words(told) or [f"loss {figure(told.get('loss'), '{:.3f}')}"]
+        yield "held out", f"{', '.join(words)} at {step:,}", ""
     for name, key, form in FIGURES:
         if key in values:
             yield name, figure(values[key], form), "red" if finite(values[key]) is None else ""

@@ -7,17 +7,31 @@ from typing import Any
 from dmoe.report.metrics import finite
 from dmoe.training.display.state import State
 
-__all__ = ["clock_time", "event_words", "figure", "train_words"]
+__all__ = ["clock_time", "event_words", "figure", "measure_words", "measured_words", "train_words"]
 
 NOT_FINITE = "not finite"
 """A number that is NaN or infinite; `metrics.jsonl` holds null for both."""
 FIGURES = {
     "loss": ("loss {}", "{:.3f}"),
     "bits_per_byte": ("bits/byte {}", "{:.3f}"),
+    "accuracy": ("accuracy {}", "{:.2%}"),
     "tokens_per_second": ("{} tokens/s", "{:,.0f}"),
     "drop_rate": ("dropped {}", "{:.1%}"),
     "load_max_over_mean": ("load max/mean {}", "{:.2f}"),
 }
+
+
+MEASURES = {"bits_per_byte": "{:.3f} bits/byte", "accuracy": "{:.2%} right"}
+
+
+def measure_words(name: str, value: float) -> str:
+    """What an evaluation found, as a person says it."""
+    return figure(value, MEASURES[name])
+
+
+def measured_words(values: dict[str, Any]) -> list[str]:
+    """All of that in one `eval` line."""
+    return [measure_words(name, values[name]) for name in MEASURES if name in values]
 
 
 def figure(value: Any, form: str) -> str:
@@ -59,8 +73,7 @@ def event_words(event: str, step: int, values: dict[str, Any]) -> str:
     if event == "alert":
         return f"{'alert' if 'title' in values else 'note'}: {values.get('text', '')}"
     if event == "eval":
-        loss, bits = figure(values.get("loss"), "{:.3f}"), figure(values.get("bits_per_byte"), "{:.3f}")
-        return f"step {step}: held-out loss {loss}, {bits} bits/byte"
+        return ", ".join([f"step {step}: held-out loss {figure(values.get('loss'), '{:.3f}')}", *measured_words(values)])
     if event == "end":
         if values.get("failed"):
             return f"the run was ended by an error after step {step}"

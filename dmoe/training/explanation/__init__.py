@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from dmoe.config.schema import Config
-from dmoe.training.explanation import balance, batch, capacity, evaluation, exchange, optimization, ownership, routing, size
+from dmoe.training.explanation import (
+    balance,
+    batch,
+    capacity,
+    evaluation,
+    exchange,
+    modules,
+    optimization,
+    ownership,
+    recommended,
+    routing,
+    size,
+)
 from dmoe.training.explanation.section import Section
 from dmoe.training.explanation.setting import Setting, resolve
 
 __all__ = ["Section", "Setting", "explain"]
 
-PARTS = (batch, ownership, routing, capacity, balance, exchange, size, optimization, evaluation)
+PARTS = (batch, ownership, routing, capacity, balance, modules, recommended, exchange, size, optimization, evaluation)
 
 
 def explain(config: Config, world: int) -> list[Section]:

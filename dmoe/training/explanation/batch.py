@@ -9,16 +9,16 @@ __all__ = ["describe"]
 
 
 def describe(setting: Setting) -> Section:
-    train, length, cut = setting.config.train, setting.config.data.seq_len, setting.batching
-    virtual, step_tokens = (
-        setting.config.parallel.virtual_ranks,
-        setting.config.train.global_batch * setting.config.data.seq_len,
-    )
+    train, task, cut = setting.config.train, setting.task, setting.batching
+    virtual, step_tokens = setting.config.parallel.virtual_ranks, setting.config.train.global_batch * task.targets
+    unit = task.unit if task.targets == 1 else "sequence"
+    samples = count(train.global_batch, unit)
+    of_each = "" if task.targets == 1 else f" of {count(task.targets, task.unit)}"
     words = [
-        f"{count(train.global_batch, 'sequence')} of {count(length, 'token')} a step = {count(setting.world, 'rank')} x "
+        f"{samples}{of_each} a step = {count(setting.world, 'rank')} x "
         f"{count(virtual, 'virtual rank')} x {cut.micro_batch} in a micro-batch x {cut.accumulation} accumulated: "
-        f"{step_tokens:,} tokens a step, {many(step_tokens * train.steps)} in {count(train.steps, 'step')}.",
-        f"One forward of one process sees {setting.tokens:,} tokens ({count(setting.sequences, 'sequence')}). Which sequences a step "
+        f"{step_tokens:,} {task.unit}s a step, {many(step_tokens * train.steps)} in {count(train.steps, 'step')}.",
+        f"One forward of one process sees {setting.tokens:,} {task.unit}s ({count(setting.sequences, unit)}). Which {unit}s a step "
         "reads depends on the seed and the step alone, not on the number of ranks.",
     ]
     numbers = {
@@ -27,7 +27,7 @@ def describe(setting: Setting) -> Section:
         "micro_batch": cut.micro_batch,
         "accumulation": cut.accumulation,
         "global_batch": train.global_batch,
-        "seq_len": length,
+        "seq_len": task.targets,
         "tokens_per_step": step_tokens,
         "tokens_per_forward": setting.tokens,
         "steps": train.steps,

@@ -10,10 +10,12 @@ __all__ = ["describe"]
 
 def describe(setting: Setting) -> Section:
     train, data = setting.config.train, setting.config.data
+    text = setting.task.name == "language_modelling"
+    unit, measure, whole = ("sequence", "bits per byte", "files") if text else ("sample", "the accuracy", "samples")
     when = f"every {count(train.eval_every, 'step')} and at the end" if train.eval_every else "at the end"
     words = [
-        f"{when.capitalize()}: the mean loss over the first {count(train.eval_sequences, 'held-out sequence')}, and bits per byte; "
-        f"the same number on any number of ranks. Held out: {data.holdout:.0%} of the files, by a hash of their content."
+        f"{when.capitalize()}: the mean loss over the first {count(train.eval_sequences, f'held-out {unit}')}, and {measure}; "
+        f"the same number on any number of ranks. Held out: {data.holdout:.0%} of the {whole}, by a hash of their content."
     ]
     numbers = {"every": train.eval_every, "sequences": train.eval_sequences, "holdout": data.holdout, "slots": None}
     if setting.layer is not None:

@@ -13,8 +13,9 @@ MOST_LINES = 8
 
 def describe(setting: Setting) -> Section:
     config, blocks = setting.config, moe_blocks(setting.config)
+    layers = len(setting.model.moe_layers())
     numbers = {"ep": setting.ep, "edp": setting.edp, "moe_blocks": blocks, "blocks": config.model.layers, "owners": []}
-    if not blocks:
+    if not layers:
         return Section("experts", "Experts and ranks", ["The model is dense: no block has experts."], numbers)
     assert setting.layer is not None
     experts, cost = config.moe.num_experts, setting.layer.experts.cost
@@ -32,7 +33,7 @@ def describe(setting: Setting) -> Section:
     chosen = f"the largest number that {largest}" if config.parallel.ep == "auto" else "as set"
     shared = f"{experts // setting.ep} on a rank" if not config.moe.experts.shapes else "shared by their cost"
     words = [
-        f"{_which(blocks, config.model.layers)}: {count(experts, 'expert')} each, "
+        f"{_which(blocks, config.model.layers, layers)}: {count(experts, 'expert')} each, "
         f"{shared}: EP = {setting.ep} ({chosen}), {_copies(setting.edp)}.",
         *_lines([_owner(setting, ranks, owned) for ranks, owned in owners]),
         *_costs(setting),
@@ -74,7 +75,9 @@ def _few(each: list[str]) -> list[str]:
     return each if len(each) <= MOST_LINES else [*each[:3], "...", each[-1]]
 
 
-def _which(blocks: list[int], layers: int) -> str:
+def _which(blocks: list[int], layers: int, mixtures: int) -> str:
+    if mixtures != len(blocks):  # a classifier has some outside its blocks
+        return f"{count(mixtures, 'layer')} of experts"
     if len(blocks) == layers:
         return (
             f"All {count(layers, 'block')} are mixtures of experts" if layers > 1 else "The one block is a mixture of experts"

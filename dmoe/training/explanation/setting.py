@@ -13,12 +13,13 @@ import torch
 
 from dmoe.config.check import Batching, batching, check, expert_parallel
 from dmoe.config.schema import Config
-from dmoe.data import open_tokenizer
-from dmoe.models.transformer import Transformer
+from dmoe.models.base import Model
 from dmoe.moe.layer import MoE
 from dmoe.moe.peers import Alone
 from dmoe.moe.routing import TokenContext
 from dmoe.training import precision as precisions
+from dmoe.training.modular.attaching import attach_modules, select_trained
+from dmoe.training.tasks import Task, task_of
 
 __all__ = ["Setting", "resolve"]
 
@@ -38,15 +39,15 @@ class Setting:
     world: int
     ep: int
     batching: Batching
-    vocabulary: int
+    task: Task
     precision: str
     """fp32, bf16 or fp16."""
-    model: Transformer
+    model: Model
     """On the meta device, with all experts."""
 
     @property
     def layer(self) -> MoE | None:
-        """The first MoE layer; all are alike."""
+        """The first MoE layer; all are alike, but for a classifier's last one, which may have another width."""
         layers = self.model.moe_layers()
         return layers[0] if layers else None
 
@@ -62,7 +63,7 @@ class Setting:
     @property
     def tokens(self) -> int:
         """T."""
-        return self.sequences * self.config.data.seq_len
+        return self.sequences * self.task.targets
 
     @property
     def itemsize(self) -> int:
@@ -91,13 +92,15 @@ class Setting:
 def resolve(config: Config, world: int) -> Setting:
     """Raises ConfigError for what `dmoe train` would refuse on `world` ranks, but for what only the machine decides."""
     check(config, world)
-    tokenizer = open_tokenizer(config.data)
+    task = task_of(config)
     with torch.device("meta"):
-        model = Transformer(config.model, config.moe, tokenizer.vocab_size, virtual_ranks=config.parallel.virtual_ranks)
+        model = task.model(config.parallel.virtual_ranks)
+        attach_modules(model, config, config.parallel.virtual_ranks)
+    select_trained(model, config)
     for layer in model.moe_layers():
         layer.peers = AsMany(world)
     ep = expert_parallel(config, world)
-    return Setting(config, world, ep, batching(config, world), tokenizer.vocab_size, _precision(config), model)
+    return Setting(config, world, ep, batching(config, world), task, _precision(config), model)
 
 
 def _precision(config: Config) -> str:

@@ -14,15 +14,16 @@ WEIGHT_BYTES = 4
 
 def describe(setting: Setting) -> Section:
     whole, (dense, experts) = setting.model.num_parameters(), rank_parameters(setting)
-    length, steps = setting.config.data.seq_len, setting.config.train.global_batch * setting.config.data.seq_len
-    forward = setting.model.flops_per_token(length)
+    task = setting.task
+    forward, steps = setting.model.flops_per_token(task.targets), setting.config.train.global_batch * task.targets
+    outputs = "vocabulary" if task.name == "language_modelling" else "classes"
     held, weights = dense + experts, (dense + experts) * WEIGHT_BYTES
     words = [
-        f"Parameters: {many(whole.total)} in all, {many(whole.active)} active a token, {many(held)} on a rank ({many(dense)} dense + "
-        f"{many(experts)} of experts{_sharded(setting)}); vocabulary {setting.vocabulary:,}.",
+        f"Parameters: {many(whole.total)} in all, {many(whole.active)} active a {task.unit}, {many(held)} on a rank "
+        f"({many(dense)} dense + {many(experts)} of experts{_sharded(setting)}); {outputs} {task.outputs:,}.",
         f"Memory on a rank: {size_of(weights)} weights + {size_of(weights)} gradients + {size_of(2 * weights)} AdamW moments, all "
         f"float32 = {size_of(4 * weights)}, without activations and buffers.",
-        f"Arithmetic: {flop(forward)} a token forward, three times that in training; {flop(3 * forward * steps)} a step"
+        f"Arithmetic: {flop(forward)} a {task.unit} forward, three times that in training; {flop(3 * forward * steps)} a step"
         f"{' and a fourth forward for recomputation' if setting.config.train.recompute else ''}.",
     ]
     numbers = {
@@ -31,7 +32,7 @@ def describe(setting: Setting) -> Section:
         "rank_parameters": held,
         "rank_dense_parameters": dense,
         "rank_expert_parameters": experts,
-        "vocabulary": setting.vocabulary,
+        "vocabulary": task.outputs,
         "rank_bytes": {"weights": weights, "gradients": weights, "moments": 2 * weights, "total": 4 * weights},
         "flops_per_token_forward": forward,
         "flops_per_token": 3 * forward,
@@ -54,8 +55,9 @@ def _largest_share(setting: Setting) -> int:
     layers = setting.model.moe_layers()
     if not layers:
         return 0
-    work = layers[0].experts.multiply_adds
-    return len(layers) * max(sum(work[e] for e in setting.owned(rank)) for rank in range(setting.ep))
+    return max(
+        sum(layer.experts.multiply_adds[e] for layer in layers for e in setting.owned(rank)) for rank in range(setting.ep)
+    )
 
 
 def _sharded(setting: Setting) -> str:

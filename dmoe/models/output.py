@@ -1,0 +1,65 @@
+"""What a model returns, whatever it models.
+
+Letters: B samples of a batch, S positions of each, V outputs (a vocabulary, or classes), T = B*S.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.export import register_dataclass
+
+from dmoe.moe.stats import LayerStats
+
+__all__ = ["IGNORE", "ModelOutput", "Verdict", "judge"]
+
+IGNORE = -100
+"""A target that is not predicted and counts nowhere in the loss."""
+
+
+@dataclass
+class ModelOutput:
+    logits: Tensor | None
+    """[B, S, V] in the dtype of the output projection; None where there are targets, unless asked for."""
+    loss_sum: Tensor | None
+    """Scalar float32 (float64 for a float64 model): the sum of the cross-entropy in nats over the targets that are not ignored."""
+    aux: list[dict[str, Tensor]] = field(default_factory=list)
+    """For each MoE layer its auxiliary losses, raw (no coefficient), by name; see `dmoe.moe.balance`."""
+    stats: list[LayerStats] = field(default_factory=list)
+    """For each MoE layer what it counted."""
+    nats_T: Tensor | None = None
+    """In evaluation, with targets: the cross-entropy of each; 0 where it is ignored."""
+    hit_T: Tensor | None = None
+    """In evaluation, with targets: whether the best guess is right."""
+    module_aux: list[dict[str, Tensor]] = field(default_factory=list)
+    """In training, for each place with modules: the losses of its router, raw, by name; none where routing is given."""
+    module_stats: list[LayerStats] = field(default_factory=list)
+    """In training, for each place with modules what it counted."""
+
+
+register_dataclass(
+    ModelOutput
+)  # FSDP2 before torch 2.13 looks for tensors in pytrees only, and misses a backward without a word
+
+
+class Verdict(NamedTuple):
+    loss_sum: Tensor
+    nats_T: Tensor | None
+    hit_T: Tensor | None
+
+
+def judge(logits: Tensor, target: Tensor, one_by_one: bool) -> Verdict:
+    """The sum of `-log softmax(logits)[target]` over the targets that are not ignored, at least float32; `one_by_one`, also each.
+
+    logits [B, S, V]; target int64 [B, S].
+    """
+    logits_TV, target_T = logits.flatten(0, 1), target.flatten()
+    wide_TV = logits_TV.to(torch.promote_types(logits.dtype, torch.float32))
+    if not one_by_one:
+        return Verdict(F.cross_entropy(wide_TV, target_T, ignore_index=IGNORE, reduction="sum"), None, None)
+    nats_T = F.cross_entropy(wide_TV, target_T, ignore_index=IGNORE, reduction="none")
+    return Verdict(nats_T.sum(), nats_T, wide_TV.argmax(-1) == target_T)

@@ -1,0 +1,141 @@
+"""What a run cost and what it reached, as plain numbers: one row of a comparison.
+
+A comparison of two networks says nothing without what each costs, so the costs stand beside the measure: parameters, FLOPs, tokens,
+seconds. FLOPs of training are three times those of the forward pass (Kaplan et al. 2020, section 2.1: the backward pass takes twice as
+many), which is an upper bound where a part of the model is frozen: its weights need no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from dmoe.report.metrics import Line, number
+from dmoe.report.run import Record, layers_of
+
+__all__ = ["Figures", "ending", "figures_of", "finished", "last", "latest_by_layer", "measure_of"]
+
+FORWARD_AND_BACKWARD = 3
+MEASURES = ("bits_per_byte", "accuracy")
+"""What people read beside the loss, by the task."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """None: not recorded, or the run has no such thing."""
+
+    step: int
+    """Of the last line."""
+    bits_per_byte: float | None
+    accuracy: float | None
+    """Held out, at the last evaluation, as is `loss`."""
+    loss: float | None
+    held_out: float | None
+    """Tokens it was measured on."""
+    parameters: float | None
+    active_parameters: float | None
+    trainable_parameters: float | None
+    flops_per_token: float | None
+    """Of the forward pass; a sample counts as a token where the run learns to tell samples apart."""
+    training_flops: float | None
+    tokens: float | None
+    unit: str
+    """What a token is called."""
+    seconds: float | None
+    """From each start to the last measurement after it: what was measured and undone by a restart was paid for, a pause was not."""
+    tokens_per_second: float | None
+    """Median."""
+    drop_rate: float | None
+    """At the last logged step, as is `load_max_over_mean`; None without mixture layers."""
+    load_max_over_mean: float | None
+    world: float | None
+    ep: float | None
+    data: str | None
+    """The fingerprint."""
+
+    @property
+    def partly_trained(self) -> bool:
+        """Whether a part of the model is frozen."""
+        return None not in (self.trainable_parameters, self.parameters) and self.trainable_parameters != self.parameters
+
+
+def figures_of(record: Record) -> Figures:
+    start, held_out = record.start, record.evals[-1] if record.evals else {}
+    routed = record.train[-1] if record.train and layers_of(record.train[-1]) else {}
+    forward, tokens = number(start, "flops_per_token"), last(record.train, "tokens")
+    speeds = [value for line in record.train if (value := number(line, "tokens_per_second")) is not None]
+    return Figures(
+        step=record.metrics.lines[-1]["step"] if record.metrics.lines else 0,
+        bits_per_byte=number(held_out, "bits_per_byte"),
+        accuracy=number(held_out, "accuracy"),
+        loss=number(held_out, "loss"),
+        held_out=number(held_out, "tokens"),
+        parameters=number(start, "parameters"),
+        active_parameters=number(start, "active_parameters"),
+        trainable_parameters=number(start, "trainable_parameters"),
+        flops_per_token=forward,
+        training_flops=None if forward is None or tokens is None else FORWARD_AND_BACKWARD * forward * tokens,
+        tokens=tokens,
+        unit="sample" if start.get("task") == "classification" else "token",
+        seconds=_seconds(record),
+        tokens_per_second=median(speeds) if speeds else None,
+        drop_rate=number(routed, "drop_rate"),
+        load_max_over_mean=number(routed, "load_max_over_mean"),
+        world=number(start, "world"),
+        ep=number(start, "ep"),
+        data=start["data"] if isinstance(start.get("data"), str) else None,
+    )
+
+
+def measure_of(line: Line) -> str:
+    """Which measure an evaluation, or one domain of it, is read by: `bits_per_byte`, `accuracy`, or `loss` where it has neither."""
+    return next((name for name in MEASURES if name in line), "loss")
+
+
+def ending(record: Record) -> str:
+    """How the run ended, in words."""
+    step = record.metrics.lines[-1]["step"] if record.metrics.lines else 0
+    if record.end is None:
+        return f"no end was recorded; the last line is of step {step:,}: still running, or killed"
+    if record.end.get("failed"):
+        return f"ended by an error after step {step:,}"
+    return f"stopped after step {step:,}, and can go on" if record.end.get("stopped") else f"finished after step {step:,}"
+
+
+def finished(record: Record) -> bool:
+    """Whether the run has done all that it was to do."""
+    return record.end is not None and not record.end.get("failed") and not record.end.get("stopped")
+
+
+def last(lines: Sequence[Line], *path: str) -> float | None:
+    """The last number at `path` there is."""
+    return next((value for line in reversed(lines) if (value := number(line, *path)) is not None), None)
+
+
+def latest_by_layer(lines: Sequence[Line], key: str) -> dict[int, Any]:
+    """What the last line that has `key` in its layers says of each of them."""
+    for line in reversed(lines):
+        found = {layer: row[key] for layer, row in sorted(layers_of(line).items()) if row.get(key) is not None}
+        if found:
+            return found
+    return {}
+
+
+def _seconds(record: Record) -> float | None:
+    """Of all processes that the run has had, one after the other; None where none has measured anything."""
+    written = [
+        (time, line["event"])
+        for line in (*record.metrics.lines, *record.metrics.undone)
+        if (time := number(line, "time")) is not None
+    ]
+    began: float | None = None
+    spent: list[float] = []
+    for time, event in sorted(written, key=lambda pair: pair[0]):
+        if event in ("start", "restart"):
+            began = time
+            spent.append(0.0)
+        elif event in ("train", "eval") and began is not None:
+            spent[-1] = time - began
+    return sum(spent) or None

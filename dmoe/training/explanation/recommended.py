@@ -1,0 +1,21 @@
+"""Settings outside of the ranges that the literature recommends: remarks, no refusals."""
+
+from __future__ import annotations
+
+from dmoe.config.recommended import outside
+from dmoe.training.explanation.section import Section
+from dmoe.training.explanation.setting import Setting
+
+__all__ = ["describe"]
+
+
+def describe(setting: Setting) -> Section | None:
+    """None where everything is inside, which is the case to hear nothing about."""
+    remarks = outside(setting.config) if setting.layer is not None else []
+    if not remarks:
+        return None
+    numbers = {
+        remark.field: {"value": remark.value, "low": remark.range.low, "high": remark.range.high, "source": remark.range.source}
+        for remark in remarks
+    }
+    return Section("recommended", "Outside of recommended ranges", [str(remark) for remark in remarks], numbers)

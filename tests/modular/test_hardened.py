@@ -1,0 +1,265 @@
+"""What a hostile reading of the modules found: each test tells of a call that went wrong, most of them silently."""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dmoe.config.errors import CheckpointError, ConfigError
+from dmoe.modular import (
+    Adapter,
+    LowRank,
+    Scale,
+    SparseDelta,
+    attach,
+    constant,
+    core_hash,
+    detach,
+    export_peft,
+    given,
+    layers,
+    load,
+    merge,
+    routed,
+    save,
+    table,
+    train_one,
+)
+from dmoe.modular.peft_format import read_peft
+from dmoe.moe.routing import TokenContext
+from tests.modular.nets import D, M, O, drawn, mlp, stir
+
+LOW, TOP = partial(LowRank, M, rank=2), routed("top_k", M, 2)
+
+
+class Twice(nn.Module):
+    """One part in two places, as tied layers are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(D, D)
+        self.again = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.first(x))
+
+
+class Handed(nn.Sequential):
+    """Takes a context, as dmoe's models do."""
+
+    def forward(self, x: Tensor, context: TokenContext | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class Tied(nn.Module):
+    """A head that is the embedding's table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, D), nn.Linear(D, 9, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, token: Tensor) -> Tensor:
+        return self.head(self.table(token))
+
+
+def test_a_refusal_at_the_second_place_leaves_nothing_at_the_first() -> None:
+    """`magnitude` asks the place for its weight; it did so when half of the places had their modules already."""
+    model = nn.Sequential(nn.Linear(D, D), nn.Tanh())
+    core = core_hash(model)
+    with pytest.raises(ConfigError, match="reads the weight of a Linear"):
+        attach(model, "[01]", partial(SparseDelta, M, mask="magnitude"), constant(*[1.0] * M), width=(D, D))
+    assert not layers(model)
+    assert core_hash(model) == core
+
+
+def test_ids_are_no_vectors() -> None:
+    """LowRank beside an embedding multiplied the ids themselves, and failed in the first forward with a shape."""
+    with pytest.raises(ConfigError, match="ids and no vectors"):
+        attach(nn.Embedding(9, D), "", LOW, TOP)
+    place = nn.Embedding(9, D)
+    attach(place, "", partial(Scale, M), TOP)
+    assert place(torch.tensor([[1, 2]])).shape == (1, 2, D)
+
+
+def test_a_part_that_has_the_name_of_the_modules_is_refused() -> None:
+    """The core's hash leaves out what has `modular` in its path; a model's own part of that name would have been free to move."""
+    model = nn.Sequential(nn.Linear(D, D))
+    model.add_module("modular", nn.Linear(D, D))
+    with pytest.raises(ConfigError, match="is a name the model uses itself, at modular"):
+        attach(model, "0", LOW, TOP)
+
+
+def test_a_context_of_one_forward_is_forgotten_in_the_next() -> None:
+    """A model that was handed labels once used them in the next forward, which was given none."""
+    model = Handed(nn.Linear(D, O)).double()
+    attach(model, "0", LOW, table([[0], [1]], M))
+    stir(model)
+    x = drawn(3, D)
+    model(x, context=TokenContext(label_T=torch.tensor([0, 1, 1])))
+    with pytest.raises(ValueError, match="label_T"):
+        model(x)
+    handed = model(x, context=TokenContext(label_T=torch.tensor([0, 1, 1])))
+    with given(model, label_T=torch.tensor([1, 1, 1])):  # what the caller gives is not the model's to forget
+        assert not torch.equal(model(x), handed)
+        assert torch.equal(model(x), model(x))
+
+
+def test_a_model_can_be_copied_after_a_forward() -> None:
+    """The latest routing hung on the layer, and torch refuses to copy a tensor that a graph made."""
+    model, x = mlp(), drawn(3, D)
+    attach(model, "[02]", LOW, TOP)
+    stir(model)
+    y = model(x)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x), y)
+    assert layers(model)["0"].chosen is not None
+    detach(twin)
+    assert torch.equal(twin(x), mlp()(x))
+    assert torch.equal(model(x), y)
+
+
+def test_a_part_used_in_two_places_is_saved_once_and_comes_back(tmp_path: Path) -> None:
+    """It has two names in the model's state, and safetensors refuses tensors that share their memory."""
+    model, other = Twice().double(), Twice().double()
+    other.load_state_dict(model.state_dict())
+    for net in (model, other):
+        attach(net, "first", LOW, TOP)
+    stir(model)
+    save(model, tmp_path / "m")
+    load(other, tmp_path / "m")
+    assert torch.equal(other(drawn(3, D)), model(drawn(3, D)))
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No folder: an error of the library with its traceback. A full disk: the half file stayed."""
+    model = mlp()
+    attach(model, "0", LOW, TOP)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        save(model, tmp_path / "no folder" / "m")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save(model, tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tied_weight_is_not_merged_into() -> None:
+    """The embedding was changed with the head, silently."""
+    model = Tied()
+    attach(model, "head", partial(LowRank, 1), constant(1.0))
+    stir(model)
+    before = model.table.weight.clone()
+    with pytest.raises(ConfigError, match="shares its weight with a Embedding"):
+        merge(model, [1.0])
+    assert torch.equal(model.table.weight, before)
+    assert layers(model)
+    shared = Twice()
+    attach(shared, "first", partial(LowRank, 1), constant(1.0))
+    merge(shared, [1.0])  # one part, one weight, whatever its names
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parts(x)
+
+
+def test_places_within_places() -> None:
+    """A block and a part of it: each has its modules, and off they are as they came."""
+    model, x = nn.Sequential(Block(), nn.Linear(O, O).double()), drawn(4, D)
+    bare, core = model(x), core_hash(model)
+    attach(model, "0.parts.2", LOW, TOP)
+    attach(model, "0", partial(Adapter, M), TOP, width=(D, O))
+    stir(model)
+    with_both = model(x)
+    assert sorted(layers(model)) == ["0", "0.parts.2"]
+    assert core_hash(model) == core
+    assert (with_both - bare).abs().max() > 1e-3
+    assert all(layer.chosen is not None for layer in layers(model).values())
+    detach(model)
+    assert torch.equal(model(x), bare)
+
+
+class Part(Tensor):
+    """What FSDP2 makes of a parameter is a kind of tensor too."""
+
+
+def test_a_bank_that_is_split_trains_all_its_modules_or_none() -> None:
+    """Under FSDP2 with copies of the modules it ended in torch's own words about mixed tensors."""
+    model = mlp()
+    bank = attach(model, "0", LOW, TOP)["0"].experts
+    bank.a = nn.Parameter(bank.a.data.as_subclass(Part))
+    with pytest.raises(ConfigError, match=r"parallel\.mode=fsdp: splits the modules at 0"):
+        train_one(model, 1, torch.optim.AdamW(bank.parameters()))
+    assert model[0].weight.requires_grad
+
+
+def test_a_row_of_parts_takes_no_modules() -> None:
+    """A Sequential calls all of its children: the modules were called as one more of them, with one argument too few."""
+    with pytest.raises(ConfigError, match="take its modules for one more member"):
+        attach(mlp(), "", partial(Adapter, M), TOP, width=(D, O))
+
+
+class Named(nn.Module):
+    """`head`, and a block whose own part has that name too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(D, D)
+        self.block = nn.ModuleDict({"head": nn.Sequential(nn.Linear(D, D))})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block["head"](x))
+
+
+def test_an_export_names_its_places_and_no_others(tmp_path: Path) -> None:
+    """peft takes a name for the end of names: `head` would be looked for in `block.head` too, which is no Linear, and be refused."""
+    peft = pytest.importorskip("peft", reason="peft is not installed: it is what reads the export")
+    model = Named()
+    bare = copy.deepcopy(model)
+    attach(model, "head", partial(LowRank, 1, rank=2, alpha=5.0), constant(1.0))
+    stir(model)
+    export_peft(model, 0, tmp_path)
+    x = torch.randn(3, D)
+    expected = model(x)
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(bare, tmp_path)(x), expected)
+    place = nn.Linear(D, D)
+    attach(place, "", LOW, TOP)
+    with pytest.raises(ConfigError, match="has no name"):
+        export_peft(place, 0, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("init_lora_weights", "pissa"), ("alora_invocation_tokens", [3]), ("use_qalora", True)]
+)
+def test_an_adapter_that_means_something_else_is_not_imported(setting: str, value: object, tmp_path: Path) -> None:
+    """PiSSA subtracts from the core, an activated adapter waits for its tokens: both were read as plain LoRA."""
+    model = mlp(torch.float32)
+    attach(model, "0", partial(LowRank, 1, rank=2), constant(1.0))
+    export_peft(model, 0, tmp_path)
+    read_peft(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {setting: value}))
+    with pytest.raises(CheckpointError, match=setting):
+        read_peft(tmp_path)
+
+
+def test_the_hash_sees_what_the_bytes_mean() -> None:
+    """Zeros are the same bytes in every type of four."""
+    model, other = nn.Module(), nn.Module()
+    model.register_buffer("count", torch.zeros(3, dtype=torch.float32))
+    other.register_buffer("count", torch.zeros(3, dtype=torch.int32))
+    assert core_hash(model) != core_hash(other)

@@ -1,0 +1,124 @@
+"""What a hostile reading of routing and aggregation of modules found: zero rows, odd labels, padding in front, a router that grows."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmoe.config.errors import ConfigError
+from dmoe.modular import (
+    AGGREGATIONS,
+    Adapter,
+    LowRank,
+    Prompt,
+    SparseDelta,
+    attach,
+    constant,
+    given,
+    grow,
+    layers,
+    load,
+    routed,
+    save,
+    table,
+)
+from dmoe.modular.aggregation.attention import shares
+from dmoe.modular.aggregation.parameter_mean import sequence_weights
+from dmoe.modular.routing import TableRouter
+from dmoe.modular.routing.per import by_sequence, sequence_mean
+from dmoe.moe.routing import Routing, TokenContext
+from tests.modular.nets import D, M, O, drawn, mlp
+
+LOW, TOP = partial(LowRank, M, rank=2), routed("top_k", M, 2)
+
+
+def test_growing_is_all_or_nothing_and_can_be_done_twice() -> None:
+    """A router that refuses was asked after others had grown; then their banks had one module too few."""
+    model = mlp()
+    attach(model, "0", LOW, TOP)
+    attach(model, "2", LOW, routed("hash", M, 1))
+    with pytest.raises(ConfigError, match="HashRouter"):
+        grow(model)
+    assert layers(model)["0"].router.num_experts == M
+    model, once = mlp(), mlp()
+    for net in (model, once):
+        attach(net, "[02]", partial(SparseDelta, M, density=0.3), routed("soft", M, M, per="sequence"))
+    grow(model)
+    assert list(grow(model)) == [M + 1]
+    grow(once, 2)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, once.state_dict()[name]), name
+    assert model(drawn(2, 3, D)).shape == (2, 3, O)
+
+
+def test_a_loaded_table_keeps_its_rows_when_it_gets_one_more(tmp_path: Path) -> None:
+    """The rows were kept beside the buffer too: a file changes the buffer alone, and one more row brought the old ones back."""
+    model, other = mlp(), mlp()
+    attach(model, "0", LOW, table([[3], [2]], M))
+    attach(other, "0", LOW, table([[0], [1]], M))
+    save(model, tmp_path / "m")
+    load(other, tmp_path / "m")
+    router = layers(other)["0"].router
+    assert isinstance(router, TableRouter)
+    router.add_row([1])
+    assert router.module_LK.tolist() == [[3], [2], [1]]
+
+
+def test_a_label_below_zero_is_no_row_from_the_end() -> None:
+    """-1 took the last row, as an index does; of padding any number is allowed, since its row is not used."""
+    router = table([[0], [1]], M)(D, 0)
+    with pytest.raises(IndexError):
+        router(drawn(2, D), TokenContext(label_T=torch.tensor([0, -1])))
+    padded = TokenContext(label_T=torch.tensor([1, -100]), valid_T=torch.tensor([True, False]))
+    assert router(drawn(2, D), padded).keep_TK.tolist() == [[True], [False]]
+    by_task = routed("top_k", M, 2, per="task", labels=2)(D, 0)
+    by_task.initialize(0, 0, 1.0)
+    assert by_task(drawn(2, D), padded).keep_TK.tolist() == [[True, True], [False, False]]
+
+
+def test_padding_in_front_of_a_sequence_is_not_its_first_token() -> None:
+    """Batches for generation are padded on the left: the first token was padding, its vector zero and its label any number."""
+    x, valid = drawn(8, D), torch.tensor([False, False, True, True, True, True, False, False])
+    assert torch.equal(sequence_mean(x, valid, 2, first=1), x[[2, 4]])
+    context = TokenContext(label_T=torch.tensor([-1, -1, 3, 3, 5, 5, -1, -1]), valid_T=valid, sequences=2)
+    assert by_sequence(context).label_T.tolist() == [3, 5]
+
+
+def test_a_choice_without_a_prior_does_not_silence_the_others() -> None:
+    """Its score was the largest: what the others have of the whole was lost in float32, and the token got nothing."""
+    score, prior = torch.tensor([[0.0, 80.0, 1.0]]), torch.tensor([[1.0, 0.0, 1.0]])
+    got = shares(score, prior, torch.ones(1, 3, dtype=torch.bool))
+    e = 1 / (1 + torch.tensor(1.0).exp())
+    torch.testing.assert_close(got, torch.tensor([[float(e), 0.0, 1 - float(e)]]))
+
+
+@pytest.mark.parametrize("aggregation", sorted(AGGREGATIONS))
+@pytest.mark.parametrize("bank", ["adapter", "prompt"])
+def test_no_sequences_at_all(aggregation: str, bank: str) -> None:
+    """A rank may have no row in a step: shapes that were left to torch (-1) have no meaning for zero rows."""
+    if bank == "prompt" and aggregation == "stacked":
+        pytest.skip("stacking needs modules that read and write one width")
+    model = mlp()
+    made = partial(Adapter, M) if bank == "adapter" else partial(Prompt, M, length=2)
+    router = constant(*[0.25] * M) if aggregation in ("mean", "gated") else routed("top_k", M, 2, per="sequence")
+    attach(model, "0", made, router, AGGREGATIONS[aggregation])
+    x = torch.zeros(0, 5, D, dtype=torch.float64)
+    y = model(x)
+    assert y.shape == (0, 5, O)
+    y.sum().backward()
+    for context in (None, TokenContext(valid_T=torch.zeros(0, dtype=torch.bool), label_T=torch.zeros(0, dtype=torch.int64))):
+        with given(model, context):
+            assert model(x).shape == (0, 5, O)
+
+
+def test_the_mean_of_weights_is_over_the_tokens_that_were_routed() -> None:
+    """From the formula, by hand: the reference asks the same function, so a sum in place of the mean was seen by no test."""
+    expert = torch.tensor([[0], [2], [2], [1]])
+    weight = torch.tensor([[0.5], [1.0], [0.25], [7.0]], dtype=torch.float64)
+    keep = torch.tensor([[True], [True], [True], [False]])
+    logit = torch.zeros(4, 3, dtype=torch.float64)
+    got = sequence_weights(Routing(expert, weight, logit, logit, keep_TK=keep), 2, 3)
+    assert got.tolist() == [[0.25, 0.0, 0.5], [0.0, 0.0, 0.25]]
