@@ -22,6 +22,7 @@ from dmoe.training.batches import training_batches
 from dmoe.training.explanation import explain
 from dmoe.training.step import train_step
 from dmoe.training.totals import LayerTotals
+from dmoe.verification.shrink import prepare, shrink
 from tests.ranks import run_ranks
 
 SEEDS = Path(__file__).parents[1] / "configs" / "seeds"
@@ -54,6 +55,12 @@ def three_steps(rank: int, world: int) -> Found:
             found[name].append((totals.loss_sum, totals.layers))
         engine.close()
     return found
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SEEDS.glob("*.yaml")))
+def test_what_verify_makes_of_each_is_allowed(name: str) -> None:
+    """Made-up samples had two streams, so `dmoe verify` refused the file with three, naming a field the user had right."""
+    check(prepare(shrink(load(SEEDS / f"{name}.yaml")), 2), 1)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ CATALOGUE = {
     "sklearn:digits": Columns({"pixels": 64, "profiles": 16, "strokes": 20}, tuple("0123456789")),
     "sklearn:wine": Columns({"features": 13}, ("class_0", "class_1", "class_2")),
     "sklearn:breast_cancer": Columns({"features": 30}, ("malignant", "benign")),
-    "synthetic:clusters": Columns({"a": 12, "b": 7}, tuple("01234")),
+    "synthetic:clusters": Columns({"a": 12, "b": 7, "c": 4}, tuple("01234")),
 }
 
 

@@ -1,9 +1,9 @@
-"""`synthetic:clusters`: endless labelled samples around fixed centres, of two streams, for tests and measurements.
+"""`synthetic:clusters`: endless labelled samples around fixed centres, of three streams, for tests and measurements.
 
     class c of sample n, uniform over the classes;      x_n = SPREAD * centre_c + noise_n
 
 Centres and noise are sums of twelve uniform numbers minus six (Irwin and Hall), near enough to N(0, 1), and a function of (seed, split,
-n) alone: of whole numbers, so they are the same bits on every machine. Clusters overlap: with the parts of both streams a class
+n) alone: of whole numbers, so they are the same bits on every machine. Clusters overlap: with the parts of all streams a class
 is told better than with one alone.
 
 Letters: B samples, W width of all chosen streams.

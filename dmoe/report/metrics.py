@@ -18,6 +18,7 @@ __all__ = ["Line", "Metrics", "finite", "matrix", "number", "numbers", "read_met
 Line = dict[str, Any]
 MEASURED = ("train", "eval", "checkpoint", "end")
 """Events that a resumed run repeats."""
+BEGINNINGS = ("start", "restart")
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,13 @@ def _is_behind(line: Line, back: int) -> bool:
 
 
 def _goes_back_to(line: Line) -> int | None:
-    """The step a run went on from. Versions before `resumed_from` gave it as the step of the restart itself."""
+    """The last step that stays in force. Versions before `resumed_from` gave it as the step of the restart itself.
+
+    -1 for a process that starts from nothing: what was measured at step 0 may have been of other weights.
+    """
     back = line.get("resumed_from", line["step"] if line["event"] == "restart" else None)
+    if back == 0 and line["event"] in BEGINNINGS:
+        return -1
     return back if isinstance(back, int) else None
 
 

@@ -18,8 +18,9 @@ __all__ = ["check_same_run", "redefined"]
 
 MEANING = ("model", "moe", "modular", "train.seed", "train.global_batch")
 """Sections and fields that say what is trained, in which batches. What it is trained on, the data's fingerprint says."""
-NEUTRAL = ("moe.exchange", "modular.core")
-"""In those sections, what changes no number beyond rounding, or no number any more: what the weights started from."""
+NEUTRAL = ("moe.exchange", "modular.core", "modular.compositions")
+"""In those sections, what changes no number beyond rounding, or no number any more: what the weights started from; or
+no number of the training: what is evaluated at the end."""
 ABSENT = object()
 
 
@@ -41,6 +42,10 @@ def check_same_run(saved: Mapping[str, Any], saved_data: str, config: Config, da
 
 
 def _refuse(name: str, now: object, was: str, config: Config) -> None:
+    if _under(name, ("modular",)):  # which tensors there are, and which have moments, depends on it
+        raise CheckpointError(
+            f"{name}={now}: {was}; use that, or go on from this run in another train.run_dir, with this one as modular.core"
+        )
     accepted = config.checkpoint.accept_changes
     if not _under(name, accepted):
         all_of_them = ",".join([*accepted, name])

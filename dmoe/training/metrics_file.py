@@ -1,7 +1,8 @@
 """`metrics.jsonl`: what a run measured, one JSON object a line. The truth that the trackers only repeat.
 
 A run that is resumed after step s does the steps beyond s again: a line with `resumed_from: s` (the `restart` line) says that earlier
-lines beyond s are void. The file itself is only appended to, so what happened stays readable; `read_metrics` leaves the void out.
+lines beyond s are void. One that starts from nothing (step 0) voids step 0 too: its weights need not be those of an earlier start. The
+file itself is only appended to, so what happened stays readable; `read_metrics` leaves the void out.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ __all__ = ["MetricsFile", "read_metrics"]
 
 MEASURED = ("train", "eval", "checkpoint", "end")
 """Events that a resumed run repeats. What was said (`alert`), and each `start` and `restart`, stays."""
+BEGINNINGS = ("start", "restart")
 BLOCK = 1 << 16
 
 
@@ -52,7 +54,9 @@ def read_metrics(path: Path, *, void: bool = False) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     for line in _lines(path):
         if "resumed_from" in line and not void:
-            lines = [old for old in lines if old["event"] not in MEASURED or old["step"] <= line["resumed_from"]]
+            afresh = line["event"] in BEGINNINGS and line["resumed_from"] == 0
+            kept = -1 if afresh else line["resumed_from"]
+            lines = [old for old in lines if old["event"] not in MEASURED or old["step"] <= kept]
         lines.append(line)
     return lines
 

@@ -47,11 +47,15 @@ class OpenRun:
             raise
 
     def misses_evaluation(self, step: int, config: TrainConfig) -> bool:
-        """Whether the evaluation after `step` is due and not told: at the start, or where a process ended before it. Collective."""
+        """Whether the evaluation after `step` is due and not told: at the start, or where a process ended before it. Collective.
+
+        A process that starts from nothing tells it in any case: an earlier one may have had another config, so other weights.
+        """
 
         def look() -> str:
-            regular = config.eval_every > 0 and step % config.eval_every == 0 and step < config.steps
-            due = regular if step else config.eval_first
+            if not step:
+                return "yes" if config.eval_first else "no"
+            due = config.eval_every > 0 and step % config.eval_every == 0 and step < config.steps
             written = read_metrics(self.directory.metrics) if due and self.directory.metrics.exists() else []
             told = any(line["event"] == "eval" and line["step"] == step for line in written)
             return "yes" if due and not told else "no"

@@ -41,6 +41,8 @@ class RunDir:
         """
         (self.path / "config.yaml").write_text(redact(given), encoding="utf-8")
         (self.path / "resolved.yaml").write_text(redact(to_yaml(config)), encoding="utf-8")
+        if (self.path.parent / "checkpoints").is_dir() and (self.path.parent / "logs").is_dir():
+            return  # a core, in the directory of the run that starts from it: people look for that one
         with suppress(OSError):  # a convenience: a parent that may not be written is no reason not to train
             self._point_latest()
 

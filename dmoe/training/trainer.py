@@ -24,7 +24,7 @@ from dmoe.training.evaluation import Evaluation, evaluate
 from dmoe.training.guard import Action, Guard, Kind
 from dmoe.training.keeper import Keeper
 from dmoe.training.modular.session import Session, check_domains
-from dmoe.training.modular.stages import check_stages, is_config_file, needed, prepare
+from dmoe.training.modular.stages import CORE, check_stages, is_config_file, needed, prepare
 from dmoe.training.opening import OpenRun, open_run
 from dmoe.training.profiling import Profiling
 from dmoe.training.result import tell_result
@@ -65,6 +65,8 @@ def _train(config: Config, given: str, quiet: bool) -> int:
     run = open_run(config, world) if is_config_file(config.modular.core) else None
     try:
         if run is not None and needed(config, run.directory.path):
+            if world.is_main and not quiet:
+                print(f"first its core, from {config.modular.core}: {run}/{CORE}", flush=True)
             stopped_by = prepare(config, run.directory.path, lambda core, text: _train(core, text, quiet))
             if stopped_by:
                 return stopped_by
@@ -220,13 +222,14 @@ class Trainer:
         """Held-out loss, told to all; None if some rank was told to stop on the way."""
         began = time.monotonic()
         result = evaluate(self.engine, self.data, lambda: self.signals.stop, self.telemetry.probe)
-        if result is not None:
-            said = "".join(f", {measure_words(name, value)}" for name, value in result.measures.items())
-            line = f"step {self.done}: held-out loss {result.loss:.3f}{said} over {result.tokens:,} {self.task.unit}s"
-            composed = self.modules.compositions(self.data, lambda: self.signals.stop) if self.done == self.config.steps else []
-            self.voice.numbers("eval", self.done, result.line() | ({"compositions": composed} if composed else {}), line)
-            result = None if composed is None else result
+        last = result is not None and self.done == self.config.steps
+        composed = self.modules.compositions(self.data, lambda: self.signals.stop) if last else []
         self._exclude(began)
+        if result is None or composed is None:
+            return None
+        said = "".join(f", {measure_words(name, value)}" for name, value in result.measures.items())
+        line = f"step {self.done}: held-out loss {result.loss:.3f}{said} over {result.tokens:,} {self.task.unit}s"
+        self.voice.numbers("eval", self.done, result.line() | ({"compositions": composed} if composed else {}), line)
         return result
 
     def _leave(self) -> int:

@@ -94,6 +94,9 @@ def check_upcycle(dense: Config, sparse: Config) -> None:
     for config in (dense, sparse):
         if config.train.task != "language_modelling":
             raise ConfigError("train.task", config.train.task, "cannot be upcycled", "use language_modelling in both runs")
+        if config.modular.bank != "none":
+            allowed = "adds modules, which are neither copied nor made here, so the outputs would not be equal"
+            raise ConfigError("modular.bank", config.modular.bank, allowed, "leave it out of both runs")
     if moe_blocks(dense):
         raise ConfigError(
             "RUN", "model.moe_every=" + str(dense.model.moe_every), "is not dense", "give one with model.moe_every=0"

@@ -1,15 +1,20 @@
-"""The real command in a process of its own, as a user would type it."""
+"""The real command in a process of its own, as a user would type it; `answered` runs it in this one, where a start proves nothing."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-__all__ = ["SMALL", "dmoe", "launched", "metrics", "refused", "train_lines"]
+from dmoe.cli.main import answer
+
+__all__ = ["SMALL", "answered", "dmoe", "launched", "metrics", "refused", "train_lines"]
 
 SMALL = (
     "model.dim=32",
@@ -40,6 +45,16 @@ def environment() -> dict[str, str]:
 
 def dmoe(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     return _run([sys.executable, "-m", "dmoe", *arguments], cwd, env)
+
+
+def answered(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """What `dmoe` would give back, from this process. A defect of ours is raised here, with its traceback."""
+    out, err = io.StringIO(), io.StringIO()
+    asked = mock.patch.object(sys, "argv", ["dmoe", *arguments])
+    surroundings = mock.patch.dict(os.environ, environment(), clear=True)
+    with asked, surroundings, contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = answer()
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def launched(*arguments: str, cwd: Path, ranks: int = 2) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,8 @@
-"""`dmoe modules`: what a run has, taken out, put in, merged; and `dmoe generate` and the next run go on from it."""
+"""`dmoe modules`: what a run has, taken out, put in, merged; and `dmoe generate` and the next run go on from it.
+
+The commands on modules run in this process, through the same `main.answer` as the real command: four starts of an interpreter a test
+proved nothing. `dmoe train` and `dmoe generate`, which read what was written, are processes of their own.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import torch
 from dmoe.modular import inspect, layers
 from dmoe.training.restore import restore
 from dmoe.training.run_dir import RunDir
-from tests.cli.commands import dmoe, refused
+from tests.cli.commands import answered, dmoe, refused
 
 MODULES = ("modular.bank=low_rank", "modular.modules=2", "modular.rank=2")
 
@@ -26,7 +30,7 @@ def run(place: Path, small: tuple[str, ...]) -> Path:
 
 
 def test_list_export_and_list_the_file(run: Path, place: Path) -> None:
-    told = json.loads(dmoe("modules", "list", str(run), "--json", cwd=place).stdout)["places"]
+    told = json.loads(answered("modules", "list", str(run), "--json", cwd=place).stdout)["places"]
     assert told[0] == {
         "place": "blocks.0.attention.w_qkv",
         "bank": "LowRank",
@@ -35,17 +39,17 @@ def test_list_export_and_list_the_file(run: Path, place: Path) -> None:
         "modules": 2,
         "parameters": 2 * 2 * (32 + 96),
     }
-    assert dmoe("modules", "export", str(run), "--to", "out.safetensors", cwd=place).returncode == 0
+    assert answered("modules", "export", str(run), "--to", "out.safetensors", cwd=place).returncode == 0
     assert len(inspect(place / "out.safetensors").places) == 4
-    assert "blocks.1.attention" in dmoe("modules", "list", "out.safetensors", cwd=place).stdout
-    assert dmoe("modules", "export", str(run), "--peft", "peft", "--module", "1", cwd=place).returncode == 0
+    assert "blocks.1.attention" in answered("modules", "list", "out.safetensors", cwd=place).stdout
+    assert answered("modules", "export", str(run), "--peft", "peft", "--module", "1", cwd=place).returncode == 0
     assert json.loads((place / "peft" / "adapter_config.json").read_text())["r"] == 2
-    refused(dmoe("modules", "export", str(run), "--peft", "peft", "--module", "2", cwd=place), "--module=2", "0 to 1")
-    refused(dmoe("modules", "export", str(run), cwd=place), "--to=None", "one of")
+    refused(answered("modules", "export", str(run), "--peft", "peft", "--module", "2", cwd=place), "--module=2", "0 to 1")
+    refused(answered("modules", "export", str(run), cwd=place), "--to=None", "one of")
 
 
 def test_merge_writes_the_plain_network(run: Path, place: Path) -> None:
-    result = dmoe("modules", "merge", str(run), "--weights", "0.25,0.75", "--to", "merged", cwd=place)
+    result = answered("modules", "merge", str(run), "--weights", "0.25,0.75", "--to", "merged", cwd=place)
     assert result.returncode == 0, result.stderr
     before, after = restore(RunDir(run)).model, restore(RunDir(place / "merged")).model
     assert not layers(after)
@@ -54,14 +58,14 @@ def test_merge_writes_the_plain_network(run: Path, place: Path) -> None:
     torch.testing.assert_close(after.get_submodule("blocks.0.attention.w_out").weight, wanted)
     assert dmoe("generate", "merged", "--prompt", "a", "--tokens", "2", cwd=place).returncode == 0
     for given, words in {"0.5": "one number for each of the 2", "a,b": "must be numbers"}.items():
-        refused(dmoe("modules", "merge", str(run), "--weights", given, "--to", "no", cwd=place), words)
-    refused(dmoe("modules", "merge", str(run), "--weights", "1,0", "--to", "merged", cwd=place), "is there already")
+        refused(answered("modules", "merge", str(run), "--weights", given, "--to", "no", cwd=place), words)
+    refused(answered("modules", "merge", str(run), "--weights", "1,0", "--to", "merged", cwd=place), "is there already")
     assert not (place / "no").exists()
 
 
 def test_add_puts_modules_behind_the_others_and_a_run_goes_on(run: Path, place: Path, small: tuple[str, ...]) -> None:
-    assert dmoe("modules", "export", str(run), "--to", "more.safetensors", cwd=place).returncode == 0
-    result = dmoe("modules", "add", str(run), "more.safetensors", "--to", "both", cwd=place)
+    assert answered("modules", "export", str(run), "--to", "more.safetensors", cwd=place).returncode == 0
+    result = answered("modules", "add", str(run), "more.safetensors", "--to", "both", cwd=place)
     assert result.returncode == 0, result.stderr
     found = restore(RunDir(place / "both"))
     stack = layers(found.model)["blocks.0.attention.w_out"].experts.b
@@ -75,10 +79,12 @@ def test_add_puts_modules_behind_the_others_and_a_run_goes_on(run: Path, place: 
 
 
 def test_a_run_without_modules_and_a_file_of_another_core(run: Path, alone: object, place: Path) -> None:
-    refused(dmoe("modules", "list", "alone", cwd=place), "has no modules")
-    refused(dmoe("modules", "list", "nowhere", cwd=place), "RUN=nowhere")
-    result = dmoe("modules", "merge", str(run), "--weights", "1,0", "--to", "other", cwd=place)
+    refused(answered("modules", "list", "alone", cwd=place), "has no modules")
+    refused(answered("modules", "list", "nowhere", cwd=place), "RUN=nowhere")
+    result = answered("modules", "merge", str(run), "--weights", "1,0", "--to", "other", cwd=place)
     assert result.returncode == 0
     refused(
-        dmoe("modules", "add", str(run), "corpus/0.py", "--to", "x", cwd=place), "cannot be read as a file of modules", code=3
+        answered("modules", "add", str(run), "corpus/0.py", "--to", "x", cwd=place),
+        "cannot be read as a file of modules",
+        code=3,
     )

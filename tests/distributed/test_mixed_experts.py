@@ -44,23 +44,26 @@ def lines(report: Report) -> str:
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "several"),
     [
-        [*BUDGET, *FREE, *PADDED, "moe.balance.bias=0.01"],
+        ([*BUDGET, *FREE, *PADDED, "moe.balance.bias=0.01", "model.layers=1"], [1, 3]),
+        pytest.param([*BUDGET, *FREE, *PADDED, "moe.balance.bias=0.01"], [1, 2, 3], marks=pytest.mark.slow),
         pytest.param(
             [*MIXED[:2], "moe.capacity.factor=0.8", "moe.capacity.group=global", "moe.capacity.priority=score"],
+            [1, 2, 3],
             marks=pytest.mark.slow,
         ),
         pytest.param(
             [*BUDGET, "moe.router.per=sequence", "moe.router.allow_future_leak=true", "moe.experts.kind=relu"],
+            [1, 2, 3],
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["budget with free experts", "top_k over shapes", "per sequence"],
+    ids=["one layer", "budget with free experts", "top_k over shapes", "per sequence"],
 )
-def test_one_process_is_two_and_three_ranks(overrides: list[str]) -> None:
+def test_one_process_is_two_and_three_ranks(overrides: list[str], several: list[int]) -> None:
     """Loss, gradients, drops, two steps and checkpoints both ways, in float64 to 1e-10; three ranks share four experts."""
-    report = verify(tiny(*overrides), worlds=[1, 2, 3])
+    report = verify(tiny(*overrides), worlds=several)
     assert report.ok, lines(report)
     assert any("3 ranks EP=3" in case for case in report.cases), report.refused
 

@@ -22,7 +22,20 @@ EXAMPLES = [pair for document in DOCUMENTS for pair in snippets(document)]
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 REPOSITORY_PATH = re.compile(r"(?:dmoe|configs|launch|docker|tests|docs|benchmarks|\.ci)/[\w./-]*")
-SECTIONS = ["model", "moe", "modular", "parallel", "data", "train", "optim", "checkpoint", "guard", "alerts", "tracking", "debug"]
+SECTIONS = [
+    "model",
+    "moe",
+    "modular",
+    "parallel",
+    "data",
+    "train",
+    "optim",
+    "checkpoint",
+    "guard",
+    "alerts",
+    "tracking",
+    "debug",
+]
 FIELD = re.compile(rf"((?:{'|'.join(SECTIONS)})\.[a-z_.]+?)(?:=\S+|: .*)?")
 WITH_CONFIG = ("train", "verify", "explain")
 PLACEHOLDERS = {"CONFIG"}

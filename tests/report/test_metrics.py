@@ -51,6 +51,14 @@ def test_a_second_restart_may_go_further_back(tmp_path: Path) -> None:
     ]
 
 
+def test_what_starts_from_nothing_measures_step_0_anew(tmp_path: Path) -> None:
+    """The result table compared the end of a run with step 0 of another: killed before its first checkpoint, with another seed."""
+    first, second = ([line("start", 0, resumed_from=0), line("eval", 0, loss=loss)] for loss in (1.0, 2.0))
+    metrics = read_metrics(written(tmp_path / "m", [*first, *second, line("rollback", 0, resumed_from=0)]))
+    assert [item["loss"] for item in metrics.of("eval")] == [2.0], "a rollback measures nothing again"
+    assert [item["loss"] for item in metrics.undone] == [1.0]
+
+
 def test_a_restart_of_an_older_version_says_it_by_its_step(tmp_path: Path) -> None:
     metrics = read_metrics(written(tmp_path / "m", [*trained(1, 2, 3), line("restart", 2)]))
     assert [item["step"] for item in metrics.of("train")] == [1, 2]

@@ -71,6 +71,13 @@ def test_a_field_that_means_another_run_is_refused_unless_it_is_named(name: str,
     assert refusal(f"{name}={now}", "checkpoint.accept_changes=[train.stepsize]")
 
 
+def test_other_modules_are_another_run_even_if_accepted() -> None:
+    """The refusal once offered `accept_changes`, which then failed on tensors that are not there."""
+    for change in ("modular.bank=low_rank", "modular.modules=2"):
+        text = refusal("modular.bank=low_rank", change, "checkpoint.accept_changes=[modular]")
+        assert text.endswith("go on from this run in another train.run_dir, with this one as modular.core")
+
+
 def test_a_section_is_no_prefix_of_a_word() -> None:
     assert refusal("moe.num_experts=4", "checkpoint.accept_changes=[mo]")
     assert refusal("train.seed=3", "checkpoint.accept_changes=[train.see]")

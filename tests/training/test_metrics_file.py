@@ -48,6 +48,16 @@ def test_two_resumes_the_second_further_back(tmp_path: Path) -> None:
     assert steps(path) == list(range(1, 9))
 
 
+def test_what_starts_from_nothing_measures_step_0_anew(tmp_path: Path) -> None:
+    """Killed after the evaluation before the first step and begun again with another seed: the other weights' stayed in force."""
+    path = tmp_path / "metrics.jsonl"
+    for loss in (1, 2):
+        write(path, ("start", 0, {"resumed_from": 0}), ("eval", 0, {"loss": loss}), ("train", 1, {}))
+    write(path, ("rollback", 0, {"resumed_from": 0}))
+    assert [line["loss"] for line in read_metrics(path) if line["event"] == "eval"] == [2], "a rollback measures nothing again"
+    assert steps(path) == []
+
+
 @pytest.mark.parametrize("torn", ['{"event": "train", "st', '{"event": "train", "step": 3}', "{", '{"x": "' + "y" * 200_000])
 def test_a_writer_killed_in_the_middle_of_a_line(torn: str, tmp_path: Path) -> None:
     """The next writer's first line was glued to the torn one, and no reader of JSON lines could open the file again."""

@@ -246,6 +246,29 @@ def test_a_collapsed_router_shows_everywhere(tmp_path: Path, monkeypatch: pytest
         assert sum(map(sum, pairs)) == 128
 
 
+def test_experts_of_different_shape() -> None:
+    """The heaviest expert has a rank of its own, and the other three share one: loads by rank were once cut by id, two and two. What a
+    token spends is the work of the experts that computed it, as a share of that of all."""
+    widths = [(), (8,), (8,), (96,)]
+    _, ranks = measured(
+        2,
+        f"moe.experts.shapes={[list(shape) for shape in widths]}".replace(" ", ""),
+        "moe.num_experts=4",
+        "moe.experts.kind=gelu",
+        "moe.top_k=4",
+        "moe.router.kind=budget",
+        "moe.router.budget=0.6",
+        "moe.router.renormalize=false",
+    )
+    work = [sum(a * b for a, b in zip((32, *shape), (*shape, 32), strict=True)) for shape in widths]
+    decisions = [decision for rank in ranks for decision in rank.decisions]
+    for layer, told in enumerate(ranks[0].line["layers"]):
+        chosen = Counter(int(e) for d in decisions if d.layer == layer for e in d.final_expert[d.kept.astype(bool)])
+        assert told["load_by_rank"] == [chosen[3], chosen[0] + chosen[1] + chosen[2]]
+        spent = sum(work[expert] * count for expert, count in chosen.items())
+        assert told["cost_share"] == pytest.approx(spent / sum(work) / (8 * 16))
+
+
 def costs_of_two_steps(rank: int, world: int, config: Config) -> list[Counter[str]]:
     """Collectives and host reads of a plain step and of a logged one, the line included."""
     here = worlds.start("cpu")

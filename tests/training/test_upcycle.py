@@ -41,6 +41,8 @@ ROUTERS = {
     "not gated": ["moe.experts.kind=gelu"],
 }
 
+MODULES = ["modular.bank=adapter", "modular.modules=2"]
+
 
 def logits(model: Model) -> torch.Tensor:
     token_BS = torch.arange(3 * 16).view(3, 16) * 37 % VOCAB
@@ -139,6 +141,9 @@ def test_two_ranks_take_it_up_with_the_loss_of_the_dense_run(tmp_path: Path) -> 
         ([], ["model.moe_every=0"], "leaves no block to upcycle"),
         (["model.moe_every=2"], [], "RUN=model.moe_every=2: is not dense"),
         ([], ["model.layers=3"], "model.layers=3: the dense run has 2"),
+        # Its modules were left out without a word; and a mixture with modules got a checkpoint that training could not load.
+        (MODULES, [], "modular.bank=adapter: adds modules"),
+        ([], MODULES, "modular.bank=adapter: adds modules"),
         ([], ["model.tie_embeddings=false"], "model.tie_embeddings=False: the dense run has True"),
         ([], ["moe.expert_dim=32"], "moe.expert_dim=32: must be 24"),
         ([], ["moe.experts.kind=gelu"], "moe.experts.kind=gelu: the dense run has swiglu"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from dmoe.config.check.router import check_router
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import Config, ModularConfig, RouterConfig
@@ -37,6 +39,7 @@ READ_BY: dict[str, tuple[str, tuple[str, ...]]] = {
     "renormalize": ("routing", ("top_k", "noisy", "adaptive")),
     "top_p": ("routing", ("adaptive",)),
     "table": ("routing", ("table",)),
+    "compositions": ("routing", ("table",)),
     "weights": ("routing", ("constant",)),
     "labels": ("per", ("task",)),
     "first": ("per", ("sequence",)),
@@ -103,6 +106,8 @@ def _routing(config: Config) -> None:
         if modular.weights and len(modular.weights) != modular.modules:
             allowed = f"must have one weight for each of modular.modules={modular.modules}"
             raise ConfigError("modular.weights", modular.weights, allowed, f"give {modular.modules} numbers")
+        if not all(map(math.isfinite, modular.weights)):
+            raise ConfigError("modular.weights", modular.weights, "must be finite numbers", "e.g. 0.5 each for two")
     elif choices(modular) > modular.modules:
         allowed = f"must be at most modular.modules={modular.modules}"
         raise ConfigError("modular.top_k", modular.top_k, allowed, f"use {modular.modules} or less")
@@ -128,9 +133,12 @@ def _check_router(modular: ModularConfig) -> None:
 
 
 def _table(modular: ModularConfig) -> None:
-    if not modular.table:
+    if not any(modular.table):
         raise ConfigError(
-            "modular.table", "[]", "must name the modules of each domain for modular.routing=table", "e.g. [[0], [1], [0, 1]]"
+            "modular.table",
+            modular.table,
+            "must name the modules of each domain for modular.routing=table",
+            "e.g. [[0], [1], [0, 1]]",
         )
     for row in modular.table:
         if len(set(row)) < len(row) or not all(0 <= module < modular.modules for module in row):

@@ -91,7 +91,7 @@ class State:
     def _void(self, back: int) -> None:
         self.step, self.ended = back, ""
         for told in (self.lines, self.losses, self.held_out):
-            while told and told[-1].step > back:
+            while told and (told[-1].step > back or back == 0):
                 told.pop()
         self._paced()
 

@@ -21,6 +21,10 @@ def describe(setting: Setting) -> Section:
         f"One forward of one process sees {setting.tokens:,} {task.unit}s ({count(setting.sequences, unit)}). Which {unit}s a step "
         "reads depends on the seed and the step alone, not on the number of ranks.",
     ]
+    if task.targets == 1:
+        words.append(
+            "For the layers a sample is a sequence of one token, or of one token for each stream under model.fusion=gated."
+        )
     numbers = {
         "world": setting.world,
         "virtual_ranks": virtual,

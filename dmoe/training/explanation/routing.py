@@ -14,6 +14,10 @@ from dmoe.training.explanation.setting import Setting
 
 __all__ = ["describe"]
 
+GATED = (
+    "Choice: each stream of a sample goes to its own expert, its encoder; a missing one sends nothing. A gate that reads all of them "
+    "joins them, element by element."
+)
 UNSCORED, UNCHOSEN = ("fixed", "hash"), ("soft", "expert_choice")
 
 
@@ -22,7 +26,8 @@ def describe(setting: Setting) -> Section | None:
         return None
     moe = setting.config.moe
     router = moe.router
-    words = [_choice(moe), _weights(moe)]
+    gated = setting.config.train.task == "classification" and setting.config.model.fusion == "gated"
+    words = [GATED if gated else _choice(moe), _weights(moe)]
     if router.kind not in UNSCORED:
         words.insert(0, _score(moe))
     words += _noise(router)

@@ -46,6 +46,9 @@ def core_config(config: Config) -> tuple[Config, str]:
     """The config file that `modular.core` names, and its text. Raises ConfigError."""
     path = config.modular.core
     assert path is not None
+    if not Path(path).is_file() and not Path(path).is_absolute():
+        allowed = f"is not in {Path.cwd()}, where this command runs"
+        raise ConfigError("modular.core", path, allowed, "run it where the path begins, or give the whole path")
     text = read_text(path)
     return load_text(text, path), text
 

@@ -21,7 +21,7 @@ class Classification:
 
     def __init__(self, config: Config) -> None:
         self.config, self.outputs, self.widths = config, classes_of(config.data), widths_of(config.data)
-        self.streams = tuple(self.widths) if config.model.fusion == "gated" else ()
+        self.streams = tuple(self.widths) if len(self.widths) > 1 else ()
 
     def model(self, virtual_ranks: int = 1, recompute: bool = False) -> Model:
         model, moe = self.config.model, self.config.moe
