@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dmoe.models import size
+from dmoe.models.block import BlockOutput
 from dmoe.models.output import ModelOutput
 from dmoe.moe.layer import MoE
 from dmoe.moe.routing import TokenContext
@@ -17,6 +20,9 @@ __all__ = ["Model"]
 class Model(nn.Module, ABC):
     """A network with mixture-of-experts layers. Its constructor works on the meta device and leaves the weights of seed 0."""
 
+    recompute: bool
+    """Keep only each block's input, and compute the block again in backward."""
+
     @abstractmethod
     def initialize(self, seed: int) -> None:
         """Draw every weight anew, as a function of (seed, name): after `to_empty`, the weights of a direct construction."""
@@ -26,6 +32,13 @@ class Model(nn.Module, ABC):
         self, input: Tensor, target: Tensor | None = None, context: TokenContext | None = None, *, return_logits: bool = False
     ) -> ModelOutput:
         """input [B, ...], target int64 [B, S] with one for each position the context has a label for."""
+
+    def run_block(self, block: nn.Module, *given: object) -> BlockOutput:
+        if not (self.recompute and torch.is_grad_enabled()):
+            result: BlockOutput = block(*given)
+        else:  # nothing in a block draws random numbers without a key, so there is no state to keep
+            result = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
+        return result
 
     def moe_layers(self) -> list[MoE]:
         """The sparse layers, first to last; element l has `layer == l`."""

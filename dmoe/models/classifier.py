@@ -14,9 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dmoe.config.schema import ModelConfig, MoEConfig
 from dmoe.models.base import Model
@@ -121,7 +119,7 @@ class Classifier(Model):
         context, out = context or NOTHING_KNOWN, ModelOutput(None, None)
         x_B1D = self._tell(self._join(input.to(next(self.parameters()).dtype), context), out)
         for block in self.blocks:
-            x_B1D = self._tell(self._run(block, x_B1D, context), out)
+            x_B1D = self._tell(self.run_block(block, x_B1D, context), out)
         if self.norm is not None:
             x_B1D = self.norm(x_B1D)
         logits = self._tell(_through(self.head, x_B1D, context), out)
@@ -143,13 +141,6 @@ class Classifier(Model):
             return BlockOutput(x_BW.unsqueeze(1), None, None)
         joined: BlockOutput = self.fusion(x_BW, there_BS, context)
         return joined._replace(x_BSD=joined.x_BSD.to(x_BW.dtype))
-
-    def _run(self, block: nn.Module, x_B1D: Tensor, context: TokenContext) -> BlockOutput:
-        if not (self.recompute and torch.is_grad_enabled()):
-            result: BlockOutput = block(x_B1D, context)
-        else:  # nothing in a block draws random numbers without a key, so there is no state to keep
-            result = checkpoint(block, x_B1D, context, use_reentrant=False, preserve_rng_state=False)
-        return result
 
     def _tell(self, part: BlockOutput, out: ModelOutput) -> Tensor:
         """The part's vectors; what its MoE layer tells goes to `out`."""

@@ -10,18 +10,16 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dmoe.config.schema import ModelConfig, MoEConfig
 from dmoe.models.attention import Attention, heads_of
 from dmoe.models.base import Model
-from dmoe.models.block import Block, BlockOutput, active_hidden_dim, is_sparse
+from dmoe.models.block import Block, active_hidden_dim, is_sparse
 from dmoe.models.norm import RMSNorm
 from dmoe.models.output import ModelOutput, judge
-from dmoe.models.rotary import Rotary, rotary_table
+from dmoe.models.rotary import rotary_table
 from dmoe.moe.experts import FeedForward
 from dmoe.moe.keyed import normal_
 from dmoe.moe.layer import MoE
@@ -98,7 +96,7 @@ class Transformer(Model):
         rotary = rotary_table(input.shape[1], heads_of(self.config)[2], self.config.rope_base, x_BSD.dtype, x_BSD.device)
         out = ModelOutput(None, None)
         for block in self.blocks:
-            x_BSD, aux, stats = self._run(block, x_BSD, rotary, context)
+            x_BSD, aux, stats = self.run_block(block, x_BSD, rotary, context)
             if aux is not None and stats is not None:
                 out.aux.append(aux)
                 out.stats.append(stats)
@@ -108,10 +106,3 @@ class Transformer(Model):
         if target is None or return_logits:
             out.logits = logits_BSV
         return out
-
-    def _run(self, block: nn.Module, x_BSD: Tensor, rotary: Rotary, context: TokenContext) -> BlockOutput:
-        if not (self.recompute and torch.is_grad_enabled()):
-            result: BlockOutput = block(x_BSD, rotary, context)
-        else:  # nothing in a block draws random numbers, so there is no state to keep
-            result = checkpoint(block, x_BSD, rotary, context, use_reentrant=False, preserve_rng_state=False)
-        return result
