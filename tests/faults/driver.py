@@ -189,7 +189,7 @@ class Trace:
 
         def wrapped(stream: Any, engine: Any, step: int) -> Any:
             batches = original(stream, engine, step)
-            self._write(step + 1, [digest(row) for batch in batches for row in batch.input.numpy()])
+            self._write(step + 1, [digest(row) for batch in batches for row in sequences(batch)])
             return batches
 
         trainer.training_batches = wrapped  # type: ignore[attr-defined]
@@ -202,6 +202,13 @@ class Trace:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def sequences(batch: Any) -> Any:
+    """[B, S+1]: the stored sequences, of which the batch has inputs and targets."""
+    import torch
+
+    return torch.cat([batch.input[:, :1], batch.target], 1).numpy()
 
 
 def digest(row_S: Any) -> str:
