@@ -201,7 +201,7 @@ def moments_not_resharded() -> None:
 
 def counted_twice() -> None:
     """15: recomputed activations count their choices again (torchtitan halves its counters)."""
-    run = transformer.Transformer._run
+    run = transformer.Transformer.run_block
 
     def run_and_count(self: Any, *args: Any) -> Any:
         x, aux, seen = run(self, *args)
@@ -209,7 +209,7 @@ def counted_twice() -> None:
             seen = replace(seen, choice_E=seen.choice_E * 2)
         return x, aux, seen
 
-    transformer.Transformer._run = run_and_count
+    transformer.Transformer.run_block = run_and_count
 
 
 def _everywhere(name: str, replacement: Any) -> None:
