@@ -5,7 +5,6 @@ Letters: M domains.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -69,11 +68,13 @@ def evaluate(
 
     engine.wrapped.eval()
     scores = _scores(engine, data, stop, look, nothing_more if probe is None else decisions)
-    missing = {}
-    for stream in engine.task.streams if scores else ():
-        less = _scores(engine, data, stop, without=stream)
-        scores = scores if less else None
-        missing[stream] = engine.task.measures(_sum(less or [])).get("accuracy", math.nan)
+    missing: dict[str, float] = {}
+    for stream in engine.task.streams:
+        less = None if scores is None else _scores(engine, data, stop, without=stream)
+        if less is None:
+            scores = None
+            break
+        missing[stream] = engine.task.measures(_sum(less))["accuracy"]
     engine.wrapped.train()
     if scores is None:
         return None

@@ -81,13 +81,13 @@ def is_logged(done: int, first: int, config: TrainConfig) -> bool:
 def train_metrics(result: StepResult, measures: StepMeasures, engine: Engine) -> dict[str, Any]:
     """What a `train` line says of the step itself. `aux` is the mean over the layers, `aux_weighted` what the loss got from all."""
     totals = result.totals
-    score = Score(totals.loss_sum, engine.targets, totals.read_bytes, hits=math.nan)
+    score = Score(totals.loss_sum, engine.targets, totals.read_bytes)
     layers = [_layer(*both, engine) for both in zip(engine.model.moe_layers(), totals.layers, measures.layers, strict=True)]
     choices = sum(sum(layer.choices) for layer in totals.layers)
     names = list(totals.layers[0].aux) if layers else []
     return {
         "loss": score.loss,
-        **{name: value for name, value in engine.task.measures(score).items() if not math.isnan(value)},
+        **engine.task.measures(score),
         "aux": {name: statistics.fmean(layer.aux[name] for layer in totals.layers) for name in names},
         "aux_weighted": {name: sum(layer["aux_weighted"][name] for layer in layers) for name in names},
         "grad_norm": result.grad_norm,

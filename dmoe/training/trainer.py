@@ -277,7 +277,7 @@ class Trainer:
         start = {
             "parameters": counts.total,
             "active_parameters": counts.active,
-            "trainable_parameters": counts.trained,
+            "trainable_parameters": self.modules.trained(counts.trained),
             "flops_per_token": engine.model.flops_per_token(self.task.targets),
             "task": self.task.name,
             "world": engine.world.size,

@@ -213,30 +213,6 @@ def test_the_parts_of_a_bar_fill_it(parts: list[float], width: int) -> None:
     assert len(parts_bar(parts, width, ASCII)) == width
 
 
-def test_what_a_resumed_run_does_again_is_void() -> None:
-    state = state_of(train_values([]))
-    state.told("restart", 4, {"resumed_from": 4}, 100.0)
-    assert state.step == 4
-    assert [mark.step for mark in state.losses] == [1, 2, 3, 4]
-    assert not state.held_out
-    assert state.values == {"loss": 5 / 4}
-    assert state.alerts, "what was said stays"
-
-
-def test_time_left_is_by_the_pace_of_this_attempt() -> None:
-    state = State(100)
-    assert state.left(0.0) is None
-    state.reached(10, 1000.0)
-    state.reached(20, 1020.0)
-    assert state.left(1020.0) == 160
-    assert state.left(1030.0) == 150
-    state.told("restart", 15, {"resumed_from": 15}, 5000.0)
-    assert state.left(5000.0) is None, "the hour that nobody trained is no pace"
-    state.reached(16, 5001.0)
-    state.reached(20, 5005.0)
-    assert state.left(5005.0) == 80
-
-
 def test_what_a_model_writes_cannot_command_the_terminal() -> None:
     file = io.StringIO()
     live = Live(Console(file=file, force_terminal=True), State(10), UNICODE, time.monotonic)

@@ -244,3 +244,15 @@ def test_a_core_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(CheckpointError, match="embedding"):
         start_from(engines.build(tiny(*LORA), worlds.start("cpu"), 300), path)
+
+
+def test_one_module_of_three_is_what_is_trained() -> None:
+    """The start of a run gave the whole bank's parameters as trained, of which one module's move."""
+    adapter = ("modular.bank=adapter", "modular.modules=3", "modular.hidden=2", "modular.at=*.attention.w_out")
+    engine = engines.build(tiny(*adapter, "modular.train=one_module"), worlds.start("cpu"), VOCAB)
+    session = Session(engine, Path("unread"), fresh=True)
+    before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+    for step in range(2):
+        train_step(engine, training_batches(engine.task.open().train, engine, step), 0.01)
+    moved = sum(int((p != before[name]).sum()) for name, p in engine.model.named_parameters())
+    assert 0 < moved == session.trained(engine.model.num_parameters().trained)

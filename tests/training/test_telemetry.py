@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from dmoe.config.schema import Config
-from dmoe.data import open_data
-from dmoe.distributed import world as worlds
 from dmoe.distributed.meter import Meter
-from dmoe.moe.observation import MAXIMA, SUMS
 from dmoe.moe.routers.learned import LearnedRouter
-from dmoe.training import engine as engines
 from dmoe.training import trainer
-from dmoe.training.batches import training_batches
-from dmoe.training.step import StepResult, compute_gradients, grad_norm
 from dmoe.training.stopwatch import PARTS, Stopwatch
-from dmoe.training.telemetry import Telemetry, is_logged
-from tests.distributed.test_costs import COLLECTIVES, READS, counted
+from dmoe.training.telemetry import is_logged
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, tiny
 from tests.training.recount import Measured, by_layer, measured_step
@@ -267,44 +258,3 @@ def test_experts_of_different_shape() -> None:
         assert told["load_by_rank"] == [chosen[3], chosen[0] + chosen[1] + chosen[2]]
         spent = sum(work[expert] * count for expert, count in chosen.items())
         assert told["cost_share"] == pytest.approx(spent / sum(work) / (8 * 16))
-
-
-def costs_of_two_steps(rank: int, world: int, config: Config) -> list[Counter[str]]:
-    """Collectives and host reads of a plain step and of a logged one, the line included."""
-    here = worlds.start("cpu")
-    data = open_data(config.data, config.train.seed)
-    engine = engines.build(config, here, data.tokenizer.vocab_size)
-    telemetry, found = Telemetry(engine, data.domains), []
-    for step, logged in enumerate((False, True)):
-        counter = Counter[str]()
-        with pytest.MonkeyPatch.context() as patch:
-            for owner, names in ((dist, COLLECTIVES), (torch.Tensor, READS)):
-                for name in names:
-                    patch.setattr(owner, name, counted(counter, name, getattr(owner, name)))
-            measurement = telemetry.begin(logged, time.monotonic())
-            totals = compute_gradients(engine, training_batches(data.train, engine, step), measurement=measurement)
-            if logged:
-                result = StepResult(totals, grad_norm(totals), 1.0, False)
-                telemetry.train_line(result, tokens=0, learning_rate=1e-3, seconds=1.0, steps=1)
-        engine.optimizer.zero_grad()
-        found.append(counter)
-    return found
-
-
-@pytest.mark.parametrize("exchange", ["packed", "padded"])
-def test_what_logging_costs(exchange: str) -> None:
-    """Two small reductions and a host read of each, on the steps that are logged; on the others nothing."""
-    config = tiny(f"moe.exchange={exchange}", "moe.capacity.factor=1.0", "train.micro_batch=2", "moe.balance.bias=0.01")
-    for plain, logged in run_ranks(2, costs_of_two_steps, config):
-        assert logged - plain == Counter(all_reduce=2, tolist=2)
-        assert not plain - logged
-
-
-def test_every_sum_is_asked_for() -> None:
-    """The names in the packed vector are those the observer returns; one too few would shift all that follow."""
-    from dmoe.moe.layer import MoE
-    from dmoe.moe.observation import router_state
-    from dmoe.moe.stats import ObservedContext
-
-    seen = MoE(8, 4, 4, 2)(torch.randn(3, 8), ObservedContext(observer=router_state)).stats.observed
-    assert tuple(seen) == (*SUMS, *MAXIMA)

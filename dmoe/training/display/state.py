@@ -62,11 +62,12 @@ class State:
                 self._latest = (step, now)
 
     def told(self, event: str, step: int, values: dict[str, Any], now: float | None) -> None:
-        """One line of `metrics.jsonl`. A line with `resumed_from: s` makes what was told beyond step s void."""
+        """One line of `metrics.jsonl`. A line with `resumed_from: s` makes what was told beyond step s void; a process that starts
+        from nothing, step 0 too, as in `metrics_file`."""
         with self.lock:
             self.told_anything = True
             if isinstance(values.get("resumed_from"), int):
-                self._void(values["resumed_from"])
+                self._void(values["resumed_from"], afresh=event != "rollback" and values["resumed_from"] == 0)
             if event == "train":
                 self.lines.append(Mark(step, values))
                 self.losses.append(Mark(step, finite(values.get("loss"))))
@@ -88,10 +89,10 @@ class State:
         (first, began), (last, told) = self._began, self._latest
         return max(0.0, (told - began) / (last - first) * (self.steps - last) - (now - told)) if last > first else None
 
-    def _void(self, back: int) -> None:
+    def _void(self, back: int, afresh: bool) -> None:
         self.step, self.ended = back, ""
         for told in (self.lines, self.losses, self.held_out):
-            while told and (told[-1].step > back or back == 0):
+            while told and (afresh or told[-1].step > back):
                 told.pop()
         self._paced()
 

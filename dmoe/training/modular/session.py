@@ -34,6 +34,11 @@ class Session:
             optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # accelerate's has no hooks
             train_one(engine.model, self.proof.module, optimizer)
 
+    def trained(self, parameters: int) -> int:
+        """Of so many parameters that are not frozen, those that training changes: under one_module these are the banks, of which one
+        module in M moves."""
+        return parameters if self.proof.module is None else parameters // self.engine.config.modular.modules
+
     def compositions(self, data: Data, stop: Callable[[], bool]) -> list[dict[str, Any]] | None:
         """Evaluations with each of `modular.compositions`; None if some rank was told to stop. Collective."""
         return compositions(self.engine, data, stop)

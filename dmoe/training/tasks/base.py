@@ -44,13 +44,14 @@ class Data(Protocol):
 
 @dataclass(frozen=True)
 class Score:
-    """Sums over some targets of an evaluation."""
+    """Sums over some targets."""
 
     nats: float
     targets: float
     read_bytes: float
     """Of text that the targets stand for; 0 where they are no text."""
-    hits: float
+    hits: float | None = None
+    """Targets the best guess was right on; None where nobody has counted, as in training."""
 
     @property
     def loss(self) -> float:

@@ -57,7 +57,7 @@ class Classification:
         return torch.zeros_like(target)
 
     def measures(self, score: Score) -> dict[str, float]:
-        return {"accuracy": score.hits / max(1.0, score.targets)}
+        return {} if score.hits is None else {"accuracy": score.hits / max(1.0, score.targets)}
 
     def sample(self, model: Model, data: Table) -> str | None:
         return None
