@@ -35,7 +35,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from dmoe.distributed import topology
-from dmoe.distributed.checkpoint import Saved, Saver
+from dmoe.distributed.checkpoint import Saved, AsyncSaver
 from dmoe.distributed.spawn import run_ranks
 
 MOMENTS = ("model", "optim.exp_avg", "optim.exp_avg_sq")
@@ -69,8 +69,8 @@ def measure(
 ) -> dict[str, Any]:
     """One rank's figures: a save a round, into the same directory, keeping one."""
     torch.set_num_threads(threads)
-    group = topology.build(1, torch.device("cpu"), timeout=600.0).checkpoint if world > 1 else None
-    state, saver = state_of(parameters, world), Saver(root, 1, group, asynchronous)
+    group = topology.build_mesh(1, torch.device("cpu"), timeout=600.0).checkpoint_group if world > 1 else None
+    state, saver = state_of(parameters, world), AsyncSaver(root, 1, group, asynchronous)
     alone = products(3.0, lambda: True)
     done: list[Saved] = []
     beside: list[list[float]] = []

@@ -25,7 +25,7 @@ from dmoe.config.schema import Config
 from dmoe.data import open_data
 from dmoe.distributed import world as worlds
 from dmoe.distributed.spawn import run_ranks
-from dmoe.moe.stage import stage
+from dmoe.moe.stage import profiled
 from dmoe.training import engine as engines
 from dmoe.training.batches import training_batches
 from dmoe.training.metrics_file import MetricsFile
@@ -42,7 +42,7 @@ Seconds = tuple[float, float]
 
 def rounds_of(rank: int, world: int, config: Config, rounds: int, folder: str) -> list[tuple[Seconds, Seconds]]:
     """What (plain, logged) steps took."""
-    here = worlds.start(config.train.device)
+    here = worlds.init_distributed(config.train.device)
     data = open_data(config.data, config.train.seed)
     engine = engines.build(config, here, data.tokenizer.vocab_size)
     telemetry, file = Telemetry(engine, data.domains), MetricsFile(Path(folder) / f"{rank}.jsonl")
@@ -51,7 +51,7 @@ def rounds_of(rank: int, world: int, config: Config, rounds: int, folder: str) -
         began, busy = time.monotonic(), time.process_time()
         batches = training_batches(data.train, engine, number)
         measurement = telemetry.begin(logged, began)
-        result = update(engine, compute_gradients(engine, batches, measurement=measurement), 1e-3)
+        result = update(engine, compute_gradients(engine, batches, recorder=measurement), 1e-3)
         if logged:
             values = telemetry.train_line(result, tokens=0, learning_rate=1e-3, seconds=1.0, steps=1)
             telemetry.alerts.judge(values)
@@ -72,7 +72,7 @@ def stage_cost() -> float:
     """Seconds of one name for a profiler that does not run, the loop around it included."""
     began = time.perf_counter()
     for _ in range(STAGES):
-        with stage("route"):
+        with profiled("route"):
             pass
     return (time.perf_counter() - began) / STAGES
 

@@ -48,7 +48,7 @@ def three_steps(rank: int, world: int) -> Found:
         config = short(name)
         config = replace(config, parallel=replace(config.parallel, virtual_ranks=2 // world))
         AcceleratorState._reset_state(reset_partial_state=True)  # one process builds many engines; accelerate expects one
-        engine = engines.build(config, worlds.start("cpu"), 256)
+        engine = engines.build(config, worlds.init_distributed("cpu"), 256)
         data, found[name] = open_data(config.data, config.train.seed), []
         for step in range(3):
             totals = train_step(engine, training_batches(data.train, engine, step), 0.004).totals

@@ -14,7 +14,7 @@ from dmoe.cli.upcycle import upcycle
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dmoe.training.inspection import Contents, Found, Proof
+    from dmoe.training.inspection import Contents, Found, VerifiedCheckpoint
 
 __all__ = ["app"]
 
@@ -81,7 +81,7 @@ def _console() -> Console:
     return Console(highlight=False, markup=False)
 
 
-def _print_proofs(console: Console, proofs: list[Proof], found: Found) -> None:
+def _print_proofs(console: Console, proofs: list[VerifiedCheckpoint], found: Found) -> None:
     from rich.table import Table
 
     from dmoe.training.explanation.section import size_of

@@ -72,22 +72,22 @@ def run() -> NoReturn:
     """The entry point: a user's mistake is one line on stderr and its exit code, never a traceback."""
     guard_output()
     try:
-        code = answer()
+        code = dispatch_command()
         sys.stdout.flush()
     except OutputError as error:
-        code = error.leave(complain)
+        code = error.leave(print_error)
     except Exception:  # a defect of ours; what it prints must hold no secret either
         print(redact(traceback.format_exc()), file=sys.stderr, end="")
         code = 1
     sys.exit(code)
 
 
-def answer() -> int:
+def dispatch_command() -> int:
     """Run the command; the exit code."""
     try:
         code = app(prog_name="dmoe", standalone_mode=False)
     except DmoeError as error:
-        return complain(str(error), error.exit_code, error.every_rank)
+        return print_error(str(error), error.exit_code, error.every_rank)
     except KeyboardInterrupt:
         return 130
     except SystemExit as left:
@@ -101,11 +101,11 @@ def answer() -> int:
         if type(error).__name__ == "NoArgsIsHelpError":  # click's message is the help; typer has printed it, and leaves none
             print(error.format_message(), end="")
             return 2
-        return complain(f"{error.format_message().rstrip('.')}; see {context.command_path if context else 'dmoe'} --help", 2)
+        return print_error(f"{error.format_message().rstrip('.')}; see {context.command_path if context else 'dmoe'} --help", 2)
     return code if isinstance(code, int) else 0  # 130 after Ctrl-C, which typer turns into a return value
 
 
-def complain(message: str, code: int, every_rank: bool = False) -> int:
+def print_error(message: str, code: int, every_rank: bool = False) -> int:
     """One line on stderr. Every rank of a launcher finds the same mistake; one says it, unless each has something of its own to say."""
     rank, world = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
     if every_rank or not (rank.isdecimal() and world.isdecimal() and 0 < int(rank) < int(world)):

@@ -13,7 +13,7 @@ from dmoe.config.check import check, check_memory
 from dmoe.config.environment import has_accelerator, launched, main_memory
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import Config
-from dmoe.distributed.orphans import die_with_launcher
+from dmoe.distributed.orphans import exit_with_launcher
 
 __all__ = ["command"]
 
@@ -36,7 +36,7 @@ def command(
 
     Example: dmoe train configs/quickstart.yaml moe.top_k=1 moe.router.renormalize=false --ranks 2
     """
-    die_with_launcher()
+    exit_with_launcher()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # "save now" means nothing yet, and would end the process by default
     config, given = load_arguments(arguments or [])
     launcher = launched()
@@ -51,7 +51,7 @@ def command(
             raise ConfigError(
                 "--preflight", True, "every rank of the launcher would start ranks of its own", "run dmoe verify first"
             )
-        fly(config)
+        run_preflight(config)
     if ranks is None:
         from dmoe.training.trainer import train
 
@@ -62,7 +62,7 @@ def command(
         sys.exit(launch(ranks, ["train", *(["--quiet"] if quiet else []), *(arguments or [])], port))
 
 
-def fly(config: Config) -> None:
+def run_preflight(config: Config) -> None:
     """The short form of `dmoe verify`: one world of two ranks. Leaves with exit code 1 and the first difference if there is one."""
     from dmoe.verification.verify import verify
 

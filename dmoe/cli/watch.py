@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 
 from dmoe.config.errors import ConfigError
-from dmoe.training.display.glyphs import glyphs_for
-from dmoe.training.display.watching import Watch
+from dmoe.training.display.glyphs import charset_for
+from dmoe.training.display.watching import RunWatcher
 
 __all__ = ["command"]
 
@@ -30,11 +30,11 @@ def command(
 
     Example: dmoe watch runs/latest
     """
-    watch = Watch(run)
+    watch = RunWatcher(run)
     if once:
         if not run.is_dir():
             raise ConfigError("RUN", run, "is not a run directory yet", "give one, or leave --once out to wait for it")
-        print(watch.once(Console().width, glyphs_for(sys.stdout.encoding, os.environ)))
+        print(watch.once(Console().width, charset_for(sys.stdout.encoding, os.environ)))
         return
     signal.signal(signal.SIGTERM, leave)
     watch.follow()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "ConfigError", "DmoeError", "LostPeerError", "NoProgressError", "NumbersError"]
+__all__ = ["CheckpointError", "ConfigError", "DmoeError", "LostRankError", "NoProgressError", "NumbersError"]
 
 
 class DmoeError(Exception):
@@ -41,7 +41,7 @@ class NoProgressError(DmoeError):
     exit_code = 5
 
 
-class LostPeerError(DmoeError):
+class LostRankError(DmoeError):
     """A collective failed because a rank is gone; the message names the rank, as this one sees it."""
 
     exit_code = 1

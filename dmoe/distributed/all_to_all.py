@@ -20,55 +20,55 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dmoe.distributed.meter import Meter
-from dmoe.distributed.watch import Watch
-from dmoe.moe.dispatch import PerExpert
+from dmoe.distributed.meter import CommTimer
+from dmoe.distributed.watch import CollectiveChecker
+from dmoe.moe.dispatch import TokensPerExpert
 from dmoe.moe.layer import MoE
-from dmoe.moe.permute import Placement, combine, gather, place_packed, place_padded
+from dmoe.moe.permute import Permutation, unpermute, permute, packed_permutation, padded_permutation
 from dmoe.moe.routing import Routing
-from dmoe.moe.stage import stage
+from dmoe.moe.stage import profiled
 
-__all__ = ["PackedAllToAll", "PaddedAllToAll", "Route", "exchange_meters"]
+__all__ = ["PackedAllToAll", "PaddedAllToAll", "ExpertGroup", "comm_timers"]
 
 
 @dataclass(frozen=True)
-class Route:
+class ExpertGroup:
     """The journey of one layer's rows: over which ranks, who watches it, and what it takes."""
 
     group: dist.ProcessGroup
     layer: int = 0
-    watch: Watch | None = None
-    meter: Meter = field(default_factory=Meter)
+    checker: CollectiveChecker | None = None
+    timer: CommTimer = field(default_factory=CommTimer)
 
-    def exchange(self, rows: Tensor, send: list[int] | None, receive: list[int] | None, operation: str) -> Tensor:
+    def all_to_all_autograd(self, rows: Tensor, send: list[int] | None, receive: list[int] | None, operation: str) -> Tensor:
         """All-to-all of the leading dimension; `None` splits it equally. Its gradient is the same exchange with the lists swapped."""
-        out: Tensor = _ExchangeRows.apply(rows, send, receive, operation, self)
+        out: Tensor = _AllToAll.apply(rows, send, receive, operation, self)
         return out
 
-    def move(self, rows: Tensor, send: list[int] | None, receive: list[int] | None, operation: str) -> Tensor:
+    def all_to_all(self, rows: Tensor, send: list[int] | None, receive: list[int] | None, operation: str) -> Tensor:
         """The exchange itself, without autograd. The lists are checked against the rows on every rank, in any mode."""
         assert send is None or sum(send) == len(rows), f"{operation}: {len(rows)} rows, but {sum(send or [])} to send"
-        if self.watch is not None:
-            self.watch.compare(self.layer, operation, rows, send, receive)
+        if self.checker is not None:
+            self.checker.compare(self.layer, operation, rows, send, receive)
         received = rows.new_empty((len(rows) if receive is None else sum(receive), *rows.shape[1:]))
-        with stage("exchange"), self.meter.measuring(rows, send, self.group):
+        with profiled("exchange"), self.timer.measuring(rows, send, self.group):
             dist.all_to_all_single(received, rows.contiguous(), receive, send, group=self.group)
         return received
 
 
-def exchange_meters(model: nn.Module) -> list[Meter]:
+def comm_timers(model: nn.Module) -> list[CommTimer]:
     """The meter of each MoE layer whose rows travel; none where every rank has all experts."""
     dispatchers = [module.packed for module in model.modules() if isinstance(module, MoE)]
-    return [dispatcher.route.meter for dispatcher in dispatchers if isinstance(dispatcher, PackedAllToAll)]
+    return [dispatcher.expert_group.timer for dispatcher in dispatchers if isinstance(dispatcher, PackedAllToAll)]
 
 
-class _ExchangeRows(Function):
+class _AllToAll(Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, send: list[int] | None, receive: list[int] | None, operation: str, route: Route
+        ctx: Any, rows: Tensor, send: list[int] | None, receive: list[int] | None, operation: str, expert_group: ExpertGroup
     ) -> Tensor:
-        ctx.send, ctx.receive, ctx.operation, ctx.route = send, receive, operation, route
-        return route.move(rows, send, receive, operation)
+        ctx.send, ctx.receive, ctx.operation, ctx.route = send, receive, operation, expert_group
+        return expert_group.all_to_all(rows, send, receive, operation)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -95,8 +95,8 @@ def reorder(rows: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PackedTicket:
-    placement: Placement
+class PackedDispatchMetadata:
+    permutation: Permutation
     send: list[int]
     """Rows this rank sent to each rank of the exchange group."""
     receive: list[int]
@@ -108,26 +108,26 @@ class PackedTicket:
 class PackedAllToAll:
     """Exactly the rows there are."""
 
-    def __init__(self, route: Route) -> None:
-        self.route, self.ranks = route, dist.get_world_size(route.group)
+    def __init__(self, expert_group: ExpertGroup) -> None:
+        self.expert_group, self.ranks = expert_group, dist.get_world_size(expert_group.group)
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, PerExpert, PackedTicket]:
-        placement, count_E = place_packed(routing)
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, TokensPerExpert, PackedDispatchMetadata]:
+        permutation, count_E = packed_permutation(routing)
         count_Pe = count_E.view(self.ranks, -1)
-        arriving_Pe = self.route.move(count_Pe, None, None, "counts")
+        arriving_Pe = self.expert_group.all_to_all(count_Pe, None, None, "counts")
         send, receive = torch.stack([count_Pe.sum(1), arriving_Pe.sum(1)]).tolist()  # the one host sync
 
-        rows_ND = gather(x_TD, placement.first_rows(sum(send)))
-        rows_RD = self.route.exchange(rows_ND, send, receive, "dispatch")
+        rows_ND = permute(x_TD, permutation.first_rows(sum(send)))
+        rows_RD = self.expert_group.all_to_all_autograd(rows_ND, send, receive, "dispatch")
         order_R, inverse_R = by_local_expert(arriving_Pe, sum(receive))
-        ticket = PackedTicket(placement.first_rows(sum(send)), send, receive, order_R, inverse_R)
-        return reorder(rows_RD, order_R, inverse_R), arriving_Pe.sum(0), ticket
+        metadata = PackedDispatchMetadata(permutation.first_rows(sum(send)), send, receive, order_R, inverse_R)
+        return reorder(rows_RD, order_R, inverse_R), arriving_Pe.sum(0), metadata
 
-    def combine(self, rows_RD: Tensor, weight_TK: Tensor, ticket: PackedTicket) -> Tensor:
-        assert len(rows_RD) == sum(ticket.receive), f"experts returned {len(rows_RD)} rows for {sum(ticket.receive)}"
-        arrival_RD = reorder(rows_RD, ticket.inverse_R, ticket.order_R)
-        rows_ND = self.route.exchange(arrival_RD, ticket.receive, ticket.send, "combine")
-        return combine(rows_ND, weight_TK, ticket.placement)
+    def combine(self, rows_RD: Tensor, weight_TK: Tensor, metadata: PackedDispatchMetadata) -> Tensor:
+        assert len(rows_RD) == sum(metadata.receive), f"experts returned {len(rows_RD)} rows for {sum(metadata.receive)}"
+        arrival_RD = reorder(rows_RD, metadata.inverse_R, metadata.order_R)
+        rows_ND = self.expert_group.all_to_all_autograd(arrival_RD, metadata.receive, metadata.send, "combine")
+        return unpermute(rows_ND, weight_TK, metadata.permutation)
 
 
 def by_local_expert(arriving_Pe: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -141,8 +141,8 @@ def by_local_expert(arriving_Pe: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class PaddedTicket:
-    placement: Placement
+class PaddedDispatchMetadata:
+    permutation: Permutation
     slots: int
     """Rows one rank sends to one expert: G * C."""
 
@@ -150,17 +150,17 @@ class PaddedTicket:
 class PaddedAllToAll:
     """Fixed slots, equal splits, no counts."""
 
-    def __init__(self, route: Route) -> None:
-        self.route, self.ranks = route, dist.get_world_size(route.group)
+    def __init__(self, expert_group: ExpertGroup) -> None:
+        self.expert_group, self.ranks = expert_group, dist.get_world_size(expert_group.group)
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, PerExpert, PaddedTicket]:
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, TokensPerExpert, PaddedDispatchMetadata]:
         assert routing.capacity is not None, "the padded exchange needs a capacity"
-        ticket = PaddedTicket(place_padded(routing), routing.groups * routing.capacity)
-        rows_RD = self.route.exchange(gather(x_TD, ticket.placement), None, None, "dispatch")
-        by_rank = rows_RD.view(self.ranks, -1, ticket.slots, rows_RD.shape[1])
-        return by_rank.transpose(0, 1).flatten(0, 2), self.ranks * ticket.slots, ticket
+        metadata = PaddedDispatchMetadata(padded_permutation(routing), routing.groups * routing.capacity)
+        rows_RD = self.expert_group.all_to_all_autograd(permute(x_TD, metadata.permutation), None, None, "dispatch")
+        by_rank = rows_RD.view(self.ranks, -1, metadata.slots, rows_RD.shape[1])
+        return by_rank.transpose(0, 1).flatten(0, 2), self.ranks * metadata.slots, metadata
 
-    def combine(self, rows_RD: Tensor, weight_TK: Tensor, ticket: PaddedTicket) -> Tensor:
-        by_expert = rows_RD.view(-1, self.ranks, ticket.slots, rows_RD.shape[1])
-        rows_ED = self.route.exchange(by_expert.transpose(0, 1).flatten(0, 2), None, None, "combine")
-        return combine(rows_ED, weight_TK, ticket.placement)
+    def combine(self, rows_RD: Tensor, weight_TK: Tensor, metadata: PaddedDispatchMetadata) -> Tensor:
+        by_expert = rows_RD.view(-1, self.ranks, metadata.slots, rows_RD.shape[1])
+        rows_ED = self.expert_group.all_to_all_autograd(by_expert.transpose(0, 1).flatten(0, 2), None, None, "combine")
+        return unpermute(rows_ED, weight_TK, metadata.permutation)

@@ -16,15 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dmoe.distributed.gradients import ExpertGradients
 from dmoe.distributed.parallelize import expert_parameters
-from dmoe.distributed.topology import Topology
+from dmoe.distributed.topology import ParallelMesh
 
-__all__ = ["Replicated", "keep_experts_out_of_ddp", "sum_dense_gradients"]
+__all__ = ["DDPStrategy", "keep_experts_out_of_ddp", "sum_dense_gradients"]
 
 
-class Replicated:
+class DDPStrategy:
     """`parallelize.Replication` by DDP, as accelerate wraps it; without a process group, accelerate's model alone."""
 
-    def __init__(self, model: nn.Module, topology: Topology, accelerator: Accelerator) -> None:
+    def __init__(self, model: nn.Module, topology: ParallelMesh, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         keep_experts_out_of_ddp(model)
         # DDP refuses a model in which it has nothing to sum; then it is accelerate's model alone ("evaluation mode").
@@ -34,12 +34,12 @@ class Replicated:
             sum_dense_gradients(self.wrapped)
         self.expert_gradients = ExpertGradients(model, topology)
 
-    def accumulating(self, last: bool) -> AbstractContextManager[None]:
-        self.expert_gradients.arm(last)
+    def grad_sync(self, last: bool) -> AbstractContextManager[None]:
+        self.expert_gradients.enable_sync(last)
         return nullcontext() if last else self.accelerator.no_sync(self.wrapped)
 
-    def finish(self) -> None:
-        self.expert_gradients.finish()
+    def wait_for_grads(self) -> None:
+        self.expert_gradients.wait_for_grads()
 
 
 def keep_experts_out_of_ddp(model: nn.Module) -> None:

@@ -28,16 +28,16 @@ from torch.distributed.tensor import Shard
 
 from dmoe.config.errors import ConfigError
 from dmoe.distributed.parallelize import expert_parameters, moe_layers
-from dmoe.distributed.topology import Topology
+from dmoe.distributed.topology import ParallelMesh
 
-__all__ = ["Sharded", "shard"]
+__all__ = ["FSDPStrategy", "shard"]
 
 
-class Sharded:
+class FSDPStrategy:
     """`parallelize.Replication` by FSDP2. One process has nothing to shard: there the model stays as it is."""
 
-    def __init__(self, model: nn.Module, topology: Topology, accelerator: Accelerator) -> None:
-        if topology.world > 1:
+    def __init__(self, model: nn.Module, topology: ParallelMesh, accelerator: Accelerator) -> None:
+        if topology.world_size > 1:
             if accelerator.scaler is not None:
                 why = "does not work with parallel.mode=fsdp: torch's loss scaler refuses gradients on different meshes"
                 raise ConfigError("train.precision", "fp16", why, "use bf16, or parallel.mode=ddp")
@@ -45,17 +45,17 @@ class Sharded:
         # accelerate has no FSDP2 on CPU and would put the model inside DDP. "evaluation mode" is only autocast around its forward.
         self.wrapped: nn.Module = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
 
-    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+    def grad_sync(self, last: bool) -> AbstractContextManager[None]:
         """Until the `last` backward the gradients stay whole and unreduced on their rank (the memory of DDP's gradients)."""
         if isinstance(self.wrapped, FSDPModule):
             self.wrapped.set_requires_gradient_sync(last)
         return nullcontext()
 
-    def finish(self) -> None:
+    def wait_for_grads(self) -> None:
         """Nothing: backward itself ends with the last reduction."""
 
 
-def shard(model: nn.Module, topology: Topology) -> None:
+def shard(model: nn.Module, topology: ParallelMesh) -> None:
     """Make DTensors of the parameters, in place: before an optimizer sees them, after `shard_experts` and initialisation.
 
     Units are the experts of each MoE layer (over the copies of an expert), each member of the model's module lists (its blocks) and
@@ -63,8 +63,8 @@ def shard(model: nn.Module, topology: Topology) -> None:
     """
     device = next(model.parameters()).device.type
     everyone, whole = _mesh(dist.group.WORLD, device), set(expert_parameters(model).values())
-    if topology.copies is not None:
-        column, whole = _mesh(topology.copies, device), set[nn.Parameter]()
+    if topology.edp_group is not None:
+        column, whole = _mesh(topology.edp_group, device), set[nn.Parameter]()
         for layer in moe_layers(model):
             fully_shard(layer.experts, mesh=column, shard_placement_fn=lambda p: Shard(shard_dim(p.shape, topology.edp)))
     for blocks in (child for child in model.children() if isinstance(child, nn.ModuleList)):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dmoe.distributed.parallelize import expert_parameters, moe_layers
-from dmoe.distributed.topology import Topology
+from dmoe.distributed.topology import ParallelMesh
 
 __all__ = ["ExpertGradients", "all_max", "all_sum", "clip_", "local", "router_squares", "square_sums"]
 
@@ -28,17 +28,17 @@ class ExpertGradients:
     Costs one all-reduce a parameter a step over the EDP group; none where EDP = 1.
     """
 
-    def __init__(self, model: nn.Module, topology: Topology) -> None:
-        self.group, self.armed, self.works = topology.copies, False, list[dist.Work]()
+    def __init__(self, model: nn.Module, topology: ParallelMesh) -> None:
+        self.group, self.armed, self.works = topology.edp_group, False, list[dist.Work]()
         if self.group is not None:
             for parameter in filter(lambda p: p.requires_grad, expert_parameters(model).values()):
                 parameter.register_post_accumulate_grad_hook(self._start)
 
-    def arm(self, last: bool) -> None:
+    def enable_sync(self, last: bool) -> None:
         """Reduce in the coming backward if it is the `last` of the accumulation."""
         self.armed = last
 
-    def finish(self) -> None:
+    def wait_for_grads(self) -> None:
         for work in self.works:
             work.wait()
         self.works.clear()
@@ -51,7 +51,7 @@ class ExpertGradients:
             self.works.append(work)
 
 
-def square_sums(model: nn.Module, topology: Topology) -> Tensor:
+def square_sums(model: nn.Module, topology: ParallelMesh) -> Tensor:
     """[2], float32 (float64 for a float64 model): this rank's share of the squared gradient norm, dense and expert.
 
     Summed over all ranks the shares give the squares of each dense parameter once and of each of the E experts once, so that every
@@ -59,14 +59,14 @@ def square_sums(model: nn.Module, topology: Topology) -> Tensor:
     """
     experts = {id(parameter) for parameter in expert_parameters(model).values()}
     parameters = list(model.parameters())
-    dense = _squares((p for p in parameters if id(p) not in experts), topology.world)
+    dense = _squares((p for p in parameters if id(p) not in experts), topology.world_size)
     expert = _squares((p for p in parameters if id(p) in experts), topology.edp)
     return torch.stack([dense.to(parameters[0].device), expert.to(parameters[0].device)])
 
 
-def router_squares(model: nn.Module, topology: Topology) -> Tensor:
+def router_squares(model: nn.Module, topology: ParallelMesh) -> Tensor:
     """Scalar: this rank's share of the squared norm of the routers' gradients, which are among the dense ones of `square_sums`."""
-    return _squares((p for layer in moe_layers(model) for p in layer.router.parameters()), topology.world)
+    return _squares((p for layer in moe_layers(model) for p in layer.router.parameters()), topology.world_size)
 
 
 def _squares(parameters: Iterable[nn.Parameter], copies: int) -> Tensor:
@@ -86,17 +86,17 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def all_sum(value: Tensor, topology: Topology) -> Tensor:
+def all_sum(value: Tensor, topology: ParallelMesh) -> Tensor:
     """`value` summed over all ranks, in place, on the control communicator."""
-    if topology.control is not None:
-        dist.all_reduce(value, group=topology.control)
+    if topology.control_group is not None:
+        dist.all_reduce(value, group=topology.control_group)
     return value
 
 
-def all_max(value: Tensor, topology: Topology) -> Tensor:
+def all_max(value: Tensor, topology: ParallelMesh) -> Tensor:
     """The largest of each element over all ranks, in place, on the control communicator."""
-    if topology.control is not None:
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=topology.control)
+    if topology.control_group is not None:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=topology.control_group)
     return value
 
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Meter"]
+__all__ = ["CommTimer"]
 
 IDLE: AbstractContextManager[None] = nullcontext()
 
 
 @dataclass
-class Meter:
+class CommTimer:
     """Stands still until it is given a clock. Counts forward and backward, and what is computed again, alike: it is what happened."""
 
     clock: Callable[[], float] | None = None

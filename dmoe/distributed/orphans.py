@@ -18,12 +18,12 @@ import signal
 import sys
 from pathlib import Path
 
-__all__ = ["die_with_launcher"]
+__all__ = ["exit_with_launcher"]
 
 PR_SET_PDEATHSIG = 1
 
 
-def die_with_launcher() -> None:
+def exit_with_launcher() -> None:
     """Ask the kernel to kill this process with its launcher, if torch's elastic agent started it. One system call.
 
     Early in the main program, before anything slow is imported. Does not return if the launcher is dead already.

@@ -9,18 +9,18 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from dmoe.distributed.all_to_all import PackedAllToAll, PaddedAllToAll, Route
-from dmoe.distributed.peers import GroupPeers
-from dmoe.distributed.topology import Topology
-from dmoe.distributed.watch import Watch
+from dmoe.distributed.all_to_all import PackedAllToAll, PaddedAllToAll, ExpertGroup
+from dmoe.distributed.peers import ProcessGroupComm
+from dmoe.distributed.topology import ParallelMesh
+from dmoe.distributed.watch import CollectiveChecker
 from dmoe.moe.expert_layer import ExpertLayer
-from dmoe.moe.experts import MixedExperts
+from dmoe.moe.experts import HeterogeneousExperts
 from dmoe.moe.layer import MoE
 
-__all__ = ["Home", "Replication", "expert_buffers", "expert_homes", "expert_parameters", "moe_layers", "shard_experts"]
+__all__ = ["ExpertLocation", "DataParallel", "expert_buffers", "expert_locations", "expert_parameters", "moe_layers", "shard_experts"]
 
 
-class Replication(Protocol):
+class DataParallel(Protocol):
     """How ranks share a parameter that is the same on all of them, and sum its gradient: `ddp.Replicated` or `fsdp.Sharded`.
 
     Made from the model of `shard_experts`, with its weights drawn, and before the optimizer: its parameters may become others.
@@ -30,16 +30,16 @@ class Replication(Protocol):
     wrapped: nn.Module
     """What is called: the model, under autocast."""
 
-    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+    def grad_sync(self, last: bool) -> AbstractContextManager[None]:
         """Around one forward and backward of an optimizer step. Gradients are summed over the ranks in the `last` of them."""
         ...
 
-    def finish(self) -> None:
+    def wait_for_grads(self) -> None:
         """Wait for the sums: afterwards every `grad` is the gradient of the global batch's loss."""
         ...
 
 
-def shard_experts(model: nn.Module, topology: Topology, watch: Watch | None = None) -> None:
+def shard_experts(model: nn.Module, topology: ParallelMesh, watch: CollectiveChecker | None = None) -> None:
     """Keep this rank's experts in every MoE layer, and send tokens to the others by all-to-all.
 
     Call it before the weights are materialised (on the meta device, a rank never holds more than its own experts) and before an
@@ -47,11 +47,11 @@ def shard_experts(model: nn.Module, topology: Topology, watch: Watch | None = No
     ranks (`debug.collectives`). No collective.
     """
     for layer in moe_layers(model):
-        if topology.world > 1:
-            layer.peers = GroupPeers(topology)
-        if topology.exchange is not None:
-            layer.keep(topology.ep, topology.ep_rank)
-            route = Route(topology.exchange, layer.layer, watch)
+        if topology.world_size > 1:
+            layer.comm = ProcessGroupComm(topology)
+        if topology.ep_group is not None:
+            layer.shard(topology.ep, topology.ep_rank)
+            route = ExpertGroup(topology.ep_group, layer.layer, watch)
             layer.packed = PackedAllToAll(route)
             layer.padded = None if layer.padded is None else PaddedAllToAll(route)
 
@@ -74,7 +74,7 @@ def expert_buffers(model: nn.Module) -> set[str]:
 
 
 @dataclass(frozen=True)
-class Home:
+class ExpertLocation:
     """Where a matrix lives that belongs to one expert alone."""
 
     ep_rank: int
@@ -82,7 +82,7 @@ class Home:
     dtype: torch.dtype
 
 
-def expert_homes(model: nn.Module) -> dict[str, Home]:
+def expert_locations(model: nn.Module) -> dict[str, ExpertLocation]:
     """The matrices of all experts of different shape, by name, those of other ranks included; the same on every rank.
 
     Uniform experts are not among them: they are stacks [e, ...], of which every EP rank has an equal part under one name.
@@ -90,11 +90,11 @@ def expert_homes(model: nn.Module) -> dict[str, Home]:
     found = {}
     for path, module in model.named_modules():
         layer = module if isinstance(module, MoE) else None
-        if layer is None or not isinstance(layer.experts, MixedExperts):
+        if layer is None or not isinstance(layer.experts, HeterogeneousExperts):
             continue
         dtype = next(layer.experts.parameters()).dtype
         for expert, sizes in enumerate(layer.experts.matrices):
             for n, size in enumerate(sizes):
                 name = f"{path}.experts.{expert}.w{n}".removeprefix(".")
-                found[name] = Home(layer.ownership.rank_of[expert], size, dtype)
+                found[name] = ExpertLocation(layer.placement.rank_of[expert], size, dtype)
     return found

@@ -6,17 +6,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dmoe.distributed.topology import Topology
+from dmoe.distributed.topology import ParallelMesh
 
-__all__ = ["GroupPeers"]
+__all__ = ["ProcessGroupComm"]
 
 
-class GroupPeers:
+class ProcessGroupComm:
     """Sums over all data ranks, on a communicator of their own."""
 
-    def __init__(self, topology: Topology) -> None:
-        assert topology.routing is not None
-        self.group, self.size, self.rank = topology.routing, topology.world, topology.rank
+    def __init__(self, topology: ParallelMesh) -> None:
+        assert topology.dp_group is not None
+        self.group, self.size, self.rank = topology.dp_group, topology.world_size, topology.rank
 
     def sum(self, value: Tensor) -> Tensor:
         total = value.detach().clone()

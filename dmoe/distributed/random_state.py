@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dmoe.distributed.checkpoint.agree import Ranks
+from dmoe.distributed.checkpoint.agree import RankGroup
 from dmoe.distributed.checkpoint.manifest import Manifest, TensorEntry
 from dmoe.distributed.checkpoint.state import describe
 
@@ -27,7 +27,7 @@ _PREFIX = "random."
 def gather_random_state(group: dist.ProcessGroup | None) -> dict[str, Tensor]:
     """Every rank's generators by name, on the CPU, equal on all ranks; collective. Cost: an all-gather of 5 KB a rank, and a small one
     for CUDA."""
-    ranks = Ranks(group)
+    ranks = RankGroup(group)
     return {name: ranks.gather(state) for name, state in _own().items()}
 
 
@@ -37,7 +37,7 @@ def random_tables(saved: Manifest, group: dist.ProcessGroup | None) -> tuple[dic
     entries = {name: entry for name, entry in saved.tensors.items() if name.startswith(_PREFIX)}
     if not entries:
         return {}, "the checkpoint holds no random state: every rank draws from a fresh one"
-    world = Ranks(group).world
+    world = RankGroup(group).world
     tables = {name: torch.zeros(world, state.numel(), dtype=torch.uint8) for name, state in _own().items()}
     wanted = describe(tables)
     usable = {name: table for name, table in tables.items() if entries.get(name) == wanted[name]}
@@ -51,7 +51,7 @@ def random_tables(saved: Manifest, group: dist.ProcessGroup | None) -> tuple[dic
 
 def set_random_state(tables: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
     """Set this rank's generators from the loaded `tables`."""
-    rank = Ranks(group).rank
+    rank = RankGroup(group).rank
     for name, table in tables.items():
         _set(name, table[rank].clone())
 

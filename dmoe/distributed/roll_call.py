@@ -30,14 +30,14 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from dmoe.config.errors import LostPeerError
+from dmoe.config.errors import LostRankError
 
-__all__ = ["Listener", "is_collective_failure", "lost_peer", "missing_ranks"]
+__all__ = ["LivenessResponder", "is_collective_failure", "lost_rank_error", "missing_ranks"]
 
-PRESENT = "roll-call/present"
+ALIVE_KEY = "roll-call/present"
 """The ranks that answered, as "3 0 2 "; a rank may be on it twice."""
 
-CALLED = "roll-call/called"
+PROBE_KEY = "roll-call/called"
 IN_CALLBACK = r"^(?:Got the following error when running the callback: RuntimeError: )?"
 LISTEN_EVERY, READ_EVERY = 0.25, 0.05  # seconds
 PATIENCE, PATIENCE_OF_STORE_KEEPER = 0.7, 0.9  # seconds; both below 1, which is what a failure may take beyond the time-out
@@ -51,7 +51,7 @@ def is_collective_failure(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and re.match(IN_CALLBACK + r"\[\S*\bgloo/\S+:\d+\] ", str(error)) is not None
 
 
-def lost_peer(error: BaseException, step: int, waited: float) -> LostPeerError:
+def lost_rank_error(error: BaseException, step: int, waited: float) -> LostRankError:
     """Call the roll (less than 1 s) and say who is missing: the error to raise in place of `error`.
 
     Args:
@@ -59,7 +59,7 @@ def lost_peer(error: BaseException, step: int, waited: float) -> LostPeerError:
         waited: seconds since the step began, or since the collective did.
     """
     rank = dist.get_rank()
-    call = _call_the_roll(PATIENCE_OF_STORE_KEEPER if rank == 0 and not _launcher_keeps_store() else PATIENCE)
+    call = _probe_ranks(PATIENCE_OF_STORE_KEEPER if rank == 0 and not _launcher_keeps_store() else PATIENCE)
     who = f"rank {rank}"
     when = f"in step {step} after {waited:.0f} s"
     if call.silent_store:
@@ -71,15 +71,15 @@ def lost_peer(error: BaseException, step: int, waited: float) -> LostPeerError:
         one = len(call.missing) == 1
         lost = f"rank{'' if one else 's'} {', '.join(map(str, call.missing))}"
         text = f"{who} lost {lost} {when} ({'the rank is' if one else 'they are'} dead, frozen or cut off)"
-    return LostPeerError(f"{text}: {_first_line(error)}")
+    return LostRankError(f"{text}: {_first_line(error)}")
 
 
 def missing_ranks(seconds: float = PATIENCE) -> list[int]:
     """The ranks that have not answered within `seconds`; rank 0 if it keeps the store and that does not answer. Never raises."""
-    return _call_the_roll(seconds).missing
+    return _probe_ranks(seconds).missing
 
 
-class Listener:
+class LivenessResponder:
     """Answers a roll call while the rank is busy. One for the life of the group; close it before the group is destroyed."""
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class Listener:
         self._over.set()
         self._thread.join(2 * LISTEN_EVERY)
 
-    def __enter__(self) -> Listener:
+    def __enter__(self) -> LivenessResponder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -106,40 +106,40 @@ class Listener:
 def _listen(store: Any, rank: int, over: threading.Event) -> None:
     with suppress(RuntimeError):  # the store is gone: nobody can call the roll any more
         while not over.wait(LISTEN_EVERY):
-            if store.check([CALLED]):
-                store.append(PRESENT, f"{rank} ")
+            if store.check([PROBE_KEY]):
+                store.append(ALIVE_KEY, f"{rank} ")
                 return
 
 
 @dataclass(frozen=True)
-class _RollCall:
+class _LivenessProbe:
     missing: list[int]
     silent_store: str = ""
     """Who keeps the store, if it did not answer."""
 
 
-def _call_the_roll(seconds: float) -> _RollCall:
+def _probe_ranks(seconds: float) -> _LivenessProbe:
     seen: list[set[int]] = []
     everyone = set(range(dist.get_world_size()))
     arguments = (_get_default_store(), dist.get_rank(), everyone, time.monotonic() + seconds, seen)
-    caller = threading.Thread(target=_read_the_list, args=arguments, name="roll-call", daemon=True)
+    caller = threading.Thread(target=_read_answers, args=arguments, name="roll-call", daemon=True)
     caller.start()
     caller.join(seconds + 0.1)
     if seen:
-        return _RollCall(sorted(everyone - seen[-1]))
+        return _LivenessProbe(sorted(everyone - seen[-1]))
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     if _launcher_keeps_store():
-        return _RollCall([], f"the launcher's store at {place}")
-    return _RollCall([0], f"rank 0, which keeps the store at {place}")
+        return _LivenessProbe([], f"the launcher's store at {place}")
+    return _LivenessProbe([0], f"rank 0, which keeps the store at {place}")
 
 
-def _read_the_list(store: Any, rank: int, everyone: set[int], deadline: float, seen: list[set[int]]) -> None:
+def _read_answers(store: Any, rank: int, everyone: set[int], deadline: float, seen: list[set[int]]) -> None:
     """Answer, call, and put each reading into `seen`, until nobody is missing or the time is over."""
     with suppress(RuntimeError):  # the store is gone
-        store.append(PRESENT, f"{rank} ")
-        store.set(CALLED, "")
+        store.append(ALIVE_KEY, f"{rank} ")
+        store.set(PROBE_KEY, "")
         while True:
-            seen.append({int(number) for number in store.get(PRESENT).split()})
+            seen.append({int(number) for number in store.get(ALIVE_KEY).split()})
             if seen[-1] == everyone or time.monotonic() > deadline:
                 return
             time.sleep(READ_EVERY)

@@ -18,17 +18,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dmoe.distributed.gradients import local
-from dmoe.distributed.parallelize import Home, expert_buffers, expert_homes, expert_parameters
-from dmoe.distributed.topology import Topology
+from dmoe.distributed.parallelize import ExpertLocation, expert_buffers, expert_locations, expert_parameters
+from dmoe.distributed.topology import ParallelMesh
 
 __all__ = ["model_state", "optimizer_state", "share_step"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def model_state(model: nn.Module, topology: Topology) -> dict[str, Tensor]:
+def model_state(model: nn.Module, topology: ParallelMesh) -> dict[str, Tensor]:
     """Every parameter and persistent buffer by name; the tensors share memory with the model, so loading into them loads the model."""
-    experts, homes = {*expert_parameters(model), *expert_buffers(model)}, expert_homes(model)
+    experts, homes = {*expert_parameters(model), *expert_buffers(model)}, expert_locations(model)
     mesh = _mesh(topology, _device_type(model))
     own = {name: value.detach() for name, value in model.state_dict(keep_vars=True).items()}
     whole = {n: _whole(value, mesh) if n in experts else value for n, value in own.items() if n not in homes}
@@ -36,7 +36,7 @@ def model_state(model: nn.Module, topology: Topology) -> dict[str, Tensor]:
     return {f"model.{name}": value for name, value in whole.items()}
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, topology: Topology) -> dict[str, Tensor]:
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, topology: ParallelMesh) -> dict[str, Tensor]:
     """AdamW's moments by parameter name, and the one step count all parameters share. Made (as zeros) where the optimizer has not
     stepped yet, so that a checkpoint can be loaded into it."""
     experts, homes, mesh = expert_parameters(model), _trained_homes(model), _mesh(topology, _device_type(model))
@@ -57,11 +57,11 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, topology
     return state
 
 
-def _trained_homes(model: nn.Module) -> dict[str, Home]:
+def _trained_homes(model: nn.Module) -> dict[str, ExpertLocation]:
     """Of a layer with experts of different shape either all are trained or none, and every rank has one of them."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     layers = {name.rpartition(".experts.")[0] for name in frozen}
-    return {name: home for name, home in expert_homes(model).items() if name.rpartition(".experts.")[0] not in layers}
+    return {name: home for name, home in expert_locations(model).items() if name.rpartition(".experts.")[0] not in layers}
 
 
 def share_step(optimizer: torch.optim.Optimizer, step: Tensor) -> None:
@@ -82,15 +82,15 @@ def _device_type(model: nn.Module) -> str:
     return next(model.parameters()).device.type
 
 
-def _mesh(topology: Topology, device: str) -> DeviceMesh | None:
+def _mesh(topology: ParallelMesh, device: str) -> DeviceMesh | None:
     """The picture of topology.py as torch's mesh, over the groups that are there already; turned, because experts are divided along
     ep first and along edp after."""
-    if topology.exchange is None:
+    if topology.ep_group is None:
         return None
-    ranks = torch.arange(topology.world).view(topology.edp, topology.ep).T
-    if topology.copies is None:
-        return DeviceMesh.from_group(topology.exchange, device, ranks.flatten(), mesh_dim_names=("ep",))
-    return DeviceMesh.from_group([topology.exchange, topology.copies], device, ranks, mesh_dim_names=("ep", "edp"))
+    ranks = torch.arange(topology.world_size).view(topology.edp, topology.ep).T
+    if topology.edp_group is None:
+        return DeviceMesh.from_group(topology.ep_group, device, ranks.flatten(), mesh_dim_names=("ep",))
+    return DeviceMesh.from_group([topology.ep_group, topology.edp_group], device, ranks, mesh_dim_names=("ep", "edp"))
 
 
 def _whole(experts: Tensor, mesh: DeviceMesh | None) -> Tensor:
@@ -104,15 +104,15 @@ def _whole(experts: Tensor, mesh: DeviceMesh | None) -> Tensor:
     return DTensor.from_local(local(experts), mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
-def _at_home(value: Tensor | None, home: Home, topology: Topology, device: str) -> Tensor:
+def _at_home(value: Tensor | None, home: ExpertLocation, topology: ParallelMesh, device: str) -> Tensor:
     """One expert's matrix as it lies on its column of ranks: equal copies, or as FSDP2 has split it. `value` is None elsewhere.
 
     The mesh is a list of ranks and no communicator: where a checkpoint's pieces lie is all that is asked of it.
     """
-    if topology.exchange is None or isinstance(value, DTensor):
+    if topology.ep_group is None or isinstance(value, DTensor):
         assert value is not None, "one rank of an EP group of one has every expert"
         return value
-    column = list(range(home.ep_rank, topology.world, topology.ep))
+    column = list(range(home.ep_rank, topology.world_size, topology.ep))
     mesh = DeviceMesh(device, column, mesh_dim_names=("edp",), _init_backend=False)
     here = torch.empty(0, dtype=home.dtype, device=device) if value is None else local(value)
     shape, stride = torch.Size(home.shape), make_contiguous_strides_for(home.shape)

@@ -19,11 +19,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-__all__ = ["Topology", "build"]
+__all__ = ["ParallelMesh", "build_mesh"]
 
 
 @dataclass(frozen=True)
-class Topology:
+class ParallelMesh:
     """Rank, degrees and process groups. A group is None where it would have one member.
 
     Each use has a communicator of its own: token exchange and gradient sums on one communicator have deadlocked Megatron
@@ -31,22 +31,22 @@ class Topology:
     """
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     ep: int = 1
-    exchange: dist.ProcessGroup | None = None
+    ep_group: dist.ProcessGroup | None = None
     """The row of this rank: its peers in the token all-to-all."""
-    copies: dist.ProcessGroup | None = None
+    edp_group: dist.ProcessGroup | None = None
     """The column of this rank: the ranks that hold the same experts."""
-    routing: dist.ProcessGroup | None = None
+    dp_group: dist.ProcessGroup | None = None
     """All ranks, for sums inside a layer's forward."""
-    control: dist.ProcessGroup | None = None
+    control_group: dist.ProcessGroup | None = None
     """All ranks, for the one control reduction a step, evaluation, and loading checkpoints."""
-    checkpoint: dist.ProcessGroup | None = None
+    checkpoint_group: dist.ProcessGroup | None = None
     """All ranks, on the CPU (gloo) whatever the others use, for the writer of checkpoints alone, which may be a thread of its own."""
 
     @property
     def edp(self) -> int:
-        return self.world // self.ep
+        return self.world_size // self.ep
 
     @property
     def ep_rank(self) -> int:
@@ -56,7 +56,7 @@ class Topology:
     def edp_rank(self) -> int:
         return self.rank // self.ep
 
-    def owned(self, num_experts: int) -> range:
+    def local_experts(self, num_experts: int) -> range:
         """Global ids of the experts on this rank."""
         per_rank = num_experts // self.ep
         return range(self.ep_rank * per_rank, (self.ep_rank + 1) * per_rank)
@@ -64,19 +64,19 @@ class Topology:
     def groups(self) -> list[dist.ProcessGroup]:
         """The groups a step uses, the world's included, whose time-outs shrink after the first step. Not `checkpoint`: there a rank
         waits for another's disk, which may take as long as it takes."""
-        own = [group for group in (self.exchange, self.copies, self.routing, self.control) if group is not None]
+        own = [group for group in (self.ep_group, self.edp_group, self.dp_group, self.control_group) if group is not None]
         world = dist.group.WORLD
         return own if world is None else [*own, world]
 
     def __str__(self) -> str:
-        if self.world == 1:
+        if self.world_size == 1:
             return "1 process, which holds every expert"
         copies = "1 copy" if self.edp == 1 else f"{self.edp} copies"
         ranks = "1 rank" if self.ep == 1 else f"{self.ep} ranks"
-        return f"{self.world} data ranks = {copies} of the experts (edp) x {ranks} a copy (ep)"
+        return f"{self.world_size} data ranks = {copies} of the experts (edp) x {ranks} a copy (ep)"
 
 
-def build(ep: int, device: torch.device, timeout: float | None = None) -> Topology:
+def build_mesh(ep: int, device: torch.device, timeout: float | None = None) -> ParallelMesh:
     """Create all groups, on all ranks in the same order, and use each once.
 
     A communicator that is first used in the middle of a step is created there, without the user's time-out (Megatron-LM#2238).
@@ -85,26 +85,26 @@ def build(ep: int, device: torch.device, timeout: float | None = None) -> Topolo
     """
     if not dist.is_initialized():
         assert ep == 1, f"ep={ep} needs a process group"
-        return Topology()
+        return ParallelMesh()
     rank, world = dist.get_rank(), dist.get_world_size()
     assert world % ep == 0, f"ep={ep} does not divide the world of {world}"
     rows = [list(range(start, start + ep)) for start in range(0, world, ep)]
     columns = [list(range(column, world, ep)) for column in range(ep)]
     limit = None if timeout is None else timedelta(seconds=timeout)
-    topology = Topology(
+    topology = ParallelMesh(
         rank=rank,
-        world=world,
+        world_size=world,
         ep=ep,
-        exchange=_mine(rows, rank, limit),
-        copies=_mine(columns, rank, limit),
-        routing=dist.new_group(timeout=limit),
-        control=dist.new_group(timeout=limit),
-        checkpoint=_of_cpu_tensors(world, limit),
+        ep_group=_mine(rows, rank, limit),
+        edp_group=_mine(columns, rank, limit),
+        dp_group=dist.new_group(timeout=limit),
+        control_group=dist.new_group(timeout=limit),
+        checkpoint_group=_of_cpu_tensors(world, limit),
     )
     for group in topology.groups():
         dist.all_reduce(torch.zeros(1, device=device), group=group)
-    if topology.checkpoint is not None:
-        dist.all_reduce(torch.zeros(1, device="cpu"), group=topology.checkpoint)
+    if topology.checkpoint_group is not None:
+        dist.all_reduce(torch.zeros(1, device="cpu"), group=topology.checkpoint_group)
     return topology
 
 

@@ -20,7 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from dmoe.config.errors import DmoeError
 
-__all__ = ["ExchangeError", "Watch"]
+__all__ = ["ExchangeError", "CollectiveChecker"]
 
 
 class ExchangeError(DmoeError):
@@ -29,7 +29,7 @@ class ExchangeError(DmoeError):
     every_rank = True
 
 
-class Watch:
+class CollectiveChecker:
     """Compares every exchange of one group of ranks. One for all layers, so that a skipped exchange is seen at the next one."""
 
     def __init__(self, group: dist.ProcessGroup, timeout: float) -> None:

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dmoe.distributed.gradients import local
-from dmoe.distributed.parallelize import Home
-from dmoe.distributed.topology import Topology
+from dmoe.distributed.parallelize import ExpertLocation
+from dmoe.distributed.topology import ParallelMesh
 
-__all__ = ["from_home", "gathered", "norm", "put_whole", "whole_of"]
+__all__ = ["broadcast_expert", "gather_full", "norm", "copy_full_into_shard", "full_tensor"]
 
 
-def gathered(
-    values: Mapping[str, Tensor], experts: set[str], topology: Topology, homes: Mapping[str, Home] | None = None
+def gather_full(
+    values: Mapping[str, Tensor], experts: set[str], topology: ParallelMesh, homes: Mapping[str, ExpertLocation] | None = None
 ) -> dict[str, Tensor]:
     """`values` by name, each whole: shards put together, experts of all EP ranks in global order [E, ...]. On every rank.
 
@@ -28,7 +28,7 @@ def gathered(
     One all-gather an expert stack over the exchange group, one broadcast a matrix of `homes`, and what DTensor needs for sharded ones.
     """
     homes = homes or {}
-    whole = {name: from_home(values.get(name), home, topology) for name, home in homes.items()} if values else {}
+    whole = {name: broadcast_expert(values.get(name), home, topology) for name, home in homes.items()} if values else {}
     for name, value in values.items():
         if name in homes:
             continue
@@ -37,14 +37,14 @@ def gathered(
     return whole
 
 
-def from_home(value: Tensor | None, home: Home, topology: Topology, shape: tuple[int, ...] | None = None) -> Tensor:
+def broadcast_expert(value: Tensor | None, home: ExpertLocation, topology: ParallelMesh, shape: tuple[int, ...] | None = None) -> Tensor:
     """What the ranks of one column hold, on every rank. `value` is None on the others; `shape` where it is not the matrix's own."""
     full = value.full_tensor() if isinstance(value, DTensor) else value
-    if topology.exchange is None:
+    if topology.ep_group is None:
         assert full is not None, "one rank of an EP group of one has every expert"
         return full.detach()
     sent = torch.empty(home.shape if shape is None else shape, dtype=home.dtype) if full is None else full.detach().contiguous()
-    dist.broadcast(sent, group=topology.exchange, group_src=home.ep_rank)
+    dist.broadcast(sent, group=topology.ep_group, group_src=home.ep_rank)
     return sent
 
 
@@ -54,12 +54,12 @@ def norm(value: Tensor) -> float:
     return float(total.full_tensor() if isinstance(total, DTensor) else total)
 
 
-def whole_of(value: Tensor) -> Tensor:
+def full_tensor(value: Tensor) -> Tensor:
     """A copy of the whole of a tensor of `state.model_state`, on every rank. A collective if it is sharded."""
     return value.full_tensor().detach() if isinstance(value, DTensor) else value.detach().clone()
 
 
-def put_whole(value: Tensor, whole: Tensor) -> None:
+def copy_full_into_shard(value: Tensor, whole: Tensor) -> None:
     """Fill this rank's part of `value` from the whole, which every rank has. No collective."""
     if isinstance(value, DTensor):
         whole = local(distribute_tensor(whole, value.device_mesh, value.placements, src_data_rank=None))
@@ -67,9 +67,9 @@ def put_whole(value: Tensor, whole: Tensor) -> None:
         local(value).copy_(whole)
 
 
-def _all_experts(local: Tensor, topology: Topology) -> Tensor:
-    if topology.exchange is None:
+def _all_experts(local: Tensor, topology: ParallelMesh) -> Tensor:
+    if topology.ep_group is None:
         return local
     parts = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(topology.ep)]
-    dist.all_gather(parts, local.contiguous(), group=topology.exchange)
+    dist.all_gather(parts, local.contiguous(), group=topology.ep_group)
     return torch.cat(parts)

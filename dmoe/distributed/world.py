@@ -15,11 +15,11 @@ from torch.distributed.rendezvous import rendezvous
 
 from dmoe.config.errors import ConfigError, DmoeError
 
-__all__ = ["World", "barrier", "close", "job", "launched_world_size", "on_first", "shorten_timeouts", "start"]
+__all__ = ["ProcessInfo", "barrier", "shutdown", "elastic_run_id", "launched_world_size", "run_on_rank0", "shorten_timeouts", "init_distributed"]
 
 
 @dataclass(frozen=True)
-class World:
+class ProcessInfo:
     rank: int
     size: int
     local_rank: int
@@ -43,7 +43,7 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start(device: str = "auto", backend: str = "auto", timeout: float = 600.0) -> World:
+def init_distributed(device: str = "auto", backend: str = "auto", timeout: float = 600.0) -> ProcessInfo:
     """Join the other ranks that the launcher's environment names; a process without a launcher starts no group.
 
     Args:
@@ -60,10 +60,10 @@ def start(device: str = "auto", backend: str = "auto", timeout: float = 600.0) -
     restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         _join(library, rank, size, restart, timedelta(seconds=timeout))
-    return World(rank, size, local, where, restart, dist.is_initialized())
+    return ProcessInfo(rank, size, local, where, restart, dist.is_initialized())
 
 
-def close() -> None:
+def shutdown() -> None:
     """Leave together: without the barrier a finished rank can be killed by a peer's closed socket and fail the job."""
     if dist.is_initialized():
         dist.barrier()
@@ -75,13 +75,13 @@ def barrier() -> None:
         dist.barrier()
 
 
-def job() -> str | None:
+def elastic_run_id() -> str | None:
     """The name that torch's elastic launcher gives this job, the same after a restart; None without one."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return None if name == "none" else name
 
 
-def on_first(world: World, action: Callable[[], str]) -> str:
+def run_on_rank0(world: ProcessInfo, action: Callable[[], str]) -> str:
     """Run `action` on rank 0 and return its text on every rank. Collective: one broadcast of 4 KiB.
 
     Raises: what rank 0 raised, if that is a DmoeError; on the other ranks one with the same text and exit code.

@@ -21,7 +21,7 @@ from dmoe.models.base import Model
 from dmoe.models.block import BlockOutput, active_hidden_dim, is_sparse
 from dmoe.models.fusion import Concatenation, GatedFusion, blank, drop_streams, present
 from dmoe.models.norm import RMSNorm
-from dmoe.models.output import ModelOutput, judge
+from dmoe.models.output import ModelOutput, token_losses
 from dmoe.moe.experts import FeedForward
 from dmoe.moe.keyed import normal_
 from dmoe.moe.layer import MoE
@@ -29,7 +29,7 @@ from dmoe.moe.routing import TokenContext
 
 __all__ = ["Classifier"]
 
-NOTHING_KNOWN = TokenContext()
+EMPTY_CONTEXT = TokenContext()
 
 
 class Classifier(Model):
@@ -116,7 +116,7 @@ class Classifier(Model):
         `context.valid_T` [B]: False for padding, which no MoE layer routes or counts. In training with `stream_dropout` it must hold a
         `noise_key`. Logits are [B, 1, C].
         """
-        context, out = context or NOTHING_KNOWN, ModelOutput(None, None)
+        context, out = context or EMPTY_CONTEXT, ModelOutput(None, None)
         x_B1D = self._tell(self._join(input.to(next(self.parameters()).dtype), context), out)
         for block in self.blocks:
             x_B1D = self._tell(self.run_block(block, x_B1D, context), out)
@@ -124,7 +124,7 @@ class Classifier(Model):
             x_B1D = self.norm(x_B1D)
         logits = self._tell(_through(self.head, x_B1D, context), out)
         if target is not None:
-            out.loss_sum, out.nats_T, out.hit_T = judge(logits, target, one_by_one=not self.training)
+            out.loss_sum, out.loss_T, out.correct_T = token_losses(logits, target, one_by_one=not self.training)
         if target is None or return_logits:
             out.logits = logits
         return out

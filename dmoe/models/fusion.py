@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dmoe.config.schema import MoEConfig
 from dmoe.models.block import BlockOutput
-from dmoe.moe.gate import fuse
+from dmoe.moe.gate import gated_sum
 from dmoe.moe.keyed import normal_
 from dmoe.moe.layer import MoE
 from dmoe.moe.routers.noise import keyed_noise
@@ -73,7 +73,7 @@ class GatedFusion(nn.Module):
         out = self.encoders(x_BSD, replace(context, label_T=label_T, valid_T=there_BS.flatten()))
         assert out.routing.keep_TK is not None
         kept_BS = out.routing.keep_TK.any(-1).view(there_BS.shape)
-        return BlockOutput(fuse(out.y, kept_BS, self.gate, self.bias).unsqueeze(1), out.aux, out.stats)
+        return BlockOutput(gated_sum(out.y, kept_BS, self.gate, self.bias).unsqueeze(1), out.aux, out.stats)
 
 
 def present(x_BW: Tensor, widths: Sequence[int]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dmoe.models.transformer import Transformer
 from dmoe.moe.keyed import generator
-from dmoe.moe.peers import Alone
+from dmoe.moe.peers import NoComm
 from dmoe.moe.routing import TokenContext
 
 __all__ = ["generate", "pick"]
@@ -89,13 +89,13 @@ def evaluating(model: Transformer) -> Iterator[None]:
     """Evaluation mode, one group of tokens, no peers: a lone sequence need not divide by the virtual ranks, and the copies of it that
     other ranks sample must not take its slots (`capacity.group: global` with an `eval_factor`)."""
     training, layers = model.training, model.moe_layers()
-    before = [(layer.virtual_ranks, layer.peers) for layer in layers]
+    before = [(layer.virtual_ranks, layer.comm) for layer in layers]
     model.eval()
     for layer in layers:
-        layer.virtual_ranks, layer.peers = 1, Alone()
+        layer.virtual_ranks, layer.comm = 1, NoComm()
     try:
         yield
     finally:
         model.train(training)
         for layer, (virtual_ranks, peers) in zip(layers, before, strict=True):
-            layer.virtual_ranks, layer.peers = virtual_ranks, peers
+            layer.virtual_ranks, layer.comm = virtual_ranks, peers

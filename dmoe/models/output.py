@@ -15,7 +15,7 @@ from torch.export import register_dataclass
 
 from dmoe.moe.stats import LayerStats
 
-__all__ = ["IGNORE", "ModelOutput", "Verdict", "judge"]
+__all__ = ["IGNORE", "ModelOutput", "TokenLosses", "token_losses"]
 
 IGNORE = -100
 """A target that is not predicted and counts nowhere in the loss."""
@@ -31,9 +31,9 @@ class ModelOutput:
     """For each MoE layer its auxiliary losses, raw (no coefficient), by name; see `dmoe.moe.balance`."""
     stats: list[LayerStats] = field(default_factory=list)
     """For each MoE layer what it counted."""
-    nats_T: Tensor | None = None
+    loss_T: Tensor | None = None
     """In evaluation, with targets: the cross-entropy of each; 0 where it is ignored."""
-    hit_T: Tensor | None = None
+    correct_T: Tensor | None = None
     """In evaluation, with targets: whether the best guess is right."""
     module_aux: list[dict[str, Tensor]] = field(default_factory=list)
     """In training, for each place with modules: the losses of its router, raw, by name; none where routing is given."""
@@ -46,13 +46,13 @@ register_dataclass(
 )  # FSDP2 before torch 2.13 looks for tensors in pytrees only, and misses a backward without a word
 
 
-class Verdict(NamedTuple):
+class TokenLosses(NamedTuple):
     loss_sum: Tensor
-    nats_T: Tensor | None
-    hit_T: Tensor | None
+    loss_T: Tensor | None
+    correct_T: Tensor | None
 
 
-def judge(logits: Tensor, target: Tensor, one_by_one: bool) -> Verdict:
+def token_losses(logits: Tensor, target: Tensor, one_by_one: bool) -> TokenLosses:
     """The sum of `-log softmax(logits)[target]` over the targets that are not ignored, at least float32; `one_by_one`, also each.
 
     logits [B, S, V]; target int64 [B, S].
@@ -60,6 +60,6 @@ def judge(logits: Tensor, target: Tensor, one_by_one: bool) -> Verdict:
     logits_TV, target_T = logits.flatten(0, 1), target.flatten()
     wide_TV = logits_TV.to(torch.promote_types(logits.dtype, torch.float32))
     if not one_by_one:
-        return Verdict(F.cross_entropy(wide_TV, target_T, ignore_index=IGNORE, reduction="sum"), None, None)
+        return TokenLosses(F.cross_entropy(wide_TV, target_T, ignore_index=IGNORE, reduction="sum"), None, None)
     nats_T = F.cross_entropy(wide_TV, target_T, ignore_index=IGNORE, reduction="none")
-    return Verdict(nats_T.sum(), nats_T, wide_TV.argmax(-1) == target_T)
+    return TokenLosses(nats_T.sum(), nats_T, wide_TV.argmax(-1) == target_T)

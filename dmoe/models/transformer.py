@@ -18,7 +18,7 @@ from dmoe.models.attention import Attention, heads_of
 from dmoe.models.base import Model
 from dmoe.models.block import Block, active_hidden_dim, is_sparse
 from dmoe.models.norm import RMSNorm
-from dmoe.models.output import ModelOutput, judge
+from dmoe.models.output import ModelOutput, token_losses
 from dmoe.models.rotary import rotary_table
 from dmoe.moe.experts import FeedForward
 from dmoe.moe.keyed import normal_
@@ -27,7 +27,7 @@ from dmoe.moe.routing import TokenContext
 
 __all__ = ["Transformer"]
 
-NOTHING_KNOWN = TokenContext()
+EMPTY_CONTEXT = TokenContext()
 
 
 class Transformer(Model):
@@ -91,7 +91,7 @@ class Transformer(Model):
         A position without a target is still an ordinary token, routed and counted; only `context.valid_T` makes it padding.
         Padding is attended to by later positions, so it belongs at the end of a sequence.
         """
-        context = replace(context or NOTHING_KNOWN, token_id_T=input.flatten())
+        context = replace(context or EMPTY_CONTEXT, token_id_T=input.flatten())
         x_BSD = self.embedding(input)
         rotary = rotary_table(input.shape[1], heads_of(self.config)[2], self.config.rope_base, x_BSD.dtype, x_BSD.device)
         out = ModelOutput(None, None)
@@ -102,7 +102,7 @@ class Transformer(Model):
                 out.stats.append(stats)
         logits_BSV = F.linear(self.norm(x_BSD), self.embedding.weight if self.output is None else self.output.weight)
         if target is not None:
-            out.loss_sum, out.nats_T, out.hit_T = judge(logits_BSV, target, one_by_one=not self.training)
+            out.loss_sum, out.loss_T, out.correct_T = token_losses(logits_BSV, target, one_by_one=not self.training)
         if target is None or return_logits:
             out.logits = logits_BSV
         return out

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
 from dmoe.modular.aggregation import Aggregation, WeightedSum
-from dmoe.modular.banks.base import Bank
+from dmoe.modular.banks.base import AdapterBank
 from dmoe.modular.layer import NOTHING_KNOWN, Modular
 from dmoe.modular.routing import RouterMaker
 from dmoe.moe.experts import FeedForward
@@ -31,7 +31,7 @@ __all__ = ["CHILD", "AggregationMaker", "BankMaker", "attach", "detach", "given"
 
 CHILD = "modular"
 """The name under which a place holds its modules; what has it in its path is no part of the core."""
-BankMaker = Callable[[int, int], Bank]
+BankMaker = Callable[[int, int], AdapterBank]
 """(in_dim, out_dim) -> bank, e.g. `partial(LowRank, 4, rank=8)`."""
 AggregationMaker = Callable[[int, int, int], Aggregation]
 """(width, query, top_k) -> aggregation: one of the classes, or a partial of it."""

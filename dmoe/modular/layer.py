@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import BalanceConfig
 from dmoe.modular.aggregation.base import Aggregation
-from dmoe.modular.banks.base import Bank
+from dmoe.modular.banks.base import AdapterBank
 from dmoe.modular.routing.per import by_sequence, sequence_mean
 from dmoe.moe.balance import auxiliary_losses
 from dmoe.moe.dispatch import Dispatcher, PackedLocal
 from dmoe.moe.layer import expert_dtype
-from dmoe.moe.peers import Alone, Peers
+from dmoe.moe.peers import NoComm, DataParallelComm
 from dmoe.moe.routers.base import RouterModule
 from dmoe.moe.routing import Routing, TokenContext
-from dmoe.moe.stage import stage
-from dmoe.moe.stats import LayerStats, measure
+from dmoe.moe.stage import profiled
+from dmoe.moe.stats import LayerStats, layer_stats
 
 __all__ = ["Modular"]
 
@@ -43,12 +43,12 @@ class Modular(nn.Module):
     auxiliary losses and statistics.
     """
 
-    def __init__(self, bank: Bank, router: RouterModule, aggregation: Aggregation, layer: int = 0) -> None:
+    def __init__(self, bank: AdapterBank, router: RouterModule, aggregation: Aggregation, layer: int = 0) -> None:
         super().__init__()
         self.experts, self.router, self.aggregation, self.layer = bank, router, aggregation, layer
         self.packed: Dispatcher = PackedLocal()
         self.padded: Dispatcher | None = None
-        self.peers: Peers = Alone()
+        self.comm: DataParallelComm = NoComm()
         self.virtual_ranks = 1
         """Groups of tokens that losses of level `micro_batch` treat as ranks of their own."""
         self.context = NOTHING_KNOWN
@@ -65,13 +65,13 @@ class Modular(nn.Module):
         self.router.initialize(seed, self.layer, std)
         self.aggregation.initialize(seed, self.layer)
 
-    def keep(self, ranks: int, rank: int) -> None:
+    def shard(self, ep_size: int, ep_rank: int) -> None:
         """Keep only the modules of one of so many ranks. Raises ConfigError where their number does not divide by it."""
-        each, left = divmod(self.experts.num_modules, ranks)
+        each, left = divmod(self.experts.num_modules, ep_size)
         if left:
-            allowed = f"must divide by the {ranks} ranks that share them"
-            raise ConfigError("modules", self.experts.num_modules, allowed, f"use {(each + 1) * ranks}, or parallel.ep=1")
-        self.experts.shard(rank * each, each)
+            allowed = f"must divide by the {ep_size} ranks that share them"
+            raise ConfigError("modules", self.experts.num_modules, allowed, f"use {(each + 1) * ep_size}, or parallel.ep=1")
+        self.experts.shard(ep_rank * each, each)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x, what the frozen module was given, [..., S, D] (any ids for a prompt); y, what it made of it, [..., S, O]."""
@@ -83,7 +83,7 @@ class Modular(nn.Module):
         else:
             rows_TD = (x if self.experts.reads == "input" else y).flatten(0, -2)
             seen_TQ = rows_TD
-        with stage("route"):
+        with profiled("route"):
             routing: Routing = self.router(seen_TQ, context)
         self.chosen, self.asked = routing, context
         rows_TD = rows_TD.to(expert_dtype(rows_TD))
@@ -91,11 +91,11 @@ class Modular(nn.Module):
         return self.experts.join(y, contribution_TW.to(y.dtype))
 
     def mix(self, rows_TD: Tensor, routing: Routing) -> Tensor:
-        with stage("dispatch"):
+        with profiled("dispatch"):
             rows_RD, per_module, ticket = self.packed.dispatch(rows_TD, routing)
-        with stage("experts"):
+        with profiled("experts"):
             rows_RW = self.experts(rows_RD, per_module)
-        with stage("combine"):
+        with profiled("combine"):
             return self.packed.combine(rows_RW, routing.weight_TK, ticket)
 
     def losses(self, balance: BalanceConfig) -> dict[str, Tensor]:
@@ -106,13 +106,13 @@ class Modular(nn.Module):
         if self.chosen is None or not any(True for _ in self.router.parameters()):
             return {}
         return auxiliary_losses(
-            self.chosen, balance, self.asked, self.peers, layer=self.layer, micro_batches=self.virtual_ranks
+            self.chosen, balance, self.asked, self.comm, layer=self.layer, micro_batches=self.virtual_ranks
         )
 
     def stats(self) -> LayerStats:
         """What the latest forward counted. No host sync."""
         assert self.chosen is not None, "nothing was counted: the layer was not called"
-        return measure(self.chosen, self.chosen)
+        return layer_stats(self.chosen, self.chosen)
 
     def slots(self, rows_TD: Tensor, routing: Routing) -> Tensor:
         """Each of the N choices travels as a token with one choice of its own: the same rows on the wire, and nothing is summed."""

@@ -18,7 +18,7 @@ from dmoe.config.errors import ConfigError
 from dmoe.modular.aggregation import WeightedSum
 from dmoe.modular.attach import detach, layers
 from dmoe.modular.banks import Scale, SparseDelta
-from dmoe.modular.banks.base import Bank
+from dmoe.modular.banks.base import AdapterBank
 from dmoe.modular.layer import Modular
 from dmoe.modular.routing import ConstantRouter
 
@@ -93,7 +93,7 @@ def _mean(stack_MX: Tensor, weights: Sequence[float]) -> Tensor:
     return mean_X.unsqueeze(0)
 
 
-def _check(name: str, bank: Bank, weights: Sequence[float]) -> None:
+def _check(name: str, bank: AdapterBank, weights: Sequence[float]) -> None:
     if len(weights) != bank.num_modules:
         allowed = f"must have one weight for each of the {bank.num_modules} modules at {name}"
         raise ConfigError("weights", list(weights), allowed, f"give {bank.num_modules} numbers")

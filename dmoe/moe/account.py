@@ -15,11 +15,11 @@ from torch import Tensor
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.routing import Routing
 
-__all__ = ["Account"]
+__all__ = ["ComputeUsage"]
 
 
 @dataclass(frozen=True)
-class Account:
+class ComputeUsage:
     chosen: Routing
     """The router's decision."""
     limited: Routing

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from dmoe.config.schema import CapacityConfig
 from dmoe.moe.overflow import next_choice
-from dmoe.moe.peers import Peers
-from dmoe.moe.queues import Line, find_places, serving_score
+from dmoe.moe.peers import DataParallelComm
+from dmoe.moe.queues import Assignments, queue_positions, priority_score
 from dmoe.moe.routing import Routing, TokenContext
 
-__all__ = ["limit", "limit_reference", "slots_per_expert"]
+__all__ = ["apply_capacity", "apply_capacity_reference", "expert_capacity"]
 
 
-def slots_per_expert(factor: float, tokens: int, top_k: int, num_experts: int, min_capacity: int) -> int:
+def expert_capacity(factor: float, tokens: int, top_k: int, num_experts: int, min_capacity: int) -> int:
     """`C_g = max(min_capacity, ceil(factor * K * T_g / E))`, at most T_g: a token chooses an expert once at the most.
 
     T_g counts positions, padding included, so that C is known from shapes alone and the padded exchange needs no host read.
@@ -33,7 +33,7 @@ def slots_per_expert(factor: float, tokens: int, top_k: int, num_experts: int, m
     return min(tokens, max(min_capacity, wanted))
 
 
-def limit(routing: Routing, config: CapacityConfig, context: TokenContext, peers: Peers) -> Routing:
+def apply_capacity(routing: Routing, config: CapacityConfig, context: TokenContext, comm: DataParallelComm) -> Routing:
     """`routing` with `keep_TK` and `slot_TK` set: the first C assignments in each (group, expert) queue survive.
 
     Groups `rank` and `sequence` are equal contiguous runs of this rank's tokens: no collective. Group `global` is the tokens of all
@@ -47,21 +47,21 @@ def limit(routing: Routing, config: CapacityConfig, context: TokenContext, peers
     tokens, num_experts = routing.score_TE.shape
     groups = max(1, context.groups)  # a batch of no sequences has none
     shared = config.group == "global"
-    everybody = peers if shared else None
+    everybody = comm if shared else None
     by_score = config.priority == "score"
     made_TK = torch.ones_like(routing.expert_TK, dtype=torch.bool) if routing.keep_TK is None else routing.keep_TK
-    score_TK = serving_score(routing.score_TE.gather(1, routing.expert_TK)) if by_score else None
-    queued_TK = made_TK & ~routing.at_home_TK if routing.free else made_TK
-    places = find_places(Line(routing.expert_TK, queued_TK, score_TK, groups, num_experts), everybody)
-    fits_TK = places.place_TK < context.capacity
-    keep_TK = made_TK & (fits_TK | routing.at_home_TK) if routing.free else made_TK & fits_TK
+    score_TK = priority_score(routing.score_TE.gather(1, routing.expert_TK)) if by_score else None
+    queued_TK = made_TK & ~routing.is_zero_cost_TK if routing.num_zero_cost else made_TK
+    places = queue_positions(Assignments(routing.expert_TK, queued_TK, score_TK, groups, num_experts), everybody)
+    fits_TK = places.global_position_TK < context.capacity
+    keep_TK = made_TK & (fits_TK | routing.is_zero_cost_TK) if routing.num_zero_cost else made_TK & fits_TK
     limited = replace(
         routing,
         keep_TK=keep_TK,
-        slot_TK=places.slot_TK,
+        slot_TK=places.local_position_TK,
         capacity=min(context.capacity, tokens) if shared else context.capacity,
         groups=groups,
-        slots=context.capacity * groups * (num_experts - routing.free) / (peers.size if shared else 1),
+        slots=context.capacity * groups * (num_experts - routing.num_zero_cost) / (comm.size if shared else 1),
     )
     if config.overflow == "next_choice":
         limited = next_choice(limited, made_TK & ~keep_TK, places, context.capacity, by_score, everybody)
@@ -77,7 +77,7 @@ def surviving_weight(limited: Routing, renormalize: bool) -> Tensor:
     return kept_TK / (kept_TK.sum(-1, keepdim=True) + 1e-20) * limited.scale
 
 
-def limit_reference(routing: Routing, config: CapacityConfig, groups: int, capacity: int) -> tuple[Tensor, Tensor]:
+def apply_capacity_reference(routing: Routing, config: CapacityConfig, groups: int, capacity: int) -> tuple[Tensor, Tensor]:
     """`keep_TK` and `expert_TK` of `limit`, by walking each group's line in order, obviously right. For tests.
 
     For group `global` give it the tokens of all ranks, in rank order, as one group.
@@ -89,23 +89,23 @@ def limit_reference(routing: Routing, config: CapacityConfig, groups: int, capac
         members = range(group * (tokens // groups), (group + 1) * (tokens // groups))
         taken = [0] * routing.score_TE.shape[1]
         line = [(k, t, int(expert_TK[t, k])) for k in range(top_k) for t in members if made[t, k]]
-        queued = len(taken) - routing.free
+        queued = len(taken) - routing.num_zero_cost
         for k, t, expert in line:
             keep_TK[t, k] = expert >= queued
         line = [(k, t, expert) for k, t, expert in line if expert < queued]
-        late = _serve(line, routing, config, capacity, taken, keep_TK, expert_TK)
+        late = _fill_slots(line, routing, config, capacity, taken, keep_TK, expert_TK)
         if config.overflow == "next_choice":
-            assert routing.spare_TK is not None
+            assert routing.next_expert_TS is not None
             offers = []
             for t in members:
-                spares = routing.spare_TK[t].tolist()
+                spares = routing.next_expert_TS[t].tolist()
                 offers += [(k, t, e) for k, e in zip(sorted(k for k, u, _ in late if u == t), spares, strict=False) if e >= 0]
-            _serve(sorted(offers), routing, config, capacity, taken, keep_TK, expert_TK)
+            _fill_slots(sorted(offers), routing, config, capacity, taken, keep_TK, expert_TK)
     return keep_TK, expert_TK
 
 
-def _serve(
-    line: list[tuple[int, int, int]],
+def _fill_slots(
+    assignments: list[tuple[int, int, int]],
     routing: Routing,
     config: CapacityConfig,
     capacity: int,
@@ -115,9 +115,9 @@ def _serve(
 ) -> list[tuple[int, int, int]]:
     """Serve a line of (choice, token, expert) in order; fills the last three; returns who went away with nothing."""
     if config.priority == "score":
-        line = sorted(line, key=lambda kte: -float(serving_score(routing.score_TE[kte[1], kte[2]])))
+        assignments = sorted(assignments, key=lambda kte: -float(priority_score(routing.score_TE[kte[1], kte[2]])))
     late = []
-    for k, t, expert in line:
+    for k, t, expert in assignments:
         if taken[expert] < capacity:
             taken[expert] += 1
             keep_TK[t, k], expert_TK[t, k] = True, expert

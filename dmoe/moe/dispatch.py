@@ -12,21 +12,21 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from dmoe.moe.permute import combine, gather, place_packed, place_padded
+from dmoe.moe.permute import unpermute, permute, packed_permutation, padded_permutation
 from dmoe.moe.routing import Routing
 
-__all__ = ["Dispatcher", "PackedLocal", "PaddedLocal", "PerExpert"]
+__all__ = ["Dispatcher", "PackedLocal", "PaddedLocal", "TokensPerExpert"]
 
-PerExpert = Tensor | int
+TokensPerExpert = Tensor | int
 """Rows of each local expert: an int64 tensor [e], or one number where all have equally many (padded slots: no host read)."""
 
 
 class Dispatcher(Protocol):
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, PerExpert, Any]:
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, TokensPerExpert, Any]:
         """rows_RD grouped by local expert, how many each has, and a ticket that `combine` takes back."""
         ...
 
-    def combine(self, rows_RD: Tensor, weight_TK: Tensor, ticket: Any) -> Tensor:
+    def combine(self, rows_RD: Tensor, weight_TK: Tensor, metadata: Any) -> Tensor:
         """y_TD, the weighted sum over each token's kept choices, at the rank the tokens came from."""
         ...
 
@@ -34,23 +34,23 @@ class Dispatcher(Protocol):
 class PackedLocal:
     """Exactly the rows there are. Dropless costs no host sync; with drops or padding, one (the number of rows)."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, PerExpert, Any]:
-        placement, count_E = place_packed(routing)
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, TokensPerExpert, Any]:
+        placement, count_E = packed_permutation(routing)
         if routing.keep_TK is not None:
             placement = placement.first_rows(int(count_E.sum()))
-        return gather(x_TD, placement), count_E, placement
+        return permute(x_TD, placement), count_E, placement
 
-    def combine(self, rows_RD: Tensor, weight_TK: Tensor, ticket: Any) -> Tensor:
-        return combine(rows_RD, weight_TK, ticket)
+    def combine(self, rows_RD: Tensor, weight_TK: Tensor, metadata: Any) -> Tensor:
+        return unpermute(rows_RD, weight_TK, metadata)
 
 
 class PaddedLocal:
     """Exactly G*C rows an expert, empty slots zero: every shape is known from the config. No host sync."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, PerExpert, Any]:
-        placement = place_padded(routing)
+    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, TokensPerExpert, Any]:
+        placement = padded_permutation(routing)
         assert routing.capacity is not None
-        return gather(x_TD, placement), routing.groups * routing.capacity, placement
+        return permute(x_TD, placement), routing.groups * routing.capacity, placement
 
-    def combine(self, rows_RD: Tensor, weight_TK: Tensor, ticket: Any) -> Tensor:
-        return combine(rows_RD, weight_TK, ticket)
+    def combine(self, rows_RD: Tensor, weight_TK: Tensor, metadata: Any) -> Tensor:
+        return unpermute(rows_RD, weight_TK, metadata)

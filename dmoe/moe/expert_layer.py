@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 from torch import nn
 
 from dmoe.moe.dispatch import Dispatcher
-from dmoe.moe.peers import Peers
+from dmoe.moe.peers import DataParallelComm
 from dmoe.moe.routers.base import RouterModule
 
 __all__ = ["ExpertLayer"]
@@ -23,8 +23,8 @@ class ExpertLayer(Protocol):
     """Names the layer where its exchanges are watched."""
     packed: Dispatcher
     padded: Dispatcher | None
-    peers: Peers
+    comm: DataParallelComm
 
-    def keep(self, ranks: int, rank: int) -> None:
+    def shard(self, ep_size: int, ep_rank: int) -> None:
         """Keep only the experts of one of so many ranks."""
         ...

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["fuse", "fuse_reference"]
+__all__ = ["gated_sum", "gated_sum_reference"]
 
 
-def fuse(stream_TSW: Tensor, there_TS: Tensor | None, gate_AX: Tensor, bias_X: Tensor) -> Tensor:
+def gated_sum(stream_TSW: Tensor, there_TS: Tensor | None, gate_AX: Tensor, bias_X: Tensor) -> Tensor:
     """[T, W], in the streams' dtype. `gate_AX` is G, [S*W, (S-1)*W]; `bias_X` is c.
 
     `there_TS`: bool, False for a stream that is missing, whose numbers must be zero; None where all are there. Without any, y is zero.
@@ -35,7 +35,7 @@ def fuse(stream_TSW: Tensor, there_TS: Tensor | None, gate_AX: Tensor, bias_X: T
     return (logit_TSW.softmax(1) * stream_TSW).sum(1)
 
 
-def fuse_reference(streams: Sequence[Tensor | None], gate_AX: Tensor, bias_X: Tensor) -> Tensor:
+def gated_sum_reference(streams: Sequence[Tensor | None], gate_AX: Tensor, bias_X: Tensor) -> Tensor:
     """One token's y [W], from the formula; None is a stream that is missing. For tests."""
     width = bias_X.shape[0] // (len(streams) - 1)
     seen_A = torch.cat([bias_X.new_zeros(width) if one is None else one for one in streams])

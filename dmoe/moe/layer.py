@@ -19,18 +19,18 @@ from dmoe.config.schema import BalanceConfig, CapacityConfig, ExpertsConfig, MoE
 from dmoe.config.shapes import zero_cost
 from dmoe.moe import capacity, routers, stats
 from dmoe.moe import experts as kinds_of_experts
-from dmoe.moe.account import Account
+from dmoe.moe.account import ComputeUsage
 from dmoe.moe.balance import auxiliary_losses
 from dmoe.moe.dispatch import Dispatcher, PackedLocal, PaddedLocal
 from dmoe.moe.experts import FeedForward, ZeroCost
-from dmoe.moe.ownership import travelling
-from dmoe.moe.peers import Alone, Peers
+from dmoe.moe.ownership import to_physical_experts
+from dmoe.moe.peers import NoComm, DataParallelComm
 from dmoe.moe.routing import Routing, TokenContext
-from dmoe.moe.stage import stage
+from dmoe.moe.stage import profiled
 
 __all__ = ["MoE", "MoEOutput"]
 
-NOTHING_KNOWN = TokenContext()
+EMPTY_CONTEXT = TokenContext()
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class MoEOutput:
     """Counts of what was chosen, kept and dropped."""
     routing: Routing
     """The decision, after the capacity."""
-    account: Account | None = None
+    account: ComputeUsage | None = None
     """Who was used, what was spent and why, in numbers and in words."""
 
 
@@ -102,16 +102,16 @@ class MoE(nn.Module):
         self.router = routers.build(router, dim, self.num_experts, top_k, layer)
         self.experts = kinds_of_experts.build(kinds, dim, expert_dim, num_experts, out_dim)
         self.zero_cost = ZeroCost(kinds, dim, out_dim) if zero_cost(kinds) else None
-        self.free = zero_cost(kinds)
-        self.router.price((*self.experts.multiply_adds, *[0] * self.free))
-        self.ownership = self.experts.ownership(1)
-        self.cost_E = (*self.experts.cost, *[0.0] * self.free)
+        self.num_zero_cost = zero_cost(kinds)
+        self.router.set_expert_costs((*self.experts.multiply_adds, *[0] * self.num_zero_cost))
+        self.placement = self.experts.placement(1)
+        self.cost_E = (*self.experts.cost, *[0.0] * self.num_zero_cost)
         self.names_E = (*(f"expert {e}" for e in range(num_experts)), *(self.zero_cost.names if self.zero_cost else ()))
         shared_dim = kinds.shared * (kinds.shared_dim or expert_dim)
         self.shared = FeedForward(kinds.kind, dim, shared_dim, out_dim) if kinds.shared else None
         self.packed: Dispatcher = PackedLocal()
         self.padded: Dispatcher | None = PaddedLocal() if exchange == "padded" else None
-        self.peers: Peers = Alone()
+        self.comm: DataParallelComm = NoComm()
         self.initialize(seed)
 
     @classmethod
@@ -143,43 +143,43 @@ class MoE(nn.Module):
         if self.shared is not None:
             self.shared.initialize(seed, f"shared.{self.layer}", std, out_std)
 
-    def keep(self, ranks: int, rank: int) -> None:
+    def shard(self, ep_size: int, ep_rank: int) -> None:
         """Keep only the experts of one of so many ranks, and send choices to the places where the others are."""
-        self.ownership = self.experts.ownership(ranks)
-        self.experts.keep(self.ownership, rank)
+        self.placement = self.experts.placement(ep_size)
+        self.experts.shard(self.placement, ep_rank)
 
-    def forward(self, x: Tensor, context: TokenContext = NOTHING_KNOWN, *, compute_budget: float | None = None) -> MoEOutput:
+    def forward(self, x: Tensor, context: TokenContext = EMPTY_CONTEXT, *, compute_budget: float | None = None) -> MoEOutput:
         """x: [..., S, D]: sequences of S tokens, or [T, D] for one. Floating point of any width.
 
         compute_budget: share of the multiply-adds of all experts that a token may spend in this call (`router.kind=budget`).
         """
         x_TD = x.flatten(0, -2)
-        context = self.complete(self.within(context, compute_budget), math.prod(x.shape[:-2]), x_TD.shape[0])
+        context = self.with_shapes(self.with_budget(context, compute_budget), math.prod(x.shape[:-2]), x_TD.shape[0])
 
-        with stage("route"):
+        with profiled("route"):
             chosen = self.router(x_TD, context)
-            chosen = replace(chosen, free=self.free) if self.free else chosen
-            routing = capacity.limit(chosen, self.capacity, context, self.peers)
+            chosen = replace(chosen, num_zero_cost=self.num_zero_cost) if self.num_zero_cost else chosen
+            routing = capacity.apply_capacity(chosen, self.capacity, context, self.comm)
         dispatcher = self.packed if self.padded is None or routing.capacity is None else self.padded
-        with stage("dispatch"):
-            journey = travelling(routing, self.ownership)
-            rows_RD, per_expert, ticket = dispatcher.dispatch(x_TD.to(expert_dtype(x_TD)), journey)
-        with stage("experts"):
-            rows_RM = self.experts(rows_RD, per_expert)
-        with stage("combine"):
-            y_TM = dispatcher.combine(rows_RM, routing.weight_TK, ticket)
+        with profiled("dispatch"):
+            plan = to_physical_experts(routing, self.placement)
+            rows_RD, tokens_per_expert, metadata = dispatcher.dispatch(x_TD.to(expert_dtype(x_TD)), plan)
+        with profiled("experts"):
+            rows_RM = self.experts(rows_RD, tokens_per_expert)
+        with profiled("combine"):
+            y_TM = dispatcher.combine(rows_RM, routing.weight_TK, metadata)
         if self.zero_cost is not None:
             y_TM = self.zero_cost(y_TM, x_TD, routing)
         if self.shared is not None:
             y_TM = y_TM + self.shared(x_TD)
 
-        aux = auxiliary_losses(chosen, self.balance, context, self.peers, layer=self.layer, micro_batches=self.virtual_ranks)
-        seen = stats.observed(stats.measure(chosen, routing), chosen, routing, context)
+        aux = auxiliary_losses(chosen, self.balance, context, self.comm, layer=self.layer, micro_batches=self.virtual_ranks)
+        seen = stats.observed(stats.layer_stats(chosen, routing), chosen, routing, context)
         bias_E = getattr(self.router, "bias_E", None)
-        account = Account(chosen, routing, self.cost_E, self.names_E, self.router.config, context.budget, bias_E)
+        account = ComputeUsage(chosen, routing, self.cost_E, self.names_E, self.router.config, context.budget, bias_E)
         return MoEOutput(y_TM.view(*x.shape[:-1], y_TM.shape[1]), aux, seen, routing, account)
 
-    def within(self, context: TokenContext, compute_budget: float | None) -> TokenContext:
+    def with_budget(self, context: TokenContext, compute_budget: float | None) -> TokenContext:
         """`context` with the budget of this call: the one given, else the config's."""
         config = self.router.config
         if compute_budget is None:
@@ -192,7 +192,7 @@ class MoE(nn.Module):
             raise ValueError(f"compute_budget={compute_budget}: must be from 0 to 1, the share of all experts' cost")
         return replace(context, budget=compute_budget)
 
-    def complete(self, context: TokenContext, sequences: int, tokens: int) -> TokenContext:
+    def with_shapes(self, context: TokenContext, sequences: int, tokens: int) -> TokenContext:
         """`context` with what follows from the shapes: sequences, groups, slots."""
         if tokens % self.virtual_ranks:
             raise ValueError(
@@ -202,8 +202,8 @@ class MoE(nn.Module):
         factor = self.capacity.factor if self.training else self.capacity.eval_factor
         if factor is None:
             return replace(context, sequences=sequences, groups=groups, capacity=None)
-        sharing = tokens * self.peers.size if self.capacity.group == "global" else tokens // max(1, groups)
-        slots = capacity.slots_per_expert(factor, sharing, self.top_k, self.num_experts, self.capacity.min_capacity)
+        sharing = tokens * self.comm.size if self.capacity.group == "global" else tokens // max(1, groups)
+        slots = capacity.expert_capacity(factor, sharing, self.top_k, self.num_experts, self.capacity.min_capacity)
         return replace(context, sequences=sequences, groups=groups, capacity=slots)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from dmoe.moe.balance.units import masked, normalized, real_tokens
 from dmoe.moe.routing import Routing, TokenContext
 
-__all__ = ["MAXIMA", "SUMS", "decisions", "router_state"]
+__all__ = ["MAXIMA", "SUMS", "decisions", "router_metrics"]
 
 SUMS = ("made_K", "kept_K", "weight_K", "dropped_K", "entropy", "top1", "tokens")
 """What `router_state` returns that adds up over micro-batches and ranks."""
@@ -22,7 +22,7 @@ MAXIMA = ("logit_max",)
 """What it returns of which the largest counts."""
 
 
-def router_state(chosen: Routing, limited: Routing, context: TokenContext) -> dict[str, Tensor]:
+def router_metrics(chosen: Routing, limited: Routing, context: TokenContext) -> dict[str, Tensor]:
     """float64 vectors by name (a scalar has one element): how sure the router was, and what became of each choice.
 
     With p_t = the token's scores, normalised to sum 1, over real tokens:

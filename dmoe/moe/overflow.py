@@ -19,29 +19,29 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dmoe.moe.peers import Peers
-from dmoe.moe.queues import Line, Places, count, find_places, group_of_token, serving_score
+from dmoe.moe.peers import DataParallelComm
+from dmoe.moe.queues import Assignments, QueuePositions, count_per_expert, queue_positions, group_of_token, priority_score
 from dmoe.moe.routing import Routing
 
 __all__ = ["next_choice"]
 
 
 def next_choice(
-    limited: Routing, overflow_TK: Tensor, first: Places, capacity: int, by_score: bool, peers: Peers | None
+    limited: Routing, overflow_TK: Tensor, first: QueuePositions, capacity: int, by_score: bool, comm: DataParallelComm | None
 ) -> Routing:
     """`limited` (whose `keep_TK` and `slot_TK` are the first round's) after `overflow_TK` had their second chance."""
-    offered_TK, spare_TK, weight_TK = offers(limited, overflow_TK)
-    score_TK = serving_score(limited.score_TE.gather(1, spare_TK)) if by_score else None
+    offered_TK, spare_TK, weight_TK = next_choices(limited, overflow_TK)
+    score_TK = priority_score(limited.score_TE.gather(1, spare_TK)) if by_score else None
     num_experts = limited.score_TE.shape[1]
-    second = find_places(Line(spare_TK, offered_TK, score_TK, limited.groups, num_experts), peers)
+    second = queue_positions(Assignments(spare_TK, offered_TK, score_TK, limited.groups, num_experts), comm)
 
     assert limited.keep_TK is not None
     assert limited.slot_TK is not None
-    own_GE = count(limited.expert_TK, limited.keep_TK, limited.groups, num_experts)
+    own_GE = count_per_expert(limited.expert_TK, limited.keep_TK, limited.groups, num_experts)
     # everybody of the first round stands ahead; where they were more than C, nobody behind them fits anyway
-    taken_TK = offered_TK & (at(first.length_GE, spare_TK) + second.place_TK < capacity)
+    taken_TK = offered_TK & (per_token(first.length_GE, spare_TK) + second.global_position_TK < capacity)
     # behind this rank's own first round, again without a gap: the slots stay a prefix
-    slot_TK = at(own_GE, spare_TK) + second.slot_TK
+    slot_TK = per_token(own_GE, spare_TK) + second.local_position_TK
     return replace(
         limited,
         expert_TK=torch.where(taken_TK, spare_TK, limited.expert_TK),
@@ -51,23 +51,23 @@ def next_choice(
     )
 
 
-def offers(routing: Routing, overflow_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def next_choices(routing: Routing, overflow_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Who is offered an expert (bool), which one, and the weight it would have: all [T, K]."""
-    if routing.spare_TK is None or routing.spare_weight_TK is None:
+    if routing.next_expert_TS is None or routing.next_weight_TS is None:
         raise ValueError(
             "capacity.overflow='next_choice' needs a router that ranks the experts it did not choose; this one does not"
         )
-    spares = routing.spare_TK.shape[1]
+    spares = routing.next_expert_TS.shape[1]
     if spares == 0:  # every expert was chosen: there is none left to offer
         return torch.zeros_like(overflow_TK), torch.zeros_like(routing.expert_TK), torch.zeros_like(routing.weight_TK)
     nth_TK = overflow_TK.to(torch.int64).cumsum(1) - 1
     index_TK = nth_TK.clamp(0, spares - 1)
-    spare_TK = routing.spare_TK.gather(1, index_TK)
+    spare_TK = routing.next_expert_TS.gather(1, index_TK)
     offered_TK = overflow_TK & (nth_TK < spares) & (spare_TK >= 0)
-    return offered_TK, spare_TK.clamp(min=0), routing.spare_weight_TK.gather(1, index_TK)
+    return offered_TK, spare_TK.clamp(min=0), routing.next_weight_TS.gather(1, index_TK)
 
 
-def at(value_GE: Tensor, expert_TK: Tensor) -> Tensor:
+def per_token(value_GE: Tensor, expert_TK: Tensor) -> Tensor:
     """[T, K]: each token's group's value of the expert."""
     groups, num_experts = value_GE.shape
     group_T1 = group_of_token(len(expert_TK), groups, expert_TK.device).unsqueeze(1)

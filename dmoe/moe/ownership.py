@@ -28,18 +28,18 @@ from functools import cached_property
 from torch import Tensor
 
 from dmoe.moe.routing import Routing
-from dmoe.moe.table import Table
+from dmoe.moe.table import HostConstant
 
-__all__ = ["Ownership", "equal_runs", "longest_first", "travelling"]
+__all__ = ["ExpertPlacement", "contiguous_placement", "balanced_placement", "to_physical_experts"]
 
 
 @dataclass(frozen=True)
-class Ownership:
+class ExpertPlacement:
     experts: tuple[tuple[int, ...], ...]
     """Of each EP rank the global ids of its experts, in the order of their places."""
 
     @property
-    def slots(self) -> int:
+    def experts_per_rank(self) -> int:
         """S."""
         return max(len(owned) for owned in self.experts)
 
@@ -49,51 +49,51 @@ class Ownership:
         return {expert: rank for rank, owned in enumerate(self.experts) for expert in owned}
 
     @cached_property
-    def places(self) -> Table:
+    def physical_ids(self) -> HostConstant:
         """[E]: `rank * S + slot` of each global expert id."""
-        place = {e: rank * self.slots + slot for rank, owned in enumerate(self.experts) for slot, e in enumerate(owned)}
-        return Table([place[expert] for expert in sorted(place)])
+        place = {e: rank * self.experts_per_rank + slot for rank, owned in enumerate(self.experts) for slot, e in enumerate(owned)}
+        return HostConstant([place[expert] for expert in sorted(place)])
 
-    def of_each_rank(self, count_E: Tensor) -> Tensor:
+    def sum_per_rank(self, count_E: Tensor) -> Tensor:
         """[EP]: a number of each expert, summed over the experts of each rank; those of zero cost, at the end, are nobody's."""
-        places_E = self.places.on(count_E.device)
-        by_place = count_E.new_zeros(self.slots * len(self.experts)).scatter(0, places_E, count_E[: len(places_E)])
-        return by_place.view(len(self.experts), self.slots).sum(1)
+        places_E = self.physical_ids.on(count_E.device)
+        by_place = count_E.new_zeros(self.experts_per_rank * len(self.experts)).scatter(0, places_E, count_E[: len(places_E)])
+        return by_place.view(len(self.experts), self.experts_per_rank).sum(1)
 
     @cached_property
-    def in_order(self) -> bool:
+    def is_identity(self) -> bool:
         """Whether every expert's place is its id, and no place is empty."""
-        return self.places.numbers == tuple(range(self.slots * len(self.experts)))
+        return self.physical_ids.values == tuple(range(self.experts_per_rank * len(self.experts)))
 
 
-def equal_runs(num_experts: int, ranks: int) -> Ownership:
+def contiguous_placement(num_experts: int, ranks: int) -> ExpertPlacement:
     """Rank r has the r-th of equal runs."""
     share = num_experts // ranks
     assert share * ranks == num_experts, f"{num_experts} experts cannot be shared by {ranks} ranks in equal runs"
-    return Ownership(tuple(tuple(range(rank * share, (rank + 1) * share)) for rank in range(ranks)))
+    return ExpertPlacement(tuple(tuple(range(rank * share, (rank + 1) * share)) for rank in range(ranks)))
 
 
-def longest_first(costs: Sequence[int], shapes: Sequence[object], ranks: int) -> Ownership:
+def balanced_placement(costs: Sequence[int], shapes: Sequence[object], ranks: int) -> ExpertPlacement:
     """The rule above; `shapes` are equal where experts can share a grouped GEMM. Every rank has an expert if there are enough."""
     assert len(costs) >= ranks, f"{len(costs)} experts for {ranks} ranks"
     owned: list[list[int]] = [[] for _ in range(ranks)]
     for expert in sorted(range(len(costs)), key=lambda e: (-costs[e], e)):
         min(owned, key=lambda mine: (sum(costs[e] for e in mine), len(mine))).append(expert)
     first = {shape: expert for expert, shape in reversed(list(enumerate(shapes)))}
-    return Ownership(tuple(tuple(sorted(mine, key=lambda e: (first[shapes[e]], e))) for mine in owned))
+    return ExpertPlacement(tuple(tuple(sorted(mine, key=lambda e: (first[shapes[e]], e))) for mine in owned))
 
 
-def travelling(routing: Routing, ownership: Ownership) -> Routing:
+def to_physical_experts(routing: Routing, placement: ExpertPlacement) -> Routing:
     """`routing` as a dispatcher wants it: places for ids, and nothing of what stays at home.
 
     `routing` itself where neither is asked for; else a few operations on [T, K]. No host sync.
     """
-    if routing.free:
-        at_home_TK = routing.at_home_TK
+    if routing.num_zero_cost:
+        at_home_TK = routing.is_zero_cost_TK
         made_TK = ~at_home_TK if routing.keep_TK is None else routing.keep_TK & ~at_home_TK
-        routed = routing.score_TE.shape[1] - routing.free
-        routing = replace(routing, expert_TK=routing.expert_TK.clamp(max=routed - 1), keep_TK=made_TK, places=routed)
-    if ownership.in_order:
+        routed = routing.score_TE.shape[1] - routing.num_zero_cost
+        routing = replace(routing, expert_TK=routing.expert_TK.clamp(max=routed - 1), keep_TK=made_TK, physical_experts=routed)
+    if placement.is_identity:
         return routing
-    places_E = ownership.places.on(routing.expert_TK.device)
-    return replace(routing, expert_TK=places_E[routing.expert_TK], places=ownership.slots * len(ownership.experts))
+    places_E = placement.physical_ids.on(routing.expert_TK.device)
+    return replace(routing, expert_TK=places_E[routing.expert_TK], physical_experts=placement.experts_per_rank * len(placement.experts))

@@ -6,10 +6,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Alone", "Peers"]
+__all__ = ["NoComm", "DataParallelComm"]
 
 
-class Peers(Protocol):
+class DataParallelComm(Protocol):
     """Sums over all data ranks. `distributed/peers.py` implements it with collectives; `Alone` without any."""
 
     size: int
@@ -24,7 +24,7 @@ class Peers(Protocol):
         ...
 
 
-class Alone:
+class NoComm:
     """One data rank: every sum is the value itself."""
 
     size = 1

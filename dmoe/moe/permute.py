@@ -19,11 +19,11 @@ from torch.nn.functional import embedding_bag
 
 from dmoe.moe.routing import Routing
 
-__all__ = ["Placement", "combine", "combine_reference", "gather", "gather_reference", "place_packed", "place_padded"]
+__all__ = ["Permutation", "unpermute", "unpermute_reference", "permute", "permute_reference", "packed_permutation", "padded_permutation"]
 
 
 @dataclass(frozen=True)
-class Placement:
+class Permutation:
     """Where every assignment's row stands. All tensors are int64 or bool, on the tokens' device."""
 
     assignment_R: Tensor
@@ -39,16 +39,16 @@ class Placement:
     def token_R(self) -> Tensor:
         return self.assignment_R // self.row_TK.shape[1]
 
-    def first_rows(self, count: int) -> Placement:
+    def first_rows(self, count: int) -> Permutation:
         return replace(self, assignment_R=self.assignment_R[:count])
 
 
-def place_packed(routing: Routing) -> tuple[Placement, Tensor]:
+def packed_permutation(routing: Routing) -> tuple[Permutation, Tensor]:
     """Rows sorted by expert, in token order within an expert, dropped assignments last; and `count_E` (int64), rows of each expert.
 
     The placement has N rows: cut it with `first_rows(sum of count_E)` where something was dropped. O(N log N), no host sync.
     """
-    num_experts = routing.num_places
+    num_experts = routing.num_physical_experts
     expert_N = routing.expert_TK.flatten()
     if routing.keep_TK is not None:
         expert_N = expert_N.masked_fill(~routing.keep_TK.flatten(), num_experts)
@@ -57,16 +57,16 @@ def place_packed(routing: Routing) -> tuple[Placement, Tensor]:
     row_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
     if routing.keep_TK is not None:
         row_N = row_N.masked_fill(~routing.keep_TK.flatten(), 0)
-    return Placement(order_N, row_N.view_as(routing.expert_TK), routing.keep_TK, None), edge_E.diff()
+    return Permutation(order_N, row_N.view_as(routing.expert_TK), routing.keep_TK, None), edge_E.diff()
 
 
-def place_padded(routing: Routing) -> Placement:
+def padded_permutation(routing: Routing) -> Permutation:
     """Fixed slots: row `(e*G + g)*C + s` is slot s of expert e for group g, so R = E*G*C is known from shapes alone. No host sync."""
     assert routing.slot_TK is not None, "padded placement needs a capacity"
     assert routing.keep_TK is not None
     assert routing.capacity is not None
     tokens, top_k = routing.expert_TK.shape
-    capacity, groups, num_experts = routing.capacity, routing.groups, routing.num_places
+    capacity, groups, num_experts = routing.capacity, routing.groups, routing.num_physical_experts
     rows = num_experts * groups * capacity
     group_T1 = torch.arange(tokens, device=routing.expert_TK.device).unsqueeze(1) // (tokens // groups)
     row_TK = (routing.expert_TK * groups + group_T1) * capacity + routing.slot_TK
@@ -75,93 +75,93 @@ def place_padded(routing: Routing) -> Placement:
     assignment_R = torch.full((rows + 1,), empty, dtype=torch.int64, device=row_TK.device)
     assignment_R = assignment_R.scatter_(0, target_N, torch.arange(empty, device=row_TK.device))[:rows]
     filled_R = assignment_R < empty
-    return Placement(assignment_R.masked_fill(~filled_R, 0), row_TK.masked_fill(~routing.keep_TK, 0), routing.keep_TK, filled_R)
+    return Permutation(assignment_R.masked_fill(~filled_R, 0), row_TK.masked_fill(~routing.keep_TK, 0), routing.keep_TK, filled_R)
 
 
-def gather(x_TD: Tensor, placement: Placement) -> Tensor:
+def permute(x_TD: Tensor, permutation: Permutation) -> Tensor:
     """rows_RD: each row a copy of its token's vector, empty slots zero. Backward sums each token's K row gradients."""
-    out: Tensor = _Gather.apply(x_TD, placement)
+    out: Tensor = _Permute.apply(x_TD, permutation)
     return out
 
 
-def combine(rows_RD: Tensor, weight_TK: Tensor, placement: Placement) -> Tensor:
+def unpermute(rows_RD: Tensor, weight_TK: Tensor, permutation: Permutation) -> Tensor:
     """y_TD = sum over a token's kept choices of `weight * row`; in the rows' dtype, added in float32 (float64 for float64)."""
-    out: Tensor = _Combine.apply(rows_RD, weight_TK, placement)
+    out: Tensor = _Unpermute.apply(rows_RD, weight_TK, permutation)
     return out
 
 
-class _Gather(Function):
+class _Permute(Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, placement: Placement) -> Tensor:
-        ctx.placement = placement
-        return _rows_of_tokens(x_TD, placement)
+    def forward(ctx: Any, x_TD: Tensor, permutation: Permutation) -> Tensor:
+        ctx.placement = permutation
+        return _rows_of_tokens(x_TD, permutation)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        placement: Placement = ctx.placement
+        placement: Permutation = ctx.placement
         weight_TK = None if placement.keep_TK is None else placement.keep_TK.to(grads[0].dtype)
         return _sum_over_choices(grads[0], weight_TK, placement), None
 
 
-class _Combine(Function):
+class _Unpermute(Function):
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, weight_TK: Tensor, placement: Placement) -> Tensor:
-        ctx.placement = placement
+    def forward(ctx: Any, rows_RD: Tensor, weight_TK: Tensor, permutation: Permutation) -> Tensor:
+        ctx.placement = permutation
         ctx.save_for_backward(rows_RD, weight_TK)
-        weight_TK = weight_TK if placement.keep_TK is None else weight_TK.masked_fill(~placement.keep_TK, 0.0)
-        return _sum_over_choices(rows_RD, weight_TK.to(rows_RD.dtype), placement)
+        weight_TK = weight_TK if permutation.keep_TK is None else weight_TK.masked_fill(~permutation.keep_TK, 0.0)
+        return _sum_over_choices(rows_RD, weight_TK.to(rows_RD.dtype), permutation)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         rows_RD, weight_TK = ctx.saved_tensors
-        placement: Placement = ctx.placement
+        placement: Permutation = ctx.placement
         grad_RD = _rows_of_tokens(grads[0], placement)
         weight_R = weight_TK.flatten()[placement.assignment_R].to(grad_RD.dtype)
-        return grad_RD.mul_(weight_R.unsqueeze(1)), _dots(grads[0], rows_RD, placement).to(weight_TK.dtype), None
+        return grad_RD.mul_(weight_R.unsqueeze(1)), _weight_grads(grads[0], rows_RD, placement).to(weight_TK.dtype), None
 
 
-def _rows_of_tokens(x_TD: Tensor, placement: Placement) -> Tensor:
-    rows_RD = x_TD.index_select(0, placement.token_R)
-    return rows_RD if placement.filled_R is None else rows_RD.masked_fill_(~placement.filled_R.unsqueeze(1), 0.0)
+def _rows_of_tokens(x_TD: Tensor, permutation: Permutation) -> Tensor:
+    rows_RD = x_TD.index_select(0, permutation.token_R)
+    return rows_RD if permutation.filled_R is None else rows_RD.masked_fill_(~permutation.filled_R.unsqueeze(1), 0.0)
 
 
-def _sum_over_choices(rows_RD: Tensor, weight_TK: Tensor | None, placement: Placement) -> Tensor:
+def _sum_over_choices(rows_RD: Tensor, weight_TK: Tensor | None, permutation: Permutation) -> Tensor:
     if len(rows_RD) == 0:  # nothing survived on this rank: the tokens still get their zeros, and the graph stays whole
-        return rows_RD.new_zeros(len(placement.row_TK), rows_RD.shape[1])
-    return embedding_bag(placement.row_TK, rows_RD, per_sample_weights=weight_TK, mode="sum")
+        return rows_RD.new_zeros(len(permutation.row_TK), rows_RD.shape[1])
+    return embedding_bag(permutation.row_TK, rows_RD, per_sample_weights=weight_TK, mode="sum")
 
 
-def _dots(grad_TD: Tensor, rows_RD: Tensor, placement: Placement) -> Tensor:
+def _weight_grads(grad_TD: Tensor, rows_RD: Tensor, permutation: Permutation) -> Tensor:
     """[T, K]: each token's gradient times each of its rows.
 
     The kernel behind `embedding_bag`'s own backward: no product of R x D is ever written, and it adds in float32 (`vecdot` rounds
     each product to bf16 first).
     """
-    tokens, top_k = placement.row_TK.shape
+    tokens, top_k = permutation.row_TK.shape
     if len(rows_RD) == 0:
         return rows_RD.new_zeros(tokens, top_k)
     start_T = torch.arange(0, tokens * top_k, top_k, device=rows_RD.device)
     token_N = torch.arange(tokens, device=rows_RD.device).repeat_interleave(top_k)
-    row_N = placement.row_TK.flatten()
+    row_N = permutation.row_TK.flatten()
     dot_N = torch.ops.aten._embedding_bag_per_sample_weights_backward(grad_TD.contiguous(), rows_RD, row_N, start_T, token_N, 0)
     dot_TK: Tensor = dot_N.view(tokens, top_k)
-    return dot_TK if placement.keep_TK is None else dot_TK.masked_fill(~placement.keep_TK, 0.0)
+    return dot_TK if permutation.keep_TK is None else dot_TK.masked_fill(~permutation.keep_TK, 0.0)
 
 
-def gather_reference(x_TD: Tensor, placement: Placement) -> Tensor:
+def permute_reference(x_TD: Tensor, permutation: Permutation) -> Tensor:
     """`gather`, one row at a time. For tests."""
-    filled = [True] * len(placement.assignment_R) if placement.filled_R is None else placement.filled_R.tolist()
-    rows = [x_TD[t] if full else torch.zeros_like(x_TD[0]) for t, full in zip(placement.token_R.tolist(), filled, strict=True)]
+    filled = [True] * len(permutation.assignment_R) if permutation.filled_R is None else permutation.filled_R.tolist()
+    rows = [x_TD[t] if full else torch.zeros_like(x_TD[0]) for t, full in zip(permutation.token_R.tolist(), filled, strict=True)]
     return torch.stack(rows) if rows else x_TD[:0]
 
 
-def combine_reference(rows_RD: Tensor, weight_TK: Tensor, placement: Placement) -> Tensor:
+def unpermute_reference(rows_RD: Tensor, weight_TK: Tensor, permutation: Permutation) -> Tensor:
     """`combine`, one token and choice at a time. For tests."""
     tokens = []
-    for t, rows in enumerate(placement.row_TK.tolist()):
+    for t, rows in enumerate(permutation.row_TK.tolist()):
         total = rows_RD.new_zeros(rows_RD.shape[1])
         for k, row in enumerate(rows):
-            if placement.keep_TK is None or bool(placement.keep_TK[t, k]):
+            if permutation.keep_TK is None or bool(permutation.keep_TK[t, k]):
                 total = total + weight_TK[t, k] * rows_RD[row]
         tokens.append(total)
     return torch.stack(tokens) if tokens else rows_RD.new_zeros(0, rows_RD.shape[1])

@@ -78,26 +78,26 @@ class Routing:
     """Number G of equal, contiguous groups of tokens that share a capacity."""
     slots: float = 0.0
     """This rank's share of the slots offered over all experts: summed over the ranks, all there are. 0 when dropless."""
-    spare_TK: Tensor | None = None
+    next_expert_TS: Tensor | None = None
     """int64 [T, S]: the next eligible experts after the chosen ones, best first; -1 where there is none (`overflow: next_choice`)."""
-    spare_weight_TK: Tensor | None = None
+    next_weight_TS: Tensor | None = None
     """float [T, S]: the weight each of them would have."""
     noise: Noise | None = None
     """What the smooth load needs of a noisy router."""
-    free: int = 0
+    num_zero_cost: int = 0
     """The last so many experts cost nothing: their choices are computed where the token is, have no queue, and travel nowhere."""
-    places: int | None = None
+    physical_experts: int | None = None
     """What `expert_TK` counts on a journey, if not the router's experts: see `ownership.travelling`."""
 
     @property
-    def num_places(self) -> int:
+    def num_physical_experts(self) -> int:
         """How many queues of rows there are: one for each expert, wherever it lives."""
-        return self.score_TE.shape[1] if self.places is None else self.places
+        return self.score_TE.shape[1] if self.physical_experts is None else self.physical_experts
 
     @property
-    def at_home_TK(self) -> Tensor:
+    def is_zero_cost_TK(self) -> Tensor:
         """bool: choices of experts that cost nothing."""
-        return self.expert_TK >= self.score_TE.shape[1] - self.free
+        return self.expert_TK >= self.score_TE.shape[1] - self.num_zero_cost
 
 
 class Router(Protocol):

@@ -11,12 +11,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.profiler import record_function
 
-__all__ = ["STAGES", "stage"]
+__all__ = ["STAGES", "profiled"]
 
 STAGES = ("route", "dispatch", "exchange", "experts", "combine")
 NOTHING: AbstractContextManager[None] = nullcontext()
 
 
-def stage(name: str) -> AbstractContextManager[object]:
+def profiled(name: str) -> AbstractContextManager[object]:
     """Names what is done inside, for the profiler that is running on this thread; nothing if none is."""
     return record_function(name) if torch.autograd._profiler_enabled() else NOTHING  # type: ignore[attr-defined]

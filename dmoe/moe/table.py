@@ -7,21 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Table"]
+__all__ = ["HostConstant"]
 
 
-class Table:
+class HostConstant:
     """Copied to a device once and kept there: a copy in every forward would make the host wait.
 
     No buffer of a module, because it is no state: it is in no checkpoint, and `to_empty` does not wipe it.
     """
 
     def __init__(self, numbers: Sequence[int]) -> None:
-        self.numbers = tuple(numbers)
+        self.values = tuple(numbers)
         self._copies: dict[torch.device, Tensor] = {}
 
     def on(self, device: torch.device) -> Tensor:
         """int64 [n]."""
         if device not in self._copies:
-            self._copies[device] = torch.tensor(self.numbers, dtype=torch.int64, device=device)
+            self._copies[device] = torch.tensor(self.values, dtype=torch.int64, device=device)
         return self._copies[device]

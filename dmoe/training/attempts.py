@@ -18,27 +18,27 @@ from pathlib import Path
 
 from dmoe.config.errors import NoProgressError
 
-__all__ = ["earlier_verdict", "last_logged_step", "record_attempt", "record_verdict"]
+__all__ = ["earlier_fatal_error", "last_logged_step", "record_attempt", "record_fatal_error"]
 
 NAME = "attempts.json"
 TAIL = 65536  # bytes read from the end of metrics.jsonl: many lines
 
 
 @dataclass(frozen=True)
-class Verdict:
+class FatalError:
     code: int
     text: str
 
 
 @dataclass(frozen=True)
-class Attempts:
+class RestartRecord:
     """`count` starts in a row, up to and with number `restart`, went on from `resumed_step`."""
 
     job: str | None
     restart: int
     resumed_step: int
     count: int
-    verdict: Verdict | None = None
+    fatal_error: FatalError | None = None
 
 
 def record_attempt(run: Path, job: str | None, restart: int, resumed_step: int, last_step: int, limit: int) -> None:
@@ -57,7 +57,7 @@ def record_attempt(run: Path, job: str | None, restart: int, resumed_step: int, 
     count = 1
     if before is not None and _goes_on(before, job, restart) and resumed_step == before.resumed_step:
         count = before.count + 1
-    _write(run, Attempts(job, restart, resumed_step, count))
+    _write(run, RestartRecord(job, restart, resumed_step, count))
     if count > limit:
         reached = f"the last one reached step {last_step}" if last_step > resumed_step else "the last one logged no step"
         many = f"{limit} attempts in a row" if limit > 1 else "an attempt"
@@ -67,20 +67,20 @@ def record_attempt(run: Path, job: str | None, restart: int, resumed_step: int, 
         )
 
 
-def record_verdict(run: Path, job: str | None, code: int, text: str) -> None:
+def record_fatal_error(run: Path, job: str | None, code: int, text: str) -> None:
     """Note that the job ended for a reason that a restart cannot cure, with this exit code and message."""
     before = _read(run)
     if before is None or before.job != job:
-        before = Attempts(job, restart=0, resumed_step=0, count=1)
-    _write(run, replace(before, verdict=Verdict(code, text)))
+        before = RestartRecord(job, restart=0, resumed_step=0, count=1)
+    _write(run, replace(before, fatal_error=FatalError(code, text)))
 
 
-def earlier_verdict(run: Path, job: str | None, restart: int) -> tuple[int, str] | None:
+def earlier_fatal_error(run: Path, job: str | None, restart: int) -> tuple[int, str] | None:
     """Exit code and message of an earlier attempt of this same job that said so; never at a person's own start (restart 0)."""
     before = _read(run)
-    if before is None or before.verdict is None or not _goes_on(before, job, restart):
+    if before is None or before.fatal_error is None or not _goes_on(before, job, restart):
         return None
-    return before.verdict.code, before.verdict.text
+    return before.fatal_error.code, before.fatal_error.text
 
 
 def last_logged_step(metrics: Path) -> int:
@@ -100,28 +100,28 @@ def last_logged_step(metrics: Path) -> int:
     return 0
 
 
-def _goes_on(before: Attempts, job: str | None, restart: int) -> bool:
+def _goes_on(before: RestartRecord, job: str | None, restart: int) -> bool:
     """Whether `restart` is a later attempt of the job that wrote `before`."""
     return restart > 0 and before.job == job
 
 
-def _read(run: Path) -> Attempts | None:
+def _read(run: Path) -> RestartRecord | None:
     try:
         found = json.loads((run / NAME).read_bytes())
-        verdict = found.pop("verdict")
-        attempts = Attempts(**found, verdict=Verdict(**verdict) if verdict is not None else None)
+        fatal = found.pop("fatal_error")
+        attempts = RestartRecord(**found, fatal_error=FatalError(**fatal) if fatal is not None else None)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     numbers = [attempts.restart, attempts.resumed_step, attempts.count]
     texts = [] if attempts.job is None else [attempts.job]
-    if attempts.verdict is not None:
-        numbers.append(attempts.verdict.code)
-        texts.append(attempts.verdict.text)
+    if attempts.fatal_error is not None:
+        numbers.append(attempts.fatal_error.code)
+        texts.append(attempts.fatal_error.text)
     sound = all(type(number) is int for number in numbers) and all(isinstance(text, str) for text in texts)
     return attempts if sound else None
 
 
-def _write(run: Path, attempts: Attempts) -> None:
+def _write(run: Path, attempts: RestartRecord) -> None:
     """All of it or nothing: a rename over the old file, both on the disk before this returns."""
     fresh = run / f".{NAME}.new"
     with fresh.open("w", encoding="utf-8") as file:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from dmoe.models.output import IGNORE
-from dmoe.moe.stats import Observer, nothing_more
+from dmoe.moe.stats import MetricsFn, nothing_more
 from dmoe.training.engine import Engine
 
-__all__ = ["Batch", "Part", "evaluation_batches", "training_batches"]
+__all__ = ["Batch", "EvalBatch", "evaluation_batches", "training_batches"]
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Batch:
     step: int
     first_sequence: int
     """Index of the first of the B samples in the step's global batch."""
-    observer: Observer = nothing_more
+    observer: MetricsFn = nothing_more
     """What the layers are asked to tell of this forward, beside their counts."""
 
 
 @dataclass(frozen=True)
-class Part:
+class EvalBatch:
     """One batch of an evaluation, on this rank."""
 
     input: Tensor
@@ -50,28 +50,28 @@ class Part:
 
 def training_batches(stream: Any, engine: Engine, step: int) -> list[Batch]:
     """This rank's part of optimizer step `step`, one batch for each accumulation step."""
-    count, world = engine.sequences, engine.world
+    count, world = engine.sequences, engine.process
     firsts = [(a * world.size + world.rank) * count for a in range(engine.batching.accumulation)]
     global_batch = engine.config.train.global_batch
     return [Batch(*engine.task.training(stream, step, first, count, global_batch), step, first) for first in firsts]
 
 
-def evaluation_batches(stream: Any, engine: Engine) -> Iterator[Part]:
+def evaluation_batches(stream: Any, engine: Engine) -> Iterator[EvalBatch]:
     """The first `eval_sequences` held-out samples, shared by the ranks.
 
     Every rank yields equally many batches of equal shape (the experts' exchange needs all of them); what is missing at the end is
     padding: target -100, valid False.
     """
-    world, count = engine.world, engine.sequences
+    world, count = engine.process, engine.sequences
     wanted = engine.config.train.eval_sequences
     total = wanted if stream.sequences is None else min(wanted, stream.sequences)
     for start in range(0, total, world.size * count):
         first = start + world.rank * count
         there = max(0, min(count, total - first))
-        input, target, label_B = engine.task.blank(count)
+        input, target, label_B = engine.task.dummy_batch(count)
         if there:
-            found = engine.task.rows(stream, first, there)
+            found = engine.task.samples(stream, first, there)
             for whole, part in zip((input, target, label_B), found, strict=True):
                 whole[:there] = part
         valid_BS = (torch.arange(count) < there).unsqueeze(1).expand_as(target)
-        yield Part(input, target.masked_fill(~valid_BS, IGNORE), valid_BS, label_B)
+        yield EvalBatch(input, target.masked_fill(~valid_BS, IGNORE), valid_BS, label_B)

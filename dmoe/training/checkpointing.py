@@ -13,31 +13,31 @@ import dmoe
 from dmoe.config.errors import CheckpointError
 from dmoe.distributed.checkpoint import store
 from dmoe.distributed.checkpoint.retention import discard_partials
-from dmoe.distributed.checkpoint.saver import Saved, Saver
+from dmoe.distributed.checkpoint.saver import Saved, AsyncSaver
 from dmoe.distributed.random_state import gather_random_state, random_tables, set_random_state
 from dmoe.distributed.state import model_state, optimizer_state, share_step
-from dmoe.training.compatible import check_same_run, redefined
+from dmoe.training.compatible import check_same_run, describe_changes
 from dmoe.training.engine import Engine
-from dmoe.training.guard import Guard
+from dmoe.training.guard import StepGuard
 from dmoe.training.run_dir import RunDir
 from dmoe.training.tasks import Data
 
-__all__ = ["Checkpoints", "load", "training_state"]
+__all__ = ["Checkpointer", "load", "training_state"]
 
 NOTHING: Mapping[str, torch.Tensor] = {}
 
 
-class Checkpoints:
+class Checkpointer:
     """The checkpoints of one run. Every method but `failed` and `finished` is collective.
 
     A step that is given is the number of optimizer steps done. The data order, the schedule and all noise are functions of it.
     """
 
-    def __init__(self, engine: Engine, data: Data, run: RunDir, guard: Guard) -> None:
+    def __init__(self, engine: Engine, data: Data, run: RunDir, guard: StepGuard) -> None:
         self.engine, self.data, self.guard, self.root = engine, data, guard, run.checkpoints
-        config, self.group = engine.config.checkpoint, engine.topology.checkpoint
+        config, self.group = engine.config.checkpoint, engine.mesh.checkpoint_group
         """`group` has the long time-out: rank 0 may read for minutes. Nobody else uses it while nothing is being written."""
-        self.saver = Saver(run.checkpoints, config.keep, self.group, config.asynchronous)
+        self.saver = AsyncSaver(run.checkpoints, config.keep, self.group, config.asynchronous)
         self.saved = -1
         """The last step that was given to `save`, or taken up."""
         self.remarks: list[str] = []
@@ -52,12 +52,12 @@ class Checkpoints:
         path = store.find_latest(self.root, group=self.group)
         if path is None:
             return 0
-        extra = store.look(path, group=self.group).extra
+        extra = store.read_manifest_on_all(path, group=self.group).extra
         check_same_run(extra["config"], extra["data"], self.engine.config, self.data.fingerprint)
-        topology, micro_batch = self.engine.topology, self.engine.batching.micro_batch
-        line = redefined(extra["topology"], topology.world, topology.ep, micro_batch, self.engine.config)
+        topology, micro_batch = self.engine.mesh, self.engine.batching.micro_batch
+        line = describe_changes(extra["topology"], topology.world_size, topology.ep, micro_batch, self.engine.config)
         self.remarks = [line] if line else []
-        step = self._take_up(path)
+        step = self._restore(path)
         if step == 0:  # not a run's: nothing was drawn, and no group was formed, before it (`training/upcycle.py`)
             self.remarks = []
         return step
@@ -69,17 +69,17 @@ class Checkpoints:
         """
         if step == self.saved:
             return
-        state = training_state(self.engine) | gather_random_state(self.engine.topology.control)
+        state = training_state(self.engine) | gather_random_state(self.engine.mesh.control_group)
         self.saver.save(step, state, self._extra(step))
         self.saved = step
 
-    def back(self) -> int | None:
+    def rollback(self) -> int | None:
         """Go back to the newest whole checkpoint; the step it is of, or None where there is none."""
         self.saver.wait()
         path = store.find_latest(self.root, group=self.group)
         if path is None:
             return None
-        step = self._take_up(path)
+        step = self._restore(path)
         self.guard.rolled_back()
         return step
 
@@ -104,12 +104,12 @@ class Checkpoints:
         """Wait, and let go of the memory. Raises: CheckpointError on all ranks."""
         self.saver.close()
 
-    def abandon(self) -> None:
+    def drain(self) -> None:
         """On the way out of an error, when the other ranks may be gone: give the writer a moment. Not collective."""
-        self.saver.abandon()
+        self.saver.drain()
 
-    def _take_up(self, path: Path) -> int:
-        tables, remark = random_tables(store.peek(path), self.group)
+    def _restore(self, path: Path) -> int:
+        tables, remark = random_tables(store.read_manifest(path), self.group)
         extra = load(self.engine, path, tables)
         set_random_state(tables, self.group)
         if remark:
@@ -126,8 +126,8 @@ class Checkpoints:
             "tokens": step * self.engine.targets,
             "config": asdict(config),
             "topology": {
-                "world": self.engine.world.size,
-                "ep": self.engine.topology.ep,
+                "world": self.engine.process.size,
+                "ep": self.engine.mesh.ep,
                 "virtual_ranks": config.parallel.virtual_ranks,
                 "micro_batch": self.engine.batching.micro_batch,
             },
@@ -141,7 +141,7 @@ class Checkpoints:
 def load(engine: Engine, path: Path, more: Mapping[str, torch.Tensor] = NOTHING) -> dict[str, Any]:
     """Fill the weights, the optimizer's state, the loss scale and `more` from the checkpoint at `path`; its `extra`. Collective."""
     state = training_state(engine)
-    extra = store.load(path, state | dict(more), prefix=("model.", "optim.", *more), group=engine.topology.checkpoint)
+    extra = store.load(path, state | dict(more), prefix=("model.", "optim.", *more), group=engine.mesh.checkpoint_group)
     if "optim.step" in state:
         share_step(engine.optimizer, state["optim.step"])
     scaler, scale = engine.accelerator.scaler, extra.get("scaler")
@@ -151,7 +151,7 @@ def load(engine: Engine, path: Path, more: Mapping[str, torch.Tensor] = NOTHING)
 
 
 def training_state(engine: Engine) -> dict[str, torch.Tensor]:
-    return model_state(engine.model, engine.topology) | optimizer_state(engine.model, engine.optimizer, engine.topology)
+    return model_state(engine.model, engine.mesh) | optimizer_state(engine.model, engine.optimizer, engine.mesh)
 
 
 def _plain(state: Mapping[str, Any]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from typing import Any
 from dmoe.config.errors import CheckpointError
 from dmoe.config.schema import Config
 
-__all__ = ["check_same_run", "redefined"]
+__all__ = ["check_same_run", "describe_changes"]
 
 MEANING = ("model", "moe", "modular", "train.seed", "train.global_batch")
 """Sections and fields that say what is trained, in which batches. What it is trained on, the data's fingerprint says."""
@@ -54,7 +54,7 @@ def _refuse(name: str, now: object, was: str, config: Config) -> None:
         )
 
 
-def redefined(saved: Mapping[str, Any], world: int, ep: int, micro_batch: int, config: Config) -> str | None:
+def describe_changes(saved: Mapping[str, Any], world: int, ep: int, micro_batch: int, config: Config) -> str | None:
     """One line on what another number of ranks or another micro-batch redefines, or None if nothing changes.
 
     `saved`: world, ep and micro_batch (sequences of one virtual rank) of the checkpoint. A group of tokens that share a capacity, or a

@@ -24,21 +24,21 @@ from dmoe.distributed.gradients import all_sum
 from dmoe.moe.stats import LayerStats
 from dmoe.training.engine import Engine
 
-__all__ = ["Difficulty", "correlation"]
+__all__ = ["ComputeVsLoss", "correlation"]
 
 VARYING = ("adaptive", "budget")
 """Routers in which a token's own scores decide how many experts it takes."""
 SUMS = 3  # tokens, their nats, and the squares of these
 
 
-class Difficulty:
+class ComputeVsLoss:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         router, most = engine.config.moe.router.kind, engine.config.moe.top_k
         self.rows = most + 1 if router in VARYING else 0
         """Of a layer's sums; none where every token takes as many."""
 
-    def look(self, stats: Sequence[LayerStats], nats_T: Tensor, valid_T: Tensor, before: Sequence[Tensor] = ()) -> list[Tensor]:
+    def update(self, stats: Sequence[LayerStats], nats_T: Tensor, valid_T: Tensor, before: Sequence[Tensor] = ()) -> list[Tensor]:
         """`before`, empty at the first batch, and this batch: float64 [K+1, 3] of each layer. No collective, no host read.
 
         nats_T: each token's loss; valid_T: bool, False for padding. The layers have been asked for `observation.decisions`.
@@ -54,7 +54,7 @@ class Difficulty:
         """
         if not (sums and self.rows):
             return [{} for _ in sums]
-        return [_line(layer) for layer in all_sum(torch.stack(list(sums)), self.engine.topology).tolist()]
+        return [_line(layer) for layer in all_sum(torch.stack(list(sums)), self.engine.mesh).tolist()]
 
     def _sums(self, layer: LayerStats, nats_T: Tensor, valid_T: Tensor) -> Tensor:
         none = torch.zeros(self.rows, SUMS, dtype=torch.float64, device=nats_T.device)

@@ -12,11 +12,11 @@ from torch import nn
 from dmoe.config.check import Batching, batching, expert_parallel
 from dmoe.config.schema import Config
 from dmoe.distributed import ddp, fsdp, parallelize, topology
-from dmoe.distributed.parallelize import Replication
+from dmoe.distributed.parallelize import DataParallel
 from dmoe.distributed.scaler import shared_scaler
-from dmoe.distributed.topology import Topology
-from dmoe.distributed.watch import Watch
-from dmoe.distributed.world import World
+from dmoe.distributed.topology import ParallelMesh
+from dmoe.distributed.watch import CollectiveChecker
+from dmoe.distributed.world import ProcessInfo
 from dmoe.models.base import Model
 from dmoe.models.output import ModelOutput
 from dmoe.moe.routing import TokenContext
@@ -27,9 +27,9 @@ from dmoe.training.tasks import Task, task_of
 
 __all__ = ["Engine", "build"]
 
-REPLICATION: dict[str, Callable[[nn.Module, Topology, Accelerator], Replication]] = {
-    "ddp": ddp.Replicated,
-    "fsdp": fsdp.Sharded,
+REPLICATION: dict[str, Callable[[nn.Module, ParallelMesh, Accelerator], DataParallel]] = {
+    "ddp": ddp.DDPStrategy,
+    "fsdp": fsdp.FSDPStrategy,
 }
 ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -37,24 +37,24 @@ ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 @dataclass
 class Engine:
     config: Config
-    world: World
-    topology: Topology
+    process: ProcessInfo
+    mesh: ParallelMesh
     batching: Batching
     precision: str
     accelerator: Accelerator
     task: Task
     model: Model
     """The bare model: names, weights, MoE layers."""
-    replication: Replication
+    data_parallel: DataParallel
     """How the ranks share what is the same on all of them: `parallel.mode`."""
     optimizer: torch.optim.Optimizer
-    watch: Watch | None
+    collective_checker: CollectiveChecker | None
     """Compares the ranks' exchanges, if `debug.collectives`."""
 
     @property
     def wrapped(self) -> nn.Module:
         """What is called: the model under autocast, inside DDP or FSDP2 where there are other ranks."""
-        return self.replication.wrapped
+        return self.data_parallel.wrapped
 
     @property
     def sequences(self) -> int:
@@ -70,14 +70,14 @@ class Engine:
         self.accelerator.free_memory()
 
 
-def build(config: Config, world: World, outputs: int, dtype: torch.dtype = torch.float32) -> Engine:
+def build(config: Config, world: ProcessInfo, outputs: int, dtype: torch.dtype = torch.float32) -> Engine:
     """Build, shard, initialise and wrap, in this order: no rank ever holds an expert that is not its own.
 
     `outputs`: the vocabulary, or the classes. `dtype`: of the master weights; float64 is for `verify`. Collective over all ranks.
     """
     precision = precisions.resolve(config.train.precision, world.device, config.model.dim)
-    groups = topology.build(expert_parallel(config, world.size), world.device, config.parallel.start_timeout)
-    watch = Watch(groups.exchange, config.parallel.timeout) if config.debug.collectives and groups.exchange else None
+    groups = topology.build_mesh(expert_parallel(config, world.size), world.device, config.parallel.start_timeout)
+    watch = CollectiveChecker(groups.ep_group, config.parallel.timeout) if config.debug.collectives and groups.ep_group else None
     task = task_of(config, outputs)
     model = _model(task, groups, watch, world, dtype)
     accelerator = Accelerator(
@@ -103,17 +103,17 @@ def _warm_up(engine: Engine) -> None:
     so without this the second step after a restart would round differently from the same step of the unbroken run, on three ranks
     or more (seen: 1e-7 of the loss).
     """
-    input, target, _ = (part.to(engine.world.device) for part in engine.task.blank(engine.sequences))
+    input, target, _ = (part.to(engine.process.device) for part in engine.task.dummy_batch(engine.sequences))
     context = TokenContext(label_T=torch.zeros_like(target).flatten(), noise_key=(0, 0))
-    with engine.replication.accumulating(last=True):
+    with engine.data_parallel.grad_sync(last=True):
         output: ModelOutput = engine.wrapped(input, target, context)
         assert output.loss_sum is not None
         engine.accelerator.backward(output.loss_sum)
-    engine.replication.finish()
+    engine.data_parallel.wait_for_grads()
     engine.optimizer.zero_grad()
 
 
-def _model(task: Task, groups: Topology, watch: Watch | None, world: World, dtype: torch.dtype) -> Model:
+def _model(task: Task, groups: ParallelMesh, watch: CollectiveChecker | None, world: ProcessInfo, dtype: torch.dtype) -> Model:
     config = task.config
     with torch.device("meta"):
         model = task.model(config.parallel.virtual_ranks, config.train.recompute)

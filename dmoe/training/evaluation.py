@@ -15,11 +15,11 @@ from torch import Tensor
 from dmoe.distributed.gradients import all_sum
 from dmoe.models.output import ModelOutput
 from dmoe.moe.observation import decisions
-from dmoe.moe.stats import ObservedContext, Observer, nothing_more
-from dmoe.training.batches import Part, evaluation_batches
-from dmoe.training.difficulty import Difficulty
+from dmoe.moe.stats import ObservedContext, MetricsFn, nothing_more
+from dmoe.training.batches import EvalBatch, evaluation_batches
+from dmoe.training.difficulty import ComputeVsLoss
 from dmoe.training.engine import Engine
-from dmoe.training.probe import Look, Probe
+from dmoe.training.probe import RoutingSnapshot, RoutingProbe
 from dmoe.training.tasks import Data, Score
 
 __all__ = ["Evaluation", "evaluate"]
@@ -51,20 +51,20 @@ class Evaluation:
 
 @torch.no_grad()  # not inference_mode: FSDP2 keeps the tensors it gathers into, and training could not write into them
 def evaluate(
-    engine: Engine, data: Data, stop: Callable[[], bool] = lambda: False, probe: Probe | None = None
+    engine: Engine, data: Data, stop: Callable[[], bool] = lambda: False, probe: RoutingProbe | None = None
 ) -> Evaluation | None:
     """Mean loss over the first `train.eval_sequences` held-out samples; None if some rank was told to `stop` on the way.
 
     One small reduction (4 M + 1 numbers) and one host read a batch, so that a signal does not have to wait for the last one. `probe`
     looks at the layers' decisions on the way, for one reduction more. Where streams may be missing, once more without each of them.
     """
-    difficulty, looks, sums = Difficulty(engine), list[Look](), list[Tensor]()
+    difficulty, looks, sums = ComputeVsLoss(engine), list[RoutingSnapshot](), list[Tensor]()
 
     def look(output: ModelOutput, label_T: Tensor, valid_T: Tensor) -> None:
         if probe is not None:
-            assert output.nats_T is not None
-            looks[:] = probe.look(output.stats, label_T, looks)
-            sums[:] = difficulty.look(output.stats, output.nats_T, valid_T, sums)
+            assert output.loss_T is not None
+            looks[:] = probe.update(output.stats, label_T, looks)
+            sums[:] = difficulty.update(output.stats, output.loss_T, valid_T, sums)
 
     engine.wrapped.eval()
     scores = _scores(engine, data, stop, look, nothing_more if probe is None else decisions)
@@ -87,35 +87,35 @@ def _scores(
     data: Data,
     stop: Callable[[], bool],
     look: Callable[[ModelOutput, Tensor, Tensor], None] = lambda output, label_T, valid_T: None,
-    observer: Observer = nothing_more,
+    observer: MetricsFn = nothing_more,
     without: str | None = None,
 ) -> list[Score] | None:
     """Of each domain, over all ranks; None if some rank was told to stop."""
-    device = engine.world.device
+    device = engine.process.device
     totals = torch.zeros(max(1, len(data.domains)) * SUMS + 1, dtype=torch.float64, device=device)
     for part in evaluation_batches(data.held_out, engine):
         if without is not None:
-            part = replace(part, input=engine.task.without(part.input, without))
+            part = replace(part, input=engine.task.mask_stream(part.input, without))
         label_T = part.label_B.to(device).repeat_interleave(part.target.shape[1])
         valid_T = part.valid_BS.flatten().to(device)
         context = ObservedContext(valid_T=valid_T, label_T=label_T, observer=observer)
         output: ModelOutput = engine.wrapped(part.input.to(device), part.target.to(device), context)
         told = torch.tensor([float(stop())], dtype=torch.float64, device=device)
-        totals += all_sum(torch.cat([_sums(engine, data, part, label_T, output).flatten(), told]), engine.topology)
+        totals += all_sum(torch.cat([_sums(engine, data, part, label_T, output).flatten(), told]), engine.mesh)
         if totals[-1].item() > 0:
             return None
         look(output, label_T, valid_T)
     return [Score(*row) for row in totals[:-1].view(-1, SUMS).tolist()]
 
 
-def _sums(engine: Engine, data: Data, part: Part, label_T: Tensor, output: ModelOutput) -> Tensor:
+def _sums(engine: Engine, data: Data, part: EvalBatch, label_T: Tensor, output: ModelOutput) -> Tensor:
     """float64 [M, 4]: what a Score holds, of this rank's part of one batch."""
-    nats_T, hit_T = output.nats_T, output.hit_T
+    nats_T, hit_T = output.loss_T, output.correct_T
     assert nats_T is not None, "a model in evaluation tells of each target"
     assert hit_T is not None
     target = part.target.to(label_T.device)
     valid_T = part.valid_BS.to(label_T.device).flatten()
-    read_T = engine.task.bytes_of(data, target).flatten()
+    read_T = engine.task.bytes_per_target(data, target).flatten()
     ones_T = torch.ones_like(nats_T, dtype=torch.float64)
     each_T4 = torch.stack([nats_T.double(), ones_T, read_T.double(), hit_T.double()], 1)
     none_M4 = each_T4.new_zeros(max(1, len(data.domains)), SUMS)

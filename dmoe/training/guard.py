@@ -19,26 +19,26 @@ from typing import Any
 
 from dmoe.config.schema import GuardConfig
 
-__all__ = ["Action", "Guard", "Kind"]
+__all__ = ["StepAction", "StepGuard", "StepHealth"]
 
 FLOOR = 0.02
 """A loss less than this share above the mean is no spike, however calm the run is."""
 
 
-class Kind(Enum):
+class StepHealth(Enum):
     GOOD = "good"
     NONFINITE = "not finite"
     SPIKE = "a spike"
 
 
-class Action(Enum):
-    TAKE = "taken"
+class StepAction(Enum):
+    APPLY = "taken"
     SKIP = "skipped"
     ROLLBACK = "rolled back"
     STOP = "stopped"
 
 
-class Guard:
+class StepGuard:
     """`guard` in the config. Its memory travels in the checkpoint, so that a resumed run decides as the unbroken one."""
 
     def __init__(self, config: GuardConfig, scaled: bool = False) -> None:
@@ -50,15 +50,15 @@ class Guard:
         self.beyond: int | None = None
         """The step that made the run go back; until it is passed, going back again would not help."""
 
-    def judge(self, step: int, loss: float, norm: float) -> tuple[Kind, Action]:
+    def check(self, step: int, loss: float, norm: float) -> tuple[StepHealth, StepAction]:
         """What optimizer step number `step`, with this mean loss and gradient norm, is, and what to do. Remembers it."""
         kind = self._kind(loss, norm)
-        if kind is Kind.GOOD:
+        if kind is StepHealth.GOOD:
             self.losses.append(loss)
             self.bad = 0
             if self.beyond is not None and step > self.beyond:
                 self.beyond = None
-            return kind, Action.TAKE
+            return kind, StepAction.APPLY
         self.bad += 1
         return kind, self._action(kind, step)
 
@@ -79,25 +79,25 @@ class Guard:
         self.bad = int(saved.get("bad", 0))
         self.beyond = max((step for step in (self.beyond, saved.get("beyond")) if step is not None), default=None)
 
-    def _kind(self, loss: float, norm: float) -> Kind:
+    def _kind(self, loss: float, norm: float) -> StepHealth:
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            return Kind.NONFINITE
-        return Kind.SPIKE if _is_spike(loss, self.losses, self.config) else Kind.GOOD
+            return StepHealth.NONFINITE
+        return StepHealth.SPIKE if _is_spike(loss, self.losses, self.config) else StepHealth.GOOD
 
-    def _action(self, kind: Kind, step: int) -> Action:
-        policy = self.config.spike if kind is Kind.SPIKE else "skip" if self.scaled else self.config.nonfinite
+    def _action(self, kind: StepHealth, step: int) -> StepAction:
+        policy = self.config.spike if kind is StepHealth.SPIKE else "skip" if self.scaled else self.config.nonfinite
         tired = self.bad >= self.config.patience
-        if policy == "stop" or (tired and kind is Kind.SPIKE and policy != "rollback"):
-            return Action.STOP
+        if policy == "stop" or (tired and kind is StepHealth.SPIKE and policy != "rollback"):
+            return StepAction.STOP
         if policy == "rollback" or tired:
             return self._back(step)
-        return Action.TAKE if policy == "warn" else Action.SKIP
+        return StepAction.APPLY if policy == "warn" else StepAction.SKIP
 
-    def _back(self, step: int) -> Action:
+    def _back(self, step: int) -> StepAction:
         if self.beyond is not None:
-            return Action.STOP
+            return StepAction.STOP
         self.beyond = step
-        return Action.ROLLBACK
+        return StepAction.ROLLBACK
 
 
 def _is_spike(loss: float, losses: Sequence[float], config: GuardConfig) -> bool:

@@ -27,7 +27,7 @@ from dmoe.distributed.checkpoint.manifest import verify as verify_manifest
 from dmoe.distributed.checkpoint.names import step_of
 from dmoe.distributed.checkpoint.shards import check_shards
 
-__all__ = ["Contents", "Found", "Piece", "Proof", "Shard", "find", "inspect", "newest", "verify"]
+__all__ = ["Contents", "Found", "ShardSlice", "VerifiedCheckpoint", "ShardFile", "find", "inspect", "newest", "verify"]
 
 BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int16": 2}
 """Of one element; the other types have one byte."""
@@ -49,7 +49,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardSlice:
     """A part of a tensor in a file: `shape` elements at `offset` of the whole."""
 
     name: str
@@ -58,12 +58,12 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardFile:
     """One file, with what its header says."""
 
     name: str
     size: int
-    pieces: list[Piece]
+    pieces: list[ShardSlice]
     experts: list[int]
     """Global ids of the routed experts of which it holds weights."""
 
@@ -89,13 +89,13 @@ class Contents:
     """Experts of each mixture layer, by its name."""
     owners: list[dict[str, Any]]
     """Which global experts lay on which EP rank, and which ranks those were."""
-    files: list[Shard]
+    files: list[ShardFile]
     problem: str | None
     """What names and sizes alone show to be damaged; the bytes themselves are not looked at."""
 
 
 @dataclass(frozen=True)
-class Proof:
+class VerifiedCheckpoint:
     """What `verify` found out about one checkpoint."""
 
     path: str
@@ -176,7 +176,7 @@ def _contents(path: Path) -> Contents:
     )
 
 
-def verify(path: Path) -> Proof | None:
+def verify(path: Path) -> VerifiedCheckpoint | None:
     """Hash every byte of the checkpoint at `path`, and see that its files hold every tensor, whole. Cost: reads it once.
 
     None for one that is gone meanwhile: a run that goes on forgets its oldest.
@@ -192,7 +192,7 @@ def verify(path: Path) -> Proof | None:
         problem = str(error)
     step = manifest.step if manifest else named[0] if named else -1
     sizes = [entry.size for entry in manifest.files.values()] if manifest else []
-    return Proof(str(path), step, len(sizes), sum(sizes), problem, round(time.monotonic() - start, 3))
+    return VerifiedCheckpoint(str(path), step, len(sizes), sum(sizes), problem, round(time.monotonic() - start, 3))
 
 
 def _partial(root: Path) -> list[Path]:
@@ -243,21 +243,21 @@ def _owners(topology: Mapping[str, int], layers: Mapping[str, int]) -> list[dict
     ]
 
 
-def _shard(path: Path, size: int) -> Shard:
+def _shard(path: Path, size: int) -> ShardFile:
     pieces = _pieces(path)
     experts = {piece.offset[0] + i for piece in pieces if EXPERTS.fullmatch(piece.name) for i in range(piece.shape[0])}
     experts |= {int(match[2]) for match in (ONE_EXPERT.fullmatch(piece.name) for piece in pieces) if match}
-    return Shard(path.name, size, pieces, sorted(experts))
+    return ShardFile(path.name, size, pieces, sorted(experts))
 
 
-def _pieces(path: Path) -> list[Piece]:
+def _pieces(path: Path) -> list[ShardSlice]:
     """What the header names; nothing where it cannot be read, which `problem` and `verify` say in words."""
     try:
         with safe_open(str(path), framework="np") as file:
             offsets = json.loads((file.metadata() or {})["DCP_SHARDING_INFO"])
             names = sorted(file.keys())
             return [
-                Piece(name, tuple(offsets[name]["saved_offsets"]), tuple(file.get_slice(name).get_shape())) for name in names
+                ShardSlice(name, tuple(offsets[name]["saved_offsets"]), tuple(file.get_slice(name).get_shape())) for name in names
             ]
     except Exception:  # as shards.py: whatever a malformed header makes the parsers raise
         return []

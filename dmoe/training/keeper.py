@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from dmoe.config.errors import CheckpointError
 from dmoe.config.schema import CheckpointConfig
-from dmoe.training.checkpointing import Checkpoints
+from dmoe.training.checkpointing import Checkpointer
 from dmoe.training.totals import Requests
-from dmoe.training.voice import Voice
+from dmoe.training.voice import RunLogger
 
-__all__ = ["Keeper"]
+__all__ = ["CheckpointScheduler"]
 
 
-class Keeper:
+class CheckpointScheduler:
     """`checkpoint.every` and `checkpoint.on_error`. Every method is collective; all ranks come to the same end."""
 
-    def __init__(self, checkpoints: Checkpoints, voice: Voice, config: CheckpointConfig) -> None:
-        self.checkpoints, self.voice, self.config = checkpoints, voice, config
-        self.owed = False
+    def __init__(self, checkpoints: Checkpointer, logger: RunLogger, config: CheckpointConfig) -> None:
+        self.checkpoints, self.logger, self.config = checkpoints, logger, config
+        self.overdue = False
         """A checkpoint was due and could not be made yet."""
 
-    def after_step(self, done: int, requests: Requests, *, calm: bool, last: bool) -> None:
+    def after_step(self, done: int, requests: Requests, *, last_step_good: bool, last: bool) -> None:
         """Save if it is due or was asked for, and tell what has become of the save before.
 
         Nothing is saved in a row of bad steps (`calm` is false): it would push out the checkpoints that the run may have to go back to.
@@ -29,11 +29,11 @@ class Keeper:
         Raises: CheckpointError if a save has failed and `checkpoint.on_error` is stop.
         """
         if requests.failed:
-            self.settle(done)
-        self.owed |= self.config.every > 0 and done % self.config.every == 0
-        if ((calm and self.owed) or requests.save) and not last:
-            self.owed = False
-            self.settle(done)
+            self.wait_for_pending(done)
+        self.overdue |= self.config.every > 0 and done % self.config.every == 0
+        if ((last_step_good and self.overdue) or requests.save) and not last:
+            self.overdue = False
+            self.wait_for_pending(done)
             try:
                 self.checkpoints.save(done)
             except CheckpointError as error:
@@ -42,12 +42,12 @@ class Keeper:
 
     def save_last(self, done: int) -> None:
         """The state as it is now, on disk for sure, whatever became of the save before. Raises: CheckpointError."""
-        self.settle(done)
+        self.wait_for_pending(done)
         self.checkpoints.save(done)
         self.checkpoints.close()
         self._tell()
 
-    def settle(self, done: int) -> None:
+    def wait_for_pending(self, done: int) -> None:
         """Wait for the checkpoint that is still being written, and hear how it went."""
         try:
             self.checkpoints.wait()
@@ -55,11 +55,11 @@ class Keeper:
             self._failed(done, error)
 
     def _failed(self, done: int, error: CheckpointError) -> None:
-        self.voice.alert(done, "checkpoint failed", f"checkpoint failed: {error}")
+        self.logger.alert(done, "checkpoint failed", f"checkpoint failed: {error}")
         if self.config.on_error == "stop":
             raise error
 
     def _tell(self) -> None:
         for saved in self.checkpoints.finished():
             values = {"seconds": saved.seconds, "held": saved.seconds_held, "bytes": saved.bytes}
-            self.voice.tell("checkpoint", saved.step, values)
+            self.logger.log_event("checkpoint", saved.step, values)

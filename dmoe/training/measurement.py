@@ -15,17 +15,17 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from dmoe.distributed.all_to_all import exchange_meters
+from dmoe.distributed.all_to_all import comm_timers
 from dmoe.distributed.gradients import all_max, all_sum, router_squares
 from dmoe.models.output import ModelOutput
-from dmoe.moe.observation import MAXIMA, SUMS, router_state
-from dmoe.moe.ownership import Ownership
-from dmoe.moe.stats import LayerStats, Observer, nothing_more
+from dmoe.moe.observation import MAXIMA, SUMS, router_metrics
+from dmoe.moe.ownership import ExpertPlacement
+from dmoe.moe.stats import LayerStats, MetricsFn, nothing_more
 from dmoe.training.engine import Engine
 from dmoe.training.peak import used_memory
 from dmoe.training.stopwatch import PARTS, Stopwatch
 
-__all__ = ["UNMEASURED", "LayerMeasures", "Measurement", "StepMeasures", "Unmeasured"]
+__all__ = ["NULL_RECORDER", "LayerMeasures", "StepRecorder", "StepMeasures", "NullStepRecorder"]
 
 BIAS = 3  # smallest, largest, mean
 
@@ -61,42 +61,42 @@ class StepMeasures:
     """FLOP/s of all ranks together, as measured at the start."""
 
 
-class Unmeasured:
+class NullStepRecorder:
     """A step that is not logged: nothing is asked of the layers, and no clock runs."""
 
-    observer: Observer = staticmethod(nothing_more)
+    observer: MetricsFn = staticmethod(nothing_more)
 
-    def lap(self, part: str) -> None:
+    def mark(self, part: str) -> None:
         """The time since the last lap was spent on `part`."""
 
     def collect(self, outputs: Sequence[ModelOutput]) -> None:
         """Forward, backward and the sums of gradients are done: keep what is to be told, on the device."""
 
 
-UNMEASURED = Unmeasured()
+NULL_RECORDER = NullStepRecorder()
 
 
-class Measurement(Unmeasured):
+class StepRecorder(NullStepRecorder):
     """One step that is logged. Made on all ranks before its first forward."""
 
-    observer: Observer = staticmethod(router_state)
+    observer: MetricsFn = staticmethod(router_metrics)
 
     def __init__(self, engine: Engine, began: float) -> None:
         """`began`: when the step began, by `time.monotonic`; until now its data were read."""
         self.engine = engine
-        self.stopwatch = Stopwatch(engine.world.device, exchange_meters(engine.model), began)
-        self.stopwatch.lap("data")
+        self.stopwatch = Stopwatch(engine.process.device, comm_timers(engine.model), began)
+        self.stopwatch.mark("data")
 
-    def lap(self, part: str) -> None:
-        self.stopwatch.lap(part)
+    def mark(self, part: str) -> None:
+        self.stopwatch.mark(part)
 
     def collect(self, outputs: Sequence[ModelOutput]) -> None:
         """No collective, no host read."""
         engine, sent = self.engine, self.stopwatch.stop_meters()
         layers = list(zip(*(output.stats for output in outputs), strict=True))
         self.widths = [len(layers[0][0].observed[name]) for name in SUMS] if layers else []
-        squares = router_squares(engine.model, engine.topology).to(engine.world.device, torch.float64)
-        owned = [layer.ownership for layer in engine.model.moe_layers()]
+        squares = router_squares(engine.model, engine.mesh).to(engine.process.device, torch.float64)
+        owned = [layer.placement for layer in engine.model.moe_layers()]
         sums = [
             torch.cat([_sum(parts, name) for name in SUMS] + [self._traffic(parts, ownership)])
             for parts, ownership in zip(layers, owned, strict=True)
@@ -108,11 +108,11 @@ class Measurement(Unmeasured):
         """What all ranks know of it, after the update. Collective: two reductions of float64, with one host read each."""
         engine, seconds = self.engine, self.stopwatch.seconds
         own = self.sums.new_tensor([peak_flops, *(seconds[part] for part in PARTS)])
-        busy = [used_memory(engine.world.device), seconds["data"] + seconds["forward"]]
+        busy = [used_memory(engine.process.device), seconds["data"] + seconds["forward"]]
         largest = torch.cat([*self.maxima, *self._biases(), self.sums.new_tensor(busy)])
-        summed = iter(all_sum(torch.cat([self.sums, own]), engine.topology).tolist())
-        maxima = iter(all_max(largest, engine.topology).tolist())
-        count, world = len(self.maxima) // len(MAXIMA), engine.world.size
+        summed = iter(all_sum(torch.cat([self.sums, own]), engine.mesh).tolist())
+        maxima = iter(all_max(largest, engine.mesh).tolist())
+        count, world = len(self.maxima) // len(MAXIMA), engine.process.size
         rows = [self._row(summed) for _ in range(count)]
         peaks = [dict(zip(MAXIMA, islice(maxima, len(MAXIMA)), strict=True)) for _ in range(count)]
         biases = [tuple(islice(maxima, BIAS)) if self._has_bias else None for _ in range(count)]
@@ -133,16 +133,16 @@ class Measurement(Unmeasured):
 
     def _row(self, numbers: Iterator[float]) -> tuple[dict[str, list[float]], list[list[int]]]:
         sums = {name: list(islice(numbers, width)) for name, width in zip(SUMS, self.widths, strict=True)}
-        ranks = self.engine.topology.ep
+        ranks = self.engine.mesh.ep
         return sums, [[int(rows) for rows in islice(numbers, ranks)] for _ in range(ranks)]
 
-    def _traffic(self, parts: Sequence[LayerStats], ownership: Ownership) -> Tensor:
+    def _traffic(self, parts: Sequence[LayerStats], ownership: ExpertPlacement) -> Tensor:
         """float64 [EP * EP], zero but for this rank's row: what it sent, from what was kept. Slots that stayed empty do not count, nor
         do experts of zero cost."""
-        topology = self.engine.topology
+        topology = self.engine.mesh
         kept_E = torch.stack([part.kept_E for part in parts]).sum(0).double()
         sent = kept_E.new_zeros(topology.ep, topology.ep)
-        sent[topology.ep_rank] = ownership.of_each_rank(kept_E)
+        sent[topology.ep_rank] = ownership.sum_per_rank(kept_E)
         return sent.flatten()
 
     @property

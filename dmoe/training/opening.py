@@ -13,19 +13,19 @@ from pathlib import Path
 from dmoe.config.errors import ConfigError, DmoeError, NoProgressError
 from dmoe.config.schema import Config, TrainConfig
 from dmoe.distributed import world as worlds
-from dmoe.distributed.world import World
-from dmoe.training.attempts import earlier_verdict, last_logged_step, record_attempt, record_verdict
+from dmoe.distributed.world import ProcessInfo
+from dmoe.training.attempts import earlier_fatal_error, last_logged_step, record_attempt, record_fatal_error
 from dmoe.training.lock import RunLock
 from dmoe.training.metrics_file import read_metrics
 from dmoe.training.run_dir import RunDir, name_run
 
-__all__ = ["OpenRun", "open_run"]
+__all__ = ["RunSession", "open_session"]
 
 
-class OpenRun:
+class RunSession:
     """A run directory that is ours until `close`."""
 
-    def __init__(self, directory: RunDir, world: World, lock: RunLock | None) -> None:
+    def __init__(self, directory: RunDir, world: ProcessInfo, lock: RunLock | None) -> None:
         self.directory, self.world, self._lock = directory, world, lock
 
     @property
@@ -37,13 +37,13 @@ class OpenRun:
 
         def note() -> str:
             last = last_logged_step(self.directory.metrics)
-            record_attempt(self.directory.path, worlds.job(), self.world.restart, resumed_step, last, attempts)
+            record_attempt(self.directory.path, worlds.elastic_run_id(), self.world.restart, resumed_step, last, attempts)
             return ""
 
         try:
             _in_directory(self.world, self.directory.path, note)
         except NoProgressError as error:  # on rank 0; the attempts that may follow end at once
-            self.give_up(error)
+            self.record_fatal_error(error)
             raise
 
     def misses_evaluation(self, step: int, config: TrainConfig) -> bool:
@@ -77,18 +77,18 @@ class OpenRun:
         path, here = self.directory.path, Path.cwd()
         return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
-    def give_up(self, error: DmoeError) -> None:
+    def record_fatal_error(self, error: DmoeError) -> None:
         """Trying again would end the same way: what a launcher that restarts us is to be told."""
         if self.world.is_main:
             with suppress(OSError):  # a full disk must not hide why the run ends
-                record_verdict(self.directory.path, worlds.job(), error.exit_code, str(error))
+                record_fatal_error(self.directory.path, worlds.elastic_run_id(), error.exit_code, str(error))
 
     def close(self) -> None:
         if self._lock is not None:
             self._lock.release()
 
 
-def open_run(config: Config, world: World) -> OpenRun:
+def open_session(config: Config, world: ProcessInfo) -> RunSession:
     """Make the run directory and lock it. Collective.
 
     Raises, on all ranks: ConfigError where it cannot be written or another job has it; what an earlier attempt of this job said,
@@ -99,17 +99,17 @@ def open_run(config: Config, world: World) -> OpenRun:
     def take() -> str:
         run = RunDir(name_run(config))
         run.create(config.train.run_dir)
-        held.append(RunLock.take(run.path, worlds.job()))
-        verdict = earlier_verdict(run.path, worlds.job(), world.restart)
+        held.append(RunLock.take(run.path, worlds.elastic_run_id()))
+        verdict = earlier_fatal_error(run.path, worlds.elastic_run_id(), world.restart)
         if verdict is not None:
             raise _repeated(*verdict)
         return str(Path(os.path.realpath(run.path)))
 
     path = _in_directory(world, Path(config.train.run_dir or "runs"), take)
-    return OpenRun(RunDir(Path(path)), world, held[0] if held else None)
+    return RunSession(RunDir(Path(path)), world, held[0] if held else None)
 
 
-def _in_directory(world: World, path: Path, action: Callable[[], str]) -> str:
+def _in_directory(world: ProcessInfo, path: Path, action: Callable[[], str]) -> str:
     """`worlds.on_first`, where what the system refuses is the user's to mend: one sentence on all ranks."""
 
     def careful() -> str:
@@ -121,7 +121,7 @@ def _in_directory(world: World, path: Path, action: Callable[[], str]) -> str:
                 "train.run_dir", path, f"{where} cannot be used ({reason})", "look at it, or name another"
             ) from None
 
-    return worlds.on_first(world, careful)
+    return worlds.run_on_rank0(world, careful)
 
 
 def _repeated(code: int, text: str) -> DmoeError:

@@ -22,7 +22,7 @@ from dmoe.distributed.gradients import all_sum
 from dmoe.moe.stats import LayerStats
 from dmoe.training.engine import Engine
 
-__all__ = ["Look", "Probe", "mutual_information"]
+__all__ = ["RoutingSnapshot", "RoutingProbe", "mutual_information"]
 
 WITHOUT_A_FIRST = ("soft", "expert_choice")
 """Routers that list all experts of a token by id: the first of them means nothing."""
@@ -31,7 +31,7 @@ MOST_EXPERTS = 128
 
 
 @dataclass(frozen=True)
-class Look:
+class RoutingSnapshot:
     """Decisions of one layer: those of the first batch, and sums over all batches of this rank (float64)."""
 
     chosen_TE: Tensor
@@ -43,23 +43,23 @@ class Look:
     """Their first choices alone."""
 
 
-class Probe:
+class RoutingProbe:
     def __init__(self, engine: Engine, domains: Sequence[str]) -> None:
         self.engine, self.domains = engine, list(domains)
         self.previous: list[Tensor] = []
         """For each layer bool [T, E], of the last evaluation that this process finished."""
 
-    def look(self, stats: Sequence[LayerStats], label_T: Tensor, before: Sequence[Look]) -> list[Look]:
+    def update(self, stats: Sequence[LayerStats], label_T: Tensor, before: Sequence[RoutingSnapshot]) -> list[RoutingSnapshot]:
         """`before`, empty at the first batch, and the decisions of this batch with it. No collective, no host read."""
         looks = [self._look(layer, label_T) for layer in stats]
         if not before:
             return looks
         return [
-            Look(a.chosen_TE, a.pair_EE + b.pair_EE, a.domain_ME + b.domain_ME, a.first_ME + b.first_ME)
+            RoutingSnapshot(a.chosen_TE, a.pair_EE + b.pair_EE, a.domain_ME + b.domain_ME, a.first_ME + b.first_ME)
             for a, b in zip(before, looks, strict=True)
         ]
 
-    def report(self, looks: Sequence[Look]) -> list[dict[str, Any]]:
+    def report(self, looks: Sequence[RoutingSnapshot]) -> list[dict[str, Any]]:
         """The `layers` of an `eval` line. Collective: one reduction of L * (E^2 + 2 M E + 2) numbers, and one host read."""
         if not looks:
             return []
@@ -70,7 +70,7 @@ class Probe:
             shares += [look.pair_EE.flatten(), look.domain_ME.flatten(), look.first_ME.flatten(), tokens.double()]
         known, (domains, experts) = bool(self.previous), looks[0].domain_ME.shape
         self.previous = [look.chosen_TE for look in looks]
-        numbers = iter(all_sum(torch.cat(shares), self.engine.topology).tolist())
+        numbers = iter(all_sum(torch.cat(shares), self.engine.mesh).tolist())
         lines = []
         for layer in range(len(looks)):
             pairs, served, first = (
@@ -81,11 +81,11 @@ class Probe:
             lines.append(self._line(layer, pairs, served, first, changed / max(1, tokens_seen) if known else None))
         return lines
 
-    def _look(self, layer: LayerStats, label_T: Tensor) -> Look:
+    def _look(self, layer: LayerStats, label_T: Tensor) -> RoutingSnapshot:
         chosen_TE, first_TE = layer.observed["chosen_TE"].double(), layer.observed["first_TE"].double()
         label_T = label_T.repeat_interleave(len(chosen_TE) // len(label_T))  # a layer may see several parts of a sample
         none_ME = chosen_TE.new_zeros(len(self.domains), chosen_TE.shape[1])
-        return Look(
+        return RoutingSnapshot(
             layer.observed["chosen_TE"],
             chosen_TE.t() @ chosen_TE,
             none_ME.index_add(0, label_T, chosen_TE),

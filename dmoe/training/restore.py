@@ -13,7 +13,7 @@ from dmoe.config.schema import Config
 from dmoe.distributed import checkpoint
 from dmoe.distributed.checkpoint.names import step_name
 from dmoe.distributed.state import model_state
-from dmoe.distributed.topology import Topology
+from dmoe.distributed.topology import ParallelMesh
 from dmoe.models.base import Model
 from dmoe.training import precision as precisions
 from dmoe.training.modular.attaching import attach_modules
@@ -55,7 +55,7 @@ def restore(run: RunDir, step: int | None = None) -> Restored:
         model = task.model()
         attach_modules(model, config)
     model.to_empty(device=device)
-    state = model_state(model, Topology())
+    state = model_state(model, ParallelMesh())
     filled = {name.removeprefix("model.") for name in state}
     assert filled >= {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}, (
         "a buffer that no checkpoint holds"

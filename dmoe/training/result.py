@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from dmoe.training.trackers.bounded import bounded
-from dmoe.training.voice import Voice
+from dmoe.training.voice import RunLogger
 
-__all__ = ["tell_result"]
+__all__ = ["print_summary"]
 
 SECONDS = 10.0
 """Reading the lines may take: other ranks wait meanwhile."""
 
 
-def tell_result(voice: Voice) -> None:
+def print_summary(logger: RunLogger) -> None:
     """Print it, where there is somebody to read it. A table that cannot be made is a note: the run is trained and saved."""
-    if voice.metrics is None:
+    if logger.metrics is None:
         return
     lines: list[str] = []
-    problem = bounded(lambda: _read(voice, lines), SECONDS, f"it takes more than {SECONDS:g} seconds")
-    voice.say(f"note: no result table: {problem}; see dmoe compare --full" if problem else "\n".join(["", *lines]))
+    problem = bounded(lambda: _read(logger, lines), SECONDS, f"it takes more than {SECONDS:g} seconds")
+    logger.print(f"note: no result table: {problem}; see dmoe compare --full" if problem else "\n".join(["", *lines]))
 
 
-def _read(voice: Voice, lines: list[str]) -> str | None:
+def _read(logger: RunLogger, lines: list[str]) -> str | None:
     """Fill `lines`; why that was not possible, or None."""
     from dmoe.report.metrics import read_metrics  # what only the end of a run needs
     from dmoe.report.results import result_lines
 
     try:
-        lines += result_lines(read_metrics(voice.run.metrics))
+        lines += result_lines(read_metrics(logger.run.metrics))
     except Exception as error:  # whatever it is: the run is trained and saved
         return " ".join(str(error).split())[:200] or type(error).__name__
     return None

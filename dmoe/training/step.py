@@ -21,9 +21,9 @@ from dmoe.moe.balance import coefficients, updated_bias
 from dmoe.moe.stats import ObservedContext
 from dmoe.training.batches import Batch
 from dmoe.training.engine import Engine
-from dmoe.training.measurement import UNMEASURED, Unmeasured
+from dmoe.training.measurement import NULL_RECORDER, NullStepRecorder
 from dmoe.training.modular.attaching import moved_routers
-from dmoe.training.totals import Requests, StepTotals, pack, unpack
+from dmoe.training.totals import Requests, ReducedStep, pack, unpack
 
 __all__ = ["NOTHING", "StepResult", "compute_gradients", "forward", "grad_norm", "train_step", "update"]
 
@@ -32,7 +32,7 @@ NOTHING = Requests()
 
 @dataclass(frozen=True)
 class StepResult:
-    totals: StepTotals
+    totals: ReducedStep
     """Sums over all ranks and accumulation steps: losses, squares, counts. The same on every rank."""
     grad_norm: float
     """Global norm before clipping."""
@@ -52,26 +52,26 @@ def compute_gradients(
     *,
     read_bytes: int = 0,
     requests: Requests = NOTHING,
-    measurement: Unmeasured = UNMEASURED,
-) -> StepTotals:
+    recorder: NullStepRecorder = NULL_RECORDER,
+) -> ReducedStep:
     """Leave in every parameter's `grad` the gradient of the global batch's loss, and return what all ranks know of the step.
 
     Collectives beside the layers' own: the sums of dense gradients, one a parameter for experts with copies, and one control
     reduction (float64, 2 L E + small) that carries norm, losses, counts and flags; one host read of it. All ranks decide from its
     bits. `measurement`, on a step that is logged, collects what is to be told beside that.
     """
-    outputs = _accumulate(engine, batches, measurement)
-    engine.replication.finish()
+    outputs = _accumulate(engine, batches, recorder)
+    engine.data_parallel.wait_for_grads()
     if engine.accelerator.scaler is not None:
         engine.accelerator.unscale_gradients(engine.optimizer)
-    measurement.collect(outputs)
-    vector = pack(square_sums(engine.model, engine.topology), outputs, read_bytes, requests)
-    totals = unpack(all_sum(vector, engine.topology).tolist(), outputs[0])
-    measurement.lap("other")
+    recorder.collect(outputs)
+    vector = pack(square_sums(engine.model, engine.mesh), outputs, read_bytes, requests)
+    totals = unpack(all_sum(vector, engine.mesh).tolist(), outputs[0])
+    recorder.mark("other")
     return totals
 
 
-def update(engine: Engine, totals: StepTotals, learning_rate: float, *, take: bool = True) -> StepResult:
+def update(engine: Engine, totals: ReducedStep, learning_rate: float, *, take: bool = True) -> StepResult:
     """Clip and step; or, where the loss or the norm is not finite or the step is not to be taken, do neither. The same on all ranks."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -90,12 +90,12 @@ def update(engine: Engine, totals: StepTotals, learning_rate: float, *, take: bo
     return StepResult(totals, norm, factor, take)
 
 
-def grad_norm(totals: StepTotals) -> float:
+def grad_norm(totals: ReducedStep) -> float:
     """The global gradient norm; NaN where the sum of squares is."""
     return math.sqrt(totals.squares) if totals.squares >= 0 else math.nan
 
 
-def _move_biases(engine: Engine, totals: StepTotals) -> None:
+def _move_biases(engine: Engine, totals: ReducedStep) -> None:
     """The bias controller, once a step, from the whole global batch's choices before any drop: equal bits on all ranks."""
     balance = engine.config.moe.balance
     if not balance.bias:
@@ -106,29 +106,29 @@ def _move_biases(engine: Engine, totals: StepTotals) -> None:
         bias_E.copy_(updated_bias(bias_E, count_E, balance.bias, balance.recenter))
 
 
-def _accumulate(engine: Engine, batches: list[Batch], measurement: Unmeasured) -> list[ModelOutput]:
+def _accumulate(engine: Engine, batches: list[Batch], recorder: NullStepRecorder) -> list[ModelOutput]:
     outputs: list[ModelOutput] = []
     prior_LE = None
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
-        with engine.replication.accumulating(last):
-            output = forward(engine, replace(batch, observer=measurement.observer), prior_LE)
-            measurement.lap("forward")
+        with engine.data_parallel.grad_sync(last):
+            output = forward(engine, replace(batch, observer=recorder.observer), prior_LE)
+            recorder.mark("forward")
             engine.accelerator.backward(_loss(output, engine, len(batches)))
-            measurement.lap("backward")
+            recorder.mark("backward")
         outputs.append(_detached(output))
         if engine.config.moe.balance.switch_level == "global" and not last and output.stats:
-            counts_LE = all_sum(torch.stack([stats.choice_E for stats in output.stats]), engine.topology)
+            counts_LE = all_sum(torch.stack([stats.choice_E for stats in output.stats]), engine.mesh)
             prior_LE = counts_LE if prior_LE is None else prior_LE + counts_LE
-            measurement.lap("other")
+            recorder.mark("other")
     return outputs
 
 
 def forward(engine: Engine, batch: Batch, prior_LE: Tensor | None) -> ModelOutput:
     """One forward of the wrapped model on this rank's micro-batch. Collective."""
-    if engine.watch is not None:
-        engine.watch.step = batch.step
-    device = engine.world.device
+    if engine.collective_checker is not None:
+        engine.collective_checker.step = batch.step
+    device = engine.process.device
     input, target = batch.input.to(device, non_blocking=True), batch.target.to(device, non_blocking=True)
     context = ObservedContext(
         prior_count_LE=prior_LE,

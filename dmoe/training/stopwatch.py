@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dmoe.distributed.meter import Meter
+from dmoe.distributed.meter import CommTimer
 
 __all__ = ["PARTS", "Stopwatch"]
 
@@ -20,7 +20,7 @@ PARTS = ("data", "forward", "backward", "exchange", "optimizer", "other")
 
 
 class Stopwatch:
-    def __init__(self, device: torch.device, meters: Sequence[Meter], began: float) -> None:
+    def __init__(self, device: torch.device, meters: Sequence[CommTimer], began: float) -> None:
         """`began`: when the step began, by `time.monotonic`. The meters run until `stop_meters`."""
         self.device, self.meters = device, meters
         self.seconds = dict.fromkeys(PARTS, 0.0)
@@ -34,7 +34,7 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
         return time.monotonic()
 
-    def lap(self, part: str) -> None:
+    def mark(self, part: str) -> None:
         now, exchanged = self.now(), sum(meter.seconds for meter in self.meters)
         self.seconds["exchange"] += exchanged - self.exchanged
         self.seconds[part] += now - self.last - (exchanged - self.exchanged)

@@ -15,10 +15,10 @@ from dmoe.moe.balance import coefficients
 from dmoe.moe.layer import MoE
 from dmoe.training.alerts import Alerts
 from dmoe.training.engine import Engine
-from dmoe.training.measurement import UNMEASURED, LayerMeasures, Measurement, StepMeasures, Unmeasured
+from dmoe.training.measurement import NULL_RECORDER, LayerMeasures, StepRecorder, StepMeasures, NullStepRecorder
 from dmoe.training.modular.lines import module_lines
 from dmoe.training.peak import measured_peak
-from dmoe.training.probe import Probe
+from dmoe.training.probe import RoutingProbe
 from dmoe.training.step import StepResult
 from dmoe.training.tasks import Score
 from dmoe.training.totals import LayerTotals
@@ -37,16 +37,16 @@ class Telemetry:
     def __init__(self, engine: Engine, domains: Sequence[str]) -> None:
         """Takes 0.15 s for the peak."""
         self.engine = engine
-        self.peak = measured_peak(engine.world.device, engine.precision)
+        self.peak = measured_peak(engine.process.device, engine.precision)
         self.flops_per_token = 3 * engine.model.flops_per_token(engine.task.targets)
         """Of training: backward takes twice as many as forward."""
-        self.probe = Probe(engine, domains)
+        self.probe = RoutingProbe(engine, domains)
         self.alerts = Alerts(engine.config.alerts, engine.config.moe.top_k)
-        self.measurement: Unmeasured = UNMEASURED
+        self.measurement: NullStepRecorder = NULL_RECORDER
 
-    def begin(self, logged: bool, began: float) -> Unmeasured:
+    def begin(self, logged: bool, began: float) -> NullStepRecorder:
         """The measurement of the step whose data have been read since `began` (`time.monotonic`)."""
-        self.measurement = Measurement(self.engine, began) if logged else UNMEASURED
+        self.measurement = StepRecorder(self.engine, began) if logged else NULL_RECORDER
         return self.measurement
 
     def train_line(
@@ -60,8 +60,8 @@ class Telemetry:
         matrix product. Dropped choices are counted as if they had been computed.
         """
         measurement = self.measurement
-        assert isinstance(measurement, Measurement), "the step that is told was not measured"
-        measurement.lap("optimizer")
+        assert isinstance(measurement, StepRecorder), "the step that is told was not measured"
+        measurement.mark("optimizer")
         measures = measurement.reduce(self.peak)
         speed = self.engine.targets * steps / seconds if seconds > 0 else math.nan
         line = train_metrics(result, measures, self.engine)
@@ -127,13 +127,13 @@ def _layer(built: MoE, layer: LayerTotals, measures: LayerMeasures, engine: Engi
         "aux_weighted": {name: weights[name] * value for name, value in layer.aux.items()},
         "load": load,
         "kept": layer.kept,
-        "load_by_rank": [sum(load[expert] for expert in owned) for owned in built.ownership.experts],
+        "load_by_rank": [sum(load[expert] for expert in owned) for owned in built.placement.experts],
         "load_max_over_mean": layer.load_max_over_mean,
         "load_cv": statistics.pstdev(load) / mean if mean else 0.0,
         "dead_experts": load.count(0),
         "drop_rate": layer.drop_rate,
         "dropped_mass": layer.dropped_weight / layer.total_weight if layer.total_weight else 0.0,
-        "lost_tokens": layer.lost_tokens,
+        "lost_tokens": layer.fully_dropped_tokens,
         "padding_waste": layer.padding_waste,
         "effective_k": sum(layer.kept) / tokens,
         "cost_share": sum(rows * cost for rows, cost in zip(layer.kept, built.cost_E, strict=True)) / tokens,

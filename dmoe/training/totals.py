@@ -14,7 +14,7 @@ from torch import Tensor
 from dmoe.models.output import ModelOutput
 from dmoe.moe.stats import LayerStats
 
-__all__ = ["LayerTotals", "Requests", "StepTotals", "pack", "unpack"]
+__all__ = ["LayerTotals", "Requests", "ReducedStep", "pack", "unpack"]
 
 HEAD = 7
 STATS_TAIL = 4
@@ -42,9 +42,9 @@ class LayerTotals:
     kept: list[int]
     dropped_weight: float
     total_weight: float
-    lost_tokens: int
+    fully_dropped_tokens: int
     slots: int
-    free: int = 0
+    num_zero_cost: int = 0
     """The last so many experts cost nothing and have no slots."""
 
     @property
@@ -59,11 +59,11 @@ class LayerTotals:
     @property
     def padding_waste(self) -> float:
         """Share of the capacity's slots that no token used; 0 when dropless."""
-        return 1.0 - sum(self.kept[: len(self.kept) - self.free]) / self.slots if self.slots else 0.0
+        return 1.0 - sum(self.kept[: len(self.kept) - self.num_zero_cost]) / self.slots if self.slots else 0.0
 
 
 @dataclass(frozen=True)
-class StepTotals:
+class ReducedStep:
     squares: float
     """Square of the global gradient norm."""
     expert_squares: float
@@ -102,7 +102,7 @@ def _stats(output: ModelOutput) -> list[LayerStats]:
     return [*output.stats, *output.module_stats]
 
 
-def unpack(numbers: list[float], like: ModelOutput) -> StepTotals:
+def unpack(numbers: list[float], like: ModelOutput) -> ReducedStep:
     """The summed vector in words; `like` is any of the step's outputs, for the names and shapes."""
     rest = iter(numbers[HEAD:])
     losses = [{name: next(rest) for name in layer} for layer in _aux(like)]
@@ -117,12 +117,12 @@ def unpack(numbers: list[float], like: ModelOutput) -> StepTotals:
                 kept=[int(n) for n in own[experts : 2 * experts]],
                 dropped_weight=own[-4],
                 total_weight=own[-3],
-                lost_tokens=int(own[-2]),
+                fully_dropped_tokens=int(own[-2]),
                 slots=round(own[-1]),
-                free=layer.free,
+                num_zero_cost=layer.num_zero_cost,
             )
         )
     requests = Requests(*(number > 0 for number in numbers[4:HEAD]))
     mixtures = len(like.stats)
     squares = (numbers[0] + numbers[1], numbers[1])
-    return StepTotals(*squares, numbers[2], numbers[3], requests, layers[:mixtures], layers[mixtures:])
+    return ReducedStep(*squares, numbers[2], numbers[3], requests, layers[:mixtures], layers[mixtures:])

@@ -13,28 +13,28 @@ from dmoe.config.check import check
 from dmoe.config.errors import ConfigError, NumbersError
 from dmoe.config.schema import Config
 from dmoe.distributed import world as worlds
-from dmoe.distributed.roll_call import Listener, is_collective_failure, lost_peer
+from dmoe.distributed.roll_call import LivenessResponder, is_collective_failure, lost_rank_error
 from dmoe.moe.keyed import generator
 from dmoe.training import engine as engines
 from dmoe.training.batches import training_batches
-from dmoe.training.checkpointing import Checkpoints
+from dmoe.training.checkpointing import Checkpointer
 from dmoe.training.display.words import measure_words
 from dmoe.training.engine import Engine
 from dmoe.training.evaluation import Evaluation, evaluate
-from dmoe.training.guard import Action, Guard, Kind
-from dmoe.training.keeper import Keeper
+from dmoe.training.guard import StepAction, StepGuard, StepHealth
+from dmoe.training.keeper import CheckpointScheduler
 from dmoe.training.modular.session import Session, check_domains
 from dmoe.training.modular.stages import CORE, check_stages, is_config_file, needed, prepare
-from dmoe.training.opening import OpenRun, open_run
+from dmoe.training.opening import RunSession, open_session
 from dmoe.training.profiling import Profiling
-from dmoe.training.result import tell_result
+from dmoe.training.result import print_summary
 from dmoe.training.sanity import check_first_step
 from dmoe.training.schedule import learning_rate
 from dmoe.training.signals import Signals
 from dmoe.training.step import StepResult, compute_gradients, grad_norm, update
 from dmoe.training.tasks import Data, task_of
 from dmoe.training.telemetry import Telemetry, is_logged
-from dmoe.training.voice import Voice
+from dmoe.training.voice import RunLogger
 
 __all__ = ["train"]
 
@@ -49,7 +49,7 @@ def train(config: Config, given: str, quiet: bool = False) -> None:
     check(config, worlds.launched_world_size())
     check_stages(config, worlds.launched_world_size())
     stopped_by = _train(config, given, quiet)
-    worlds.close()
+    worlds.shutdown()
     if stopped_by:
         raise SystemExit(128 + stopped_by)
 
@@ -59,10 +59,10 @@ def _train(config: Config, given: str, quiet: bool) -> int:
     task = task_of(config)
     data = task.open()
     check_domains(config, data.domains)
-    world = worlds.start(config.train.device, config.parallel.backend, config.parallel.start_timeout)
+    world = worlds.init_distributed(config.train.device, config.parallel.backend, config.parallel.start_timeout)
     # For what a user's own module draws: torch starts its generators from the clock, and no run would repeat another.
     torch.manual_seed(generator(config.train.seed, "rank", world.rank).initial_seed())
-    run = open_run(config, world) if is_config_file(config.modular.core) else None
+    run = open_session(config, world) if is_config_file(config.modular.core) else None
     try:
         if run is not None and needed(config, run.directory.path):
             if world.is_main and not quiet:
@@ -71,8 +71,8 @@ def _train(config: Config, given: str, quiet: bool) -> int:
             if stopped_by:
                 return stopped_by
         engine = engines.build(config, world, task.outputs)
-        run = open_run(config, world) if run is None else run
-        with Listener() if world.size > 1 else nullcontext():
+        run = open_session(config, world) if run is None else run
+        with LivenessResponder() if world.size > 1 else nullcontext():
             return Trainer(engine, data, run, given, quiet).run()
     finally:
         if run is not None:
@@ -82,30 +82,30 @@ def _train(config: Config, given: str, quiet: bool) -> int:
 class Trainer:
     """Owns the loop and nothing else: what a step, an evaluation or a checkpoint is, their modules say."""
 
-    def __init__(self, engine: Engine, data: Data, run: OpenRun, given: str, quiet: bool = False) -> None:
+    def __init__(self, engine: Engine, data: Data, run: RunSession, given: str, quiet: bool = False) -> None:
         self.engine, self.data, self.run_dir = engine, data, run
         self.config, self.targets, self.task = engine.config.train, engine.targets, engine.task
-        self.guard = Guard(engine.config.guard, scaled=engine.accelerator.scaler is not None)
-        self.checkpoints = Checkpoints(engine, data, run.directory, self.guard)
+        self.step_guard = StepGuard(engine.config.guard, scaled=engine.accelerator.scaler is not None)
+        self.checkpointer = Checkpointer(engine, data, run.directory, self.step_guard)
         self.signals = Signals()
-        self.first = self.done = self.checkpoints.resume()
+        self.first = self.done = self.checkpointer.resume()
         """Steps done: when this process began, and now."""
         if self.first > self.config.steps:
             done = f"the run in {run} has done {self.first} steps already"
             raise ConfigError("train.steps", self.config.steps, done, "use more, or another train.run_dir")
-        self.modules = Session(engine, run.directory.path, fresh=self.checkpoints.saved < 0)
+        self.modules = Session(engine, run.directory.path, fresh=self.checkpointer.saved < 0)
         run.begin(self.first, engine.config.guard.attempts)
         self.owes_evaluation = run.misses_evaluation(self.first, self.config)
         run.record(engine.config, given)
-        self.voice = Voice(engine, run.directory, self.first, quiet)
-        self.keeper = Keeper(self.checkpoints, self.voice, engine.config.checkpoint)
+        self.logger = RunLogger(engine, run.directory, self.first, quiet)
+        self.checkpoint_scheduler = CheckpointScheduler(self.checkpointer, self.logger, engine.config.checkpoint)
         self.telemetry = Telemetry(engine, data.domains)
         self.profiling = Profiling(
             self.config.profile_steps,
             self.config.profile_ranks,
-            engine.world.rank,
+            engine.process.rank,
             run.directory.logs,
-            self.voice.say,
+            self.logger.print,
             exclude=self._exclude,
         )
 
@@ -116,21 +116,21 @@ class Trainer:
         self.clock, self.clock_step, self.began = time.monotonic(), self.first, time.monotonic()
         try:
             code = self._train()
-            self.voice.finish(self.done)
+            self.logger.write_report(self.done)
             return code
         except NumbersError as error:
-            self.run_dir.give_up(error)
-            self.voice.alert(self.done, "stopped", str(error))
-            self.voice.tell("end", self.done, {"failed": True})
-            self.voice.finish(self.done)
+            self.run_dir.record_fatal_error(error)
+            self.logger.alert(self.done, "stopped", str(error))
+            self.logger.log_event("end", self.done, {"failed": True})
+            self.logger.write_report(self.done)
             raise
         except RuntimeError as error:
             if not is_collective_failure(error):
                 raise
-            raise lost_peer(error, self.done + 1, time.monotonic() - self.began) from error
+            raise lost_rank_error(error, self.done + 1, time.monotonic() - self.began) from error
         finally:
-            self.checkpoints.abandon()
-            self.voice.close()
+            self.checkpointer.drain()
+            self.logger.close()
 
     def _train(self) -> int:
         stopped = self.owes_evaluation and self._evaluate() is None
@@ -145,19 +145,19 @@ class Trainer:
         step = self.done
         batches = training_batches(self.data.train, self.engine, step)
         rate = learning_rate(step, self.config.steps, self.engine.config.optim)
-        read_bytes = sum(int(self.task.bytes_of(self.data, batch.target).sum()) for batch in batches)
-        requests = self.signals.requests(self.checkpoints.failed)
+        read_bytes = sum(int(self.task.bytes_per_target(self.data, batch.target).sum()) for batch in batches)
+        requests = self.signals.requests(self.checkpointer.failed)
         measurement = self.telemetry.begin(is_logged(step + 1, self.first, self.config), self.began)
-        totals = compute_gradients(self.engine, batches, read_bytes=read_bytes, requests=requests, measurement=measurement)
-        kind, action = self.guard.judge(step, totals.loss_sum / self.targets, grad_norm(totals))
-        result = update(self.engine, totals, rate, take=action is Action.TAKE)
+        totals = compute_gradients(self.engine, batches, read_bytes=read_bytes, requests=requests, recorder=measurement)
+        kind, action = self.step_guard.check(step, totals.loss_sum / self.targets, grad_norm(totals))
+        result = update(self.engine, totals, rate, take=action is StepAction.APPLY)
         self.done = step + 1
         self._check_first(step, result)
-        if kind is not Kind.GOOD and self._bad(step, kind, action, result):
+        if kind is not StepHealth.GOOD and self._bad(step, kind, action, result):
             return totals.requests.stop
         self._log(result, rate)
         began = time.monotonic()
-        self.keeper.after_step(self.done, totals.requests, calm=self.guard.bad == 0, last=self.done == self.config.steps)
+        self.checkpoint_scheduler.after_step(self.done, totals.requests, last_step_good=self.step_guard.bad == 0, last=self.done == self.config.steps)
         if totals.requests.save:
             self.signals.saved()
         self._exclude(began)
@@ -168,42 +168,42 @@ class Trainer:
 
     def _check_first(self, step: int, result: StepResult) -> None:
         if step == self.first:
-            worlds.shorten_timeouts(self.engine.topology.groups(), self.engine.config.parallel.timeout)
+            worlds.shorten_timeouts(self.engine.mesh.groups(), self.engine.config.parallel.timeout)
         if step == 0:
             remark = check_first_step(self.engine, result, self.task.outputs, self.targets)
             if remark:
-                self.voice.note(1, remark)
+                self.logger.note(1, remark)
 
-    def _bad(self, step: int, kind: Kind, action: Action, result: StepResult) -> bool:
+    def _bad(self, step: int, kind: StepHealth, action: StepAction, result: StepResult) -> bool:
         """Tell of a bad step, and go back or end where the guard says so; whether the run went back."""
         back = None
-        if action is Action.ROLLBACK:
-            self.keeper.settle(self.done)
-            back = self.checkpoints.back()
-            action = Action.STOP if back is None else action
+        if action is StepAction.ROLLBACK:
+            self.checkpoint_scheduler.wait_for_pending(self.done)
+            back = self.checkpointer.rollback()
+            action = StepAction.STOP if back is None else action
         first = step * self.config.global_batch
         text = (
             f"step {step + 1} is {kind.value} and {action.value} on all ranks: loss {result.totals.loss_sum / self.targets:.4g}, "
             f"gradient norm {result.grad_norm:.4g}, samples {first} to {first + self.config.global_batch - 1}"
         )
-        if action is Action.STOP:
+        if action is StepAction.STOP:
             raise NumbersError(
-                f"{text}; {self.guard.bad} bad steps in a row, and starting again would meet them again: lower optim.lr, look at "
+                f"{text}; {self.step_guard.bad} bad steps in a row, and starting again would meet them again: lower optim.lr, look at "
                 "the data, or see guard.* in the config"
             )
-        self.voice.alert(self.done, "bad step", text)
+        self.logger.alert(self.done, "bad step", text)
         if back is None:
             return False
         self.done = self.clock_step = back
         self.clock = time.monotonic()
-        self.voice.went_back(back)
+        self.logger.log_rollback(back)
         self.telemetry.probe.previous = []
         return True
 
     def _log(self, result: StepResult, rate: float) -> None:
         done = self.done
         if not is_logged(done, self.first, self.config):
-            self.voice.display.step(done)
+            self.logger.display.step(done)
             return
         now = time.monotonic()
         values = self.telemetry.train_line(
@@ -214,9 +214,9 @@ class Trainer:
             steps=done - self.clock_step,
         )
         self.clock, self.clock_step = now, done
-        self.voice.numbers("train", done, values)
+        self.logger.log_metrics("train", done, values)
         for text in self.telemetry.alerts.judge(values):
-            self.voice.alert(done, "routing", text)
+            self.logger.alert(done, "routing", text)
 
     def _evaluate(self) -> Evaluation | None:
         """Held-out loss, told to all; None if some rank was told to stop on the way."""
@@ -229,49 +229,49 @@ class Trainer:
             return None
         said = "".join(f", {measure_words(name, value)}" for name, value in result.measures.items())
         line = f"step {self.done}: held-out loss {result.loss:.3f}{said} over {result.tokens:,} {self.task.unit}s"
-        self.voice.numbers("eval", self.done, result.line() | ({"compositions": composed} if composed else {}), line)
+        self.logger.log_metrics("eval", self.done, result.line() | ({"compositions": composed} if composed else {}), line)
         return result
 
     def _leave(self) -> int:
         """A stop that all ranks agreed on: save this step, say so, and tell the signal that asked for it."""
-        self.keeper.save_last(self.done)
+        self.checkpoint_scheduler.save_last(self.done)
         line = f"stopped after step {self.done}, which is saved; continue with train.run_dir={self.run_dir}"
-        self.voice.tell("end", self.done, {"stopped": True}, line)
+        self.logger.log_event("end", self.done, {"stopped": True}, line)
         return self.signals.number or signal.SIGTERM
 
     def _finish(self) -> bool:
         """The end of a run: save, evaluate, show a sample and where everything is; whether some rank was told to stop before that."""
-        self.keeper.save_last(self.done)
+        self.checkpoint_scheduler.save_last(self.done)
         result = self._evaluate()
         if result is None:
             return True
-        self.voice.display.close()
-        tell_result(self.voice)
+        self.logger.display.close()
+        print_summary(self.logger)
         proven, words = self.modules.finish()
         values: dict[str, Any] = {**result.measures, **proven}
         if words:
-            self.voice.say(words)
+            self.logger.print(words)
         sample = self.task.sample(self.engine.model, self.data)
         if sample is not None:
             values["sample"] = sample
-            self.voice.say(f"\nsample:\n{sample}\n")
-        self.voice.tell("end", self.done, values, f"run directory: {self.run_dir}")
+            self.logger.print(f"\nsample:\n{sample}\n")
+        self.logger.log_event("end", self.done, values, f"run directory: {self.run_dir}")
         return False
 
     def _greet(self) -> None:
-        engine, counts, say = self.engine, self.engine.model.num_parameters(), self.voice.say
+        engine, counts, say = self.engine, self.engine.model.num_parameters(), self.logger.print
         say(f"data: {self.data.describe()}")
         say(
             f"model: {counts.total / 1e6:.2f} M parameters, {counts.active / 1e6:.2f} M active a token; "
-            f"{engine.precision} on {engine.world.device.type}"
+            f"{engine.precision} on {engine.process.device.type}"
         )
         say(
-            f"ranks: {engine.topology}; {engine.config.train.global_batch} sequences a step = {engine.world.size} x "
+            f"ranks: {engine.mesh}; {engine.config.train.global_batch} sequences a step = {engine.process.size} x "
             f"{engine.sequences} x {engine.batching.accumulation} accumulated"
         )
-        for remark in (self.run_dir.remark, *self.checkpoints.remarks):
+        for remark in (self.run_dir.remark, *self.checkpointer.remarks):
             if remark:
-                self.voice.note(self.first, remark)
+                self.logger.note(self.first, remark)
         resumed = f"resumed after step {self.first}; " if self.first else ""
         say(f"{resumed}run directory: {self.run_dir}")
         start = {
@@ -280,13 +280,13 @@ class Trainer:
             "trainable_parameters": self.modules.trained(counts.trained),
             "flops_per_token": engine.model.flops_per_token(self.task.targets),
             "task": self.task.name,
-            "world": engine.world.size,
-            "ep": engine.topology.ep,
+            "world": engine.process.size,
+            "ep": engine.mesh.ep,
             "precision": engine.precision,
             "data": self.data.fingerprint,
         }
-        again = {"resumed_from": self.first, "attempt": engine.world.restart}
-        self.voice.tell("restart" if self.first or engine.world.restart else "start", self.first, start | again)
+        again = {"resumed_from": self.first, "attempt": engine.process.restart}
+        self.logger.log_event("restart" if self.first or engine.process.restart else "start", self.first, start | again)
 
     def _exclude(self, began: float) -> None:
         """What is not training does not count in tokens per second."""

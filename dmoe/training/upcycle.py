@@ -25,16 +25,16 @@ from dmoe.config.schema import Config, ParallelConfig
 from dmoe.data import open_tokenizer
 from dmoe.distributed.checkpoint import list_steps, save
 from dmoe.distributed.state import model_state, optimizer_state
-from dmoe.distributed.topology import Topology
-from dmoe.distributed.world import World
+from dmoe.distributed.topology import ParallelMesh
+from dmoe.distributed.world import ProcessInfo
 from dmoe.models.base import Model
 from dmoe.models.block import active_hidden_dim
 from dmoe.moe.experts import FeedForward, MLPExperts
 from dmoe.moe.layer import MoE
 from dmoe.moe.routing import TokenContext
 from dmoe.training import optimizer as optimizers
-from dmoe.training.guard import Guard
-from dmoe.training.opening import open_run
+from dmoe.training.guard import StepGuard
+from dmoe.training.opening import open_session
 from dmoe.training.restore import Restored, restore
 from dmoe.training.run_dir import RunDir
 from dmoe.training.tasks import Data, Task, task_of
@@ -173,7 +173,7 @@ def _dense_dim(config: Config) -> int:
 @torch.no_grad()
 def _difference(dense: Restored, sparse: Model, task: Task, data: Data) -> float:
     there = data.held_out.sequences
-    samples = task.rows(data.held_out, 0, PROBE_SEQUENCES if there is None else min(PROBE_SEQUENCES, there))
+    samples = task.samples(data.held_out, 0, PROBE_SEQUENCES if there is None else min(PROBE_SEQUENCES, there))
     context = TokenContext(label_T=samples.label_B.repeat_interleave(samples.input.shape[1]))
     before, after = (model.eval()(samples.input, None, context).logits for model in (dense.model, sparse))
     return float((before - after).abs().amax())
@@ -181,12 +181,12 @@ def _difference(dense: Restored, sparse: Model, task: Task, data: Data) -> float
 
 def _write(config: Config, given: str, model: Model, extra: dict[str, Any]) -> Path:
     """The run directory with everything in it; refused if it has a checkpoint already."""
-    run = open_run(config, World(0, 1, 0, torch.device("cpu")))
+    run = open_session(config, ProcessInfo(0, 1, 0, torch.device("cpu")))
     try:
         if list_steps(run.directory.checkpoints):
             raise ConfigError("train.run_dir", config.train.run_dir, "holds a run with checkpoints", "name a new directory")
         run.record(config, given)
-        state = model_state(model, Topology()) | optimizer_state(model, optimizers.build(model, config.optim), Topology())
+        state = model_state(model, ParallelMesh()) | optimizer_state(model, optimizers.build(model, config.optim), ParallelMesh())
         save(run.directory.checkpoints, 0, state, extra)
     finally:
         run.close()
@@ -206,7 +206,7 @@ def _extra(config: Config, data: Data, origin: str) -> dict[str, Any]:
             "micro_batch": batching(config, 1).micro_batch,
         },
         "data": data.fingerprint,
-        "guard": Guard(config.guard).state(),
+        "guard": StepGuard(config.guard).state(),
         "scaler": None,
         "versions": {"dmoe": dmoe.__version__, "torch": torch.__version__},
         "upcycled_from": origin,

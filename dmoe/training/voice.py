@@ -13,50 +13,50 @@ from dmoe.training.run_dir import MetricsFile, RunDir
 from dmoe.training.trackers import Trackers
 from dmoe.training.trackers.bounded import bounded
 
-__all__ = ["Voice"]
+__all__ = ["RunLogger"]
 
 REPORT_SECONDS = 10.0
 """Writing the report may take: a launcher that asked for the end kills 30 seconds later, and the last save was before."""
 
 
-class Voice:
+class RunLogger:
     def __init__(self, engine: Engine, run: RunDir, first: int, quiet: bool = False) -> None:
-        self.display: Display = open_display(engine.config.train.steps, first, engine.world.is_main, quiet)
-        self.metrics = MetricsFile(run.metrics) if engine.world.is_main else None
+        self.display: Display = open_display(engine.config.train.steps, first, engine.process.is_main, quiet)
+        self.metrics = MetricsFile(run.metrics) if engine.process.is_main else None
         self.run, self.lines_lost = run, 0
         self.trackers = Trackers(
             engine.accelerator, engine.config, run, first_step=first, say=lambda text: self.note(first, text)
         )
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         """A line on the terminal."""
-        self.display.say(redact(line))
+        self.display.print(redact(line))
 
-    def tell(self, event: str, step: int, values: dict[str, Any], line: str = "") -> None:
+    def log_event(self, event: str, step: int, values: dict[str, Any], line: str = "") -> None:
         """One line of `metrics.jsonl`, and `line` on the terminal."""
         self._write_line(event, step, values)
-        self.display.tell(event, step, values, redact(line))
+        self.display.log_event(event, step, values, redact(line))
 
     def note(self, step: int, text: str) -> None:
         """Something a person should know, on the terminal and in `metrics.jsonl`."""
-        self.tell("alert", step, {"text": redact(text)}, f"note: {text}")
+        self.log_event("alert", step, {"text": redact(text)}, f"note: {text}")
 
     def alert(self, step: int, title: str, text: str) -> None:
         """Something a person should do something about: to the trackers too, which may send it to a telephone."""
-        self.tell("alert", step, {"title": title, "text": redact(text)}, f"alert: {text}")
+        self.log_event("alert", step, {"title": title, "text": redact(text)}, f"alert: {text}")
         self.trackers.alert(title, text)
 
-    def went_back(self, step: int) -> None:
+    def log_rollback(self, step: int) -> None:
         """The run is where it was after `step` steps: what was told beyond is void."""
-        self.tell("rollback", step, {"resumed_from": step}, f"went back to step {step}")
+        self.log_event("rollback", step, {"resumed_from": step}, f"went back to step {step}")
         self.trackers.rewind(step)
 
-    def numbers(self, event: str, step: int, values: dict[str, Any], line: str = "") -> None:
+    def log_metrics(self, event: str, step: int, values: dict[str, Any], line: str = "") -> None:
         """The metrics of a `train` or `eval` line, to every logger."""
-        self.tell(event, step, values, line)
+        self.log_event(event, step, values, line)
         self.trackers.log(values, step, event)
 
-    def finish(self, step: int) -> None:
+    def write_report(self, step: int) -> None:
         """The run has ended: its report, and what the trackers show at the end. A report that cannot be written is a note, no more."""
         if self.metrics is None:
             return
@@ -65,8 +65,8 @@ class Voice:
         problem = bounded(lambda: _write(self.run.path, report), REPORT_SECONDS, late)
         if problem:
             text = f"there is no report at the end of this run: {problem}; try dmoe report {self.run.path}"
-            self.say(f"note: {text}")
-            self.tell("alert", step, {"text": text})
+            self.print(f"note: {text}")
+            self.log_event("alert", step, {"text": text})
         self.trackers.finish(None if problem else report)
 
     def close(self) -> None:
@@ -84,7 +84,7 @@ class Voice:
             self.metrics.write(event, step, values)
         except OSError as error:
             if not self.lines_lost:
-                self.say(f"note: {self.run.metrics} cannot be written ({error.strerror}): lines are lost until it can")
+                self.print(f"note: {self.run.metrics} cannot be written ({error.strerror}): lines are lost until it can")
             self.lines_lost += 1
 
 

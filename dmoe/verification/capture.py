@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dmoe.distributed.parallelize import expert_buffers, expert_homes, expert_parameters
-from dmoe.distributed.whole import from_home, gathered
+from dmoe.distributed.parallelize import expert_buffers, expert_locations, expert_parameters
+from dmoe.distributed.whole import broadcast_expert, gather_full
 from dmoe.training.batches import Batch, training_batches
 from dmoe.training.engine import Engine
 from dmoe.training.schedule import learning_rate
@@ -75,15 +75,15 @@ def state_arrays(engine: Engine) -> Capture:
     """Weights, Adam's moments and step counts, and the routers' biases, whole, by name."""
     arrays = {f"model.{name}": array for name, array in _weights(engine).items()}
     named, experts = dict(engine.model.named_parameters()), set(expert_parameters(engine.model))
-    homes, topology = expert_homes(engine.model), engine.topology
+    homes, topology = expert_locations(engine.model), engine.mesh
     for moment in ("exp_avg", "exp_avg_sq"):
         values = {n: engine.optimizer.state[p][moment] for n, p in named.items() if moment in engine.optimizer.state.get(p, {})}
-        arrays |= {f"{moment}.{name}": _array(v) for name, v in gathered(values, experts, topology, homes).items()}
-    buffers = gathered(dict(engine.model.named_buffers()), expert_buffers(engine.model), topology)
+        arrays |= {f"{moment}.{name}": _array(v) for name, v in gather_full(values, experts, topology, homes).items()}
+    buffers = gather_full(dict(engine.model.named_buffers()), expert_buffers(engine.model), topology)
     steps = {n: engine.optimizer.state[p]["step"] for n, p in named.items() if "step" in engine.optimizer.state.get(p, {})}
     if steps:  # all of them, or none
         count = {name: replace(home, dtype=torch.float32) for name, home in homes.items()}
-        steps |= {name: from_home(steps.get(name), home, topology, ()) for name, home in count.items()}
+        steps |= {name: broadcast_expert(steps.get(name), home, topology, ()) for name, home in count.items()}
     arrays |= {f"buffer.{name}": _array(value) for name, value in buffers.items()}
     return arrays | {f"step.{name}": _array(value) for name, value in steps.items()}
 
@@ -99,7 +99,7 @@ def _gradients(engine: Engine) -> Capture:
 
 
 def _gathered(values: Mapping[str, Tensor], engine: Engine) -> dict[str, Tensor]:
-    return gathered(values, set(expert_parameters(engine.model)), engine.topology, expert_homes(engine.model))
+    return gather_full(values, set(expert_parameters(engine.model)), engine.mesh, expert_locations(engine.model))
 
 
 def _routing(engine: Engine, batches: list[Batch], step: int, scores: bool) -> Capture:

@@ -79,8 +79,8 @@ def by_the_rules(layer: MoE, score_TE: Tensor, sequences: int) -> tuple[NDArray[
     """What the naive rules choose and serve of this rank's tokens, given all the scores that share a capacity with them."""
     tokens, first = len(score_TE), 0
     if layer.capacity.group == "global":
-        sequences, first = sequences * layer.peers.size, layer.peers.rank * tokens
-        score_TE = layer.peers.gather(score_TE).flatten(0, 1)
+        sequences, first = sequences * layer.comm.size, layer.comm.rank * tokens
+        score_TE = layer.comm.gather(score_TE).flatten(0, 1)
     valid = [True] * len(score_TE)  # verify's data has no padding
     experts, spare = choose(layer, score_TE, valid, sequences)
     decision = Choices(experts, spare, score_TE, score_TE, score_TE, valid)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dmoe.config.schema import BalanceConfig, CapacityConfig, Config
 from dmoe.distributed.state import model_state
-from dmoe.distributed.whole import put_whole, whole_of
+from dmoe.distributed.whole import copy_full_into_shard, full_tensor
 from dmoe.modular import Modular, layers
 from dmoe.modular.attach import CHILD
 from dmoe.modular.reference import contribution_reference
@@ -53,11 +53,11 @@ def stir(engine: Engine) -> None:
     moved = {
         f"model.{name}" for name, _ in engine.model.named_parameters() if CHILD in name.split(".") and ".router." not in name
     }
-    for name, value in sorted(model_state(engine.model, engine.topology).items()):
+    for name, value in sorted(model_state(engine.model, engine.mesh).items()):
         if name in moved:
-            whole = whole_of(value)
+            whole = full_tensor(value)
             drawn = torch.randn(whole.shape, generator=generator("stir", name), dtype=torch.float64)
-            put_whole(value, whole + STIRRED * drawn.to(whole))
+            copy_full_into_shard(value, whole + STIRRED * drawn.to(whole))
 
 
 def install(model: nn.Module) -> None:

@@ -197,8 +197,8 @@ def _round_trip(engine: Engine, job: _Job, index: int, mine: Capture, truth: Cap
     """Write this case's checkpoint for `_reread`, then load the reference's and compare every bit."""
     quantity = "checkpoint written by 1, read here"
     try:
-        store.save(job.folder / str(index), 1, checkpointing.training_state(engine), {}, group=engine.topology.control)
-        if engine.world.is_main:
+        store.save(job.folder / str(index), 1, checkpointing.training_state(engine), {}, group=engine.mesh.control_group)
+        if engine.process.is_main:
             save_file(_finals(mine), job.folder / f"{index}.safetensors")
         checkpointing.load(engine, job.folder / "truth" / "step-00000001")
     except CheckpointError as error:
@@ -228,7 +228,7 @@ def _patched(job: _Job) -> None:
 
 def _build(job: _Job, case: Case) -> Engine:
     AcceleratorState._reset_state(reset_partial_state=True)  # one process builds many engines; accelerate expects one
-    engine = engines.build(case.config(job.config), worlds_.start("cpu"), VOCABULARY, getattr(torch, job.dtype))
+    engine = engines.build(case.config(job.config), worlds_.init_distributed("cpu"), VOCABULARY, getattr(torch, job.dtype))
     if case.naive:
         naive.install(engine.model)
         naive_modules.install(engine.model)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dmoe.config.errors import CheckpointError
-from dmoe.distributed.checkpoint import Saver, list_steps, load
+from dmoe.distributed.checkpoint import AsyncSaver, list_steps, load
 
 
 def state_of(value: float) -> dict[str, torch.Tensor]:
@@ -62,7 +62,7 @@ def full(*args: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def until_failed(saver: Saver) -> None:
+def until_failed(saver: AsyncSaver) -> None:
     deadline = time.monotonic() + 30
     while not saver.failed:
         assert time.monotonic() < deadline, "the background error was lost"

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from dmoe.config.errors import CheckpointError
-from dmoe.distributed.checkpoint import load, peek, save, verify
+from dmoe.distributed.checkpoint import load, read_manifest, save, verify
 from dmoe.distributed.checkpoint.manifest import MANIFEST, FileEntry, Manifest, TensorEntry, hash_file, write
 from tests.checkpoint.experts import blank, same, whole
 
@@ -60,7 +60,7 @@ def test_every_bit_of_a_manifest_counts(path: Path) -> None:
         bad[position] ^= 1 << position % 8
         file.write_bytes(bad)
         with pytest.raises(CheckpointError, match=r"manifest\.json"):
-            peek(path)
+            read_manifest(path)
 
 
 def truncate(path: Path) -> None:
@@ -123,7 +123,7 @@ def test_damage_names_the_file(path: Path, damage: Callable[[Path], object], mes
 def test_peek_follows_no_link(path: Path) -> None:
     link_manifest(path)
     with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
-        peek(path)
+        read_manifest(path)
 
 
 def test_a_shard_of_another_step_is_refused(path: Path) -> None:
@@ -216,7 +216,7 @@ def test_300_malformed_headers_are_checkpoint_errors(tmp_path: Path) -> None:
     good = (save(tmp_path / "good", 1, whole(), {}) / SHARD).read_bytes()
     length = struct.unpack("<Q", good[:8])[0]
     dice, path, refusals = random.Random(3), tmp_path / "step-00000001", 0
-    contents = peek(tmp_path / "good" / "step-00000001").tensors
+    contents = read_manifest(tmp_path / "good" / "step-00000001").tensors
     path.mkdir()
     for _ in range(300):
         bad = bytearray(good)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy
 import torch
 
-from dmoe.distributed.checkpoint import load, peek, save
+from dmoe.distributed.checkpoint import load, read_manifest, save
 from dmoe.distributed.random_state import gather_random_state, random_tables, set_random_state
 from tests.ranks import run_ranks
 
@@ -15,7 +15,7 @@ WEIGHTS = {"model.w": torch.arange(3.0)}
 
 
 def restore(path: Path) -> str | None:
-    tables, remark = random_tables(peek(path), None)
+    tables, remark = random_tables(read_manifest(path), None)
     if tables:
         load(path, tables, prefix=tuple(tables))
     set_random_state(tables, None)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dmoe.distributed import topology
-from dmoe.distributed.checkpoint import Saver, layout, manifest, retention, store, verify
+from dmoe.distributed.checkpoint import AsyncSaver, layout, manifest, retention, store, verify
 from tests.checkpoint.experts import sharded
 from tests.checkpoint.saving import patched, refusal, state_of
 from tests.ranks import run_ranks
@@ -27,7 +27,7 @@ def test_nothing_is_deleted_before_the_new_one_is_proven(tmp_path: Path, monkeyp
 
         return call
 
-    saver = Saver(tmp_path, 1, None, False)
+    saver = AsyncSaver(tmp_path, 1, None, False)
     saver.save(1, state_of(1.0), {})
     monkeypatch.setattr(manifest, "hash_file", told("hash", manifest.hash_file))
     monkeypatch.setattr(layout, "remove", told("remove", layout.remove))
@@ -42,7 +42,7 @@ def test_nothing_is_deleted_before_the_new_one_is_proven(tmp_path: Path, monkeyp
 
 def damaged_by(rank: int, world: int, root: Path) -> list[str]:
     """The commit succeeds, and what the disk holds is not what was written: the file of the last rank."""
-    saver, original = Saver(root, 1, topology.build(world, torch.device("cpu")).checkpoint, True), store.save
+    saver, original = AsyncSaver(root, 1, topology.build_mesh(world, torch.device("cpu")).checkpoint_group, True), store.save
     saver.save(1, sharded(world, world), {})
     saver.wait()
 

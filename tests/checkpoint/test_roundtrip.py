@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmoe.config.errors import CheckpointError
-from dmoe.distributed.checkpoint import load, peek, save
+from dmoe.distributed.checkpoint import load, read_manifest, save
 from dmoe.distributed.checkpoint.state import DTYPES
 from tests.checkpoint.experts import blank, same, whole
 
@@ -182,7 +182,7 @@ def test_an_extra_that_is_not_plain_json_is_refused(tmp_path: Path, extra: objec
 def test_peek_reads_no_tensor(tmp_path: Path) -> None:
     path = save(tmp_path, 5, whole(), EXTRA)
     (path / "shard-00001-model-00001-of-00001.safetensors").unlink()
-    found = peek(path)
+    found = read_manifest(path)
     assert (found.step, found.extra) == (5, EXTRA)
     assert found.tensors["model.experts.w"].shape == (8, 3, 5)
     assert found.tensors["optim.experts.w.exp_avg"].dtype == "bfloat16"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dmoe.distributed import topology
-from dmoe.distributed.checkpoint import Saver, list_steps, store, verify
+from dmoe.distributed.checkpoint import AsyncSaver, list_steps, store, verify
 from dmoe.distributed.checkpoint.state import local_part
 from dmoe.distributed.world import shorten_timeouts
 from tests.checkpoint.experts import sharded, whole
@@ -23,13 +23,13 @@ from tests.ranks import run_ranks
 
 
 def written_twice(rank: int, world: int, root: Path, ep: int) -> list[dict[str, Any]]:
-    group = topology.build(ep, torch.device("cpu")).checkpoint
+    group = topology.build_mesh(ep, torch.device("cpu")).checkpoint_group
     found = []
     for name, asynchronous in (("foreground", False), ("background", True)):
         state, extra, trained = sharded(world, ep) if world > 1 else whole(), {"tokens": [1, 2]}, threading.Event()
         state["strided"] = torch.arange(12.0).reshape(3, 4).t()
         state["tied"] = state["model.embed"]
-        saver = Saver(root / name, 2, group, asynchronous)
+        saver = AsyncSaver(root / name, 2, group, asynchronous)
         with patched(store, "save", after(trained, store.save) if asynchronous else store.save):
             for step in (1, 2):  # the second reuses the first one's buffers
                 trained.clear()
@@ -72,7 +72,7 @@ def test_the_next_save_waits_for_the_last_and_does_not_write_into_its_copy(
         return path
 
     monkeypatch.setattr(store, "save", slow)
-    saver, state = Saver(tmp_path, 3, None, True), state_of(0.0)
+    saver, state = AsyncSaver(tmp_path, 3, None, True), state_of(0.0)
     for step in (1, 2, 3):
         state["w"].fill_(step)
         saver.save(step, state, {})
@@ -83,7 +83,7 @@ def test_the_next_save_waits_for_the_last_and_does_not_write_into_its_copy(
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_what_is_finished_is_told_once(tmp_path: Path, asynchronous: bool) -> None:
-    saver = Saver(tmp_path, 2, None, asynchronous)
+    saver = AsyncSaver(tmp_path, 2, None, asynchronous)
     assert saver.finished() == []
     for step in (1, 2, 3):
         saver.save(step, state_of(step), {})
@@ -101,13 +101,13 @@ def test_what_is_finished_is_told_once(tmp_path: Path, asynchronous: bool) -> No
 
 
 def slow_disk(rank: int, world: int, root: Path) -> bool:
-    groups = topology.build(world, torch.device("cpu"), timeout=50.0)
+    groups = topology.build_mesh(world, torch.device("cpu"), timeout=50.0)
     shorten_timeouts(groups.groups(), 0.3)
     if rank == 1:
         time.sleep(1.0)
-    Saver(root, 1, groups.checkpoint, False).save(1, sharded(world, world), {})
+    AsyncSaver(root, 1, groups.checkpoint_group, False).save(1, sharded(world, world), {})
     shorten_timeouts(groups.groups(), 50.0)
-    return groups.checkpoint not in groups.groups()
+    return groups.checkpoint_group not in groups.groups()
 
 
 def test_a_slow_disk_is_no_time_out(tmp_path: Path) -> None:
@@ -118,12 +118,12 @@ def test_a_slow_disk_is_no_time_out(tmp_path: Path) -> None:
 def test_abandon_does_not_wait_for_ever_and_tells_what_it_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
     monkeypatch.setattr(store, "save", after(go, store.save))
-    saver = Saver(tmp_path, 1, None, True)
+    saver = AsyncSaver(tmp_path, 1, None, True)
     saver.save(7, state_of(7.0), {})
     with pytest.warns(UserWarning, match="save-7 .* was not finished"):
-        saver.abandon(0.05)
+        saver.drain(0.05)
     go.set()
-    saver.abandon()
+    saver.drain()
     assert steps_of(tmp_path) == [7]
 
 

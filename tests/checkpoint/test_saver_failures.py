@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dmoe.distributed import topology
-from dmoe.distributed.checkpoint import Saver, agree, list_steps
+from dmoe.distributed.checkpoint import AsyncSaver, agree, list_steps
 from dmoe.distributed.checkpoint.saver import Staging
 from tests.checkpoint.experts import sharded
 from tests.checkpoint.saving import full, patched, refusal, state_of, steps_of, until_failed, value_at
@@ -20,7 +20,7 @@ from tests.ranks import run_ranks
 
 
 def failing_writer(rank: int, world: int, root: Path) -> list[str]:
-    saver = Saver(root, 2, topology.build(world, torch.device("cpu")).checkpoint, True)
+    saver = AsyncSaver(root, 2, topology.build_mesh(world, torch.device("cpu")).checkpoint_group, True)
     saver.save(100, sharded(world, world), {})
     saver.wait()
     messages = []
@@ -69,7 +69,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(small_disk: Path) -> None:
-    saver = Saver(small_disk, 2, None, True)
+    saver = AsyncSaver(small_disk, 2, None, True)
     saver.save(1, state_of(1.0), {})
     saver.save(2, {"w": torch.ones(100_000)}, {})
     assert "No space left on device" in refusal(lambda: saver.save(3, state_of(3.0), {}))  # the error of 2; 3 is not started
@@ -83,7 +83,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(small_disk: Path) -> None:
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_failed_saves_push_no_good_one_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool) -> None:
     """keep=2, then three failed saves: both complete checkpoints are still there."""
-    saver = Saver(tmp_path, 2, None, asynchronous)
+    saver = AsyncSaver(tmp_path, 2, None, asynchronous)
     for step in (1, 2):
         saver.save(step, state_of(step), {})
     saver.wait()
@@ -102,9 +102,9 @@ def test_a_broken_group_is_no_failed_save(tmp_path: Path, monkeypatch: pytest.Mo
     def broken(*args: object) -> None:
         raise RuntimeError("Connection closed by peer")
 
-    saver = Saver(tmp_path, 2, None, True)
+    saver = AsyncSaver(tmp_path, 2, None, True)
     with monkeypatch.context() as patch:
-        patch.setattr(agree.Ranks, "_decide", broken)
+        patch.setattr(agree.RankGroup, "_decide", broken)
         saver.save(1, state_of(1.0), {})
         until_failed(saver)
         with pytest.raises(RuntimeError, match="closed by peer"):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from dmoe.cli.main import answer
+from dmoe.cli.main import dispatch_command
 
 __all__ = ["SMALL", "answered", "dmoe", "launched", "metrics", "refused", "train_lines"]
 
@@ -53,7 +53,7 @@ def answered(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     asked = mock.patch.object(sys, "argv", ["dmoe", *arguments])
     surroundings = mock.patch.dict(os.environ, environment(), clear=True)
     with asked, surroundings, contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = answer()
+        code = dispatch_command()
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from dmoe.config.errors import CheckpointError, ConfigError
-from dmoe.distributed.checkpoint import peek, save
+from dmoe.distributed.checkpoint import read_manifest, save
 from dmoe.training.inspection import find, inspect, newest, verify
 from tests.checkpoint.experts import whole
 from tests.cli.commands import dmoe, refused
@@ -53,7 +53,7 @@ def as_json(*arguments: str, cwd: Path, code: int = 0) -> dict[str, Any]:
 
 def test_inspect_says_what_a_run_on_two_ranks_saved(pair: Run) -> None:
     path = pair.path / "checkpoints" / "step-00000006"
-    contents, manifest = inspect(path), peek(path)
+    contents, manifest = inspect(path), read_manifest(path)
     assert (contents.step, contents.tokens) == (6, 6 * 8 * 16)
     assert contents.topology == {"world": 2, "ep": 2, "virtual_ranks": 1, "micro_batch": 4}
     assert contents.versions["torch"] == torch.__version__
@@ -92,7 +92,7 @@ def test_who_owned_what_is_what_the_files_hold(pair: Run) -> None:
                 for name in file.keys()  # noqa: SIM118
             }
     elements = sum(prod(piece.shape) for shard in contents.files for piece in shard.pieces)
-    assert elements == sum(prod(entry.shape) for entry in peek(path).tensors.values())
+    assert elements == sum(prod(entry.shape) for entry in read_manifest(path).tensors.values())
 
 
 def test_inspect_prints_it(pair: Run, place: Path) -> None:

@@ -16,7 +16,7 @@ from dmoe.report.comparison import comparison_lines
 from dmoe.report.metrics import read_metrics
 from dmoe.report.results import result_lines
 from dmoe.report.run import load_runs
-from dmoe.training.result import tell_result
+from dmoe.training.result import print_summary
 from tests.report.runs import line, write
 
 
@@ -55,7 +55,7 @@ def test_the_run_itself_says_the_same(run: Path, capsys: pytest.CaptureFixture[s
     told = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (run / "at-the-end.jsonl").write_text("".join(told[:-1]), encoding="utf-8")
     speaker = SimpleNamespace(metrics=object(), run=SimpleNamespace(metrics=run / "at-the-end.jsonl"), say=said.append)
-    tell_result(speaker)  # type: ignore[arg-type]
+    print_summary(speaker)  # type: ignore[arg-type]
     command([run], full=True)
     assert said == ["\n" + capsys.readouterr().out.rstrip()]
 
@@ -64,10 +64,10 @@ def test_a_table_that_cannot_be_made_is_a_note(tmp_path: Path) -> None:
     """And on the ranks that do not speak nothing is read at all."""
     said: list[str] = []
     speaker = SimpleNamespace(metrics=object(), run=SimpleNamespace(metrics=None), say=said.append)
-    tell_result(speaker)  # type: ignore[arg-type]
+    print_summary(speaker)  # type: ignore[arg-type]
     assert said[0].startswith("note: no result table: ")
     assert "seconds" not in said[0], "it was not waited for"
-    tell_result(SimpleNamespace(metrics=None, say=said.append))  # type: ignore[arg-type]
+    print_summary(SimpleNamespace(metrics=None, say=said.append))  # type: ignore[arg-type]
     assert len(said) == 1
 
 

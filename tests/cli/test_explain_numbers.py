@@ -13,7 +13,7 @@ from torch import Tensor
 from dmoe.config.check import batching, expert_parallel
 from dmoe.config.schema import Config
 from dmoe.distributed import all_to_all, parallelize, topology
-from dmoe.distributed.topology import Topology
+from dmoe.distributed.topology import ParallelMesh
 from dmoe.models.transformer import Transformer
 from dmoe.moe.layer import MoE
 from dmoe.training.explanation import explain
@@ -54,7 +54,7 @@ def test_the_global_group_is_that_of_all_ranks() -> None:
 def test_owners_are_those_of_the_topology() -> None:
     told = numbers(tiny("parallel.ep=4"), 8)["experts"]
     owner = {rank: entry["experts"] for entry in told["owners"] for rank in entry["ranks"]}
-    assert owner == {rank: list(Topology(rank=rank, world=8, ep=4).owned(8)) for rank in range(8)}
+    assert owner == {rank: list(ParallelMesh(rank=rank, world_size=8, ep=4).local_experts(8)) for rank in range(8)}
     assert (told["ep"], told["edp"]) == (4, 2)
 
 
@@ -110,7 +110,7 @@ class Recorder:
 
 def measure(rank: int, world: int, config: Config) -> Seen:
     """Shard a model for real, then send a perfectly balanced batch through its first layer, packed and padded."""
-    groups = topology.build(expert_parallel(config, world), torch.device("cpu"))
+    groups = topology.build_mesh(expert_parallel(config, world), torch.device("cpu"))
     model = Transformer(config.model, config.moe, VOCAB)
     parallelize.shard_experts(model, groups)
     experts = sum(p.numel() for p in parallelize.expert_parameters(model).values())

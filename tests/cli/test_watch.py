@@ -15,8 +15,8 @@ from typing import Any, TextIO
 import pytest
 
 from dmoe.training.display.follow import Follower
-from dmoe.training.display.silence import Silence
-from dmoe.training.display.watching import Watch
+from dmoe.training.display.silence import StallDetector
+from dmoe.training.display.watching import RunWatcher
 from tests.cli.commands import SMALL, dmoe, environment, refused
 from tests.cli.conftest import Run
 from tests.cli.screen import Terminal
@@ -151,7 +151,7 @@ def test_a_path_that_is_no_run_is_refused(tmp_path: Path) -> None:
 
 def test_the_latest_run_stays_the_one_that_was_latest(tmp_path: Path) -> None:
     latest = tmp_path / "latest"
-    watch = Watch(latest)
+    watch = RunWatcher(latest)
     assert "there is no such directory yet" in watch.state.status
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
@@ -176,40 +176,40 @@ def clocks() -> Clocks:
 
 
 @pytest.fixture
-def silence(clocks: Clocks) -> Silence:
-    return Silence(minimum=30, factor=3, monotonic=lambda: clocks.running, wall=lambda: clocks.day)
+def silence(clocks: Clocks) -> StallDetector:
+    return StallDetector(minimum=30, factor=3, monotonic=lambda: clocks.running, wall=lambda: clocks.day)
 
 
-def test_silence_is_long_against_the_pauses_before(clocks: Clocks, silence: Silence) -> None:
+def test_silence_is_long_against_the_pauses_before(clocks: Clocks, silence: StallDetector) -> None:
     for at in (0.0, 20.0, 40.0, 45.0):
         silence.heard({"event": "train", "time": 1000 + at}, fresh=True)
     clocks.running = 60
-    assert not silence.worries
+    assert not silence.message
     clocks.running, clocks.day = 61, 9e9  # a clock that was set tells nothing
-    assert "no line for 1:01, and the longest pause before was 0:20" in silence.worries
+    assert "no line for 1:01, and the longest pause before was 0:20" in silence.message
     assert silence.clock() == 1045 + 61
     silence.heard({"event": "train", "time": 1110.0}, fresh=True)
-    assert not silence.worries
+    assert not silence.message
 
 
-def test_short_pauses_do_not_make_a_short_silence_long(clocks: Clocks, silence: Silence) -> None:
+def test_short_pauses_do_not_make_a_short_silence_long(clocks: Clocks, silence: StallDetector) -> None:
     for at in range(10):
         silence.heard({"event": "train", "time": 1000 + at / 10}, fresh=True)
     clocks.running = 29
-    assert not silence.worries
+    assert not silence.message
     clocks.running = 31
-    assert silence.worries
+    assert silence.message
 
 
-def test_nothing_is_claimed_without_a_pause_to_compare_with(clocks: Clocks, silence: Silence) -> None:
+def test_nothing_is_claimed_without_a_pause_to_compare_with(clocks: Clocks, silence: StallDetector) -> None:
     for event, at in (("start", 100), ("train", 110), ("restart", 120)):
         silence.heard({"event": event, "time": at}, fresh=True)
     clocks.running = 3600
-    assert not silence.worries, "the pauses of the attempt before are none of this one, whose first step may take an hour"
+    assert not silence.message, "the pauses of the attempt before are none of this one, whose first step may take an hour"
     assert silence.words == "last line 1:00:00 ago"
 
 
-def test_an_old_line_is_as_old_as_two_clocks_say(clocks: Clocks, silence: Silence) -> None:
+def test_an_old_line_is_as_old_as_two_clocks_say(clocks: Clocks, silence: StallDetector) -> None:
     silence.heard({"event": "train", "time": 4000.0}, fresh=False)
     clocks.running = 5
     assert silence.words == "last line 16:45 ago, if its clock and this one agree"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dmoe.cli.main import answer
+from dmoe.cli.main import dispatch_command
 from dmoe.data import guide_cache
 from dmoe.data.guide_cache import PACKAGE, Unavailable, guide_root
 from tests.data.conftest import write_guide
@@ -147,7 +147,7 @@ def test_training_ends_with_one_sentence_and_code_2(
 ) -> None:
     command(archive, "apt-get", "echo E: no network >&2; exit 100")
     monkeypatch.setattr(sys, "argv", ["dmoe", "train", "data.source=guide:de", f"train.run_dir={archive}/run"])
-    assert answer() == 2
+    assert dispatch_command() == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "data.source=guide:de: needs Debian's package installation-guide-amd64, and `apt-get download" in line
     assert "(E: no network)" in line

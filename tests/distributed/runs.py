@@ -33,7 +33,7 @@ class Trace:
 
 def trace(rank: int, world: int, config: Config, steps: int, dtype: torch.dtype = torch.float32) -> Trace:
     """Train `steps` steps and tell what was seen; the weights whole, gathered over the ranks."""
-    here = worlds.start("cpu")
+    here = worlds.init_distributed("cpu")
     data = open_data(config.data, config.train.seed)
     engine = engines.build(config, here, data.tokenizer.vocab_size, dtype)
     seen = Trace([], [], [], [], [], [], {})
@@ -47,6 +47,6 @@ def trace(rank: int, world: int, config: Config, steps: int, dtype: torch.dtype 
             seen.aux.append(layer.aux)
             seen.choices.append(layer.choices)
             seen.kept.append(layer.kept)
-    for name, value in model_state(engine.model, engine.topology).items():
+    for name, value in model_state(engine.model, engine.mesh).items():
         seen.weights[name] = (value.full_tensor() if isinstance(value, DTensor) else value).numpy()
     return seen

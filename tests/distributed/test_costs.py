@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dmoe.config.schema import BalanceConfig, CapacityConfig
 from dmoe.distributed import topology
 from dmoe.distributed.parallelize import shard_experts
-from dmoe.moe.dispatch import PerExpert
+from dmoe.moe.dispatch import TokensPerExpert
 from dmoe.moe.layer import MoE
 from tests.ranks import run_ranks
 
@@ -30,7 +30,7 @@ class CountingExperts(nn.Module):
         self.weight = nn.Parameter(torch.ones(()))
         self.num_experts = experts.num_experts
 
-    def forward(self, rows_RD: Tensor, per_expert: PerExpert) -> Tensor:
+    def forward(self, rows_RD: Tensor, per_expert: TokensPerExpert) -> Tensor:
         return rows_RD * self.weight
 
 
@@ -48,7 +48,7 @@ def costs(rank: int, world: int, exchange: str, factor: float | None, level: str
     layer = MoE(
         16, 8, 8, 2, exchange=exchange, capacity=CapacityConfig(factor=factor), balance=BalanceConfig(switch_level=level)
     )
-    shard_experts(layer, topology.build(world, torch.device("cpu")))
+    shard_experts(layer, topology.build_mesh(world, torch.device("cpu")))
     layer.experts = CountingExperts(layer.experts)
     x = torch.randn(2, 24, 16, requires_grad=True)
     layer(x).y.sum().backward()  # gloo's and autograd's own first-time reads are not the layer's
@@ -86,7 +86,7 @@ def padded_on_meta(rank: int, world: int, pretended: int, options: dict[str, Any
     dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=pretended)
     with torch.device("meta"):
         layer = MoE(64, 32, 64, 4, exchange="padded", **options)
-        shard_experts(layer, topology.build(64, torch.device("meta")))
+        shard_experts(layer, topology.build_mesh(64, torch.device("meta")))
         x = torch.randn(2, 128, 64, requires_grad=True)
         output = layer(x)
         (output.y.sum() + output.aux["switch"] + output.aux["z"]).backward()

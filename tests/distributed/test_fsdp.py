@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from dmoe.config.errors import ConfigError
-from dmoe.distributed.fsdp import Sharded, shard_dim
-from dmoe.distributed.topology import Topology
+from dmoe.distributed.fsdp import FSDPStrategy, shard_dim
+from dmoe.distributed.topology import ParallelMesh
 from dmoe.models.output import ModelOutput
 from tests.distributed.runs import Trace, trace
 from tests.distributed.test_equality import compare, one_process
@@ -89,7 +89,7 @@ def test_the_numbers_of_ddp_in_working_precision(precision: str) -> None:
 def test_fp16_is_refused_on_ranks() -> None:
     accelerator = cast(Accelerator, SimpleNamespace(scaler="one"))
     with pytest.raises(ConfigError, match=r"train\.precision.*parallel\.mode=ddp"):
-        Sharded(nn.Linear(2, 2), Topology(world=2), accelerator)
+        FSDPStrategy(nn.Linear(2, 2), ParallelMesh(world_size=2), accelerator)
 
 
 def test_the_output_is_a_pytree() -> None:

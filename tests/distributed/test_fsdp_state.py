@@ -14,14 +14,14 @@ from dmoe.config.schema import Config
 from dmoe.data import open_data
 from dmoe.distributed import world as worlds
 from dmoe.distributed.parallelize import expert_parameters
-from dmoe.distributed.whole import gathered
+from dmoe.distributed.whole import gather_full
 from dmoe.models.generate import generate
 from dmoe.training import engine as engines
 from dmoe.training.batches import training_batches
-from dmoe.training.checkpointing import Checkpoints
+from dmoe.training.checkpointing import Checkpointer
 from dmoe.training.engine import Engine
 from dmoe.training.evaluation import evaluate
-from dmoe.training.guard import Guard
+from dmoe.training.guard import StepGuard
 from dmoe.training.run_dir import RunDir
 from dmoe.training.step import train_step
 from tests.ranks import run_ranks
@@ -35,14 +35,14 @@ def continued(
     rank: int, world: int, config: Config, source: Path | None, steps: int, target: Path | None
 ) -> tuple[Arrays, Arrays]:
     """The state after loading `source`, and after `steps` more steps, which is saved at `target`."""
-    here, data = worlds.start("cpu"), open_data(config.data, config.train.seed)
+    here, data = worlds.init_distributed("cpu"), open_data(config.data, config.train.seed)
     engine = engines.build(config, here, data.tokenizer.vocab_size, torch.float64)
-    first = 0 if source is None else Checkpoints(engine, data, RunDir(source), Guard(config.guard)).resume()
+    first = 0 if source is None else Checkpointer(engine, data, RunDir(source), StepGuard(config.guard)).resume()
     loaded = state(engine)
     for step in range(first, first + steps):
         train_step(engine, training_batches(data.train, engine, step), 1e-3)
     if target is not None:
-        Checkpoints(engine, data, RunDir(target), Guard(config.guard)).save(first + steps)
+        Checkpointer(engine, data, RunDir(target), StepGuard(config.guard)).save(first + steps)
     return loaded, state(engine)
 
 
@@ -50,10 +50,10 @@ def state(engine: Engine) -> Arrays:
     """Weights and moments, whole, by way of the parameters and not of `state.py`."""
     named, experts = dict(engine.model.named_parameters()), set(expert_parameters(engine.model))
     values = {name: parameter.detach() for name, parameter in named.items()}
-    found = {name: value.numpy().copy() for name, value in gathered(values, experts, engine.topology).items()}
+    found = {name: value.numpy().copy() for name, value in gather_full(values, experts, engine.mesh).items()}
     for moment in ("exp_avg", "exp_avg_sq", "step"):
         values = {n: engine.optimizer.state[p][moment] for n, p in named.items() if moment in engine.optimizer.state.get(p, {})}
-        whole = gathered(values, set() if moment == "step" else experts, engine.topology)
+        whole = gather_full(values, set() if moment == "step" else experts, engine.mesh)
         found |= {f"{moment}.{name}": value.numpy().copy() for name, value in whole.items()}
     return found
 
@@ -97,7 +97,7 @@ class Seen:
 
 def between_steps(rank: int, world: int, config: Config) -> Seen:
     """Evaluate and generate before any step, train, evaluate and generate, train, evaluate."""
-    here, data = worlds.start("cpu"), open_data(config.data, config.train.seed)
+    here, data = worlds.init_distributed("cpu"), open_data(config.data, config.train.seed)
     engine = engines.build(config, here, data.tokenizer.vocab_size, torch.float64)
     seen = Seen([], [], [])
     for step in range(3):

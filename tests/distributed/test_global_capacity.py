@@ -16,7 +16,7 @@ from dmoe import MoE
 from dmoe.config.schema import BalanceConfig, CapacityConfig
 from dmoe.distributed import topology as topologies
 from dmoe.distributed.parallelize import shard_experts
-from dmoe.moe.peers import Alone
+from dmoe.moe.peers import NoComm
 from dmoe.moe.routing import TokenContext
 from tests.distributed.runs import trace
 from tests.distributed.test_equality import compare
@@ -33,11 +33,11 @@ EXACT = ("experts", "kept", "kept_by_expert")
 
 def all_cases(rank: int, world: int, virtual: int) -> dict[Case, dict[str, np.ndarray]]:
     """Every case in turn: starting the processes is the slow part."""
-    topology = topologies.build(ep=world, device=torch.device("cpu"))
+    topology = topologies.build_mesh(ep=world, device=torch.device("cpu"))
     return {case: one_case(case, topology, virtual) for case in CASES}
 
 
-def one_case(case: Case, topology: topologies.Topology, virtual: int) -> dict[str, np.ndarray]:
+def one_case(case: Case, topology: topologies.ParallelMesh, virtual: int) -> dict[str, np.ndarray]:
     priority, overflow, exchange, padding = case
     limits = CapacityConfig(factor=0.8, group="global", priority=priority, overflow=overflow)  # type: ignore[arg-type]
     balance = BalanceConfig(importance=1.0, switch_level="global")
@@ -50,14 +50,14 @@ def one_case(case: Case, topology: topologies.Topology, virtual: int) -> dict[st
     x_BSD[..., 0] += 1.0  # so that some experts are everybody's favourites, and something overflows
     valid_BS = torch.rand(SEQUENCES, LENGTH, generator=generator) > 0.2
     valid_BS[: SEQUENCES // GROUPS] = False
-    here = slice(topology.rank * SEQUENCES // topology.world, (topology.rank + 1) * SEQUENCES // topology.world)
+    here = slice(topology.rank * SEQUENCES // topology.world_size, (topology.rank + 1) * SEQUENCES // topology.world_size)
     x = x_BSD[here].clone().requires_grad_()
     output = layer(x, TokenContext(valid_T=valid_BS[here].flatten() if padding else None))
     (output.y.square().sum() + sum(output.aux.values())).backward()
 
     assert x.grad is not None
     assert layer.router.weight.grad is not None
-    peers = layer.peers if topology.world > 1 else Alone()
+    peers = layer.comm if topology.world_size > 1 else NoComm()
     values = {
         "experts": output.routing.expert_TK,
         "kept": output.routing.keep_TK,

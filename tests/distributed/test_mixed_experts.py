@@ -85,7 +85,7 @@ def outputs(rank: int, world: int, exchange: str) -> list[np.ndarray]:
         capacity=CapacityConfig(factor=0.9), exchange=exchange,
     ).double()  # fmt: skip
     if world > 1:
-        shard_experts(layer, topology.build(world, torch.device("cpu")))
+        shard_experts(layer, topology.build_mesh(world, torch.device("cpu")))
     layer.initialize(0, std=0.6, out_std=0.8)
     generator, found = torch.Generator().manual_seed(7), []
     for part in range(6):
@@ -109,7 +109,7 @@ def test_the_layer_alone(world: int, exchange: str) -> None:
 
 
 def engine_of(config: Config) -> engines.Engine:
-    return engines.build(config, worlds.start("cpu"), 256, torch.float64)
+    return engines.build(config, worlds.init_distributed("cpu"), 256, torch.float64)
 
 
 def train_and_save(rank: int, world: int, config: Config, folder: Path) -> dict[str, Any]:
@@ -117,14 +117,14 @@ def train_and_save(rank: int, world: int, config: Config, folder: Path) -> dict[
     data = open_data(config.data, config.train.seed)
     for step in range(2):
         train_step(engine, training_batches(data.train, engine, step), 0.01)
-    store.save(folder, 1, checkpointing.training_state(engine), {}, group=engine.topology.control)
+    store.save(folder, 1, checkpointing.training_state(engine), {}, group=engine.mesh.control_group)
     return state_arrays(engine)
 
 
 def load_and_save(rank: int, world: int, config: Config, source: Path, folder: Path) -> dict[str, Any]:
     engine = engine_of(config)
     checkpointing.load(engine, source / "step-00000001")
-    store.save(folder, 1, checkpointing.training_state(engine), {}, group=engine.topology.control)
+    store.save(folder, 1, checkpointing.training_state(engine), {}, group=engine.mesh.control_group)
     return state_arrays(engine)
 
 
@@ -152,7 +152,7 @@ def costs(rank: int, world: int, exchange: str) -> list[int]:
         16, 8, 3, 2, exchange=exchange, capacity=CapacityConfig(factor=1.25),
         experts=ExpertsConfig(shapes=[[8], [], [4, 4]], copy=1),
     )  # fmt: skip
-    shard_experts(layer, topology.build(world, torch.device("cpu")))
+    shard_experts(layer, topology.build_mesh(world, torch.device("cpu")))
     layer.experts = CountingExperts(layer.experts)
     x = torch.randn(2, 24, 16, requires_grad=True)
     layer(x).y.sum().backward()
@@ -180,7 +180,7 @@ def padded_on_meta(rank: int, world: int) -> tuple[int, ...]:
             router=RouterConfig(kind="budget", renormalize=False, budget=0.5),
             experts=ExpertsConfig(shapes=[[8], [], [4, 4]], copy=1, constant=2),
         )  # fmt: skip
-        shard_experts(layer, topology.build(2, torch.device("meta")))
+        shard_experts(layer, topology.build_mesh(2, torch.device("meta")))
         output = layer(torch.randn(2, 24, 16, requires_grad=True))
         (output.y.sum() + output.aux["switch"]).backward()
     dist.destroy_process_group()

@@ -12,8 +12,8 @@ from dmoe.data import open_data
 from dmoe.distributed import world as worlds
 from dmoe.training import engine as engines
 from dmoe.training.batches import training_batches
-from dmoe.training.checkpointing import Checkpoints
-from dmoe.training.guard import Guard
+from dmoe.training.checkpointing import Checkpointer
+from dmoe.training.guard import StepGuard
 from dmoe.training.run_dir import RunDir
 from dmoe.training.schedule import learning_rate
 from dmoe.training.step import train_step
@@ -34,9 +34,9 @@ def resume(rank: int, world: int, config: Config, folder: Path) -> tuple[Capture
 
 
 def run_part(config: Config, folder: Path, resume: bool) -> tuple[Capture, list[float]]:
-    here, data, run = worlds.start("cpu"), open_data(config.data, config.train.seed), RunDir(folder)
+    here, data, run = worlds.init_distributed("cpu"), open_data(config.data, config.train.seed), RunDir(folder)
     engine = engines.build(config, here, data.tokenizer.vocab_size)
-    checkpoints = Checkpoints(engine, data, run, Guard(config.guard))
+    checkpoints = Checkpointer(engine, data, run, StepGuard(config.guard))
 
     def step(number: int) -> float:
         rate = learning_rate(number, config.train.steps, config.optim)

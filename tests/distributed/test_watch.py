@@ -9,9 +9,9 @@ import torch
 
 from dmoe.config.schema import CapacityConfig
 from dmoe.distributed import topology
-from dmoe.distributed.all_to_all import Route
+from dmoe.distributed.all_to_all import ExpertGroup
 from dmoe.distributed.parallelize import shard_experts
-from dmoe.distributed.watch import ExchangeError, Watch
+from dmoe.distributed.watch import ExchangeError, CollectiveChecker
 from dmoe.moe.layer import MoE
 from tests.distributed.runs import trace
 from tests.ranks import run_ranks
@@ -28,9 +28,9 @@ FAULTS = {
 
 def run_with(rank: int, world: int, fault: str) -> str:
     """What a rank is told when rank 1 does something else."""
-    groups = topology.build(world, torch.device("cpu"))
-    assert groups.exchange is not None
-    watch = Watch(groups.exchange, timeout=3.0)
+    groups = topology.build_mesh(world, torch.device("cpu"))
+    assert groups.ep_group is not None
+    watch = CollectiveChecker(groups.ep_group, timeout=3.0)
     watch.step = 3
     layer = MoE(8, 8, 4, 2, capacity=CapacityConfig(factor=1.0))
     shard_experts(layer, groups, watch)
@@ -46,9 +46,9 @@ def run_with(rank: int, world: int, fault: str) -> str:
 
 
 def _break(fault: str, layer: MoE) -> None:
-    route, move = layer.packed.route, Route.move  # type: ignore[attr-defined]
+    route, move = layer.packed.route, ExpertGroup.all_to_all  # type: ignore[attr-defined]
 
-    def faulty(self: Route, rows: Any, send: Any, receive: Any, operation: str) -> Any:
+    def faulty(self: ExpertGroup, rows: Any, send: Any, receive: Any, operation: str) -> Any:
         if operation == "dispatch" and fault == "one exchange skipped":
             return rows.new_zeros(sum(receive), rows.shape[1])
         if operation == "dispatch" and fault == "another width":
@@ -60,7 +60,7 @@ def _break(fault: str, layer: MoE) -> None:
             send, rows = [send[0] - less, *send[1:]], torch.cat([rows, rows[:1]])[: len(rows) - less]
         return move(self, rows, send, receive, operation)
 
-    Route.move = faulty  # type: ignore[method-assign]
+    ExpertGroup.all_to_all = faulty  # type: ignore[method-assign]
     assert route is not None
 
 

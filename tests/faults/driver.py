@@ -89,7 +89,7 @@ class Faults:
         """fsync calls so far, of each save."""
 
     def install(self) -> None:
-        from dmoe.distributed.all_to_all import Route
+        from dmoe.distributed.all_to_all import ExpertGroup
         from dmoe.training import step as steps
         from dmoe.training import trainer
 
@@ -97,7 +97,7 @@ class Faults:
         steps.square_sums = self._after(steps.square_sums, lambda: self._reach("step"))  # type: ignore[attr-defined]
         forward = steps.forward
         steps.forward = lambda engine, batch, prior: self._spoil(forward(engine, batch, prior))  # type: ignore[assignment]
-        Route.move = self._exchange(Route.move)  # type: ignore[method-assign]
+        ExpertGroup.all_to_all = self._exchange(ExpertGroup.all_to_all)  # type: ignore[method-assign]
         os.fsync = self._fsync(os.fsync)  # type: ignore[assignment]
         os.rename = self._rename(os.rename)  # type: ignore[assignment]
 

@@ -45,7 +45,7 @@ def train_inside(
     faults = parse(fault, rank, restart=0)
     if faults:
         Faults(faults).install()
-    worlds.close = lambda: None  # type: ignore[assignment]  # the group is run_ranks's
+    worlds.shutdown = lambda: None  # type: ignore[assignment]  # the group is run_ranks's
     try:
         trainer.train(load(None, [*DRILL, f"train.run_dir={run}", *overrides]), "")
     except DmoeError as error:

@@ -16,8 +16,8 @@ from dmoe.data import open_data
 from dmoe.distributed import world as worlds
 from dmoe.distributed.checkpoint.names import step_name
 from dmoe.training import engine as engines
-from dmoe.training.checkpointing import Checkpoints
-from dmoe.training.guard import Guard
+from dmoe.training.checkpointing import Checkpointer
+from dmoe.training.guard import StepGuard
 from dmoe.training.run_dir import RunDir
 from tests.faults.inside import Ending, digest_of, run_ranks, train_inside
 from tests.faults.jobs import DRILL
@@ -56,14 +56,14 @@ class Resumer:
     def __init__(self) -> None:
         config = load(None, [*DRILL, *STEPS])
         self.data = open_data(config.data, config.train.seed)
-        self.engine = engines.build(config, worlds.start("cpu"), self.data.tokenizer.vocab_size)
+        self.engine = engines.build(config, worlds.init_distributed("cpu"), self.data.tokenizer.vocab_size)
 
     def resume(self, run: Path) -> tuple[int, list[str]]:
         """The step that was taken up, and all warnings on the way."""
-        guard = Guard(self.engine.config.guard)
+        guard = StepGuard(self.engine.config.guard)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            step = Checkpoints(self.engine, self.data, RunDir(run), guard).resume()
+            step = Checkpointer(self.engine, self.data, RunDir(run), guard).resume()
         return step, [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
 
     def falls_back(self, run: Path, name: str) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dmoe.distributed.checkpoint import latest, list_steps, load
 from dmoe.distributed.checkpoint.retention import discard_partials
-from dmoe.distributed.checkpoint.saver import Saver
+from dmoe.distributed.checkpoint.saver import AsyncSaver
 from dmoe.distributed.spawn import RankError
 from tests.checkpoint.experts import blank, sharded, whole
 from tests.ranks import run_ranks
@@ -88,7 +88,7 @@ def save(rank: int, world: int, root: Path, step: int, fatal: tuple[int, int]) -
     state = sharded(world, 2, state_at(step))
     disk = Disk(fatal[1] if rank == fatal[0] else -1)
     disk.install()
-    Saver(root, keep=1, group=None, asynchronous=False).save(step, state, {"step": step})
+    AsyncSaver(root, keep=1, group=None, asynchronous=False).save(step, state, {"step": step})
     return disk.calls
 
 

@@ -21,7 +21,7 @@ from dmoe.training import engine as engines
 from dmoe.training import step as steps
 from dmoe.training.batches import training_batches
 from dmoe.training.engine import Engine
-from dmoe.training.guard import Action, Guard
+from dmoe.training.guard import StepAction, StepGuard
 from tests.checkpoint.saving import patched
 from tests.faults.inside import digest_of, run_ranks
 from tests.tiny import tiny
@@ -49,14 +49,14 @@ def nan_loss(engine: Engine) -> Iterator[None]:
 @contextmanager
 def inf_in_one_expert(engine: Engine) -> Iterator[None]:
     """One number in the gradient of one expert, after all sums over ranks: nothing but the norm can tell the others."""
-    finish, parameter = engine.replication.finish, next(engine.model.moe_layers()[1].experts.parameters())
+    finish, parameter = engine.data_parallel.wait_for_grads, next(engine.model.moe_layers()[1].experts.parameters())
 
     def spoilt() -> None:
         finish()
         assert parameter.grad is not None
         local(parameter.grad).view(-1)[-1] = math.inf
 
-    with patched(engine.replication, "finish", spoilt):
+    with patched(engine.data_parallel, "finish", spoilt):
         yield
 
 
@@ -80,16 +80,16 @@ def train_through(rank: int, world: int, config: Config, spoil: Spoiler | None) 
 
     Without a spoiler step `BAD` is left out all the same: that is what a run which has skipped it must be equal to.
     """
-    here, data = worlds.start("cpu"), open_data(config.data, config.train.seed)
+    here, data = worlds.init_distributed("cpu"), open_data(config.data, config.train.seed)
     engine = engines.build(config, here, data.tokenizer.vocab_size)
-    guard, seen = Guard(config.guard), []
+    guard, seen = StepGuard(config.guard), []
     for step in range(LAST + 1):
         bad = step == BAD
         with spoil(engine) if spoil is not None and bad and rank == 1 else nullcontext():
             totals = steps.compute_gradients(engine, training_batches(data.train, engine, step))
-        kind, action = guard.judge(step, totals.loss_sum, steps.grad_norm(totals))
+        kind, action = guard.check(step, totals.loss_sum, steps.grad_norm(totals))
         before = digest_of(engine)
-        result = steps.update(engine, totals, RATE, take=action is Action.TAKE and not (bad and spoil is None))
+        result = steps.update(engine, totals, RATE, take=action is StepAction.APPLY and not (bad and spoil is None))
         assert result.updated is (not bad)
         assert (digest_of(engine) == before) is bad, f"step {step}: {action.value}, and the state says otherwise"
         seen.append((f"{kind.value}, {action.value}", digest_of(engine), totals.loss_sum.hex()))

@@ -15,12 +15,12 @@ import torch
 from dmoe.config.load import load
 from dmoe.data import open_data
 from dmoe.distributed import world as worlds
-from dmoe.distributed.checkpoint import peek, save
+from dmoe.distributed.checkpoint import read_manifest, save
 from dmoe.distributed.checkpoint.names import step_name
 from dmoe.distributed.random_state import gather_random_state
 from dmoe.training import engine as engines
-from dmoe.training.checkpointing import Checkpoints, training_state
-from dmoe.training.guard import Guard
+from dmoe.training.checkpointing import Checkpointer, training_state
+from dmoe.training.guard import StepGuard
 from dmoe.training.metrics_file import read_metrics
 from dmoe.training.run_dir import RunDir
 from tests.faults.inside import Ending, run_ranks, train_inside
@@ -162,8 +162,8 @@ def rewritten(rank: int, world: int, run: Path, overrides: tuple[str, ...], name
     """The state of step 4 with one tensor more or less, whole and well hashed, as step 5; the tensor's name."""
     config = load(None, [*DRILL, *STEPS, *overrides])
     data = open_data(config.data, config.train.seed)
-    engine = engines.build(config, worlds.start("cpu"), data.tokenizer.vocab_size)
-    checkpoints = Checkpoints(engine, data, RunDir(run), Guard(config.guard))
+    engine = engines.build(config, worlds.init_distributed("cpu"), data.tokenizer.vocab_size)
+    checkpoints = Checkpointer(engine, data, RunDir(run), StepGuard(config.guard))
     assert checkpoints.resume() == 4
     state = training_state(engine) | gather_random_state(None)
     found = next(given for given in state if name in given)
@@ -171,7 +171,7 @@ def rewritten(rank: int, world: int, run: Path, overrides: tuple[str, ...], name
         state[f"{found}.more"] = torch.zeros(3)
     else:
         del state[found]
-    save(run / "checkpoints", 5, state, peek(run / "checkpoints" / step_name(4)).extra | {"step": 5})
+    save(run / "checkpoints", 5, state, read_manifest(run / "checkpoints" / step_name(4)).extra | {"step": 5})
     return found
 
 

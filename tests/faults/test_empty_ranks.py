@@ -16,7 +16,7 @@ from dmoe.distributed import topology
 from dmoe.distributed import world as worlds
 from dmoe.distributed.gradients import all_sum
 from dmoe.distributed.parallelize import expert_parameters, shard_experts
-from dmoe.distributed.whole import gathered
+from dmoe.distributed.whole import gather_full
 from dmoe.moe.layer import MoE
 from dmoe.moe.stats import TokenContext
 from dmoe.training import engine as engines
@@ -33,11 +33,11 @@ Arrays = dict[str, np.ndarray]
 
 def gradients_of(rank: int, world: int, config: Config) -> tuple[Arrays, float, float, list[list[int]]]:
     """Of the first step: every gradient, whole, the loss, the norm, and each layer's choices by expert."""
-    here, data = worlds.start("cpu"), open_data(config.data, config.train.seed)
+    here, data = worlds.init_distributed("cpu"), open_data(config.data, config.train.seed)
     engine = engines.build(config, here, data.tokenizer.vocab_size, torch.float64)
     totals = compute_gradients(engine, training_batches(data.train, engine, 0))
     values = {name: p.grad for name, p in engine.model.named_parameters() if p.grad is not None}
-    whole = gathered(values, set(expert_parameters(engine.model)), engine.topology)
+    whole = gather_full(values, set(expert_parameters(engine.model)), engine.mesh)
     found = {name: value.numpy().copy() for name, value in whole.items()}
     return found, totals.loss_sum, grad_norm(totals), [layer.choices for layer in totals.layers]
 
@@ -79,7 +79,7 @@ def layer_gradients(rank: int, world: int, exchange: str, factor: float | None, 
     """
     limits = CapacityConfig(factor=factor)
     layer = MoE(D, 2 * D, E, 2, capacity=limits, exchange=exchange, virtual_ranks=W if world == 1 and padding else 1).double()
-    groups = topology.build(world, torch.device("cpu"))
+    groups = topology.build_mesh(world, torch.device("cpu"))
     if world > 1:
         shard_experts(layer, groups)
         layer.initialize(0)
@@ -94,7 +94,7 @@ def layer_gradients(rank: int, world: int, exchange: str, factor: float | None, 
     experts = set(expert_parameters(layer))
     for name in values.keys() - experts:
         values[name] = all_sum(values[name], groups)
-    whole = gathered(values, experts, groups)
+    whole = gather_full(values, experts, groups)
     assert x.grad is not None
     return {name: value.numpy().copy() for name, value in whole.items()}, x.grad.numpy().copy()
 

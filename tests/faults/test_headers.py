@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dmoe.config.errors import CheckpointError
-from dmoe.distributed.checkpoint import load, peek, save
+from dmoe.distributed.checkpoint import load, read_manifest, save
 from dmoe.distributed.checkpoint.manifest import MANIFEST, Manifest, hash_file, write
 from tests.checkpoint.experts import blank, same, whole
 
@@ -87,7 +87,7 @@ def test_3000_malformed_headers_are_checkpoint_errors_and_nothing_else(tmp_path:
     length = struct.unpack("<Q", good[:8])[0]
     header, data = good[8 : 8 + length], good[8 + length :]
     dice, path, refusals = random.Random(20), tmp_path / "step-00000001", Counter[str]()
-    contents = peek(tmp_path / "good" / "step-00000001").tensors
+    contents = read_manifest(tmp_path / "good" / "step-00000001").tensors
     path.mkdir()
     state = {name: blank(tensor) for name, tensor in whole().items()}
     untouched = {name: blank(tensor) for name, tensor in whole().items()}

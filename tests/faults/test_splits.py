@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from dmoe.distributed.all_to_all import Route
+from dmoe.distributed.all_to_all import ExpertGroup
 from dmoe.training.metrics_file import read_metrics
 from tests.faults.inside import run_ranks, train_inside
 
@@ -25,16 +25,16 @@ STEP, LAYER = 6, 1
 
 def miscount(difference: int, operation: str, rank: int) -> None:
     """Rank 1 sends `difference` rows more to rank 0 than it has said in the counts; the rows themselves are there."""
-    move = Route.move
+    move = ExpertGroup.all_to_all
 
-    def faulty(self: Route, rows: Any, send: Any, receive: Any, what: str) -> Any:
-        if what == operation and self.layer == LAYER and self.watch is not None and self.watch.step == STEP:
+    def faulty(self: ExpertGroup, rows: Any, send: Any, receive: Any, what: str) -> Any:
+        if what == operation and self.layer == LAYER and self.checker is not None and self.checker.step == STEP:
             send = [send[0] + difference, *send[1:]]
             rows = torch.cat([rows, rows[:1]])[: sum(send)]
         return move(self, rows, send, receive, what)
 
     if rank == 1:
-        Route.move = faulty  # type: ignore[method-assign]
+        ExpertGroup.all_to_all = faulty  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("operation", ["dispatch", "combine", "dispatch backward"])

@@ -13,8 +13,8 @@ from dmoe.data import open_data
 from dmoe.distributed import world as worlds
 from dmoe.training import engine as engines
 from dmoe.training.batches import training_batches
-from dmoe.training.checkpointing import Checkpoints
-from dmoe.training.guard import Guard
+from dmoe.training.checkpointing import Checkpointer
+from dmoe.training.guard import StepGuard
 from dmoe.training.run_dir import RunDir
 from dmoe.training.step import train_step
 from dmoe.verification.capture import Capture, state_arrays
@@ -46,15 +46,15 @@ class Part:
 
 def carried(rank: int, world: int, config: Config, source: Path | None, target: Path) -> Part:
     """Take up `source` (or train `STEPS` steps), save what is there under `target`, and do the next step."""
-    here, data = worlds.start("cpu"), open_data(config.data, config.train.seed)
+    here, data = worlds.init_distributed("cpu"), open_data(config.data, config.train.seed)
     engine = engines.build(config, here, data.tokenizer.vocab_size)
     if source is None:
         for step in range(STEPS):
             train_step(engine, training_batches(data.train, engine, step), RATE)
     else:
-        assert Checkpoints(engine, data, RunDir(source), Guard(config.guard)).resume() == STEPS
+        assert Checkpointer(engine, data, RunDir(source), StepGuard(config.guard)).resume() == STEPS
     state = state_arrays(engine)
-    Checkpoints(engine, data, RunDir(target), Guard(config.guard)).save(STEPS)
+    Checkpointer(engine, data, RunDir(target), StepGuard(config.guard)).save(STEPS)
     batches = training_batches(data.train, engine, STEPS)
     samples = {batch.first_sequence + i: digest(row) for batch in batches for i, row in enumerate(batch.input.numpy())}
     return Part(state, train_step(engine, batches, RATE).totals.loss_sum, samples)

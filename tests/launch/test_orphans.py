@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dmoe.distributed.orphans import die_with_launcher
+from dmoe.distributed.orphans import exit_with_launcher
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process of its parent's death")
 
@@ -107,4 +107,4 @@ def test_elsewhere_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
     monkeypatch.setattr("sys.platform", "darwin")
     monkeypatch.setattr("ctypes.CDLL", None)
-    die_with_launcher()
+    exit_with_launcher()

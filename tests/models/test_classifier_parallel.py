@@ -25,7 +25,7 @@ CASES = {
 
 def numbers(rank: int, world: int, names: list[str]) -> dict[str, dict[str, np.ndarray]]:
     """Of each case: this rank's share of the loss, the counts, dense gradients summed over the ranks, and those of its own experts."""
-    groups, found = topology.build(world, torch.device("cpu")), {}
+    groups, found = topology.build_mesh(world, torch.device("cpu")), {}
     for name in names:
         config, moe, widths, classes = CASES[name]
         model = built(config, moe, widths, classes)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dmoe.models.transformer import Transformer
 from dmoe.modular import Adapter, LowRank, Prefix, Prompt, Scale, SparseDelta, layers
-from dmoe.modular.banks.base import Bank
+from dmoe.modular.banks.base import AdapterBank
 from tests.tiny import VOCAB, tiny
 
 __all__ = ["D", "M", "O", "banks", "drawn", "hugging_face", "mlp", "stir", "transformer"]
@@ -15,7 +15,7 @@ __all__ = ["D", "M", "O", "banks", "drawn", "hugging_face", "mlp", "stir", "tran
 M, D, O = 4, 6, 5  # noqa: E741 (the width out, as everywhere)
 
 
-def banks(in_dim: int = D, out_dim: int = O) -> dict[str, Bank]:
+def banks(in_dim: int = D, out_dim: int = O) -> dict[str, AdapterBank]:
     """One of every kind, with drawn weights, float64."""
     made = {
         "low_rank": LowRank(M, in_dim, out_dim, rank=3, alpha=5.0),

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from dmoe.config.errors import ConfigError
 from dmoe.distributed import topology
-from dmoe.distributed.ddp import Replicated
+from dmoe.distributed.ddp import DDPStrategy
 from dmoe.distributed.parallelize import expert_parameters, shard_experts
 from dmoe.distributed.state import model_state
 from dmoe.modular import (
@@ -66,7 +66,7 @@ def model_of(bank: str, aggregation: str, router: str, dtype: torch.dtype) -> nn
 
 def numbers(rank: int, world: int, ep: int, case: tuple[str, str, str], dtype: torch.dtype) -> dict[str, np.ndarray]:
     """Loss of the global batch of eight sequences: outputs here, and every gradient, whole."""
-    groups = topology.build(ep, torch.device("cpu"))
+    groups = topology.build_mesh(ep, torch.device("cpu"))
     model = model_of(*case, dtype)
     freeze(model)
     shard_experts(model, groups)
@@ -87,7 +87,7 @@ def numbers(rank: int, world: int, ep: int, case: tuple[str, str, str], dtype: t
         gradient = parameter.grad
         if world > 1 and name in experts and ep > 1:
             parts = [torch.empty_like(gradient) for _ in range(ep)]
-            dist.all_gather(parts, gradient, group=groups.exchange)
+            dist.all_gather(parts, gradient, group=groups.ep_group)
             gradient = torch.cat(parts)
         elif world > 1:
             dist.all_reduce(gradient)
@@ -109,19 +109,19 @@ def test_two_ranks_are_one_process(case: tuple[str, str, str], dtype: torch.dtyp
 
 def steps(rank: int, world: int, ep: int, bank: str) -> dict[str, np.ndarray]:
     """Three steps of the real thing: DDP for routers and aggregations, the experts beside it; then the whole state by name."""
-    groups = topology.build(ep, torch.device("cpu"))
+    groups = topology.build_mesh(ep, torch.device("cpu"))
     model = model_of(bank, "attention", "top_k", torch.float64)
     freeze(model)
     shard_experts(model, groups)
-    replicated = Replicated(model, groups, Accelerator(cpu=True))
+    replicated = DDPStrategy(model, groups, Accelerator(cpu=True))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.05)
     each = 8 // world
     for step in range(3):
         optimizer.zero_grad()
         x = drawn(8, 4, D, seed=step)[rank * each : (rank + 1) * each]
-        with replicated.accumulating(last=True):
+        with replicated.grad_sync(last=True):
             replicated.wrapped(x).square().sum().backward()
-        replicated.finish()
+        replicated.wait_for_grads()
         optimizer.step()
     state = model_state(model, groups)
     return {name: (v.full_tensor() if isinstance(v, DTensor) else v).numpy() for name, v in state.items()}
@@ -133,7 +133,7 @@ def test_training_on_ranks_is_training_on_one(world: int, ep: int, bank: str) ->
     """Weights after three steps, gathered by name: the places of sparse modules, which are buffers, are gathered with them."""
     alone = run_ranks(1, steps, 1, bank)[0]
     assert any(name.endswith("experts.index") for name in alone) == (bank == "sparse_delta")
-    start = model_state(model_of(bank, "attention", "top_k", torch.float64), topology.Topology())
+    start = model_state(model_of(bank, "attention", "top_k", torch.float64), topology.ParallelMesh())
     moved = [name for name, value in start.items() if not np.array_equal(value.numpy(), alone[name])]
     assert any("experts" in name for name in moved)
     assert any("router.weight" in name for name in moved)
@@ -148,12 +148,12 @@ def test_a_number_of_modules_that_ranks_cannot_share_is_refused() -> None:
     model = nn.Linear(D, O)
     layer = attach(model, "", partial(LowRank, 3), routed("top_k", 3, 1, renormalize=False))[""]
     with pytest.raises(ConfigError, match="divide by the 2 ranks"):
-        layer.keep(2, 0)
+        layer.shard(2, 0)
 
 
 def test_parameters_cannot_be_averaged_over_ranks() -> None:
     for bank in (partial(LowRank, M), partial(SparseDelta, M), partial(Prompt, M, length=1)):
         model = nn.Linear(D, O)
-        attach(model, "", bank, routed("top_k", M, 2), AGGREGATIONS["parameter_mean"])[""].keep(2, 0)
+        attach(model, "", bank, routed("top_k", M, 2), AGGREGATIONS["parameter_mean"])[""].shard(2, 0)
         with pytest.raises(ConfigError, match=r"parallel\.ep=1"):
             model(torch.randn(2, 3, D))

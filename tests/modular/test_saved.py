@@ -103,7 +103,7 @@ def test_a_part_of_a_bank_is_loaded_and_never_saved(tmp_path: Path) -> None:
     core = core_hash(part)
     save(whole, tmp_path / "m")
     for layer in layers(part).values():
-        layer.keep(2, 1)
+        layer.shard(2, 1)
     load(part, tmp_path / "m", core=core)
     for name, layer in layers(part).items():
         for stack, value in layer.experts.stacks().items():

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dmoe.moe.peers import Peers
+from dmoe.moe.peers import DataParallelComm
 from dmoe.moe.routing import Routing
 
 __all__ = ["Singer", "cut", "sing"]
@@ -38,7 +38,7 @@ class Singer:
         return self.gather(value).sum(0)
 
 
-def sing(world: int, function: Callable[[Peers], Result]) -> list[Result]:
+def sing(world: int, function: Callable[[DataParallelComm], Result]) -> list[Result]:
     """`[function(peers of rank) for rank in range(world)]`, together."""
     barrier, parts = threading.Barrier(world, timeout=30), [torch.empty(0)] * world
 

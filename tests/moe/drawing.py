@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmoe.config.schema import CapacityConfig
-from dmoe.moe.capacity import limit, slots_per_expert
-from dmoe.moe.peers import Alone
+from dmoe.moe.capacity import apply_capacity, expert_capacity
+from dmoe.moe.peers import NoComm
 from dmoe.moe.routing import Routing, TokenContext
 
 __all__ = ["drawn", "limit_to", "random_routing", "routings", "slots"]
@@ -64,10 +64,10 @@ def routings(draw: st.DrawFn) -> tuple[Routing, int]:
 
 def slots(routing: Routing, config: CapacityConfig, factor: float, groups: int) -> int:
     tokens, top_k = routing.expert_TK.shape
-    return slots_per_expert(factor, tokens // groups, top_k, routing.score_TE.shape[1], config.min_capacity)
+    return expert_capacity(factor, tokens // groups, top_k, routing.score_TE.shape[1], config.min_capacity)
 
 
 def limit_to(routing: Routing, config: CapacityConfig, factor: float | None, groups: int) -> Routing:
     """`limit` with the slots that a layer would offer."""
     capacity = None if factor is None else slots(routing, config, factor, groups)
-    return limit(routing, config, TokenContext(groups=groups, capacity=capacity), Alone())
+    return apply_capacity(routing, config, TokenContext(groups=groups, capacity=capacity), NoComm())

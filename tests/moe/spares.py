@@ -23,7 +23,7 @@ def with_spares(routing: Routing, spares: int, seed: int = 0, holes: bool = True
         there_T1 = torch.randint(0, spares + 1, (tokens, 1), generator=generator)
         spare_TK = spare_TK.masked_fill(torch.arange(spares) >= there_T1, -1)
     weight_TK = torch.rand(tokens, spares, generator=generator, dtype=routing.weight_TK.dtype) + 0.1
-    return replace(routing, spare_TK=spare_TK, spare_weight_TK=weight_TK)
+    return replace(routing, next_expert_TS=spare_TK, next_weight_TS=weight_TK)
 
 
 def crowded(seed: int) -> Routing:

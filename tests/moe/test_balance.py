@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dmoe.config.schema import BalanceConfig
 from dmoe.moe.balance import auxiliary_losses, choice_count, coefficients, switch_loss, z_loss
-from dmoe.moe.peers import Alone
+from dmoe.moe.peers import NoComm
 from dmoe.moe.routing import Routing, TokenContext
 from tests.moe.drawing import drawn, random_routing
 from tests.moe.layers import close
@@ -37,7 +37,7 @@ def losses(
         routing,
         BalanceConfig(switch_level=level),  # type: ignore[arg-type]
         TokenContext(valid_T=valid_T, prior_count_LE=prior, sequences=SEQUENCES),
-        peers or Alone(),  # type: ignore[arg-type]
+        peers or NoComm(),  # type: ignore[arg-type]
         layer=1,
         micro_batches=RANKS,
     )

@@ -16,7 +16,7 @@ from dmoe.moe.balance.load import load_reference
 from dmoe.moe.balance.spread import importance_reference, usage_std_reference
 from dmoe.moe.balance.switch import switch_reference
 from dmoe.moe.balance.z import z_reference
-from dmoe.moe.peers import Alone, Peers
+from dmoe.moe.peers import NoComm, DataParallelComm
 from dmoe.moe.routing import Noise, Routing, TokenContext
 from tests.moe.choir import cut, sing
 from tests.moe.drawing import drawn, random_routing
@@ -97,7 +97,7 @@ def test_gradients_are_finite_and_padding_has_none(drawn_routing: tuple[Routing,
     score_TE, logit_TE, clean_TE, std_TE = leaves
     routing = replace(routing, score_TE=score_TE, logit_TE=logit_TE, noise=Noise(clean_TE, std_TE))
     context = TokenContext(valid_T=valid_of(routing), sequences=units)
-    losses = auxiliary_losses(routing, ALL, context, Alone(), layer=0, micro_batches=units)
+    losses = auxiliary_losses(routing, ALL, context, NoComm(), layer=0, micro_batches=units)
     sum(losses.values(), torch.zeros(())).backward()
     for leaf in leaves:
         if leaf.grad is not None:  # K = E: the load is certain, and nothing could change it
@@ -113,13 +113,13 @@ def test_shares_of_different_ranks_sum_to_the_mean_over_all_units(drawn_routing:
     config = replace(ALL, switch_level=level)  # type: ignore[arg-type]
     valid_T = valid_of(routing)
     alone = auxiliary_losses(
-        routing, config, TokenContext(valid_T=valid_T, sequences=ranks), Alone(), layer=0, micro_batches=ranks
+        routing, config, TokenContext(valid_T=valid_T, sequences=ranks), NoComm(), layer=0, micro_batches=ranks
     )
     assert routing.noise is not None
     pieces = cut(routing, ranks)
     clean, std = routing.noise.clean_TE.tensor_split(ranks), routing.noise.std_TE.tensor_split(ranks)
 
-    def share(peers: Peers) -> dict[str, Tensor]:
+    def share(peers: DataParallelComm) -> dict[str, Tensor]:
         piece = replace(pieces[peers.rank], noise=Noise(clean[peers.rank], std[peers.rank]))
         context = TokenContext(valid_T=valid_of(piece), sequences=1)
         return auxiliary_losses(piece, config, context, peers, layer=0, micro_batches=1)
@@ -134,7 +134,7 @@ def test_shares_of_different_ranks_sum_to_the_mean_over_all_units(drawn_routing:
 def test_switch_and_z_equal_their_references(drawn_routing: tuple[Routing, int]) -> None:
     routing, units = drawn_routing
     context = TokenContext(valid_T=valid_of(routing), sequences=units)
-    losses = auxiliary_losses(routing, ALL, context, Alone(), layer=0, micro_batches=units)
+    losses = auxiliary_losses(routing, ALL, context, NoComm(), layer=0, micro_batches=units)
     tokens = real_tokens(routing, units)
     expected = sum(switch_reference(routing, unit) for unit in tokens) / units
     assert float(losses["switch"]) == pytest.approx(expected, rel=1e-5)
@@ -213,6 +213,6 @@ def test_several_at_once_by_name() -> None:
     config = BalanceConfig(switch=0.0, z=0.0, importance=0.5, usage_std=0.25, bias=0.001)
     assert coefficients(config) == {"importance": 0.5, "usage_std": 0.25}
     routing = random_routing(6, 5, 2)
-    assert list(auxiliary_losses(routing, config, TokenContext(), Alone(), layer=0, micro_batches=1)) == list(
+    assert list(auxiliary_losses(routing, config, TokenContext(), NoComm(), layer=0, micro_batches=1)) == list(
         coefficients(config)
     )

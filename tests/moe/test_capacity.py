@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmoe.config.schema import CapacityConfig
-from dmoe.moe.capacity import limit, limit_reference, slots_per_expert
-from dmoe.moe.peers import Alone
+from dmoe.moe.capacity import apply_capacity, apply_capacity_reference, expert_capacity
+from dmoe.moe.peers import NoComm
 from dmoe.moe.routing import Routing, TokenContext
 from tests.moe.drawing import drawn, limit_to, random_routing, routings, slots
 from tests.moe.layers import make, tokens_of
@@ -32,7 +32,7 @@ configs = st.builds(
 def test_survivors_equal_the_walk(drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float) -> None:
     routing, groups = drawn_routing
     limited = limit_to(routing, config, factor, groups)
-    keep_TK, expert_TK = limit_reference(routing, config, groups, slots(routing, config, factor, groups))
+    keep_TK, expert_TK = apply_capacity_reference(routing, config, groups, slots(routing, config, factor, groups))
     assert limited.keep_TK is not None
     assert torch.equal(limited.keep_TK, keep_TK)
     assert torch.equal(limited.expert_TK, expert_TK)
@@ -82,7 +82,7 @@ def test_weights_of_survivors(drawn_routing: tuple[Routing, int], config: Capaci
 def test_slots_formula_in_exact_arithmetic(hundredths: int, tokens: int, top_k: int, num_experts: int, least: int) -> None:
     wanted = -((-Fraction(hundredths, 100) * top_k * tokens / num_experts) // 1)
     expected = min(tokens, max(least, int(wanted)))
-    assert slots_per_expert(hundredths / 100, tokens, top_k, num_experts, least) == expected
+    assert expert_capacity(hundredths / 100, tokens, top_k, num_experts, least) == expected
 
 
 def test_dropless_is_the_same_object() -> None:
@@ -192,6 +192,6 @@ def test_equal_tokens_are_served_by_position_whatever_the_last_bit_says() -> Non
     expert_TK = torch.tensor([[0], [0]])
     routing = Routing(expert_TK, score_TE[:, :1], score_TE, score_TE.log())
     config = CapacityConfig(factor=1.0, priority="score")
-    limited = limit(routing, config, TokenContext(capacity=1), Alone())
+    limited = apply_capacity(routing, config, TokenContext(capacity=1), NoComm())
     assert limited.keep_TK is not None
     assert limited.keep_TK.tolist() == [[True], [False]]

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 from torch.nn.functional import grouped_mm
 
 from dmoe.moe.experts import FeedForward, MLPExperts
-from dmoe.moe.experts.activation import ACTIVATIONS, GATED, swiglu, swiglu_reference
+from dmoe.moe.experts.activation import ACTIVATION_FNS, GATED, swiglu, swiglu_reference
 from dmoe.moe.experts.fused import feed_forward, feed_forward_in_steps
 from dmoe.moe.experts.grouped import grouped_linear, grouped_linear_reference
 
@@ -186,15 +186,15 @@ def test_swiglu_equals_its_formula() -> None:
 @pytest.mark.parametrize("kind", sorted(FORMULAS))
 def test_activations_equal_their_formulas(kind: str) -> None:
     hidden = draw(5, 6)
-    close(ACTIVATIONS[kind](hidden), FORMULAS[kind](hidden))
-    assert (kind in GATED) == (ACTIVATIONS[kind](hidden).shape[1] == 3)
+    close(ACTIVATION_FNS[kind](hidden), FORMULAS[kind](hidden))
+    assert (kind in GATED) == (ACTIVATION_FNS[kind](hidden).shape[1] == 3)
 
 
 @pytest.mark.parametrize("kind", sorted(FORMULAS))
 def test_zero_rows_stay_zero(kind: str) -> None:
     """What lets an empty slot of the padded exchange be computed and thrown away."""
     assert not FORMULAS[kind](torch.zeros(2, 6)).any()
-    assert not ACTIVATIONS[kind](torch.zeros(2, 6)).any()
+    assert not ACTIVATION_FNS[kind](torch.zeros(2, 6)).any()
 
 
 def test_dense_feed_forward() -> None:

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoe.config.schema import CapacityConfig
-from dmoe.moe.capacity import limit, limit_reference
-from dmoe.moe.peers import Peers
-from dmoe.moe.permute import place_padded
+from dmoe.moe.capacity import apply_capacity, apply_capacity_reference
+from dmoe.moe.peers import DataParallelComm
+from dmoe.moe.permute import padded_permutation
 from dmoe.moe.routing import Routing, TokenContext
 from tests.moe.choir import Singer, cut, sing
 from tests.moe.drawing import drawn, random_routing, slots
@@ -34,7 +34,7 @@ worlds = st.sampled_from([1, 2, 3, 4]).flatmap(lambda ranks: spared_routings(ran
 
 def limit_on_ranks(routing: Routing, config: CapacityConfig, factor: float, ranks: int) -> list[Routing]:
     parts, capacity = cut(routing, ranks), slots(routing, config, factor, 1)
-    return sing(ranks, lambda peers: limit(parts[peers.rank], config, TokenContext(capacity=capacity), peers))
+    return sing(ranks, lambda peers: apply_capacity(parts[peers.rank], config, TokenContext(capacity=capacity), peers))
 
 
 @drawn
@@ -42,7 +42,7 @@ def limit_on_ranks(routing: Routing, config: CapacityConfig, factor: float, rank
 def test_ranks_equal_one_walk_over_all_tokens(world: tuple[Routing, int], config: CapacityConfig, factor: float) -> None:
     routing, ranks = world
     limited = limit_on_ranks(routing, config, factor, ranks)
-    keep_TK, expert_TK = limit_reference(routing, config, 1, slots(routing, config, factor, 1))
+    keep_TK, expert_TK = apply_capacity_reference(routing, config, 1, slots(routing, config, factor, 1))
     assert torch.equal(torch.cat([part.keep_TK for part in limited if part.keep_TK is not None]), keep_TK)
     assert torch.equal(torch.cat([part.expert_TK for part in limited]), expert_TK)
     [alone] = limit_on_ranks(routing, config, factor, 1)
@@ -65,7 +65,7 @@ def test_slots_on_each_rank_have_no_gap(world: tuple[Routing, int], config: Capa
             taken = sorted(part.slot_TK[part.keep_TK & (part.expert_TK == expert)].tolist())
             assert taken == list(range(len(taken)))
             assert len(taken) <= part.capacity
-        filled_R = place_padded(part).filled_R
+        filled_R = padded_permutation(part).filled_R
         assert filled_R is not None
         assert int(filled_R.sum()) == int(part.keep_TK.sum())
     assert sum(part.slots for part in limited) == pytest.approx(capacity * num_experts)
@@ -82,7 +82,7 @@ def test_crowded_ranks_equal_the_walk(ranks: int, priority: str) -> None:
     for seed in range(6):
         routing = crowded(seed)
         limited = limit_on_ranks(routing, config, 1.0, ranks)
-        keep_TK, expert_TK = limit_reference(routing, config, 1, slots(routing, config, 1.0, 1))
+        keep_TK, expert_TK = apply_capacity_reference(routing, config, 1, slots(routing, config, 1.0, 1))
         assert torch.equal(torch.cat([part.keep_TK for part in limited if part.keep_TK is not None]), keep_TK)
         assert torch.equal(torch.cat([part.expert_TK for part in limited]), expert_TK)
         for part, expert in product(limited, range(6)):
@@ -99,7 +99,7 @@ def test_a_rank_of_padding_takes_nothing_and_hangs_nobody(priority: str, hot: in
     routing = replace(routing, keep_TK=(torch.arange(24) >= 8).unsqueeze(1).expand(24, 2))
     config = CapacityConfig(group="global", priority=priority)  # type: ignore[arg-type]
     limited = limit_on_ranks(routing, config, 0.5, 3)
-    keep_TK, _ = limit_reference(routing, config, 1, slots(routing, config, 0.5, 1))
+    keep_TK, _ = apply_capacity_reference(routing, config, 1, slots(routing, config, 0.5, 1))
     assert torch.equal(torch.cat([part.keep_TK for part in limited if part.keep_TK is not None]), keep_TK)
     assert limited[0].keep_TK is not None
     assert not limited[0].keep_TK.any()
@@ -109,7 +109,7 @@ def test_a_rank_of_padding_takes_nothing_and_hangs_nobody(priority: str, hot: in
 def test_first_choices_of_the_last_rank_come_before_second_choices_of_the_first() -> None:
     routing = replace(random_routing(4, 2, 2), expert_TK=torch.tensor([[1, 0], [1, 0], [0, 1], [0, 1]]))
     config = CapacityConfig(group="global")
-    limited = sing(2, lambda peers: limit(cut(routing, 2)[peers.rank], config, TokenContext(capacity=3), peers))
+    limited = sing(2, lambda peers: apply_capacity(cut(routing, 2)[peers.rank], config, TokenContext(capacity=3), peers))
     assert [part.keep_TK.tolist() for part in limited if part.keep_TK is not None] == [
         [[True, True], [True, False]],
         [[True, True], [True, False]],
@@ -122,8 +122,8 @@ def test_collectives(priority: str, overflow: str, collectives: int) -> None:
     routing = with_spares(random_routing(8, 5, 2), 2)
     config = CapacityConfig(group="global", priority=priority, overflow=overflow)  # type: ignore[arg-type]
 
-    def counted(peers: Peers) -> int:
-        limit(cut(routing, 2)[peers.rank], config, TokenContext(capacity=2), peers)
+    def counted(peers: DataParallelComm) -> int:
+        apply_capacity(cut(routing, 2)[peers.rank], config, TokenContext(capacity=2), peers)
         assert isinstance(peers, Singer)
         return peers.collectives
 
@@ -137,9 +137,9 @@ def test_layer_on_ranks_equals_the_layer_alone(priority: str, exchange: str) -> 
     x = tokens_of(4, 6).detach()
     alone = make(capacity=limits, exchange=exchange, virtual_ranks=4)(x)
 
-    def run(peers: Peers) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(peers: DataParallelComm) -> tuple[torch.Tensor, torch.Tensor]:
         layer = make(capacity=limits, exchange=exchange, virtual_ranks=2)
-        layer.peers = peers
+        layer.comm = peers
         output = layer(x[2 * peers.rank : 2 * peers.rank + 2])
         return output.y.detach(), output.stats.as_vector()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmoe import MoE
 from dmoe.config.schema import BalanceConfig, CapacityConfig, ExpertsConfig, RouterConfig
-from dmoe.moe.experts import MixedExperts, MLPExperts
+from dmoe.moe.experts import HeterogeneousExperts, MLPExperts
 from dmoe.moe.experts.mixed import mixed_reference
 from dmoe.moe.layer import MoEOutput
 from dmoe.moe.routing import TokenContext
@@ -22,8 +22,8 @@ SHAPES = [[], [5], [4, 3], [5], [], [2, 2, 2]]
 COUNTS = [[3, 0, 5, 1, 2, 2], [0, 0, 0, 0, 0, 9], [0] * 6]
 
 
-def mixed(kind: str = "swiglu", out_dim: int = 7) -> MixedExperts:
-    experts = MixedExperts(kind, DIM, SHAPES, out_dim).double()
+def mixed(kind: str = "swiglu", out_dim: int = 7) -> HeterogeneousExperts:
+    experts = HeterogeneousExperts(kind, DIM, SHAPES, out_dim).double()
     experts.initialize(1, 0, 0.7, 0.9)
     return experts
 
@@ -32,7 +32,7 @@ def draw(rows: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
 
 
-def results(experts: MixedExperts, rows: Tensor, out: Tensor) -> list[Tensor | None]:
+def results(experts: HeterogeneousExperts, rows: Tensor, out: Tensor) -> list[Tensor | None]:
     out.sin().sum().backward()
     return [out.detach(), rows.grad, *(parameter.grad for parameter in experts.parameters())]
 
@@ -59,7 +59,7 @@ def test_equal_one_row_at_a_time(kind: str, counts: list[int], empty: int) -> No
 def test_equal_groups_equal_counts(each: int, empty: int) -> None:
     """The padded exchange hands over one number, for empty places too: their rows are zero and stay so."""
     experts = mixed()
-    experts.keep(experts.ownership(2), 1)
+    experts.shard(experts.placement(2), 1)
     places = len(experts.owned) + empty
     rows = torch.cat([draw(each * len(experts.owned)).detach(), torch.zeros(each * empty, DIM, dtype=torch.float64)])
     out = experts(rows, each)
@@ -71,7 +71,7 @@ def test_equal_groups_equal_counts(each: int, empty: int) -> None:
 
 def test_of_one_shape_they_are_the_uniform_ones() -> None:
     """The same weights from the same keys, and the same numbers."""
-    uniform, same = MLPExperts("swiglu", DIM, 5, 4, DIM).double(), MixedExperts("swiglu", DIM, [[5]] * 4, DIM).double()
+    uniform, same = MLPExperts("swiglu", DIM, 5, 4, DIM).double(), HeterogeneousExperts("swiglu", DIM, [[5]] * 4, DIM).double()
     uniform.initialize(3, 2, 0.5, 0.4)
     same.initialize(3, 2, 0.5, 0.4)
     counts = torch.tensor([2, 0, 3, 1])
@@ -82,8 +82,8 @@ def test_of_one_shape_they_are_the_uniform_ones() -> None:
 def test_a_rank_draws_the_weights_that_one_process_draws() -> None:
     whole = mixed()
     for rank in range(3):
-        part = MixedExperts("swiglu", DIM, SHAPES, 7).double()
-        part.keep(part.ownership(3), rank)
+        part = HeterogeneousExperts("swiglu", DIM, SHAPES, 7).double()
+        part.shard(part.placement(3), rank)
         part.initialize(1, 0, 0.7, 0.9)
         own = dict(whole.named_parameters())
         assert {name.split(".")[0] for name, _ in part.named_parameters()} == set(map(str, part.owned))
@@ -92,7 +92,7 @@ def test_a_rank_draws_the_weights_that_one_process_draws() -> None:
 
 def test_cost_is_the_share_of_the_multiply_adds() -> None:
     """Issue's example: linear 100 -> 10, 100 -> 50 -> 10, 100 -> 64 -> 32 -> 10."""
-    experts = MixedExperts("relu", 100, [[], [50], [64, 32]], 10)
+    experts = HeterogeneousExperts("relu", 100, [[], [50], [64, 32]], 10)
     assert experts.multiply_adds == (1000, 5000 + 500, 6400 + 2048 + 320)
     assert experts.flops == tuple(2 * number for number in experts.multiply_adds)
     assert sum(experts.cost) == pytest.approx(1.0)

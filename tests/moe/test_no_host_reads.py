@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dmoe.config.schema import BalanceConfig, CapacityConfig
 from dmoe.moe.balance import auxiliary_losses, updated_bias
-from dmoe.moe.capacity import limit
+from dmoe.moe.capacity import apply_capacity
 from dmoe.moe.routing import Noise, Routing, TokenContext
-from dmoe.moe.stats import measure
+from dmoe.moe.stats import layer_stats
 from tests.moe.drawing import random_routing
 from tests.moe.spares import with_spares
 
@@ -58,12 +58,12 @@ def test_capacity_and_stats(group: str, priority: str, overflow: str, masked: fl
     routing, context = routing_and_context(masked)
     context = replace(context, groups=1, capacity=3 * WORLD) if group == "global" else context
     config = CapacityConfig(group=group, priority=priority, overflow=overflow, renormalize=True)  # type: ignore[arg-type]
-    limited = limit(routing, config, context, Far())
+    limited = apply_capacity(routing, config, context, Far())
     assert limited.slot_TK is not None
     assert limited.slot_TK.shape == limited.expert_TK.shape
     assert limited.capacity == (TOKENS if group == "global" else 3)
     limited.weight_TK.sum().backward()
-    assert measure(routing, limited).as_vector().shape == (14,)
+    assert layer_stats(routing, limited).as_vector().shape == (14,)
 
 
 @pytest.mark.parametrize("masked", [None, 0.4])

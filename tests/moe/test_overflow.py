@@ -11,9 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dmoe.config.schema import CapacityConfig
-from dmoe.moe.capacity import limit, limit_reference
-from dmoe.moe.peers import Alone
-from dmoe.moe.permute import place_padded
+from dmoe.moe.capacity import apply_capacity, apply_capacity_reference
+from dmoe.moe.peers import NoComm
+from dmoe.moe.permute import padded_permutation
 from dmoe.moe.routing import Routing, TokenContext
 from tests.moe.drawing import drawn, limit_to, random_routing, slots
 from tests.moe.spares import crowded, spared_routings, with_spares
@@ -46,7 +46,7 @@ def with_crowds(test: Callable[..., None]) -> Callable[..., None]:
 def test_second_chances_equal_the_walk(drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float) -> None:
     routing, groups = drawn_routing
     limited = limit_to(routing, config, factor, groups)
-    keep_TK, expert_TK = limit_reference(routing, config, groups, slots(routing, config, factor, groups))
+    keep_TK, expert_TK = apply_capacity_reference(routing, config, groups, slots(routing, config, factor, groups))
     assert limited.keep_TK is not None
     assert torch.equal(limited.keep_TK, keep_TK)
     assert torch.equal(limited.expert_TK, expert_TK)
@@ -66,7 +66,7 @@ def test_slots_stay_unique_and_without_a_gap(drawn_routing: tuple[Routing, int],
         queues.setdefault(queue, []).append(int(limited.slot_TK[t, k]))
     for taken in queues.values():
         assert sorted(taken) == list(range(len(taken)))
-    filled_R = place_padded(limited).filled_R
+    filled_R = padded_permutation(limited).filled_R
     assert filled_R is not None
     assert int(filled_R.sum()) == int(limited.keep_TK.sum())
 
@@ -78,15 +78,15 @@ def test_weights_of_rerouted(drawn_routing: tuple[Routing, int], config: Capacit
     routing, groups = replace(drawn_routing[0], scale=1.5), drawn_routing[1]
     limited = limit_to(routing, config, factor, groups)
     assert limited.keep_TK is not None
-    assert routing.spare_TK is not None
-    assert routing.spare_weight_TK is not None
+    assert routing.next_expert_TS is not None
+    assert routing.next_weight_TS is not None
     for t in range(len(routing.expert_TK)):
         expected = []
         for k in range(routing.expert_TK.shape[1]):
             expert, value = int(limited.expert_TK[t, k]), 0.0
             if limited.keep_TK[t, k]:
-                spare = (routing.spare_TK[t] == expert).nonzero().flatten().tolist()
-                value = float(routing.spare_weight_TK[t, spare[0]] if spare else routing.weight_TK[t, k])
+                spare = (routing.next_expert_TS[t] == expert).nonzero().flatten().tolist()
+                value = float(routing.next_weight_TS[t, spare[0]] if spare else routing.weight_TK[t, k])
             expected.append(value)
         total = sum(expected)
         if config.renormalize and total:
@@ -102,10 +102,10 @@ def by_hand(priority: str) -> Routing:
     )
     spare_TK = torch.tensor([[1], [1], [1], [1], [2], [2]])
     routing = Routing(
-        expert_TK, torch.ones(6, 1), score_TE, score_TE.log(), spare_TK=spare_TK, spare_weight_TK=torch.full((6, 1), 0.5)
+        expert_TK, torch.ones(6, 1), score_TE, score_TE.log(), next_expert_TS=spare_TK, next_weight_TS=torch.full((6, 1), 0.5)
     )
     config = CapacityConfig(overflow="next_choice", priority=priority)  # type: ignore[arg-type]
-    return limit(routing, config, TokenContext(capacity=2), Alone())
+    return apply_capacity(routing, config, TokenContext(capacity=2), NoComm())
 
 
 def test_position_by_hand() -> None:
@@ -129,8 +129,8 @@ def test_each_overflow_of_a_token_gets_a_spare_of_its_own() -> None:
     expert_TK = torch.tensor([[0, 1], [0, 1]])
     spare_TK, spare_weight_TK = torch.tensor([[2, 3], [3, 2]]), torch.tensor([[0.3, 0.4], [0.5, 0.6]])
     score_TE = torch.full((2, 4), 0.25)
-    routing = Routing(expert_TK, torch.ones(2, 2), score_TE, score_TE, spare_TK=spare_TK, spare_weight_TK=spare_weight_TK)
-    limited = limit(routing, CapacityConfig(overflow="next_choice"), TokenContext(capacity=1), Alone())
+    routing = Routing(expert_TK, torch.ones(2, 2), score_TE, score_TE, next_expert_TS=spare_TK, next_weight_TS=spare_weight_TK)
+    limited = apply_capacity(routing, CapacityConfig(overflow="next_choice"), TokenContext(capacity=1), NoComm())
     assert limited.expert_TK.tolist() == [[0, 1], [3, 2]]
     torch.testing.assert_close(limited.weight_TK, torch.tensor([[1.0, 1.0], [0.5, 0.6]]))
 
@@ -144,19 +144,19 @@ def test_an_offer_is_made_once() -> None:
         torch.ones(3, 1),
         score_TE,
         score_TE,
-        spare_TK=spare_TK,
-        spare_weight_TK=torch.ones(3, 2),
+        next_expert_TS=spare_TK,
+        next_weight_TS=torch.ones(3, 2),
     )
-    limited = limit(routing, CapacityConfig(overflow="next_choice"), TokenContext(capacity=1), Alone())
+    limited = apply_capacity(routing, CapacityConfig(overflow="next_choice"), TokenContext(capacity=1), NoComm())
     assert limited.keep_TK is not None
     assert limited.keep_TK[:, 0].tolist() == [True, True, False]
 
 
 def test_gradient_reaches_the_spares_that_are_used() -> None:
     routing = with_spares(random_routing(12, 5, 2, hot=0), 3, holes=False)
-    assert routing.spare_weight_TK is not None
-    weight_TK, spare_weight_TK = routing.weight_TK.clone().requires_grad_(), routing.spare_weight_TK.clone().requires_grad_()
-    routing = replace(routing, weight_TK=weight_TK, spare_weight_TK=spare_weight_TK)
+    assert routing.next_weight_TS is not None
+    weight_TK, spare_weight_TK = routing.weight_TK.clone().requires_grad_(), routing.next_weight_TS.clone().requires_grad_()
+    routing = replace(routing, weight_TK=weight_TK, next_weight_TS=spare_weight_TK)
     limited = limit_to(routing, CapacityConfig(overflow="next_choice"), 0.6, 1)
     limited.weight_TK.sum().backward()
     assert limited.keep_TK is not None

@@ -12,21 +12,21 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from dmoe.config.schema import CapacityConfig
-from dmoe.moe.permute import Placement, combine, combine_reference, gather, gather_reference, place_packed, place_padded
+from dmoe.moe.permute import Permutation, unpermute, unpermute_reference, permute, permute_reference, packed_permutation, padded_permutation
 from dmoe.moe.routing import Routing
 from tests.moe.drawing import drawn, limit_to, random_routing, routings
 
 WIDTH = 3
 
 
-def placement_of(routing: Routing, how: str) -> Placement:
+def placement_of(routing: Routing, how: str) -> Permutation:
     if how == "padded":
-        return place_padded(routing)
-    placement, count_E = place_packed(routing)
+        return padded_permutation(routing)
+    placement, count_E = packed_permutation(routing)
     return placement.first_rows(int(count_E.sum()))
 
 
-def placed(how: str, factor: float | None = 0.7, tokens: int = 10, **options: float) -> tuple[Routing, Placement]:
+def placed(how: str, factor: float | None = 0.7, tokens: int = 10, **options: float) -> tuple[Routing, Permutation]:
     routing = limit_to(random_routing(tokens, 5, 2, seed=4, **options), CapacityConfig(), factor, 2)  # type: ignore[arg-type]
     return routing, placement_of(routing, how)
 
@@ -43,10 +43,10 @@ def test_equals_the_loops(drawn_routing: tuple[Routing, int], factor: float | No
     routing = limit_to(routing, CapacityConfig(), factor, groups)
     placement = placement_of(routing, how)
     x_TD = torch.randn(len(routing.expert_TK), WIDTH, dtype=torch.float64)
-    rows_RD = gather(x_TD, placement)
-    assert torch.equal(rows_RD, gather_reference(x_TD, placement))
+    rows_RD = permute(x_TD, placement)
+    assert torch.equal(rows_RD, permute_reference(x_TD, placement))
     made = torch.randn_like(rows_RD)
-    close(combine(made, routing.weight_TK, placement), combine_reference(made, routing.weight_TK, placement))
+    close(unpermute(made, routing.weight_TK, placement), unpermute_reference(made, routing.weight_TK, placement))
 
 
 @drawn
@@ -54,7 +54,7 @@ def test_equals_the_loops(drawn_routing: tuple[Routing, int], factor: float | No
 def test_packed_rows_are_grouped_by_expert_in_token_order(drawn_routing: tuple[Routing, int], factor: float | None) -> None:
     routing, groups = drawn_routing
     routing = limit_to(routing, CapacityConfig(), factor, groups)
-    placement, count_E = place_packed(routing)
+    placement, count_E = packed_permutation(routing)
     tokens, top_k = routing.expert_TK.shape
     kept = torch.ones(tokens, top_k, dtype=torch.bool) if routing.keep_TK is None else routing.keep_TK
     wanted = [
@@ -74,7 +74,7 @@ def test_packed_rows_are_grouped_by_expert_in_token_order(drawn_routing: tuple[R
 def test_padded_row_is_expert_group_slot(drawn_routing: tuple[Routing, int], factor: float) -> None:
     routing, groups = drawn_routing
     routing = limit_to(routing, CapacityConfig(), factor, groups)
-    placement = place_padded(routing)
+    placement = padded_permutation(routing)
     assert routing.keep_TK is not None
     assert routing.slot_TK is not None
     assert routing.capacity is not None
@@ -99,10 +99,10 @@ CASES = [("packed", None), ("packed", 0.7), ("padded", 0.7), ("padded", 2.0)]
 def test_gradcheck(how: str, factor: float | None, options: dict[str, float]) -> None:
     routing, placement = placed(how, factor, tokens=6, **options)
     x_TD = torch.randn(6, WIDTH, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda x: gather(x, placement), (x_TD,))
+    assert gradcheck(lambda x: permute(x, placement), (x_TD,))
     rows_RD = torch.randn(len(placement.assignment_R), WIDTH, dtype=torch.float64, requires_grad=True)
     weight_TK = routing.weight_TK.clone().requires_grad_()
-    assert gradcheck(lambda rows, weight: combine(rows, weight, placement), (rows_RD, weight_TK))
+    assert gradcheck(lambda rows, weight: unpermute(rows, weight, placement), (rows_RD, weight_TK))
 
 
 @pytest.mark.parametrize(("how", "factor"), CASES)
@@ -112,8 +112,8 @@ def test_gradients_equal_autograd_through_the_loops(how: str, factor: float | No
     for fast in (True, False):
         x_TD = torch.randn(10, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
         weight_TK = routing.weight_TK.clone().requires_grad_()
-        rows_RD = (gather if fast else gather_reference)(x_TD, placement)
-        y_TD = (combine if fast else combine_reference)(rows_RD.sin(), weight_TK, placement)
+        rows_RD = (permute if fast else permute_reference)(x_TD, placement)
+        y_TD = (unpermute if fast else unpermute_reference)(rows_RD.sin(), weight_TK, placement)
         y_TD.square().sum().backward()
         gradients.append((y_TD, x_TD.grad, weight_TK.grad))
     for got, expected in zip(*gradients, strict=True):
@@ -126,7 +126,7 @@ def test_everything_dropped(how: str) -> None:
     routing, placement = placed(how, 1.0, masked=1.0)
     x_TD = torch.randn(10, WIDTH, dtype=torch.float64, requires_grad=True)
     weight_TK = routing.weight_TK.clone().requires_grad_()
-    y_TD = combine(gather(x_TD, placement), weight_TK, placement)
+    y_TD = unpermute(permute(x_TD, placement), weight_TK, placement)
     y_TD.sum().backward()
     for zero in (y_TD, x_TD.grad, weight_TK.grad):
         assert zero is not None
@@ -141,7 +141,7 @@ def test_no_tokens(how: str) -> None:
     routing, placement = placed(how, 1.0, tokens=0)
     x_TD = torch.randn(0, WIDTH, dtype=torch.float64, requires_grad=True)
     weight_TK = routing.weight_TK.clone().requires_grad_()
-    y_TD = combine(gather(x_TD, placement), weight_TK, placement)
+    y_TD = unpermute(permute(x_TD, placement), weight_TK, placement)
     y_TD.sum().backward()
     assert y_TD.shape == (0, WIDTH)
     assert x_TD.grad is not None
@@ -152,9 +152,9 @@ def test_no_tokens(how: str) -> None:
 def test_bf16_sum_is_taken_in_float32() -> None:
     """Eight rows of 1 and 2^-9: added one by one in bf16 every small one is lost."""
     routing = replace(random_routing(1, 8, 8), weight_TK=torch.ones(1, 8))
-    placement, _ = place_packed(routing)
+    placement, _ = packed_permutation(routing)
     rows_RD = torch.full((8, 4), 2.0**-9)
     rows_RD[placement.row_TK[0, 0]] = 1.0
-    y_TD = combine(rows_RD.bfloat16(), routing.weight_TK, placement)
+    y_TD = unpermute(rows_RD.bfloat16(), routing.weight_TK, placement)
     assert y_TD.dtype == torch.bfloat16
     assert torch.equal(y_TD.float(), torch.full((1, 4), 1 + 7 * 2.0**-9).bfloat16().float())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dmoe import MoE
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.routers import TopKRouter
-from dmoe.moe.routers.top_k import choose, choose_reference, router_dtype, score, weigh
+from dmoe.moe.routers.top_k import top_k_stable, top_k_stable_reference, router_dtype, gate_scores, combine_weights
 from dmoe.moe.routing import TokenContext
 from tests.moe.drawing import drawn
 
@@ -32,17 +32,17 @@ def test_choice_equals_the_loop(tokens: int, num_experts: int, data: st.DataObje
     score_TE = torch.randint(0, levels, (tokens, num_experts), generator=generator).float() / levels
     if bf16:
         score_TE = score_TE.bfloat16().float()
-    assert torch.equal(choose(score_TE, top_k), choose_reference(score_TE, top_k))
+    assert torch.equal(top_k_stable(score_TE, top_k), top_k_stable_reference(score_TE, top_k))
 
 
 def test_ties_go_to_the_lower_expert() -> None:
     score_TE = torch.tensor([[0.2, 0.4, 0.2, 0.4, 0.2]]).repeat(40, 1)  # long enough for an unstable sort to show
-    assert choose(score_TE, 5).tolist() == [[1, 3, 0, 2, 4]] * 40
-    assert choose(torch.zeros(3, 100), 4).tolist() == [[0, 1, 2, 3]] * 3
+    assert top_k_stable(score_TE, 5).tolist() == [[1, 3, 0, 2, 4]] * 40
+    assert top_k_stable(torch.zeros(3, 100), 4).tolist() == [[0, 1, 2, 3]] * 3
 
 
 def test_every_expert_can_be_chosen() -> None:
-    chosen = choose(torch.rand(6, 5, generator=torch.Generator().manual_seed(0)), 5)
+    chosen = top_k_stable(torch.rand(6, 5, generator=torch.Generator().manual_seed(0)), 5)
     assert chosen.sort(1).values.tolist() == [[0, 1, 2, 3, 4]] * 6
 
 
@@ -71,9 +71,9 @@ def expected_weights(logits: list[float], chosen: list[int], config: RouterConfi
 def test_weights_follow_the_formula(kind: str, weights_from: str, renormalize: bool, scale: float) -> None:
     config = RouterConfig(score=kind, weights_from=weights_from, renormalize=renormalize, scale=scale)
     logit_TE = torch.randn(9, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    score_TE = score(logit_TE, config)
-    expert_TK = choose(score_TE, 3)
-    got = weigh(logit_TE, score_TE, expert_TK, config)
+    score_TE = gate_scores(logit_TE, config)
+    expert_TK = top_k_stable(score_TE, 3)
+    got = combine_weights(logit_TE, score_TE, expert_TK, config)
     expected = [
         expected_weights(row, chosen, config) for row, chosen in zip(logit_TE.tolist(), expert_TK.tolist(), strict=True)
     ]
@@ -84,9 +84,9 @@ def test_renormalised_all_equals_chosen_for_softmax() -> None:
     """Mixtral's convention and Megatron's are the same number."""
     logit_TE = torch.randn(30, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     config = RouterConfig(renormalize=True)
-    expert_TK = choose(score(logit_TE, config), 2)
-    one = weigh(logit_TE, score(logit_TE, config), expert_TK, config)
-    two = weigh(logit_TE, score(logit_TE, config), expert_TK, RouterConfig(weights_from="chosen", renormalize=False))
+    expert_TK = top_k_stable(gate_scores(logit_TE, config), 2)
+    one = combine_weights(logit_TE, gate_scores(logit_TE, config), expert_TK, config)
+    two = combine_weights(logit_TE, gate_scores(logit_TE, config), expert_TK, RouterConfig(weights_from="chosen", renormalize=False))
     torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
 
 

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoe.config.schema import CapacityConfig
-from dmoe.moe.capacity import limit_reference, slots_per_expert
-from dmoe.moe.observation import decisions, router_state
+from dmoe.moe.capacity import apply_capacity_reference, expert_capacity
+from dmoe.moe.observation import decisions, router_metrics
 from dmoe.moe.routing import Routing, TokenContext
-from dmoe.moe.stats import ObservedContext, measure
+from dmoe.moe.stats import ObservedContext, layer_stats
 from tests.moe.drawing import drawn, limit_to, random_routing, routings, slots
 from tests.moe.layers import gradients, make, tokens_of
 from tests.moe.spares import spared_routings
@@ -37,13 +37,13 @@ def test_counts_equal_the_loop(drawn_routing: tuple[Routing, int], factor: float
             total += float(chosen.weight_TK[t, k])
             dropped += 0.0 if k in alive else float(chosen.weight_TK[t, k])
 
-    stats = measure(chosen, limited)
+    stats = layer_stats(chosen, limited)
     assert stats.choice_E.tolist() == choice
     assert stats.kept_E.tolist() == kept
-    assert int(stats.lost_tokens) == lost
+    assert int(stats.fully_dropped_tokens) == lost
     assert float(stats.total_weight) == pytest.approx(total, rel=1e-12)
     assert float(stats.dropped_weight) == pytest.approx(dropped, rel=1e-12, abs=1e-15)
-    offered = 0 if factor is None else groups * num_experts * slots_per_expert(factor, tokens // groups, top_k, num_experts, 1)
+    offered = 0 if factor is None else groups * num_experts * expert_capacity(factor, tokens // groups, top_k, num_experts, 1)
     assert stats.slots == offered
     scalars = [float(stats.dropped_weight), float(stats.total_weight), float(lost), float(offered)]
     assert stats.as_vector().tolist() == [*map(float, choice), *map(float, kept), *scalars]
@@ -51,7 +51,7 @@ def test_counts_equal_the_loop(drawn_routing: tuple[Routing, int], factor: float
 
 def test_slots_bound_what_is_kept() -> None:
     limited = limit_to(chosen := random_routing(30, 4, 2, hot=1), CapacityConfig(), 1.0, 3)
-    stats = measure(chosen, limited)
+    stats = layer_stats(chosen, limited)
     assert 0 < int(stats.kept_E.sum()) <= stats.slots == 4 * 3 * 5
 
 
@@ -63,7 +63,7 @@ def test_rerouted_rows_count_where_they_go(drawn_routing: tuple[Routing, int], f
     """Choices stay with the expert the router chose, rows with the one that computes; only what nobody took is dropped."""
     chosen, groups = drawn_routing
     config = CapacityConfig(overflow="next_choice", priority=priority)  # type: ignore[arg-type]
-    keep_TK, expert_TK = limit_reference(chosen, config, groups, slots(chosen, config, factor, groups))
+    keep_TK, expert_TK = apply_capacity_reference(chosen, config, groups, slots(chosen, config, factor, groups))
     tokens, top_k = chosen.expert_TK.shape
     choice, kept, dropped, lost = [0] * chosen.score_TE.shape[1], [0] * chosen.score_TE.shape[1], 0.0, 0
     for t in range(tokens):
@@ -73,14 +73,14 @@ def test_rerouted_rows_count_where_they_go(drawn_routing: tuple[Routing, int], f
             choice[int(chosen.expert_TK[t, k])] += 1
             kept[int(expert_TK[t, k])] += bool(keep_TK[t, k])
             dropped += 0.0 if keep_TK[t, k] else float(chosen.weight_TK[t, k])
-    stats = measure(chosen, limit_to(chosen, config, factor, groups))
-    assert (stats.choice_E.tolist(), stats.kept_E.tolist(), int(stats.lost_tokens)) == (choice, kept, lost)
+    stats = layer_stats(chosen, limit_to(chosen, config, factor, groups))
+    assert (stats.choice_E.tolist(), stats.kept_E.tolist(), int(stats.fully_dropped_tokens)) == (choice, kept, lost)
     assert float(stats.dropped_weight) == pytest.approx(dropped, rel=1e-5, abs=1e-12)
 
 
 def test_a_share_of_slots_is_not_rounded() -> None:
     """A third of 10 slots, three times, is 10; in float32 it would be 10.0000003."""
-    stats = measure(chosen := random_routing(6, 5, 2, dtype=torch.float32), limit_to(chosen, CapacityConfig(), 1.0, 1))
+    stats = layer_stats(chosen := random_routing(6, 5, 2, dtype=torch.float32), limit_to(chosen, CapacityConfig(), 1.0, 1))
     assert float(replace(stats, slots=10 / 3).as_vector()[-1]) == 10 / 3
 
 
@@ -110,7 +110,7 @@ def test_nothing_is_observed_unless_asked_for() -> None:
     assert (
         layer(x).stats.observed == layer(x, TokenContext()).stats.observed == layer(x, ObservedContext()).stats.observed == {}
     )
-    asked = layer(x, ObservedContext(observer=router_state)).stats
+    asked = layer(x, ObservedContext(observer=router_metrics)).stats
     assert asked.observed
     assert not any(value.requires_grad for value in asked.observed.values())
 
@@ -119,7 +119,7 @@ def test_padding_is_not_observed() -> None:
     """Five real tokens and seven of padding are seen as those five alone."""
     layer, x = make(), tokens_of(12)
     valid_T = torch.arange(12) < 5
-    for observer in (router_state, decisions):
+    for observer in (router_metrics, decisions):
         padded = layer(x, ObservedContext(valid_T=valid_T, observer=observer)).stats.observed
         alone = layer(x[:5], ObservedContext(observer=observer)).stats.observed
         for name, value in padded.items():
@@ -143,7 +143,7 @@ def test_decisions_equal_the_loop(drawn_routing: tuple[Routing, int]) -> None:
 def test_observers_read_no_value() -> None:
     """On the meta device a host read would raise; a rank without tokens has no largest logit, and says 0."""
     empty = random_routing(0, 5, 2)
-    assert router_state(empty, empty, TokenContext())["logit_max"].tolist() == [0.0]
+    assert router_metrics(empty, empty, TokenContext())["logit_max"].tolist() == [0.0]
     routing = random_routing(8, 5, 2, masked=0.4)
     assert routing.keep_TK is not None
     far = replace(
@@ -155,5 +155,5 @@ def test_observers_read_no_value() -> None:
         keep_TK=routing.keep_TK.to("meta"),
     )
     context = TokenContext(valid_T=torch.empty(8, dtype=torch.bool, device="meta"))
-    assert router_state(far, far, context)["made_K"].shape == (2,)
+    assert router_metrics(far, far, context)["made_K"].shape == (2,)
     assert decisions(far, far, context)["chosen_TE"].shape == (8, 5)

@@ -10,7 +10,7 @@ from dmoe.config.load import load
 from dmoe.config.schema import Config
 from dmoe.distributed.checkpoint import save
 from dmoe.distributed.state import model_state
-from dmoe.distributed.topology import Topology
+from dmoe.distributed.topology import ParallelMesh
 from dmoe.models.base import Model
 from dmoe.training.run_dir import RunDir
 from dmoe.training.tasks import task_of
@@ -37,6 +37,6 @@ def dense_run(path: Path, *overrides: str) -> RunDir:
     config, run = tiny(*DENSE, *overrides), RunDir(path)
     run.create(None)
     run.record(config, "")
-    save(run.checkpoints, 5, model_state(weights(config), Topology()), {"step": 5})
+    save(run.checkpoints, 5, model_state(weights(config), ParallelMesh()), {"step": 5})
     assert load(path / "resolved.yaml") == config
     return run

@@ -55,7 +55,7 @@ class Measured:
 
 def measured_step(rank: int, world: int, config: Config) -> Measured:
     """The first step of training, measured. What was decided is recorded in a forward of its own, without gradients, before it."""
-    here = worlds.start("cpu")
+    here = worlds.init_distributed("cpu")
     data = open_data(config.data, config.train.seed)
     engine = engines.build(config, here, data.tokenizer.vocab_size)
     telemetry, layers = Telemetry(engine, data.domains), engine.model.moe_layers()
@@ -65,7 +65,7 @@ def measured_step(rank: int, world: int, config: Config) -> Measured:
             forward(engine, batch, None)
         decisions += [decision(here.rank, n, *pair) for n, pair in enumerate(zip(before, after, strict=True))]
     measurement = telemetry.begin(True, time.monotonic() - rank)  # every rank reads its data a second longer than the last
-    totals = compute_gradients(engine, batches, measurement=measurement)
+    totals = compute_gradients(engine, batches, recorder=measurement)
     squares = {name: float(p.grad.double().square().sum()) for name, p in engine.model.named_parameters() if p.grad is not None}
     line = telemetry.train_line(update(engine, totals, 1e-3), tokens=0, learning_rate=1e-3, seconds=1.0, steps=1)
     biases = [layer.router.bias_E.numpy().copy() for layer in layers if hasattr(layer.router, "bias_E")]

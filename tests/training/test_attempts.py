@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoe.config.errors import NoProgressError
-from dmoe.training.attempts import earlier_verdict, last_logged_step, record_attempt, record_verdict
+from dmoe.training.attempts import earlier_fatal_error, last_logged_step, record_attempt, record_fatal_error
 
 ODD = [b"", b"{", b"[]", b"null", b"1e999", b"\xff", b'{"verdict": null}', b"[" * 100_000]
 ODD += [
@@ -67,36 +67,36 @@ def test_jobs_without_a_name_are_counted_too(tmp_path: Path) -> None:
 
 def test_a_verdict_ends_the_restarts_of_this_job_only(tmp_path: Path) -> None:
     record_attempt(tmp_path, "a", 0, resumed_step=8, last_step=9, limit=3)
-    record_verdict(tmp_path, "a", 4, "10 steps in a row were not finite")
-    assert earlier_verdict(tmp_path, "a", 1) == (4, "10 steps in a row were not finite")
-    assert earlier_verdict(tmp_path, "a", 2) == (4, "10 steps in a row were not finite")
-    assert earlier_verdict(tmp_path, "a", 0) is None
-    assert earlier_verdict(tmp_path, "b", 1) is None
-    assert earlier_verdict(tmp_path, None, 1) is None
+    record_fatal_error(tmp_path, "a", 4, "10 steps in a row were not finite")
+    assert earlier_fatal_error(tmp_path, "a", 1) == (4, "10 steps in a row were not finite")
+    assert earlier_fatal_error(tmp_path, "a", 2) == (4, "10 steps in a row were not finite")
+    assert earlier_fatal_error(tmp_path, "a", 0) is None
+    assert earlier_fatal_error(tmp_path, "b", 1) is None
+    assert earlier_fatal_error(tmp_path, None, 1) is None
     record_attempt(tmp_path, "a", 0, resumed_step=8, last_step=9, limit=3)
-    assert earlier_verdict(tmp_path, "a", 1) is None
+    assert earlier_fatal_error(tmp_path, "a", 1) is None
 
 
 def test_a_verdict_does_not_change_the_count_and_needs_no_attempt_before(tmp_path: Path) -> None:
-    record_verdict(tmp_path, "a", 4, "first")
-    assert earlier_verdict(tmp_path, "a", 1) == (4, "first")
+    record_fatal_error(tmp_path, "a", 4, "first")
+    assert earlier_fatal_error(tmp_path, "a", 1) == (4, "first")
     for restart in range(3):
         record_attempt(tmp_path, "b", restart, resumed_step=0, last_step=0, limit=3)
-    record_verdict(tmp_path, "b", 4, "second")
+    record_fatal_error(tmp_path, "b", 4, "second")
     assert count(tmp_path) == 3
 
 
 @pytest.mark.parametrize("content", ODD)
 def test_a_torn_or_odd_file_is_no_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "attempts.json").write_bytes(content)
-    assert earlier_verdict(tmp_path, "a", 1) is None
+    assert earlier_fatal_error(tmp_path, "a", 1) is None
     record_attempt(tmp_path, "a", 1, resumed_step=4, last_step=4, limit=3)
     assert count(tmp_path) == 1
 
 
 def test_nothing_else_is_left_in_the_directory(tmp_path: Path) -> None:
     record_attempt(tmp_path, "a", 0, resumed_step=0, last_step=0, limit=3)
-    record_verdict(tmp_path, "a", 4, "text")
+    record_fatal_error(tmp_path, "a", 4, "text")
     assert [path.name for path in tmp_path.iterdir()] == ["attempts.json"]
 
 
@@ -109,8 +109,8 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", fail)
         with pytest.raises(OSError, match="No space"):
-            record_verdict(tmp_path, "a", 4, "text")
-    assert earlier_verdict(tmp_path, "a", 1) is None
+            record_fatal_error(tmp_path, "a", 4, "text")
+    assert earlier_fatal_error(tmp_path, "a", 1) is None
     record_attempt(tmp_path, "a", 1, resumed_step=4, last_step=4, limit=3)
     assert count(tmp_path) == 2
 

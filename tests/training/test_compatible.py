@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dmoe.config.errors import CheckpointError
-from dmoe.training.compatible import check_same_run, redefined
+from dmoe.training.compatible import check_same_run, describe_changes
 from tests.tiny import tiny
 
 SAVED: dict[str, Any] = json.loads(json.dumps(asdict(tiny())))
@@ -119,7 +119,7 @@ def written(world: int, ep: int, micro_batch: int = 2) -> dict[str, int]:
 
 
 def test_the_same_ranks_redefine_nothing() -> None:
-    assert redefined(written(4, 2), 4, 2, 2, tiny("moe.capacity.factor=1.25")) is None
+    assert describe_changes(written(4, 2), 4, 2, 2, tiny("moe.capacity.factor=1.25")) is None
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_the_same_ranks_redefine_nothing() -> None:
     ],
 )
 def test_other_ranks_are_told_in_one_line(settings: list[str], words: str) -> None:
-    line = redefined(written(4, 4), 2, 2, 4, tiny(*settings))
+    line = describe_changes(written(4, 4), 2, 2, 4, tiny(*settings))
     assert line is not None
     assert line.startswith("written by 4 ranks with EP 4, goes on with 2 and EP 2: ")
     assert words in line
@@ -146,13 +146,13 @@ def test_other_ranks_are_told_in_one_line(settings: list[str], words: str) -> No
 
 def test_groups_of_the_same_size_are_the_same_groups() -> None:
     """Whoever holds them: four ranks of two sequences, or two ranks that take theirs two at a time."""
-    line = redefined(written(4, 4), 2, 2, 2, tiny("moe.capacity.factor=1.25"))
+    line = describe_changes(written(4, 4), 2, 2, 2, tiny("moe.capacity.factor=1.25"))
     assert line is not None
     assert line.endswith("data order are the same")
 
 
 def test_another_micro_batch_alone_is_told_too() -> None:
     """It was not: only the number of ranks was looked at, and `train.micro_batch` changed who is dropped without a word."""
-    line = redefined(written(2, 2), 2, 2, 4, tiny("moe.capacity.factor=1.0"))
+    line = describe_changes(written(2, 2), 2, 2, 4, tiny("moe.capacity.factor=1.0"))
     assert line is not None
     assert line.startswith("capacity and the switch loss now go by groups of 4 sequences, not 2")

@@ -37,7 +37,7 @@ COMPOSED = tiny(*TABLE, "modular.compositions=[[],[1],[0,1],[3,2]]", "modular.hi
 def build(config: Config) -> Engine:
     AcceleratorState._reset_state(reset_partial_state=True)
     check(config, worlds.launched_world_size())
-    engine = engines.build(config, worlds.start("cpu"), VOCAB)
+    engine = engines.build(config, worlds.init_distributed("cpu"), VOCAB)
     stir(engine)  # else every module adds nothing
     return engine
 

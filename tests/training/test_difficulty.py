@@ -14,7 +14,7 @@ from dmoe.moe.observation import decisions
 from dmoe.moe.stats import ObservedContext
 from dmoe.training import engine as engines
 from dmoe.training.batches import evaluation_batches
-from dmoe.training.difficulty import Difficulty, correlation
+from dmoe.training.difficulty import ComputeVsLoss, correlation
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, tiny
 
@@ -27,14 +27,14 @@ Told = tuple[list[dict[str, Any]], list[list[tuple[int, float]]]]
 
 def evaluation(rank: int, world: int, config: Config) -> Told:
     """What is reported of each layer; and (experts taken, loss) of each real token of this rank, by layer."""
-    engine = engines.build(config, worlds.start("cpu"), VOCAB)
-    difficulty, sums, seen = Difficulty(engine), list[torch.Tensor](), [list[tuple[int, float]]() for _ in range(2)]
+    engine = engines.build(config, worlds.init_distributed("cpu"), VOCAB)
+    difficulty, sums, seen = ComputeVsLoss(engine), list[torch.Tensor](), [list[tuple[int, float]]() for _ in range(2)]
     engine.wrapped.eval()
     for part in evaluation_batches(engine.task.open().held_out, engine):
         valid_T = part.valid_BS.flatten()
         with torch.no_grad():
             output = engine.wrapped(part.input, part.target, ObservedContext(valid_T=valid_T, observer=decisions))
-        sums = difficulty.look(output.stats, output.nats_T, valid_T, sums)
+        sums = difficulty.update(output.stats, output.nats_T, valid_T, sums)
         for layer, stats in enumerate(output.stats):
             for t in range(len(valid_T)):
                 if valid_T[t]:

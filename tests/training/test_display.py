@@ -13,11 +13,11 @@ import pytest
 from rich.console import Console
 
 from dmoe.training.display import open_display
-from dmoe.training.display.glyphs import ASCII, UNICODE, Glyphs, glyphs_for
+from dmoe.training.display.glyphs import ASCII, UNICODE, CharSet, charset_for
 from dmoe.training.display.live import Live
 from dmoe.training.display.panel import panel_lines
 from dmoe.training.display.plain import Plain, Quiet, Silent
-from dmoe.training.display.state import State
+from dmoe.training.display.state import DisplayState
 from dmoe.training.display.strips import load_strip, parts_bar, sparkline
 from dmoe.training.display.words import event_words
 
@@ -55,17 +55,17 @@ def train_values(layers: list[dict[str, Any]], **other: Any) -> dict[str, Any]:
     } | other
 
 
-def state_of(values: dict[str, Any], step: int = 10, steps: int | None = 200) -> State:
-    state = State(steps)
+def state_of(values: dict[str, Any], step: int = 10, steps: int | None = 200) -> DisplayState:
+    state = DisplayState(steps)
     for number in range(1, step):
-        state.told("train", number, {"loss": 5 / number}, float(number))
-    state.told("eval", step - 1, {"loss": 2.6, "bits_per_byte": 3.5}, step - 1.0)
-    state.told("alert", step - 1, {"text": "dead experts: many; what usually helps: patience " + "and more " * 40}, None)
-    state.told("train", step, values, float(step))
+        state.on_event("train", number, {"loss": 5 / number}, float(number))
+    state.on_event("eval", step - 1, {"loss": 2.6, "bits_per_byte": 3.5}, step - 1.0)
+    state.on_event("alert", step - 1, {"text": "dead experts: many; what usually helps: patience " + "and more " * 40}, None)
+    state.on_event("train", step, values, float(step))
     return state
 
 
-def panel(state: State, width: int = 100, height: int = 40, glyphs: Glyphs = UNICODE) -> list[str]:
+def panel(state: DisplayState, width: int = 100, height: int = 40, glyphs: CharSet = UNICODE) -> list[str]:
     return [line.plain for line in panel_lines(state, 10.0, width, height, glyphs)]
 
 
@@ -164,12 +164,12 @@ def test_numbers_that_are_none_are_said_to_be(value: float | None) -> None:
     assert "nan" not in text
     assert "forward" not in text
     display = Plain(state, lambda: 10.0)
-    display.tell("train", 11, {"loss": value, "drop_rate": value})
+    display.log_event("train", 11, {"loss": value, "drop_rate": value})
 
 
 def test_every_number_may_be_absent() -> None:
     assert panel(state_of({}))[0].startswith("step 10/200")
-    assert panel(State(None))[0] == "step 0"
+    assert panel(DisplayState(None))[0] == "step 0"
 
 
 def test_colour_is_left_out_where_it_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,8 +196,8 @@ def test_colour_is_left_out_where_it_is_not_wanted(monkeypatch: pytest.MonkeyPat
         ("utf-8", {"TERM": "linux"}, ASCII),
     ],
 )
-def test_letters_are_those_the_terminal_has(encoding: str | None, environment: dict[str, str], glyphs: Glyphs) -> None:
-    assert glyphs_for(encoding, environment) is glyphs
+def test_letters_are_those_the_terminal_has(encoding: str | None, environment: dict[str, str], glyphs: CharSet) -> None:
+    assert charset_for(encoding, environment) is glyphs
 
 
 def test_the_curve_spans_lowest_to_highest() -> None:
@@ -215,16 +215,16 @@ def test_the_parts_of_a_bar_fill_it(parts: list[float], width: int) -> None:
 
 def test_what_a_model_writes_cannot_command_the_terminal() -> None:
     file = io.StringIO()
-    live = Live(Console(file=file, force_terminal=True), State(10), UNICODE, time.monotonic)
-    live.say("sample:\n\x1b]0;owned\x07\x1b[2Jtext\r\u202e")
-    live.state.told("alert", 1, {"text": "\x1b[2J"}, None)
+    live = Live(Console(file=file, force_terminal=True), DisplayState(10), UNICODE, time.monotonic)
+    live.print("sample:\n\x1b]0;owned\x07\x1b[2Jtext\r\u202e")
+    live.state.on_event("alert", 1, {"text": "\x1b[2J"}, None)
     assert not set("\x07\u202e") & set(file.getvalue())
     assert file.getvalue().replace("\r\x1b[J", "", 1).count("\x1b") == 0
     assert "\x1b[2J" not in "\n".join(live._frame())
 
 
 def test_a_terminal_that_fails_is_told_to_the_one_who_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    live = Live(Console(file=io.StringIO(), force_terminal=True), State(10), UNICODE, time.monotonic)
+    live = Live(Console(file=io.StringIO(), force_terminal=True), DisplayState(10), UNICODE, time.monotonic)
 
     def fail(lines: list[str]) -> None:
         raise OSError("the terminal is gone")
@@ -246,10 +246,10 @@ def test_the_display_suits_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_plain_lines_say_what_was_told(capsys: pytest.CaptureFixture[str]) -> None:
-    display = Plain(State(4), iter([0.0, 0.0, 2.0, 2.0, 3.0, 3.0]).__next__)
-    display.tell("train", 1, {"loss": 2.0})
-    display.tell("train", 2, train_values([]))
-    display.tell("eval", 2, {"loss": 2.0}, "held out")
+    display = Plain(DisplayState(4), iter([0.0, 0.0, 2.0, 2.0, 3.0, 3.0]).__next__)
+    display.log_event("train", 1, {"loss": 2.0})
+    display.log_event("train", 2, train_values([]))
+    display.log_event("eval", 2, {"loss": 2.0}, "held out")
     assert capsys.readouterr().out.splitlines() == [
         "step 1/4  loss 2.000",
         "step 2/4  loss 2.500  bits/byte 3.250  12,345 tokens/s  dropped 12.5%  load max/mean 2.00  left 0:04",
@@ -259,11 +259,11 @@ def test_plain_lines_say_what_was_told(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_quiet_says_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
     display = Quiet()
-    display.say("a greeting")
+    display.print("a greeting")
     display.step(1)
     for event in ("start", "train", "eval", "checkpoint", "alert", "rollback", "end"):
-        display.tell(event, 1, {}, f"said at {event}")
-    display.tell("alert", 1, {})
+        display.log_event(event, 1, {}, f"said at {event}")
+    display.log_event("alert", 1, {})
     assert capsys.readouterr().out.splitlines() == ["said at alert", "said at rollback", "said at end"]
 
 
@@ -271,7 +271,7 @@ def test_a_classifier_is_told_by_its_accuracy() -> None:
     """It has no bits per byte, and was told as `not finite bits/byte`."""
     values = {key: value for key, value in train_values([]).items() if key != "bits_per_byte"}
     state = state_of(values)
-    state.told("eval", 10, {"loss": 0.25, "accuracy": 0.9512}, 10.0)
+    state.on_event("eval", 10, {"loss": 0.25, "accuracy": 0.9512}, 10.0)
     lines = "\n".join(panel(state))
     assert "held out 95.12% right at 10" in lines
     assert "byte" not in lines

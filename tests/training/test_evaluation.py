@@ -15,7 +15,7 @@ from dmoe.distributed import world as worlds
 from dmoe.moe.routing import TokenContext
 from dmoe.training import engine as engines
 from dmoe.training.evaluation import Evaluation, evaluate
-from dmoe.training.opening import OpenRun
+from dmoe.training.opening import RunSession
 from dmoe.training.run_dir import RunDir
 from dmoe.training.tasks import Score, task_of
 from tests.ranks import run_ranks
@@ -41,7 +41,7 @@ GATED = (
 
 def evaluation(rank: int, world: int, config: Config) -> Evaluation:
     task = task_of(config)
-    engine = engines.build(config, worlds.start("cpu"), task.outputs)
+    engine = engines.build(config, worlds.init_distributed("cpu"), task.outputs)
     result = evaluate(engine, task.open())
     assert result is not None
     return result
@@ -54,8 +54,8 @@ def recount(config: Config, without: str | None = None) -> dict[int, Score]:
     model.initialize(config.train.seed)
     sums: dict[int, list[float]] = defaultdict(lambda: [0.0] * 4)
     for row in range(min(config.train.eval_sequences, data.held_out.sequences or config.train.eval_sequences)):
-        input, target, label_B = task.rows(data.held_out, row, 1)
-        input = input if without is None else task.without(input, without)
+        input, target, label_B = task.samples(data.held_out, row, 1)
+        input = input if without is None else task.mask_stream(input, without)
         with torch.no_grad():
             logits = model.eval()(input, context=TokenContext(label_T=label_B.repeat_interleave(target.shape[1]))).logits[0]
         for logit_V, wanted in zip(logits.double(), target[0].tolist(), strict=True):
@@ -87,7 +87,7 @@ def test_every_domain_is_what_a_loop_counts(world: int, tmp_path: Path) -> None:
         told, score = found[0].by_domain[name], expected[label]
         assert told["tokens"] == score.targets
         assert told["loss"] == pytest.approx(score.loss, rel=1e-5)
-        assert told["bits_per_byte"] == pytest.approx(score.nats / score.read_bytes / math.log(2), rel=1e-5)
+        assert told["bits_per_byte"] == pytest.approx(score.loss_sum / score.read_bytes / math.log(2), rel=1e-5)
     nats, tokens = (sum(getattr(score, part) for score in expected.values()) for part in ("nats", "targets"))
     assert found[0].tokens == tokens
     assert found[0].loss == pytest.approx(nats / tokens, rel=1e-5)
@@ -100,13 +100,13 @@ def test_every_class_and_every_missing_stream(world: int) -> None:
     expected = recount(config)
     whole = Score(*(sum(getattr(s, part) for s in expected.values()) for part in ("nats", "targets", "read_bytes", "hits")))
     assert found.loss == pytest.approx(whole.loss, rel=1e-5)
-    assert found.measures == {"accuracy": pytest.approx(whole.hits / whole.targets)}
+    assert found.measures == {"accuracy": pytest.approx(whole.correct / whole.targets)}
     assert {name: told["accuracy"] for name, told in found.by_domain.items()} == {
-        str(label): pytest.approx(score.hits / score.targets) for label, score in sorted(expected.items())
+        str(label): pytest.approx(score.correct / score.targets) for label, score in sorted(expected.items())
     }
     for stream in ("a", "b"):
         less = recount(config, stream).values()
-        assert found.missing[stream] == pytest.approx(sum(score.hits for score in less) / whole.targets)
+        assert found.missing[stream] == pytest.approx(sum(score.correct for score in less) / whole.targets)
 
 
 def test_a_single_domain_is_not_told_twice() -> None:
@@ -120,7 +120,7 @@ def test_a_single_domain_is_not_told_twice() -> None:
 def test_an_evaluation_told_to_stop_says_nothing(batches: int) -> None:
     """Also where the signal comes while the samples are read again without a stream: five batches are the first reading."""
     config = tiny(*GATED)
-    engine = engines.build(config, worlds.start("cpu"), task_of(config).outputs)
+    engine = engines.build(config, worlds.init_distributed("cpu"), task_of(config).outputs)
     left = iter([False] * batches)
     assert evaluate(engine, engine.task.open(), lambda: next(left, True)) is None
     assert next(left, None) is None
@@ -133,7 +133,7 @@ def test_the_evaluation_before_the_first_step_is_of_the_weights_that_are_trained
 ) -> None:
     """A job that was killed after it and before the first checkpoint starts from nothing again, maybe with another seed: it was taken
     for told already, and the result table gave the other weights' accuracy as that of step 0."""
-    run = OpenRun(RunDir(tmp_path), worlds.start("cpu"), None)
+    run = RunSession(RunDir(tmp_path), worlds.init_distributed("cpu"), None)
     for step in told:
         run.directory.metrics.write_text(f'{{"event": "eval", "step": {step}, "time": 1.0}}\n')
     assert run.misses_evaluation(0, replace(tiny().train, eval_first=first)) == due

@@ -12,62 +12,62 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoe.config.schema import GuardConfig
-from dmoe.training.guard import Action, Guard, Kind
+from dmoe.training.guard import StepAction, StepGuard, StepHealth
 
 WINDOW = 8
 CONFIG = GuardConfig(spike_window=WINDOW, patience=3)
 NAN, INF = math.nan, math.inf
 
 
-def guard(scaled: bool = False, **changes: Any) -> Guard:
+def guard(scaled: bool = False, **changes: Any) -> StepGuard:
     """One that has seen eight losses around 2."""
-    made = Guard(replace(CONFIG, **changes), scaled)
+    made = StepGuard(replace(CONFIG, **changes), scaled)
     for step in range(WINDOW):
-        assert made.judge(step, 2.0 + 0.01 * (-1) ** step, 1.0) == (Kind.GOOD, Action.TAKE)
+        assert made.check(step, 2.0 + 0.01 * (-1) ** step, 1.0) == (StepHealth.GOOD, StepAction.APPLY)
     return made
 
 
-def actions(made: Guard, *losses: float, first: int = WINDOW) -> list[Action]:
-    return [made.judge(first + i, loss, 1.0)[1] for i, loss in enumerate(losses)]
+def actions(made: StepGuard, *losses: float, first: int = WINDOW) -> list[StepAction]:
+    return [made.check(first + i, loss, 1.0)[1] for i, loss in enumerate(losses)]
 
 
-TAKE, SKIP, ROLLBACK, STOP = Action.TAKE, Action.SKIP, Action.ROLLBACK, Action.STOP
+TAKE, SKIP, ROLLBACK, STOP = StepAction.APPLY, StepAction.SKIP, StepAction.ROLLBACK, StepAction.STOP
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(NAN, 1.0), (INF, 1.0), (-INF, 1.0), (2.0, NAN), (2.0, INF), (NAN, NAN)])
 def test_a_loss_or_a_norm_that_is_not_finite(loss: float, norm: float) -> None:
-    assert guard().judge(WINDOW, loss, norm) == (Kind.NONFINITE, SKIP)
+    assert guard().check(WINDOW, loss, norm) == (StepHealth.NONFINITE, SKIP)
 
 
 def test_a_spike_is_so_many_deviations_above_the_mean_and_never_below_it() -> None:
     for loss in (2.0, 2.05, 0.1, -9.0):
-        assert guard().judge(WINDOW, loss, 1.0)[0] is Kind.GOOD, loss
+        assert guard().check(WINDOW, loss, 1.0)[0] is StepHealth.GOOD, loss
     for loss in (2.07, 50.0):
-        assert guard().judge(WINDOW, loss, 1.0)[0] is Kind.SPIKE, loss
+        assert guard().check(WINDOW, loss, 1.0)[0] is StepHealth.SPIKE, loss
 
 
 def test_a_calm_run_is_allowed_two_percent() -> None:
     """Losses that are all equal have no deviation: any rounding would be a spike."""
-    calm = Guard(CONFIG)
+    calm = StepGuard(CONFIG)
     for step in range(WINDOW):
-        calm.judge(step, 2.0, 1.0)
-    assert calm.judge(WINDOW, 2.039, 1.0)[0] is Kind.GOOD
-    assert calm.judge(WINDOW + 1, 2.1, 1.0)[0] is Kind.SPIKE
+        calm.check(step, 2.0, 1.0)
+    assert calm.check(WINDOW, 2.039, 1.0)[0] is StepHealth.GOOD
+    assert calm.check(WINDOW + 1, 2.1, 1.0)[0] is StepHealth.SPIKE
 
 
 @pytest.mark.parametrize(("window", "needed"), [(64, 16), (8, 2), (4, 2), (1, None)])
 def test_nothing_is_a_spike_before_a_quarter_of_the_window_is_known(window: int, needed: int | None) -> None:
     for known in range(window + 1):
-        made = Guard(replace(CONFIG, spike_window=window))
+        made = StepGuard(replace(CONFIG, spike_window=window))
         for step in range(known):
-            made.judge(step, 2.0, 1.0)
-        assert (made.judge(known, 99.0, 1.0)[0] is Kind.SPIKE) == (needed is not None and known >= needed)
+            made.check(step, 2.0, 1.0)
+        assert (made.check(known, 99.0, 1.0)[0] is StepHealth.SPIKE) == (needed is not None and known >= needed)
 
 
 def test_bad_losses_are_not_remembered() -> None:
     made = guard(spike="warn", patience=99)
     for step in range(WINDOW, 3 * WINDOW):
-        assert made.judge(step, 50.0, 1.0) == (Kind.SPIKE, TAKE), "the spikes would have become the rule"
+        assert made.check(step, 50.0, 1.0) == (StepHealth.SPIKE, TAKE), "the spikes would have become the rule"
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_bad_losses_are_not_remembered() -> None:
         ("stop", [STOP]),
     ],
 )
-def test_policies_for_numbers_that_are_not_finite(policy: str, expected: list[Action]) -> None:
+def test_policies_for_numbers_that_are_not_finite(policy: str, expected: list[StepAction]) -> None:
     assert actions(guard(nonfinite=policy), *[NAN] * len(expected)) == expected
 
 
@@ -91,7 +91,7 @@ def test_policies_for_numbers_that_are_not_finite(policy: str, expected: list[Ac
         ("stop", [STOP]),
     ],
 )
-def test_policies_for_spikes(policy: str, expected: list[Action]) -> None:
+def test_policies_for_spikes(policy: str, expected: list[StepAction]) -> None:
     assert actions(guard(spike=policy), *[9.0] * len(expected)) == expected
 
 
@@ -140,12 +140,12 @@ policies = st.builds(
 @given(before=losses, after=losses, config=policies)
 def test_a_resumed_guard_decides_as_the_unbroken_one(before: list[float], after: list[float], config: GuardConfig) -> None:
     """Through JSON, as the manifest keeps it."""
-    unbroken, resumed = Guard(config), Guard(config)
+    unbroken, resumed = StepGuard(config), StepGuard(config)
     for step, loss in enumerate(before):
-        unbroken.judge(step, loss, 1.0)
+        unbroken.check(step, loss, 1.0)
     resumed.restore(json.loads(json.dumps(unbroken.state())))
     for step, loss in enumerate(after, len(before)):
-        assert resumed.judge(step, loss, 1.0) == unbroken.judge(step, loss, 1.0)
+        assert resumed.check(step, loss, 1.0) == unbroken.check(step, loss, 1.0)
 
 
 def test_a_checkpoint_from_before_does_not_undo_that_the_run_has_gone_back() -> None:
@@ -160,7 +160,7 @@ def test_a_checkpoint_from_before_does_not_undo_that_the_run_has_gone_back() -> 
 def test_a_checkpoint_that_kept_no_memory_is_an_empty_one() -> None:
     made = guard()
     made.restore(None)
-    assert made.state() == Guard(CONFIG).state()
+    assert made.state() == StepGuard(CONFIG).state()
 
 
 def test_that_the_run_has_gone_back_travels_in_the_checkpoint() -> None:
@@ -168,6 +168,6 @@ def test_that_the_run_has_gone_back_travels_in_the_checkpoint() -> None:
     made = guard()
     assert actions(made, NAN, NAN, NAN)[-1] is ROLLBACK
     made.rolled_back()
-    resumed = Guard(CONFIG)
+    resumed = StepGuard(CONFIG)
     resumed.restore(json.loads(json.dumps(made.state())))
     assert actions(resumed, NAN, NAN, NAN)[-1] is STOP

@@ -9,10 +9,10 @@ import pytest
 from dmoe.config.errors import CheckpointError
 from dmoe.config.schema import CheckpointConfig
 from dmoe.distributed.checkpoint.saver import Saved
-from dmoe.training.checkpointing import Checkpoints
-from dmoe.training.keeper import Keeper
+from dmoe.training.checkpointing import Checkpointer
+from dmoe.training.keeper import CheckpointScheduler
 from dmoe.training.totals import Requests
-from dmoe.training.voice import Voice
+from dmoe.training.voice import RunLogger
 
 NOTHING, SAVE, FAILED = Requests(), Requests(save=True), Requests(failed=True)
 
@@ -61,14 +61,14 @@ class FakeVoice:
         self.told.append((event, step))
 
 
-def keeper(checkpoints: FakeCheckpoints, **config: Any) -> tuple[Keeper, FakeVoice]:
+def keeper(checkpoints: FakeCheckpoints, **config: Any) -> tuple[CheckpointScheduler, FakeVoice]:
     voice = FakeVoice()
-    return Keeper(cast(Checkpoints, checkpoints), cast(Voice, voice), CheckpointConfig(**config)), voice
+    return CheckpointScheduler(cast(Checkpointer, checkpoints), cast(RunLogger, voice), CheckpointConfig(**config)), voice
 
 
-def run(made: Keeper, steps: int, asked: dict[int, Requests] | None = None) -> None:
+def run(made: CheckpointScheduler, steps: int, asked: dict[int, Requests] | None = None) -> None:
     for done in range(1, steps + 1):
-        made.after_step(done, (asked or {}).get(done, NOTHING), calm=True, last=done == steps)
+        made.after_step(done, (asked or {}).get(done, NOTHING), last_step_good=True, last=done == steps)
     made.save_last(steps)
 
 
@@ -132,5 +132,5 @@ def test_what_was_due_on_a_bad_step_is_saved_after_the_next_good_one() -> None:
     checkpoints = FakeCheckpoints()
     made, _ = keeper(checkpoints, every=4)
     for done in range(1, 11):
-        made.after_step(done, NOTHING, calm=done not in (4, 5), last=False)
+        made.after_step(done, NOTHING, last_step_good=done not in (4, 5), last=False)
     assert checkpoints.asked == ["save 6", "save 8"]

@@ -37,7 +37,7 @@ LORA = ("modular.bank=low_rank", "modular.modules=4", "modular.routing=top_k", "
 def build(config: Config) -> Engine:
     AcceleratorState._reset_state(reset_partial_state=True)  # one process builds many engines; accelerate expects one
     check(config, worlds.launched_world_size())
-    return engines.build(config, worlds.start("cpu"), VOCAB)
+    return engines.build(config, worlds.init_distributed("cpu"), VOCAB)
 
 
 def steps(engine: Engine, count: int = 2) -> list[float]:
@@ -47,7 +47,7 @@ def steps(engine: Engine, count: int = 2) -> list[float]:
 
 def saved(engine: Engine, root: Path, step: int = 3) -> Path:
     extra = {"config": asdict(engine.config)}
-    return store.save(root, step, model_state(engine.model, engine.topology), extra, group=engine.topology.checkpoint)
+    return store.save(root, step, model_state(engine.model, engine.mesh), extra, group=engine.mesh.checkpoint_group)
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -169,7 +169,7 @@ def read(rank: int, world: int, path: Path, *overrides: str) -> dict[str, np.nda
     engine = build(tiny(*LORA, "modular.modules=8", *overrides))
     start_from(engine, path)
     session = Session(engine, path, fresh=False)
-    state = model_state(engine.model, engine.topology)
+    state = model_state(engine.model, engine.mesh)
     found = {n: (v.full_tensor() if hasattr(v, "full_tensor") else v).detach().numpy().copy() for n, v in state.items()}
     found["losses"] = np.array(steps(engine))
     assert session.finish()[0] == {"core_unchanged": True}
@@ -191,7 +191,7 @@ def test_two_ranks_read_a_core_of_one_and_train_the_same(tmp_path: Path) -> None
 def test_room_is_nobody_elses_business(bank: str) -> None:
     """Outside, S positions a sequence: losses, hits and logits, and what the layers tell of each token."""
     engine = build(tiny(f"modular.bank={bank}", "modular.length=3"))
-    input, target, _ = engine.task.blank(2)
+    input, target, _ = engine.task.dummy_batch(2)
     output = engine.model.eval()(input, target, return_logits=True)
     assert output.logits.shape[:2] == input.shape
     assert len(output.nats_T) == len(output.hit_T) == input.numel()
@@ -243,13 +243,13 @@ def test_a_core_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     path = saved(build(tiny()), tmp_path)
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(CheckpointError, match="embedding"):
-        start_from(engines.build(tiny(*LORA), worlds.start("cpu"), 300), path)
+        start_from(engines.build(tiny(*LORA), worlds.init_distributed("cpu"), 300), path)
 
 
 def test_one_module_of_three_is_what_is_trained() -> None:
     """The start of a run gave the whole bank's parameters as trained, of which one module's move."""
     adapter = ("modular.bank=adapter", "modular.modules=3", "modular.hidden=2", "modular.at=*.attention.w_out")
-    engine = engines.build(tiny(*adapter, "modular.train=one_module"), worlds.start("cpu"), VOCAB)
+    engine = engines.build(tiny(*adapter, "modular.train=one_module"), worlds.init_distributed("cpu"), VOCAB)
     session = Session(engine, Path("unread"), fresh=True)
     before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
     for step in range(2):

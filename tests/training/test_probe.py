@@ -16,7 +16,7 @@ from dmoe.data import open_data
 from dmoe.distributed import world as worlds
 from dmoe.training import engine as engines
 from dmoe.training.evaluation import evaluate
-from dmoe.training.probe import Probe, mutual_information
+from dmoe.training.probe import RoutingProbe, mutual_information
 from dmoe.verification.decisions import recorded
 from tests.ranks import run_ranks
 from tests.tiny import tiny
@@ -39,11 +39,11 @@ class Labelled:
 
 def evaluations(rank: int, world: int, config: Config, changed: bool) -> tuple[list[Any], list[list[np.ndarray]], int]:
     """The `layers` of two evaluations, with other routers in between; each batch's experts [layer][T, K]; sequences a batch."""
-    here = worlds.start("cpu")
+    here = worlds.init_distributed("cpu")
     data = open_data(config.data, config.train.seed)
     data = replace(data, held_out=Labelled(data.held_out), domains=DOMAINS)  # type: ignore[arg-type]
     engine = engines.build(config, here, data.tokenizer.vocab_size)
-    probe, told, chosen = Probe(engine, data.domains), [], []
+    probe, told, chosen = RoutingProbe(engine, data.domains), [], []
     layers = engine.model.moe_layers()
     for _ in range(2):
         with recorded(layers) as (_, before):
@@ -116,8 +116,8 @@ def test_stability(world: int) -> None:
 def test_one_domain_has_no_table(tmp_path: Path) -> None:
     config = tiny()
     data = open_data(config.data, 0)
-    engine = engines.build(config, worlds.start("cpu"), data.tokenizer.vocab_size)
-    result = evaluate(engine, data, probe=Probe(engine, data.domains))
+    engine = engines.build(config, worlds.init_distributed("cpu"), data.tokenizer.vocab_size)
+    result = evaluate(engine, data, probe=RoutingProbe(engine, data.domains))
     assert result is not None
     assert set(result.layers[0]) == {"layer", "co_selection"}
     assert evaluate(engine, data).layers == []  # type: ignore[union-attr]

@@ -12,7 +12,7 @@ import torch
 from dmoe.config.schema import Config
 from dmoe.data import open_data
 from dmoe.distributed import world as worlds
-from dmoe.moe.stage import NOTHING, STAGES, stage
+from dmoe.moe.stage import NOTHING, STAGES, profiled
 from dmoe.training import engine as engines
 from dmoe.training.batches import training_batches
 from dmoe.training.profiling import Profiling, trace_path
@@ -23,7 +23,7 @@ from tests.tiny import tiny
 
 def profiled(rank: int, world: int, config: Config, folder: Path, ranks: list[int]) -> list[str]:
     """Three steps, of which the second is profiled; what was told."""
-    here = worlds.start("cpu")
+    here = worlds.init_distributed("cpu")
     data = open_data(config.data, config.train.seed)
     engine = engines.build(config, here, data.tokenizer.vocab_size)
     told: list[str] = []
@@ -69,6 +69,6 @@ def test_a_folder_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) ->
 
 def test_without_a_profiler_a_stage_is_nothing() -> None:
     """record_function costs 14 microseconds whether or not somebody profiles: it must not be entered."""
-    assert stage("route") is NOTHING
+    assert profiled("route") is NOTHING
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
-        assert stage("route") is not NOTHING
+        assert profiled("route") is not NOTHING

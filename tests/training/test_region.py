@@ -6,13 +6,13 @@ import io
 
 import pyte
 
-from dmoe.training.display.region import Region
+from dmoe.training.display.region import BottomLines
 
 
 def test_what_others_write_to_the_terminal_stays() -> None:
     """rich's Live goes up by the lines it has drawn and erases the error message another rank wrote below them."""
     screen = pyte.Screen(40, 12)
-    stream, region = pyte.Stream(screen), Region(io.StringIO())
+    stream, region = pyte.Stream(screen), BottomLines(io.StringIO())
 
     def show() -> None:
         stream.feed(region.file.getvalue().replace("\n", "\r\n"))  # type: ignore[attr-defined]
@@ -38,7 +38,7 @@ def test_what_others_write_to_the_terminal_stays() -> None:
 
 def test_a_panel_that_became_shorter_leaves_nothing() -> None:
     screen, file = pyte.Screen(40, 12), io.StringIO()
-    region = Region(file)
+    region = BottomLines(file)
     for lines in (["one", "two", "three"], ["a longer line", "four", "more"], ["five", "six"]):
         region.draw(lines)
     pyte.Stream(screen).feed(file.getvalue().replace("\n", "\r\n"))

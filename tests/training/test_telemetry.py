@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dmoe.config.schema import Config
-from dmoe.distributed.meter import Meter
+from dmoe.distributed.meter import CommTimer
 from dmoe.moe.routers.learned import LearnedRouter
 from dmoe.training import trainer
 from dmoe.training.stopwatch import PARTS, Stopwatch
@@ -156,19 +156,19 @@ class Ticking(Stopwatch):
 
 def test_a_stopwatch_books_every_second_once() -> None:
     """Forward takes 10 s, of which 4 in an exchange; backward 6, of which 1; nothing that comes after `stop_meters` is an exchange."""
-    meter = Meter()
+    meter = CommTimer()
     watch = Ticking(torch.device("cpu"), [meter], began=100.0)
     watch.time = 102.0
-    watch.lap("data")
+    watch.mark("data")
     meter.seconds, meter.sent_bytes, watch.time = 4.0, 70, 112.0
-    watch.lap("forward")
+    watch.mark("forward")
     meter.seconds, meter.sent_bytes, watch.time = 5.0, 90, 118.0
-    watch.lap("backward")
+    watch.mark("backward")
     assert meter.clock is not None
     assert watch.stop_meters() == 90
     assert meter.clock is None
     watch.time = 121.0
-    watch.lap("optimizer")
+    watch.mark("optimizer")
     assert watch.seconds == {"data": 2, "forward": 6, "backward": 5, "exchange": 5, "optimizer": 3, "other": 0}
 
 

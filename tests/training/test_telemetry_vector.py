@@ -27,7 +27,7 @@ from tests.tiny import VOCAB, tiny
 
 def costs_of_two_steps(rank: int, world: int, config: Config) -> list[Counter[str]]:
     """Collectives and host reads of a plain step and of a logged one, the line included."""
-    here = worlds.start("cpu")
+    here = worlds.init_distributed("cpu")
     data = open_data(config.data, config.train.seed)
     engine = engines.build(config, here, data.tokenizer.vocab_size)
     telemetry, found = Telemetry(engine, data.domains), []
@@ -38,7 +38,7 @@ def costs_of_two_steps(rank: int, world: int, config: Config) -> list[Counter[st
                 for name in names:
                     patch.setattr(owner, name, counted(counter, name, getattr(owner, name)))
             measurement = telemetry.begin(logged, time.monotonic())
-            totals = compute_gradients(engine, training_batches(data.train, engine, step), measurement=measurement)
+            totals = compute_gradients(engine, training_batches(data.train, engine, step), recorder=measurement)
             if logged:
                 result = StepResult(totals, grad_norm(totals), 1.0, False)
                 telemetry.train_line(result, tokens=0, learning_rate=1e-3, seconds=1.0, steps=1)
@@ -59,10 +59,10 @@ def test_what_logging_costs(exchange: str) -> None:
 def test_every_sum_is_asked_for() -> None:
     """The names in the packed vector are those the observer returns; one too few would shift all that follow."""
     from dmoe.moe.layer import MoE
-    from dmoe.moe.observation import router_state
+    from dmoe.moe.observation import router_metrics
     from dmoe.moe.stats import ObservedContext
 
-    seen = MoE(8, 4, 4, 2)(torch.randn(3, 8), ObservedContext(observer=router_state)).stats.observed
+    seen = MoE(8, 4, 4, 2)(torch.randn(3, 8), ObservedContext(observer=router_metrics)).stats.observed
     assert tuple(seen) == (*SUMS, *MAXIMA)
 
 
@@ -74,9 +74,9 @@ def test_a_step_that_is_not_a_number_keeps_its_keys() -> None:
 
 
 def line_of_a_bad_step(rank: int, world: int, config: Config) -> dict[str, Any]:
-    engine = engines.build(config, worlds.start("cpu"), VOCAB)
+    engine = engines.build(config, worlds.init_distributed("cpu"), VOCAB)
     telemetry = Telemetry(engine, ())
     batches = training_batches(engine.task.open().train, engine, 0)
-    totals = compute_gradients(engine, batches, read_bytes=1, measurement=telemetry.begin(True, time.monotonic()))
+    totals = compute_gradients(engine, batches, read_bytes=1, recorder=telemetry.begin(True, time.monotonic()))
     result = StepResult(replace(totals, loss_sum=math.nan), grad_norm(totals), 1.0, False)
     return telemetry.train_line(result, tokens=0, learning_rate=1e-3, seconds=1.0, steps=1)

@@ -12,8 +12,8 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.schema import Config
 from dmoe.distributed import checkpoint
 from dmoe.distributed import world as worlds
-from dmoe.distributed.parallelize import expert_homes, expert_parameters
-from dmoe.distributed.whole import gathered
+from dmoe.distributed.parallelize import expert_locations, expert_parameters
+from dmoe.distributed.whole import gather_full
 from dmoe.models.base import Model
 from dmoe.moe.routing import TokenContext
 from dmoe.training import checkpointing
@@ -89,7 +89,7 @@ class Seen(NamedTuple):
 
 
 def taken_up(rank: int, world: int, config: Config, path: str) -> Seen:
-    engine = engines.build(config, worlds.start("cpu"), VOCAB)
+    engine = engines.build(config, worlds.init_distributed("cpu"), VOCAB)
     extra = checkpointing.load(engine, Path(path))
     assert extra["step"] == 0
     data = engine.task.open()
@@ -104,13 +104,13 @@ def taken_up(rank: int, world: int, config: Config, path: str) -> Seen:
 def alike(engine: engines.Engine) -> set[int]:
     """For each expert of the first mixture the lowest one that is equal to it."""
     model = engine.model
-    whole = gathered(dict(model.named_parameters()), set(expert_parameters(model)), engine.topology, expert_homes(model))
+    whole = gather_full(dict(model.named_parameters()), set(expert_parameters(model)), engine.mesh, expert_locations(model))
     stacked = next(value for name, value in whole.items() if name.endswith("experts.w_in"))
     return {next(f for f in range(len(stacked)) if torch.equal(stacked[f], stacked[e])) for e in range(len(stacked))}
 
 
 def dense_loss(rank: int, world: int, config: Config, path: str) -> float:
-    engine = engines.build(config, worlds.start("cpu"), VOCAB)
+    engine = engines.build(config, worlds.init_distributed("cpu"), VOCAB)
     known = {f"model.{name}": value.detach() for name, value in engine.model.named_parameters()}
     checkpoint.load(Path(path), known, prefix="model.")
     found = evaluate(engine, engine.task.open())

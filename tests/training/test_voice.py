@@ -28,7 +28,7 @@ def test_a_report_that_takes_too_long_is_not_waited_for(monkeypatch: pytest.Monk
         trackers=SimpleNamespace(finish=given.append),
     )
     began = time.monotonic()
-    voice.Voice.finish(speaker, 7)  # type: ignore[arg-type]
+    voice.RunLogger.write_report(speaker, 7)  # type: ignore[arg-type]
     assert time.monotonic() - began < 20
     assert "more than 0.05 seconds" in said[0]
     assert told == ["alert"]
@@ -46,7 +46,7 @@ def test_a_full_disk_loses_lines_and_says_so_once(tmp_path: Path) -> None:
             raise OSError(28, "No space left on device")
 
     said: list[str] = []
-    speaker = voice.Voice.__new__(voice.Voice)
+    speaker = voice.RunLogger.__new__(voice.RunLogger)
     speaker.metrics, speaker.lines_lost, speaker.run = Full(), 0, SimpleNamespace(metrics=tmp_path / "metrics.jsonl")  # type: ignore[assignment]
     speaker.display = SimpleNamespace(say=said.append, tell=lambda *told: None, close=lambda: None)  # type: ignore[assignment]
     speaker.trackers = SimpleNamespace(alert=lambda title, text: None, close=lambda: None)  # type: ignore[assignment]

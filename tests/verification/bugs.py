@@ -28,7 +28,7 @@ Patch = Callable[[], None]
 
 def divided_by_edp() -> None:
     """1: expert gradients averaged over their copies, while dense ones are summed over the world (DeepSpeed#6545)."""
-    finish = gradients.ExpertGradients.finish
+    finish = gradients.ExpertGradients.wait_for_grads
 
     def finish_and_divide(self: Any) -> None:
         finish(self)
@@ -42,7 +42,7 @@ def divided_by_edp() -> None:
         self.parameters, self.copies = list(expert_parameters(model).values()), topology.edp
 
     gradients.ExpertGradients.__init__ = remember
-    gradients.ExpertGradients.finish = finish_and_divide
+    gradients.ExpertGradients.wait_for_grads = finish_and_divide
 
 
 def norm_per_rank() -> None:
@@ -60,7 +60,7 @@ def norm_per_rank() -> None:
 
 def experts_inside_the_average() -> None:
     """3: experts of different ranks averaged with each other, as plain DDP would (trap 3 of accelerate)."""
-    finish = ddp.Replicated.finish
+    finish = ddp.DDPStrategy.wait_for_grads
 
     def finish_and_average(self: Any) -> None:
         finish(self)
@@ -68,7 +68,7 @@ def experts_inside_the_average() -> None:
             dist.all_reduce(parameter.grad)
             parameter.grad /= dist.get_world_size()
 
-    ddp.Replicated.finish = finish_and_average
+    ddp.DDPStrategy.wait_for_grads = finish_and_average
 
 
 def broadcast_at_start() -> None:
@@ -105,13 +105,13 @@ def one_ranks_experts_saved() -> None:
 
 def bias_after_drops() -> None:
     """6: the balancing bias fed with what was computed, not with what was chosen (Megatron, drop and pad): it never moves."""
-    measure = layer.stats.measure
+    measure = layer.stats.layer_stats
 
     def after_drops(chosen: Any, limited: Any) -> Any:
         seen = measure(chosen, limited)
         return replace(seen, choice_E=seen.kept_E)
 
-    layer.stats.measure = after_drops
+    layer.stats.layer_stats = after_drops
 
 
 def auxiliary_over_world() -> None:
@@ -127,13 +127,13 @@ def auxiliary_over_world() -> None:
 
 def router_detached() -> None:
     """8: combine weights without a gradient: the router learns nothing from the main loss (Automodel#2995)."""
-    weigh = learned.weigh
-    learned.weigh = lambda *args, **kwargs: weigh(*args, **kwargs).detach()
+    weigh = learned.combine_weights
+    learned.combine_weights = lambda *args, **kwargs: weigh(*args, **kwargs).detach()
 
 
 def race() -> None:
     """9: who is dropped decided by whoever comes first (FastMoE's atomics)."""
-    position = queues.queue_position
+    position = queues.local_positions
 
     def shuffled(line: Any) -> Tensor:
         """The same queues, each in a random order."""
@@ -141,23 +141,23 @@ def race() -> None:
         return position(replace(line, score_TK=torch.rand(tokens, top_k, dtype=torch.float64)))
 
     torch.manual_seed(dist.get_rank() if dist.is_initialized() else 99)
-    queues.queue_position = shuffled
+    queues.local_positions = shuffled
 
 
 def capacity_from_rank() -> None:
     """10: capacity from a number of tokens that differs by rank (tutel#173)."""
-    slots = capacity.slots_per_expert
+    slots = capacity.expert_capacity
 
     def of_this_rank(factor: float, tokens: int, *rest: Any) -> int:
         rank = dist.get_rank() if dist.is_initialized() else 0
         return slots(factor * (1 + 0.5 * rank), tokens, *rest)
 
-    capacity.slots_per_expert = of_this_rank
+    capacity.expert_capacity = of_this_rank
 
 
 def wrong_inverse() -> None:
     """11: the rows of one expert returned in the wrong order."""
-    place = dispatch.place_packed
+    place = dispatch.packed_permutation
 
     def swapped(routing: Any) -> Any:
         placement, count_E = place(routing)
@@ -172,7 +172,7 @@ def wrong_inverse() -> None:
 
 def weights_twice() -> None:
     """12: combine weights applied at the source and once more."""
-    combine = dispatch.combine
+    combine = dispatch.unpermute
     _everywhere("combine", lambda rows, weight_TK, placement: combine(rows, weight_TK * weight_TK, placement))
 
 

@@ -35,12 +35,12 @@ def bias_lost() -> None:
 
 def groups_for_sequences() -> None:
     """With one sequence a group, a capacity by sequence could not be told from one by rank."""
-    complete = MoE.complete
+    complete = MoE.with_shapes
 
     def confused(self: MoE, context: Any, sequences: int, tokens: int) -> Any:
         return complete(self, context, self.virtual_ranks, tokens)
 
-    MoE.complete = confused  # type: ignore[method-assign]
+    MoE.with_shapes = confused  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(

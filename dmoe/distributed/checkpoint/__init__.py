@@ -2,7 +2,7 @@
 
 from dmoe.distributed.checkpoint.layout import latest, list_steps, prune
 from dmoe.distributed.checkpoint.manifest import Manifest, verify
-from dmoe.distributed.checkpoint.saver import Saved, Saver
-from dmoe.distributed.checkpoint.store import find_latest, load, peek, save
+from dmoe.distributed.checkpoint.saver import Saved, AsyncSaver
+from dmoe.distributed.checkpoint.store import find_latest, load, read_manifest, save
 
-__all__ = ["Manifest", "Saved", "Saver", "find_latest", "latest", "list_steps", "load", "peek", "prune", "save", "verify"]
+__all__ = ["Manifest", "Saved", "AsyncSaver", "find_latest", "latest", "list_steps", "load", "read_manifest", "prune", "save", "verify"]

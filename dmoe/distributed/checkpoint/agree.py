@@ -16,12 +16,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dmoe.config.errors import CheckpointError
 
-__all__ = ["Ranks"]
+__all__ = ["RankGroup"]
 
 _TEXT = 400  # bytes of the first failing rank's message that reach the others
 
 
-class Ranks:
+class RankGroup:
     """The ranks of a process group (the world if None), or rank 0 of 1 where torch.distributed was not initialised."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -32,7 +32,7 @@ class Ranks:
         assert self.rank >= 0, "this rank is not in the group that saves or loads"
 
     @contextmanager
-    def stage(self, doing: str) -> Iterator[None]:
+    def all_or_none(self, doing: str) -> Iterator[None]:
         """Run the body, then raise CheckpointError on every rank if it failed on any. Cost: 1 all-reduce of 4 bytes."""
         error: BaseException | None = None
         try:
@@ -51,7 +51,7 @@ class Ranks:
         dist.all_gather(rows, row.to(device).contiguous(), group=self.group)
         return torch.cat(rows).cpu()
 
-    def from_first(self, number: int) -> int:
+    def broadcast_from_rank0(self, number: int) -> int:
         """Rank 0's `number` on every rank. Cost: 1 all-gather of 8 bytes."""
         return int(self.gather(torch.tensor([number], dtype=torch.int64))[0, 0])
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dmoe.config.errors import CheckpointError
-from dmoe.distributed.checkpoint.agree import Ranks
+from dmoe.distributed.checkpoint.agree import RankGroup
 from dmoe.distributed.checkpoint.manifest import TensorEntry
 from dmoe.distributed.checkpoint.state import local_part
 
@@ -25,7 +25,7 @@ __all__ = ["check_replicas", "fingerprint"]
 _WORDS = 1 << 20  # int64 words hashed at a time: bounds the extra memory to 16 MiB
 
 
-def check_replicas(ranks: Ranks, state: Mapping[str, Tensor], contents: Mapping[str, TensorEntry]) -> None:
+def check_replicas(ranks: RankGroup, state: Mapping[str, Tensor], contents: Mapping[str, TensorEntry]) -> None:
     """Refuse, on every rank, a state whose names, shapes, dtypes or replicated values differ between ranks.
 
     contents: `describe(state)`.
@@ -39,7 +39,7 @@ def check_replicas(ranks: Ranks, state: Mapping[str, Tensor], contents: Mapping[
         if not torch.equal(digests[rank], digests[0]):
             raise CheckpointError(f"ranks 0 and {rank} hold tensors of different names, global shapes or dtypes")
     rows = torch.zeros(len(contents), 2, dtype=torch.int64)
-    with ranks.stage("fingerprinting the tensors"):  # a rank out of memory here must not leave the others in the gather
+    with ranks.all_or_none("fingerprinting the tensors"):  # a rank out of memory here must not leave the others in the gather
         rows = torch.tensor([[_place(state[name]), fingerprint(state[name])] for name in contents], dtype=torch.int64)
     table = ranks.gather(rows).reshape(ranks.world, len(contents), 2).tolist()
     for column, name in enumerate(contents):

@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 from dmoe.config.errors import CheckpointError
 from dmoe.distributed.checkpoint import layout, manifest
-from dmoe.distributed.checkpoint.agree import Ranks
+from dmoe.distributed.checkpoint.agree import RankGroup
 from dmoe.distributed.checkpoint.manifest import Manifest
 
-__all__ = ["discard_partials", "prove", "verify_and_prune"]
+__all__ = ["discard_partials", "verify_on_all", "verify_and_prune"]
 
 
 def verify_and_prune(path: Path, keep: int, *, group: dist.ProcessGroup | None = None) -> Manifest:
@@ -22,22 +22,22 @@ def verify_and_prune(path: Path, keep: int, *, group: dist.ProcessGroup | None =
         rank 0 cannot delete, the new one stays and so do the old ones.
     Cost: every byte read once, shared over the ranks; 2 all-reduces of 4 bytes.
     """
-    ranks = Ranks(group)
-    found = prove(path, group=group)
-    with ranks.stage(f"pruning {path.parent}"):
+    ranks = RankGroup(group)
+    found = verify_on_all(path, group=group)
+    with ranks.all_or_none(f"pruning {path.parent}"):
         if ranks.rank == 0:
             layout.prune(path.parent, keep, proven=path)
     return found
 
 
-def prove(path: Path, *, group: dist.ProcessGroup | None = None) -> Manifest:
+def verify_on_all(path: Path, *, group: dist.ProcessGroup | None = None) -> Manifest:
     """The manifest of a checkpoint just written, after hashing all its files, each rank its share; a damaged one is removed.
 
     Raises: CheckpointError on every rank. Collective.
     """
-    ranks, found = Ranks(group), None
+    ranks, found = RankGroup(group), None
     try:
-        with ranks.stage(f"verifying {path}"):
+        with ranks.all_or_none(f"verifying {path}"):
             found = manifest.verify(path, rank=ranks.rank, world=ranks.world)
     except CheckpointError:
         if ranks.rank == 0:
@@ -52,8 +52,8 @@ def discard_partials(root: Path, *, group: dist.ProcessGroup | None = None) -> N
 
     Raises: CheckpointError on every rank if rank 0 cannot delete.
     """
-    ranks = Ranks(group)
-    with ranks.stage(f"removing unfinished checkpoints under {root}"):
+    ranks = RankGroup(group)
+    with ranks.all_or_none(f"removing unfinished checkpoints under {root}"):
         if ranks.rank == 0:
             layout.discard_partials(root)
 

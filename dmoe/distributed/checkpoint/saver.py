@@ -26,11 +26,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dmoe.distributed.checkpoint import store
-from dmoe.distributed.checkpoint.agree import Ranks
+from dmoe.distributed.checkpoint.agree import RankGroup
 from dmoe.distributed.checkpoint.retention import verify_and_prune
 from dmoe.distributed.checkpoint.staging import Staging
 
-__all__ = ["Saved", "Saver"]
+__all__ = ["Saved", "AsyncSaver"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Saved:
     """Of all files, of all ranks."""
 
 
-class Saver:
+class AsyncSaver:
     """Saves one run's checkpoints under `root` and keeps the newest `keep`. All methods but `failed`, `finished` and `abandon` are
     for all ranks together; nothing else may use `group` while the saver lives."""
 
@@ -114,7 +114,7 @@ class Saver:
         finally:
             self._staging.clear()
 
-    def abandon(self, seconds: float = 10.0) -> None:
+    def drain(self, seconds: float = 10.0) -> None:
         """The end of a run that failed: let the writer finish if it can within `seconds`, and leave it behind if not. Local.
 
         Never raises, so that the error the run ends with stays the one that is told; what happens to the save is a warning.
@@ -130,7 +130,7 @@ class Saver:
         self, step: int, copied: dict[str, Any], extra: dict[str, Any], problem: Exception | None, began: float, held: float
     ) -> None:
         try:
-            with Ranks(self.group).stage(f"copying the state of step {step}"):
+            with RankGroup(self.group).all_or_none(f"copying the state of step {step}"):
                 if problem is not None:
                     raise problem
             size = self._write(step, copied, extra)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dmoe.config.errors import CheckpointError
 from dmoe.distributed.checkpoint import layout, manifest
-from dmoe.distributed.checkpoint.agree import Ranks
+from dmoe.distributed.checkpoint.agree import RankGroup
 from dmoe.distributed.checkpoint.manifest import FileEntry, Manifest, TensorEntry
 from dmoe.distributed.checkpoint.names import partial_name, step_name
 from dmoe.distributed.checkpoint.pieces import read_pieces, write_pieces
@@ -29,7 +29,7 @@ from dmoe.distributed.checkpoint.replicas import check_replicas
 from dmoe.distributed.checkpoint.shards import check_shards, shard_of
 from dmoe.distributed.checkpoint.state import describe, match
 
-__all__ = ["find_latest", "load", "look", "peek", "save"]
+__all__ = ["find_latest", "load", "read_manifest_on_all", "read_manifest", "save"]
 
 
 def save(
@@ -45,25 +45,25 @@ def save(
     Cost: about 6 small all-reduces and 3 small all-gathers plus DCP's own two exchanges of plans; disk: every piece once, read
         once more for its hash; memory: none to speak of on the CPU, one tensor at a time from an accelerator.
     """
-    root, ranks, contents = Path(root), Ranks(group), dict[str, TensorEntry]()
+    root, ranks, contents = Path(root), RankGroup(group), dict[str, TensorEntry]()
     partial, final = root / partial_name(step), root / step_name(step)
-    with ranks.stage(f"saving step {step}"):
+    with ranks.all_or_none(f"saving step {step}"):
         manifest.check_extra(extra)
         contents = describe(state)
         if not contents:
             raise CheckpointError("there is no tensor to save")
     check_replicas(ranks, state, contents)
     with _removed_on_error(ranks, partial):
-        with ranks.stage(f"making {partial}"):
+        with ranks.all_or_none(f"making {partial}"):
             if ranks.rank == 0:
                 _make_partial(partial, final)
-        with ranks.stage(f"writing {partial}"):
+        with ranks.all_or_none(f"writing {partial}"):
             write_pieces(partial, {name: state[name] for name in contents}, ranks.group)
         row = torch.zeros(40, dtype=torch.uint8)
-        with ranks.stage(f"hashing {partial}"):
+        with ranks.all_or_none(f"hashing {partial}"):
             row = _hash_own(partial, ranks.rank)
         rows = ranks.gather(row)
-        with ranks.stage(f"committing {final}"):
+        with ranks.all_or_none(f"committing {final}"):
             if ranks.rank == 0:
                 _commit(partial, final, Manifest(step, _files(partial, rows), contents, extra))
     return final
@@ -82,26 +82,26 @@ def load(
     Cost: reads the checkpoint once for the hashes (shared over the ranks) and each rank's pieces once; 2 small all-reduces and
         DCP's exchange of plans.
     """
-    path, ranks, extra = Path(path), Ranks(group), dict[str, Any]()
-    with ranks.stage(f"loading {path}"):
+    path, ranks, extra = Path(path), RankGroup(group), dict[str, Any]()
+    with ranks.all_or_none(f"loading {path}"):
         found = manifest.verify(path, rank=ranks.rank, world=ranks.world)
         match(found, state, prefix)
         check_shards(path, found.files, found.tensors)
         extra = found.extra
-    with ranks.stage(f"reading tensors of {path}, some of which may be half filled now,"):
+    with ranks.all_or_none(f"reading tensors of {path}, some of which may be half filled now,"):
         read_pieces(path, state, ranks.group)
     return extra
 
 
-def peek(path: Path) -> Manifest:
+def read_manifest(path: Path) -> Manifest:
     """The manifest alone: step, tensors, `extra`. Local; hashes no other file. Raises: CheckpointError."""
     return manifest.read(Path(path))
 
 
-def look(path: Path, *, group: dist.ProcessGroup | None = None) -> Manifest:
+def read_manifest_on_all(path: Path, *, group: dist.ProcessGroup | None = None) -> Manifest:
     """`peek` on every rank; collective over `group`. Raises: CheckpointError on every rank if it fails on any."""
-    with Ranks(group).stage(f"looking at {path}"):
-        return peek(path)
+    with RankGroup(group).all_or_none(f"looking at {path}"):
+        return read_manifest(path)
     raise AssertionError("a stage that failed has raised")
 
 
@@ -110,11 +110,11 @@ def find_latest(root: Path, *, group: dist.ProcessGroup | None = None) -> Path |
 
     Raises: CheckpointError on every rank if there are checkpoints and none is whole. Cost: rank 0 hashes the newest one.
     """
-    ranks, step = Ranks(group), -1
-    with ranks.stage(f"looking for a checkpoint under {root}"):
+    ranks, step = RankGroup(group), -1
+    with ranks.all_or_none(f"looking for a checkpoint under {root}"):
         newest = layout.latest(Path(root)) if ranks.rank == 0 else None
         step = -1 if newest is None else manifest.read(newest).step
-    step = ranks.from_first(step)
+    step = ranks.broadcast_from_rank0(step)
     return None if step < 0 else Path(root) / step_name(step)
 
 
@@ -165,7 +165,7 @@ def _commit(partial: Path, final: Path, found: Manifest) -> None:
 
 
 @contextmanager
-def _removed_on_error(ranks: Ranks, partial: Path) -> Iterator[None]:
+def _removed_on_error(ranks: RankGroup, partial: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointError:

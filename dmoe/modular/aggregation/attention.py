@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.modular.aggregation.base import Aggregation, Choice, Modules, kept
-from dmoe.modular.banks.base import Bank
+from dmoe.modular.banks.base import AdapterBank
 from dmoe.moe.keyed import normal_
 from dmoe.moe.routing import Routing
 
@@ -48,7 +48,7 @@ class Attention(Aggregation):
         share_TK = shares(score_TK.to(routing.weight_TK.dtype), routing.weight_TK, kept(routing)).to(dtype)
         return torch.einsum("tk,tkw->tw", share_TK, slot_TKW) @ self.value_weight.to(dtype)
 
-    def one(self, bank: Bank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]) -> Tensor:
+    def one(self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]) -> Tensor:
         total_W, mass = row_D.new_zeros(bank.width), row_D.new_zeros(())
         for choice in choices:
             output_W = bank.one(row_D, choice.module)

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from dmoe.modular.banks.base import Bank
+from dmoe.modular.banks.base import AdapterBank
 from dmoe.moe.routing import Routing
 
 __all__ = ["Aggregation", "Choice", "Modules", "kept"]
@@ -32,7 +32,7 @@ class Modules(Protocol):
     """The bank behind its dispatcher: where the modules are is not the aggregation's business."""
 
     @property
-    def experts(self) -> Bank: ...
+    def experts(self) -> AdapterBank: ...
 
     def mix(self, rows_TD: Tensor, routing: Routing) -> Tensor:
         """[T, W]: the sum over a token's kept choices of weight times output. One dispatch and one combine."""
@@ -66,7 +66,7 @@ class Aggregation(nn.Module):
         """[T, W]: the contribution of the modules together."""
         raise NotImplementedError
 
-    def one(self, bank: Bank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]) -> Tensor:
+    def one(self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]) -> Tensor:
         """[W]: the formula for one token and the choices it made. The naive reference, for tests."""
         raise NotImplementedError
 

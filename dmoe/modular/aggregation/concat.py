@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.modular.aggregation.base import Aggregation, Choice, Modules
-from dmoe.modular.banks.base import Bank
+from dmoe.modular.banks.base import AdapterBank
 from dmoe.moe.routing import Routing
 
 __all__ = ["Concat"]
@@ -35,7 +35,7 @@ class Concat(Aggregation):
         weighed_TKW = slot_TKW * routing.weight_TK.to(slot_TKW.dtype).unsqueeze(-1)
         return weighed_TKW.flatten(1) @ self.projection.to(slot_TKW.dtype)
 
-    def one(self, bank: Bank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]) -> Tensor:
+    def one(self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]) -> Tensor:
         parts = [row_D.new_zeros(bank.width) for _ in range(self.top_k)]
         for choice in choices:
             parts[choice.place] = choice.weight * bank.one(row_D, choice.module)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.modular.aggregation.base import Aggregation, Choice, Modules, kept
-from dmoe.modular.banks.base import Bank
-from dmoe.moe.gate import fuse, fuse_reference
+from dmoe.modular.banks.base import AdapterBank
+from dmoe.moe.gate import gated_sum, gated_sum_reference
 from dmoe.moe.routing import Routing
 
 __all__ = ["Gated"]
@@ -34,10 +34,10 @@ class Gated(Aggregation):
             self.bias.zero_()
 
     def forward(self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int) -> Tensor:
-        return fuse(modules.slots(rows_TD, routing), kept(routing), self.gate, self.bias)
+        return gated_sum(modules.slots(rows_TD, routing), kept(routing), self.gate, self.bias)
 
-    def one(self, bank: Bank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]) -> Tensor:
+    def one(self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]) -> Tensor:
         streams: list[Tensor | None] = [None] * self.top_k
         for choice in choices:
             streams[choice.place] = bank.one(row_D, choice.module)
-        return fuse_reference(streams, self.gate, self.bias)
+        return gated_sum_reference(streams, self.gate, self.bias)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dmoe.modular.aggregation.base import Aggregation, Choice, Modules, kept
-from dmoe.modular.banks.base import Bank
+from dmoe.modular.banks.base import AdapterBank
 from dmoe.moe.routing import Routing
 
 __all__ = ["Mean"]
@@ -26,6 +26,6 @@ class Mean(Aggregation):
         made_TK = kept(routing).to(routing.weight_TK.dtype)
         return modules.mix(rows_TD, replace(routing, weight_TK=made_TK / made_TK.sum(-1, keepdim=True).clamp(min=1)))
 
-    def one(self, bank: Bank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]) -> Tensor:
+    def one(self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]) -> Tensor:
         outputs = [bank.one(row_D, choice.module) for choice in choices]
         return torch.stack(outputs).mean(0) if outputs else row_D.new_zeros(bank.width)

@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from dmoe.config.errors import ConfigError
 from dmoe.modular.aggregation.base import Aggregation, Choice, Modules, kept
-from dmoe.modular.banks.base import Bank
+from dmoe.modular.banks.base import AdapterBank
 from dmoe.moe.routing import Routing
 
 __all__ = ["ParameterMean", "sequence_weights"]
@@ -36,7 +36,7 @@ class ParameterMean(Aggregation):
         made_T1 = kept(routing).any(-1, keepdim=True)
         return bank.averaged(weight_BM, rows_TD, len(rows_TD) // max(1, sequences)) * made_T1
 
-    def one(self, bank: Bank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]) -> Tensor:
+    def one(self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]) -> Tensor:
         """`choices` are those of the token's whole sequence, with their mean weights."""
         mixed = {
             name: torch.stack([choice.weight * value[choice.module] for choice in choices]).sum(0, keepdim=True)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from dmoe.modular.aggregation.base import Aggregation, Choice, Modules
-from dmoe.modular.banks.base import Bank
+from dmoe.modular.banks.base import AdapterBank
 from dmoe.moe.routing import Routing
 
 __all__ = ["Stacked"]
@@ -28,7 +28,7 @@ class Stacked(Aggregation):
             total_TW = total_TW + modules.mix(rows_TD + total_TW, choice(routing, k))
         return total_TW
 
-    def one(self, bank: Bank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]) -> Tensor:
+    def one(self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]) -> Tensor:
         state_W = row_D
         for choice in choices:
             state_W = state_W + choice.weight * bank.one(state_W, choice.module)

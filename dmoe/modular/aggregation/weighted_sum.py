@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dmoe.modular.aggregation.base import Aggregation, Choice, Modules
-from dmoe.modular.banks.base import Bank
+from dmoe.modular.banks.base import AdapterBank
 from dmoe.moe.routing import Routing
 
 __all__ = ["WeightedSum"]
@@ -18,7 +18,7 @@ class WeightedSum(Aggregation):
     def forward(self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int) -> Tensor:
         return modules.mix(rows_TD, routing)
 
-    def one(self, bank: Bank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]) -> Tensor:
+    def one(self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]) -> Tensor:
         total_W = row_D.new_zeros(bank.width)
         for choice in choices:
             total_W = total_W + choice.weight * bank.one(row_D, choice.module)

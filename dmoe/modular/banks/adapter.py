@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
-from dmoe.modular.banks.base import Bank, Reads
+from dmoe.modular.banks.base import AdapterBank, Reads
 from dmoe.modular.banks.products import product
-from dmoe.moe.dispatch import PerExpert
-from dmoe.moe.experts.activation import ACTIVATIONS, GATED
+from dmoe.moe.dispatch import TokensPerExpert
+from dmoe.moe.experts.activation import ACTIVATION_FNS, GATED
 from dmoe.moe.keyed import normal_
 
 __all__ = ["Adapter"]
 
-CURVES = tuple(sorted(set(ACTIVATIONS) - GATED))
+CURVES = tuple(sorted(set(ACTIVATION_FNS) - GATED))
 
 
-class Adapter(Bank):
+class Adapter(AdapterBank):
     """Args:
     hidden: F.
     activation: relu or gelu.
@@ -57,8 +57,8 @@ class Adapter(Bank):
         self.up = nn.Parameter(torch.empty(num_modules, hidden, out_dim))
         self.initialize(0, 0)
 
-    def forward(self, rows_RD: Tensor, per_module: PerExpert) -> Tensor:
-        hidden_RF = ACTIVATIONS[self.kind](product(rows_RD, self.down, per_module))
+    def forward(self, rows_RD: Tensor, per_module: TokensPerExpert) -> Tensor:
+        hidden_RF = ACTIVATION_FNS[self.kind](product(rows_RD, self.down, per_module))
         return product(hidden_RF, self.up, per_module)
 
     def one(self, row_D: Tensor, module: int) -> Tensor:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dmoe.config.errors import ConfigError
-from dmoe.moe.dispatch import PerExpert
+from dmoe.moe.dispatch import TokensPerExpert
 
-__all__ = ["Bank", "Composition", "Reads"]
+__all__ = ["AdapterBank", "Composition", "Reads"]
 
 Composition = Literal["parameter", "input", "function"]
 """How a module changes the network it is attached to (Pfeiffer et al. 2023, section 3)."""
@@ -26,7 +26,7 @@ Reads = Literal["input", "output", "sequence"]
 """A module's row: the frozen module's input, its output, or nothing but a one for each sequence."""
 
 
-class Bank(nn.Module):
+class AdapterBank(nn.Module):
     """M modules. Every parameter and every buffer is stacked on dimension 0, which is what shards and grows.
 
     `in_dim` and `out_dim` are the widths of the frozen module; the contribution of a module has width `width`. A fresh bank has the
@@ -58,7 +58,7 @@ class Bank(nn.Module):
         """D: the width of the rows a module reads."""
         return {"input": self.in_dim, "output": self.out_dim, "sequence": 1}[self.reads]
 
-    def forward(self, rows_RD: Tensor, per_module: PerExpert) -> Tensor:
+    def forward(self, rows_RD: Tensor, per_module: TokensPerExpert) -> Tensor:
         """[R, D] grouped by module -> [R, W]: each row's contribution. A module without rows gets a zero gradient."""
         raise NotImplementedError
 

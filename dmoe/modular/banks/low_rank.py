@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
-from dmoe.modular.banks.base import Bank
+from dmoe.modular.banks.base import AdapterBank
 from dmoe.modular.banks.products import product
-from dmoe.moe.dispatch import PerExpert
+from dmoe.moe.dispatch import TokensPerExpert
 from dmoe.moe.keyed import normal_
 
 __all__ = ["LowRank"]
 
 
-class LowRank(Bank):
+class LowRank(AdapterBank):
     """Args:
     rank: r.
     alpha: the product is scaled by alpha / r; default r, so that the scale is 1.
@@ -46,7 +46,7 @@ class LowRank(Bank):
     def scale(self) -> float:
         return self.alpha / self.rank
 
-    def forward(self, rows_RD: Tensor, per_module: PerExpert) -> Tensor:
+    def forward(self, rows_RD: Tensor, per_module: TokensPerExpert) -> Tensor:
         return product(product(rows_RD, self.a, per_module), self.b, per_module) * self.scale
 
     def one(self, row_D: Tensor, module: int) -> Tensor:

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
-from dmoe.modular.banks.base import Bank
+from dmoe.modular.banks.base import AdapterBank
 from dmoe.modular.banks.products import product
-from dmoe.moe.dispatch import PerExpert
+from dmoe.moe.dispatch import TokensPerExpert
 from dmoe.moe.keyed import normal_
 
 __all__ = ["Prompt", "with_room"]
 
 
-class Prompt(Bank):
+class Prompt(AdapterBank):
     """Args:
     length: P.
     columns: (start, stop) of the frozen output that are written; None, all.
@@ -60,7 +60,7 @@ class Prompt(Bank):
         self.vector = nn.Parameter(torch.empty(num_modules, length, stop - start))
         self.initialize(0, 0)
 
-    def forward(self, rows_RD: Tensor, per_module: PerExpert) -> Tensor:
+    def forward(self, rows_RD: Tensor, per_module: TokensPerExpert) -> Tensor:
         """rows [R, 1] hold a one for each sequence, and a zero in an empty slot."""
         return product(rows_RD, self.vector.flatten(1).unsqueeze(1), per_module)
 

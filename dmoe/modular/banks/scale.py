@@ -13,14 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dmoe.modular.banks.base import Bank
+from dmoe.modular.banks.base import AdapterBank
 from dmoe.modular.banks.products import spread
-from dmoe.moe.dispatch import PerExpert
+from dmoe.moe.dispatch import TokensPerExpert
 
 __all__ = ["Scale"]
 
 
-class Scale(Bank):
+class Scale(AdapterBank):
     composition = "function"
     reads = "output"
 
@@ -29,7 +29,7 @@ class Scale(Bank):
         self.l = nn.Parameter(torch.empty(num_modules, out_dim))
         self.initialize(0, 0)
 
-    def forward(self, rows_RD: Tensor, per_module: PerExpert) -> Tensor:
+    def forward(self, rows_RD: Tensor, per_module: TokensPerExpert) -> Tensor:
         return rows_RD * spread(self.l - 1, rows_RD, per_module)
 
     def one(self, row_D: Tensor, module: int) -> Tensor:

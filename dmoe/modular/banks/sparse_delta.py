@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
-from dmoe.modular.banks.base import Bank
+from dmoe.modular.banks.base import AdapterBank
 from dmoe.modular.banks.products import product
-from dmoe.moe.dispatch import PerExpert
+from dmoe.moe.dispatch import TokensPerExpert
 from dmoe.moe.keyed import generator
 
 __all__ = ["SparseDelta"]
 
 
-class SparseDelta(Bank):
+class SparseDelta(AdapterBank):
     """Args:
     density: n as a part of D * O; at least one place.
     mask: `random`, places of its own for each module; `magnitude`, the same places for all, read from the frozen Linear.
@@ -58,7 +58,7 @@ class SparseDelta(Bank):
         largest_n = size_N.sort(descending=True, stable=True).indices[: self.index.shape[1]].sort().values
         self.index.copy_(largest_n.expand_as(self.index))
 
-    def forward(self, rows_RD: Tensor, per_module: PerExpert) -> Tensor:
+    def forward(self, rows_RD: Tensor, per_module: TokensPerExpert) -> Tensor:
         return product(rows_RD, self.dense(), per_module)
 
     def dense(self) -> Tensor:

@@ -12,12 +12,12 @@ from dmoe.moe.keyed import normal_
 from dmoe.moe.routers.adaptive import AdaptiveRouter
 from dmoe.moe.routers.base import RouterModule
 from dmoe.moe.routers.fixed import FixedRouter
-from dmoe.moe.routers.soft import SoftRouter
+from dmoe.moe.routers.soft import DenseRouter
 from dmoe.moe.routers.top_k import TopKRouter
 
 __all__ = ["check_grows", "grow_router"]
 
-LEARNED = TopKRouter | AdaptiveRouter | SoftRouter
+LEARNED = TopKRouter | AdaptiveRouter | DenseRouter
 
 
 def check_grows(router: RouterModule) -> None:
@@ -56,7 +56,7 @@ def grow_router(router: RouterModule, count: int, seed: int, *, std: float = 0.0
         router.weights += (0.0,) * count
         router.weight_M = _with_zeros(router.weight_M, count)
     router.num_experts = first + count
-    if isinstance(router, SoftRouter | ConstantRouter):
+    if isinstance(router, DenseRouter | ConstantRouter):
         router.top_k = router.num_experts
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dmoe.config.errors import ConfigError
 from dmoe.modular.routing.tables import labels
-from dmoe.moe.routers.base import RouterModule, made_choices, router_dtype
+from dmoe.moe.routers.base import RouterModule, valid_choices, router_dtype
 from dmoe.moe.routing import Routing, TokenContext
 
 __all__ = ["PerSequence", "PerTask", "by_sequence", "sequence_mean", "sequence_mean_reference"]
@@ -41,7 +41,7 @@ class PerSequence(RouterModule):
         routing: Routing = self.router(mean_BD, by_sequence(context))
         each = len(x_TD) // max(1, context.sequences)
         expert_TK, keep_TK = routing.expert_TK.repeat_interleave(each, 0), routing.keep_TK
-        made_TK = made_choices(expert_TK, context)
+        made_TK = valid_choices(expert_TK, context)
         if keep_TK is not None:
             keep_TK = keep_TK.repeat_interleave(each, 0)
             made_TK = keep_TK if made_TK is None else made_TK & keep_TK
@@ -52,8 +52,8 @@ class PerSequence(RouterModule):
             score_TE=_repeat(routing.score_TE, each),
             logit_TE=_repeat(routing.logit_TE, each),
             keep_TK=made_TK,
-            spare_TK=None,
-            spare_weight_TK=None,
+            next_expert_TS=None,
+            next_weight_TS=None,
             noise=None,
         )
 

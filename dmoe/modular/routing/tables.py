@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import RouterConfig
-from dmoe.moe.routers.base import RouterModule, made_choices, of_each_token, router_dtype
+from dmoe.moe.routers.base import RouterModule, valid_choices, per_token_input, router_dtype
 from dmoe.moe.routing import Routing, TokenContext
 
 __all__ = ["ConstantRouter", "TableRouter", "constant_reference", "labels", "table_reference"]
@@ -85,7 +85,7 @@ class TableRouter(RouterModule):
 
 def labels(context: TokenContext, x_TD: Tensor, kind: str) -> Tensor:
     """int64 [T]: each token's label; 0 for padding, whose own may be any number (-100 marks what a loss ignores)."""
-    label_T = of_each_token(context.label_T, x_TD, kind, "label_T", "label (task, language or domain)")
+    label_T = per_token_input(context.label_T, x_TD, kind, "label_T", "label (task, language or domain)")
     return label_T if context.valid_T is None else label_T.masked_fill(~context.valid_T, 0)
 
 
@@ -101,7 +101,7 @@ def check_rows(rows: Sequence[Sequence[int]], num_modules: int) -> None:
 def weighted(
     expert_TK: Tensor, weight_TK: Tensor, num_modules: int, context: TokenContext, *, there_TK: Tensor | None = None
 ) -> Routing:
-    made_TK = made_choices(expert_TK, context)
+    made_TK = valid_choices(expert_TK, context)
     if there_TK is not None:
         made_TK = there_TK if made_TK is None else made_TK & there_TK
         weight_TK = weight_TK.masked_fill(~there_TK, 0.0)

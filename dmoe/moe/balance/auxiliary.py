@@ -19,7 +19,7 @@ from dmoe.moe.balance.load import load_loss
 from dmoe.moe.balance.spread import importance_loss, usage_std_loss
 from dmoe.moe.balance.switch import switch_loss, switch_loss_global
 from dmoe.moe.balance.z import z_loss
-from dmoe.moe.peers import Peers
+from dmoe.moe.peers import DataParallelComm
 from dmoe.moe.routing import Routing, TokenContext
 
 __all__ = ["auxiliary_losses", "coefficients"]
@@ -37,7 +37,7 @@ def auxiliary_losses(
     routing: Routing,
     config: BalanceConfig,
     context: TokenContext,
-    peers: Peers,
+    comm: DataParallelComm,
     *,
     layer: int,
     micro_batches: int,
@@ -45,14 +45,14 @@ def auxiliary_losses(
     """This rank's share of each loss in force, unweighted, by name. `routing` is the router's, before the capacity."""
 
     def share(loss_U: Tensor) -> Tensor:
-        return loss_U.sum() / (max(1, len(loss_U)) * peers.size)  # as many units on every rank
+        return loss_U.sum() / (max(1, len(loss_U)) * comm.size)  # as many units on every rank
 
     valid_T = context.valid_T
     losses = {}
     for name in coefficients(config):
         if name == "switch" and config.switch_level == "global":
             prior_E = None if context.prior_count_LE is None else context.prior_count_LE[layer]
-            losses[name] = switch_loss_global(routing, prior_E, valid_T, peers)
+            losses[name] = switch_loss_global(routing, prior_E, valid_T, comm)
         elif name == "switch":
             units = context.sequences if config.switch_level == "sequence" else micro_batches
             losses[name] = share(switch_loss(routing, valid_T, units))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dmoe.moe.balance.units import choice_count, fraction, masked, mean_over_tokens, normalized, real_tokens
-from dmoe.moe.peers import Peers
+from dmoe.moe.peers import DataParallelComm
 from dmoe.moe.routing import Routing
 
 __all__ = ["switch_loss", "switch_loss_global", "switch_reference"]
@@ -27,14 +27,14 @@ def switch_loss(routing: Routing, valid_T: Tensor | None, units: int) -> Tensor:
     return routing.score_TE.shape[1] * (share_UE * mean_UE).sum(-1)
 
 
-def switch_loss_global(routing: Routing, prior_E: Tensor | None, valid_T: Tensor | None, peers: Peers) -> Tensor:
+def switch_loss_global(routing: Routing, prior_E: Tensor | None, valid_T: Tensor | None, comm: DataParallelComm) -> Tensor:
     """Scalar share of the loss whose f and P are taken over the global micro-batch (Qiu et al. 2025, "Demons in the detail").
 
     f also counts the optimizer step's earlier accumulation steps (`prior_E`). Sum the shares over the ranks to get the loss.
     One all-reduce of E + 1 int64, no host sync.
     """
     num_experts = routing.score_TE.shape[1]
-    total = peers.sum(torch.cat([choice_count(routing, 1)[0], real_tokens(routing.score_TE, valid_T)]))
+    total = comm.sum(torch.cat([choice_count(routing, 1)[0], real_tokens(routing.score_TE, valid_T)]))
     count_E = total[:num_experts] if prior_E is None else total[:num_experts] + prior_E
     score_TE = masked(normalized(routing.score_TE), valid_T)
     mean_E = score_TE.sum(0) / total[num_experts].clamp(min=1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmoe.moe.queues import count
+from dmoe.moe.queues import count_per_expert
 from dmoe.moe.routing import Routing
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
 def choice_count(routing: Routing, units: int) -> Tensor:
     """int64 [U, E]: how many choices of each unit fell on each expert, before any drop. Integer atomics only: deterministic."""
     made_TK = torch.ones_like(routing.expert_TK) if routing.keep_TK is None else routing.keep_TK
-    return count(routing.expert_TK, made_TK, units, routing.score_TE.shape[1])
+    return count_per_expert(routing.expert_TK, made_TK, units, routing.score_TE.shape[1])
 
 
 def normalized(score_TE: Tensor) -> Tensor:

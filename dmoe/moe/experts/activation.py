@@ -19,10 +19,10 @@ from torch.autograd import Function
 
 from dmoe.config.shapes import GATED
 
-__all__ = ["ACTIVATIONS", "GATED", "activate", "activate_backward", "swiglu", "swiglu_reference"]
+__all__ = ["ACTIVATION_FNS", "GATED", "activate", "activate_backward", "swiglu", "swiglu_reference"]
 
 aten = torch.ops.aten
-CURVES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]] = {
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]] = {
     "swiglu": (F.silu, aten.silu_backward.grad_input),
     "geglu": (F.gelu, aten.gelu_backward.grad_input),
     "gelu": (F.gelu, aten.gelu_backward.grad_input),
@@ -33,7 +33,7 @@ CURVES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]] = {
 
 def activate(kind: str, hidden_RH: Tensor) -> Tensor:
     """[R, F], without autograd: `curve(gate) * up` of [gate | up] for gated kinds (Shazeer 2020), else `curve(hidden)`."""
-    curve, _ = CURVES[kind]
+    curve, _ = ACTIVATIONS[kind]
     if kind not in GATED:
         return curve(hidden_RH)
     gate, up = hidden_RH.chunk(2, -1)
@@ -42,7 +42,7 @@ def activate(kind: str, hidden_RH: Tensor) -> Tensor:
 
 def activate_backward(kind: str, hidden_RH: Tensor, grad_RF: Tensor) -> tuple[Tensor, Tensor]:
     """`activate` once more and the gradient of its input: computing both here is cheaper than keeping the first."""
-    curve, derivative = CURVES[kind]
+    curve, derivative = ACTIVATIONS[kind]
     grad_RH = torch.empty_like(hidden_RH)
     if kind not in GATED:
         derivative(grad_RF, hidden_RH, grad_input=grad_RH)
@@ -84,4 +84,4 @@ def swiglu_reference(hidden_R2F: Tensor) -> Tensor:
     return gate * torch.sigmoid(gate) * up
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {kind: partial(differentiable, kind) for kind in CURVES}
+ACTIVATION_FNS: dict[str, Callable[[Tensor], Tensor]] = {kind: partial(differentiable, kind) for kind in ACTIVATIONS}

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dmoe.moe.dispatch import PerExpert
-from dmoe.moe.ownership import Ownership
+from dmoe.moe.dispatch import TokensPerExpert
+from dmoe.moe.ownership import ExpertPlacement
 
 __all__ = ["Experts"]
 
@@ -39,15 +39,15 @@ class Experts(nn.Module):
         total = sum(self.multiply_adds)
         return tuple(number / total for number in self.multiply_adds)
 
-    def forward(self, rows_RD: Tensor, per_expert: PerExpert) -> Tensor:
+    def forward(self, rows_RD: Tensor, per_expert: TokensPerExpert) -> Tensor:
         """rows_RM of rows that stand in the order of this rank's places."""
         raise NotImplementedError
 
-    def ownership(self, ranks: int) -> Ownership:
+    def placement(self, ranks: int) -> ExpertPlacement:
         """Which of so many ranks would have which experts."""
         raise NotImplementedError
 
-    def keep(self, ownership: Ownership, rank: int) -> None:
+    def shard(self, placement: ExpertPlacement, rank: int) -> None:
         """Keep only the experts of one rank."""
         raise NotImplementedError
 

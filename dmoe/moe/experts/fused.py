@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from dmoe.moe.dispatch import PerExpert
-from dmoe.moe.experts.activation import ACTIVATIONS, activate, activate_backward
+from dmoe.moe.dispatch import TokensPerExpert
+from dmoe.moe.experts.activation import ACTIVATION_FNS, activate, activate_backward
 from dmoe.moe.experts.grouped import grouped_linear, outer
 
 __all__ = ["feed_forward", "feed_forward_in_steps"]
 
 
-def feed_forward(kind: str, rows_RD: Tensor, w_in: Tensor, w_out: Tensor, per_expert: PerExpert) -> Tensor:
+def feed_forward(kind: str, rows_RD: Tensor, w_in: Tensor, w_out: Tensor, per_expert: TokensPerExpert) -> Tensor:
     """`activation(rows @ w_in[e]) @ w_out[e]`, [R, D] -> [R, M], rows grouped by expert.
 
     On the CPU expert by expert; elsewhere in three steps over all rows, where one large kernel beats e small ones. Keeps the rows
@@ -34,9 +34,9 @@ def feed_forward(kind: str, rows_RD: Tensor, w_in: Tensor, w_out: Tensor, per_ex
     return out
 
 
-def feed_forward_in_steps(kind: str, rows_RD: Tensor, w_in: Tensor, w_out: Tensor, per_expert: PerExpert) -> Tensor:
+def feed_forward_in_steps(kind: str, rows_RD: Tensor, w_in: Tensor, w_out: Tensor, per_expert: TokensPerExpert) -> Tensor:
     """The same, one operation after the other. What CUDA runs, and what the fused one is tested against."""
-    return grouped_linear(ACTIVATIONS[kind](grouped_linear(rows_RD, w_in, per_expert)), w_out, per_expert)
+    return grouped_linear(ACTIVATION_FNS[kind](grouped_linear(rows_RD, w_in, per_expert)), w_out, per_expert)
 
 
 class _FeedForward(Function):

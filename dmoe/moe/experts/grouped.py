@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import grouped_mm
 
-from dmoe.moe.dispatch import PerExpert
+from dmoe.moe.dispatch import TokensPerExpert
 
 __all__ = ["grouped_linear", "grouped_linear_reference", "outer"]
 
 
-def grouped_linear(rows_RI: Tensor, weight_eIO: Tensor, per_expert: PerExpert) -> Tensor:
+def grouped_linear(rows_RI: Tensor, weight_eIO: Tensor, per_expert: TokensPerExpert) -> Tensor:
     """[R, O]. An expert without rows takes part with zero rows and gets a zero gradient.
 
     Equal groups (an int) are one batched GEMM. Unequal ones are `torch.nn.functional.grouped_mm` on CUDA, which reads the group

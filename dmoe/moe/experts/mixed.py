@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.shapes import matrices
-from dmoe.moe.dispatch import PerExpert
-from dmoe.moe.experts.activation import ACTIVATIONS
+from dmoe.moe.dispatch import TokensPerExpert
+from dmoe.moe.experts.activation import ACTIVATION_FNS
 from dmoe.moe.experts.base import Experts
 from dmoe.moe.experts.fused import feed_forward
 from dmoe.moe.experts.grouped import grouped_linear
 from dmoe.moe.keyed import normal_
-from dmoe.moe.ownership import Ownership, longest_first
+from dmoe.moe.ownership import ExpertPlacement, balanced_placement
 
-__all__ = ["MixedExperts", "mixed_reference"]
+__all__ = ["HeterogeneousExperts", "mixed_reference"]
 
 
-class MixedExperts(Experts):
+class HeterogeneousExperts(Experts):
     """Expert e computes `... activation(x @ w0) @ w1 ...` through the hidden widths `shapes[e]`; `[]` is the linear map `x @ w0`.
 
     No biases: zero stays zero, so an empty slot contributes nothing. Rows stand by place: class by class, and last those of places
@@ -44,9 +44,9 @@ class MixedExperts(Experts):
             for n, size in enumerate(sizes):
                 one.register_parameter(f"w{n}", nn.Parameter(torch.empty(size)))
             self.add_module(str(expert), one)
-        self.owned = self.ownership(1).experts[0]
+        self.owned = self.placement(1).experts[0]
 
-    def forward(self, rows_RD: Tensor, per_expert: PerExpert) -> Tensor:
+    def forward(self, rows_RD: Tensor, per_expert: TokensPerExpert) -> Tensor:
         sizes = None if isinstance(per_expert, int) else per_expert.tolist()
         parts, start, place = list[Tensor](), 0, 0
         for _, members in groupby(self.owned, key=lambda expert: self.matrices[expert]):
@@ -59,12 +59,12 @@ class MixedExperts(Experts):
             parts.append(rows_RD.new_zeros(len(rows_RD) - start, self.out_dim))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _one_class(self, experts: list[int], rows: Tensor, counts: PerExpert) -> Tensor:
+    def _one_class(self, experts: list[int], rows: Tensor, counts: TokensPerExpert) -> Tensor:
         stacks = [self._stack(experts, n, rows.dtype) for n in range(len(self.matrices[experts[0]]))]
         if len(stacks) == 2:
             return feed_forward(self.kind, rows, stacks[0], stacks[1], counts)
         for n, stack in enumerate(stacks):
-            rows = grouped_linear(ACTIVATIONS[self.kind](rows) if n else rows, stack, counts)
+            rows = grouped_linear(ACTIVATION_FNS[self.kind](rows) if n else rows, stack, counts)
         return rows
 
     def _stack(self, experts: list[int], n: int, dtype: torch.dtype) -> Tensor:
@@ -76,12 +76,12 @@ class MixedExperts(Experts):
         """The n-th matrix of an expert of this rank, by its global id."""
         return self.get_submodule(str(expert)).get_parameter(f"w{n}")
 
-    def ownership(self, ranks: int) -> Ownership:
+    def placement(self, ranks: int) -> ExpertPlacement:
         """By longest processing time first: `ownership.py` has the rule."""
-        return longest_first(self.multiply_adds, self.matrices, ranks)
+        return balanced_placement(self.multiply_adds, self.matrices, ranks)
 
-    def keep(self, ownership: Ownership, rank: int) -> None:
-        self.owned = ownership.experts[rank]
+    def shard(self, placement: ExpertPlacement, rank: int) -> None:
+        self.owned = placement.experts[rank]
         for expert in range(self.num_experts):
             if expert not in self.owned:
                 delattr(self, str(expert))
@@ -95,11 +95,11 @@ class MixedExperts(Experts):
             normal_(self.weight(expert, last), out_std, seed, "expert", layer, expert, "out")
 
 
-def mixed_reference(experts: MixedExperts, rows_RD: Tensor, expert_R: Sequence[int]) -> Tensor:
+def mixed_reference(experts: HeterogeneousExperts, rows_RD: Tensor, expert_R: Sequence[int]) -> Tensor:
     """Row r through expert `expert_R[r]`, one row at a time; -1 is a place without an expert. For tests."""
     out = []
     for row, expert in zip(rows_RD, expert_R, strict=True):
         for n in range(len(experts.matrices[expert]) if expert >= 0 else 0):
-            row = (ACTIVATIONS[experts.kind](row.unsqueeze(0))[0] if n else row) @ experts.weight(expert, n)
+            row = (ACTIVATION_FNS[experts.kind](row.unsqueeze(0))[0] if n else row) @ experts.weight(expert, n)
         out.append(row if expert >= 0 else row.new_zeros(experts.out_dim))
     return torch.stack(out) if out else rows_RD.new_zeros(0, experts.out_dim)

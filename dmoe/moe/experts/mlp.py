@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmoe.config.shapes import GATED, matrices
-from dmoe.moe.dispatch import PerExpert
-from dmoe.moe.experts.activation import ACTIVATIONS
+from dmoe.moe.dispatch import TokensPerExpert
+from dmoe.moe.experts.activation import ACTIVATION_FNS
 from dmoe.moe.experts.base import Experts
 from dmoe.moe.experts.fused import feed_forward
 from dmoe.moe.keyed import normal_
-from dmoe.moe.ownership import Ownership, equal_runs
+from dmoe.moe.ownership import ExpertPlacement, contiguous_placement
 
 __all__ = ["FeedForward", "MLPExperts"]
 
@@ -35,17 +35,17 @@ class MLPExperts(Experts):
         self.w_in = nn.Parameter(torch.empty(num_experts, *one[0]))
         self.w_out = nn.Parameter(torch.empty(num_experts, *one[1]))
 
-    def forward(self, rows_RD: Tensor, per_expert: PerExpert) -> Tensor:
+    def forward(self, rows_RD: Tensor, per_expert: TokensPerExpert) -> Tensor:
         return feed_forward(self.kind, rows_RD, self.w_in.to(rows_RD.dtype), self.w_out.to(rows_RD.dtype), per_expert)
 
-    def ownership(self, ranks: int) -> Ownership:
-        return equal_runs(self.num_experts, ranks)
+    def placement(self, ranks: int) -> ExpertPlacement:
+        return contiguous_placement(self.num_experts, ranks)
 
-    def keep(self, ownership: Ownership, rank: int) -> None:
-        owned = ownership.experts[rank]
-        self.shard(owned[0], len(owned))
+    def shard(self, placement: ExpertPlacement, rank: int) -> None:
+        owned = placement.experts[rank]
+        self.slice_experts(owned[0], len(owned))
 
-    def shard(self, first: int, count: int) -> None:
+    def slice_experts(self, first: int, count: int) -> None:
         """Keep only the global experts `first .. first+count-1`."""
         self.first = first
         for name in ("w_in", "w_out"):
@@ -74,7 +74,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.linear(x, self.w_in.weight.to(x.dtype))
-        return F.linear(ACTIVATIONS[self.kind](hidden), self.w_out.weight.to(x.dtype))
+        return F.linear(ACTIVATION_FNS[self.kind](hidden), self.w_out.weight.to(x.dtype))
 
     def initialize(self, seed: int, name: str, std: float, out_std: float) -> None:
         normal_(self.w_in.weight, std, seed, name, "in")

@@ -17,7 +17,7 @@ from dmoe.moe.routers.group_limited import GroupLimitedRouter
 from dmoe.moe.routers.hashed import HashRouter
 from dmoe.moe.routers.learned import LearnedRouter
 from dmoe.moe.routers.noisy import NoisyRouter
-from dmoe.moe.routers.soft import SoftRouter
+from dmoe.moe.routers.soft import DenseRouter
 from dmoe.moe.routers.top_k import TopKRouter
 
 __all__ = ["LEARNED", "UNLEARNED", "LearnedRouter", "RouterModule", "TopKRouter", "build"]
@@ -27,7 +27,7 @@ LEARNED: dict[str, type[LearnedRouter]] = {
     "noisy": NoisyRouter,
     "group_limited": GroupLimitedRouter,
     "adaptive": AdaptiveRouter,
-    "soft": SoftRouter,
+    "soft": DenseRouter,
     "expert_choice": ExpertChoiceRouter,
     "budget": BudgetRouter,
 }

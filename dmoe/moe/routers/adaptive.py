@@ -21,8 +21,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dmoe.moe.routers.learned import LearnedRouter, rank, score, weigh
-from dmoe.moe.routers.spare import with_spare
+from dmoe.moe.routers.learned import LearnedRouter, sort_experts, gate_scores, combine_weights
+from dmoe.moe.routers.spare import with_next_experts
 from dmoe.moe.routing import Routing, TokenContext
 
 __all__ = ["AdaptiveRouter", "adaptive_reference", "taken"]
@@ -31,11 +31,11 @@ __all__ = ["AdaptiveRouter", "adaptive_reference", "taken"]
 class AdaptiveRouter(LearnedRouter):
     def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
         logit_TE = self.logits(x_TD, context)
-        score_TE = score(logit_TE, self.config)
-        order_TE = rank(score_TE.detach() + self.bias_E)
+        score_TE = gate_scores(logit_TE, self.config)
+        order_TE = sort_experts(score_TE.detach() + self.bias_E)
         expert_TK = order_TE[:, : self.top_k]
         made_TK = taken(score_TE.detach().gather(1, expert_TK), self.config.top_p, self.config.k_min)
-        weight_TK = weigh(logit_TE, score_TE, expert_TK, self.config, made_TK)
+        weight_TK = combine_weights(logit_TE, score_TE, expert_TK, self.config, made_TK)
         keep_TK = made_TK if context.valid_T is None else made_TK & context.valid_T.unsqueeze(1)
         routing = Routing(expert_TK, weight_TK, score_TE, logit_TE, scale=self.config.scale, keep_TK=keep_TK)
         if context.capacity is None:
@@ -45,7 +45,7 @@ class AdaptiveRouter(LearnedRouter):
         position_TS = made_TK.sum(1, keepdim=True) + torch.arange(spares, device=made_TK.device)
         there_TS = position_TS < self.num_experts
         spare_TS = order_TE.gather(1, position_TS.clamp(max=self.num_experts - 1))
-        return with_spare(routing, spare_TS, self.config, there_TS=there_TS, made_TK=made_TK)
+        return with_next_experts(routing, spare_TS, self.config, there_TS=there_TS, made_TK=made_TK)
 
 
 def taken(probability_TK: Tensor, top_p: float, k_min: int) -> Tensor:

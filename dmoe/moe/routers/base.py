@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.routing import Routing, TokenContext
 
-__all__ = ["RouterModule", "made_choices", "of_each_token", "router_dtype"]
+__all__ = ["RouterModule", "valid_choices", "per_token_input", "router_dtype"]
 
 
 class RouterModule(nn.Module):
@@ -28,7 +28,7 @@ class RouterModule(nn.Module):
     def initialize(self, seed: int, layer: int, std: float) -> None:
         """Draw the weights anew; a router without parameters has nothing to draw."""
 
-    def price(self, work: Sequence[int]) -> None:
+    def set_expert_costs(self, work: Sequence[int]) -> None:
         """What a row costs with each expert, in multiply-adds. Only a router with a budget asks."""
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
@@ -40,12 +40,12 @@ def router_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def made_choices(expert_TK: Tensor, context: TokenContext) -> Tensor | None:
+def valid_choices(expert_TK: Tensor, context: TokenContext) -> Tensor | None:
     """bool [T, K]: padding chooses nothing. None where there is no padding, which spares the dispatcher a mask."""
     return None if context.valid_T is None else context.valid_T.unsqueeze(1).expand_as(expert_TK)
 
 
-def of_each_token(value_T: Tensor | None, x_TD: Tensor, kind: str, field: str, meaning: str) -> Tensor:
+def per_token_input(value_T: Tensor | None, x_TD: Tensor, kind: str, field: str, meaning: str) -> Tensor:
     """`value_T` if it holds one number for each token; a ValueError that says what is missing otherwise."""
     if value_T is None:
         raise ValueError(f"router.kind={kind} needs the {meaning} of each token: pass TokenContext({field}=int64 tensor [T])")

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.balance.units import mean_over_tokens
-from dmoe.moe.routers.learned import LearnedRouter, project, rank, weigh
+from dmoe.moe.routers.learned import LearnedRouter, project, sort_experts, combine_weights
 from dmoe.moe.routing import Routing, TokenContext
-from dmoe.moe.table import Table
+from dmoe.moe.table import HostConstant
 
 __all__ = ["BudgetRouter", "affordable", "budget_reference"]
 
@@ -37,21 +37,21 @@ __all__ = ["BudgetRouter", "affordable", "budget_reference"]
 class BudgetRouter(LearnedRouter):
     def __init__(self, config: RouterConfig, dim: int, num_experts: int, top_k: int, layer: int = 0) -> None:
         super().__init__(config, dim, num_experts, top_k, layer)
-        self.work = Table([1] * num_experts)
+        self.work = HostConstant([1] * num_experts)
 
-    def price(self, work: Sequence[int]) -> None:
+    def set_expert_costs(self, work: Sequence[int]) -> None:
         assert len(work) == self.num_experts, f"{len(work)} prices for {self.num_experts} experts"
-        self.work = Table(work)
+        self.work = HostConstant(work)
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
-        logit_TE = self.of_sequences(self.seen(x_TD, context), context)
+        logit_TE = self.of_sequences(self.router_input(x_TD, context), context)
         score_TE = logit_TE.softmax(-1)
-        expert_TK = rank(score_TE.detach() + self.bias_E)[:, : self.top_k]
+        expert_TK = sort_experts(score_TE.detach() + self.bias_E)[:, : self.top_k]
         enough_TK = score_TE.detach().gather(1, expert_TK) > self.config.min_weight
         budget = self.config.budget if context.budget is None else context.budget
-        made_TK = affordable(enough_TK, self.work.on(x_TD.device)[expert_TK], allowance(budget, self.work.numbers))
+        made_TK = affordable(enough_TK, self.work.on(x_TD.device)[expert_TK], allowance(budget, self.work.values))
         expert_TK, made_TK = taken_first(expert_TK, made_TK)
-        weight_TK = weigh(logit_TE, score_TE, expert_TK, self.config, made_TK)
+        weight_TK = combine_weights(logit_TE, score_TE, expert_TK, self.config, made_TK)
         keep_TK = made_TK if context.valid_T is None else made_TK & context.valid_T.unsqueeze(1)
         return Routing(expert_TK, weight_TK, score_TE, logit_TE, scale=self.config.scale, keep_TK=keep_TK)
 

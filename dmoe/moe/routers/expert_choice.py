@@ -20,8 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmoe.moe.capacity import slots_per_expert
-from dmoe.moe.queues import serving_score
+from dmoe.moe.capacity import expert_capacity
+from dmoe.moe.queues import priority_score
 from dmoe.moe.routers.learned import LearnedRouter
 from dmoe.moe.routing import Routing, TokenContext
 
@@ -35,14 +35,14 @@ class ExpertChoiceRouter(LearnedRouter):
         tokens, groups = x_TD.shape[0], max(1, context.groups)
         capacity = context.capacity
         if capacity is None:
-            capacity = slots_per_expert(1.0, tokens // groups, self.top_k, self.num_experts, 1)
+            capacity = expert_capacity(1.0, tokens // groups, self.top_k, self.num_experts, 1)
         return Routing(
             torch.arange(self.num_experts, device=x_TD.device).repeat(tokens, 1),
             score_TE * self.config.scale,
             score_TE,
             logit_TE,
             scale=self.config.scale,
-            keep_TK=taken_tokens(serving_score(score_TE), context.valid_T, groups, capacity),
+            keep_TK=taken_tokens(priority_score(score_TE), context.valid_T, groups, capacity),
         )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmoe.moe.routers.base import RouterModule, of_each_token
+from dmoe.moe.routers.base import RouterModule, per_token_input
 from dmoe.moe.routers.unlearned import equal_weights
 from dmoe.moe.routing import Routing, TokenContext
 
@@ -23,7 +23,7 @@ __all__ = ["FixedRouter", "fixed_reference"]
 class FixedRouter(RouterModule):
     def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
         """Raises ValueError without `context.label_T`, int64 [T] of non-negative labels."""
-        label_T = of_each_token(context.label_T, x_TD, "fixed", "label_T", "label (task, language or domain)")
+        label_T = per_token_input(context.label_T, x_TD, "fixed", "label_T", "label (task, language or domain)")
         choice_K = torch.arange(self.top_k, device=label_T.device)
         expert_TK = (label_T.unsqueeze(1) * self.top_k + choice_K) % self.num_experts
         return equal_weights(expert_TK, x_TD, self.num_experts, self.config.scale, context)

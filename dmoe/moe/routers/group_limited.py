@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dmoe.moe.routers.learned import LearnedRouter, choose, score
+from dmoe.moe.routers.learned import LearnedRouter, top_k_stable, gate_scores
 from dmoe.moe.routing import Routing, TokenContext
 
 __all__ = ["GroupLimitedRouter", "eligible", "eligible_reference"]
@@ -28,9 +28,9 @@ __all__ = ["GroupLimitedRouter", "eligible", "eligible_reference"]
 class GroupLimitedRouter(LearnedRouter):
     def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
         logit_TE = self.logits(x_TD, context)
-        score_TE = score(logit_TE, self.config)
+        score_TE = gate_scores(logit_TE, self.config)
         eligible_TE = eligible(score_TE.detach() + self.bias_E, self.config.groups, self.config.topk_groups)
-        return self.decide(logit_TE, score_TE, context, eligible_TE=eligible_TE)
+        return self.route(logit_TE, score_TE, context, eligible_TE=eligible_TE)
 
 
 def eligible(biased_TE: Tensor, groups: int, topk_groups: int) -> Tensor:
@@ -38,7 +38,7 @@ def eligible(biased_TE: Tensor, groups: int, topk_groups: int) -> Tensor:
     tokens, num_experts = biased_TE.shape
     size = num_experts // groups
     group_score_TG = biased_TE.view(tokens, groups, size).topk(min(2, size), dim=-1).values.sum(-1)
-    best_TB = choose(group_score_TG, topk_groups)
+    best_TB = top_k_stable(group_score_TG, topk_groups)
     inside_TG = torch.zeros_like(group_score_TG, dtype=torch.bool).scatter(1, best_TB, True)
     return inside_TG.repeat_interleave(size, dim=1, output_size=num_experts)
 

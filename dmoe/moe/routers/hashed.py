@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmoe.moe.routers.base import RouterModule, of_each_token
+from dmoe.moe.routers.base import RouterModule, per_token_input
 from dmoe.moe.routers.unlearned import equal_weights
 from dmoe.moe.routing import Routing, TokenContext
 
@@ -33,7 +33,7 @@ LAYER_STRIDE = 64  # a multiple of it separates the layers' keys; only if K were
 class HashRouter(RouterModule):
     def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
         """Raises ValueError without `context.token_id_T`, int64 [T]."""
-        token_T = of_each_token(context.token_id_T, x_TD, "hash", "token_id_T", "token id")
+        token_T = per_token_input(context.token_id_T, x_TD, "hash", "token_id_T", "token id")
         expert_TK = hash_experts(token_T, self.top_k, self.num_experts, self.layer)
         return equal_weights(expert_TK, x_TD, self.num_experts, self.config.scale, context)
 

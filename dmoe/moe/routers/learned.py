@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.keyed import normal_
-from dmoe.moe.routers.base import RouterModule, made_choices, router_dtype
+from dmoe.moe.routers.base import RouterModule, valid_choices, router_dtype
 from dmoe.moe.routers.noise import keyed_noise
-from dmoe.moe.routers.spare import with_spare
+from dmoe.moe.routers.spare import with_next_experts
 from dmoe.moe.routing import Routing, TokenContext
 
-__all__ = ["LearnedRouter", "choose", "choose_reference", "project", "rank", "score", "top_k_reference", "weigh"]
+__all__ = ["LearnedRouter", "top_k_stable", "top_k_stable_reference", "project", "sort_experts", "gate_scores", "top_k_reference", "combine_weights"]
 
 
 class LearnedRouter(RouterModule):
@@ -47,7 +47,7 @@ class LearnedRouter(RouterModule):
         normal_(self.weight, std, seed, "router", layer)
         self.bias_E.zero_()
 
-    def seen(self, x_TD: Tensor, context: TokenContext) -> Tensor:
+    def router_input(self, x_TD: Tensor, context: TokenContext) -> Tensor:
         """The input as the router sees it: float32 or float64, jittered in training."""
         x_TD = x_TD.to(router_dtype(x_TD))
         if not (self.training and self.config.jitter):
@@ -57,22 +57,22 @@ class LearnedRouter(RouterModule):
 
     def logits(self, x_TD: Tensor, context: TokenContext) -> Tensor:
         """float [T, E]."""
-        return project(self.seen(x_TD, context), self.weight)
+        return project(self.router_input(x_TD, context), self.weight)
 
-    def decide(
+    def route(
         self, logit_TE: Tensor, score_TE: Tensor, context: TokenContext, *, eligible_TE: Tensor | None = None
     ) -> Routing:
         """The K largest of score + bias among the eligible experts (all, if None), of which every token must have K."""
-        order_TE = rank(score_TE.detach() + self.bias_E, eligible_TE)
+        order_TE = sort_experts(score_TE.detach() + self.bias_E, eligible_TE)
         expert_TK = order_TE[:, : self.top_k]
-        weight_TK = weigh(logit_TE, score_TE, expert_TK, self.config)
-        keep_TK = made_choices(expert_TK, context)
+        weight_TK = combine_weights(logit_TE, score_TE, expert_TK, self.config)
+        keep_TK = valid_choices(expert_TK, context)
         routing = Routing(expert_TK, weight_TK, score_TE, logit_TE, scale=self.config.scale, keep_TK=keep_TK)
         if context.capacity is None:  # without a capacity every choice finds a slot: nobody will ask for a next one
             return routing
         spare_TS = order_TE[:, self.top_k : 2 * self.top_k]
         there_TS = None if eligible_TE is None else eligible_TE.gather(1, spare_TS)
-        return with_spare(routing, spare_TS, self.config, there_TS=there_TS)
+        return with_next_experts(routing, spare_TS, self.config, there_TS=there_TS)
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> LearnedRouter:
         """Moves and casts like any module, but the bias stays at least float32: in bf16 a bias of 0.5 swallows steps of 0.001."""
@@ -90,11 +90,11 @@ def project(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         return x_TD.to(dtype) @ weight_ED.to(dtype).t()
 
 
-def score(logit_TE: Tensor, config: RouterConfig) -> Tensor:
+def gate_scores(logit_TE: Tensor, config: RouterConfig) -> Tensor:
     return logit_TE.softmax(-1) if config.score == "softmax" else logit_TE.sigmoid()
 
 
-def rank(score_TE: Tensor, eligible_TE: Tensor | None = None) -> Tensor:
+def sort_experts(score_TE: Tensor, eligible_TE: Tensor | None = None) -> Tensor:
     """int64 [T, E]: all experts in descending order of score, ties to the lower id, those that are not eligible last.
 
     A stable descending sort keeps equal scores in index order on CPU and CUDA; `torch.topk` promises no order among ties.
@@ -104,12 +104,12 @@ def rank(score_TE: Tensor, eligible_TE: Tensor | None = None) -> Tensor:
     return score_TE.sort(dim=-1, descending=True, stable=True).indices
 
 
-def choose(score_TE: Tensor, top_k: int) -> Tensor:
+def top_k_stable(score_TE: Tensor, top_k: int) -> Tensor:
     """int64 [T, K]: the K largest of each row in descending order, ties to the lower expert id."""
-    return rank(score_TE)[:, :top_k]
+    return sort_experts(score_TE)[:, :top_k]
 
 
-def weigh(logit_TE: Tensor, score_TE: Tensor, expert_TK: Tensor, config: RouterConfig, made_TK: Tensor | None = None) -> Tensor:
+def combine_weights(logit_TE: Tensor, score_TE: Tensor, expert_TK: Tensor, config: RouterConfig, made_TK: Tensor | None = None) -> Tensor:
     """Combine weights [T, K] of the chosen experts; zero where `made_TK` (None: everywhere True) says that no choice was made.
 
     `weights_from: chosen` runs the softmax over the K chosen logits (Megatron's default), otherwise the scores over all E are
@@ -119,7 +119,7 @@ def weigh(logit_TE: Tensor, score_TE: Tensor, expert_TK: Tensor, config: RouterC
         chosen_TK = logit_TE.gather(1, expert_TK)
         if made_TK is not None:
             chosen_TK = chosen_TK.masked_fill(~made_TK, -math.inf)
-        weight_TK = score(chosen_TK, config)
+        weight_TK = gate_scores(chosen_TK, config)
     else:
         weight_TK = score_TE.gather(1, expert_TK)
         if made_TK is not None:
@@ -129,7 +129,7 @@ def weigh(logit_TE: Tensor, score_TE: Tensor, expert_TK: Tensor, config: RouterC
     return weight_TK * config.scale
 
 
-def choose_reference(score_TE: Tensor, top_k: int) -> Tensor:
+def top_k_stable_reference(score_TE: Tensor, top_k: int) -> Tensor:
     """`choose`, one token at a time and obviously right. For tests."""
     rows = [sorted(range(len(row)), key=lambda e, row=row: (-row[e], e))[:top_k] for row in score_TE.tolist()]  # type: ignore[misc]
     return torch.tensor(rows, dtype=torch.int64).view(-1, top_k)

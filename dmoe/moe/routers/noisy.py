@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from dmoe.config.schema import RouterConfig
-from dmoe.moe.routers.learned import LearnedRouter, project, score
+from dmoe.moe.routers.learned import LearnedRouter, project, gate_scores
 from dmoe.moe.routers.noise import keyed_noise
 from dmoe.moe.routing import Noise, Routing, TokenContext
 
@@ -44,13 +44,13 @@ class NoisyRouter(LearnedRouter):
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
         """Raises ValueError in training without `context.noise_key`."""
-        x_TD = self.seen(x_TD, context)
+        x_TD = self.router_input(x_TD, context)
         clean_TE = project(x_TD, self.weight)
         std_TE = softplus(project(x_TD, self.noise_weight))
         logit_TE = clean_TE
         if self.training:
             logit_TE = clean_TE + std_TE * keyed_noise(torch.randn, "noise", clean_TE, self.num_experts, self.layer, context)
-        routing = self.decide(logit_TE, score(logit_TE, self.config), context)
+        routing = self.route(logit_TE, gate_scores(logit_TE, self.config), context)
         return replace(routing, noise=Noise(clean_TE, std_TE))
 
 

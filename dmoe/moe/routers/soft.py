@@ -18,14 +18,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dmoe.moe.routers.base import made_choices
+from dmoe.moe.routers.base import valid_choices
 from dmoe.moe.routers.learned import LearnedRouter
 from dmoe.moe.routing import Routing, TokenContext
 
-__all__ = ["SoftRouter", "soft_reference"]
+__all__ = ["DenseRouter", "soft_reference"]
 
 
-class SoftRouter(LearnedRouter):
+class DenseRouter(LearnedRouter):
     def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
         logit_TE = self.logits(x_TD, context)
         score_TE = logit_TE.softmax(-1)
@@ -36,7 +36,7 @@ class SoftRouter(LearnedRouter):
             score_TE,
             logit_TE,
             scale=self.config.scale,
-            keep_TK=made_choices(expert_TE, context),
+            keep_TK=valid_choices(expert_TE, context),
         )
 
 

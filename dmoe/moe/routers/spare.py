@@ -22,10 +22,10 @@ from torch import Tensor
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.routing import Routing
 
-__all__ = ["spare_reference", "with_spare"]
+__all__ = ["next_experts_reference", "with_next_experts"]
 
 
-def with_spare(
+def with_next_experts(
     routing: Routing,
     spare_TS: Tensor,
     config: RouterConfig,
@@ -37,13 +37,13 @@ def with_spare(
 
     `made_TK`: which of the chosen experts were really taken (adaptive); None is all.
     """
-    weight_TS = spare_weight(routing, spare_TS, config, made_TK)
+    weight_TS = next_weights(routing, spare_TS, config, made_TK)
     if there_TS is not None:
         spare_TS, weight_TS = spare_TS.masked_fill(~there_TS, -1), weight_TS.masked_fill(~there_TS, 0.0)
-    return replace(routing, spare_TK=spare_TS, spare_weight_TK=weight_TS)
+    return replace(routing, next_expert_TS=spare_TS, next_weight_TS=weight_TS)
 
 
-def spare_weight(routing: Routing, spare_TS: Tensor, config: RouterConfig, made_TK: Tensor | None) -> Tensor:
+def next_weights(routing: Routing, spare_TS: Tensor, config: RouterConfig, made_TK: Tensor | None) -> Tensor:
     if config.score == "softmax" and config.weights_from == "chosen":
         chosen_TK = routing.logit_TE.gather(1, routing.expert_TK)
         if made_TK is not None:
@@ -59,7 +59,7 @@ def spare_weight(routing: Routing, spare_TS: Tensor, config: RouterConfig, made_
     return weight_TS * config.scale
 
 
-def spare_reference(
+def next_experts_reference(
     logits: Sequence[float],
     scores: Sequence[float],
     biased: Sequence[float],

@@ -12,13 +12,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from dmoe.moe.routers.base import router_dtype
-from dmoe.moe.routers.learned import LearnedRouter, choose, choose_reference, score, weigh
+from dmoe.moe.routers.learned import LearnedRouter, top_k_stable, top_k_stable_reference, gate_scores, combine_weights
 from dmoe.moe.routing import Routing, TokenContext
 
-__all__ = ["TopKRouter", "choose", "choose_reference", "router_dtype", "score", "weigh"]
+__all__ = ["TopKRouter", "top_k_stable", "top_k_stable_reference", "router_dtype", "gate_scores", "combine_weights"]
 
 
 class TopKRouter(LearnedRouter):
     def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
         logit_TE = self.logits(x_TD, context)
-        return self.decide(logit_TE, score(logit_TE, self.config), context)
+        return self.route(logit_TE, gate_scores(logit_TE, self.config), context)

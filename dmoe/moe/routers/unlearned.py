@@ -13,7 +13,7 @@ import math
 
 from torch import Tensor
 
-from dmoe.moe.routers.base import made_choices, router_dtype
+from dmoe.moe.routers.base import valid_choices, router_dtype
 from dmoe.moe.routing import Routing, TokenContext
 
 __all__ = ["equal_weights"]
@@ -29,5 +29,5 @@ def equal_weights(expert_TK: Tensor, x_TD: Tensor, num_experts: int, scale: floa
         score_TE=zero_TE.scatter(1, expert_TK, 1 / top_k),
         logit_TE=zero_TE - math.log(num_experts),
         scale=scale,
-        keep_TK=made_choices(expert_TK, context),
+        keep_TK=valid_choices(expert_TK, context),
     )

@@ -11,10 +11,10 @@ class Display(Protocol):
     def step(self, step: int) -> None:
         """`step` steps are done, and nothing was measured."""
 
-    def tell(self, event: str, step: int, values: dict[str, Any], line: str = "") -> None:
+    def log_event(self, event: str, step: int, values: dict[str, Any], line: str = "") -> None:
         """What goes into `metrics.jsonl`; `line` says the same to a person, and is empty where nothing needs to be said."""
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """A line that stays."""
 
     def close(self) -> None:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from rich.console import Console
 
 from dmoe.training.display.base import Display
-from dmoe.training.display.glyphs import glyphs_for
+from dmoe.training.display.glyphs import charset_for
 from dmoe.training.display.live import Live
 from dmoe.training.display.plain import Plain, Quiet, Silent
-from dmoe.training.display.state import State
+from dmoe.training.display.state import DisplayState
 
 __all__ = ["display_of", "open_display"]
 
@@ -22,10 +22,10 @@ def open_display(steps: int, start: int, speaks: bool, quiet: bool = False) -> D
     """The display of a process that trains to `steps` from `start`: silent on all ranks but the main one."""
     if not speaks:
         return Silent()
-    return Quiet() if quiet else display_of(State(steps, start), time.monotonic)
+    return Quiet() if quiet else display_of(DisplayState(steps, start), time.monotonic)
 
 
-def display_of(state: State, clock: Callable[[], float | None]) -> Live | Plain:
+def display_of(state: DisplayState, clock: Callable[[], float | None]) -> Live | Plain:
     """A panel if stdout is a terminal that can move its cursor, else plain lines.
 
     `isatty` decides, and not rich, which draws into files where FORCE_COLOR is set, as it often is in CI.
@@ -33,4 +33,4 @@ def display_of(state: State, clock: Callable[[], float | None]) -> Live | Plain:
     console = Console(highlight=False, emoji=False, markup=False)
     if not sys.stdout.isatty() or console.is_dumb_terminal:
         return Plain(state, clock)
-    return Live(console, state, glyphs_for(sys.stdout.encoding, os.environ), clock)
+    return Live(console, state, charset_for(sys.stdout.encoding, os.environ), clock)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["ASCII", "UNICODE", "Glyphs", "glyphs_for"]
+__all__ = ["ASCII", "UNICODE", "CharSet", "charset_for"]
 
 
 @dataclass(frozen=True)
-class Glyphs:
+class CharSet:
     levels: str
     """Eight heights, the lowest first."""
     dead: str
@@ -27,11 +27,11 @@ class Glyphs:
         return line.encode("ascii", "replace").decode() if self.cut.isascii() else line
 
 
-UNICODE = Glyphs(levels="▁▂▃▄▅▆▇█", dead="x", done="━", left="─", parts="█▓▒░▚━", cut="…")
-ASCII = Glyphs(levels=".:-=+*#@", dead="x", done="#", left="-", parts="#=+-o~", cut="...")
+UNICODE = CharSet(levels="▁▂▃▄▅▆▇█", dead="x", done="━", left="─", parts="█▓▒░▚━", cut="…")
+ASCII = CharSet(levels=".:-=+*#@", dead="x", done="#", left="-", parts="#=+-o~", cut="...")
 
 
-def glyphs_for(encoding: str | None, environment: Mapping[str, str]) -> Glyphs:
+def charset_for(encoding: str | None, environment: Mapping[str, str]) -> CharSet:
     """By stdout's encoding; ASCII also on the Linux console, whose font has few blocks, and where LC_ALL asks for plain C, although
     Python writes UTF-8 there."""
     poor = environment.get("TERM") == "linux" or environment.get("LC_ALL") in ("C", "POSIX")

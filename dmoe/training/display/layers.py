@@ -9,7 +9,7 @@ from typing import Any
 from rich.text import Text
 
 from dmoe.report.metrics import finite, number, numbers
-from dmoe.training.display.glyphs import Glyphs
+from dmoe.training.display.glyphs import CharSet
 from dmoe.training.display.strips import experts_a_bar, load_strip, strip_width
 
 __all__ = ["layer_table"]
@@ -32,7 +32,7 @@ class Row:
     """What makes this layer worth the room it takes: dead experts, imbalance, drops."""
 
 
-def layer_table(layers: Any, width: int, height: int, glyphs: Glyphs) -> list[Text]:
+def layer_table(layers: Any, width: int, height: int, glyphs: CharSet) -> list[Text]:
     """At most `height` lines of at most `width` characters: a heading, a row a layer, what was left out, the meaning of the bars.
 
     `layers` as in a `train` line. Where not all layers fit, the ones in most trouble stay, in their order. Empty for no layers.
@@ -115,14 +115,14 @@ def _heading(columns: Sequence[str], widths: dict[str, int], room: int) -> Text:
     return Text(GAP.join([first, *(["load by expert"[:room].ljust(room)] if room else []), *rest]), "dim")
 
 
-def _line(row: Row, columns: Sequence[str], widths: dict[str, int], room: int, glyphs: Glyphs) -> Text:
+def _line(row: Row, columns: Sequence[str], widths: dict[str, int], room: int, glyphs: CharSet) -> Text:
     first, *rest = (Text(row.cells[name][0].rjust(widths[name]), row.cells[name][1]) for name in columns)
     strip = load_strip(row.load, room, glyphs) if row.load and room else Text()
     strip.pad_right(room - len(strip))
     return Text(GAP).join([first, *([strip] if room else []), *rest])
 
 
-def _legend(experts: int, room: int, glyphs: Glyphs) -> str:
+def _legend(experts: int, room: int, glyphs: CharSet) -> str:
     together = experts_a_bar(experts, room)
     share = f"; {together} experts a bar, the busiest shown" if together > 1 else ""
     return f"{glyphs.levels[3]} mean  {glyphs.levels[7]} twice the mean or more  {glyphs.dead} no token{share}"

@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.console import Console
 
-from dmoe.training.display.glyphs import Glyphs
+from dmoe.training.display.glyphs import CharSet
 from dmoe.training.display.panel import panel_lines
-from dmoe.training.display.region import Region
-from dmoe.training.display.state import State
+from dmoe.training.display.region import BottomLines
+from dmoe.training.display.state import DisplayState
 
 __all__ = ["Live"]
 
@@ -25,9 +25,9 @@ CLOCK = 2
 class Live:
     """A thread draws; what is told only changes the state, so that a terminal that is held (Ctrl-S) holds no step."""
 
-    def __init__(self, console: Console, state: State, glyphs: Glyphs, clock: Callable[[], float | None]) -> None:
+    def __init__(self, console: Console, state: DisplayState, glyphs: CharSet, clock: Callable[[], float | None]) -> None:
         self.console, self.state, self.glyphs, self.clock = console, state, glyphs, clock
-        self.region = Region(console.file)
+        self.region = BottomLines(console.file)
         self._ended, self._changed = threading.Event(), False
         self._failure: Exception | None = None
         self._thread: threading.Thread | None = None
@@ -36,13 +36,13 @@ class Live:
         self.state.reached(step, self.clock())
         self.refresh()
 
-    def tell(self, event: str, step: int, values: dict[str, Any], line: str = "") -> None:
-        self.state.told(event, step, values, self.clock())
+    def log_event(self, event: str, step: int, values: dict[str, Any], line: str = "") -> None:
+        self.state.on_event(event, step, values, self.clock())
         self.refresh()
         if line:
-            self.say(line)
+            self.print(line)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Above the panel. Control characters, which a model may write as well, do not reach the terminal."""
         lines = "\n".join(self.glyphs.spelled(line) for line in text.split("\n"))
         self.region.say(lines, self._frame() if self._shown else ())

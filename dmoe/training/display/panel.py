@@ -9,9 +9,9 @@ from rich.text import Text
 
 from dmoe.report.metrics import finite, number
 from dmoe.report.spelling import size_of
-from dmoe.training.display.glyphs import Glyphs
+from dmoe.training.display.glyphs import CharSet
 from dmoe.training.display.layers import layer_table
-from dmoe.training.display.state import State
+from dmoe.training.display.state import DisplayState
 from dmoe.training.display.strips import part_glyph, part_style, parts_bar, progress_bar, sparkline
 from dmoe.training.display.words import clock_time, figure, measured_words
 
@@ -44,7 +44,7 @@ DROP_FIRST = ("more alerts", "time", "more facts", "alert", "facts")
 """What goes, in this order, where the table of layers would not get a heading, a row, and a word on the rest."""
 
 
-def panel_lines(state: State, now: float | None, width: int, height: int, glyphs: Glyphs) -> list[Text]:
+def panel_lines(state: DisplayState, now: float | None, width: int, height: int, glyphs: CharSet) -> list[Text]:
     """At most `height` lines of at most `width` characters. Call it with the state's lock held."""
     width = min(width, WIDEST)
     facts, alerts = _flow(_facts(state, glyphs), width), _alerts(state, width, glyphs)
@@ -70,7 +70,7 @@ def _height(blocks: dict[str, list[Text]]) -> int:
     return sum(map(len, blocks.values()))
 
 
-def _progress(state: State, now: float | None, width: int, glyphs: Glyphs) -> Text:
+def _progress(state: DisplayState, now: float | None, width: int, glyphs: CharSet) -> Text:
     left = state.left(now)
     if state.steps is None:
         return _fitted(Text(f"step {state.step:,}", "bold"), width, glyphs)
@@ -81,11 +81,11 @@ def _progress(state: State, now: float | None, width: int, glyphs: Glyphs) -> Te
     return _fitted(line, width, glyphs)
 
 
-def _status(state: State, width: int, glyphs: Glyphs) -> list[Text]:
+def _status(state: DisplayState, width: int, glyphs: CharSet) -> list[Text]:
     return [_fitted(Text(glyphs.spelled(state.status), "dim"), width, glyphs)] if state.status else []
 
 
-def _facts(state: State, glyphs: Glyphs) -> Iterator[Fact]:
+def _facts(state: DisplayState, glyphs: CharSet) -> Iterator[Fact]:
     values = state.values
     curve = sparkline([mark.value for mark in state.losses], CURVE, glyphs)
     if "loss" in values:
@@ -120,7 +120,7 @@ def _flow(facts: Iterable[Fact], width: int) -> list[Text]:
     return lines
 
 
-def _time_split(split: Any, width: int, glyphs: Glyphs) -> list[Text]:
+def _time_split(split: Any, width: int, glyphs: CharSet) -> list[Text]:
     """A bar of the parts of a step, and what each is; the longest only, where not all names fit."""
     parts = {name: part for name in split if (part := number(split, name))} if isinstance(split, dict) else {}
     whole = sum(parts.values())
@@ -135,14 +135,14 @@ def _time_split(split: Any, width: int, glyphs: Glyphs) -> list[Text]:
     return [_fitted(Text.assemble(("time ", "dim"), bar, names), width, glyphs)]
 
 
-def _alerts(state: State, width: int, glyphs: Glyphs) -> list[Text]:
+def _alerts(state: DisplayState, width: int, glyphs: CharSet) -> list[Text]:
     """The newest first."""
     told = list(state.alerts)[-ALERTS:][::-1]
     lines = [Text(f"! step {step:,}: {glyphs.spelled(text).split(ADVICE)[0]}", "yellow") for step, text in told]
     return [_fitted(line, width, glyphs) for line in lines]
 
 
-def _fitted(line: Text, width: int, glyphs: Glyphs) -> Text:
+def _fitted(line: Text, width: int, glyphs: CharSet) -> Text:
     if line.cell_len > width:
         line.truncate(max(0, width - len(glyphs.cut)))
         line.append(glyphs.cut)

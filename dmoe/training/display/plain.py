@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dmoe.training.display.state import State
+from dmoe.training.display.state import DisplayState
 from dmoe.training.display.words import train_words
 
 __all__ = ["Plain", "Quiet", "Silent"]
@@ -19,9 +19,9 @@ class Silent:
 
     def step(self, step: int) -> None: ...
 
-    def tell(self, event: str, step: int, values: dict[str, Any], line: str = "") -> None: ...
+    def log_event(self, event: str, step: int, values: dict[str, Any], line: str = "") -> None: ...
 
-    def say(self, text: str) -> None: ...
+    def print(self, text: str) -> None: ...
 
     def close(self) -> None: ...
 
@@ -29,25 +29,25 @@ class Silent:
 class Plain(Silent):
     """A pipe or a file: lines that `grep` finds."""
 
-    def __init__(self, state: State, clock: Callable[[], float | None]) -> None:
+    def __init__(self, state: DisplayState, clock: Callable[[], float | None]) -> None:
         self.state, self.clock = state, clock
 
     def step(self, step: int) -> None:
         self.state.reached(step, self.clock())
 
-    def tell(self, event: str, step: int, values: dict[str, Any], line: str = "") -> None:
-        self.state.told(event, step, values, self.clock())
+    def log_event(self, event: str, step: int, values: dict[str, Any], line: str = "") -> None:
+        self.state.on_event(event, step, values, self.clock())
         text = line or (train_words(self.state, self.clock()) if event == "train" else "")
         if text:
-            self.say(text)
+            self.print(text)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         print(text, flush=True)
 
 
 class Quiet(Silent):
     """`--quiet`: what a person would want to be woken for, and the run directory at the end."""
 
-    def tell(self, event: str, step: int, values: dict[str, Any], line: str = "") -> None:
+    def log_event(self, event: str, step: int, values: dict[str, Any], line: str = "") -> None:
         if line and event in MATTERS:
             print(line, flush=True)

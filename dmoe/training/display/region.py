@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import IO
 
-__all__ = ["Region"]
+__all__ = ["BottomLines"]
 
 TO_LINE_END, TO_SCREEN_END = "\x1b[K", "\x1b[J"
 
 
-class Region:
+class BottomLines:
     """The foot of the terminal that `file` writes to."""
 
     def __init__(self, file: IO[str]) -> None:

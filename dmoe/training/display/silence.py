@@ -10,12 +10,12 @@ from typing import Any
 from dmoe.report.metrics import finite
 from dmoe.training.display.words import clock_time
 
-__all__ = ["Silence"]
+__all__ = ["StallDetector"]
 
 REMEMBERED = 256
 
 
-class Silence:
+class StallDetector:
     """The pauses between a run's lines, by the times in the lines; the wait since the last one, by a clock that nobody sets.
 
     It counts as the writer's clock too (`clock`): the last line's time, and what has passed here since it was seen.
@@ -75,7 +75,7 @@ class Silence:
         return f"last line {clock_time(self.seconds)} ago" + (", if its clock and this one agree" if self._age else "")
 
     @property
-    def worries(self) -> str:
+    def message(self) -> str:
         """A sentence where the silence is long, else empty. Without a pause to compare with, none is long."""
         longest = max(self._pauses, default=None)
         if longest is None or self.seconds <= max(self.minimum, self.factor * longest):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dmoe.report.metrics import finite
 
-__all__ = ["Mark", "State"]
+__all__ = ["Mark", "DisplayState"]
 
 REMEMBERED = 4096
 """Losses for the small curve."""
@@ -21,7 +21,7 @@ class Mark(NamedTuple):
     value: Any
 
 
-class State:
+class DisplayState:
     """Written by one thread and drawn by another: hold `lock` to read more than one field."""
 
     def __init__(self, steps: int | None, start: int = 0) -> None:
@@ -61,7 +61,7 @@ class State:
                 self._began = self._began or (step, now)
                 self._latest = (step, now)
 
-    def told(self, event: str, step: int, values: dict[str, Any], now: float | None) -> None:
+    def on_event(self, event: str, step: int, values: dict[str, Any], now: float | None) -> None:
         """One line of `metrics.jsonl`. A line with `resumed_from: s` makes what was told beyond step s void; a process that starts
         from nothing, step 0 too, as in `metrics_file`."""
         with self.lock:

@@ -12,7 +12,7 @@ from operator import itemgetter
 
 from rich.text import Text
 
-from dmoe.training.display.glyphs import Glyphs
+from dmoe.training.display.glyphs import CharSet
 
 __all__ = ["experts_a_bar", "load_strip", "parts_bar", "progress_bar", "sparkline", "strip_width"]
 
@@ -41,7 +41,7 @@ def _breadth(experts: int, width: int) -> int:
     return breadth if breadth > 1 else 1
 
 
-def load_strip(load: Sequence[float], width: int, glyphs: Glyphs) -> Text:
+def load_strip(load: Sequence[float], width: int, glyphs: CharSet) -> Text:
     """One bar an expert, by id, over the mean of all; several experts share a bar, the busiest's, where `width` is short of E."""
     mean = sum(load) / len(load) if load else 0.0
     together = experts_a_bar(len(load), width)
@@ -53,14 +53,14 @@ def load_strip(load: Sequence[float], width: int, glyphs: Glyphs) -> Text:
     return Text(gap).join(Text(run, style) for style, run in runs)  # one piece a colour: rich takes its time for each
 
 
-def _load_bar(level: float, glyphs: Glyphs) -> tuple[str, str]:
+def _load_bar(level: float, glyphs: CharSet) -> tuple[str, str]:
     if level <= 0:
         return glyphs.dead, "bold red"
     style = "red" if level >= FULL else "yellow" if level >= 1.5 else "green" if level >= 0.5 else "blue"
     return glyphs.levels[min(7, math.ceil(level / FULL * 8) - 1)], style
 
 
-def sparkline(values: Sequence[float | None], width: int, glyphs: Glyphs) -> str:
+def sparkline(values: Sequence[float | None], width: int, glyphs: CharSet) -> str:
     """`values` from the lowest to the highest, the mean of neighbours where there are more than `width`; a gap where all are None."""
     stretch = max(1.0, len(values) / width)
     points = [_mean(values[int(place * stretch) : int((place + 1) * stretch)]) for place in range(min(width, len(values)))]
@@ -78,12 +78,12 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def progress_bar(share: float, width: int, glyphs: Glyphs) -> Text:
+def progress_bar(share: float, width: int, glyphs: CharSet) -> Text:
     done = int(width * min(1.0, max(0.0, share)))
     return Text.assemble((glyphs.done * done, "green"), (glyphs.left * (width - done), "dim"))
 
 
-def parts_bar(parts: Sequence[float], width: int, glyphs: Glyphs) -> Text:
+def parts_bar(parts: Sequence[float], width: int, glyphs: CharSet) -> Text:
     """`parts` of a whole, in order; their lengths sum to `width` exactly."""
     whole, bar, before, shown = sum(parts), Text(), 0.0, 0
     for number, part in enumerate(parts):
@@ -94,7 +94,7 @@ def parts_bar(parts: Sequence[float], width: int, glyphs: Glyphs) -> Text:
     return bar
 
 
-def part_glyph(number: int, glyphs: Glyphs) -> str:
+def part_glyph(number: int, glyphs: CharSet) -> str:
     return glyphs.parts[number % len(glyphs.parts)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dmoe.report.metrics import finite
-from dmoe.training.display.state import State
+from dmoe.training.display.state import DisplayState
 
 __all__ = ["clock_time", "event_words", "figure", "measure_words", "measured_words", "train_words"]
 
@@ -48,7 +48,7 @@ def clock_time(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def train_words(state: State, now: float | None) -> str:
+def train_words(state: DisplayState, now: float | None) -> str:
     """`step 3/6  loss 4.210  ...  left 0:12`, with what was told; what was not is left out."""
     values, left = state.values, state.left(now)
     planned = "" if state.steps is None else f"/{state.steps}"

@@ -64,7 +64,7 @@ def _costs(setting: Setting) -> list[str]:
             "Cost of a row, as a share of the multiply-adds of all experts together: expert "
             f"{', '.join(_few(each))}. Heaviest first, each goes to the rank with the least work so far."
         ]
-    if layer.free:
+    if layer.num_zero_cost:
         ids, names = range(moe.num_experts, layer.num_experts), layer.names_E[moe.num_experts :]
         each = [f"{e} {name}" for e, name in zip(ids, names, strict=True)]
         said.append(f"Experts that cost nothing, on every rank, without capacity and never sent: {', '.join(_few(each))}.")

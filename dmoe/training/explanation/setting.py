@@ -15,7 +15,7 @@ from dmoe.config.check import Batching, batching, check, expert_parallel
 from dmoe.config.schema import Config
 from dmoe.models.base import Model
 from dmoe.moe.layer import MoE
-from dmoe.moe.peers import Alone
+from dmoe.moe.peers import NoComm
 from dmoe.moe.routing import TokenContext
 from dmoe.training import precision as precisions
 from dmoe.training.modular.attaching import attach_modules, select_trained
@@ -26,7 +26,7 @@ __all__ = ["Setting", "resolve"]
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
-class AsMany(Alone):
+class StubComm(NoComm):
     """Peers that are not there: enough for shapes, and wrong for anything else, so that nothing else is asked."""
 
     def __init__(self, size: int) -> None:
@@ -73,20 +73,20 @@ class Setting:
     def owned(self, rank: int) -> tuple[int, ...]:
         """Global ids of a rank's experts, ascending; the same in all layers."""
         assert self.layer is not None
-        return tuple(sorted(self.layer.experts.ownership(self.ep).experts[rank % self.ep]))
+        return tuple(sorted(self.layer.experts.placement(self.ep).experts[rank % self.ep]))
 
     @property
     def places(self) -> int:
         """Places that an EP group offers for experts: as many as there are, or more where ranks have unequal numbers of them."""
         assert self.layer is not None
-        ownership = self.layer.experts.ownership(self.ep)
-        return ownership.slots * self.ep
+        ownership = self.layer.experts.placement(self.ep)
+        return ownership.experts_per_rank * self.ep
 
     def slots(self, training: bool = True) -> TokenContext:
         """`groups` G and `capacity` C (None: dropless) of one forward, as the layer works them out."""
         assert self.layer is not None
         self.layer.train(training)
-        return self.layer.complete(TokenContext(), self.sequences, self.tokens)
+        return self.layer.with_shapes(TokenContext(), self.sequences, self.tokens)
 
 
 def resolve(config: Config, world: int) -> Setting:
@@ -98,7 +98,7 @@ def resolve(config: Config, world: int) -> Setting:
         attach_modules(model, config, config.parallel.virtual_ranks)
     select_trained(model, config)
     for layer in model.moe_layers():
-        layer.peers = AsMany(world)
+        layer.comm = StubComm(world)
     ep = expert_parallel(config, world)
     return Setting(config, world, ep, batching(config, world), task, _precision(config), model)
 

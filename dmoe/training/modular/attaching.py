@@ -21,7 +21,7 @@ from dmoe.modular.routing import PerSequence, PerTask, RouterMaker
 from dmoe.moe.routers.base import RouterModule
 from dmoe.training.modular.room import make_room
 from dmoe.training.modular.telling import tell_of_modules
-from dmoe.training.totals import LayerTotals, StepTotals
+from dmoe.training.totals import LayerTotals, ReducedStep
 
 __all__ = ["OPTIONS", "attach_modules", "draw_modules", "frozen_core", "moved_routers", "place_pattern", "select_trained"]
 
@@ -123,7 +123,7 @@ def _of_config(error: ConfigError, modular: ModularConfig) -> ConfigError:
     return ConfigError(f"modular.{error.field}", value, allowed, fix)
 
 
-def moved_routers(model: Model, config: Config, totals: StepTotals) -> Iterator[tuple[RouterModule, LayerTotals]]:
+def moved_routers(model: Model, config: Config, totals: ReducedStep) -> Iterator[tuple[RouterModule, LayerTotals]]:
     """The routers whose bias the controller moves, with what their layers counted: none of a frozen core, none beside one module."""
     if not frozen_core(config):
         yield from zip((layer.router for layer in model.moe_layers()), totals.layers, strict=True)

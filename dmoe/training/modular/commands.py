@@ -20,7 +20,7 @@ from dmoe.config.load import to_yaml
 from dmoe.config.schema import Config, ModularConfig
 from dmoe.distributed.checkpoint import store
 from dmoe.distributed.state import model_state
-from dmoe.distributed.topology import Topology
+from dmoe.distributed.topology import ParallelMesh
 from dmoe.modular import core_hash, export_peft, grow, inspect, layers, merge, save
 from dmoe.modular.attach import CHILD
 from dmoe.training.restore import Restored, restore
@@ -177,7 +177,7 @@ def _write(found: Restored, modular: ModularConfig, to: Path) -> None:
 
     def write() -> None:
         (to / "checkpoints").mkdir(parents=True, exist_ok=True)
-        store.save(to / "checkpoints", found.step, model_state(found.model, Topology()), extra)
+        store.save(to / "checkpoints", found.step, model_state(found.model, ParallelMesh()), extra)
         for name in ("config.yaml", "resolved.yaml"):
             (to / name).write_text(to_yaml(config), encoding="utf-8")
 

@@ -22,7 +22,7 @@ from dmoe.config.schema import Config, ModularConfig
 from dmoe.distributed.checkpoint import store
 from dmoe.distributed.checkpoint.manifest import Manifest
 from dmoe.distributed.state import model_state
-from dmoe.distributed.whole import put_whole, whole_of
+from dmoe.distributed.whole import copy_full_into_shard, full_tensor
 from dmoe.modular.attach import CHILD
 from dmoe.moe.keyed import normal_
 from dmoe.training.engine import Engine
@@ -44,7 +44,7 @@ def find_core(path: str, engine: Engine) -> Path:
     place = Path(path).expanduser()
     if (place / "manifest.json").is_file():
         return place.resolve()
-    newest = store.find_latest(place.resolve() / "checkpoints", group=engine.topology.checkpoint)
+    newest = store.find_latest(place.resolve() / "checkpoints", group=engine.mesh.checkpoint_group)
     if newest is None:
         raise CheckpointError(f"modular.core={path}: the run has no checkpoint yet")
     return newest
@@ -77,12 +77,12 @@ def start_from(engine: Engine, path: Path) -> None:
     Cost: the core's tensors are read by the ranks that hold them; its modules whole by every rank, which are a few percent of them.
     Raises: ConfigError for another network; CheckpointError for a damaged checkpoint, or tensors of other shapes (another vocabulary).
     """
-    group = engine.topology.checkpoint
-    found = store.look(path, group=group)
+    group = engine.mesh.checkpoint_group
+    found = store.read_manifest_on_all(path, group=group)
     if not isinstance(found.extra.get("config"), dict):
         raise CheckpointError(f"modular.core={path}: does not say what it was trained with")
     check_core(engine.config, found.extra["config"], str(path))
-    mine = model_state(engine.model, engine.topology)
+    mine = model_state(engine.model, engine.mesh)
     modules = _empty(found)
     core = {name: value for name, value in mine.items() if CHILD not in name.split(".")}
     store.load(path, core | modules, prefix="model.", group=group)
@@ -113,7 +113,7 @@ def _comes_along(name: str, core: Mapping[str, Any], now: ModularConfig) -> bool
 
 def _fill(name: str, mine: Tensor | None, theirs: Tensor, config: Config) -> None:
     """The core's modules first; those it does not have keep their draw, and get rows of their own in a router."""
-    whole = None if mine is None else whole_of(mine)
+    whole = None if mine is None else full_tensor(mine)
     if mine is None or whole is None or whole.shape[1:] != theirs.shape[1:] or len(whole) < len(theirs):
         shown = "nothing" if whole is None else f"{list(whole.shape)}"
         raise CheckpointError(f"modular.core: {name} is {list(theirs.shape)} in the core and {shown} in this run")
@@ -124,7 +124,7 @@ def _fill(name: str, mine: Tensor | None, theirs: Tensor, config: Config) -> Non
             else:  # a bias
                 whole[row] = 0.0
     whole[: len(theirs)] = theirs.to(whole.device)
-    put_whole(mine, whole)
+    copy_full_into_shard(mine, whole)
 
 
 def _differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str) -> list[tuple[str, Any, Any]]:

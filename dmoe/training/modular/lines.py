@@ -7,12 +7,12 @@ from typing import Any
 from torch import nn
 
 from dmoe.modular import layers
-from dmoe.training.totals import StepTotals
+from dmoe.training.totals import ReducedStep
 
 __all__ = ["module_lines"]
 
 
-def module_lines(model: nn.Module, totals: StepTotals) -> dict[str, Any]:
+def module_lines(model: nn.Module, totals: ReducedStep) -> dict[str, Any]:
     """`modules`: for each place how often each module was chosen, and the losses of its router. Empty without modules."""
     if not totals.modules:
         return {}

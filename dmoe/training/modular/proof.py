@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from dmoe.config.errors import NumbersError
-from dmoe.distributed.checkpoint.agree import Ranks
+from dmoe.distributed.checkpoint.agree import RankGroup
 from dmoe.distributed.gradients import local
 from dmoe.modular import layers
 from dmoe.modular.attach import CHILD
 from dmoe.training.engine import Engine
 from dmoe.training.modular.attaching import frozen_core
 
-__all__ = ["Proof"]
+__all__ = ["FrozenProof"]
 
 
-class Proof:
+class FrozenProof:
     """Made when the weights are there. All methods are collective."""
 
     def __init__(self, engine: Engine) -> None:
@@ -73,7 +73,7 @@ class Proof:
             digest.update(f"{name}\0{mine.dtype}\0{tuple(mine.shape)}\0".encode())
             digest.update(mine.flatten().view(torch.uint8).numpy().data)
         row = torch.tensor(list(digest.digest()), dtype=torch.uint8)
-        every = Ranks(self.engine.topology.control).gather(row)
+        every = RankGroup(self.engine.mesh.control_group).gather(row)
         return hashlib.sha256(bytes(every.flatten().tolist())).hexdigest()
 
 

@@ -78,7 +78,7 @@ def _shorter(length: int, model: nn.Module, args: Any, kwargs: Mapping[str, Any]
     return replace(
         output,
         logits=None if output.logits is None else output.logits[:, length:],
-        nats_T=None if output.nats_T is None else cut(output.nats_T),
-        hit_T=None if output.hit_T is None else cut(output.hit_T),
+        loss_T=None if output.loss_T is None else cut(output.loss_T),
+        correct_T=None if output.correct_T is None else cut(output.correct_T),
         stats=[without(stats) for stats in output.stats],
     )

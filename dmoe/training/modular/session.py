@@ -12,7 +12,7 @@ from dmoe.modular import train_one
 from dmoe.training.engine import Engine
 from dmoe.training.modular.compositions import compositions
 from dmoe.training.modular.core import find_core, start_from
-from dmoe.training.modular.proof import Proof
+from dmoe.training.modular.proof import FrozenProof
 from dmoe.training.modular.stages import CORE, is_config_file
 from dmoe.training.tasks import Data
 
@@ -29,7 +29,7 @@ class Session:
         self.engine, core = engine, engine.config.modular.core
         if fresh and core is not None:
             start_from(engine, find_core(str(run / CORE) if is_config_file(core) else core, engine))
-        self.proof = Proof(engine)
+        self.proof = FrozenProof(engine)
         if self.proof.module is not None:
             optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # accelerate's has no hooks
             train_one(engine.model, self.proof.module, optimizer)

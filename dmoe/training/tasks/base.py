@@ -46,16 +46,16 @@ class Data(Protocol):
 class Score:
     """Sums over some targets."""
 
-    nats: float
+    loss_sum: float
     targets: float
     read_bytes: float
     """Of text that the targets stand for; 0 where they are no text."""
-    hits: float | None = None
+    correct: float | None = None
     """Targets the best guess was right on; None where nobody has counted, as in training."""
 
     @property
     def loss(self) -> float:
-        return self.nats / max(1.0, self.targets)
+        return self.loss_sum / max(1.0, self.targets)
 
 
 class Task(Protocol):
@@ -85,19 +85,19 @@ class Task(Protocol):
         """Samples first .. first + count - 1 of the global batch of `step`: a function of these and the seed."""
         ...
 
-    def rows(self, stream: Any, first: int, count: int) -> Samples:
+    def samples(self, stream: Any, first: int, count: int) -> Samples:
         """Samples as stored, for evaluation."""
         ...
 
-    def blank(self, count: int) -> Samples:
+    def dummy_batch(self, count: int) -> Samples:
         """So many samples that mean nothing, of the shapes and dtypes of real ones: padding, and the warm-up."""
         ...
 
-    def without(self, input: Tensor, stream: str) -> Tensor:
+    def mask_stream(self, input: Tensor, stream: str) -> Tensor:
         """The same samples with one of `streams` missing."""
         ...
 
-    def bytes_of(self, data: Any, target: Tensor) -> Tensor:
+    def bytes_per_target(self, data: Any, target: Tensor) -> Tensor:
         """[B, S]: bytes of text each target stands for; on the target's device."""
         ...
 

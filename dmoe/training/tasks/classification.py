@@ -35,17 +35,17 @@ class Classification:
     def training(self, stream: SampleStream, step: int, first: int, count: int, global_batch: int) -> Samples:
         return _samples(*stream.batch(step, first, count, global_batch))
 
-    def rows(self, stream: SampleStream, first: int, count: int) -> Samples:
+    def samples(self, stream: SampleStream, first: int, count: int) -> Samples:
         return _samples(*stream.rows(first, count))
 
-    def blank(self, count: int) -> Samples:
+    def dummy_batch(self, count: int) -> Samples:
         return Samples(
             torch.zeros(count, sum(self.widths.values())),
             torch.zeros(count, 1, dtype=torch.int64),
             torch.zeros(count, dtype=torch.int64),
         )
 
-    def without(self, input: Tensor, stream: str) -> Tensor:
+    def mask_stream(self, input: Tensor, stream: str) -> Tensor:
         """The same samples with a stream that is missing: NaN in its columns."""
         names = list(self.widths)
         first = sum(self.widths[name] for name in names[: names.index(stream)])
@@ -53,11 +53,11 @@ class Classification:
         changed[:, first : first + self.widths[stream]] = math.nan
         return changed
 
-    def bytes_of(self, data: Table, target: Tensor) -> Tensor:
+    def bytes_per_target(self, data: Table, target: Tensor) -> Tensor:
         return torch.zeros_like(target)
 
     def measures(self, score: Score) -> dict[str, float]:
-        return {} if score.hits is None else {"accuracy": score.hits / max(1.0, score.targets)}
+        return {} if score.correct is None else {"accuracy": score.correct / max(1.0, score.targets)}
 
     def sample(self, model: Model, data: Table) -> str | None:
         return None

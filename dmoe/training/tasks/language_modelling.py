@@ -36,21 +36,21 @@ class LanguageModelling:
     def training(self, stream: Stream, step: int, first: int, count: int, global_batch: int) -> Samples:
         return _shifted(stream.batch(step, first, count, global_batch), stream.labels(step, first, count, global_batch))
 
-    def rows(self, stream: Stream, first: int, count: int) -> Samples:
+    def samples(self, stream: Stream, first: int, count: int) -> Samples:
         return _shifted(stream.rows(first, count), stream.row_labels(first, count))
 
-    def blank(self, count: int) -> Samples:
+    def dummy_batch(self, count: int) -> Samples:
         token_BS = torch.zeros(count, self.targets, dtype=torch.int64)
         return Samples(token_BS, token_BS.clone(), torch.zeros(count, dtype=torch.int64))
 
-    def without(self, input: Tensor, stream: str) -> Tensor:
+    def mask_stream(self, input: Tensor, stream: str) -> Tensor:
         raise AssertionError("text has no streams")
 
-    def bytes_of(self, data: Data, target: Tensor) -> Tensor:
+    def bytes_per_target(self, data: Data, target: Tensor) -> Tensor:
         return torch.from_numpy(data.tokenizer.token_bytes).to(target.device)[target.clamp(min=0)]
 
     def measures(self, score: Score) -> dict[str, float]:
-        return {"bits_per_byte": bits_per_byte(score.nats, score.read_bytes)}
+        return {"bits_per_byte": bits_per_byte(score.loss_sum, score.read_bytes)}
 
     def sample(self, model: Model, data: Data) -> str | None:
         """Every rank generates the same text: under expert parallelism each layer needs all of them."""

@@ -20,7 +20,7 @@ from dmoe.config.schema import Config
 from dmoe.config.secrets import redact
 from dmoe.training.metrics_file import read_metrics
 from dmoe.training.run_dir import RunDir
-from dmoe.training.trackers.board import Board
+from dmoe.training.trackers.board import TensorBoardRun
 from dmoe.training.trackers.loads import LoadHistory
 from dmoe.training.trackers.names import scalars
 from dmoe.training.trackers.wandb_run import WandbRun
@@ -28,7 +28,7 @@ from dmoe.training.trackers.wandb_run import WandbRun
 __all__ = ["Trackers"]
 
 PICTURES = 10
-Tracker = Board | WandbRun
+Tracker = TensorBoardRun | WandbRun
 
 
 class Trackers:
@@ -100,7 +100,7 @@ class Trackers:
     def _open_one(self, name: str, first_step: int, past: list[dict[str, Any]]) -> Tracker | None:
         try:
             if name == "tensorboard":
-                return Board.open(self.run, first_step)
+                return TensorBoardRun.open(self.run, first_step)
             if self.config.tracking.wandb_mode != "disabled":
                 return WandbRun.open(self.config, self.run, past, self.say)
         except Exception as error:  # whatever a tracker does, training goes on

@@ -11,12 +11,12 @@ from dmoe.training.trackers.heatmap import colours
 from dmoe.training.trackers.loads import Extreme, LoadHistory
 from dmoe.training.trackers.names import layer_name
 
-__all__ = ["Board"]
+__all__ = ["TensorBoardRun"]
 
 
-class Board(TensorBoardTracker):  # type: ignore[misc]  # accelerate has no types
+class TensorBoardRun(TensorBoardTracker):  # type: ignore[misc]  # accelerate has no types
     @classmethod
-    def open(cls, run: RunDir, first_step: int) -> Board:
+    def open(cls, run: RunDir, first_step: int) -> TensorBoardRun:
         """A new event file, which says that steps after `first_step` in older files are void."""
         purge = first_step + 1 if any((run.logs / "tensorboard").glob("events.*")) else None
         board = cls(run_name="tensorboard", logging_dir=run.logs, purge_step=purge)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.routers.adaptive import adaptive_reference
-from dmoe.moe.routers.spare import spare_reference
+from dmoe.moe.routers.spare import next_experts_reference
 from tests.moe.drawing import drawn
 from tests.moe.routers.cases import Case, cases, identity_router, pairs
 
@@ -47,7 +47,7 @@ def test_equals_the_definition(case: Case, top_p: float, weights_from: str, reno
         assert got[t] == pytest.approx(expected, rel=1e-5)
         assert routing.weight_TK[t, len(chosen) :].tolist() == [0.0] * (case.top_k - len(chosen))
         biased = [s + b for s, b in zip(scores, case.bias_E.tolist(), strict=True)]
-        experts, weights = spare_reference(logits, scores, biased, chosen, range(case.num_experts), config, spares)
+        experts, weights = next_experts_reference(logits, scores, biased, chosen, range(case.num_experts), config, spares)
         assert routing.spare_TK[t].tolist() == experts
         assert routing.spare_weight_TK[t].tolist() == pytest.approx(weights, rel=1e-5)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoe.config.schema import RouterConfig
-from dmoe.moe.capacity import slots_per_expert
+from dmoe.moe.capacity import expert_capacity
 from dmoe.moe.routers.expert_choice import expert_choice_reference, taken_tokens
 from dmoe.moe.routers.soft import soft_reference
 from tests.moe.drawing import drawn
@@ -36,7 +36,7 @@ def test_experts_choose_their_best_tokens(case: Case, groups: int, capacity: int
     offered = None if capacity is None else min(capacity, per_group)
     config = RouterConfig(kind="expert_choice", allow_future_leak=True, scale=2.0)
     routing, got = pairs(identity_router(config, case), case, groups=groups, capacity=offered)
-    slots = slots_per_expert(1.0, per_group, case.top_k, case.num_experts, 1) if offered is None else offered
+    slots = expert_capacity(1.0, per_group, case.top_k, case.num_experts, 1) if offered is None else offered
     expected = expert_choice_reference(routing.score_TE.tolist(), case.valid, groups, slots)
     assert [(t, e) for t, row in enumerate(got) for e in sorted(row)] == expected
     for t, logits in enumerate(case.logit_TE.tolist()):

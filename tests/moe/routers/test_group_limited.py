@@ -14,7 +14,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.routers import build
 from dmoe.moe.routers.group_limited import eligible_reference
-from dmoe.moe.routers.spare import spare_reference
+from dmoe.moe.routers.spare import next_experts_reference
 from dmoe.moe.routing import TokenContext
 from tests.moe.drawing import drawn
 from tests.moe.routers.cases import Case, cases, identity_router, pairs
@@ -42,7 +42,7 @@ def test_equals_the_definition(case: Case, data: st.DataObject) -> None:
         expected = {e: 2.0 * scores[e] / total for e in chosen} if case.valid[t] else {}
         assert got[t] == pytest.approx(expected, rel=1e-5)
         spares = min(case.top_k, case.num_experts - case.top_k)
-        experts, weights = spare_reference(logits, scores, biased_TE[t], chosen, allowed, config, spares)
+        experts, weights = next_experts_reference(logits, scores, biased_TE[t], chosen, allowed, config, spares)
         assert routing.spare_TK[t].tolist() == experts
         assert routing.spare_weight_TK[t].tolist() == pytest.approx(weights, rel=1e-5)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.routers import build
 from dmoe.moe.routers.learned import top_k_reference
-from dmoe.moe.routers.spare import spare_reference
+from dmoe.moe.routers.spare import next_experts_reference
 from dmoe.moe.routing import TokenContext
 from tests.moe.drawing import drawn
 from tests.moe.routers.cases import Case, cases, identity_router, pairs
@@ -58,7 +58,7 @@ def test_spares_are_the_next_in_line(case: Case, config: RouterConfig) -> None:
             scores = [math.exp(logit) / sum(map(math.exp, logits)) for logit in logits]
         biased = [s + b for s, b in zip(scores, case.bias_E.tolist(), strict=True)]
         chosen = routing.expert_TK[t].tolist()
-        experts, weights = spare_reference(logits, scores, biased, chosen, range(case.num_experts), config, spares)
+        experts, weights = next_experts_reference(logits, scores, biased, chosen, range(case.num_experts), config, spares)
         assert routing.spare_TK[t].tolist() == experts
         assert routing.spare_weight_TK[t].tolist() == pytest.approx(weights, rel=1e-5)
 
