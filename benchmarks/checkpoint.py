@@ -34,9 +34,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from dmoe.distributed import topology
-from dmoe.distributed.checkpoint import Saved, AsyncSaver
-from dmoe.distributed.spawn import run_ranks
+from dmoe.checkpoint import AsyncSaver, Saved
+from dmoe.distributed import mesh as topology
+from dmoe.distributed.local_ranks import run_ranks
 
 MOMENTS = ("model", "optim.exp_avg", "optim.exp_avg_sq")
 TENSORS = 24  # a name each, as a model of a few layers has them
@@ -50,7 +50,10 @@ def state_of(parameters: int, world: int) -> dict[str, Tensor]:
     if world == 1:
         return local
     mesh = init_device_mesh("cpu", (world,))
-    return {name: DTensor.from_local(tensor, mesh, [Shard(0)], run_check=False) for name, tensor in local.items()}
+    return {
+        name: DTensor.from_local(tensor, mesh, [Shard(0)], run_check=False)
+        for name, tensor in local.items()
+    }
 
 
 def products(seconds: float, running: Callable[[], bool], size: int = 512) -> list[float]:
@@ -65,11 +68,21 @@ def products(seconds: float, running: Callable[[], bool], size: int = 512) -> li
 
 
 def measure(
-    rank: int, world: int, root: Path, parameters: int, rounds: int, asynchronous: bool, threads: int
+    rank: int,
+    world: int,
+    root: Path,
+    parameters: int,
+    rounds: int,
+    asynchronous: bool,
+    threads: int,
 ) -> dict[str, Any]:
     """One rank's figures: a save a round, into the same directory, keeping one."""
     torch.set_num_threads(threads)
-    group = topology.build_mesh(1, torch.device("cpu"), timeout=600.0).checkpoint_group if world > 1 else None
+    group = (
+        topology.build_mesh(1, torch.device("cpu"), timeout=600.0).checkpoint_group
+        if world > 1
+        else None
+    )
     state, saver = state_of(parameters, world), AsyncSaver(root, 1, group, asynchronous)
     alone = products(3.0, lambda: True)
     done: list[Saved] = []
@@ -89,7 +102,9 @@ def measure(
         "held": [saved.seconds_held for saved in rest],
         "total": [saved.seconds for saved in rest],
         "bytes": rest[0].bytes,
-        "slower": [statistics.mean(times) / statistics.mean(alone) for times in beside[1:] if times],
+        "slower": [
+            statistics.mean(times) / statistics.mean(alone) for times in beside[1:] if times
+        ],
         "stall": [max(times) * 1e3 for times in beside[1:] if times],
         "stall_alone": max(alone) * 1e3,
     }
@@ -102,7 +117,10 @@ def row_of(results: list[dict[str, Any]]) -> dict[str, Any]:
         for key in ("held", "total", "slower", "stall")
     }
     speed = [results[0]["bytes"] / seconds / 1e6 for seconds in worst["total"]]
-    singles = {key: max(result[key] for result in results) for key in ("first_held", "bytes", "stall_alone")}
+    singles = {
+        key: max(result[key] for result in results)
+        for key in ("first_held", "bytes", "stall_alone")
+    }
     return worst | singles | {"mb_per_second": speed}
 
 
@@ -113,7 +131,9 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 
 def show(rows: dict[str, dict[str, Any]]) -> None:
-    print(f"{'':24}{'held s':>20}{'first':>8}{'total s':>22}{'MB/s':>18}{'slower':>20}{'stall ms (alone)':>28}")
+    print(
+        f"{'':24}{'held s':>20}{'first':>8}{'total s':>22}{'MB/s':>18}{'slower':>20}{'stall ms (alone)':>28}"
+    )
     for name, row in rows.items():
         stall = f"{spread(row['stall'], 0)} ({row['stall_alone']:.0f})" if row["stall"] else "-"
         print(
@@ -123,27 +143,52 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--parameters", type=float, default=200e6, help="numbers of the model; the state has three times as many"
+        "--parameters",
+        type=float,
+        default=200e6,
+        help="numbers of the model; the state has three times as many",
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of torch, in each rank")
-    parser.add_argument("--folder", type=Path, default=None, help="where to write; default: the system's temporary folder")
-    parser.add_argument("--json", action="store_true", help="the numbers as JSON on stdout, nothing else there")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=None,
+        help="where to write; default: the system's temporary folder",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="the numbers as JSON on stdout, nothing else there"
+    )
     args = parser.parse_args()
     rows = {}
     for ranks in args.ranks:
         for mode in ("synchronous", "asynchronous"):
             with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-                arguments = (Path(folder), int(args.parameters), args.rounds, mode == "asynchronous", args.threads)
+                arguments = (
+                    Path(folder),
+                    int(args.parameters),
+                    args.rounds,
+                    mode == "asynchronous",
+                    args.threads,
+                )
                 rows[f"{mode}, {ranks} rank{'s' if ranks > 1 else ''}"] = row_of(
                     run_ranks(ranks, measure, *arguments, timeout=1800.0)
                 )
     if args.json:
         print(
-            json.dumps({"parameters": int(args.parameters), "threads": args.threads, "torch": torch.__version__, "rows": rows})
+            json.dumps(
+                {
+                    "parameters": int(args.parameters),
+                    "threads": args.threads,
+                    "torch": torch.__version__,
+                    "rows": rows,
+                }
+            )
         )
     else:
         show(rows)

@@ -31,7 +31,10 @@ from benchmarks.where import profile_layer
 from dmoe import MoE
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-TOLERANCE = {"bf16": 0.02, "fp32": 1e-5}  # bf16 rounds every product to 2^-9, and the two blocks weigh the sum in another order
+TOLERANCE = {
+    "bf16": 0.02,
+    "fp32": 1e-5,
+}  # bf16 rounds every product to 2^-9, and the two blocks weigh the sum in another order
 
 
 @dataclass(frozen=True)
@@ -68,24 +71,38 @@ def floor(shape: Shape, dtype: torch.dtype, device: str) -> Contender:
     return Contender(run)
 
 
-def ours(shape: Shape, dtype: torch.dtype, device: str, x: Tensor, grad: Tensor) -> tuple[Contender, MoE]:
+def ours(
+    shape: Shape, dtype: torch.dtype, device: str, x: Tensor, grad: Tensor
+) -> tuple[Contender, MoE]:
     layer = MoE(shape.dim, shape.hidden, shape.experts, shape.top_k).to(device, dtype)
     x = x.clone().requires_grad_()
 
     def run() -> None:
         clear(layer, x)
         output = layer(x)
-        torch.autograd.backward([output.y, *output.aux.values()], [grad, *map(torch.zeros_like, output.aux.values())])
+        torch.autograd.backward(
+            [output.y, *output.aux.values()], [grad, *map(torch.zeros_like, output.aux.values())]
+        )
 
     def results() -> dict[str, Tensor]:
         run()
-        w_in, w_out = (weight.grad.transpose(1, 2) for weight in (layer.experts.w_in, layer.experts.w_out))
-        return {"y": layer(x).y, "x": x.grad, "router": layer.router.weight.grad, "in": w_in, "out": w_out}
+        w_in, w_out = (
+            weight.grad.transpose(1, 2) for weight in (layer.experts.w_in, layer.experts.w_out)
+        )
+        return {
+            "y": layer(x).y,
+            "x": x.grad,
+            "router": layer.router.weight.grad,
+            "in": w_in,
+            "out": w_out,
+        }
 
     return Contender(run, results), layer
 
 
-def theirs(shape: Shape, layer: MoE, dtype: torch.dtype, device: str, x: Tensor, grad: Tensor) -> Contender:
+def theirs(
+    shape: Shape, layer: MoE, dtype: torch.dtype, device: str, x: Tensor, grad: Tensor
+) -> Contender:
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -97,7 +114,9 @@ def theirs(shape: Shape, layer: MoE, dtype: torch.dtype, device: str, x: Tensor,
         router_jitter_noise=0.0,
         experts_implementation="grouped_mm",
     )
-    assert config._experts_implementation == "grouped_mm", "this version of transformers would run another implementation"
+    assert config._experts_implementation == "grouped_mm", (
+        "this version of transformers would run another implementation"
+    )
     block = MixtralSparseMoeBlock(config).to(device, dtype)
     with torch.no_grad():
         block.gate.weight.copy_(layer.router.weight)
@@ -126,7 +145,10 @@ def clear(module: nn.Module, x: Tensor) -> None:
 def contenders(shape: Shape, dtype_name: str, device: str) -> dict[str, Contender]:
     dtype = DTYPES[dtype_name]
     generator = torch.Generator().manual_seed(0)
-    x, grad = (torch.randn(1, shape.tokens, shape.dim, generator=generator).to(device, dtype) for _ in range(2))
+    x, grad = (
+        torch.randn(1, shape.tokens, shape.dim, generator=generator).to(device, dtype)
+        for _ in range(2)
+    )
     mine, layer = ours(shape, dtype, device, x, grad)
     found = {"gemms": floor(shape, dtype, device), "dmoe": mine}
     try:
@@ -153,7 +175,9 @@ def difference(one: dict[str, Tensor], two: dict[str, Tensor], dtype_name: str) 
         )
         found[name] = float(error.median())
     if not all(error < TOLERANCE[dtype_name] for error in found.values()):
-        raise SystemExit(f"the two blocks do not compute the same thing: relative difference {found}")
+        raise SystemExit(
+            f"the two blocks do not compute the same thing: relative difference {found}"
+        )
     return found
 
 
@@ -202,28 +226,49 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def show(dtype_name: str, rows: list[dict[str, float | str]], times: dict[str, list[float]]) -> None:
+def show(
+    dtype_name: str, rows: list[dict[str, float | str]], times: dict[str, list[float]]
+) -> None:
     print(f"\n{dtype_name:14}{'median ms':>10}{'quartiles':>18}{'x gemms':>9}{'quartiles':>14}")
     for row in rows:
-        spread, ratio_spread = f"{row['ms_q1']:.1f} .. {row['ms_q3']:.1f}", f"{row['ratio_q1']:.2f} .. {row['ratio_q3']:.2f}"
+        spread, ratio_spread = (
+            f"{row['ms_q1']:.1f} .. {row['ms_q3']:.1f}",
+            f"{row['ratio_q1']:.2f} .. {row['ratio_q3']:.2f}",
+        )
         print(f"{row['name']:14}{row['ms']:10.1f}{spread:>18}{row['ratio']:9.2f}{ratio_spread:>14}")
     if "transformers" in times:
-        low, middle, high = quartiles([a / b for a, b in zip(times["dmoe"], times["transformers"], strict=True)])
+        low, middle, high = quartiles(
+            [a / b for a, b in zip(times["dmoe"], times["transformers"], strict=True)]
+        )
         print(f"dmoe / transformers, by round: {middle:.2f} ({low:.2f} .. {high:.2f})")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("tokens", 4096), ("dim", 512), ("hidden", 1024), ("experts", 16), ("top-k", 2)):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (
+        ("tokens", 4096),
+        ("dim", 512),
+        ("hidden", 1024),
+        ("experts", 16),
+        ("top-k", 2),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=[*DTYPES, "both"], default="both")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--json", action="store_true", help="the numbers as JSON on stdout, nothing else there")
+    parser.add_argument(
+        "--json", action="store_true", help="the numbers as JSON on stdout, nothing else there"
+    )
     parser.add_argument("--profile", action="store_true", help="where the layer's time goes")
     args = parser.parse_args()
     shape = Shape(args.tokens, args.dim, args.hidden, args.experts, args.top_k)
-    report: dict[str, object] = {"shape": vars(shape), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    report: dict[str, object] = {
+        "shape": vars(shape),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     for dtype_name in DTYPES if args.dtype == "both" else [args.dtype]:
         found = contenders(shape, dtype_name, args.device)
         comparable = [contender.results() for contender in found.values() if contender.results]

@@ -23,14 +23,14 @@ from pathlib import Path
 from dmoe.config.load import load
 from dmoe.config.schema import Config
 from dmoe.data import open_data
-from dmoe.distributed import world as worlds
-from dmoe.distributed.spawn import run_ranks
-from dmoe.moe.stage import profiled
-from dmoe.training import engine as engines
-from dmoe.training.batches import training_batches
-from dmoe.training.metrics_file import MetricsFile
-from dmoe.training.step import compute_gradients, update
-from dmoe.training.telemetry import Telemetry
+from dmoe.distributed import init as worlds
+from dmoe.distributed.local_ranks import run_ranks
+from dmoe.moe.profiling import profiled
+from dmoe.runs.metrics_log import MetricsFile
+from dmoe.train import engine as engines
+from dmoe.train.batches import training_batches
+from dmoe.train.step import compute_gradients, update
+from dmoe.train.telemetry import Telemetry
 
 WARM_UP = 3
 STAGES = 100_000
@@ -40,7 +40,9 @@ Seconds = tuple[float, float]
 """By the clock on the wall, and of the CPU."""
 
 
-def rounds_of(rank: int, world: int, config: Config, rounds: int, folder: str) -> list[tuple[Seconds, Seconds]]:
+def rounds_of(
+    rank: int, world: int, config: Config, rounds: int, folder: str
+) -> list[tuple[Seconds, Seconds]]:
     """What (plain, logged) steps took."""
     here = worlds.init_distributed(config.train.device)
     data = open_data(config.data, config.train.seed)
@@ -53,7 +55,9 @@ def rounds_of(rank: int, world: int, config: Config, rounds: int, folder: str) -
         measurement = telemetry.begin(logged, began)
         result = update(engine, compute_gradients(engine, batches, recorder=measurement), 1e-3)
         if logged:
-            values = telemetry.train_line(result, tokens=0, learning_rate=1e-3, seconds=1.0, steps=1)
+            values = telemetry.train_line(
+                result, tokens=0, learning_rate=1e-3, seconds=1.0, steps=1
+            )
             telemetry.alerts.judge(values)
             file.write("train", number, values)
         return time.monotonic() - began, time.process_time() - busy
@@ -61,7 +65,9 @@ def rounds_of(rank: int, world: int, config: Config, rounds: int, folder: str) -
     found = []
     for turn in range(-WARM_UP, rounds):
         order = (False, True) if turn % 2 else (True, False)
-        taken = {logged: step(2 * (turn + WARM_UP) + place, logged) for place, logged in enumerate(order)}
+        taken = {
+            logged: step(2 * (turn + WARM_UP) + place, logged) for place, logged in enumerate(order)
+        }
         if turn >= 0:
             found.append((taken[False], taken[True]))
     file.close()
@@ -78,31 +84,51 @@ def stage_cost() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--interval", type=int, default=10, help="train.log_every")
-    parser.add_argument("--json", action="store_true", help="the numbers as JSON on stdout, nothing else there")
+    parser.add_argument(
+        "--json", action="store_true", help="the numbers as JSON on stdout, nothing else there"
+    )
     parser.add_argument("overrides", nargs="*", help="e.g. moe.exchange=padded")
     args = parser.parse_args()
     config = load(None, args.overrides)
     with tempfile.TemporaryDirectory() as folder:
         pairs = run_ranks(args.ranks, rounds_of, config, args.rounds, folder, timeout=3600.0)[0]
-    found: dict[str, float] = {"ranks": args.ranks, "rounds": args.rounds, "stage_us": stage_cost() * 1e6}
+    found: dict[str, float] = {
+        "ranks": args.ranks,
+        "rounds": args.rounds,
+        "stage_us": stage_cost() * 1e6,
+    }
     for which, name in enumerate(("wall", "cpu")):
-        shares = [(logged[which] - plain[which]) / (args.interval * plain[which]) for plain, logged in pairs]
+        shares = [
+            (logged[which] - plain[which]) / (args.interval * plain[which])
+            for plain, logged in pairs
+        ]
         for kind, step in (("plain", 0), ("logged", 1)):
-            found[f"{name}_{kind}_ms"] = statistics.median(pair[step][which] for pair in pairs) * 1e3
-        found |= zip((f"{name}_cost_q1", f"{name}_cost", f"{name}_cost_q3"), statistics.quantiles(shares, n=4), strict=True)
+            found[f"{name}_{kind}_ms"] = (
+                statistics.median(pair[step][which] for pair in pairs) * 1e3
+            )
+        found |= zip(
+            (f"{name}_cost_q1", f"{name}_cost", f"{name}_cost_q3"),
+            statistics.quantiles(shares, n=4),
+            strict=True,
+        )
     if args.json:
         print(json.dumps(found))
         return
     print(f"{args.ranks} rank(s), {args.rounds} rounds, one step in {args.interval} logged")
     for name, words in (("wall", "by the clock"), ("cpu", "of the CPU")):
         plain, logged, low, middle, high = (
-            found[f"{name}_{key}"] for key in ("plain_ms", "logged_ms", "cost_q1", "cost", "cost_q3")
+            found[f"{name}_{key}"]
+            for key in ("plain_ms", "logged_ms", "cost_q1", "cost", "cost_q3")
         )
-        print(f"{words:13}plain {plain:.1f} ms, logged {logged:.1f} ms, cost {middle:.2%} (quartiles {low:.2%} .. {high:.2%})")
+        print(
+            f"{words:13}plain {plain:.1f} ms, logged {logged:.1f} ms, cost {middle:.2%} (quartiles {low:.2%} .. {high:.2%})"
+        )
     print(f"a stage's name without a profiler: {found['stage_us']:.2f} microseconds")
 
 

@@ -42,7 +42,11 @@ def part_of(event: object) -> str:
         name: str = node.name  # type: ignore[attr-defined]
         is_product = is_product or name in PRODUCTS
         for function, owner in OWNERS.items():
-            if name in (function, f"{function}Backward", f"autograd::engine::evaluate_function: {function}Backward"):
+            if name in (
+                function,
+                f"{function}Backward",
+                f"autograd::engine::evaluate_function: {function}Backward",
+            ):
                 if owner != "experts":
                     return owner
                 return "grouped GEMMs" if is_product else "activation"

@@ -1,5 +1,5 @@
 """Real gloo ranks for tests: the same processes `dmoe verify` uses."""
 
-from dmoe.distributed.spawn import RankError, run_ranks
+from dmoe.distributed.local_ranks import RankError, run_ranks
 
 __all__ = ["RankError", "run_ranks"]

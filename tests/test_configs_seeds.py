@@ -10,19 +10,19 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from dmoe.config.check import check
+from dmoe.config.expert_shapes import all_choices
 from dmoe.config.load import load
+from dmoe.config.rules import check
 from dmoe.config.schema import Config
-from dmoe.config.shapes import all_choices
 from dmoe.data import open_data
-from dmoe.distributed import world as worlds
+from dmoe.distributed import init as worlds
+from dmoe.explain import explain
 from dmoe.models.transformer import Transformer
-from dmoe.training import engine as engines
-from dmoe.training.batches import training_batches
-from dmoe.training.explanation import explain
-from dmoe.training.step import train_step
-from dmoe.training.totals import LayerTotals
-from dmoe.verification.shrink import prepare, shrink
+from dmoe.train import engine as engines
+from dmoe.train.batches import training_batches
+from dmoe.train.reduction import LayerTotals
+from dmoe.train.step import train_step
+from dmoe.verify.shrink import prepare, shrink
 from tests.ranks import run_ranks
 
 SEEDS = Path(__file__).parents[1] / "configs" / "seeds"
@@ -47,7 +47,9 @@ def three_steps(rank: int, world: int) -> Found:
     for name in NAMES:
         config = short(name)
         config = replace(config, parallel=replace(config.parallel, virtual_ranks=2 // world))
-        AcceleratorState._reset_state(reset_partial_state=True)  # one process builds many engines; accelerate expects one
+        AcceleratorState._reset_state(
+            reset_partial_state=True
+        )  # one process builds many engines; accelerate expects one
         engine = engines.build(config, worlds.init_distributed("cpu"), 256)
         data, found[name] = open_data(config.data, config.train.seed), []
         for step in range(3):
@@ -79,7 +81,9 @@ def test_says_what_it_shows(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_trains_alike_on_one_process_and_two_ranks(name: str, trained: tuple[Found, list[Found]]) -> None:
+def test_trains_alike_on_one_process_and_two_ranks(
+    name: str, trained: tuple[Found, list[Found]]
+) -> None:
     """The loss, and each balance loss: `usage_std`, of which every rank has its half, among them."""
     alone, ranks = trained[0][name], [found[name] for found in trained[1]]
     for rank in ranks:
@@ -99,16 +103,29 @@ def test_what_is_compared_is_comparable() -> None:
     sizes = {}
     for name in COMPARED:
         config = load(SEEDS / f"{name}.yaml")
-        assert (config.data, config.train, config.optim) == (static.data, static.train, static.optim), name
+        assert (config.data, config.train, config.optim) == (
+            static.data,
+            static.train,
+            static.optim,
+        ), name
         assert replace(config.model, moe_every=0, dense_dim=256) == static.model, name
         with torch.device("meta"):
             sizes[name] = Transformer(config.model, config.moe, 256).num_parameters()
-    routers = {name: 2 * 96 * experts for name, experts in (("top_k", 8), ("deepseek_moe", 30), ("budget", 5))}
+    routers = {
+        name: 2 * 96 * experts
+        for name, experts in (("top_k", 8), ("deepseek_moe", 30), ("budget", 5))
+    }
     for name, router in routers.items():
         assert sizes[name].active - router == sizes["static"].active, name
-    assert sizes["deepseek_moe"].total - routers["deepseek_moe"] == sizes["top_k"].total - routers["top_k"]
+    assert (
+        sizes["deepseek_moe"].total - routers["deepseek_moe"]
+        == sizes["top_k"].total - routers["top_k"]
+    )
     free = load(SEEDS / "zero_cost.yaml").moe
-    assert free.top_k * free.num_experts / all_choices(free) * free.expert_dim == static.model.dense_dim
+    assert (
+        free.top_k * free.num_experts / all_choices(free) * free.expert_dim
+        == static.model.dense_dim
+    )
 
 
 def test_explain_tells_cost_and_placement() -> None:
@@ -119,5 +136,7 @@ def test_explain_tells_cost_and_placement() -> None:
     assert "Cost of a row" in words
     assert "3 (288)" in words
     assert "budget of 0.5" in " ".join(sections["routing"].words)
-    words = " ".join(next(s for s in explain(load(SEEDS / "zero_cost.yaml"), 2) if s.key == "experts").words)
+    words = " ".join(
+        next(s for s in explain(load(SEEDS / "zero_cost.yaml"), 2) if s.key == "experts").words
+    )
     assert "8 zero, 9 copy, 10 constant, 11 constant" in words

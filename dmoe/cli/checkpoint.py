@@ -1,4 +1,7 @@
-"""`dmoe checkpoint inspect|verify|upcycle`"""
+"""`dmoe checkpoint inspect|verify|upcycle`
+
+`dmoe checkpoint upcycle`
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,67 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dmoe.cli.upcycle import upcycle
+from dmoe.cli.common import ARGUMENTS_HELP, load_arguments
+
+if TYPE_CHECKING:
+    from dmoe.train.upcycle import Upcycled
+
+
+def upcycle(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="The run of a dense model (model.moe_every=0).")
+    ],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG] [K=V ...]", help=ARGUMENTS_HELP)
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(help="The checkpoint of this step. Default: the newest whole one.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON on stdout.")] = False,
+) -> None:
+    """Begin a mixture of experts with the weights of a dense run: every expert is a copy of its feed-forward.
+
+    CONFIG is that of the mixture. Its train.run_dir is made, with a checkpoint of step 0 that says what the dense model says; dmoe
+    train with the same CONFIG and train.run_dir goes on from there, on any number of ranks.
+
+    Example: dmoe checkpoint upcycle runs/dense configs/seeds/upcycle.yaml train.run_dir=runs/sparse
+    """
+    config, given = load_arguments(arguments or [])
+
+    from dmoe.runs.directory import find_run
+    from dmoe.train.upcycle import upcycle as make
+
+    made = make(find_run(run), config, given, step)
+    print(json.dumps(asdict(made), indent=2) if as_json else told(made))
+
+
+def told(made: Upcycled) -> str:
+    from dmoe.explain.section import many
+
+    return (
+        f"{len(made.layers)} feed-forwards of {made.source}, step {made.step}, copied to {made.experts} experts each: "
+        f"{many(made.dense_parameters)} parameters are now {many(made.parameters)}\n"
+        f"held-out logits differ by at most {made.difference:.1e}\n"
+        f"go on with the same CONFIG and train.run_dir={made.path}"
+    )
+
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dmoe.training.inspection import Contents, Found, VerifiedCheckpoint
+    from dmoe.train.checkpoint_info import Contents, Found, VerifiedCheckpoint
 
-__all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="Say what a checkpoint holds, prove that it is whole, go on from it.")
+app = typer.Typer(
+    no_args_is_help=True, help="Say what a checkpoint holds, prove that it is whole, go on from it."
+)
 
 Place = Annotated[
-    str, typer.Argument(metavar="RUN_OR_DIR", help="A run, e.g. runs/latest, its checkpoints/ directory, or one checkpoint.")
+    str,
+    typer.Argument(
+        metavar="RUN_OR_DIR",
+        help="A run, e.g. runs/latest, its checkpoints/ directory, or one checkpoint.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="The same as JSON on stdout.")]
 MOST_ROWS = 16
@@ -35,10 +86,10 @@ def inspect(place: Place, as_json: AsJson = False) -> None:
 
     Example: dmoe checkpoint inspect runs/latest
     """
-    from dmoe.training import inspection
+    from dmoe.train import checkpoint_info
 
-    found = inspection.find(place)
-    contents = inspection.inspect(inspection.newest(found))
+    found = checkpoint_info.find(place)
+    contents = checkpoint_info.inspect(checkpoint_info.newest(found))
     if as_json:
         print_json({"checkpoint": asdict(contents), **_listed(found)})
     else:
@@ -52,13 +103,21 @@ def verify(place: Place, as_json: AsJson = False) -> None:
 
     Example: dmoe checkpoint verify runs/latest
     """
-    from dmoe.training import inspection
+    from dmoe.train import checkpoint_info
 
-    found = inspection.find(place)
-    proofs = [proof for path in found.checkpoints if (proof := inspection.verify(path)) is not None]
+    found = checkpoint_info.find(place)
+    proofs = [
+        proof for path in found.checkpoints if (proof := checkpoint_info.verify(path)) is not None
+    ]
     ok = all(proof.problem is None for proof in proofs)
     if as_json:
-        print_json({"ok": ok, "checkpoints": [asdict(proof) for proof in proofs], "partial": [*map(str, found.partial)]})
+        print_json(
+            {
+                "ok": ok,
+                "checkpoints": [asdict(proof) for proof in proofs],
+                "partial": [*map(str, found.partial)],
+            }
+        )
     else:
         _print_proofs(_console(), proofs, found)
     sys.exit(0 if ok else 3)
@@ -72,7 +131,10 @@ def print_json(content: dict[str, Any]) -> None:
 
 
 def _listed(found: Found) -> dict[str, list[str]]:
-    return {"checkpoints": [str(path) for path in found.checkpoints], "partial": [str(path) for path in found.partial]}
+    return {
+        "checkpoints": [str(path) for path in found.checkpoints],
+        "partial": [str(path) for path in found.partial],
+    }
 
 
 def _console() -> Console:
@@ -84,15 +146,22 @@ def _console() -> Console:
 def _print_proofs(console: Console, proofs: list[VerifiedCheckpoint], found: Found) -> None:
     from rich.table import Table
 
-    from dmoe.training.explanation.section import size_of
+    from dmoe.explain.section import size_of
 
     table = Table(title=f"every byte of {found.root}", title_justify="left")
     for column in ("step", "files", "bytes", ""):
         table.add_column(column, justify="left" if not column else "right")
     for proof in proofs:
         damaged = proof.problem is not None
-        known = ("", "") if damaged and not proof.files else (str(proof.files), size_of(proof.bytes))
-        table.add_row(str(proof.step), *known, "DAMAGED" if damaged else "whole", style="bold red" if damaged else None)
+        known = (
+            ("", "") if damaged and not proof.files else (str(proof.files), size_of(proof.bytes))
+        )
+        table.add_row(
+            str(proof.step),
+            *known,
+            "DAMAGED" if damaged else "whole",
+            style="bold red" if damaged else None,
+        )
     console.print(table)
     _print_partial(console, found)
     for proof in proofs:
@@ -100,13 +169,17 @@ def _print_proofs(console: Console, proofs: list[VerifiedCheckpoint], found: Fou
             console.print(f"step {proof.step}: {proof.problem}", soft_wrap=True)
     seconds = sum(proof.seconds for proof in proofs)
     bad = sum(proof.problem is not None for proof in proofs)
-    console.print(f"{bad} of {len(proofs)} not whole" if bad else f"{len(proofs)} of {len(proofs)} whole ({seconds:.1f} s)")
+    console.print(
+        f"{bad} of {len(proofs)} not whole"
+        if bad
+        else f"{len(proofs)} of {len(proofs)} whole ({seconds:.1f} s)"
+    )
 
 
 def _print_contents(console: Console, contents: Contents, found: Found) -> None:
     from rich.table import Table
 
-    from dmoe.training.explanation.section import ranges, size_of
+    from dmoe.explain.section import ranges, size_of
 
     table = Table(title=contents.path, title_justify="left", show_header=False)
     table.add_column()
@@ -116,15 +189,23 @@ def _print_contents(console: Console, contents: Contents, found: Found) -> None:
     console.print(table)
     files = Table(title="files", title_justify="left")
     for column in ("file", "bytes", "tensors", "experts"):
-        files.add_column(column, justify="right" if column in ("bytes", "tensors") else "left", overflow="fold")
+        files.add_column(
+            column, justify="right" if column in ("bytes", "tensors") else "left", overflow="fold"
+        )
     for shard in _some(contents.files):
-        files.add_row(shard.name, size_of(shard.size), str(len(shard.pieces)), ranges(shard.experts) or "none")
+        files.add_row(
+            shard.name, size_of(shard.size), str(len(shard.pieces)), ranges(shard.experts) or "none"
+        )
     console.print(files)
     if len(contents.files) > MOST_ROWS:
-        console.print(f"and {len(contents.files) - MOST_ROWS} more (--json names them all, and every tensor in each)")
+        console.print(
+            f"and {len(contents.files) - MOST_ROWS} more (--json names them all, and every tensor in each)"
+        )
     _print_partial(console, found)
     if len(found.checkpoints) > 1:
-        console.print(f"checkpoints: {', '.join(path.name for path in found.checkpoints)}", soft_wrap=True)
+        console.print(
+            f"checkpoints: {', '.join(path.name for path in found.checkpoints)}", soft_wrap=True
+        )
     console.print(
         "whole, by names and sizes; `dmoe checkpoint verify` hashes every byte"
         if contents.problem is None
@@ -135,12 +216,15 @@ def _print_contents(console: Console, contents: Contents, found: Found) -> None:
 
 def _print_partial(console: Console, found: Found) -> None:
     for path in found.partial:
-        console.print(f"{path.name} is partial: a save that runs, or was cut short; nothing reads it", soft_wrap=True)
+        console.print(
+            f"{path.name} is partial: a save that runs, or was cut short; nothing reads it",
+            soft_wrap=True,
+        )
 
 
 def _facts(contents: Contents) -> list[tuple[str, str]]:
     """Rows of the table; what the checkpoint does not say is `not said`."""
-    from dmoe.training.explanation.section import many, ranges, size_of
+    from dmoe.explain.section import many, ranges, size_of
 
     def bytes_of(parts: dict[str, int]) -> str:
         return ", ".join(f"{name} {size_of(size)}" for name, size in parts.items())
@@ -148,7 +232,11 @@ def _facts(contents: Contents) -> list[tuple[str, str]]:
     def said(parts: dict[str, Any]) -> str:
         return ", ".join(f"{name} {value}" for name, value in parts.items()) or "not said"
 
-    layers = f"{len(contents.layers)} x {ranges(sorted(set(contents.layers.values())))} experts" if contents.layers else "none"
+    layers = (
+        f"{len(contents.layers)} x {ranges(sorted(set(contents.layers.values())))} experts"
+        if contents.layers
+        else "none"
+    )
     rows = [
         ("step", str(contents.step)),
         ("tokens", "not said" if contents.tokens is None else f"{contents.tokens:,}"),
@@ -163,7 +251,12 @@ def _facts(contents: Contents) -> list[tuple[str, str]]:
         ("MoE layers", layers),
     ]
     for owner in _some(contents.owners):
-        rows.append((f"EP rank {owner['ep_rank']}", f"experts {ranges(owner['experts'])}; rank {ranges(owner['ranks'])}"))
+        rows.append(
+            (
+                f"EP rank {owner['ep_rank']}",
+                f"experts {ranges(owner['experts'])}; rank {ranges(owner['ranks'])}",
+            )
+        )
     return rows
 
 

@@ -13,19 +13,24 @@ import typer
 from dmoe.config.errors import ConfigError
 from dmoe.report.comparison import comparison_json, comparison_lines, unfinished
 from dmoe.report.figures import finished
+from dmoe.report.format import one_line
 from dmoe.report.results import result_lines
 from dmoe.report.run import Run, load_runs
-from dmoe.report.text_table import one_line
-
-__all__ = ["command"]
 
 NARROWEST, WIDEST = 80, 120
 
 
 def command(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN ...]", help="Run directories, e.g. runs/latest.")],
-    full: Annotated[bool, typer.Option("--full", help="Each run by itself, as it was told at its end.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The table as JSON on stdout, with every digit.")] = False,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN [RUN ...]", help="Run directories, e.g. runs/latest."),
+    ],
+    full: Annotated[
+        bool, typer.Option("--full", help="Each run by itself, as it was told at its end.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The table as JSON on stdout, with every digit.")
+    ] = False,
 ) -> None:
     """One line a run: held-out measure, parameters, FLOPs, tokens, time, drops, balance, ranks; and what makes them no fair comparison.
 
@@ -34,7 +39,12 @@ def command(
     Example: dmoe compare runs/latest runs/dense
     """
     if full and as_json:
-        raise ConfigError("--json", True, "has no tables by domain and layer: it does not go with --full", "leave one out")
+        raise ConfigError(
+            "--json",
+            True,
+            "has no tables by domain and layer: it does not go with --full",
+            "leave one out",
+        )
     loaded = load_runs(runs)
     if as_json:
         print(json.dumps(comparison_json(loaded), indent=2))
@@ -47,7 +57,12 @@ def full_lines(runs: Sequence[Run]) -> list[str]:
     lines: list[str] = []
     for run in runs:
         title = [f"{one_line(run.name)}:"] if len(runs) > 1 else []
-        lines += [*[""] * bool(lines), *title, *result_lines(run.metrics), *([] if finished(run) else ["", unfinished(run)])]
+        lines += [
+            *[""] * bool(lines),
+            *title,
+            *result_lines(run.metrics),
+            *([] if finished(run) else ["", unfinished(run)]),
+        ]
     return lines
 
 

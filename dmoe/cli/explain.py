@@ -11,27 +11,34 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dmoe.cli.arguments import ARGUMENTS_HELP, load_arguments
-from dmoe.config.check import check
+from dmoe.cli.common import ARGUMENTS_HELP, load_arguments
 from dmoe.config.fields import list_fields
+from dmoe.config.rules import check
 from dmoe.config.schema import Config
 
 if TYPE_CHECKING:
-    from dmoe.training.explanation import Section
+    from dmoe.explain import Section
 
-__all__ = ["command"]
 
 WIDEST = 100
 
 
 def command(
-    arguments: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [K=V ...]", help=ARGUMENTS_HELP)] = None,
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG] [K=V ...]", help=ARGUMENTS_HELP)
+    ] = None,
     world: Annotated[
         int | None,
-        typer.Option(help="Explain the run on this many ranks. Default: parallel.ep, or 1 where that is auto.", min=1),
+        typer.Option(
+            help="Explain the run on this many ranks. Default: parallel.ep, or 1 where that is auto.",
+            min=1,
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same as JSON on stdout.")] = False,
-    fields: Annotated[bool, typer.Option("--fields", help="List every config field with type, default and meaning.")] = False,
+    fields: Annotated[
+        bool,
+        typer.Option("--fields", help="List every config field with type, default and meaning."),
+    ] = False,
 ) -> None:
     """Say in words and numbers what a config means: who owns which expert, capacity, bytes, parameters, schedule.
 
@@ -40,17 +47,24 @@ def command(
     Example: dmoe explain configs/quickstart.yaml --world 2 moe.capacity.factor=1.25
     """
     if fields:
-        print(json.dumps([asdict(item) for item in list_fields()], indent=2) if as_json else fields_as_text())
+        print(
+            json.dumps([asdict(item) for item in list_fields()], indent=2)
+            if as_json
+            else fields_as_text()
+        )
         return
     config, _ = load_arguments(arguments or [])
     ranks, why = world_of(config, world)
     check(config, ranks)
 
-    from dmoe.training.explanation import explain
+    from dmoe.explain import explain
 
     sections = explain(config, ranks)
     if as_json:
-        content = {section.key: {"words": section.words, "numbers": section.numbers} for section in sections}
+        content = {
+            section.key: {"words": section.words, "numbers": section.numbers}
+            for section in sections
+        }
         print(json.dumps({"world": ranks, "world_from": why, **content}, indent=2))
     else:
         print(as_text(ranks, why, sections))
@@ -92,4 +106,10 @@ def fields_as_text() -> str:
 def _wrap(text: str, indent: str, first: str | None = None) -> str:
     width = min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns)
     start = indent if first is None else first
-    return textwrap.fill(text, max(40, width), initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False)
+    return textwrap.fill(
+        text,
+        max(40, width),
+        initial_indent=start,
+        subsequent_indent=" " * len(start),
+        break_on_hyphens=False,
+    )

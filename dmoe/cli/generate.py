@@ -8,20 +8,27 @@ from typing import Annotated
 import typer
 
 from dmoe.config.errors import ConfigError
-from dmoe.training.run_dir import find_run
-
-__all__ = ["command"]
+from dmoe.runs.directory import find_run
 
 
 def command(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/latest.")],
     prompt: Annotated[str, typer.Option(help="Text to continue; may be empty.")],
-    tokens: Annotated[int, typer.Option(help="At most so many new tokens; a document's end comes first.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token, 1 samples as the model says.")] = 0.8,
+    tokens: Annotated[
+        int, typer.Option(help="At most so many new tokens; a document's end comes first.")
+    ] = 200,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token, 1 samples as the model says.")
+    ] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from the fewest tokens that reach this probability.")] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Sample from the fewest tokens that reach this probability."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
-    step: Annotated[int | None, typer.Option(help="The checkpoint of this step. Default: the newest whole one.")] = None,
+    step: Annotated[
+        int | None, typer.Option(help="The checkpoint of this step. Default: the newest whole one.")
+    ] = None,
 ) -> None:
     """Continue a text with a trained model: one process, all experts, however many ranks trained it.
 
@@ -34,11 +41,16 @@ def command(
     from dmoe.data import open_tokenizer
     from dmoe.models.generate import generate
     from dmoe.models.transformer import Transformer
-    from dmoe.training.restore import restore
+    from dmoe.train.restore import restore
 
     found = restore(directory, step)
     if found.config.train.task != "language_modelling":
-        raise ConfigError("RUN", directory.path, "must be the run of a language model to write text", "name another")
+        raise ConfigError(
+            "RUN",
+            directory.path,
+            "must be the run of a language model to write text",
+            "name another",
+        )
     assert isinstance(found.model, Transformer)
     tokenizer = open_tokenizer(found.config.data)
     ids = tokenizer.encode(prompt.encode("utf-8", "surrogateescape")).tolist()
@@ -57,18 +69,37 @@ def command(
     print(tokenizer.decode([*ids, *new]))
 
 
-def _check(tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int, step: int | None) -> None:
+def _check(
+    tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    step: int | None,
+) -> None:
     if tokens < 1:
         raise ConfigError("--tokens", tokens, "must be 1 or more", "use 200")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ConfigError(
-            "--temperature", temperature, "must be a finite number, 0 or more", "use 0.8, or 0 for the likeliest text"
+            "--temperature",
+            temperature,
+            "must be a finite number, 0 or more",
+            "use 0.8, or 0 for the likeliest text",
         )
     if top_k is not None and top_k < 1:
-        raise ConfigError("--top-k", top_k, "must be 1 or more", "leave it out to sample from all tokens")
+        raise ConfigError(
+            "--top-k", top_k, "must be 1 or more", "leave it out to sample from all tokens"
+        )
     if top_p is not None and not 0 < top_p <= 1:
-        raise ConfigError("--top-p", top_p, "must be greater than 0 and at most 1", "leave it out to sample from all tokens")
+        raise ConfigError(
+            "--top-p",
+            top_p,
+            "must be greater than 0 and at most 1",
+            "leave it out to sample from all tokens",
+        )
     if seed < 0:
         raise ConfigError("--seed", seed, "must not be negative", "use 0")
     if step is not None and step < 0:
-        raise ConfigError("--step", step, "must not be negative", "leave it out for the newest checkpoint")
+        raise ConfigError(
+            "--step", step, "must not be negative", "leave it out for the newest checkpoint"
+        )

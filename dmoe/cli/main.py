@@ -15,11 +15,9 @@ import typer
 
 from dmoe import __version__
 from dmoe.cli import checkpoint, compare, explain, generate, modules, report, train, verify, watch
-from dmoe.cli.output import OutputError, guard_output
+from dmoe.cli.common import OutputError, guard_output
 from dmoe.config.errors import DmoeError
 from dmoe.config.secrets import redact
-
-__all__ = ["app", "run"]
 
 EXIT_CODES = "0 done, 2 bad config, 3 checkpoint, 4 numbers, 5 no progress, 1 anything else; 128 + n when stopped by signal n"
 
@@ -47,7 +45,10 @@ def show_version(asked: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=show_version, help="Print the version and leave.")
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=show_version, help="Print the version and leave."
+        ),
     ] = False,
 ) -> None:
     """Distributed mixture-of-experts training: the same run on one process, N gloo ranks or N GPUs."""
@@ -95,14 +96,23 @@ def dispatch_command() -> int:
             raise
         return left.code or 0
     except Exception as error:
-        if not hasattr(error, "format_message"):  # click's usage errors have it; typer carries a click of its own
+        if not hasattr(
+            error, "format_message"
+        ):  # click's usage errors have it; typer carries a click of its own
             raise
         context = getattr(error, "ctx", None)
-        if type(error).__name__ == "NoArgsIsHelpError":  # click's message is the help; typer has printed it, and leaves none
+        if (
+            type(error).__name__ == "NoArgsIsHelpError"
+        ):  # click's message is the help; typer has printed it, and leaves none
             print(error.format_message(), end="")
             return 2
-        return print_error(f"{error.format_message().rstrip('.')}; see {context.command_path if context else 'dmoe'} --help", 2)
-    return code if isinstance(code, int) else 0  # 130 after Ctrl-C, which typer turns into a return value
+        return print_error(
+            f"{error.format_message().rstrip('.')}; see {context.command_path if context else 'dmoe'} --help",
+            2,
+        )
+    return (
+        code if isinstance(code, int) else 0
+    )  # 130 after Ctrl-C, which typer turns into a return value
 
 
 def print_error(message: str, code: int, every_rank: bool = False) -> int:

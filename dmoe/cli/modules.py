@@ -13,12 +13,14 @@ import typer
 from dmoe.config.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dmoe.training.modular.commands import Place
-    from dmoe.training.run_dir import RunDir
+    from dmoe.runs.directory import RunDir
+    from dmoe.train.modular.commands import Place
 
-__all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, help="Say what modules a run has, take them out, put others in, merge them.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Say what modules a run has, take them out, put others in, merge them.",
+)
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/latest.")]
 NewRun = Annotated[str, typer.Option("--to", help="A new run directory.")]
@@ -26,7 +28,12 @@ NewRun = Annotated[str, typer.Option("--to", help="A new run directory.")]
 
 @app.command(name="list")
 def show(
-    source: Annotated[str, typer.Argument(metavar="RUN_OR_FILE", help="A run, e.g. runs/latest, or a file of modules.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_FILE", help="A run, e.g. runs/latest, or a file of modules."
+        ),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="The same as JSON on stdout.")] = False,
 ) -> None:
     """Say where the modules stand, what they are, who chooses among them, and how large they are.
@@ -35,7 +42,7 @@ def show(
     """
     path = Path(source) if Path(source).is_file() else _run(source).path
 
-    from dmoe.training.modular.commands import places
+    from dmoe.train.modular.commands import places
 
     found = places(path)
     if as_json:
@@ -48,7 +55,9 @@ def show(
 def export(
     run: Run,
     to: Annotated[str | None, typer.Option(help="A .safetensors file for all modules.")] = None,
-    peft: Annotated[str | None, typer.Option(help="A folder for one low-rank module, in the format of peft.")] = None,
+    peft: Annotated[
+        str | None, typer.Option(help="A folder for one low-rank module, in the format of peft.")
+    ] = None,
     module: Annotated[int, typer.Option(help="Which module goes into --peft.")] = 0,
 ) -> None:
     """Write modules without the network: all of them into a file with the hash of their core, or one for peft.
@@ -56,10 +65,12 @@ def export(
     Example: dmoe modules export runs/latest --to modules.safetensors
     """
     if (to is None) == (peft is None):
-        raise ConfigError("--to", to, "one of --to FILE and --peft DIR says where to", "give one of them")
+        raise ConfigError(
+            "--to", to, "one of --to FILE and --peft DIR says where to", "give one of them"
+        )
     directory = _run(run)
 
-    from dmoe.training.modular import commands
+    from dmoe.train.modular import commands
 
     if to is not None:
         core = commands.export_modules(directory, Path(to))
@@ -73,7 +84,9 @@ def export(
 @app.command()
 def add(
     run: Run,
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files of modules of the same core.")],
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="Files of modules of the same core.")
+    ],
     to: NewRun,
 ) -> None:
     """Put saved modules behind those of a run, into a new run directory, from which modular.core=DIR goes on.
@@ -85,7 +98,7 @@ def add(
     """
     directory = _run(run)
 
-    from dmoe.training.modular.commands import add_modules
+    from dmoe.train.modular.commands import add_modules
 
     count = add_modules(directory, [Path(file) for file in files], Path(to))
     print(f"{to}: {count} modules; train with modular.core={to} modular.modules={count}")
@@ -106,14 +119,14 @@ def merge_command(
     numbers = _numbers(weights)
     directory = _run(run)
 
-    from dmoe.training.modular.commands import merge_modules
+    from dmoe.train.modular.commands import merge_modules
 
     merge_modules(directory, numbers, Path(to))
     print(f"{to}: the plain network; dmoe generate {to}, or modular.core={to}")
 
 
 def _run(path: str) -> RunDir:
-    from dmoe.training.run_dir import find_run
+    from dmoe.runs.directory import find_run
 
     return find_run(path)
 
@@ -124,7 +137,9 @@ def _numbers(text: str) -> list[float]:
     except ValueError:
         numbers = [math.nan]
     if not all(map(math.isfinite, numbers)):
-        raise ConfigError("--weights", text, "must be numbers with commas between them", "e.g. 0.5,0.5")
+        raise ConfigError(
+            "--weights", text, "must be numbers with commas between them", "e.g. 0.5,0.5"
+        )
     return numbers
 
 
@@ -134,9 +149,22 @@ def _print(source: str, found: list[Place]) -> None:
 
     table = Table(title=source, title_justify="left")
     for column in ("place", "bank", "router", "aggregation", "modules", "parameters"):
-        table.add_column(column, justify="right" if column in ("modules", "parameters") else "left", overflow="fold")
+        table.add_column(
+            column,
+            justify="right" if column in ("modules", "parameters") else "left",
+            overflow="fold",
+        )
     for place in found:
-        table.add_row(place.place, place.bank, place.router, place.aggregation, str(place.modules), f"{place.parameters:,}")
+        table.add_row(
+            place.place,
+            place.bank,
+            place.router,
+            place.aggregation,
+            str(place.modules),
+            f"{place.parameters:,}",
+        )
     console = Console(highlight=False, markup=False)
     console.print(table)
-    console.print(f"{sum(place.parameters for place in found):,} parameters in modules at {len(found)} places")
+    console.print(
+        f"{sum(place.parameters for place in found):,} parameters in modules at {len(found)} places"
+    )

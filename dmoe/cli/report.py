@@ -10,16 +10,20 @@ import typer
 from dmoe.config.errors import ConfigError
 from dmoe.report import write_report
 
-__all__ = ["command"]
-
 NAME = "report.html"
 
 
 def command(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN ...]", help="Run directories, e.g. runs/latest.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN [RUN ...]", help="Run directories, e.g. runs/latest."),
+    ],
     output: Annotated[
         Path | None,
-        typer.Option(help="The file to write. Default: report.html in RUN; for several runs, here.", dir_okay=False),
+        typer.Option(
+            help="The file to write. Default: report.html in RUN; for several runs, here.",
+            dir_okay=False,
+        ),
     ] = None,
 ) -> None:
     """Write what a run did as one HTML file that needs no network; several runs are drawn over each other.
@@ -33,5 +37,7 @@ def command(
     try:
         write_report(runs, target)
     except OSError as error:
-        raise ConfigError("--output", target, f"cannot be written ({error.strerror})", "give another file") from None
+        raise ConfigError(
+            "--output", target, f"cannot be written ({error.strerror})", "give another file"
+        ) from None
     print(f"report: {target}")

@@ -8,26 +8,33 @@ from typing import Annotated
 
 import typer
 
-from dmoe.cli.arguments import ARGUMENTS_HELP, load_arguments
-from dmoe.config.check import check, check_memory
-from dmoe.config.environment import has_accelerator, launched, main_memory
+from dmoe.cli.common import ARGUMENTS_HELP, load_arguments
 from dmoe.config.errors import ConfigError
+from dmoe.config.launch_env import has_accelerator, launched, main_memory
+from dmoe.config.rules import check, check_memory
 from dmoe.config.schema import Config
-from dmoe.distributed.orphans import exit_with_launcher
-
-__all__ = ["command"]
+from dmoe.distributed.launcher import exit_with_launcher
 
 
 def command(
-    arguments: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [K=V ...]", help=ARGUMENTS_HELP)] = None,
-    ranks: Annotated[int | None, typer.Option(help="Start this many local processes.", min=1)] = None,
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG] [K=V ...]", help=ARGUMENTS_HELP)
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="Start this many local processes.", min=1)
+    ] = None,
     preflight: Annotated[
-        bool, typer.Option("--preflight", help="First prove on 2 ranks that EP is sound on this config.")
+        bool,
+        typer.Option("--preflight", help="First prove on 2 ranks that EP is sound on this config."),
     ] = False,
     port: Annotated[
-        int | None, typer.Option(help="Port of the local rendezvous. Default: a free one.", min=1, max=65535)
+        int | None,
+        typer.Option(help="Port of the local rendezvous. Default: a free one.", min=1, max=65535),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Say only notes, alerts, and at the end where the run is.")] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", help="Say only notes, alerts, and at the end where the run is."),
+    ] = False,
 ) -> None:
     """Train a mixture-of-experts language model.
 
@@ -37,38 +44,55 @@ def command(
     Example: dmoe train configs/quickstart.yaml moe.top_k=1 moe.router.renormalize=false --ranks 2
     """
     exit_with_launcher()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # "save now" means nothing yet, and would end the process by default
+    signal.signal(
+        signal.SIGUSR1, signal.SIG_IGN
+    )  # "save now" means nothing yet, and would end the process by default
     config, given = load_arguments(arguments or [])
     launcher = launched()
     if launcher is not None and ranks is not None:
-        raise ConfigError("--ranks", ranks, "a launcher has already set the world size", "leave --ranks out under torchrun")
-    world, local = (ranks or 1, ranks or 1) if launcher is None else (launcher.world, launcher.local)
+        raise ConfigError(
+            "--ranks",
+            ranks,
+            "a launcher has already set the world size",
+            "leave --ranks out under torchrun",
+        )
+    world, local = (
+        (ranks or 1, ranks or 1) if launcher is None else (launcher.world, launcher.local)
+    )
     check(config, world)
     if config.train.device == "cpu" or (config.train.device == "auto" and not has_accelerator()):
         check_memory(config, world, local, main_memory())
     if preflight:
         if launcher is not None:
             raise ConfigError(
-                "--preflight", True, "every rank of the launcher would start ranks of its own", "run dmoe verify first"
+                "--preflight",
+                True,
+                "every rank of the launcher would start ranks of its own",
+                "run dmoe verify first",
             )
         run_preflight(config)
     if ranks is None:
-        from dmoe.training.trainer import train
+        from dmoe.train.trainer import train
 
         train(config, given, quiet)
     else:
         from dmoe.distributed.launcher import launch
 
-        sys.exit(launch(ranks, ["train", *(["--quiet"] if quiet else []), *(arguments or [])], port))
+        sys.exit(
+            launch(ranks, ["train", *(["--quiet"] if quiet else []), *(arguments or [])], port)
+        )
 
 
 def run_preflight(config: Config) -> None:
     """The short form of `dmoe verify`: one world of two ranks. Leaves with exit code 1 and the first difference if there is one."""
-    from dmoe.verification.verify import verify
+    from dmoe.verify.verify import verify
 
     report = verify(config, worlds=[2])
     if report.first is not None:
         first = report.first
-        print(f"dmoe: preflight: {first.quantity} differs in {first.case}: {first.where}: {first.cause}", file=sys.stderr)
+        print(
+            f"dmoe: preflight: {first.quantity} differs in {first.case}: {first.where}: {first.cause}",
+            file=sys.stderr,
+        )
         sys.exit(1)
     print(f"preflight: {len(report.cases)} cases train the same model ({report.seconds:.0f} s)")

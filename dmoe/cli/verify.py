@@ -9,21 +9,27 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dmoe.cli.arguments import ARGUMENTS_HELP, load_arguments
-from dmoe.config.check import check
+from dmoe.cli.common import ARGUMENTS_HELP, load_arguments
 from dmoe.config.errors import ConfigError
+from dmoe.config.rules import check
 
 if TYPE_CHECKING:
-    from dmoe.verification.verify import Report
-
-__all__ = ["command"]
+    from dmoe.verify.verify import Report
 
 
 def command(
-    arguments: Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [K=V ...]", help=ARGUMENTS_HELP)] = None,
-    worlds: Annotated[str, typer.Option(help="Numbers of ranks to start, separated by commas.")] = "1,2,4",
-    dtype: Annotated[str, typer.Option(help="float64 (tolerance 1e-10) or float32 (1e-5; 1e-4 after Adam).")] = "float64",
-    full: Annotated[bool, typer.Option("--full", help="Keep the config's widths and number of experts.")] = False,
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG] [K=V ...]", help=ARGUMENTS_HELP)
+    ] = None,
+    worlds: Annotated[
+        str, typer.Option(help="Numbers of ranks to start, separated by commas.")
+    ] = "1,2,4",
+    dtype: Annotated[
+        str, typer.Option(help="float64 (tolerance 1e-10) or float32 (1e-5; 1e-4 after Adam).")
+    ] = "float64",
+    full: Annotated[
+        bool, typer.Option("--full", help="Keep the config's widths and number of experts.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Prove that one process and N ranks train the same model, on this config.
@@ -39,7 +45,7 @@ def command(
     numbers = _numbers(worlds)
     if dtype not in ("float64", "float32"):
         raise ConfigError("--dtype", dtype, "must be float64 or float32", "use float64")
-    from dmoe.verification.verify import verify
+    from dmoe.verify.verify import verify
 
     report = verify(config, numbers, dtype=dtype, full=full)
     if as_json:
@@ -55,7 +61,12 @@ def _numbers(worlds: str) -> list[int]:
     except ValueError:
         numbers = []
     if not numbers or numbers[0] < 1 or numbers[-1] > 64:
-        raise ConfigError("--worlds", worlds, "must be numbers of ranks from 1 to 64, separated by commas", "use 1,2,4")
+        raise ConfigError(
+            "--worlds",
+            worlds,
+            "must be numbers of ranks from 1 to 64, separated by commas",
+            "use 1,2,4",
+        )
     return numbers
 
 
@@ -64,13 +75,21 @@ def _print(report: Report) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table(title=f"one process = N ranks?  {report.dtype}, {len(report.cases)} cases", title_justify="left")
+    table = Table(
+        title=f"one process = N ranks?  {report.dtype}, {len(report.cases)} cases",
+        title_justify="left",
+    )
     for column in ("quantity", "worst difference", "allowed", ""):
-        table.add_column(column, justify="right" if "difference" in column or column == "allowed" else "left")
+        table.add_column(
+            column, justify="right" if "difference" in column or column == "allowed" else "left"
+        )
     for row in report.rows:
         mark = "[green]equal[/green]" if row.ok else "[bold red]DIFFERENT[/bold red]"
         table.add_row(
-            row.quantity, f"{row.size:.1e}" if row.size else "0", f"{row.tolerance:.0e}" if row.tolerance else "0", mark
+            row.quantity,
+            f"{row.size:.1e}" if row.size else "0",
+            f"{row.tolerance:.0e}" if row.tolerance else "0",
+            mark,
         )
     console.print(table)
     for case, reason in report.refused.items():
@@ -82,5 +101,7 @@ def _print(report: Report) -> None:
         console.print(f"{which} trains the same model ({report.seconds:.0f} s)")
     else:
         first = report.first
-        console.print(f"\nfirst difference: {first.quantity}, {first.size:.3g}, in {first.case}", markup=False)
+        console.print(
+            f"\nfirst difference: {first.quantity}, {first.size:.3g}, in {first.case}", markup=False
+        )
         console.print(f"  where:  {first.where}\n  likely: {first.cause}", markup=False)

@@ -13,15 +13,20 @@ import typer
 from rich.console import Console
 
 from dmoe.config.errors import ConfigError
-from dmoe.training.display.glyphs import charset_for
-from dmoe.training.display.watching import RunWatcher
-
-__all__ = ["command"]
+from dmoe.observability.display.bars import charset_for
+from dmoe.observability.display.watch import RunWatcher
 
 
 def command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/latest; it may be one to come.")],
-    once: Annotated[bool, typer.Option("--once", help="Print the present state as plain text and leave.")] = False,
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN", help="A run directory, e.g. runs/latest; it may be one to come."
+        ),
+    ],
+    once: Annotated[
+        bool, typer.Option("--once", help="Print the present state as plain text and leave.")
+    ] = False,
 ) -> None:
     """Watch a run that somebody else started, as its own terminal would show it, from its metrics.jsonl.
 
@@ -33,7 +38,12 @@ def command(
     watch = RunWatcher(run)
     if once:
         if not run.is_dir():
-            raise ConfigError("RUN", run, "is not a run directory yet", "give one, or leave --once out to wait for it")
+            raise ConfigError(
+                "RUN",
+                run,
+                "is not a run directory yet",
+                "give one, or leave --once out to wait for it",
+            )
         print(watch.once(Console().width, charset_for(sys.stdout.encoding, os.environ)))
         return
     signal.signal(signal.SIGTERM, leave)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "ConfigError", "DmoeError", "LostRankError", "NoProgressError", "NumbersError"]
-
 
 class DmoeError(Exception):
     """An error with a message meant for the user: printed as one line, never as a traceback."""

@@ -1,7 +1,14 @@
-"""YAML file + `key=value` overrides -> a frozen `Config`, or one sentence that says what is wrong."""
+"""YAML file + `key=value` overrides -> a frozen `Config`, or one sentence that says what is wrong.
+
+`section.field=value` from a command line -> a nested mapping of plain values.
+
+The value of a text field is taken as it stands: through YAML, `data.source=0123` was 83, a glob with a star in front an alias,
+and `train.sample_prompt=def f(x):` a mapping. Everything else is YAML.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -9,13 +16,10 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dmoe.config.document import parse, read_text, short
 from dmoe.config.errors import ConfigError
-from dmoe.config.given import field_named, refuse_wrong
-from dmoe.config.overrides import parse_override
+from dmoe.config.fields import TEXT, field_named, refuse_wrong
 from dmoe.config.schema import Config
-
-__all__ = ["load", "load_text", "to_yaml"]
+from dmoe.config.yaml_guard import parse, quoted, read_text, refuse_interpolation, short
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -57,7 +61,9 @@ def _mapping(text: str, source: str) -> dict[Any, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError("CONFIG", source, "must be a mapping of sections", "see configs/quickstart.yaml")
+        raise ConfigError(
+            "CONFIG", source, "must be a mapping of sections", "see configs/quickstart.yaml"
+        )
     return content
 
 
@@ -72,5 +78,35 @@ def _merge(base: DictConfig, given: dict[Any, Any], source: str = "") -> DictCon
         value = short(OmegaConf.select(OmegaConf.create(given), field.name))
         place = f" (in {source})" if source else ""
         raise ConfigError(
-            field.name, value, f"must be {field.type.replace(' | ', ' or ')}{place}", f"the default is {field.default}"
+            field.name,
+            value,
+            f"must be {field.type.replace(' | ', ' or ')}{place}",
+            f"the default is {field.default}",
         ) from None
+
+
+KEY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*){0,15}")
+
+
+def parse_override(override: str) -> dict[str, Any]:
+    """Raises: ConfigError."""
+    key, equals, text = override.partition("=")
+    if not equals or not KEY.fullmatch(key):
+        raise ConfigError(
+            "override", short(override), "must look like section.field=value", "e.g. moe.top_k=1"
+        )
+    value: Any = _value(key, text)
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def _value(key: str, text: str) -> Any:
+    refuse_interpolation(key, text)
+    field = field_named(key)
+    if field is None or field.type not in TEXT:
+        return parse(text, key, short(text))
+    if text == "null" and field.type == "str | null":
+        return None
+    inner = quoted(text)
+    return text if inner is None else inner

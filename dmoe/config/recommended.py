@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from dmoe.config.schema import Config, MoEConfig
 
-__all__ = ["RECOMMENDED", "Recommended", "Remark", "as_table", "outside"]
-
 ONE_BY_ONE = ("top_k", "noisy", "group_limited")
 """Routers for which moe.top_k is what a token takes: no upper bound, no mean, not all of them."""
 
@@ -41,7 +39,13 @@ class Recommended:
 
 
 RECOMMENDED = (
-    Recommended("top_k", 1, 8, "Switch 1, GShard and Mixtral 2, OLMoE 8", lambda moe: moe.router.kind in ONE_BY_ONE),
+    Recommended(
+        "top_k",
+        1,
+        8,
+        "Switch 1, GShard and Mixtral 2, OLMoE 8",
+        lambda moe: moe.router.kind in ONE_BY_ONE,
+    ),
     Recommended("capacity.factor", 1.0, 2.0, "Switch 1.0 to 1.25, GShard 2.0"),
     Recommended("capacity.eval_factor", 1.0, 2.0, "ST-MoE 2.0"),
     Recommended("balance.switch", 0.001, 0.1, "Switch 0.01, Qwen3 and DeepSeekMoE 0.001"),
@@ -52,9 +56,19 @@ RECOMMENDED = (
     Recommended("balance.bias", 1e-4, 1e-2, "Wang 2024 and DeepSeek-V3 0.001"),
     Recommended("router.jitter", 0.01, 0.1, "Switch 0.01"),
     Recommended(
-        "router.top_p", 0.4, 0.8, "Huang 2024: 0.4; the upper end is this project's", lambda moe: moe.router.kind == "adaptive"
+        "router.top_p",
+        0.4,
+        0.8,
+        "Huang 2024: 0.4; the upper end is this project's",
+        lambda moe: moe.router.kind == "adaptive",
     ),
-    Recommended("router.min_weight", 0.05, 0.2, "the project's source documents: 0.1", lambda moe: moe.router.kind == "budget"),
+    Recommended(
+        "router.min_weight",
+        0.05,
+        0.2,
+        "the project's source documents: 0.1",
+        lambda moe: moe.router.kind == "budget",
+    ),
     Recommended("experts.shared", 1, 2, "DeepSeekMoE 2, DeepSeek-V3 1"),
 )
 
@@ -75,10 +89,17 @@ class Remark:
 def outside(config: Config) -> list[Remark]:
     """The settings in use that lie outside of their ranges, in the order of the table. Ask only for a model with mixture layers."""
     found = ((item, item.value(config.moe)) for item in RECOMMENDED)
-    return [Remark(f"moe.{item.field}", value, item) for item, value in found if value and not item.low <= value <= item.high]
+    return [
+        Remark(f"moe.{item.field}", value, item)
+        for item, value in found
+        if value and not item.low <= value <= item.high
+    ]
 
 
 def as_table() -> str:
     """The ranges in Markdown."""
-    rows = [f"| `moe.{item.field}` | {item.low:g} to {item.high:g} | {item.source} |" for item in RECOMMENDED]
+    rows = [
+        f"| `moe.{item.field}` | {item.low:g} to {item.high:g} | {item.source} |"
+        for item in RECOMMENDED
+    ]
     return "\n".join(["| field | recommended | source |", "|---|---|---|", *rows])

@@ -19,15 +19,23 @@ from typing import Any
 
 from dmoe.config.errors import ConfigError
 
-__all__ = ["REDACTED", "find_secret", "names_secret", "redact", "redact_json", "refuse_secrets"]
-
 REDACTED = "[redacted]"
 SHORTEST = 8
 """Characters from which the value of an environment variable counts: `MY_TOKEN=on` must not blacken every `on`."""
 SHORTEST_LINE = 20
 """Of a value with several lines, such as a private key, each line this long counts alone too."""
 FAINT = {"KEY", "TOKEN", "PAT", "AUTH"}
-STRONG = {"APIKEY", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRASE", "PWD", "CREDENTIAL", "CREDENTIALS"}
+STRONG = {
+    "APIKEY",
+    "SECRET",
+    "SECRETS",
+    "PASSWORD",
+    "PASSWD",
+    "PASSPHRASE",
+    "PWD",
+    "CREDENTIAL",
+    "CREDENTIALS",
+}
 PLACES = {"FILE", "PATH", "DIR", "NAME", "TYPE", "ID", "PORT", "HOST", "LENGTH", "SIZE"}
 """Last words of names that hold where a secret is, not what it is: AWS_SHARED_CREDENTIALS_FILE."""
 NO_SECRET = {"PWD", "OLDPWD"}
@@ -73,7 +81,9 @@ def redact_json(value: Any, environment: Mapping[str, str] = os.environ) -> Any:
         if isinstance(item, str):
             return REDACTED if secret else clean(item)
         if isinstance(item, dict):
-            return {clean(str(key)): walk(below, names_secret(str(key))) for key, below in item.items()}
+            return {
+                clean(str(key)): walk(below, names_secret(str(key))) for key, below in item.items()
+            }
         return [walk(below, secret) for below in item] if isinstance(item, list | tuple) else item
 
     return walk(value)
@@ -113,13 +123,20 @@ def _clean(text: str, known: list[tuple[str, str]]) -> str:
 def _without_value(found: re.Match[str]) -> str:
     name, sign, value = found.groups()
     quote = value[0] if value[0] in "\"'" else ""
-    return f"{name}{sign}{quote}{REDACTED}{quote}" if _assigns(name, value.strip(quote)) else found[0]
+    return (
+        f"{name}{sign}{quote}{REDACTED}{quote}" if _assigns(name, value.strip(quote)) else found[0]
+    )
 
 
 def names_secret(name: str) -> bool:
     """Whether a variable, a key or a field of this name holds a secret: HF_TOKEN, tracking.api_key; not KEYBOARD, tokens_per_second."""
     words = _words(name)
-    return bool(words) and name not in NO_SECRET and words[-1] not in PLACES and not (FAINT | STRONG).isdisjoint(words)
+    return (
+        bool(words)
+        and name not in NO_SECRET
+        and words[-1] not in PLACES
+        and not (FAINT | STRONG).isdisjoint(words)
+    )
 
 
 def _words(name: str) -> list[str]:

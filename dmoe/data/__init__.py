@@ -12,8 +12,17 @@ stream.py     open_data: all of it together      table.py       no text: vectors
 
 from __future__ import annotations
 
-from dmoe.data.mixing import task_weights, tasks_of_step
-from dmoe.data.stream import Data, Stream, open_data, prepare_shards
-from dmoe.data.tokenizer import Tokenizer, open_tokenizer
+from dmoe.data.dataset import Data, Stream, open_data, prepare_shards
+from dmoe.data.mixture import task_weights, tasks_of_step
+from dmoe.data.tokenizers.base import Tokenizer, open_tokenizer
 
-__all__ = ["Data", "Stream", "Tokenizer", "open_data", "open_tokenizer", "prepare_shards", "task_weights", "tasks_of_step"]
+__all__ = [
+    "Data",
+    "Stream",
+    "Tokenizer",
+    "open_data",
+    "open_tokenizer",
+    "prepare_shards",
+    "task_weights",
+    "tasks_of_step",
+]

@@ -3,17 +3,21 @@
 A document is held out by a hash of its content, never by its place, so adding or removing a file moves no other file from one
 side to the other. Exact duplicates are removed first: a file cannot be on both sides. Documents that say the same thing in different
 words (translations, capitals) share a `twin` key, whose hash counts instead: they are on one side all together.
+
+`NAME:ENTRY`: another entry's documents, changed, as a domain of their own (`upper:guide:en` is the domain `upper-en`).
+
+A transformation is a domain like a language, but one that can be laid over any of them: with a module for a language and a module for
+capitals, the two together can be tried on text that neither was trained on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from dmoe.config.errors import ConfigError
-
-__all__ = ["Corpus", "Document", "held_out_fraction", "split_corpus", "unique_documents"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,12 @@ def split_corpus(corpus: Corpus, holdout: float) -> tuple[Corpus, Corpus]:
     Raises ConfigError on data.holdout when it is not between 0 and 1, or when it leaves one side empty.
     """
     if not 0 < holdout < 1:
-        raise ConfigError("data.holdout", holdout, "must be greater than 0 and less than 1", "set data.holdout=0.05")
+        raise ConfigError(
+            "data.holdout",
+            holdout,
+            "must be greater than 0 and less than 1",
+            "set data.holdout=0.05",
+        )
     if len(corpus.documents) == 1:
         return _cut_document(corpus, holdout)
     fractions = [held_out_fraction(document.key) for document in corpus.documents]
@@ -85,7 +94,9 @@ def split_corpus(corpus: Corpus, holdout: float) -> tuple[Corpus, Corpus]:
         fix = f"set data.holdout={enough:.4f}" if enough < 1 else "add more files"
         raise _one_sided(holdout, "no", len(train), fix)
     if not train:
-        raise _one_sided(holdout, "every", len(held_out), f"set data.holdout={max(fractions) * 0.999:.4f}")
+        raise _one_sided(
+            holdout, "every", len(held_out), f"set data.holdout={max(fractions) * 0.999:.4f}"
+        )
     return Corpus(train, corpus.notes), Corpus(held_out)
 
 
@@ -102,7 +113,10 @@ def _cut_document(corpus: Corpus, holdout: float) -> tuple[Corpus, Corpus]:
         )  # fmt: skip
     note = f"one document: its last {holdout:.2%} held out"
     return (
-        Corpus((replace(document, content=document.content[:cut], twin=document.key),), (*corpus.notes, note)),
+        Corpus(
+            (replace(document, content=document.content[:cut], twin=document.key),),
+            (*corpus.notes, note),
+        ),
         Corpus((replace(document, content=document.content[cut:], twin=document.key),)),
     )
 
@@ -112,3 +126,35 @@ def _one_sided(holdout: float, which: str, count: int, fix: str) -> ConfigError:
         "data.holdout", holdout, f"must leave documents to both sides, but by its hash {which} one of {count} is held out",
         f"{fix} or join the documents into one file, whose end is then held out",
     )  # fmt: skip
+
+
+TRANSFORMS: dict[str, Callable[[str], str]] = {"upper": str.upper}
+"""Each gives text for text. `upper` is Unicode's: German sharp s becomes SS; Japanese, Korean and Chinese stay as they are."""
+
+
+def split_transform(entry: str) -> tuple[str | None, str]:
+    """("upper", "guide:en") of "upper:guide:en"; (None, entry) where no transformation stands in front."""
+    name, colon, rest = entry.partition(":")
+    return (name, rest) if colon and name in TRANSFORMS else (None, entry)
+
+
+def transformed(name: str, documents: list[Document]) -> list[Document]:
+    """The documents as `name` changes them, with its name before theirs. Bytes that are not UTF-8 stay as they are.
+
+    They are held out where the originals are: no model is tried on capitals of what it was trained on.
+    """
+    return [
+        Document(
+            _changed(name, original.content),
+            f"{name}-{original.name}",
+            f"{name}-{original.domain}",
+            original.key,
+        )
+        for original in documents
+    ]
+
+
+def _changed(name: str, content: bytes) -> bytes:
+    return TRANSFORMS[name](content.decode("utf-8", "surrogateescape")).encode(
+        "utf-8", "surrogateescape"
+    )

@@ -18,11 +18,8 @@ from itertools import pairwise
 import numpy as np
 
 from dmoe.config.errors import ConfigError
-from dmoe.data.labels import Runs
 from dmoe.data.order import sequence_indices
-from dmoe.data.packing import PackedStream
-
-__all__ = ["HeldOutStream", "interleaved"]
+from dmoe.data.packing import PackedStream, Runs
 
 
 def interleaved(runs: Runs, tokens: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
@@ -88,5 +85,7 @@ class HeldOutStream:
         return sequence_indices(step, first, count, global_batch, self.sequences, self.text.seed)
 
     def _slice(self, first: int, count: int) -> slice:
-        assert 0 <= first <= first + count <= self.sequences, f"rows {first}+{count} of {self.sequences}"
+        assert 0 <= first <= first + count <= self.sequences, (
+            f"rows {first}+{count} of {self.sequences}"
+        )
         return slice(first, first + count)

@@ -8,15 +8,16 @@ Formula: a balanced Feistel network (Luby and Rackoff 1988) of 8 rounds permutes
 M: (left, right) -> (right, left xor F_k(right)). A result outside [0, M) is sent through again until it falls inside ("cycle
 walking", Black and Rogaway 2002), which is again a permutation of [0, M). The domain is under 4 * M + 4, so fewer than 4
 passes on average. Cost: O(count) time and memory for a batch, independent of M.
+
+Counter-based random numbers: a value is a function of a key and of where it stands, so nothing has to be stored or replayed.
+
+The mixing step is SplitMix64's finaliser (Steele, Lea and Flood 2014), a bijection of 64-bit words; all arithmetic is modulo
+2**64, so the numbers are the same on every machine. Not for cryptography.
 """
 
 from __future__ import annotations
 
 import numpy as np
-
-from dmoe.data.counter import counter_hash, mix64
-
-__all__ = ["permute", "sample_numbers", "sequence_indices"]
 
 _ROUNDS = 8
 
@@ -30,7 +31,10 @@ def permute(index_N: np.ndarray, size: int, seed: int, epoch_N: np.ndarray | int
     assert index_N.size == 0 or (index_N.min() >= 0 and index_N.max() < size), "index out of range"
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     key_RN = np.stack(
-        [np.broadcast_to(counter_hash(seed, np.asarray(epoch_N), round_), index_N.shape) for round_ in range(_ROUNDS)]
+        [
+            np.broadcast_to(counter_hash(seed, np.asarray(epoch_N), round_), index_N.shape)
+            for round_ in range(_ROUNDS)
+        ]
     )
     value_N = _feistel(index_N.astype(np.uint64), key_RN, half_bits)
     outside_N = value_N >= size
@@ -51,12 +55,46 @@ def _feistel(value_N: np.ndarray, key_RN: np.ndarray, half_bits: int) -> np.ndar
 
 def sample_numbers(step: int, first: int, count: int, global_batch: int) -> np.ndarray:
     """The run-wide numbers n = step * global_batch + i of samples i = first .. first + count - 1 of a step: int64 [count]."""
-    assert min(step, first, count) >= 0, f"step {step}, first {first}, count {count} must not be negative"
-    assert first + count <= global_batch, f"samples {first}..{first + count - 1} are not in a batch of {global_batch}"
+    assert min(step, first, count) >= 0, (
+        f"step {step}, first {first}, count {count} must not be negative"
+    )
+    assert first + count <= global_batch, (
+        f"samples {first}..{first + count - 1} are not in a batch of {global_batch}"
+    )
     return step * global_batch + first + np.arange(count, dtype=np.int64)
 
 
-def sequence_indices(step: int, first: int, count: int, global_batch: int, sequences: int, seed: int) -> np.ndarray:
+def sequence_indices(
+    step: int, first: int, count: int, global_batch: int, sequences: int, seed: int
+) -> np.ndarray:
     """Which of `sequences` stored sequences the samples first .. first + count - 1 of a step read: int64 [count]."""
     number_N = sample_numbers(step, first, count, global_batch)
     return permute(number_N % sequences, sequences, seed, number_N // sequences)
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_FIRST = np.uint64(0xBF58476D1CE4E5B9)
+_SECOND = np.uint64(0x94D049BB133111EB)
+_MASK = 2**64 - 1
+
+
+def mix64(word: np.ndarray) -> np.ndarray:
+    """Scramble 64-bit words one to one: uint64 array of any shape (at least one axis) in, the same shape out."""
+    word = (word ^ (word >> np.uint64(30))) * _FIRST
+    word = (word ^ (word >> np.uint64(27))) * _SECOND
+    return np.asarray(word ^ (word >> np.uint64(31)))
+
+
+def counter_hash(key: int, *counters: np.ndarray | int) -> np.ndarray:
+    """A pseudo-random uint64 for each combination of counters, which broadcast against each other.
+
+    `key` is any integer (taken modulo 2**64); a counter is a non-negative integer or an array of them. The order of the
+    counters matters. The result has the broadcast shape, at least one axis: numpy warns on overflowing scalars but wraps
+    arrays.
+    """
+    state = mix64(np.array([key & _MASK], dtype=np.uint64))
+    for counter in counters:
+        state = mix64(
+            state + _GOLDEN * (np.atleast_1d(np.asarray(counter)).astype(np.uint64) + np.uint64(1))
+        )
+    return state

@@ -6,6 +6,14 @@ target exactly once, except the separator that opens the stream; the tail that f
 
 A sequence may span documents, and attention is not cut there: the model sees the separator and learns what it means (GPT-3 does
 the same; masking would cost a mask in every attention call). Letters: S seq_len, B sequences, N samples.
+
+The label of a sequence: the domain of the document it starts in, by number.
+
+The token stream is  sep doc_0 sep doc_1 sep ...: a separator opens the document behind it, so a sequence that starts on one belongs to
+that document. What is kept is only where the domain changes: corpora come domain by domain, so that is a handful of numbers, and
+a label costs one binary search. A sequence that runs over into another domain keeps the label of its start.
+
+Letters: N positions in the stream, U runs of one domain.
 """
 
 from __future__ import annotations
@@ -17,11 +25,39 @@ from dataclasses import dataclass
 import numpy as np
 
 from dmoe.config.errors import ConfigError
-from dmoe.data.labels import ONE_DOMAIN, Runs, label_at
 from dmoe.data.order import sequence_indices
-from dmoe.data.tokenizer import Tokenizer
+from dmoe.data.tokenizers.base import Tokenizer
 
-__all__ = ["PackedStream", "stored_dtype", "stream_hash", "token_chunks"]
+Runs = tuple[tuple[int, int], ...]
+"""(position in the stream, domain) where a domain begins; positions ascend from 0."""
+
+ONE_DOMAIN: Runs = ((0, 0),)
+
+
+def domain_runs(lengths: Sequence[int], domains: Sequence[str], names: Sequence[str]) -> Runs:
+    """Runs of a stream of documents: their lengths in tokens with one separator each, their domains, and all domains in order."""
+    assert len(lengths) == len(domains), f"{len(lengths)} documents have {len(domains)} domains"
+    runs: list[tuple[int, int]] = []
+    position = 0
+    for length, domain in zip(lengths, domains, strict=True):
+        label = names.index(domain)
+        if not runs or runs[-1][1] != label:
+            runs.append((position, label))
+        position += length
+    return tuple(runs) or ONE_DOMAIN
+
+
+def label_at(position_N: np.ndarray, runs: Runs) -> np.ndarray:
+    """int64 [N]: the domain at each position of the stream."""
+    begin_U, label_U = np.array(runs, dtype=np.int64).T
+    return np.asarray(label_U[np.searchsorted(begin_U, position_N, side="right") - 1])
+
+
+def count_lengths(chunks: Iterable[np.ndarray], lengths: list[int]) -> Iterator[np.ndarray]:
+    """The same chunks; the number of tokens of each is appended to `lengths` as it passes."""
+    for chunk in chunks:
+        lengths.append(len(chunk))
+        yield chunk
 
 
 def stored_dtype(vocab_size: int) -> np.dtype:
@@ -71,7 +107,10 @@ class PackedStream:
             if self.tokens < 2:
                 fix = "use more text"
             raise ConfigError(
-                "data.seq_len", self.seq_len, f"must be less than the {self.tokens} tokens of the {self.split} split", fix
+                "data.seq_len",
+                self.seq_len,
+                f"must be less than the {self.tokens} tokens of the {self.split} split",
+                fix,
             )
 
     @property
@@ -86,11 +125,16 @@ class PackedStream:
 
     def batch(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
         """Samples first .. first + count - 1 of a step in the shuffled order of order.py: int64 [count, seq_len + 1]."""
-        return self.windows(sequence_indices(step, first, count, global_batch, self.sequences, self.seed) * self.seq_len)
+        return self.windows(
+            sequence_indices(step, first, count, global_batch, self.sequences, self.seed)
+            * self.seq_len
+        )
 
     def rows(self, first: int, count: int) -> np.ndarray:
         """Sequences first .. first + count - 1 as they are stored, without wrapping around: int64 [count, seq_len + 1]."""
-        assert 0 <= first <= first + count <= self.sequences, f"rows {first}+{count} of {self.sequences}"
+        assert 0 <= first <= first + count <= self.sequences, (
+            f"rows {first}+{count} of {self.sequences}"
+        )
         return self.windows(np.arange(first, first + count, dtype=np.int64) * self.seq_len)
 
     def labels(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
@@ -100,7 +144,9 @@ class PackedStream:
 
     def row_labels(self, first: int, count: int) -> np.ndarray:
         """The domain each sequence of `rows` starts in: int64 [count]."""
-        assert 0 <= first <= first + count <= self.sequences, f"rows {first}+{count} of {self.sequences}"
+        assert 0 <= first <= first + count <= self.sequences, (
+            f"rows {first}+{count} of {self.sequences}"
+        )
         return label_at(np.arange(first, first + count, dtype=np.int64) * self.seq_len, self.runs)
 
     def windows(self, begin_B: np.ndarray) -> np.ndarray:

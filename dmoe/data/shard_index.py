@@ -25,9 +25,7 @@ from typing import Any
 import numpy as np
 
 from dmoe.config.errors import ConfigError
-from dmoe.data.labels import ONE_DOMAIN, Runs
-
-__all__ = ["FORMAT", "INDEX", "SPLITS", "Shard", "ShardIndex", "Split", "damaged", "read_index"]
+from dmoe.data.packing import ONE_DOMAIN, Runs
 
 FORMAT = "dmoe-shards"
 INDEX = "index.json"
@@ -96,7 +94,10 @@ def read_index(directory: Path) -> ShardIndex:
         )  # fmt: skip
     if body.get("version") != _VERSION:
         raise ConfigError(
-            "data.source", directory, f"must be shards of version {_VERSION}, but is {body.get('version')}", "prepare it again"
+            "data.source",
+            directory,
+            f"must be shards of version {_VERSION}, but is {body.get('version')}",
+            "prepare it again",
         )
     try:
         return _parse(body)
@@ -106,7 +107,12 @@ def read_index(directory: Path) -> ShardIndex:
 
 def damaged(directory: Path, reason: str) -> ConfigError:
     """The error for a shard directory that cannot be used."""
-    return ConfigError("data.source", directory, f"must be a whole directory of shards, but {reason}", "prepare it again")
+    return ConfigError(
+        "data.source",
+        directory,
+        f"must be a whole directory of shards, but {reason}",
+        "prepare it again",
+    )
 
 
 def _parse(body: dict[str, Any]) -> ShardIndex:
@@ -131,7 +137,13 @@ def _parse(body: dict[str, Any]) -> ShardIndex:
 def _split(body: dict[str, Any], dtype: np.dtype, domains: int) -> Split:
     shards = tuple(_shard(entry, dtype) for entry in body["shards"])
     runs = _runs(body.get("runs", ONE_DOMAIN), domains)
-    return Split(_count(body, "documents", 1), _count(body, "text_bytes", 1), _hash(body, "sha256"), shards, runs)
+    return Split(
+        _count(body, "documents", 1),
+        _count(body, "text_bytes", 1),
+        _hash(body, "sha256"),
+        shards,
+        runs,
+    )
 
 
 def _domains(names: Any) -> tuple[str, ...]:
@@ -145,7 +157,12 @@ def _domains(names: Any) -> tuple[str, ...]:
 def _runs(body: Any, domains: int) -> Runs:
     runs = tuple((begin, label) for begin, label in body)
     plain = all(type(number) is int for run in runs for number in run)
-    if not plain or not runs or runs[0][0] != 0 or any(not 0 <= label < domains for _, label in runs):
+    if (
+        not plain
+        or not runs
+        or runs[0][0] != 0
+        or any(not 0 <= label < domains for _, label in runs)
+    ):
         raise ValueError(f"runs {body!r}")
     if any(one[0] >= two[0] for one, two in pairwise(runs)):
         raise ValueError("runs, whose positions must ascend")
@@ -156,7 +173,9 @@ def _shard(entry: dict[str, Any], dtype: np.dtype) -> Shard:
     # A file name comes from outside: a plain name only, so that an index cannot point anywhere else.
     if not isinstance(entry["file"], str) or not _FILE.fullmatch(entry["file"]):
         raise ValueError(f"file name {entry['file']!r}, which must be a plain name ending in .bin")
-    shard = Shard(entry["file"], _count(entry, "tokens", 1), _count(entry, "bytes", 1), _hash(entry, "sha256"))
+    shard = Shard(
+        entry["file"], _count(entry, "tokens", 1), _count(entry, "bytes", 1), _hash(entry, "sha256")
+    )
     if shard.bytes != shard.tokens * dtype.itemsize:
         raise ValueError(f"{shard.file}: {shard.tokens} tokens are not {shard.bytes} bytes")
     return shard

@@ -17,12 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from dmoe.config.errors import ConfigError
-from dmoe.data.labels import ONE_DOMAIN, count_lengths, domain_runs
-from dmoe.data.packing import stored_dtype
+from dmoe.data.packing import ONE_DOMAIN, count_lengths, domain_runs, stored_dtype
 from dmoe.data.shard_index import INDEX, SPLITS, Shard, ShardIndex, Split, damaged, read_index
-from dmoe.data.tokenizer import Tokenizer
-
-__all__ = ["SplitContent", "map_shards", "verify_shards", "write_shards"]
+from dmoe.data.tokenizers.base import Tokenizer
 
 _READ = 2**22
 
@@ -39,7 +36,11 @@ class SplitContent:
 
 
 def write_shards(
-    directory: Path, tokenizer: Tokenizer, holdout: float, splits: Mapping[str, SplitContent], shard_tokens: int = 2**27
+    directory: Path,
+    tokenizer: Tokenizer,
+    holdout: float,
+    splits: Mapping[str, SplitContent],
+    shard_tokens: int = 2**27,
 ) -> ShardIndex:
     """Write both splits (train, held_out) as files of `shard_tokens` tokens, the last one shorter, and the index.
 
@@ -49,7 +50,12 @@ def write_shards(
     assert set(splits) == set(SPLITS)
     assert shard_tokens > 0
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ConfigError("directory", directory, "must not exist yet or be empty", "name another one, or remove this one")
+        raise ConfigError(
+            "directory",
+            directory,
+            "must not exist yet or be empty",
+            "name another one, or remove this one",
+        )
     directory.mkdir(parents=True, exist_ok=True)
     header = {
         "name": tokenizer.name,
@@ -58,8 +64,13 @@ def write_shards(
         "separator": tokenizer.separator,
     }
     dtype = stored_dtype(tokenizer.vocab_size)
-    domains = tuple(sorted({domain for content in splits.values() for domain in content.domains})) or ("text",)
-    written = {name: _write_split(directory, name, splits[name], dtype, shard_tokens, domains) for name in SPLITS}
+    domains = tuple(
+        sorted({domain for content in splits.values() for domain in content.domains})
+    ) or ("text",)
+    written = {
+        name: _write_split(directory, name, splits[name], dtype, shard_tokens, domains)
+        for name in SPLITS
+    }
     index = ShardIndex(dtype, header, holdout, written, domains)
     temporary = directory / (INDEX + ".partial")
     _write_durably(temporary, index.to_json().encode())
@@ -72,7 +83,10 @@ def map_shards(directory: Path, index: ShardIndex, split: str) -> list[np.ndarra
 
     A ConfigError on data.source for a missing, linked or wrong-sized file. Contents are not read here: verify_shards does that.
     """
-    return [np.memmap(_checked_file(directory, shard), dtype=index.dtype, mode="r") for shard in index.splits[split].shards]
+    return [
+        np.memmap(_checked_file(directory, shard), dtype=index.dtype, mode="r")
+        for shard in index.splits[split].shards
+    ]
 
 
 def verify_shards(directory: Path) -> ShardIndex:
@@ -98,12 +112,19 @@ def _checked_file(directory: Path, shard: Shard) -> Path:
     if path.is_symlink() or not path.is_file():
         raise damaged(directory, f"{shard.file} is missing or not a plain file")
     if path.stat().st_size != shard.bytes:
-        raise damaged(directory, f"{shard.file} has {path.stat().st_size} bytes instead of {shard.bytes}")
+        raise damaged(
+            directory, f"{shard.file} has {path.stat().st_size} bytes instead of {shard.bytes}"
+        )
     return path
 
 
 def _write_split(
-    directory: Path, name: str, content: SplitContent, dtype: np.dtype, shard_tokens: int, domains: tuple[str, ...]
+    directory: Path,
+    name: str,
+    content: SplitContent,
+    dtype: np.dtype,
+    shard_tokens: int,
+    domains: tuple[str, ...],
 ) -> Split:
     whole = hashlib.sha256()
     shards = []

@@ -17,11 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dmoe.config.errors import ConfigError
-from dmoe.data.corpus import Corpus, Document, unique_documents
-from dmoe.data.guide import read_guide
-from dmoe.data.transforms import split_transform, transformed
-
-__all__ = ["read_corpus"]
+from dmoe.data.corpus import Corpus, Document, split_transform, transformed, unique_documents
+from dmoe.data.debian_guide import read_guide
 
 _log = logging.getLogger(__name__)
 _ALLOWED = (
@@ -29,7 +26,9 @@ _ALLOWED = (
     "a directory of shards, or synthetic:KIND"
 )
 # Tests are left out because they are long, repetitive tables; packages because they depend on what is installed.
-_NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+_NOT_LIBRARY = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+)
 _BINARY_PROBE = 8192
 
 
@@ -53,12 +52,19 @@ def read_corpus(source: str, field: str = "data.source") -> Corpus:
     found, a missing or unreadable file, only empty files.
     """
     given = _Given(field, source)
-    documents = [document for entry in source.split(",") if entry.strip() for document in _read_entry(given, entry.strip())]
+    documents = [
+        document
+        for entry in source.split(",")
+        if entry.strip()
+        for document in _read_entry(given, entry.strip())
+    ]
     unique, removed = unique_documents(documents)
     if removed:
         given.notes.append(f"{removed} duplicate or empty files left out")
     if not unique:
-        raise given.refused(source or "''", f"{_ALLOWED}, and hold at least one byte of text", "name a text")
+        raise given.refused(
+            source or "''", f"{_ALLOWED}, and hold at least one byte of text", "name a text"
+        )
     return Corpus(unique, tuple(given.notes))
 
 
@@ -66,7 +72,11 @@ def _read_entry(given: _Given, entry: str) -> list[Document]:
     transform, rest = split_transform(entry)
     if transform is not None:
         if not rest:
-            raise given.refused(entry, f"{_ALLOWED}, and {transform}: needs one of them behind it", f"use {transform}:stdlib")
+            raise given.refused(
+                entry,
+                f"{_ALLOWED}, and {transform}: needs one of them behind it",
+                f"use {transform}:stdlib",
+            )
         return transformed(transform, _read_entry(given, rest))
     if entry.startswith("guide:"):
         return read_guide(entry.removeprefix("guide:"), given.field)
@@ -82,7 +92,9 @@ def _read_library(given: _Given) -> list[Document]:
         spec = importlib.util.find_spec("torch")
         if spec is None or not spec.submodule_search_locations:
             raise given.refused(
-                given.value, f"found no .py file of the standard library in {root}, nor torch's", "name a text file"
+                given.value,
+                f"found no .py file of the standard library in {root}, nor torch's",
+                "name a text file",
             )
         root = Path(spec.submodule_search_locations[0])
         given.notes.append(
@@ -90,7 +102,10 @@ def _read_library(given: _Given) -> list[Document]:
         )
         _log.warning("%s=stdlib: %s", given.field, given.notes[-1])
         paths = list(_walk(root, _is_library_file, _is_library_directory))
-    return [_read(given, path, f"python/{path.relative_to(root).as_posix()}", "python") for path in paths]
+    return [
+        _read(given, path, f"python/{path.relative_to(root).as_posix()}", "python")
+        for path in paths
+    ]
 
 
 def _is_library_directory(name: str) -> bool:
@@ -100,7 +115,9 @@ def _is_library_directory(name: str) -> bool:
 
 def _is_library_file(name: str) -> bool:
     return (
-        name.endswith(".py") and not name.startswith("_sysconfigdata") and name not in ("sitecustomize.py", "usercustomize.py")
+        name.endswith(".py")
+        and not name.startswith("_sysconfigdata")
+        and name not in ("sitecustomize.py", "usercustomize.py")
     )
 
 
@@ -113,12 +130,20 @@ def _read_files(given: _Given, entry: str) -> list[Document]:
     if not glob.has_magic(entry):
         raise given.refused(entry, f"{_ALLOWED}, and there is no such file", "check the path")
     root = _literal_root(path)
-    matches = sorted((Path(match) for match in glob.glob(str(path), recursive=True)), key=lambda match: match.parts)
+    matches = sorted(
+        (Path(match) for match in glob.glob(str(path), recursive=True)),
+        key=lambda match: match.parts,
+    )
     files = [match for match in matches if match.is_file()]
     if not files:
-        raise given.refused(entry, f"{_ALLOWED}, and no file matches this glob", "check it with ls, and quote it")
+        raise given.refused(
+            entry, f"{_ALLOWED}, and no file matches this glob", "check it with ls, and quote it"
+        )
     domain = root.resolve().name
-    return [_read(given, match, f"{domain}/{match.relative_to(root).as_posix()}", domain) for match in files]
+    return [
+        _read(given, match, f"{domain}/{match.relative_to(root).as_posix()}", domain)
+        for match in files
+    ]
 
 
 def _read_directory(given: _Given, root: Path) -> list[Document]:
@@ -131,7 +156,9 @@ def _read_directory(given: _Given, root: Path) -> list[Document]:
     if len(text) < len(documents):
         given.notes.append(f"{len(documents) - len(text)} binary files of {root} left out")
     if not text:
-        raise given.refused(root, f"{_ALLOWED}, and this directory holds no text file", "check the path")
+        raise given.refused(
+            root, f"{_ALLOWED}, and this directory holds no text file", "check the path"
+        )
     return text
 
 
@@ -149,17 +176,24 @@ def _literal_root(path: Path) -> Path:
     return root
 
 
-def _walk(root: Path, wanted: Callable[[str], bool], entered: Callable[[str], bool]) -> Iterator[Path]:
+def _walk(
+    root: Path, wanted: Callable[[str], bool], entered: Callable[[str], bool]
+) -> Iterator[Path]:
     """Regular files below root with a wanted name, ordered by their path's parts; links are not followed."""
     found = []
     for directory, names, files in os.walk(root):
         names[:] = [name for name in names if entered(name)]
         found += [Path(directory, name) for name in files if wanted(name)]
-    yield from sorted((path for path in found if path.is_file() and not path.is_symlink()), key=lambda path: path.parts)
+    yield from sorted(
+        (path for path in found if path.is_file() and not path.is_symlink()),
+        key=lambda path: path.parts,
+    )
 
 
 def _read(given: _Given, path: Path, name: str, domain: str) -> Document:
     try:
         return Document(path.read_bytes(), name, domain)
     except OSError as error:
-        raise given.refused(given.value, f"must be readable, but {path} is not ({error.strerror})", "check the file") from error
+        raise given.refused(
+            given.value, f"must be readable, but {path} is not ({error.strerror})", "check the file"
+        ) from error

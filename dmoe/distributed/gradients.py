@@ -15,10 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dmoe.distributed.parallelize import expert_parameters, moe_layers
-from dmoe.distributed.topology import ParallelMesh
-
-__all__ = ["ExpertGradients", "all_max", "all_sum", "clip_", "local", "router_squares", "square_sums"]
+from dmoe.distributed.expert_parallel import expert_parameters, moe_layers
+from dmoe.distributed.mesh import ParallelMesh
 
 
 class ExpertGradients:
@@ -66,7 +64,9 @@ def square_sums(model: nn.Module, topology: ParallelMesh) -> Tensor:
 
 def router_squares(model: nn.Module, topology: ParallelMesh) -> Tensor:
     """Scalar: this rank's share of the squared norm of the routers' gradients, which are among the dense ones of `square_sums`."""
-    return _squares((p for layer in moe_layers(model) for p in layer.router.parameters()), topology.world_size)
+    return _squares(
+        (p for layer in moe_layers(model) for p in layer.router.parameters()), topology.world_size
+    )
 
 
 def _squares(parameters: Iterable[nn.Parameter], copies: int) -> Tensor:
@@ -76,7 +76,9 @@ def _squares(parameters: Iterable[nn.Parameter], copies: int) -> Tensor:
         return torch.zeros(())
     wide = torch.promote_types(grads[0].dtype, torch.float32)
     squares = torch.stack(torch._foreach_norm([local(g) for g in grads], 2.0, dtype=wide)).square()
-    share = torch.tensor([1.0 if isinstance(g, DTensor) else 1.0 / copies for g in grads], dtype=wide)
+    share = torch.tensor(
+        [1.0 if isinstance(g, DTensor) else 1.0 / copies for g in grads], dtype=wide
+    )
     return squares @ share.to(squares.device)
 
 
@@ -104,5 +106,7 @@ def clip_(model: nn.Module, norm: float, limit: float) -> float:
     """Scale every gradient by `min(1, limit / (norm + 1e-6))`, the same on all ranks; returns the factor."""
     factor = min(1.0, limit / (norm + 1e-6))
     if factor < 1.0:
-        torch._foreach_mul_([local(p.grad) for p in model.parameters() if p.grad is not None], factor)
+        torch._foreach_mul_(
+            [local(p.grad) for p in model.parameters() if p.grad is not None], factor
+        )
     return factor

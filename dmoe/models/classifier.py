@@ -17,17 +17,14 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from dmoe.config.schema import ModelConfig, MoEConfig
-from dmoe.models.base import Model
-from dmoe.models.block import BlockOutput, active_hidden_dim, is_sparse
+from dmoe.models.base import Model, ModelOutput, token_losses
 from dmoe.models.fusion import Concatenation, GatedFusion, blank, drop_streams, present
 from dmoe.models.norm import RMSNorm
-from dmoe.models.output import ModelOutput, token_losses
+from dmoe.models.transformer import BlockOutput, active_hidden_dim, is_sparse
 from dmoe.moe.experts import FeedForward
-from dmoe.moe.keyed import normal_
 from dmoe.moe.layer import MoE
+from dmoe.moe.rng import normal_
 from dmoe.moe.routing import TokenContext
-
-__all__ = ["Classifier"]
 
 EMPTY_CONTEXT = TokenContext()
 
@@ -71,7 +68,9 @@ class Classifier(Model):
         for index in range(layers):
             feed_forward: FeedForward | MoE
             if is_sparse(config, index) and not gated:
-                feed_forward = MoE.from_config(moe, config.dim, virtual_ranks=virtual_ranks, layer=sparse)
+                feed_forward = MoE.from_config(
+                    moe, config.dim, virtual_ranks=virtual_ranks, layer=sparse
+                )
                 sparse += 1
             else:
                 hidden = active_hidden_dim(moe) if config.dense_dim is None else config.dense_dim
@@ -82,7 +81,9 @@ class Classifier(Model):
         self.head: nn.Linear | MoE = (
             nn.Linear(width, classes)
             if config.head == "linear"
-            else MoE.from_config(moe, width, out_dim=classes, virtual_ranks=virtual_ranks, layer=sparse)
+            else MoE.from_config(
+                moe, width, out_dim=classes, virtual_ranks=virtual_ranks, layer=sparse
+            )
         )
         self.initialize(0)
 
@@ -124,7 +125,9 @@ class Classifier(Model):
             x_B1D = self.norm(x_B1D)
         logits = self._tell(_through(self.head, x_B1D, context), out)
         if target is not None:
-            out.loss_sum, out.loss_T, out.correct_T = token_losses(logits, target, one_by_one=not self.training)
+            out.loss_sum, out.loss_T, out.correct_T = token_losses(
+                logits, target, one_by_one=not self.training
+            )
         if target is None or return_logits:
             out.logits = logits
         return out

@@ -15,14 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.schema import MoEConfig
-from dmoe.models.block import BlockOutput
-from dmoe.moe.gate import gated_sum
-from dmoe.moe.keyed import normal_
+from dmoe.models.transformer import BlockOutput
+from dmoe.moe.gated_fusion import gated_sum
 from dmoe.moe.layer import MoE
-from dmoe.moe.routers.noise import keyed_noise
+from dmoe.moe.rng import normal_
+from dmoe.moe.routers.noisy import keyed_noise
 from dmoe.moe.routing import TokenContext
-
-__all__ = ["Concatenation", "GatedFusion", "blank", "drop_streams", "present"]
 
 
 class Concatenation(nn.Module):
@@ -73,7 +71,9 @@ class GatedFusion(nn.Module):
         out = self.encoders(x_BSD, replace(context, label_T=label_T, valid_T=there_BS.flatten()))
         assert out.routing.keep_TK is not None
         kept_BS = out.routing.keep_TK.any(-1).view(there_BS.shape)
-        return BlockOutput(gated_sum(out.y, kept_BS, self.gate, self.bias).unsqueeze(1), out.aux, out.stats)
+        return BlockOutput(
+            gated_sum(out.y, kept_BS, self.gate, self.bias).unsqueeze(1), out.aux, out.stats
+        )
 
 
 def present(x_BW: Tensor, widths: Sequence[int]) -> Tensor:
@@ -88,7 +88,9 @@ def drop_streams(there_BS: Tensor, share: float, context: TokenContext) -> Tenso
     `noise_key`. No host sync.
     """
     if context.noise_key is None:
-        raise ValueError("stream_dropout draws in training: pass TokenContext(noise_key=(seed, step)), or call .eval()")
+        raise ValueError(
+            "stream_dropout draws in training: pass TokenContext(noise_key=(seed, step)), or call .eval()"
+        )
     count_B1 = there_BS.sum(1, keepdim=True)
     context = replace(context, sequences=len(there_BS))
     like = torch.empty(there_BS.shape, dtype=torch.float32, device=there_BS.device)
@@ -103,7 +105,9 @@ def drop_streams(there_BS: Tensor, share: float, context: TokenContext) -> Tenso
 def blank(x_BW: Tensor, there_BS: Tensor, widths: Sequence[int]) -> Tensor:
     """`x_BW` with zeros for what is missing."""
     wide = torch.tensor(list(widths), device=x_BW.device)
-    return x_BW.masked_fill(~there_BS.repeat_interleave(wide, dim=1, output_size=x_BW.shape[1]), 0.0)
+    return x_BW.masked_fill(
+        ~there_BS.repeat_interleave(wide, dim=1, output_size=x_BW.shape[1]), 0.0
+    )
 
 
 def _draw(linear: nn.Linear, std: float, seed: int, name: str) -> None:

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from dmoe.models.transformer import Transformer
-from dmoe.moe.keyed import generator
-from dmoe.moe.peers import NoComm
+from dmoe.moe.interfaces import NoComm
+from dmoe.moe.rng import generator
 from dmoe.moe.routing import TokenContext
-
-__all__ = ["generate", "pick"]
 
 
 def generate(
@@ -58,7 +56,13 @@ def generate(
     return ids[len(prompt_ids) :]
 
 
-def pick(logits_V: Tensor, temperature: float, top_k: int | None, top_p: float | None, draws: torch.Generator) -> int:
+def pick(
+    logits_V: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    draws: torch.Generator,
+) -> int:
     """One token. Filtered and drawn on the CPU in float64, so that a GPU's logits give the same draw."""
     logits_V = logits_V.to("cpu", torch.float64)
     if temperature == 0:
@@ -66,12 +70,20 @@ def pick(logits_V: Tensor, temperature: float, top_k: int | None, top_p: float |
     prob_V, id_V = (logits_V / temperature).softmax(-1).sort(descending=True, stable=True)
     if top_k is not None:
         prob_V[top_k:] = 0.0
-    if top_p is not None:  # a token stays while what stands before it has not reached p, so the first always does
+    if (
+        top_p is not None
+    ):  # a token stays while what stands before it has not reached p, so the first always does
         prob_V[prob_V.cumsum(-1) - prob_V >= top_p * prob_V.sum()] = 0.0
     return int(id_V[torch.multinomial(prob_V, 1, generator=draws)])
 
 
-def check(prompt_ids: Sequence[int], window: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check(
+    prompt_ids: Sequence[int],
+    window: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> None:
     if not prompt_ids:
         raise ValueError("prompt_ids is empty: give at least one token to continue from")
     if window < 1:

@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-__all__ = ["RMSNorm", "rms_norm_reference"]
-
 
 class RMSNorm(nn.Module):
     """`y = x / sqrt(mean(x^2) + eps) * weight` over the last dimension (Zhang and Sennrich 2019).
@@ -45,8 +43,12 @@ class _RMSNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        with torch.autocast(x.device.type, enabled=False):  # autocast would take vecdot to bf16, also in here
-            rstd = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # autocast would take vecdot to bf16, also in here
+            rstd = (
+                torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+            )
         ctx.save_for_backward(x, weight_D, rstd)
         out: Tensor = (wide * rstd).mul_(weight_D).to(x.dtype)
         return out

@@ -3,29 +3,30 @@
     x = embedding(token);  x = block(x) for each block;  logits = output(norm(x))
 
 Letters: B sequences, S tokens a sequence, D model width, V vocabulary, T = B*S tokens.
+
+One transformer block, and which of the blocks are sparse.
+
+Letters: B sequences, S tokens a sequence, D model width.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmoe.config.schema import ModelConfig, MoEConfig
-from dmoe.models.attention import Attention, heads_of
-from dmoe.models.base import Model
-from dmoe.models.block import Block, active_hidden_dim, is_sparse
+from dmoe.models.attention import Attention, Rotary, heads_of, rotary_table
+from dmoe.models.base import Model, ModelOutput, token_losses
 from dmoe.models.norm import RMSNorm
-from dmoe.models.output import ModelOutput, token_losses
-from dmoe.models.rotary import rotary_table
 from dmoe.moe.experts import FeedForward
-from dmoe.moe.keyed import normal_
 from dmoe.moe.layer import MoE
+from dmoe.moe.metrics import LayerStats
+from dmoe.moe.rng import normal_
 from dmoe.moe.routing import TokenContext
-
-__all__ = ["Transformer"]
 
 EMPTY_CONTEXT = TokenContext()
 
@@ -46,7 +47,13 @@ class Transformer(Model):
     """
 
     def __init__(
-        self, config: ModelConfig, moe: MoEConfig, vocab_size: int, *, virtual_ranks: int = 1, recompute: bool = False
+        self,
+        config: ModelConfig,
+        moe: MoEConfig,
+        vocab_size: int,
+        *,
+        virtual_ranks: int = 1,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.recompute = config, recompute
@@ -56,14 +63,18 @@ class Transformer(Model):
         for index in range(config.layers):
             feed_forward: FeedForward | MoE
             if is_sparse(config, index):
-                feed_forward = MoE.from_config(moe, config.dim, virtual_ranks=virtual_ranks, layer=sparse)
+                feed_forward = MoE.from_config(
+                    moe, config.dim, virtual_ranks=virtual_ranks, layer=sparse
+                )
                 sparse += 1
             else:
                 hidden = active_hidden_dim(moe) if config.dense_dim is None else config.dense_dim
                 feed_forward = FeedForward(moe.experts.kind, config.dim, hidden, config.dim)
             self.blocks.append(Block(config, Attention(config), feed_forward))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = None if config.tie_embeddings else nn.Linear(config.dim, vocab_size, bias=False)
+        self.output = (
+            None if config.tie_embeddings else nn.Linear(config.dim, vocab_size, bias=False)
+        )
         self.initialize(0)
 
     def initialize(self, seed: int) -> None:
@@ -93,16 +104,80 @@ class Transformer(Model):
         """
         context = replace(context or EMPTY_CONTEXT, token_id_T=input.flatten())
         x_BSD = self.embedding(input)
-        rotary = rotary_table(input.shape[1], heads_of(self.config)[2], self.config.rope_base, x_BSD.dtype, x_BSD.device)
+        rotary = rotary_table(
+            input.shape[1],
+            heads_of(self.config)[2],
+            self.config.rope_base,
+            x_BSD.dtype,
+            x_BSD.device,
+        )
         out = ModelOutput(None, None)
         for block in self.blocks:
             x_BSD, aux, stats = self.run_block(block, x_BSD, rotary, context)
             if aux is not None and stats is not None:
                 out.aux.append(aux)
                 out.stats.append(stats)
-        logits_BSV = F.linear(self.norm(x_BSD), self.embedding.weight if self.output is None else self.output.weight)
+        logits_BSV = F.linear(
+            self.norm(x_BSD), self.embedding.weight if self.output is None else self.output.weight
+        )
         if target is not None:
-            out.loss_sum, out.loss_T, out.correct_T = token_losses(logits_BSV, target, one_by_one=not self.training)
+            out.loss_sum, out.loss_T, out.correct_T = token_losses(
+                logits_BSV, target, one_by_one=not self.training
+            )
         if target is None or return_logits:
             out.logits = logits_BSV
         return out
+
+
+class BlockOutput(NamedTuple):
+    """A tuple and not a dataclass: DDP and checkpointing look for tensors inside tuples."""
+
+    x_BSD: Tensor
+    aux: dict[str, Tensor] | None
+    """The auxiliary losses of a sparse block, raw, by name; None for a dense one."""
+    stats: LayerStats | None
+
+
+class Block(nn.Module):
+    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`: pre-norm, so the residual stream is never rescaled."""
+
+    def __init__(
+        self, config: ModelConfig, attention: Attention, feed_forward: FeedForward | MoE
+    ) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = attention
+        self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = feed_forward
+
+    def forward(self, x_BSD: Tensor, rotary: Rotary, context: TokenContext) -> BlockOutput:
+        """The residual stream stays in the embedding's dtype: under autocast, float32."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary)
+        inner_BSD = self.feed_forward_norm(x_BSD)
+        if isinstance(self.feed_forward, MoE):
+            out = self.feed_forward(inner_BSD, context)
+            return BlockOutput(x_BSD + out.y, out.aux, out.stats)
+        return BlockOutput(x_BSD + self.feed_forward(inner_BSD), None, None)
+
+    def initialize(self, seed: int, name: str, std: float, out_std: float) -> None:
+        """Everything in this block; `name` is its path in the model."""
+        self.attention_norm.initialize()
+        self.feed_forward_norm.initialize()
+        self.attention.initialize(seed, f"{name}.attention", std, out_std)
+        if isinstance(self.feed_forward, MoE):  # keyed by its index among the MoE layers
+            self.feed_forward.initialize(seed, std, out_std)
+        else:
+            self.feed_forward.initialize(seed, f"{name}.feed_forward", std, out_std)
+
+
+def is_sparse(config: ModelConfig, index: int) -> bool:
+    """Block `index` is a mixture of experts: every `moe_every`-th one after the first `dense_first`."""
+    if config.moe_every <= 0 or index < config.dense_first:
+        return False
+    return (index - config.dense_first + 1) % config.moe_every == 0
+
+
+def active_hidden_dim(moe: MoEConfig) -> int:
+    """Hidden units a token passes in a MoE layer: of its K experts and of the shared ones."""
+    shared_dim = moe.expert_dim if moe.experts.shared_dim is None else moe.experts.shared_dim
+    return moe.top_k * moe.expert_dim + moe.experts.shared * shared_dim

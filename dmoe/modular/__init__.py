@@ -12,16 +12,22 @@ from __future__ import annotations
 
 from dmoe.modular.aggregation import AGGREGATIONS
 from dmoe.modular.attach import attach, detach, given, initialize, layers
-from dmoe.modular.banks import BANKS, Adapter, LowRank, Prefix, Prompt, Scale, SparseDelta, with_room
-from dmoe.modular.core import TRAIN, core_hash, freeze, select
-from dmoe.modular.grow import grow
-from dmoe.modular.layer import Modular
-from dmoe.modular.losses import module_losses
+from dmoe.modular.banks import (
+    BANKS,
+    Adapter,
+    LowRank,
+    Prefix,
+    Prompt,
+    Scale,
+    SparseDelta,
+    with_room,
+)
+from dmoe.modular.base_model import TRAIN, core_hash, freeze, grow, select, train_one
+from dmoe.modular.files import inspect, load, save
+from dmoe.modular.layer import Modular, module_losses
 from dmoe.modular.merge import average, merge
-from dmoe.modular.one_module import train_one
-from dmoe.modular.peft_format import export_peft, import_peft
+from dmoe.modular.peft import export_peft, import_peft
 from dmoe.modular.routing import constant, routed, table
-from dmoe.modular.saved import inspect, load, save
 
 __all__ = [
     "AGGREGATIONS",

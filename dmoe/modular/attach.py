@@ -27,8 +27,6 @@ from dmoe.moe.experts import FeedForward
 from dmoe.moe.layer import MoE, MoEOutput
 from dmoe.moe.routing import TokenContext
 
-__all__ = ["CHILD", "AggregationMaker", "BankMaker", "attach", "detach", "given", "initialize", "layers", "matching"]
-
 CHILD = "modular"
 """The name under which a place holds its modules; what has it in its path is no part of the core."""
 BankMaker = Callable[[int, int], AdapterBank]
@@ -66,7 +64,9 @@ def attach(
         layer = _layer(place, name, bank, router, aggregation, width, number + len(made))
         device, dtype = _like(place, model)
         layer.to(device=device, dtype=dtype).train(model.training)
-        _draw(place, layer, seed)  # it looks at the place, and may refuse it: so before anything is attached
+        _draw(
+            place, layer, seed
+        )  # it looks at the place, and may refuse it: so before anything is attached
         made[name] = layer
     for name, layer in made.items():
         place = model.get_submodule(name)
@@ -107,7 +107,9 @@ def layers(model: nn.Module) -> dict[str, Modular]:
 
 
 @contextmanager
-def given(model: nn.Module, context: TokenContext | None = None, **fields: Tensor) -> Iterator[None]:
+def given(
+    model: nn.Module, context: TokenContext | None = None, **fields: Tensor
+) -> Iterator[None]:
     """What the modules may know of the tokens inside: `with given(model, label_T=labels): model(...)`.
 
     Labels are int64, one for each token or one for each sequence. For models that are not handed a `TokenContext` themselves. Backward
@@ -131,7 +133,11 @@ def matching(model: nn.Module, pattern: str | re.Pattern[str]) -> dict[str, nn.M
         name: module
         for name, module in model.named_modules()
         if CHILD not in name.split(".")
-        and (fnmatchcase(name, pattern) if isinstance(pattern, str) else pattern.fullmatch(name) is not None)
+        and (
+            fnmatchcase(name, pattern)
+            if isinstance(pattern, str)
+            else pattern.fullmatch(name) is not None
+        )
     }
     if not found:
         some = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][:3]
@@ -147,7 +153,9 @@ def matching(model: nn.Module, pattern: str | re.Pattern[str]) -> dict[str, nn.M
 
 def _refuse(model: nn.Module, name: str, place: nn.Module) -> None:
     if hasattr(place, CHILD):
-        raise ConfigError("pattern", name, f"{name} has modules already", "detach them, or name other places")
+        raise ConfigError(
+            "pattern", name, f"{name} has modules already", "detach them, or name other places"
+        )
     for path, module in model.named_modules():
         if path.rpartition(".")[2] == CHILD and not isinstance(module, Modular):
             allowed = f"is a name the model uses itself, at {path}: that part would be left out of the core's hash"
@@ -174,19 +182,39 @@ def _layer(
     made = bank(in_dim, out_dim)
     if isinstance(place, nn.Embedding) and made.reads == "input":
         allowed = f"reads what {name or 'the model'} is given, which are ids and no vectors"
-        raise ConfigError("bank", type(made).__name__, allowed, "use Prompt, or what reads the output: Adapter, Scale")
+        raise ConfigError(
+            "bank",
+            type(made).__name__,
+            allowed,
+            "use Prompt, or what reads the output: Adapter, Scale",
+        )
     query = out_dim if made.reads == "sequence" else made.row_dim
     chooses = router(query, number)
     if chooses.num_experts != made.num_modules:
         allowed = f"must be the {made.num_modules} modules of the bank"
-        raise ConfigError("router.num_experts", chooses.num_experts, allowed, "give both the same number of modules")
+        raise ConfigError(
+            "router.num_experts",
+            chooses.num_experts,
+            allowed,
+            "give both the same number of modules",
+        )
     joins = aggregation(made.width, query, chooses.top_k)
     if joins.in_sequence and made.reads != "output":
         allowed = f"needs modules that read the frozen output, not the {made.reads}"
-        raise ConfigError("aggregation", type(joins).__name__, allowed, "use Adapter or Scale, or another aggregation")
+        raise ConfigError(
+            "aggregation",
+            type(joins).__name__,
+            allowed,
+            "use Adapter or Scale, or another aggregation",
+        )
     if not joins.weighs and any(True for _ in chooses.parameters()):
         allowed = f"does not use the weights of {type(chooses).__name__}, which would learn nothing"
-        raise ConfigError("aggregation", type(joins).__name__, allowed, "use weighted_sum, or a router without parameters")
+        raise ConfigError(
+            "aggregation",
+            type(joins).__name__,
+            allowed,
+            "use weighted_sum, or a router without parameters",
+        )
     return Modular(made, chooses, joins, number)
 
 
@@ -201,7 +229,10 @@ def _widths(place: nn.Module, name: str) -> tuple[int, int]:
         matrices = place.experts.matrices[0]
         return matrices[0][0], matrices[-1][1]
     raise ConfigError(
-        "width", None, f"is not known for {name or 'the model'}, a {type(place).__name__}", "give width=(in, out)"
+        "width",
+        None,
+        f"is not known for {name or 'the model'}, a {type(place).__name__}",
+        "give width=(in, out)",
     )
 
 
@@ -222,7 +253,9 @@ def _hook(model: nn.Module, name: str, place: nn.Module, layer: Modular) -> None
             model.register_forward_pre_hook(watch.listen, with_kwargs=True),
             model.register_forward_hook(watch.reached),
         ]
-    layer.__dict__["handles"] = handles  # not an attribute of the module: they are no part of its state
+    layer.__dict__["handles"] = (
+        handles  # not an attribute of the module: they are no part of its state
+    )
 
 
 class _Watch:
@@ -232,9 +265,13 @@ class _Watch:
         self.layer, self.name, self.called = layer, name, False
         self.heard: TokenContext | None = None
 
-    def beside(self, place: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+    def beside(
+        self, place: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> Any:
         self.called = True
-        given_x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        given_x = next(
+            (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None
+        )
         assert given_x is not None, f"{self.name} was called without a tensor"
         return _with_y(output, self.layer(given_x, _y(output, self.name)))
 
@@ -243,7 +280,10 @@ class _Watch:
 
         It stays until the next forward, because blocks that are recomputed ask for it in the backward; no longer.
         """
-        before, self.heard = self.heard, next((v for v in (*args, *kwargs.values()) if isinstance(v, TokenContext)), None)
+        before, self.heard = (
+            self.heard,
+            next((v for v in (*args, *kwargs.values()) if isinstance(v, TokenContext)), None),
+        )
         if self.heard is not None:
             self.layer.context = self.heard
         elif before is not None and self.layer.context is before:
@@ -258,7 +298,13 @@ class _Watch:
 
 
 def _y(output: Any, name: str) -> Tensor:
-    y = output.y if isinstance(output, MoEOutput) else output[0] if isinstance(output, tuple) else output
+    y = (
+        output.y
+        if isinstance(output, MoEOutput)
+        else output[0]
+        if isinstance(output, tuple)
+        else output
+    )
     if not isinstance(y, Tensor):
         raise TypeError(
             f"{name} returns a {type(output).__name__}: modules can stand beside what returns a tensor, or a tuple that starts with one"

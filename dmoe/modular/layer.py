@@ -6,6 +6,8 @@ It is the mixture layer (dmoe/moe/layer.py) with the frozen module as the shared
 `distributed.parallelize.shard_experts` shards its modules and swaps its dispatcher. Dropless.
 
 Letters: T tokens, B sequences, D width of a row, W width of a contribution, K modules a token, N = T*K.
+
+Balance losses of the learned routers among the modules, for who trains them. They are those of the mixture layer.
 """
 
 from __future__ import annotations
@@ -19,18 +21,17 @@ from torch import Tensor, nn
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import BalanceConfig
 from dmoe.modular.aggregation.base import Aggregation
+from dmoe.modular.attach import layers
 from dmoe.modular.banks.base import AdapterBank
-from dmoe.modular.routing.per import by_sequence, sequence_mean
-from dmoe.moe.balance import auxiliary_losses
+from dmoe.modular.routing.learned import by_sequence, sequence_mean
 from dmoe.moe.dispatch import Dispatcher, PackedLocal
+from dmoe.moe.interfaces import DataParallelComm, NoComm
 from dmoe.moe.layer import expert_dtype
-from dmoe.moe.peers import NoComm, DataParallelComm
+from dmoe.moe.load_balancing import auxiliary_losses
+from dmoe.moe.metrics import LayerStats, layer_stats
+from dmoe.moe.profiling import profiled
 from dmoe.moe.routers.base import RouterModule
 from dmoe.moe.routing import Routing, TokenContext
-from dmoe.moe.stage import profiled
-from dmoe.moe.stats import LayerStats, layer_stats
-
-__all__ = ["Modular"]
 
 NOTHING_KNOWN = TokenContext()
 
@@ -43,7 +44,9 @@ class Modular(nn.Module):
     auxiliary losses and statistics.
     """
 
-    def __init__(self, bank: AdapterBank, router: RouterModule, aggregation: Aggregation, layer: int = 0) -> None:
+    def __init__(
+        self, bank: AdapterBank, router: RouterModule, aggregation: Aggregation, layer: int = 0
+    ) -> None:
         super().__init__()
         self.experts, self.router, self.aggregation, self.layer = bank, router, aggregation, layer
         self.packed: Dispatcher = PackedLocal()
@@ -70,7 +73,12 @@ class Modular(nn.Module):
         each, left = divmod(self.experts.num_modules, ep_size)
         if left:
             allowed = f"must divide by the {ep_size} ranks that share them"
-            raise ConfigError("modules", self.experts.num_modules, allowed, f"use {(each + 1) * ep_size}, or parallel.ep=1")
+            raise ConfigError(
+                "modules",
+                self.experts.num_modules,
+                allowed,
+                f"use {(each + 1) * ep_size}, or parallel.ep=1",
+            )
         self.experts.shard(ep_rank * each, each)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -106,7 +114,12 @@ class Modular(nn.Module):
         if self.chosen is None or not any(True for _ in self.router.parameters()):
             return {}
         return auxiliary_losses(
-            self.chosen, balance, self.asked, self.comm, layer=self.layer, micro_batches=self.virtual_ranks
+            self.chosen,
+            balance,
+            self.asked,
+            self.comm,
+            layer=self.layer,
+            micro_batches=self.virtual_ranks,
         )
 
     def stats(self) -> LayerStats:
@@ -121,7 +134,9 @@ class Modular(nn.Module):
             routing,
             expert_TK=routing.expert_TK.reshape(-1, 1),
             weight_TK=routing.weight_TK.new_ones(tokens * top_k, 1),
-            score_TE=routing.score_TE.new_zeros(1, self.experts.num_modules).expand(tokens * top_k, -1),
+            score_TE=routing.score_TE.new_zeros(1, self.experts.num_modules).expand(
+                tokens * top_k, -1
+            ),
             keep_TK=None if routing.keep_TK is None else routing.keep_TK.reshape(-1, 1),
         )
         rows_ND = rows_TD.unsqueeze(1).expand(-1, top_k, -1).flatten(0, 1)
@@ -132,7 +147,14 @@ class Modular(nn.Module):
         label_T = self.context.label_T
         if label_T is not None and len(label_T) == sequences != tokens:
             label_T = label_T.repeat_interleave(tokens // sequences)
-        return replace(self.context, label_T=label_T, prior_count_LE=None, sequences=sequences, groups=1, capacity=None)
+        return replace(
+            self.context,
+            label_T=label_T,
+            prior_count_LE=None,
+            sequences=sequences,
+            groups=1,
+            capacity=None,
+        )
 
 
 def behind(y: Tensor, context: TokenContext, room: int) -> Tensor:
@@ -146,3 +168,15 @@ def behind(y: Tensor, context: TokenContext, room: int) -> Tensor:
     if valid_T is not None:
         valid_T = valid_T.view(y_BSO.shape[:2])[:, room:].flatten()
     return sequence_mean(y_BSO[:, room:].flatten(0, 1), valid_T, context.sequences)
+
+
+def module_losses(model: nn.Module, balance: BalanceConfig) -> dict[str, dict[str, Tensor]]:
+    """For each place that took part in the latest forward, this rank's share of each loss in force, unweighted, by name.
+
+    Summed over the ranks, the shares are the loss. A place with a given routing has none. See `Modular.losses`.
+    """
+    return {
+        name: layer.losses(balance)
+        for name, layer in layers(model).items()
+        if layer.chosen is not None
+    }

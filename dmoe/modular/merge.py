@@ -22,8 +22,6 @@ from dmoe.modular.banks.base import AdapterBank
 from dmoe.modular.layer import Modular
 from dmoe.modular.routing import ConstantRouter
 
-__all__ = ["average", "merge"]
-
 
 def merge(model: nn.Module, weights: Sequence[float]) -> None:
     """Write all modules into the core with these weights, one for each module, and take them off.
@@ -43,18 +41,27 @@ def merge(model: nn.Module, weights: Sequence[float]) -> None:
     detach(model)
 
 
-def _merged(model: nn.Module, name: str, layer: Modular, weights: Sequence[float]) -> tuple[Tensor, Tensor | None]:
+def _merged(
+    model: nn.Module, name: str, layer: Modular, weights: Sequence[float]
+) -> tuple[Tensor, Tensor | None]:
     place, bank = model.get_submodule(name), layer.experts
     _check(name, bank, weights)
     if not isinstance(place, nn.Linear):
-        raise ConfigError("merge", name, f"is a {type(place).__name__}, no Linear", "keep its modules, or average them")
+        raise ConfigError(
+            "merge",
+            name,
+            f"is a {type(place).__name__}, no Linear",
+            "keep its modules, or average them",
+        )
     if also := [other for other in _holders(model, place.weight) if other is not place]:
         allowed = f"shares its weight with a {type(also[0]).__name__}, which would be changed too"
         raise ConfigError("merge", name, allowed, "untie them, or keep its modules")
     wide = torch.promote_types(place.weight.dtype, torch.float32)
     weight_OI, bias = place.weight.detach().to(wide), place.bias
     if isinstance(bank, Scale):
-        factor_O = 1 + torch.stack([w * (bank.l[m].detach().to(wide) - 1) for m, w in enumerate(weights)]).sum(0)
+        factor_O = 1 + torch.stack(
+            [w * (bank.l[m].detach().to(wide) - 1) for m, w in enumerate(weights)]
+        ).sum(0)
         return weight_OI * factor_O.unsqueeze(1), None if bias is None else bias.detach() * factor_O
     for m, w in enumerate(weights):
         weight_OI = weight_OI + w * bank.delta(m).t().to(wide)
@@ -63,7 +70,11 @@ def _merged(model: nn.Module, name: str, layer: Modular, weights: Sequence[float
 
 def _holders(model: nn.Module, weight: Tensor) -> list[nn.Module]:
     """The modules whose parameter it is: several, where weights are tied."""
-    return [module for module in model.modules() if any(own is weight for own in module.parameters(recurse=False))]
+    return [
+        module
+        for module in model.modules()
+        if any(own is weight for own in module.parameters(recurse=False))
+    ]
 
 
 def average(model: nn.Module, weights: Sequence[float]) -> None:
@@ -76,7 +87,10 @@ def average(model: nn.Module, weights: Sequence[float]) -> None:
         _check(name, layer.experts, weights)
         if isinstance(layer.experts, SparseDelta) and layer.experts.mask == "random":
             raise ConfigError(
-                "average", name, "has its numbers at other places in every module", "merge it, or use mask=magnitude"
+                "average",
+                name,
+                "has its numbers at other places in every module",
+                "merge it, or use mask=magnitude",
             )
     for layer in layers(model).values():
         bank = layer.experts
@@ -98,4 +112,9 @@ def _check(name: str, bank: AdapterBank, weights: Sequence[float]) -> None:
         allowed = f"must have one weight for each of the {bank.num_modules} modules at {name}"
         raise ConfigError("weights", list(weights), allowed, f"give {bank.num_modules} numbers")
     if not bank.whole:
-        raise ConfigError("weights", list(weights), f"{name} holds a part of its modules only", "merge before sharding")
+        raise ConfigError(
+            "weights",
+            list(weights),
+            f"{name} holds a part of its modules only",
+            "merge before sharding",
+        )

@@ -10,10 +10,10 @@ from dmoe.modular.aggregation.parameter_mean import ParameterMean, sequence_weig
 from dmoe.modular.layer import Modular
 from dmoe.moe.routing import Routing
 
-__all__ = ["contribution_reference"]
 
-
-def contribution_reference(layer: Modular, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int) -> Tensor:
+def contribution_reference(
+    layer: Modular, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int
+) -> Tensor:
     """[T, W]: what `layer.aggregation` returns, given the routing."""
     each = len(rows_TD) // sequences
     totals = []
@@ -25,7 +25,11 @@ def contribution_reference(layer: Modular, rows_TD: Tensor, seen_TQ: Tensor, rou
         ]
         if isinstance(layer.aggregation, ParameterMean):
             weight_BM = sequence_weights(routing, sequences, layer.experts.num_modules)
-            choices = [Choice(0, m, weight) for m, weight in enumerate(weight_BM[t // each])] if choices else []
+            choices = (
+                [Choice(0, m, weight) for m, weight in enumerate(weight_BM[t // each])]
+                if choices
+                else []
+            )
         if choices:
             totals.append(layer.aggregation.one(layer.experts, rows_TD[t], seen_TQ[t], choices))
         else:

@@ -14,21 +14,20 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from dmoe.config.check import check_shapes, check_zero_cost
+from dmoe.config.expert_shapes import zero_cost
+from dmoe.config.rules import check_shapes, check_zero_cost
 from dmoe.config.schema import BalanceConfig, CapacityConfig, ExpertsConfig, MoEConfig, RouterConfig
-from dmoe.config.shapes import zero_cost
-from dmoe.moe import capacity, routers, stats
+from dmoe.moe import capacity, routers
 from dmoe.moe import experts as kinds_of_experts
-from dmoe.moe.account import ComputeUsage
-from dmoe.moe.balance import auxiliary_losses
+from dmoe.moe.compute_usage import ComputeUsage
 from dmoe.moe.dispatch import Dispatcher, PackedLocal, PaddedLocal
 from dmoe.moe.experts import FeedForward, ZeroCost
-from dmoe.moe.ownership import to_physical_experts
-from dmoe.moe.peers import NoComm, DataParallelComm
+from dmoe.moe.interfaces import DataParallelComm, NoComm
+from dmoe.moe.load_balancing import auxiliary_losses
+from dmoe.moe.metrics import LayerStats, layer_stats, observed
+from dmoe.moe.placement import to_physical_experts
+from dmoe.moe.profiling import profiled
 from dmoe.moe.routing import Routing, TokenContext
-from dmoe.moe.stage import profiled
-
-__all__ = ["MoE", "MoEOutput"]
 
 EMPTY_CONTEXT = TokenContext()
 
@@ -39,7 +38,7 @@ class MoEOutput:
     """[..., out_dim], in the dtype the experts computed in."""
     aux: dict[str, Tensor]
     """This rank's share of each auxiliary loss, raw (unweighted), by name; on one process, the loss itself."""
-    stats: stats.LayerStats
+    stats: LayerStats
     """Counts of what was chosen, kept and dropped."""
     routing: Routing
     """The decision, after the capacity."""
@@ -106,7 +105,10 @@ class MoE(nn.Module):
         self.router.set_expert_costs((*self.experts.multiply_adds, *[0] * self.num_zero_cost))
         self.placement = self.experts.placement(1)
         self.cost_E = (*self.experts.cost, *[0.0] * self.num_zero_cost)
-        self.names_E = (*(f"expert {e}" for e in range(num_experts)), *(self.zero_cost.names if self.zero_cost else ()))
+        self.names_E = (
+            *(f"expert {e}" for e in range(num_experts)),
+            *(self.zero_cost.names if self.zero_cost else ()),
+        )
         shared_dim = kinds.shared * (kinds.shared_dim or expert_dim)
         self.shared = FeedForward(kinds.kind, dim, shared_dim, out_dim) if kinds.shared else None
         self.packed: Dispatcher = PackedLocal()
@@ -116,7 +118,13 @@ class MoE(nn.Module):
 
     @classmethod
     def from_config(
-        cls, config: MoEConfig, dim: int, *, out_dim: int | None = None, virtual_ranks: int = 1, layer: int = 0
+        cls,
+        config: MoEConfig,
+        dim: int,
+        *,
+        out_dim: int | None = None,
+        virtual_ranks: int = 1,
+        layer: int = 0,
     ) -> Self:
         return cls(
             dim,
@@ -148,22 +156,34 @@ class MoE(nn.Module):
         self.placement = self.experts.placement(ep_size)
         self.experts.shard(self.placement, ep_rank)
 
-    def forward(self, x: Tensor, context: TokenContext = EMPTY_CONTEXT, *, compute_budget: float | None = None) -> MoEOutput:
+    def forward(
+        self,
+        x: Tensor,
+        context: TokenContext = EMPTY_CONTEXT,
+        *,
+        compute_budget: float | None = None,
+    ) -> MoEOutput:
         """x: [..., S, D]: sequences of S tokens, or [T, D] for one. Floating point of any width.
 
         compute_budget: share of the multiply-adds of all experts that a token may spend in this call (`router.kind=budget`).
         """
         x_TD = x.flatten(0, -2)
-        context = self.with_shapes(self.with_budget(context, compute_budget), math.prod(x.shape[:-2]), x_TD.shape[0])
+        context = self.with_shapes(
+            self.with_budget(context, compute_budget), math.prod(x.shape[:-2]), x_TD.shape[0]
+        )
 
         with profiled("route"):
             chosen = self.router(x_TD, context)
-            chosen = replace(chosen, num_zero_cost=self.num_zero_cost) if self.num_zero_cost else chosen
+            chosen = (
+                replace(chosen, num_zero_cost=self.num_zero_cost) if self.num_zero_cost else chosen
+            )
             routing = capacity.apply_capacity(chosen, self.capacity, context, self.comm)
         dispatcher = self.packed if self.padded is None or routing.capacity is None else self.padded
         with profiled("dispatch"):
             plan = to_physical_experts(routing, self.placement)
-            rows_RD, tokens_per_expert, metadata = dispatcher.dispatch(x_TD.to(expert_dtype(x_TD)), plan)
+            rows_RD, tokens_per_expert, metadata = dispatcher.dispatch(
+                x_TD.to(expert_dtype(x_TD)), plan
+            )
         with profiled("experts"):
             rows_RM = self.experts(rows_RD, tokens_per_expert)
         with profiled("combine"):
@@ -173,10 +193,19 @@ class MoE(nn.Module):
         if self.shared is not None:
             y_TM = y_TM + self.shared(x_TD)
 
-        aux = auxiliary_losses(chosen, self.balance, context, self.comm, layer=self.layer, micro_batches=self.virtual_ranks)
-        seen = stats.observed(stats.layer_stats(chosen, routing), chosen, routing, context)
+        aux = auxiliary_losses(
+            chosen,
+            self.balance,
+            context,
+            self.comm,
+            layer=self.layer,
+            micro_batches=self.virtual_ranks,
+        )
+        seen = observed(layer_stats(chosen, routing), chosen, routing, context)
         bias_E = getattr(self.router, "bias_E", None)
-        account = ComputeUsage(chosen, routing, self.cost_E, self.names_E, self.router.config, context.budget, bias_E)
+        account = ComputeUsage(
+            chosen, routing, self.cost_E, self.names_E, self.router.config, context.budget, bias_E
+        )
         return MoEOutput(y_TM.view(*x.shape[:-1], y_TM.shape[1]), aux, seen, routing, account)
 
     def with_budget(self, context: TokenContext, compute_budget: float | None) -> TokenContext:
@@ -189,7 +218,9 @@ class MoE(nn.Module):
                 f"compute_budget={compute_budget}: router.kind={config.kind} has no budget; use router.kind=budget"
             )
         if not 0 <= compute_budget <= 1:
-            raise ValueError(f"compute_budget={compute_budget}: must be from 0 to 1, the share of all experts' cost")
+            raise ValueError(
+                f"compute_budget={compute_budget}: must be from 0 to 1, the share of all experts' cost"
+            )
         return replace(context, budget=compute_budget)
 
     def with_shapes(self, context: TokenContext, sequences: int, tokens: int) -> TokenContext:
@@ -198,19 +229,27 @@ class MoE(nn.Module):
             raise ValueError(
                 f"{tokens} tokens cannot be shared by virtual_ranks={self.virtual_ranks}: use a batch that divides by it"
             )
-        groups = {"rank": self.virtual_ranks, "sequence": sequences, "global": 1}[self.capacity.group]
+        groups = {"rank": self.virtual_ranks, "sequence": sequences, "global": 1}[
+            self.capacity.group
+        ]
         factor = self.capacity.factor if self.training else self.capacity.eval_factor
         if factor is None:
             return replace(context, sequences=sequences, groups=groups, capacity=None)
-        sharing = tokens * self.comm.size if self.capacity.group == "global" else tokens // max(1, groups)
-        slots = capacity.expert_capacity(factor, sharing, self.top_k, self.num_experts, self.capacity.min_capacity)
+        sharing = (
+            tokens * self.comm.size if self.capacity.group == "global" else tokens // max(1, groups)
+        )
+        slots = capacity.expert_capacity(
+            factor, sharing, self.top_k, self.num_experts, self.capacity.min_capacity
+        )
         return replace(context, sequences=sequences, groups=groups, capacity=slots)
 
 
 def expert_dtype(x: Tensor) -> torch.dtype:
     """What the experts compute in, and so what travels: autocast's dtype where it is on, else the input's own."""
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta knows no autocast
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
+        device
+    )  # meta knows no autocast
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
@@ -221,4 +260,6 @@ def check_layer(num_experts: int, top_k: int, limits: CapacityConfig, exchange: 
     if exchange not in ("packed", "padded"):
         raise ValueError(f"exchange={exchange!r}: must be packed or padded")
     if exchange == "padded" and limits.factor is None:
-        raise ValueError("exchange='padded' sends a fixed number of slots, so it needs capacity.factor, e.g. 1.25")
+        raise ValueError(
+            "exchange='padded' sends a fixed number of slots, so it needs capacity.factor, e.g. 1.25"
+        )

@@ -10,8 +10,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Noise", "Router", "Routing", "TokenContext"]
-
 
 @dataclass(frozen=True)
 class TokenContext:

@@ -3,6 +3,6 @@
 It reads a run directory's `metrics.jsonl` and `resolved.yaml`, never a checkpoint, and does not import torch.
 """
 
-from dmoe.report.write import write_report
+from dmoe.report.build import write_report
 
 __all__ = ["write_report"]

@@ -8,11 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from dmoe.report.figures import Figures, ending, figures_of, finished
+from dmoe.report.format import flops, many, one_line, plain, table_lines
 from dmoe.report.run import Run
-from dmoe.report.spelling import flops, many, plain
-from dmoe.report.text_table import one_line, table_lines
-
-__all__ = ["comparison_json", "comparison_lines", "unfinished"]
 
 ABSENT = "-"
 Column = tuple[str, Callable[[Figures], float | None], Callable[[float], str]]
@@ -25,7 +22,11 @@ COLUMNS: tuple[Column, ...] = (
     ("FLOPs\na {unit}", lambda run: run.flops_per_token, flops),
     ("FLOPs to\ntrain", lambda run: run.training_flops, flops),
     ("{unit}s", lambda run: run.tokens, many),
-    ("seconds", lambda run: run.seconds, lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.1f}"),
+    (
+        "seconds",
+        lambda run: run.seconds,
+        lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.1f}",
+    ),
     ("{unit}s\na second", lambda run: run.tokens_per_second, many),
     ("dropped", lambda run: run.drop_rate, "{:.1%}".format),
     ("load\nmax/mean", lambda run: run.load_max_over_mean, "{:.2f}".format),
@@ -37,7 +38,9 @@ def comparison_lines(runs: Sequence[Run], width: int) -> list[str]:
     figures = [figures_of(run) for run in runs]
     head, columns = ["run"], [[one_line(run.name) + " *" * (not finished(run)) for run in runs]]
     units = {item.unit for item in figures}
-    unit = units.pop() if len(units) == 1 else "target"  # what tokens and samples have in common: each is guessed once
+    unit = (
+        units.pop() if len(units) == 1 else "target"
+    )  # what tokens and samples have in common: each is guessed once
     for title, read, spell in COLUMNS:
         values = [read(item) for item in figures]
         if title == "trained" and not any(item.partly_trained for item in figures):
@@ -46,9 +49,18 @@ def comparison_lines(runs: Sequence[Run], width: int) -> list[str]:
             head.append(title.format(unit=unit))
             columns.append([ABSENT if value is None else spell(value) for value in values])
     head.append("ranks\n/ EP")
-    columns.append([f"{plain(item.world)}/{plain(item.ep)}" if item.world is not None else ABSENT for item in figures])
+    columns.append(
+        [
+            f"{plain(item.world)}/{plain(item.ep)}" if item.world is not None else ABSENT
+            for item in figures
+        ]
+    )
     lines = table_lines(head, list(zip(*columns, strict=True)), width)
-    said = [line for remark in _remarks(runs, figures) for line in textwrap.wrap(remark, width, subsequent_indent="  ")]
+    said = [
+        line
+        for remark in _remarks(runs, figures)
+        for line in textwrap.wrap(remark, width, subsequent_indent="  ")
+    ]
     return lines + ([""] * bool(said)) + said
 
 
@@ -56,7 +68,13 @@ def comparison_json(runs: Sequence[Run]) -> dict[str, Any]:
     """The same with every digit; null where nothing was recorded."""
     figures = [figures_of(run) for run in runs]
     rows = [
-        {"name": run.name, "path": str(run.path), "finished": finished(run), "state": ending(run), **asdict(item)}
+        {
+            "name": run.name,
+            "path": str(run.path),
+            "finished": finished(run),
+            "state": ending(run),
+            **asdict(item),
+        }
         for run, item in zip(runs, figures, strict=True)
     ]
     return {"runs": rows, "remarks": list(_remarks(runs, figures))}
@@ -74,11 +92,17 @@ def _remarks(runs: Sequence[Run], figures: Sequence[Figures]) -> Iterator[str]:
     by_data = _groups(names, [f"data {item.data[:12]}" if item.data else None for item in figures])
     if len(by_data) > 1:
         yield f"Not trained and measured on the same data: {_listed(by_data)}."
-    sizes = [None if item.held_out is None else f"{item.held_out:,.0f} {item.unit}s" for item in figures]
+    sizes = [
+        None if item.held_out is None else f"{item.held_out:,.0f} {item.unit}s" for item in figures
+    ]
     by_size = _groups(names, sizes)
     if len(by_size) > 1 and len(by_data) == 1:
         yield f"Not measured on equally many held-out {figures[0].unit}s: {_listed(by_size)}."
-    frozen = [name for name, item in zip(names, figures, strict=True) if item.partly_trained and item.training_flops]
+    frozen = [
+        name
+        for name, item in zip(names, figures, strict=True)
+        if item.partly_trained and item.training_flops
+    ]
     if frozen:
         yield f"FLOPs to train are an upper bound for {', '.join(frozen)}: frozen weights need no gradient, and are counted as if."
 
@@ -88,7 +112,13 @@ def unfinished(run: Run) -> str:
 
 
 def _measure(figures: Figures) -> str | None:
-    return "bits/byte" if figures.bits_per_byte is not None else "accuracy" if figures.accuracy is not None else None
+    return (
+        "bits/byte"
+        if figures.bits_per_byte is not None
+        else "accuracy"
+        if figures.accuracy is not None
+        else None
+    )
 
 
 def _groups(names: Sequence[str], kinds: Sequence[str | None]) -> dict[str, list[str]]:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from dmoe.config.expert_shapes import all_choices, zero_cost
 from dmoe.config.schema import Config, MoEConfig
-from dmoe.config.shapes import all_choices, zero_cost
-from dmoe.report.spelling import count
-
-__all__ = ["meaning"]
+from dmoe.report.format import count
 
 UNSCORED = ("fixed", "hash")
 CHOICE = {
@@ -25,7 +23,11 @@ CHOICE = {
     "soft": "all experts",
     "expert_choice": "each expert takes the tokens that score it highest",
 }
-GROUP = {"rank": "a rank's micro-batch", "sequence": "each sequence", "global": "the micro-batches of all ranks"}
+GROUP = {
+    "rank": "a rank's micro-batch",
+    "sequence": "each sequence",
+    "global": "the micro-batches of all ranks",
+}
 LOSSES = ("switch", "z", "importance", "load", "usage_std")
 
 
@@ -36,7 +38,12 @@ def meaning(config: Config, start: dict[str, Any]) -> list[str]:
     else:
         words = [_model(config), _batch(config), _optimization(config)]
     if config.model.moe_every:
-        words[1:1] = [_routing(config.moe), _capacity(config.moe), _balance(config.moe), _exchange(config, start)]
+        words[1:1] = [
+            _routing(config.moe),
+            _capacity(config.moe),
+            _balance(config.moe),
+            _exchange(config, start),
+        ]
     return words
 
 
@@ -47,7 +54,11 @@ def _model(config: Config) -> str:
         return f"Model: {blocks}, all dense."
     where = "every block" if model.moe_every == 1 else f"every {model.moe_every}th block"
     first = f" after the first {model.dense_first}" if model.dense_first else ""
-    shared = f", and {count(moe.experts.shared, 'shared expert')} that every token passes" if moe.experts.shared else ""
+    shared = (
+        f", and {count(moe.experts.shared, 'shared expert')} that every token passes"
+        if moe.experts.shared
+        else ""
+    )
     widths = f"hidden width {moe.expert_dim:,}" if not moe.experts.shapes else "of different shape"
     free = f" and {zero_cost(moe.experts):,} of zero cost" if zero_cost(moe.experts) else ""
     experts = f"{moe.num_experts:,} experts ({moe.experts.kind}, {widths}){free}"
@@ -57,7 +68,11 @@ def _model(config: Config) -> str:
 def _classifier(config: Config) -> str:
     model, moe = config.model, config.moe
     joined = "joined by a gate after an encoder each" if model.fusion == "gated" else "side by side"
-    read = f"the streams {', '.join(config.data.streams)}, {joined}" if len(config.data.streams) > 1 else "one stream"
+    read = (
+        f"the streams {', '.join(config.data.streams)}, {joined}"
+        if len(config.data.streams) > 1
+        else "one stream"
+    )
     head = "a layer of experts" if model.head == "experts" else "linear"
     blocks = f"{count(model.layers, 'residual feed-forward')} of width {model.dim:,}"
     return f"Model: a classifier of {read}; {blocks}; the head is {head}; {moe.num_experts:,} experts in a mixture layer."
@@ -67,7 +82,11 @@ def _routing(moe: MoEConfig) -> str:
     router = moe.router
     if router.kind in UNSCORED:
         return f"Routing: {moe.top_k} of {moe.num_experts:,} experts a token, {CHOICE[router.kind]}; each weighs 1/{moe.top_k}."
-    many = f"{moe.top_k} of {all_choices(moe):,} experts a token, " if router.kind not in ("soft", "expert_choice") else ""
+    many = (
+        f"{moe.top_k} of {all_choices(moe):,} experts a token, "
+        if router.kind not in ("soft", "expert_choice")
+        else ""
+    )
     most = "at most " if router.kind in ("adaptive", "budget") else ""
     score = "softmax of the logits" if router.score == "softmax" else "sigmoid of each logit"
     chosen = " over the chosen ones" if router.weights_from == "chosen" else ""
@@ -79,11 +98,21 @@ def _routing(moe: MoEConfig) -> str:
 def _capacity(moe: MoEConfig) -> str:
     limits = moe.capacity
     if moe.router.kind == "expert_choice":
-        return "Capacity: an expert takes its fair share of each group's tokens, no more and no fewer."
+        return (
+            "Capacity: an expert takes its fair share of each group's tokens, no more and no fewer."
+        )
     if limits.factor is None:
         return "Capacity: dropless; an expert takes every token that chose it."
-    first = "first choices first, then token order" if limits.priority == "position" else "the higher score first"
-    full = "is offered once to the token's next expert" if limits.overflow == "next_choice" else "is dropped"
+    first = (
+        "first choices first, then token order"
+        if limits.priority == "position"
+        else "the higher score first"
+    )
+    full = (
+        "is offered once to the token's next expert"
+        if limits.overflow == "next_choice"
+        else "is dropped"
+    )
     held_out = "dropless" if limits.eval_factor is None else f"{limits.eval_factor:g} times"
     return (
         f"Capacity: an expert takes at most {limits.factor:g} times its fair share of {GROUP[limits.group]} ({first}); a choice beyond "
@@ -94,8 +123,16 @@ def _capacity(moe: MoEConfig) -> str:
 def _balance(moe: MoEConfig) -> str:
     balance = moe.balance
     terms = [f"{name} loss x {value:g}" for name in LOSSES if (value := getattr(balance, name))]
-    terms += [f"a bias that moves by {balance.bias:g} a step towards the experts chosen too rarely"] if balance.bias else []
-    return f"Balance: {', '.join(terms)}." if terms else "Balance: nothing keeps the experts evenly used."
+    terms += (
+        [f"a bias that moves by {balance.bias:g} a step towards the experts chosen too rarely"]
+        if balance.bias
+        else []
+    )
+    return (
+        f"Balance: {', '.join(terms)}."
+        if terms
+        else "Balance: nothing keeps the experts evenly used."
+    )
 
 
 def _exchange(config: Config, start: dict[str, Any]) -> str:
@@ -107,8 +144,14 @@ def _exchange(config: Config, start: dict[str, Any]) -> str:
         if world is not None
         else "their number was not recorded"
     )
-    how = "exactly the rows there are" if config.moe.exchange == "packed" else "a fixed number of slots"
-    return f"Ranks: {ranks}; the exchange sends {how} ({config.moe.exchange}, {config.parallel.mode})."
+    how = (
+        "exactly the rows there are"
+        if config.moe.exchange == "packed"
+        else "a fixed number of slots"
+    )
+    return (
+        f"Ranks: {ranks}; the exchange sends {how} ({config.moe.exchange}, {config.parallel.mode})."
+    )
 
 
 def _batch(config: Config) -> str:

@@ -1,6 +1,8 @@
 """The result of one run as plain text: what it reached and cost, then by domain, by missing stream, by layer.
 
 The trainer prints it at the end of a run, and `dmoe compare --full` from the same lines again. What was not recorded is left out.
+
+The mixture layers of one run at its end, as tables of plain text: which experts are used, and what the token got for it.
 """
 
 from __future__ import annotations
@@ -8,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dmoe.report.figures import Figures, figures_of, measure_of
-from dmoe.report.layer_results import layer_results
-from dmoe.report.metrics import Line, Metrics, number
+from dmoe.report.figures import Figures, figures_of, latest_by_layer, measure_of
+from dmoe.report.format import flops, one_line, plain, table_lines
 from dmoe.report.run import Record
-from dmoe.report.spelling import flops, plain
-from dmoe.report.text_table import one_line, table_lines
-
-__all__ = ["WIDTH", "domain_rows", "result_lines"]
+from dmoe.runs.metrics_log import Line, Metrics, finite, matrix, number, numbers
 
 WIDTH = 100
 MOST_DOMAINS = 40
-FORMS = {"bits_per_byte": ("bits/byte", "{:.4f}"), "accuracy": ("accuracy", "{:.2%}"), "loss": ("loss", "{:.4f}")}
+FORMS = {
+    "bits_per_byte": ("bits/byte", "{:.4f}"),
+    "accuracy": ("accuracy", "{:.2%}"),
+    "loss": ("loss", "{:.4f}"),
+}
 UNCHANGED = "="
 
 
@@ -27,7 +29,13 @@ def result_lines(metrics: Metrics) -> list[str]:
     """What `dmoe train` prints at the end of a run; nothing of how it ended, so that it is the same before and after the `end` line."""
     record = Record(metrics)
     figures = figures_of(record)
-    parts = [_own_row(figures), _domains(record), _compositions(record), _missing(record), *layer_results(record, WIDTH)]
+    parts = [
+        _own_row(figures),
+        _domains(record),
+        _compositions(record),
+        _missing(record),
+        *layer_results(record, WIDTH),
+    ]
     lines = [f"result after {figures.step:,} steps"]
     for part in parts:
         lines += ["", *part] if part and len(lines) > 1 else part
@@ -37,7 +45,11 @@ def result_lines(metrics: Metrics) -> list[str]:
 def _own_row(figures: Figures) -> list[str]:
     """The run's row of a comparison, one figure a line."""
     unit = figures.unit
-    ranks = None if figures.world is None else f"{plain(figures.world)}, {plain(figures.ep)} to a copy of the experts"
+    ranks = (
+        None
+        if figures.world is None
+        else f"{plain(figures.world)}, {plain(figures.ep)} to a copy of the experts"
+    )
     trained = figures.trainable_parameters if figures.partly_trained else None
     cells = {
         "held-out bits/byte": _spelled(figures.bits_per_byte, "{:.4f}"),
@@ -46,7 +58,9 @@ def _own_row(figures: Figures) -> list[str]:
         "parameters": _spelled(figures.parameters, "{:,.0f}"),
         f"active parameters a {unit}": _spelled(figures.active_parameters, "{:,.0f}"),
         "trainable parameters": _spelled(trained, "{:,.0f}"),
-        f"forward FLOPs a {unit}": None if figures.flops_per_token is None else flops(figures.flops_per_token),
+        f"forward FLOPs a {unit}": None
+        if figures.flops_per_token is None
+        else flops(figures.flops_per_token),
         "training FLOPs in all": None
         if figures.training_flops is None
         else flops(figures.training_flops) + (" at most" if trained is not None else ""),
@@ -93,14 +107,23 @@ def domain_rows(evals: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     title, form = FORMS[measure]
     head, compared = ["domain", f"{title}\nat step {now['step']:,}"], first["step"] != now["step"]
     if compared:
-        head = ["domain", f"{title}\nat step {first['step']:,}", f"{title}\nat step {now['step']:,}", "change"]
+        head = [
+            "domain",
+            f"{title}\nat step {first['step']:,}",
+            f"{title}\nat step {now['step']:,}",
+            "change",
+        ]
     rows = []
     for domain in found:
         value = number(now, "by_domain", domain, measure)
         before = number(first, "by_domain", domain, measure)
         cells = [_spelled(before, form) or "-"] if compared else []
         cells += [_spelled(value, form) or "-"]
-        cells += [_change(_mapping(first["by_domain"].get(domain)), _mapping(found[domain]), measure)] if compared else []
+        cells += (
+            [_change(_mapping(first["by_domain"].get(domain)), _mapping(found[domain]), measure)]
+            if compared
+            else []
+        )
         rows.append([one_line(domain), *cells])
     return head, rows
 
@@ -128,7 +151,10 @@ def _compositions(record: Record) -> list[str]:
     title, form = FORMS[measure]
     head = ["domain", *("+".join(map(str, entry.get("modules", []))) or "none" for entry in sets)]
     rows = [
-        [one_line(domain), *(_spelled(number(entry, "by_domain", domain, measure), form) or "-" for entry in sets)]
+        [
+            one_line(domain),
+            *(_spelled(number(entry, "by_domain", domain, measure), form) or "-" for entry in sets),
+        ]
         for domain in first
     ]
     return [f"{title} by domain, with these modules", *table_lines(head, rows, WIDTH, 2)]
@@ -145,8 +171,87 @@ def _missing(record: Record) -> list[str]:
         value = number(now, "missing", stream)
         change = "" if value is None or whole is None else f"{value - whole:+.2%}"
         rows.append([one_line(stream), _spelled(value, "{:.2%}") or "-", change])
-    return ["held out, with a stream missing", *table_lines(["missing", "accuracy", "change"], rows, WIDTH, 2)]
+    return [
+        "held out, with a stream missing",
+        *table_lines(["missing", "accuracy", "change"], rows, WIDTH, 2),
+    ]
 
 
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+MOST_EXPERTS = 16
+"""Above this only the busiest and the least used are told."""
+EXTREMES = 3
+
+
+def layer_results(record: Record, width: int) -> list[list[str]]:
+    """Tables of use and cost, and of experts a token; one that has nothing to say is empty."""
+    return [_use(record, width), _adaptive(record, width)]
+
+
+def _use(record: Record, width: int) -> list[str]:
+    """`cost`: what a token's experts take of what all of them would, which is what a budget limits."""
+    found = latest_by_layer(record.train, "load")
+    loads = {layer: numbers(load) for layer, load in found.items() if sum(numbers(load)) > 0}
+    if not loads:
+        return []
+    most = max(map(len, loads.values()))
+    head = [*map(str, range(most))] if most <= MOST_EXPERTS else ["busiest", "least used", "unused"]
+    dropped, cost = (
+        latest_by_layer(record.train, "drop_rate"),
+        latest_by_layer(record.train, "cost_share"),
+    )
+    rows = []
+    for layer, load in loads.items():
+        shares = _shares(load, most) if most <= MOST_EXPERTS else _extremes(load)
+        costs = [_percent(cost.get(layer))] if cost else []
+        rows.append([str(layer), _percent(dropped.get(layer)), *costs, *shares])
+    title = "choices of each expert in percent, last logged step" + (
+        " (expert: share)" if most > MOST_EXPERTS else ""
+    )
+    return [
+        title,
+        *table_lines(["layer", "dropped", *(["cost"] if cost else []), *head], rows, width, 2),
+    ]
+
+
+def _percent(value: Any) -> str:
+    share = finite(value)
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _shares(load: list[float], most: int) -> list[str]:
+    return [f"{100 * count / sum(load):.1f}" for count in load] + [""] * (most - len(load))
+
+
+def _extremes(load: list[float]) -> list[str]:
+    """The busiest experts, the least used ones, and how many nobody chose."""
+    order = sorted(range(len(load)), key=lambda expert: (-load[expert], expert))
+
+    def named(experts: list[int]) -> str:
+        return ", ".join(f"{expert}: {100 * load[expert] / sum(load):.2f}" for expert in experts)
+
+    return [named(order[:EXTREMES]), named(order[: -EXTREMES - 1 : -1]), str(load.count(0))]
+
+
+def _adaptive(record: Record, width: int) -> list[str]:
+    """Whether hard tokens get more experts: the mean loss of those that used so many."""
+    rows = []
+    for layer, found in latest_by_layer(record.evals, "k_loss").items():
+        rows += [[str(layer), *_k_row(row)] for row in matrix(found) if len(row) == 3]
+    if not rows:
+        return []
+    head = ["layer", "experts used", "tokens", "mean loss (nats)"]
+    found = latest_by_layer(record.evals, "k_loss_correlation").items()
+    told = [f"layer {layer} {value:+.3f}" for layer, value in found if finite(value) is not None]
+    return [
+        "experts a token used, and how hard it was (held out)",
+        *table_lines(head, rows, width, 2),
+        *([f"  correlation of the two: {', '.join(told)}"] if told else []),
+    ]
+
+
+def _k_row(row: list[Any]) -> list[str]:
+    return [f"{row[0]:.0f}", f"{row[1]:,.0f}", f"{row[2]:.4f}"]

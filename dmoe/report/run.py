@@ -11,9 +11,7 @@ from typing import Any
 from dmoe.config.errors import ConfigError
 from dmoe.config.load import load
 from dmoe.config.schema import Config
-from dmoe.report.metrics import Line, Metrics, read_metrics
-
-__all__ = ["Record", "Run", "layers_of", "load_runs"]
+from dmoe.runs.metrics_log import Line, Metrics, read_metrics_tolerant
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,9 @@ class Record:
     @cached_property
     def end(self) -> Line | None:
         """The `end` line, unless the run went on after it."""
-        last = next((line for line in reversed(self.metrics.lines) if line["event"] != "checkpoint"), None)
+        last = next(
+            (line for line in reversed(self.metrics.lines) if line["event"] != "checkpoint"), None
+        )
         return last if last is not None and last["event"] == "end" else None
 
 
@@ -78,7 +78,7 @@ def _load(path: Path, name: str) -> Run:
         config = load(path / "resolved.yaml")
     except ConfigError as error:
         problem = f"This version of dmoe cannot read the run's resolved.yaml, so its settings are left out: {error}."
-    return Run(read_metrics(path / "metrics.jsonl"), name, path, config, problem)
+    return Run(read_metrics_tolerant(path / "metrics.jsonl"), name, path, config, problem)
 
 
 def _names(paths: list[Path]) -> list[str]:
@@ -108,4 +108,7 @@ def _one_a_step(lines: list[Line]) -> list[Line]:
 def _layers(line: Line) -> dict[int, dict[str, Any]]:
     found = line.get("layers")
     rows = [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
-    return {row["layer"] if isinstance(row.get("layer"), int) else index: row for index, row in enumerate(rows)}
+    return {
+        row["layer"] if isinstance(row.get("layer"), int) else index: row
+        for index, row in enumerate(rows)
+    }

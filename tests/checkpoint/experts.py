@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import dmoe.checkpoint  # noqa: F401 (so that the fork server, which imports this module, has it)
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-
-import dmoe.distributed.checkpoint  # noqa: F401 (so that the fork server, which imports this module, has it)
 
 E, D, F = 8, 3, 5  # experts (global), model width, expert hidden width
 
@@ -32,7 +31,9 @@ def mesh_of(world: int, ep: int) -> DeviceMesh:
     return init_device_mesh("cpu", (world // ep, ep), mesh_dim_names=("edp", "ep"))
 
 
-def sharded(world: int, ep: int, fill: Callable[[Tensor], Tensor] = torch.clone) -> dict[str, Tensor]:
+def sharded(
+    world: int, ep: int, fill: Callable[[Tensor], Tensor] = torch.clone
+) -> dict[str, Tensor]:
     """`whole()` as (W, EP) ranks hold it: experts and `uneven` over ep, equal over edp; the rest on every rank.
 
     Collective: builds a mesh.
@@ -47,7 +48,9 @@ def sharded(world: int, ep: int, fill: Callable[[Tensor], Tensor] = torch.clone)
             local = chunks[mine] if mine < len(chunks) else tensor[:0]
             placements = [Replicate(), Shard(0)]
             shape, stride = tensor.shape, tensor.stride()
-            state[name] = DTensor.from_local(fill(local), mesh, placements, run_check=False, shape=shape, stride=stride)
+            state[name] = DTensor.from_local(
+                fill(local), mesh, placements, run_check=False, shape=shape, stride=stride
+            )
     return state
 
 
@@ -58,7 +61,9 @@ def blank(tensor: Tensor) -> Tensor:
 def same(state: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     """Bit for bit, this rank's parts."""
     for name, tensor in expected.items():
-        one, other = (t.to_local() if isinstance(t, DTensor) else t.detach() for t in (state[name], tensor))
+        one, other = (
+            t.to_local() if isinstance(t, DTensor) else t.detach() for t in (state[name], tensor)
+        )
         if one.dtype != other.dtype or one.shape != other.shape:
             return False
         if not torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other))):

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from dmoe.checkpoint import AsyncSaver, list_steps, load
 from dmoe.config.errors import CheckpointError
-from dmoe.distributed.checkpoint import AsyncSaver, list_steps, load
 
 
 def state_of(value: float) -> dict[str, torch.Tensor]:

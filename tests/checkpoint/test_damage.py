@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dmoe.checkpoint import load, read_manifest, save, verify
+from dmoe.checkpoint.manifest import MANIFEST, FileEntry, Manifest, TensorEntry, hash_file, write
 from dmoe.config.errors import CheckpointError
-from dmoe.distributed.checkpoint import load, read_manifest, save, verify
-from dmoe.distributed.checkpoint.manifest import MANIFEST, FileEntry, Manifest, TensorEntry, hash_file, write
 from tests.checkpoint.experts import blank, same, whole
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
@@ -104,7 +104,10 @@ def pipe_shard(path: Path) -> None:
         (grow, rf"{SHARD} has \d+ bytes, not"),
         (lambda path: (path / SHARD).write_bytes(b""), rf"{SHARD} has 0 bytes"),
         (lambda path: (path / SHARD).unlink(), f"{SHARD} is missing"),
-        (lambda path: (path / "shard-00002-model-00001-of-00001.safetensors").write_bytes(b""), "shard-00002.* is extra"),
+        (
+            lambda path: (path / "shard-00002-model-00001-of-00001.safetensors").write_bytes(b""),
+            "shard-00002.* is extra",
+        ),
         (lambda path: (path / ".metadata").write_bytes(b"x"), r"'\.metadata', which is no name"),
         (lambda path: (path / "sub").mkdir(), "sub is no regular file"),
         (lambda path: (path / MANIFEST).write_bytes(b""), r"manifest\.json"),
@@ -127,7 +130,10 @@ def test_peek_follows_no_link(path: Path) -> None:
 
 
 def test_a_shard_of_another_step_is_refused(path: Path) -> None:
-    other = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in whole().items()}
+    other = {
+        name: tensor + 1 if tensor.is_floating_point() else tensor
+        for name, tensor in whole().items()
+    }
     newer = save(path.parent, 200, other, {})
     (path / SHARD).write_bytes((newer / SHARD).read_bytes())
     refused(path, f"{SHARD} was changed")
@@ -135,7 +141,10 @@ def test_a_shard_of_another_step_is_refused(path: Path) -> None:
 
 def test_a_checkpoint_directory_that_is_a_link_or_was_renamed(path: Path) -> None:
     path.rename(path.with_name("step-00000300"))
-    refused(path.with_name("step-00000300"), "is of step 100, not of the step its directory is named after")
+    refused(
+        path.with_name("step-00000300"),
+        "is of step 100, not of the step its directory is named after",
+    )
     path.symlink_to(path.with_name("step-00000300"))
     refused(path, "links are not followed")
 
@@ -198,13 +207,26 @@ def test_the_forger_of_these_tests_can_forge(path: Path) -> None:
         lambda body: {},
     ],
 )
-def test_a_manifest_that_makes_no_sense_is_refused(path: Path, change: Callable[[dict], object]) -> None:
+def test_a_manifest_that_makes_no_sense_is_refused(
+    path: Path, change: Callable[[dict], object]
+) -> None:
     forge(path, change)
     refused(path, r"manifest\.json")
 
 
 @pytest.mark.parametrize(
-    "text", ["null", "[]", "{", "[" * 100_000, '{"manifest": 1e999}', "1" * 5000, "\ufeff{}", '"\\ud800"', "\0"]
+    "text",
+    [
+        "null",
+        "[]",
+        "{",
+        "[" * 100_000,
+        '{"manifest": 1e999}',
+        "1" * 5000,
+        "\ufeff{}",
+        '"\\ud800"',
+        "\0",
+    ],
 )
 def test_a_manifest_that_is_not_json_is_refused(path: Path, text: str) -> None:
     (path / MANIFEST).write_text(text)
@@ -231,10 +253,17 @@ def test_300_malformed_headers_are_checkpoint_errors(tmp_path: Path) -> None:
         except CheckpointError:
             refusals += 1
             assert same(state, {name: blank(tensor) for name, tensor in whole().items()})
-    assert refusals > 200  # the others changed an insignificant byte, such as white space or a digit of the metadata
+    assert (
+        refusals > 200
+    )  # the others changed an insignificant byte, such as white space or a digit of the metadata
 
 
-def plant(path: Path, pieces: dict[str, torch.Tensor], offsets: dict[str, list[int]], whole_shape: tuple[int, ...]) -> None:
+def plant(
+    path: Path,
+    pieces: dict[str, torch.Tensor],
+    offsets: dict[str, list[int]],
+    whole_shape: tuple[int, ...],
+) -> None:
     info = json.dumps({name: {"saved_offsets": offset} for name, offset in offsets.items()})
     path.mkdir()
     save_file(pieces, path / SHARD, metadata={"DCP_SHARDING_INFO": info})
@@ -249,10 +278,16 @@ def plant(path: Path, pieces: dict[str, torch.Tensor], offsets: dict[str, list[i
         (torch.ones(4, 3), [1, 0], "outside its shape"),
         (torch.ones(4, 3), [-1, 0], "outside its shape"),
         (torch.ones(4, 3), [0], "outside its shape"),
-        (torch.ones(4, 3, dtype=torch.float64), [0, 0], "'x' is F64 here and float32 in the manifest"),
+        (
+            torch.ones(4, 3, dtype=torch.float64),
+            [0, 0],
+            "'x' is F64 here and float32 in the manifest",
+        ),
     ],
 )
-def test_pieces_that_do_not_make_up_the_tensor_are_refused(tmp_path: Path, piece: torch.Tensor, offset, message: str) -> None:
+def test_pieces_that_do_not_make_up_the_tensor_are_refused(
+    tmp_path: Path, piece: torch.Tensor, offset, message: str
+) -> None:
     """torch's reader would leave the missing rows as they were and say nothing."""
     plant(tmp_path / "step-00000001", {"x": piece}, {"x": offset}, (4, 3))
     target = torch.zeros(4, 3)

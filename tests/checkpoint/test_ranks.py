@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from dmoe.checkpoint import dcp, find_latest, list_steps, load, save, verify
+from dmoe.checkpoint.validate import fingerprint
 from dmoe.config.errors import CheckpointError
-from dmoe.distributed.checkpoint import find_latest, list_steps, load, pieces, save, verify
-from dmoe.distributed.checkpoint.replicas import fingerprint
 from tests.checkpoint.experts import blank, mesh_of, same, sharded, whole
 from tests.ranks import run_ranks
 
@@ -80,9 +80,14 @@ def fully_sharded(rank: int, world: int, root: Path) -> bool:
     mesh, full = mesh_of(world, 2), whole()["model.experts.w"]
     mine = full.chunk(2)[mesh.get_local_rank("ep")].chunk(2)[mesh.get_local_rank("edp")]
     placements = [_StridedShard(0, split_factor=2), Shard(0)]
-    tensor = DTensor.from_local(mine, mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
+    tensor = DTensor.from_local(
+        mine, mesh, placements, run_check=False, shape=full.shape, stride=full.stride()
+    )
     path = save(root, 1, {"w": tensor}, {})
-    plain, target = torch.zeros_like(full), distribute_tensor(torch.zeros_like(full), mesh, [Shard(1), Replicate()])
+    plain, target = (
+        torch.zeros_like(full),
+        distribute_tensor(torch.zeros_like(full), mesh, [Shard(1), Replicate()]),
+    )
     load(path, {"w": plain})
     load(path, {"w": target})
     return torch.equal(plain, full) and torch.equal(target.full_tensor(), full)
@@ -128,14 +133,20 @@ def differing_states(rank: int, world: int, root: Path) -> list[str]:
     drifted[1, 2] += 1e-6 * (rank == 2)
     states: list[dict[str, Tensor]] = [
         {"w": torch.full((3,), float(rank == 3))},
-        {"a": torch.ones(2), "experts": DTensor.from_local(drifted, mesh, [Replicate(), Shard(0)], run_check=False)},
+        {
+            "a": torch.ones(2),
+            "experts": DTensor.from_local(drifted, mesh, [Replicate(), Shard(0)], run_check=False),
+        },
         {"w": torch.ones(2 + (rank == 1))},
         {"w": torch.ones(2).to(torch.float64 if rank == 1 else torch.float32)},
         {f"w{int(rank == 2)}": torch.ones(2)},
         {"w": torch.ones(2)} if rank else {},
         {"experts": DTensor.from_local(local, mesh, [Replicate(), Shard(0)], run_check=False)},
     ]
-    return [refusal(lambda state=state, n=n: save(root / str(n), 1, state, {})) for n, state in enumerate(states)]
+    return [
+        refusal(lambda state=state, n=n: save(root / str(n), 1, state, {}))
+        for n, state in enumerate(states)
+    ]
 
 
 def test_what_differs_between_ranks_is_refused_on_all(tmp_path: Path) -> None:
@@ -165,7 +176,9 @@ def test_a_fingerprint_sees_one_changed_element_and_a_swap(dtype: torch.dtype) -
     assert len(seen) == 22
     swapped = torch.cat([tensor[500:], tensor[:500]])
     assert fingerprint(swapped) not in seen
-    assert fingerprint(tensor.reshape(7, 143).t().contiguous().t().reshape(-1)) in seen  # the strides do not matter
+    assert (
+        fingerprint(tensor.reshape(7, 143).t().contiguous().t().reshape(-1)) in seen
+    )  # the strides do not matter
 
 
 # --- a failure of one rank
@@ -180,7 +193,7 @@ class Awkward(Exception):
 
 def failing_saves(rank: int, world: int, root: Path) -> list[str]:
     save(root, 100, sharded(world, world), {})
-    original = pieces.write_file
+    original = dcp.write_file
     messages = []
 
     def fail(error: Exception, on: int) -> Callable[..., None]:
@@ -191,16 +204,24 @@ def failing_saves(rank: int, world: int, root: Path) -> list[str]:
 
         return broken
 
-    for error, on in [(OSError(28, "No space left on device"), 1), (Awkward("two", "arguments"), 2), (Awkward("rank", "0"), 0)]:
-        pieces.write_file = fail(error, on)
+    for error, on in [
+        (OSError(28, "No space left on device"), 1),
+        (Awkward("two", "arguments"), 2),
+        (Awkward("rank", "0"), 0),
+    ]:
+        dcp.write_file = fail(error, on)
         messages.append(refusal(lambda: save(root, 200, sharded(world, world), {})))
-        pieces.write_file = original
+        dcp.write_file = original
         dist.barrier()
         assert sorted(entry.name for entry in root.iterdir()) == ["step-00000100"]
         dist.barrier()
-    messages.append(refusal(lambda: save(root, 200, sharded(world, world), {"bad": object()} if rank == 2 else {})))
+    messages.append(
+        refusal(
+            lambda: save(root, 200, sharded(world, world), {"bad": object()} if rank == 2 else {})
+        )
+    )
     if rank == 1:
-        pieces.Piece = None  # fails inside the writer, before a file is written
+        dcp.Piece = None  # fails inside the writer, before a file is written
     messages.append(refusal(lambda: save(root, 200, sharded(world, world), {})))
     dist.barrier()
     assert list_steps(root) == [(100, root / "step-00000100")]
@@ -245,6 +266,9 @@ def test_what_one_rank_refuses_no_rank_loads(tmp_path: Path) -> None:
     path = save(tmp_path, 100, whole(), {})
     results = run_ranks(2, failing_loads, path)
     assert results[0] == results[1]
-    assert "on rank 1: 'model.embed' is float32[11, 3] in the checkpoint and float32[3]" in results[0][0]
+    assert (
+        "on rank 1: 'model.embed' is float32[11, 3] in the checkpoint and float32[3]"
+        in results[0][0]
+    )
     assert "shard-00001-model-00001-of-00001.safetensors was changed" in results[0][1]
     assert "no checkpoint" in results[0][2]

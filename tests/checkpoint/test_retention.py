@@ -10,14 +10,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dmoe.distributed import topology
-from dmoe.distributed.checkpoint import AsyncSaver, layout, manifest, retention, store, verify
+from dmoe.checkpoint import AsyncSaver, directory, manifest, save_load, verify
+from dmoe.distributed import mesh
 from tests.checkpoint.experts import sharded
 from tests.checkpoint.saving import patched, refusal, state_of
 from tests.ranks import run_ranks
 
 
-def test_nothing_is_deleted_before_the_new_one_is_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_deleted_before_the_new_one_is_proven(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     events: list[str] = []
 
     def told(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,7 +32,7 @@ def test_nothing_is_deleted_before_the_new_one_is_proven(tmp_path: Path, monkeyp
     saver = AsyncSaver(tmp_path, 1, None, False)
     saver.save(1, state_of(1.0), {})
     monkeypatch.setattr(manifest, "hash_file", told("hash", manifest.hash_file))
-    monkeypatch.setattr(layout, "remove", told("remove", layout.remove))
+    monkeypatch.setattr(directory, "remove", told("remove", directory.remove))
     saver.save(2, state_of(2.0), {})
     shard = "shard-00001-model-00001-of-00001.safetensors"
     assert events == [
@@ -42,7 +44,10 @@ def test_nothing_is_deleted_before_the_new_one_is_proven(tmp_path: Path, monkeyp
 
 def damaged_by(rank: int, world: int, root: Path) -> list[str]:
     """The commit succeeds, and what the disk holds is not what was written: the file of the last rank."""
-    saver, original = AsyncSaver(root, 1, topology.build_mesh(world, torch.device("cpu")).checkpoint_group, True), store.save
+    saver, original = (
+        AsyncSaver(root, 1, mesh.build_mesh(world, torch.device("cpu")).checkpoint_group, True),
+        save_load.save,
+    )
     saver.save(1, sharded(world, world), {})
     saver.wait()
 
@@ -56,14 +61,16 @@ def damaged_by(rank: int, world: int, root: Path) -> list[str]:
         dist.barrier()
         return path
 
-    with patched(store, "save", rotten):
+    with patched(save_load, "save", rotten):
         saver.save(2, sharded(world, world), {})
         message = refusal(saver.wait)
     dist.barrier()
     return [message, *sorted(entry.name for entry in root.iterdir())]
 
 
-def test_a_new_checkpoint_that_does_not_read_back_goes_and_the_old_one_stays(tmp_path: Path) -> None:
+def test_a_new_checkpoint_that_does_not_read_back_goes_and_the_old_one_stays(
+    tmp_path: Path,
+) -> None:
     results = run_ranks(2, damaged_by, tmp_path)
     assert results[0] == results[1]
     assert "shard-00002-model-00001-of-00001.safetensors was changed" in results[0][0]
@@ -72,11 +79,11 @@ def test_a_new_checkpoint_that_does_not_read_back_goes_and_the_old_one_stays(tmp
 
 
 def test_what_a_killed_run_was_writing_goes_at_the_next_start(tmp_path: Path) -> None:
-    store.save(tmp_path, 1, state_of(1.0), {})
+    save_load.save(tmp_path, 1, state_of(1.0), {})
     for step in (2, 7):
         (tmp_path / f"step-0000000{step}.tmp").mkdir()
         (tmp_path / f"step-0000000{step}.tmp" / "shard").write_text("half")
     (tmp_path / "notes.tmp").write_text("somebody else's")
-    retention.discard_partials(tmp_path)
+    save_load.discard_partials(tmp_path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["notes.tmp", "step-00000001"]
-    retention.discard_partials(tmp_path / "none")
+    save_load.discard_partials(tmp_path / "none")

@@ -12,12 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dmoe.checkpoint import load, read_manifest, save
+from dmoe.checkpoint.tensor_entries import DTYPES
 from dmoe.config.errors import CheckpointError
-from dmoe.distributed.checkpoint import load, read_manifest, save
-from dmoe.distributed.checkpoint.state import DTYPES
 from tests.checkpoint.experts import blank, same, whole
 
-EXTRA = {"config": "abc", "tokens": 2**53 + 1, "loss": 0.1 + 0.2, "topology": {"world": 4, "ep": [1, None, True]}, "é": "名"}
+EXTRA = {
+    "config": "abc",
+    "tokens": 2**53 + 1,
+    "loss": 0.1 + 0.2,
+    "topology": {"world": 4, "ep": [1, None, True]},
+    "é": "名",
+}
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
@@ -43,25 +49,39 @@ def test_a_whole_state_and_extra_come_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [getattr(torch, name) for name in DTYPES.values()], ids=str)
-@pytest.mark.parametrize("shape", [(), (1,), (0,), (0, 4), (3, 0, 2), (7,), (3, 5), (1, 2, 3, 4)], ids=str)
-def test_every_dtype_and_shape_bit_for_bit(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (0,), (0, 4), (3, 0, 2), (7,), (3, 5), (1, 2, 3, 4)], ids=str
+)
+def test_every_dtype_and_shape_bit_for_bit(
+    tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
     before = random_bits(shape, dtype)
     after = torch.zeros(shape, dtype=dtype)
-    load(save(tmp_path, 1, {"t": before, "other": torch.ones(3)}, {}), {"t": after, "other": torch.zeros(3)})
+    load(
+        save(tmp_path, 1, {"t": before, "other": torch.ones(3)}, {}),
+        {"t": after, "other": torch.zeros(3)},
+    )
     assert torch.equal(bytes_of(before), bytes_of(after))
 
 
 @settings(max_examples=25, deadline=None)
 @given(
     st.dictionaries(
-        st.text(min_size=1, max_size=30).filter(lambda name: name.isprintable() and name != "__metadata__"),
-        st.tuples(st.lists(st.integers(0, 4), max_size=4).map(tuple), st.sampled_from(sorted(DTYPES.values()))),
+        st.text(min_size=1, max_size=30).filter(
+            lambda name: name.isprintable() and name != "__metadata__"
+        ),
+        st.tuples(
+            st.lists(st.integers(0, 4), max_size=4).map(tuple),
+            st.sampled_from(sorted(DTYPES.values())),
+        ),
         min_size=1,
         max_size=6,
     )
 )
 def test_any_printable_name(shapes: dict[str, tuple[tuple[int, ...], str]]) -> None:
-    before = {name: random_bits(shape, getattr(torch, dtype)) for name, (shape, dtype) in shapes.items()}
+    before = {
+        name: random_bits(shape, getattr(torch, dtype)) for name, (shape, dtype) in shapes.items()
+    }
     after = {name: torch.zeros_like(tensor) for name, tensor in before.items()}
     with tempfile.TemporaryDirectory() as root:
         load(save(Path(root), 0, before, {}), after)
@@ -102,7 +122,9 @@ def test_a_subset_by_prefix(tmp_path: Path) -> None:
     path = save(tmp_path, 1, whole(), {"a": 1})
     model = {name: blank(tensor) for name, tensor in whole().items() if name.startswith("model.")}
     assert load(path, model, prefix="model.") == {"a": 1}
-    assert same(model, {name: tensor for name, tensor in whole().items() if name.startswith("model.")})
+    assert same(
+        model, {name: tensor for name, tensor in whole().items() if name.startswith("model.")}
+    )
     with pytest.raises(CheckpointError, match=r"also holds 'optim\.experts"):
         load(path, model)
     with pytest.raises(CheckpointError, match="no tensor that starts with 'ema'"):
@@ -138,7 +160,10 @@ def other_type(state: dict[str, Tensor]) -> None:
         (drop, r"also holds 'model\.embed' \(1 names"),
         (add, r"lacks 'model\.new' \(1 names"),
         (transpose, r"'model\.embed' is float32\[11, 3\] in the checkpoint and float32\[3, 11\]"),
-        (fewer_experts, r"'model\.experts\.w' is float32\[8, 3, 5\] in the checkpoint and float32\[4, 3, 5\]"),
+        (
+            fewer_experts,
+            r"'model\.experts\.w' is float32\[8, 3, 5\] in the checkpoint and float32\[4, 3, 5\]",
+        ),
         (other_type, r"'optim\.experts\.w\.exp_avg' is bfloat16.*float32"),
     ],
 )
@@ -172,7 +197,10 @@ def test_what_cannot_come_back_is_refused(tmp_path: Path, bad: dict, message: st
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("extra", [{"a": (1, 2)}, {"a": float("nan")}, {1: 2}, {"a": torch.ones(1)}, {"a": b"x"}, [1], None])
+@pytest.mark.parametrize(
+    "extra",
+    [{"a": (1, 2)}, {"a": float("nan")}, {1: 2}, {"a": torch.ones(1)}, {"a": b"x"}, [1], None],
+)
 def test_an_extra_that_is_not_plain_json_is_refused(tmp_path: Path, extra: object) -> None:
     with pytest.raises(CheckpointError, match="extra must be plain JSON"):
         save(tmp_path, 1, whole(), extra)

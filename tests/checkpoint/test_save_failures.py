@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dmoe.checkpoint import dcp, latest, list_steps, load, save, verify
+from dmoe.checkpoint.dcp import Piece
 from dmoe.config.errors import CheckpointError
-from dmoe.distributed.checkpoint import latest, list_steps, load, pieces, save, stream, verify
-from dmoe.distributed.checkpoint.stream import Piece
 
 OLD, NEW = {"w": torch.arange(6.0)}, {"w": torch.arange(6.0) + 100}
 
@@ -23,9 +23,19 @@ class Killed(BaseException):
 class Disk:
     """Counts the calls that make a save durable, and breaks the chosen one before or after it is done."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, call: int | None, error: BaseException | None, *, after: bool = False):
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        call: int | None,
+        error: BaseException | None,
+        *,
+        after: bool = False,
+    ):
         self.calls, self.call, self.error, self.after = 0, call, error, after
-        for name in ("fsync", "rename"):  # a directory that exists is fine, so pathlib swallows a failing mkdir
+        for name in (
+            "fsync",
+            "rename",
+        ):  # a directory that exists is fine, so pathlib swallows a failing mkdir
             monkeypatch.setattr(os, name, self.broken(getattr(os, name)))
 
     def broken(self, function):
@@ -49,7 +59,9 @@ def count(root: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     return disk.calls
 
 
-def test_each_durable_call_that_fails_fails_the_save_and_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_durable_call_that_fails_fails_the_save_and_cleans_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     total = count(tmp_path / "count", monkeypatch)
     assert total == 5  # fsync of shard, manifest and directory, rename, fsync of the parent
     for call in range(total):
@@ -61,14 +73,18 @@ def test_each_durable_call_that_fails_fails_the_save_and_cleans_up(tmp_path: Pat
                 save(root, 200, NEW, {})
         names = sorted(entry.name for entry in root.iterdir())
         # Only after the rename is the new one there: the call that fails then is the last fsync of the parent.
-        assert names == (["step-00000100", "step-00000200"] if call == total - 1 else ["step-00000100"])
+        assert names == (
+            ["step-00000100", "step-00000200"] if call == total - 1 else ["step-00000100"]
+        )
         verify(old)
         if call < total - 1:
             verify(save(root, 200, NEW, {}))
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_each_durable_call_that_is_killed_leaves_the_old_or_the_new_one(tmp_path: Path, monkeypatch, after: bool) -> None:
+def test_each_durable_call_that_is_killed_leaves_the_old_or_the_new_one(
+    tmp_path: Path, monkeypatch, after: bool
+) -> None:
     total, outcomes = count(tmp_path / "count", monkeypatch), set()
     for call in range(total):
         root = tmp_path / f"run{call}"
@@ -81,37 +97,48 @@ def test_each_durable_call_that_is_killed_leaves_the_old_or_the_new_one(tmp_path
         newest = latest(root)
         state = {"w": torch.zeros(6)}
         load(newest, state)
-        assert torch.equal(state["w"], {"step-00000100": OLD, "step-00000200": NEW}[newest.name]["w"])
+        assert torch.equal(
+            state["w"], {"step-00000100": OLD, "step-00000200": NEW}[newest.name]["w"]
+        )
         outcomes.add(newest.name)
         if newest.name == "step-00000100":  # and the next save clears what the killed one left
             save(root, 200, NEW, {})
-            assert sorted(entry.name for entry in root.iterdir()) == ["step-00000100", "step-00000200"]
+            assert sorted(entry.name for entry in root.iterdir()) == [
+                "step-00000100",
+                "step-00000200",
+            ]
     assert outcomes == {"step-00000100", "step-00000200"}
 
 
-def test_a_full_disk_in_the_middle_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_in_the_middle_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch's DCP drops the errors of writer threads: the one writer here is no thread of its own."""
-    old, original = save(tmp_path, 100, OLD, {}), stream._write
+    old, original = save(tmp_path, 100, OLD, {}), dcp._write
 
     def full(file: io.FileIO, data: memoryview) -> None:
         if file.tell():  # the header still fits
             raise OSError(28, "No space left on device")
         original(file, data)
 
-    monkeypatch.setattr(stream, "_write", full)
-    with pytest.raises(CheckpointError, match=r"writing .*step-00000200\.tmp failed: .*No space left on device"):
+    monkeypatch.setattr(dcp, "_write", full)
+    with pytest.raises(
+        CheckpointError, match=r"writing .*step-00000200\.tmp failed: .*No space left on device"
+    ):
         save(tmp_path, 200, NEW, {})
     assert list_steps(tmp_path) == [(100, old)]
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000100"]
 
 
-def test_a_writer_that_drops_a_tensor_without_an_error_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = pieces.write_file
+def test_a_writer_that_drops_a_tensor_without_an_error_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = dcp.write_file
 
     def lossy(path: Path, given: list[Piece], metadata: dict[str, str]) -> None:
         original(path, [piece for piece in given if piece.name != "v"], metadata)
 
-    monkeypatch.setattr(pieces, "write_file", lossy)
+    monkeypatch.setattr(dcp, "write_file", lossy)
     with pytest.raises(CheckpointError, match=r"no file of .* holds 'v'"):
         save(tmp_path, 1, {"w": torch.ones(2), "v": torch.ones(2)}, {})
     assert list(tmp_path.iterdir()) == []
@@ -138,7 +165,9 @@ def test_a_stale_partial_is_cleared_and_a_link_in_its_place_not_followed(tmp_pat
     root.mkdir()
     (root / "step-00000001.tmp").symlink_to(outside)
     (root / "step-00000002.tmp").mkdir()
-    (root / "step-00000002.tmp" / "shard-00009-model-00001-of-00001.safetensors").write_text("stale")
+    (root / "step-00000002.tmp" / "shard-00009-model-00001-of-00001.safetensors").write_text(
+        "stale"
+    )
     for step in (1, 2):
         verify(save(root, step, OLD, {}))
     assert sorted(entry.name for entry in outside.iterdir()) == ["precious"]

@@ -13,28 +13,36 @@ from typing import Any
 import pytest
 import torch
 
-from dmoe.distributed import topology
-from dmoe.distributed.checkpoint import AsyncSaver, list_steps, store, verify
-from dmoe.distributed.checkpoint.state import local_part
-from dmoe.distributed.world import shorten_timeouts
+from dmoe.checkpoint import AsyncSaver, list_steps, save_load, verify
+from dmoe.checkpoint.tensor_entries import local_part
+from dmoe.distributed import mesh
+from dmoe.distributed.init import shorten_timeouts
 from tests.checkpoint.experts import sharded, whole
 from tests.checkpoint.saving import after, patched, state_of, steps_of, value_at
 from tests.ranks import run_ranks
 
 
 def written_twice(rank: int, world: int, root: Path, ep: int) -> list[dict[str, Any]]:
-    group = topology.build_mesh(ep, torch.device("cpu")).checkpoint_group
+    group = mesh.build_mesh(ep, torch.device("cpu")).checkpoint_group
     found = []
     for name, asynchronous in (("foreground", False), ("background", True)):
-        state, extra, trained = sharded(world, ep) if world > 1 else whole(), {"tokens": [1, 2]}, threading.Event()
+        state, extra, trained = (
+            sharded(world, ep) if world > 1 else whole(),
+            {"tokens": [1, 2]},
+            threading.Event(),
+        )
         state["strided"] = torch.arange(12.0).reshape(3, 4).t()
         state["tied"] = state["model.embed"]
         saver = AsyncSaver(root / name, 2, group, asynchronous)
-        with patched(store, "save", after(trained, store.save) if asynchronous else store.save):
+        with patched(
+            save_load, "save", after(trained, save_load.save) if asynchronous else save_load.save
+        ):
             for step in (1, 2):  # the second reuses the first one's buffers
                 trained.clear()
                 for tensor in state.values():
-                    local_part(tensor).add_(step) if tensor.dtype != torch.bool else local_part(tensor).logical_not_()
+                    local_part(tensor).add_(step) if tensor.dtype != torch.bool else local_part(
+                        tensor
+                    ).logical_not_()
                 saver.save(step, state, extra | {"step": step})
                 before = {key: local_part(tensor).clone() for key, tensor in state.items()}
                 for tensor in state.values():
@@ -46,12 +54,19 @@ def written_twice(rank: int, world: int, root: Path, ep: int) -> list[dict[str, 
                 for key, tensor in state.items():
                     local_part(tensor).copy_(before[key])
         saver.close()
-        found.append({step: (verify(path).files, verify(path).extra) for step, path in list_steps(root / name)})
+        found.append(
+            {
+                step: (verify(path).files, verify(path).extra)
+                for step, path in list_steps(root / name)
+            }
+        )
     return found
 
 
 @pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 2), (4, 2)])
-def test_the_background_writes_the_bytes_of_the_moment_of_the_call(tmp_path: Path, world: int, ep: int) -> None:
+def test_the_background_writes_the_bytes_of_the_moment_of_the_call(
+    tmp_path: Path, world: int, ep: int
+) -> None:
     """Training zeroes every tensor, and appends to `extra`, before the writer may start; SHA-256 and size of every file stay equal."""
     for foreground, background in run_ranks(world, written_twice, tmp_path, ep):
         assert sorted(foreground) == [1, 2]
@@ -62,7 +77,7 @@ def test_the_background_writes_the_bytes_of_the_moment_of_the_call(tmp_path: Pat
 def test_the_next_save_waits_for_the_last_and_does_not_write_into_its_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    events, original = [], store.save
+    events, original = [], save_load.save
 
     def slow(root: Path, step: int, *args: Any, **kwargs: Any) -> Path:
         events.append(f"begin {step}")
@@ -71,7 +86,7 @@ def test_the_next_save_waits_for_the_last_and_does_not_write_into_its_copy(
         events.append(f"end {step}")
         return path
 
-    monkeypatch.setattr(store, "save", slow)
+    monkeypatch.setattr(save_load, "save", slow)
     saver, state = AsyncSaver(tmp_path, 3, None, True), state_of(0.0)
     for step in (1, 2, 3):
         state["w"].fill_(step)
@@ -101,7 +116,7 @@ def test_what_is_finished_is_told_once(tmp_path: Path, asynchronous: bool) -> No
 
 
 def slow_disk(rank: int, world: int, root: Path) -> bool:
-    groups = topology.build_mesh(world, torch.device("cpu"), timeout=50.0)
+    groups = mesh.build_mesh(world, torch.device("cpu"), timeout=50.0)
     shorten_timeouts(groups.groups(), 0.3)
     if rank == 1:
         time.sleep(1.0)
@@ -115,9 +130,11 @@ def test_a_slow_disk_is_no_time_out(tmp_path: Path) -> None:
     assert run_ranks(2, slow_disk, tmp_path) == [True, True]
 
 
-def test_abandon_does_not_wait_for_ever_and_tells_what_it_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_abandon_does_not_wait_for_ever_and_tells_what_it_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     go = threading.Event()
-    monkeypatch.setattr(store, "save", after(go, store.save))
+    monkeypatch.setattr(save_load, "save", after(go, save_load.save))
     saver = AsyncSaver(tmp_path, 1, None, True)
     saver.save(7, state_of(7.0), {})
     with pytest.warns(UserWarning, match="save-7 .* was not finished"):
@@ -132,7 +149,7 @@ import sys, time, torch, torch.distributed as dist
 from pathlib import Path
 from datetime import timedelta
 from dmoe.distributed import topology
-from dmoe.distributed.checkpoint import Saver
+from dmoe.checkpoint import Saver
 
 root, rank = Path(sys.argv[1]), int(sys.argv[2])
 dist.init_process_group("gloo", store=dist.FileStore(str(root / "store"), 2), rank=rank, world_size=2, timeout=timedelta(seconds=50))
@@ -146,13 +163,17 @@ sys.exit(4)
 """
 
 
-def test_a_process_leaves_with_its_own_code_while_a_frozen_peer_keeps_its_writer(tmp_path: Path) -> None:
+def test_a_process_leaves_with_its_own_code_while_a_frozen_peer_keeps_its_writer(
+    tmp_path: Path,
+) -> None:
     """An ordinary thread would hold the process until the group's time-out, long after the error was told."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", LEFT_BEHIND, str(tmp_path)]
     peer = subprocess.Popen([*command, "1"], env=environment)
     try:
-        ended = subprocess.run([*command, "0"], env=environment, capture_output=True, text=True, timeout=40)
+        ended = subprocess.run(
+            [*command, "0"], env=environment, capture_output=True, text=True, timeout=40
+        )
     finally:
         peer.kill()
         peer.wait()

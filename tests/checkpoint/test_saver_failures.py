@@ -11,16 +11,24 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dmoe.distributed import topology
-from dmoe.distributed.checkpoint import AsyncSaver, agree, list_steps
-from dmoe.distributed.checkpoint.saver import Staging
+from dmoe.checkpoint import AsyncSaver, consensus, list_steps
+from dmoe.checkpoint.async_saver import Staging
+from dmoe.distributed import mesh
 from tests.checkpoint.experts import sharded
-from tests.checkpoint.saving import full, patched, refusal, state_of, steps_of, until_failed, value_at
+from tests.checkpoint.saving import (
+    full,
+    patched,
+    refusal,
+    state_of,
+    steps_of,
+    until_failed,
+    value_at,
+)
 from tests.ranks import run_ranks
 
 
 def failing_writer(rank: int, world: int, root: Path) -> list[str]:
-    saver = AsyncSaver(root, 2, topology.build_mesh(world, torch.device("cpu")).checkpoint_group, True)
+    saver = AsyncSaver(root, 2, mesh.build_mesh(world, torch.device("cpu")).checkpoint_group, True)
     saver.save(100, sharded(world, world), {})
     saver.wait()
     messages = []
@@ -72,7 +80,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint(small_disk: Path) -> None:
     saver = AsyncSaver(small_disk, 2, None, True)
     saver.save(1, state_of(1.0), {})
     saver.save(2, {"w": torch.ones(100_000)}, {})
-    assert "No space left on device" in refusal(lambda: saver.save(3, state_of(3.0), {}))  # the error of 2; 3 is not started
+    assert "No space left on device" in refusal(
+        lambda: saver.save(3, state_of(3.0), {})
+    )  # the error of 2; 3 is not started
     saver.close()
     assert [entry.name for entry in small_disk.iterdir()] == ["step-00000001"]
     saver.save(4, state_of(4.0), {})
@@ -81,7 +91,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint(small_disk: Path) -> None:
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_failed_saves_push_no_good_one_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool) -> None:
+def test_failed_saves_push_no_good_one_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
     """keep=2, then three failed saves: both complete checkpoints are still there."""
     saver = AsyncSaver(tmp_path, 2, None, asynchronous)
     for step in (1, 2):
@@ -91,7 +103,9 @@ def test_failed_saves_push_no_good_one_out(tmp_path: Path, monkeypatch: pytest.M
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         for step in (3, 4, 5):
-            assert "No space left" in refusal(lambda step=step: (saver.save(step, state_of(step), {}), saver.wait()))
+            assert "No space left" in refusal(
+                lambda step=step: (saver.save(step, state_of(step), {}), saver.wait())
+            )
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
     assert [value_at(path) for _, path in list_steps(tmp_path)] == [1.0, 2.0]
 
@@ -104,7 +118,7 @@ def test_a_broken_group_is_no_failed_save(tmp_path: Path, monkeypatch: pytest.Mo
 
     saver = AsyncSaver(tmp_path, 2, None, True)
     with monkeypatch.context() as patch:
-        patch.setattr(agree.RankGroup, "_decide", broken)
+        patch.setattr(consensus.RankGroup, "_decide", broken)
         saver.save(1, state_of(1.0), {})
         until_failed(saver)
         with pytest.raises(RuntimeError, match="closed by peer"):

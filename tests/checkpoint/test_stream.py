@@ -10,14 +10,22 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dmoe.distributed.checkpoint import stream
-from dmoe.distributed.checkpoint.state import DTYPES
-from dmoe.distributed.checkpoint.stream import Piece, write_file
+from dmoe.checkpoint import dcp
+from dmoe.checkpoint.dcp import Piece, write_file
+from dmoe.checkpoint.tensor_entries import DTYPES
 
 
 def every_kind() -> dict[str, Tensor]:
-    tensors = {f"{name}.{n}": (torch.arange(n) % 3).to(getattr(torch, name)) for name in DTYPES.values() for n in (1, 5, 0)}
-    return tensors | {"scalar": torch.tensor(3.5), "none": torch.zeros(0, 4), 'odd "name" é': torch.ones(2, 3, 2)}
+    tensors = {
+        f"{name}.{n}": (torch.arange(n) % 3).to(getattr(torch, name))
+        for name in DTYPES.values()
+        for n in (1, 5, 0)
+    }
+    return tensors | {
+        "scalar": torch.tensor(3.5),
+        "none": torch.zeros(0, 4),
+        'odd "name" é': torch.ones(2, 3, 2),
+    }
 
 
 def header_of(data: bytes) -> bytes:
@@ -58,12 +66,17 @@ def test_a_strided_tensor_is_written_in_order(tmp_path: Path) -> None:
     assert torch.equal(safetensors.torch.load_file(tmp_path / "file")["w"], tensor)
 
 
-def test_a_system_that_writes_less_than_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_that_writes_less_than_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Linux writes at most 2 GiB in one call, a network file system often less."""
-    monkeypatch.setattr(stream, "_SLICE", 7)
+    monkeypatch.setattr(dcp, "_SLICE", 7)
     tensors = every_kind()
     write_file(tmp_path / "file", pieces_of(tensors), {})
-    assert all(torch.equal(value, tensors[name]) for name, value in safetensors.torch.load_file(tmp_path / "file").items())
+    assert all(
+        torch.equal(value, tensors[name])
+        for name, value in safetensors.torch.load_file(tmp_path / "file").items()
+    )
 
 
 def test_a_file_that_exists_is_not_written_over(tmp_path: Path) -> None:

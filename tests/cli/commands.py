@@ -40,7 +40,12 @@ LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADD
 def environment() -> dict[str, str]:
     """One thread a process: on two cores that others use too, more threads wait for each other."""
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
-    return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_SILENT": "true", "COLUMNS": "100"}
+    return kept | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "WANDB_SILENT": "true",
+        "COLUMNS": "100",
+    }
 
 
 def dmoe(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -52,20 +57,42 @@ def answered(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     out, err = io.StringIO(), io.StringIO()
     asked = mock.patch.object(sys, "argv", ["dmoe", *arguments])
     surroundings = mock.patch.dict(os.environ, environment(), clear=True)
-    with asked, surroundings, contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        asked,
+        surroundings,
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         code = dispatch_command()
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def launched(*arguments: str, cwd: Path, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     """`torchrun --standalone --nproc-per-node N -m dmoe ...`."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "dmoe"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        "-m",
+        "dmoe",
+    ]
     return _run([*launcher, *arguments], cwd, {})
 
 
 def _run(command: list[str], cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, cwd=cwd, env=environment() | env, capture_output=True, text=True, errors="replace", timeout=120, check=False
+        command,
+        cwd=cwd,
+        env=environment() | env,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=120,
+        check=False,
     )
 
 
@@ -82,7 +109,10 @@ def refused(result: subprocess.CompletedProcess[str], *words: str, code: int = 2
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def train_lines(run: Path) -> dict[int, dict[str, Any]]:

@@ -10,7 +10,10 @@ import pytest
 
 from tests.cli.commands import SMALL, dmoe, launched
 
-TEXT = "".join(f"def step_{number}(x):\n    return x * {number} + {number * number}\n\n" for number in range(200))
+TEXT = "".join(
+    f"def step_{number}(x):\n    return x * {number} + {number * number}\n\n"
+    for number in range(200)
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,9 @@ def small(place: Path) -> tuple[str, ...]:
 def alone(place: Path, small: tuple[str, ...]) -> Run:
     """Six steps in one process, with both trackers."""
     path = place / "alone"
-    result = dmoe("train", *small, f"train.run_dir={path}", "tracking.trackers=[tensorboard,wandb]", cwd=place)
+    result = dmoe(
+        "train", *small, f"train.run_dir={path}", "tracking.trackers=[tensorboard,wandb]", cwd=place
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return Run(path, result.stdout, small)
 

@@ -22,10 +22,22 @@ CONFIG = {
         ["moe.num_experts=9", "parallel.ep=2", "--ranks", "2"],
         ["moe.num_experts=9", "parallel.ep=2", "use"],
     ),
-    "ep does not divide the world": (["parallel.ep=4", "--ranks", "2"], ["parallel.ep=4", "world of 2", "use one of [1, 2]"]),
-    "more choices than experts": (["moe.top_k=9"], ["moe.top_k=9", "moe.num_experts=8", "use 8 or less"]),
-    "batch not divisible": (["train.global_batch=9", "--ranks", "2"], ["train.global_batch=9", "multiple of the 2", "use 8"]),
-    "no such file": (["nowhere.yaml"], ["CONFIG=nowhere.yaml", "cannot be read", "configs/quickstart.yaml"]),
+    "ep does not divide the world": (
+        ["parallel.ep=4", "--ranks", "2"],
+        ["parallel.ep=4", "world of 2", "use one of [1, 2]"],
+    ),
+    "more choices than experts": (
+        ["moe.top_k=9"],
+        ["moe.top_k=9", "moe.num_experts=8", "use 8 or less"],
+    ),
+    "batch not divisible": (
+        ["train.global_batch=9", "--ranks", "2"],
+        ["train.global_batch=9", "multiple of the 2", "use 8"],
+    ),
+    "no such file": (
+        ["nowhere.yaml"],
+        ["CONFIG=nowhere.yaml", "cannot be read", "configs/quickstart.yaml"],
+    ),
     "unknown option": (["--rank", "2"], ["--rank", "dmoe train --help"]),
     "no ranks": (["--ranks", "0"], ["--ranks", "1", "dmoe train --help"]),
 }
@@ -55,18 +67,33 @@ def taken_port() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("name", CONFIG)
-def test_a_config_that_cannot_work(name: str, away: Path, place: Path, small: tuple[str, ...]) -> None:
+def test_a_config_that_cannot_work(
+    name: str, away: Path, place: Path, small: tuple[str, ...]
+) -> None:
     arguments, words = CONFIG[name]
     rest = () if name == "no such file" else small
     file = arguments if name == "no such file" else ()
-    refused(dmoe("train", *file, *rest, f"train.run_dir={away}", *(() if file else arguments), cwd=place), *words)
+    refused(
+        dmoe(
+            "train", *file, *rest, f"train.run_dir={away}", *(() if file else arguments), cwd=place
+        ),
+        *words,
+    )
 
 
 @pytest.mark.parametrize("name", NEVER_TORCH)
 def test_torch_is_never_imported_for(name: str, place: Path) -> None:
     code = "import atexit, sys; from dmoe.cli.main import run; atexit.register(lambda: print('torch' in sys.modules)); run()"
     command = [sys.executable, "-c", code, *NEVER_TORCH[name]]
-    result = subprocess.run(command, cwd=place, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(
+        command,
+        cwd=place,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert result.stdout.splitlines()[-1] == "False"
     assert result.returncode == (0 if name in ("help", "fields") else 2)
 
@@ -77,15 +104,28 @@ def texts(place: Path) -> dict[str, tuple[list[str], list[str]]]:
     (place / "empty.txt").touch()
     (place / "short.txt").write_text("Just a few words in here.\n" * 3, encoding="utf-8")
     return {
-        "missing corpus": (["data.source=nowhere.txt"], ["data.source=nowhere.txt", "no such file", "check the path"]),
+        "missing corpus": (
+            ["data.source=nowhere.txt"],
+            ["data.source=nowhere.txt", "no such file", "check the path"],
+        ),
         "empty corpus": (["data.source=empty.txt"], ["data.source=empty.txt", "at least one byte"]),
-        "too short a corpus": (short, ["data.seq_len=512", "must be less than", "set data.seq_len="]),
-        "no CUDA": (["train.device=cuda"], ["train.device=cuda", "no CUDA device", "train.device=cpu"]),
+        "too short a corpus": (
+            short,
+            ["data.seq_len=512", "must be less than", "set data.seq_len="],
+        ),
+        "no CUDA": (
+            ["train.device=cuda"],
+            ["train.device=cuda", "no CUDA device", "train.device=cpu"],
+        ),
     }
 
 
-@pytest.mark.parametrize("name", ["missing corpus", "empty corpus", "too short a corpus", "no CUDA"])
-def test_what_only_the_machine_can_tell(name: str, away: Path, place: Path, small: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "name", ["missing corpus", "empty corpus", "too short a corpus", "no CUDA"]
+)
+def test_what_only_the_machine_can_tell(
+    name: str, away: Path, place: Path, small: tuple[str, ...]
+) -> None:
     overrides, words = texts(place)[name]
     refused(dmoe("train", *small, *overrides, f"train.run_dir={away}", cwd=place), *words)
 
@@ -93,11 +133,16 @@ def test_what_only_the_machine_can_tell(name: str, away: Path, place: Path, smal
 @pytest.mark.parametrize("name", ["empty corpus", "no CUDA"])
 def test_two_ranks_say_it_once(name: str, away: Path, place: Path, small: tuple[str, ...]) -> None:
     overrides, words = texts(place)[name]
-    refused(dmoe("train", *small, *overrides, f"train.run_dir={away}", "--ranks", "2", cwd=place), *words)
+    refused(
+        dmoe("train", *small, *overrides, f"train.run_dir={away}", "--ranks", "2", cwd=place),
+        *words,
+    )
 
 
 @pytest.mark.parametrize("ranks", [[], ["--ranks", "2"]], ids=["alone", "two ranks"])
-def test_a_run_directory_that_cannot_be_written(ranks: list[str], place: Path, small: tuple[str, ...]) -> None:
+def test_a_run_directory_that_cannot_be_written(
+    ranks: list[str], place: Path, small: tuple[str, ...]
+) -> None:
     """Below a regular file nobody can write, not even root."""
     (place / "file").write_text("mine", encoding="utf-8")
     result = dmoe("train", *small, "train.run_dir=file/run", *ranks, cwd=place)
@@ -105,14 +150,33 @@ def test_a_run_directory_that_cannot_be_written(ranks: list[str], place: Path, s
     assert (place / "file").read_text(encoding="utf-8") == "mine"
 
 
-def test_the_rendezvous_port_of_a_launcher_is_in_use(taken_port: int, away: Path, place: Path, small: tuple[str, ...]) -> None:
-    launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken_port)}
+def test_the_rendezvous_port_of_a_launcher_is_in_use(
+    taken_port: int, away: Path, place: Path, small: tuple[str, ...]
+) -> None:
+    launcher = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(taken_port),
+    }
     result = dmoe("train", *small, f"train.run_dir={away}", cwd=place, **launcher)
     refused(result, f"MASTER_PORT={taken_port}", "in use", "--master-port")
 
 
-def test_the_port_of_local_ranks_is_in_use(taken_port: int, away: Path, place: Path, small: tuple[str, ...]) -> None:
-    result = dmoe("train", *small, f"train.run_dir={away}", "--ranks", "2", "--port", str(taken_port), cwd=place)
+def test_the_port_of_local_ranks_is_in_use(
+    taken_port: int, away: Path, place: Path, small: tuple[str, ...]
+) -> None:
+    result = dmoe(
+        "train",
+        *small,
+        f"train.run_dir={away}",
+        "--ranks",
+        "2",
+        "--port",
+        str(taken_port),
+        cwd=place,
+    )
     refused(result, f"--port={taken_port}", "in use", "leave --port out")
 
 
@@ -129,5 +193,7 @@ def test_the_port_of_local_ranks_is_in_use(taken_port: int, away: Path, place: P
 )
 def test_generate_refuses_before_it_looks_for_the_run(option: str, value: str, place: Path) -> None:
     refused(
-        dmoe("generate", "nowhere", "--prompt", "a", option, value, cwd=place), f"{option}={value}".removesuffix("-1"), "must"
+        dmoe("generate", "nowhere", "--prompt", "a", option, value, cwd=place),
+        f"{option}={value}".removesuffix("-1"),
+        "must",
     )

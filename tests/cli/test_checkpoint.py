@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from dmoe.checkpoint import read_manifest, save
 from dmoe.config.errors import CheckpointError, ConfigError
-from dmoe.distributed.checkpoint import read_manifest, save
-from dmoe.training.inspection import find, inspect, newest, verify
+from dmoe.train.checkpoint_info import find, inspect, newest, verify
 from tests.checkpoint.experts import whole
 from tests.cli.commands import dmoe, refused
 from tests.cli.conftest import Run
@@ -61,7 +61,11 @@ def test_inspect_says_what_a_run_on_two_ranks_saved(pair: Run) -> None:
     assert list(contents.layers.values()) == [8, 8]
     assert contents.tensors == len(manifest.tensors)
     assert contents.problem is None
-    assert contents.bytes_by_kind["moments"] == 2 * contents.bytes_by_kind["weights"] == 8 * contents.parameters
+    assert (
+        contents.bytes_by_kind["moments"]
+        == 2 * contents.bytes_by_kind["weights"]
+        == 8 * contents.parameters
+    )
     assert sum(contents.bytes_by_kind.values()) == sum(contents.bytes_by_dtype.values())
 
 
@@ -74,7 +78,10 @@ def test_bytes_are_those_of_the_tensors(root: Path) -> None:
 
 def test_parameters_are_those_of_the_model(pair: Run, place: Path, small: tuple[str, ...]) -> None:
     content = json.loads(dmoe("explain", *small, "--json", cwd=place).stdout)
-    assert inspect(pair.path / "checkpoints" / "step-00000006").parameters == content["size"]["numbers"]["parameters"]
+    assert (
+        inspect(pair.path / "checkpoints" / "step-00000006").parameters
+        == content["size"]["numbers"]["parameters"]
+    )
 
 
 def test_who_owned_what_is_what_the_files_hold(pair: Run) -> None:
@@ -112,11 +119,16 @@ def test_inspect_prints_it(pair: Run, place: Path) -> None:
 
 def test_json_says_the_same(pair: Run, place: Path) -> None:
     content = as_json("inspect", "runs/latest", cwd=place)
-    assert [Path(path).name for path in content["checkpoints"]] == ["step-00000003", "step-00000006"]
+    assert [Path(path).name for path in content["checkpoints"]] == [
+        "step-00000003",
+        "step-00000006",
+    ]
     contents = inspect(pair.path / "checkpoints" / "step-00000006")
     assert content["checkpoint"]["owners"] == contents.owners
     assert content["checkpoint"]["bytes_by_kind"] == contents.bytes_by_kind
-    assert [len(file["pieces"]) for file in content["checkpoint"]["files"]] == [len(file.pieces) for file in contents.files]
+    assert [len(file["pieces"]) for file in content["checkpoint"]["files"]] == [
+        len(file.pieces) for file in contents.files
+    ]
 
 
 def test_verify_reads_every_checkpoint(root: Path) -> None:
@@ -124,7 +136,9 @@ def test_verify_reads_every_checkpoint(root: Path) -> None:
     assert content["ok"]
     assert [proof["step"] for proof in content["checkpoints"]] == [5, 10]
     assert all(proof["problem"] is None and proof["bytes"] > 0 for proof in content["checkpoints"])
-    assert [Path(path).name for path in content["partial"]] == ["step-00000015.tmp"], "listed, and no error"
+    assert [Path(path).name for path in content["partial"]] == ["step-00000015.tmp"], (
+        "listed, and no error"
+    )
 
 
 def test_verify_names_the_file_that_was_changed(broken: Path) -> None:
@@ -143,15 +157,21 @@ def test_verify_names_the_file_that_was_changed(broken: Path) -> None:
 def test_inspect_takes_the_newest_whole_one_and_shows_a_damaged_one_if_asked(broken: Path) -> None:
     (broken / "checkpoints" / "step-00000006" / SHARD).unlink()
     assert newest(find(str(broken))).name == "step-00000003"
-    result = dmoe("checkpoint", "inspect", str(broken / "checkpoints" / "step-00000006"), cwd=broken)
+    result = dmoe(
+        "checkpoint", "inspect", str(broken / "checkpoints" / "step-00000006"), cwd=broken
+    )
     assert result.returncode == 3
-    assert f"DAMAGED: {broken / 'checkpoints' / 'step-00000006' / SHARD} is missing" in result.stdout
+    assert (
+        f"DAMAGED: {broken / 'checkpoints' / 'step-00000006' / SHARD} is missing" in result.stdout
+    )
 
 
 def test_a_manifest_that_cannot_be_read_is_one_sentence(broken: Path) -> None:
     path = broken / "checkpoints" / "step-00000006"
     (path / "manifest.json").write_text("{", encoding="utf-8")
-    refused(dmoe("checkpoint", "inspect", str(path), cwd=broken), "step-00000006/manifest.json", code=3)
+    refused(
+        dmoe("checkpoint", "inspect", str(path), cwd=broken), "step-00000006/manifest.json", code=3
+    )
     proof = verify(path)
     assert proof.step == 6
     assert proof.problem is not None
@@ -160,19 +180,29 @@ def test_a_manifest_that_cannot_be_read_is_one_sentence(broken: Path) -> None:
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_where_nothing_is(command: str, tmp_path: Path) -> None:
-    refused(dmoe("checkpoint", command, "nowhere", cwd=tmp_path), "RUN=nowhere", "is no directory", "runs/latest")
+    refused(
+        dmoe("checkpoint", command, "nowhere", cwd=tmp_path),
+        "RUN=nowhere",
+        "is no directory",
+        "runs/latest",
+    )
     (tmp_path / "run" / "checkpoints" / "step-00000004.tmp").mkdir(parents=True)
     refused(dmoe("checkpoint", command, "run", cwd=tmp_path), "run has no checkpoint yet", code=3)
 
 
 def test_what_may_be_given(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for given in (root, root.parent, f"{root}/"):
-        assert [path.name for path in find(str(given)).checkpoints] == ["step-00000005", "step-00000010"]
+        assert [path.name for path in find(str(given)).checkpoints] == [
+            "step-00000005",
+            "step-00000010",
+        ]
     assert find(str(root / "step-00000005")).checkpoints == [root / "step-00000005"]
     monkeypatch.chdir(root / "step-00000005")
     assert inspect(find(".").checkpoints[0]).step == 5
     shutil.copytree(root / "step-00000005", root.parent / "kept")
-    assert verify(find(str(root.parent / "kept")).checkpoints[0]).step == 5, "also under another name"
+    assert verify(find(str(root.parent / "kept")).checkpoints[0]).step == 5, (
+        "also under another name"
+    )
     with pytest.raises(CheckpointError, match="its save has not finished"):
         find(str(root / "step-00000015.tmp"))
     (root.parent / "empty").mkdir()
@@ -182,6 +212,11 @@ def test_what_may_be_given(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_the_saver_did_not_say_is_not_made_up(root: Path) -> None:
     contents = inspect(root / "step-00000010")
-    assert (contents.tokens, contents.data, contents.topology, contents.versions) == (None, None, {}, {})
+    assert (contents.tokens, contents.data, contents.topology, contents.versions) == (
+        None,
+        None,
+        {},
+        {},
+    )
     result = dmoe("checkpoint", "inspect", str(root), cwd=root)
     assert result.stdout.count("not said") == 4

@@ -13,17 +13,28 @@ import pytest
 from dmoe.cli.compare import columns, command
 from dmoe.config.errors import ConfigError
 from dmoe.report.comparison import comparison_lines
-from dmoe.report.metrics import read_metrics
 from dmoe.report.results import result_lines
 from dmoe.report.run import load_runs
-from dmoe.training.result import print_summary
+from dmoe.runs.metrics_log import read_metrics
+from dmoe.train.summary import print_summary
 from tests.report.runs import line, write
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    start = {"parameters": 1234, "active_parameters": 600, "trainable_parameters": 30, "flops_per_token": 900}
-    measured = {"loss": 2.5, "tokens": 64, "tokens_per_second": 5.0, "load_max_over_mean": 1.5, "layers": [{"load": [1, 2]}]}
+    start = {
+        "parameters": 1234,
+        "active_parameters": 600,
+        "trainable_parameters": 30,
+        "flops_per_token": 900,
+    }
+    measured = {
+        "loss": 2.5,
+        "tokens": 64,
+        "tokens_per_second": 5.0,
+        "load_max_over_mean": 1.5,
+        "layers": [{"load": [1, 2]}],
+    }
     lines = [line("start", 0, world=1, ep=1, **start), line("train", 1, **measured)]
     lines += [line("eval", 1, loss=2.0, bits_per_byte=2.875), line("end", 1)]
     return write(tmp_path / "run", lines)
@@ -40,11 +51,18 @@ def test_a_line_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_json_has_every_digit(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command([run], as_json=True)
     (found,) = json.loads(capsys.readouterr().out)["runs"]
-    assert (found["name"], found["bits_per_byte"], found["parameters"], found["drop_rate"]) == ("run", 2.875, 1234, None)
+    assert (found["name"], found["bits_per_byte"], found["parameters"], found["drop_rate"]) == (
+        "run",
+        2.875,
+        1234,
+        None,
+    )
     assert found["finished"] is True
 
 
-def test_full_is_what_the_run_said_at_its_end(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_is_what_the_run_said_at_its_end(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command([run], full=True)
     assert capsys.readouterr().out.splitlines() == result_lines(read_metrics(run / "metrics.jsonl"))
 
@@ -54,7 +72,9 @@ def test_the_run_itself_says_the_same(run: Path, capsys: pytest.CaptureFixture[s
     said: list[str] = []
     told = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (run / "at-the-end.jsonl").write_text("".join(told[:-1]), encoding="utf-8")
-    speaker = SimpleNamespace(metrics=object(), run=SimpleNamespace(metrics=run / "at-the-end.jsonl"), say=said.append)
+    speaker = SimpleNamespace(
+        metrics=object(), run=SimpleNamespace(metrics=run / "at-the-end.jsonl"), say=said.append
+    )
     print_summary(speaker)  # type: ignore[arg-type]
     command([run], full=True)
     assert said == ["\n" + capsys.readouterr().out.rstrip()]
@@ -71,8 +91,12 @@ def test_a_table_that_cannot_be_made_is_a_note(tmp_path: Path) -> None:
     assert len(said) == 1
 
 
-def test_full_says_that_a_run_has_not_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command([write(tmp_path / "run", [line("start", 0), line("end", 3, stopped=True)])] * 2, full=True)
+def test_full_says_that_a_run_has_not_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(
+        [write(tmp_path / "run", [line("start", 0), line("end", 3, stopped=True)])] * 2, full=True
+    )
     told = capsys.readouterr().out
     assert "* run: stopped after step 3, and can go on." in told
     assert "\n\nrun (2):\n" in told
@@ -86,7 +110,9 @@ def test_what_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("given", "width"), [("20", 80), ("90", 90), ("200", 120)])
-def test_the_table_is_as_wide_as_the_terminal(run: Path, given: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_is_as_wide_as_the_terminal(
+    run: Path, given: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", given)
     assert columns() == width
     assert max(map(len, comparison_lines(load_runs([run]), columns()))) <= width
@@ -96,5 +122,11 @@ def test_the_command_answers_without_torch(run: Path) -> None:
     """In a process of its own: it is registered, and loads nothing heavy."""
     code = "import sys; from dmoe.cli import main\nsys.argv = ['dmoe', 'compare', sys.argv[1]]\n"
     code += "code = main.answer(); print(code, 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     assert done.stdout.splitlines()[-1] == "0 False"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from dmoe.training.restore import restore
-from dmoe.training.run_dir import RunDir
+from dmoe.runs.directory import RunDir
+from dmoe.train.restore import restore
 from tests.cli.commands import dmoe, refused
 from tests.cli.conftest import Run
 
@@ -14,15 +14,29 @@ from tests.cli.conftest import Run
 def test_it_repeats_the_sample_of_the_run(alone: Run, place: Path) -> None:
     """The sample at the end of training is drawn at temperature 0.7 with the run's seed."""
     sample = alone.stdout.split("sample:\n")[1].split("\nrun directory")[0].strip("\n")
-    result = dmoe("generate", "alone", "--prompt", "def ", "--temperature", "0.7", "--tokens", "20", cwd=place)
+    result = dmoe(
+        "generate", "alone", "--prompt", "def ", "--temperature", "0.7", "--tokens", "20", cwd=place
+    )
     assert result.returncode == 0, result.stderr
-    assert sample.startswith(result.stdout.strip("\n")), "the sample does not stop at the end of a document, `generate` does"
+    assert sample.startswith(result.stdout.strip("\n")), (
+        "the sample does not stop at the end of a document, `generate` does"
+    )
     assert result.stdout.startswith("def ")
     assert result.stderr == ""
 
 
 def test_one_process_generates_from_two_ranks_run(pair: Run, place: Path) -> None:
-    result = dmoe("generate", "runs/latest", "--prompt", "def é", "--tokens", "5", "--temperature", "0", cwd=place)
+    result = dmoe(
+        "generate",
+        "runs/latest",
+        "--prompt",
+        "def é",
+        "--tokens",
+        "5",
+        "--temperature",
+        "0",
+        cwd=place,
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("def é")
 
@@ -43,10 +57,17 @@ def test_all_experts_of_two_ranks_are_there(pair: Run, pair_alone: Run) -> None:
 
 
 def test_no_run_no_checkpoint_no_such_step(alone: Run, place: Path) -> None:
-    refused(dmoe("generate", "nowhere", "--prompt", "a", cwd=place), "RUN=nowhere", "is not a run directory", "runs/latest")
+    refused(
+        dmoe("generate", "nowhere", "--prompt", "a", cwd=place),
+        "RUN=nowhere",
+        "is not a run directory",
+        "runs/latest",
+    )
     empty = place / "without-checkpoints"
     shutil.copytree(alone.path, empty, ignore=shutil.ignore_patterns("step-*", "logs"))
-    refused(dmoe("generate", str(empty), "--prompt", "a", cwd=place), "has no checkpoint yet", code=3)
+    refused(
+        dmoe("generate", str(empty), "--prompt", "a", cwd=place), "has no checkpoint yet", code=3
+    )
     result = dmoe("generate", "alone", "--prompt", "a", "--step", "5", cwd=place)
     refused(result, "no checkpoint of step 5", "there are 3, 6", code=3)
 

@@ -7,7 +7,9 @@ import pytest
 from dmoe.cli import main
 
 
-def test_a_traceback_holds_no_secret(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_traceback_holds_no_secret(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """An error that is no user's mistake was raised again as it was, with the value of MY_TOKEN in the path it named."""
 
     def broken() -> int:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from dmoe.modular import inspect, layers
-from dmoe.training.restore import restore
-from dmoe.training.run_dir import RunDir
+from dmoe.runs.directory import RunDir
+from dmoe.train.restore import restore
 from tests.cli.commands import answered, dmoe, refused
 
 MODULES = ("modular.bank=low_rank", "modular.modules=2", "modular.rank=2")
@@ -23,7 +23,15 @@ MODULES = ("modular.bank=low_rank", "modular.modules=2", "modular.rank=2")
 @pytest.fixture(scope="module")
 def run(place: Path, small: tuple[str, ...]) -> Path:
     path = place / "with-modules"
-    result = dmoe("train", *small, *MODULES, "train.steps=2", "train.sample_tokens=0", f"train.run_dir={path}", cwd=place)
+    result = dmoe(
+        "train",
+        *small,
+        *MODULES,
+        "train.steps=2",
+        "train.sample_tokens=0",
+        f"train.run_dir={path}",
+        cwd=place,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "unchanged by their hashes: the core" in result.stdout
     return path
@@ -39,32 +47,61 @@ def test_list_export_and_list_the_file(run: Path, place: Path) -> None:
         "modules": 2,
         "parameters": 2 * 2 * (32 + 96),
     }
-    assert answered("modules", "export", str(run), "--to", "out.safetensors", cwd=place).returncode == 0
+    assert (
+        answered("modules", "export", str(run), "--to", "out.safetensors", cwd=place).returncode
+        == 0
+    )
     assert len(inspect(place / "out.safetensors").places) == 4
     assert "blocks.1.attention" in answered("modules", "list", "out.safetensors", cwd=place).stdout
-    assert answered("modules", "export", str(run), "--peft", "peft", "--module", "1", cwd=place).returncode == 0
+    assert (
+        answered(
+            "modules", "export", str(run), "--peft", "peft", "--module", "1", cwd=place
+        ).returncode
+        == 0
+    )
     assert json.loads((place / "peft" / "adapter_config.json").read_text())["r"] == 2
-    refused(answered("modules", "export", str(run), "--peft", "peft", "--module", "2", cwd=place), "--module=2", "0 to 1")
+    refused(
+        answered("modules", "export", str(run), "--peft", "peft", "--module", "2", cwd=place),
+        "--module=2",
+        "0 to 1",
+    )
     refused(answered("modules", "export", str(run), cwd=place), "--to=None", "one of")
 
 
 def test_merge_writes_the_plain_network(run: Path, place: Path) -> None:
-    result = answered("modules", "merge", str(run), "--weights", "0.25,0.75", "--to", "merged", cwd=place)
+    result = answered(
+        "modules", "merge", str(run), "--weights", "0.25,0.75", "--to", "merged", cwd=place
+    )
     assert result.returncode == 0, result.stderr
     before, after = restore(RunDir(run)).model, restore(RunDir(place / "merged")).model
     assert not layers(after)
     bank = layers(before)["blocks.0.attention.w_out"].experts
-    wanted = before.get_submodule("blocks.0.attention.w_out").weight + 0.25 * bank.delta(0).t() + 0.75 * bank.delta(1).t()
+    wanted = (
+        before.get_submodule("blocks.0.attention.w_out").weight
+        + 0.25 * bank.delta(0).t()
+        + 0.75 * bank.delta(1).t()
+    )
     torch.testing.assert_close(after.get_submodule("blocks.0.attention.w_out").weight, wanted)
     assert dmoe("generate", "merged", "--prompt", "a", "--tokens", "2", cwd=place).returncode == 0
     for given, words in {"0.5": "one number for each of the 2", "a,b": "must be numbers"}.items():
-        refused(answered("modules", "merge", str(run), "--weights", given, "--to", "no", cwd=place), words)
-    refused(answered("modules", "merge", str(run), "--weights", "1,0", "--to", "merged", cwd=place), "is there already")
+        refused(
+            answered("modules", "merge", str(run), "--weights", given, "--to", "no", cwd=place),
+            words,
+        )
+    refused(
+        answered("modules", "merge", str(run), "--weights", "1,0", "--to", "merged", cwd=place),
+        "is there already",
+    )
     assert not (place / "no").exists()
 
 
-def test_add_puts_modules_behind_the_others_and_a_run_goes_on(run: Path, place: Path, small: tuple[str, ...]) -> None:
-    assert answered("modules", "export", str(run), "--to", "more.safetensors", cwd=place).returncode == 0
+def test_add_puts_modules_behind_the_others_and_a_run_goes_on(
+    run: Path, place: Path, small: tuple[str, ...]
+) -> None:
+    assert (
+        answered("modules", "export", str(run), "--to", "more.safetensors", cwd=place).returncode
+        == 0
+    )
     result = answered("modules", "add", str(run), "more.safetensors", "--to", "both", cwd=place)
     assert result.returncode == 0, result.stderr
     found = restore(RunDir(place / "both"))
@@ -72,13 +109,24 @@ def test_add_puts_modules_behind_the_others_and_a_run_goes_on(run: Path, place: 
     assert len(stack) == 4
     assert torch.equal(stack[:2], stack[2:])
     assert found.config.modular.weights == [0.5, 0.5, 0.0, 0.0]
-    more = (*MODULES, "modular.modules=4", "modular.core=both", "train.steps=1", "train.sample_tokens=0")
+    more = (
+        *MODULES,
+        "modular.modules=4",
+        "modular.core=both",
+        "train.steps=1",
+        "train.sample_tokens=0",
+    )
     result = dmoe("train", *small, *more, "modular.train=one_module", "train.run_dir=on", cwd=place)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert torch.equal(layers(restore(RunDir(place / "on")).model)["blocks.0.attention.w_out"].experts.b[:3], stack[:3])
+    assert torch.equal(
+        layers(restore(RunDir(place / "on")).model)["blocks.0.attention.w_out"].experts.b[:3],
+        stack[:3],
+    )
 
 
-def test_a_run_without_modules_and_a_file_of_another_core(run: Path, alone: object, place: Path) -> None:
+def test_a_run_without_modules_and_a_file_of_another_core(
+    run: Path, alone: object, place: Path
+) -> None:
     refused(answered("modules", "list", "alone", cwd=place), "has no modules")
     refused(answered("modules", "list", "nowhere", cwd=place), "RUN=nowhere")
     result = answered("modules", "merge", str(run), "--weights", "1,0", "--to", "other", cwd=place)

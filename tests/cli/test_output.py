@@ -19,13 +19,22 @@ def written_to(target: int, *arguments: str, cwd: Path) -> tuple[int, str]:
     """Exit code and stderr of a command whose stdout is a file descriptor."""
     command = [sys.executable, "-m", "dmoe", *arguments]
     result = subprocess.run(
-        command, cwd=cwd, env=environment(), stdout=target, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        command,
+        cwd=cwd,
+        env=environment(),
+        stdout=target,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
     )
     return result.returncode, result.stderr
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
-@pytest.mark.parametrize("arguments", [["explain", "--fields"], ["--version"], ["--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["explain", "--fields"], ["--version"], ["--help"]], ids=" ".join
+)
 def test_a_full_disk_is_one_sentence(arguments: list[str], place: Path) -> None:
     """It was a traceback, or the interpreter's own `Exception ignored` with exit code 120, for a text that fits the buffer."""
     with FULL.open("wb") as full:
@@ -58,7 +67,9 @@ def test_letters_that_stdout_does_not_know(place: Path) -> None:
     code = "from dmoe.cli import explain, main; explain.fields_as_text = lambda: 'a\\u0142b'; main.run()"
     command = [sys.executable, "-c", code, "explain", "--fields"]
     env = environment() | {"PYTHONIOENCODING": "ascii"}
-    result = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(
+        command, cwd=place, env=env, capture_output=True, text=True, timeout=60, check=False
+    )
     assert (result.returncode, result.stdout, result.stderr) == (0, "a?b\n", "")
 
 
@@ -88,9 +99,17 @@ def test_half_a_launcher_is_refused_before_torch_starts(name: str, place: Path) 
 
 def test_a_model_that_this_machine_cannot_hold(place: Path) -> None:
     """The kernel ended the process, after minutes of swapping. What follows `gives` depends on the machine."""
-    huge = ["model.dim=1048576", "model.layers=8", "train.device=cpu", f"train.run_dir={place / 'never'}"]
+    huge = [
+        "model.dim=1048576",
+        "model.layers=8",
+        "train.device=cpu",
+        f"train.run_dir={place / 'never'}",
+    ]
     refused(
-        dmoe("train", *huge, cwd=place), "model.dim=1048576", "parameters, whose training takes at least", "on this machine"
+        dmoe("train", *huge, cwd=place),
+        "model.dim=1048576",
+        "parameters, whose training takes at least",
+        "on this machine",
     )
     assert not (place / "never").exists()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.commands import SMALL, dmoe, metrics
-from tests.cli.screen import Terminal
+from tests.cli.terminal import Terminal
 
 ARGUMENTS = (*SMALL, "data.source=synthetic:zipf", "train.run_dir=run")
 
@@ -25,7 +25,9 @@ def test_nothing_is_said_but_what_matters(tmp_path: Path, ranks: tuple[str, ...]
 def test_an_alert_is_said(tmp_path: Path) -> None:
     """With slots for a quarter of the choices, most are dropped."""
     result = dmoe("train", "--quiet", *ARGUMENTS, "moe.capacity.factor=0.25", cwd=tmp_path)
-    assert any(line.startswith("alert: ") and "dropped" in line for line in result.stdout.splitlines()), result.stdout
+    assert any(
+        line.startswith("alert: ") and "dropped" in line for line in result.stdout.splitlines()
+    ), result.stdout
 
 
 def test_a_terminal_shows_no_panel(tmp_path: Path) -> None:

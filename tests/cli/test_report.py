@@ -22,7 +22,9 @@ def test_one_run_keeps_its_report(run: Path, capsys: pytest.CaptureFixture[str])
     assert "Report on run" in (run / "report.html").read_text(encoding="utf-8")
 
 
-def test_several_runs_are_reported_here(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_runs_are_reported_here(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     command([run, run])
     assert "Report on 2 runs" in (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -43,5 +45,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_output_that_cannot_be_written_is_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--output=.*cannot be written \(No such file or directory\)"):
+    with pytest.raises(
+        ConfigError, match=r"--output=.*cannot be written \(No such file or directory\)"
+    ):
         command([run], output=tmp_path / "nowhere" / "report.html")

@@ -13,7 +13,14 @@ import pytest
 
 from tests.cli.commands import SMALL, environment
 
-ENDLESS = [*SMALL, "train.steps=100000", "train.log_every=1", "train.eval_every=0", "checkpoint.every=0", "train.run_dir=run"]
+ENDLESS = [
+    *SMALL,
+    "train.steps=100000",
+    "train.log_every=1",
+    "train.eval_every=0",
+    "checkpoint.every=0",
+    "train.run_dir=run",
+]
 
 
 def events(run: Path) -> list[dict[str, object]]:
@@ -23,7 +30,9 @@ def events(run: Path) -> list[dict[str, object]]:
 def wait_for_steps(run: Path, process: subprocess.Popen[str], count: int = 3) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
-        if (run / "metrics.jsonl").exists() and sum(event["event"] == "train" for event in events(run)) >= count:
+        if (run / "metrics.jsonl").exists() and sum(
+            event["event"] == "train" for event in events(run)
+        ) >= count:
             return
         time.sleep(0.05)
     raise AssertionError(f"no {count} steps, exit code {process.poll()}")
@@ -31,10 +40,17 @@ def wait_for_steps(run: Path, process: subprocess.Popen[str], count: int = 3) ->
 
 @pytest.mark.parametrize("ranks", [[], ["--ranks", "2"]], ids=["alone", "two ranks"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_leaves(tmp_path: Path, ranks: list[str], number: signal.Signals) -> None:
+def test_a_signal_saves_and_leaves(
+    tmp_path: Path, ranks: list[str], number: signal.Signals
+) -> None:
     command = [sys.executable, "-m", "dmoe", "train", *ENDLESS, *ranks]
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     wait_for_steps(tmp_path / "run", process)
     process.send_signal(number)
@@ -44,4 +60,6 @@ def test_a_signal_saves_and_leaves(tmp_path: Path, ranks: list[str], number: sig
     last = events(tmp_path / "run")[-1]
     assert last["event"] == "end"
     assert f"stopped after step {last['step']}" in output
-    assert (tmp_path / "run" / "checkpoints" / f"step-{last['step']:08d}" / "manifest.json").exists()
+    assert (
+        tmp_path / "run" / "checkpoints" / f"step-{last['step']:08d}" / "manifest.json"
+    ).exists()

@@ -11,9 +11,28 @@ from dmoe.config.load import load
 from tests.cli.commands import metrics, train_lines
 from tests.cli.conftest import Run
 
-EVENTS = ["start", *["train"] * 3, "checkpoint", "eval", *["train"] * 3, "checkpoint", "eval", "end"]
+EVENTS = [
+    "start",
+    *["train"] * 3,
+    "checkpoint",
+    "eval",
+    *["train"] * 3,
+    "checkpoint",
+    "eval",
+    "end",
+]
 ALWAYS = {"event", "step", "time"}
-TRAIN = {"loss", "bits_per_byte", "aux", "grad_norm", "lr", "tokens", "tokens_per_second", "drop_rate", "load_max_over_mean"}
+TRAIN = {
+    "loss",
+    "bits_per_byte",
+    "aux",
+    "grad_norm",
+    "lr",
+    "tokens",
+    "tokens_per_second",
+    "drop_rate",
+    "load_max_over_mean",
+}
 
 
 def losses(run: Run) -> dict[int, float]:
@@ -31,7 +50,9 @@ def test_metrics_have_the_keys_that_are_promised(alone: Run) -> None:
     for line in train_lines(alone.path).values():
         assert line.keys() >= TRAIN
         assert line["aux"].keys() == {"switch", "z"}
-    assert [line["tokens"] for line in train_lines(alone.path).values()] == [128 * step for step in range(1, 7)]
+    assert [line["tokens"] for line in train_lines(alone.path).values()] == [
+        128 * step for step in range(1, 7)
+    ]
     for line in (line for line in metrics(alone.path) if line["event"] == "eval"):
         assert line.keys() >= {"loss", "bits_per_byte", "split"}
 
@@ -52,7 +73,10 @@ def test_the_run_directory_is_plain_and_complete(alone: Run) -> None:
     given = (alone.path / "config.yaml").read_text(encoding="utf-8")
     assert all(f"# override: {argument}\n" in given for argument in alone.arguments)
     resolved = load(alone.path / "resolved.yaml")
-    assert resolved == load(None, [*alone.arguments, f"train.run_dir={alone.path}", "tracking.trackers=[tensorboard,wandb]"])
+    assert resolved == load(
+        None,
+        [*alone.arguments, f"train.run_dir={alone.path}", "tracking.trackers=[tensorboard,wandb]"],
+    )
     checkpoints = sorted(path.name for path in (alone.path / "checkpoints").iterdir())
     assert checkpoints == ["step-00000003", "step-00000006"]
     kinds = {path.suffix for path in (alone.path / "checkpoints").rglob("*") if path.is_file()}
@@ -71,7 +95,10 @@ def test_tensorboard_reads_back_what_was_logged(alone: Run) -> None:
     seen: dict[str, dict[int, float]] = {}
     for folder in {path.parent for path in files}:
         events = EventAccumulator(str(folder)).Reload()
-        seen |= {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+        seen |= {
+            tag: {event.step: event.value for event in events.Scalars(tag)}
+            for tag in events.Tags()["scalars"]
+        }
     for key in ("loss", "grad_norm", "lr", "drop_rate"):
         told = {step: line[key] for step, line in train_lines(alone.path).items()}
         assert seen[f"train/{key}"] == pytest.approx(told, rel=1e-6)
@@ -90,7 +117,9 @@ def test_two_ranks_train_in_a_directory_of_their_own(pair: Run, place: Path) -> 
     start = metrics(pair.path)[0]
     assert (start["event"], start["world"], start["ep"]) == ("start", 2, 2)
     assert [line["event"] for line in metrics(pair.path) if line["event"] != "alert"] == EVENTS
-    assert pair.stdout.count("run directory: runs/") == 2, "said once at the start and once at the end, by one rank"
+    assert pair.stdout.count("run directory: runs/") == 2, (
+        "said once at the start and once at the end, by one rank"
+    )
 
 
 def test_torchrun_gives_the_same_numbers_as_ranks(pair: Run, under_torchrun: Run) -> None:
@@ -119,7 +148,9 @@ def test_one_process_continues_what_two_ranks_began(pair: Run, pair_alone: Run) 
     assert (lines[restart]["step"], lines[restart]["world"]) == (3, 1)
     again = {line["step"]: line["loss"] for line in lines[restart:] if line["event"] == "train"}
     assert list(again) == [4, 5, 6]
-    assert again[4] == pytest.approx(losses(pair)[4], rel=1e-3), "the first loss comes from the loaded weights"
+    assert again[4] == pytest.approx(losses(pair)[4], rel=1e-3), (
+        "the first loss comes from the loaded weights"
+    )
 
 
 def final(run: Path) -> dict[str, Any]:

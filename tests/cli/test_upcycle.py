@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.cli.commands import dmoe, metrics
 from tests.tiny import SMALL
-from tests.training.dense_run import SPARSE, dense_run
+from tests.train.dense_run import SPARSE, dense_run
 
 CONFIG = (*SMALL, *SPARSE, "train.steps=2", "train.log_every=1", "train.sample_tokens=0")
 
@@ -18,7 +18,10 @@ def test_it_is_made_and_trained(tmp_path: Path) -> None:
     result = dmoe("checkpoint", "upcycle", "dense", *CONFIG, new, "--json", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     content = json.loads(result.stdout)
-    assert (content["step"], content["layers"]) == (5, ["blocks.0.feed_forward", "blocks.1.feed_forward"])
+    assert (content["step"], content["layers"]) == (
+        5,
+        ["blocks.0.feed_forward", "blocks.1.feed_forward"],
+    )
     assert content["difference"] < 1e-4
     trained = dmoe("train", *CONFIG, new, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr[-2000:]

@@ -14,12 +14,10 @@ from typing import Any, TextIO
 
 import pytest
 
-from dmoe.training.display.follow import Follower
-from dmoe.training.display.silence import StallDetector
-from dmoe.training.display.watching import RunWatcher
+from dmoe.observability.display.watch import Follower, RunWatcher, StallDetector
 from tests.cli.commands import SMALL, dmoe, environment, refused
 from tests.cli.conftest import Run
-from tests.cli.screen import Terminal
+from tests.cli.terminal import Terminal
 
 LOAD = [30, 2, 16, 16]
 
@@ -30,7 +28,15 @@ def written(event: str, step: int, at: float = 0.0, **values: Any) -> str:
 
 def train_line(step: int, at: float = 0.0) -> str:
     layers = [{"layer": 0, "load": LOAD, "drop_rate": 0.25}]
-    return written("train", step, at, loss=10 / step, bits_per_byte=14 / step, tokens_per_second=1000.0, layers=layers)
+    return written(
+        "train",
+        step,
+        at,
+        loss=10 / step,
+        bits_per_byte=14 / step,
+        tokens_per_second=1000.0,
+        layers=layers,
+    )
 
 
 @pytest.fixture
@@ -53,7 +59,9 @@ def watcher(run: Path) -> Iterator[subprocess.Popen[str]]:
     """`dmoe watch run | ...`"""
     command = [sys.executable, "-m", "dmoe", "watch", str(run)]
     env = environment() | {"PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     yield process
     process.kill()
     process.communicate()
@@ -71,7 +79,9 @@ def until(process: subprocess.Popen[str], words: str) -> list[str]:
 
 
 @pytest.mark.timeout(60)
-def test_lines_are_followed_from_before_the_start_to_the_end(writer: TextIO, watcher: subprocess.Popen[str]) -> None:
+def test_lines_are_followed_from_before_the_start_to_the_end(
+    writer: TextIO, watcher: subprocess.Popen[str]
+) -> None:
     until(watcher, "has told nothing yet; waiting")
     writer.write(written("start", 0, resumed_from=0) + train_line(1))
     assert until(watcher, "step 1/40  loss 10.000")[0] == "the run has started"
@@ -85,13 +95,17 @@ def test_lines_are_followed_from_before_the_start_to_the_end(writer: TextIO, wat
 
 
 @pytest.mark.timeout(60)
-def test_a_killed_run_is_followed_into_the_next_attempt(run: Path, writer: TextIO, watcher: subprocess.Popen[str]) -> None:
+def test_a_killed_run_is_followed_into_the_next_attempt(
+    run: Path, writer: TextIO, watcher: subprocess.Popen[str]
+) -> None:
     until(watcher, "waiting")
     torn = train_line(10)
     writer.write(written("start", 0, resumed_from=0) + train_line(5) + torn[:40])
     until(watcher, "step 5/40")
     whole = (run / "metrics.jsonl").read_text(encoding="utf-8")
-    with (run / "metrics.jsonl").open("r+", encoding="utf-8") as file:  # as the next attempt does before it writes
+    with (run / "metrics.jsonl").open(
+        "r+", encoding="utf-8"
+    ) as file:  # as the next attempt does before it writes
         file.truncate(len(whole) - 40)
     (run / "resolved.yaml").write_text("train:\n  steps: 60\n", encoding="utf-8")
     writer.write(written("restart", 4, resumed_from=4) + train_line(6))
@@ -135,7 +149,15 @@ def test_the_present_state_is_printed_once(run: Path, writer: TextIO) -> None:
 def test_a_real_run_is_read_whole(alone: Run, place: Path) -> None:
     result = dmoe("watch", str(alone.path), "--once", cwd=place)
     assert result.returncode == 0, result.stderr
-    for words in ("step 6/6", "100%", "has ended after step 6", "held out", "forward", "max/mean", "saved step 6"):
+    for words in (
+        "step 6/6",
+        "100%",
+        "has ended after step 6",
+        "held out",
+        "forward",
+        "max/mean",
+        "saved step 6",
+    ):
         assert words in result.stdout
     assert len([line for line in result.stdout.splitlines() if re.match(r" +[01]  ", line)]) == 2
     piped = dmoe("watch", str(alone.path), cwd=place)
@@ -155,7 +177,9 @@ def test_the_latest_run_stays_the_one_that_was_latest(tmp_path: Path) -> None:
     assert "there is no such directory yet" in watch.state.status
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text(written("start", 0) + train_line(1 if name == "first" else 2))
+        (tmp_path / name / "metrics.jsonl").write_text(
+            written("start", 0) + train_line(1 if name == "first" else 2)
+        )
     latest.symlink_to("first")
     assert [line["step"] for line in watch._poll()[0]] == [0, 1]
     latest.unlink()
@@ -177,7 +201,9 @@ def clocks() -> Clocks:
 
 @pytest.fixture
 def silence(clocks: Clocks) -> StallDetector:
-    return StallDetector(minimum=30, factor=3, monotonic=lambda: clocks.running, wall=lambda: clocks.day)
+    return StallDetector(
+        minimum=30, factor=3, monotonic=lambda: clocks.running, wall=lambda: clocks.day
+    )
 
 
 def test_silence_is_long_against_the_pauses_before(clocks: Clocks, silence: StallDetector) -> None:
@@ -192,7 +218,9 @@ def test_silence_is_long_against_the_pauses_before(clocks: Clocks, silence: Stal
     assert not silence.message
 
 
-def test_short_pauses_do_not_make_a_short_silence_long(clocks: Clocks, silence: StallDetector) -> None:
+def test_short_pauses_do_not_make_a_short_silence_long(
+    clocks: Clocks, silence: StallDetector
+) -> None:
     for at in range(10):
         silence.heard({"event": "train", "time": 1000 + at / 10}, fresh=True)
     clocks.running = 29
@@ -201,11 +229,15 @@ def test_short_pauses_do_not_make_a_short_silence_long(clocks: Clocks, silence: 
     assert silence.message
 
 
-def test_nothing_is_claimed_without_a_pause_to_compare_with(clocks: Clocks, silence: StallDetector) -> None:
+def test_nothing_is_claimed_without_a_pause_to_compare_with(
+    clocks: Clocks, silence: StallDetector
+) -> None:
     for event, at in (("start", 100), ("train", 110), ("restart", 120)):
         silence.heard({"event": event, "time": at}, fresh=True)
     clocks.running = 3600
-    assert not silence.message, "the pauses of the attempt before are none of this one, whose first step may take an hour"
+    assert not silence.message, (
+        "the pauses of the attempt before are none of this one, whose first step may take an hour"
+    )
     assert silence.words == "last line 1:00:00 ago"
 
 
@@ -225,19 +257,29 @@ def test_watching_needs_no_torch() -> None:
 
 @pytest.mark.timeout(120)
 def test_a_terminal_shows_a_panel_and_what_was_said_above_it(tmp_path: Path) -> None:
-    with Terminal("train", *SMALL, "data.source=synthetic:zipf", "train.run_dir=run", cwd=tmp_path, rows=40) as terminal:
+    with Terminal(
+        "train", *SMALL, "data.source=synthetic:zipf", "train.run_dir=run", cwd=tmp_path, rows=40
+    ) as terminal:
         assert terminal.finish() == 0, terminal.text
         text, raw = terminal.text, terminal.raw
     lines = text.splitlines()
     assert text.count("step 6/6 ") == 1, "a frame was left behind"
     panel = next(place for place, line in enumerate(lines) if line.startswith("step 6/6 "))
-    for words in ("data: ", "model: ", "run directory: run", "step 3: held-out loss", "step 6: held-out loss"):
+    for words in (
+        "data: ",
+        "model: ",
+        "run directory: run",
+        "step 3: held-out loss",
+        "step 6: held-out loss",
+    ):
         assert sum(line.startswith(words) for line in lines[:panel]) == 1, words
     below = "\n".join(lines[panel:])
     assert re.search(r"^loss \d\.\d{3} .*bits/byte \d", below, re.MULTILINE)
     assert re.search(r"^ +1  .*\d\.\d\d e\d", below, re.MULTILINE), "a row for layer 1"
     assert re.search(r"^sample:\n(.*\n)+run directory: run$", below, re.MULTILINE)
-    assert b"\x1b[?25l" not in raw, "no end of the process could leave the terminal without a cursor"
+    assert b"\x1b[?25l" not in raw, (
+        "no end of the process could leave the terminal without a cursor"
+    )
 
 
 @pytest.mark.timeout(120)
@@ -254,16 +296,22 @@ def test_the_panel_of_a_run_is_watched_narrowed_and_left(run: Path, writer: Text
         assert terminal.finish() == 130
         assert "Traceback" not in terminal.text
         last = max(place for place, line in enumerate(terminal.screen.display) if line.strip())
-        assert (terminal.screen.cursor.y, terminal.screen.cursor.x) == (last + 1, 0), "the shell's prompt goes below the panel"
+        assert (terminal.screen.cursor.y, terminal.screen.cursor.x) == (last + 1, 0), (
+            "the shell's prompt goes below the panel"
+        )
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("term", ["dumb", "linux"])
 def test_poor_terminals(run: Path, writer: TextIO, term: str) -> None:
-    writer.write(written("start", 0, resumed_from=0) + train_line(1) + train_line(2) + written("end", 2))
+    writer.write(
+        written("start", 0, resumed_from=0) + train_line(1) + train_line(2) + written("end", 2)
+    )
     with Terminal("watch", str(run), cwd=run, TERM=term, NO_COLOR="1") as terminal:
         assert terminal.finish() == 0
-        assert "has ended after step 2" in "".join(terminal.text.splitlines())  # the path before it may fill the line
+        assert "has ended after step 2" in "".join(
+            terminal.text.splitlines()
+        )  # the path before it may fill the line
         assert terminal.raw.isascii()
         assert not re.search(rb"\x1b\[(\d+;)*3\d", terminal.raw)
         assert (b"\x1b" in terminal.raw) == (term == "linux")

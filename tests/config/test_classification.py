@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import pytest
 
-from dmoe.config.check import check, expert_parallel, moe_widths
 from dmoe.config.errors import ConfigError
 from dmoe.config.load import load
+from dmoe.config.rules import check, expert_parallel, moe_widths
 from dmoe.config.schema import Config
 
 CLASSIFICATION = ("train.task=classification", "data.source=sklearn:digits")
-GATED = ("data.streams=[pixels,strokes]", "model.fusion=gated", "moe.router.kind=fixed", "moe.top_k=1", "moe.num_experts=2")
+GATED = (
+    "data.streams=[pixels,strokes]",
+    "model.fusion=gated",
+    "moe.router.kind=fixed",
+    "moe.top_k=1",
+    "moe.num_experts=2",
+)
 
-BUDGET = ("moe.num_experts=2", "moe.top_k=2", "moe.experts.shapes=[[64],[]]", "moe.router.kind=budget")
+BUDGET = (
+    "moe.num_experts=2",
+    "moe.top_k=2",
+    "moe.experts.shapes=[[64],[]]",
+    "moe.router.kind=budget",
+)
 BUDGET += ("moe.router.renormalize=false", "moe.router.budget=0.01")
 
 
@@ -23,19 +34,43 @@ def configured(*overrides: str) -> Config:
 WRONG = {
     "no table": (["data.source=stdlib"], "data.source=stdlib: must be one of sklearn:digits"),
     "misspelled": (["data.source=sklearn:digit"], "use sklearn:digits"),
-    "no such stream": (["data.streams=[pixels,sound]"], r"holds sound, but sklearn:digits has pixels, profiles, strokes"),
+    "no such stream": (
+        ["data.streams=[pixels,sound]"],
+        r"holds sound, but sklearn:digits has pixels, profiles, strokes",
+    ),
     "twice": (["data.streams=[pixels,pixels]"], "holds pixels twice"),
-    "one stream, gated": ([*GATED, "data.streams=[pixels]"], "model.fusion=gated: joins two streams or more"),
-    "a router that chooses": ([*GATED, "moe.router.kind=top_k"], "moe.router.kind=top_k: must be fixed for model.fusion=gated"),
+    "one stream, gated": (
+        [*GATED, "data.streams=[pixels]"],
+        "model.fusion=gated: joins two streams or more",
+    ),
+    "a router that chooses": (
+        [*GATED, "moe.router.kind=top_k"],
+        "moe.router.kind=top_k: must be fixed for model.fusion=gated",
+    ),
     "two encoders": ([*GATED, "moe.top_k=2"], "moe.top_k=2: must be 1 for model.fusion=gated"),
-    "one too many": ([*GATED, "moe.num_experts=3"], "moe.num_experts=3: must be the number of data.streams, 2"),
+    "one too many": (
+        [*GATED, "moe.num_experts=3"],
+        "moe.num_experts=3: must be the number of data.streams, 2",
+    ),
     "gated head": ([*GATED, "model.head=experts"], "model.head=experts: must be linear"),
-    "routed by the answer": (["moe.router.kind=fixed"], "routes by a label of the sample, which is the answer"),
+    "routed by the answer": (
+        ["moe.router.kind=fixed"],
+        "routes by a label of the sample, which is the answer",
+    ),
     "no tokens": (["moe.router.kind=hash"], "routes by the ids of tokens"),
     "last stream": (["model.stream_dropout=0.3"], "model.stream_dropout=0.3: needs two streams"),
-    "more than all": ([*GATED, "model.stream_dropout=1.5"], "model.stream_dropout=1.5: must be between 0 and 1"),
-    "a copy of another width": (["model.head=experts", "moe.experts.copy=1"], "moe.experts.copy=1: cannot return an input"),
-    "no text": (["data.tokenizer=x.json"], "data.tokenizer=x.json: has no meaning for train.task=classification"),
+    "more than all": (
+        [*GATED, "model.stream_dropout=1.5"],
+        "model.stream_dropout=1.5: must be between 0 and 1",
+    ),
+    "a copy of another width": (
+        ["model.head=experts", "moe.experts.copy=1"],
+        "moe.experts.copy=1: cannot return an input",
+    ),
+    "no text": (
+        ["data.tokenizer=x.json"],
+        "data.tokenizer=x.json: has no meaning for train.task=classification",
+    ),
     "no attention": (["model.rope_base=500"], "only for language_modelling"),
     "dear": (
         ["model.head=experts", "model.layers=0", *BUDGET],
@@ -73,7 +108,11 @@ def test_every_mixture_layer_has_its_widths() -> None:
     streams = "data.streams=[pixels,strokes]"
     assert moe_widths(configured(streams, "model.layers=0")) == []
     assert moe_widths(configured(streams, "model.layers=0", "model.head=experts")) == [(84, 10)]
-    assert moe_widths(configured("model.layers=2", "model.dim=30", "model.head=experts")) == [(30, 30), (30, 30), (30, 10)]
+    assert moe_widths(configured("model.layers=2", "model.dim=30", "model.head=experts")) == [
+        (30, 30),
+        (30, 30),
+        (30, 10),
+    ]
     assert moe_widths(configured(*GATED, "model.layers=2")) == [(128, 128)]
     assert moe_widths(load(None, ["model.dense_first=1"])) == [(128, 128)] * 2
 

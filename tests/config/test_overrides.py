@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dmoe.cli.arguments import load_arguments, split
+from dmoe.cli.common import load_arguments, split
 from dmoe.config.errors import ConfigError
 from dmoe.config.load import load, load_text, to_yaml
 from dmoe.config.schema import Config
@@ -37,20 +37,32 @@ TEXTS = {
     "text or number": ("parallel.ep=auto", "auto"),
 }
 REFUSED = {
-    "an environment variable": ("data.source=${oc.env:HOME}", "data.source=${oc.env:HOME}: must not hold ${"),
+    "an environment variable": (
+        "data.source=${oc.env:HOME}",
+        "data.source=${oc.env:HOME}: must not hold ${",
+    ),
     "a broken interpolation": ("optim.lr=${", "optim.lr=${: must not hold ${"),
     "an interpolation in quotes": ('train.sample_prompt="${a}"', "must not hold ${"),
     "an escaped interpolation": (r"data.source=\${a}", "must not hold ${"),
     "a missing text": ("data.source=???", "data.source=???: stands for a value that is missing"),
     "a missing number": ("moe.top_k=???", "moe.top_k=???: stands for a value that is missing"),
-    "a number among names": ("tracking.trackers=[1]", "tracking.trackers=1: must be text, and YAML reads it as the number 1"),
-    "a number in a section": ("train={run_dir: 012}", "train.run_dir=10: must be text, and YAML reads it as the number 10"),
+    "a number among names": (
+        "tracking.trackers=[1]",
+        "tracking.trackers=1: must be text, and YAML reads it as the number 1",
+    ),
+    "a number in a section": (
+        "train={run_dir: 012}",
+        "train.run_dir=10: must be text, and YAML reads it as the number 10",
+    ),
     "a key that ends in a dot": ("moe.=1", "must look like section.field=value"),
     "a key with two dots": ("moe..top_k=1", "must look like section.field=value"),
     "a key of 3000 parts": ("a" + ".a" * 3000 + "=1", "must look like section.field=value"),
     "nested 3000 deep": ("moe.top_k=" + "[" * 3000, "nested more than 16 deep"),
     "an alias": ("moe.top_k=*a", "YAML aliases are not allowed"),
-    "a tag": ("moe.top_k=!!python/object/apply:os.system [id]", "!!python/object/apply:os.system are not allowed"),
+    "a tag": (
+        "moe.top_k=!!python/object/apply:os.system [id]",
+        "!!python/object/apply:os.system are not allowed",
+    ),
     "bytes": ("optim.lr=\udcff", "is not valid YAML"),
     "5000 digits": ("train.steps=" + "9" * 5000, "a number of 5000 digits"),
     "more than 64 bits": ("train.steps=99999999999999999999", "does not fit in 64 bits"),
@@ -72,7 +84,9 @@ def test_the_value_is_what_stands_there(name: str) -> None:
     override, expected = TEXTS[name]
     config = load(None, [override])
     assert value_of(config, override) == expected
-    assert load_text(to_yaml(config), "resolved.yaml") == config, "and it survives the run's resolved.yaml"
+    assert load_text(to_yaml(config), "resolved.yaml") == config, (
+        "and it survives the run's resolved.yaml"
+    )
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -90,7 +104,11 @@ def test_the_file_is_kept_as_given_with_the_overrides_after_it(tmp_path: Path) -
     file = tmp_path / "small.yaml"
     file.write_text("moe: {num_experts: 4}\ntrain:\n  run_dir: here", encoding="utf-8")
     _, given = load_arguments([str(file), "moe.top_k=1", "train.steps=3"])
-    assert given.splitlines()[-3:] == ["  run_dir: here", "# override: moe.top_k=1", "# override: train.steps=3"]
+    assert given.splitlines()[-3:] == [
+        "  run_dir: here",
+        "# override: moe.top_k=1",
+        "# override: train.steps=3",
+    ]
     assert load_text(given, "config.yaml").train.run_dir == "here"
 
 

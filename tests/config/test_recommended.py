@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from dmoe.config.check import check
 from dmoe.config.load import load
 from dmoe.config.recommended import RECOMMENDED, as_table, outside
+from dmoe.config.rules import check
 from dmoe.config.schema import Config
-from dmoe.training.explanation import explain
+from dmoe.explain import explain
 from tests.tiny import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +20,11 @@ FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 WHY = {
     "jitter": ["moe.router.jitter=0.5"],
     "top_p": ["moe.router.kind=adaptive", "moe.router.renormalize=false", "moe.router.top_p=0.95"],
-    "min_weight": ["moe.router.kind=budget", "moe.router.renormalize=false", "moe.router.min_weight=0.3"],
+    "min_weight": [
+        "moe.router.kind=budget",
+        "moe.router.renormalize=false",
+        "moe.router.min_weight=0.3",
+    ],
     "load": ["moe.router.kind=noisy", "moe.balance.load=0.5"],
     "top_k": ["moe.num_experts=16", "moe.top_k=9"],
     "shared": ["moe.experts.shared=3"],
@@ -39,7 +43,9 @@ def test_every_default_that_is_a_value_is_inside_its_range() -> None:
 def test_a_shipped_config_is_inside_or_says_why(path: Path) -> None:
     for remark in outside(load(path)):
         name = remark.field.rpartition(".")[2]
-        assert re.search(rf"^ +{name}: .*# ", path.read_text(encoding="utf-8"), re.M), f"{remark} Its line has no comment."
+        assert re.search(rf"^ +{name}: .*# ", path.read_text(encoding="utf-8"), re.M), (
+            f"{remark} Its line has no comment."
+        )
 
 
 @pytest.mark.parametrize("item", RECOMMENDED, ids=lambda item: item.field)
@@ -54,7 +60,9 @@ def test_outside_is_a_remark_and_no_refusal(item: object) -> None:
     assert f"{field}=" in sections["recommended"].words[0]
     assert " is above the recommended " in sections["recommended"].words[0]
     assert sections["recommended"].numbers[field]["high"] == item.high  # type: ignore[attr-defined]
-    at_the_end = [f"{field}={item.high:g}" if word.startswith(field) else word for word in overrides]  # type: ignore[attr-defined]
+    at_the_end = [
+        f"{field}={item.high:g}" if word.startswith(field) else word for word in overrides
+    ]  # type: ignore[attr-defined]
     assert "recommended" not in {section.key for section in explain(tiny(*at_the_end), 1)}
 
 

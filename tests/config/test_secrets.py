@@ -14,7 +14,14 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.fields import list_fields
 from dmoe.config.load import load, to_yaml
 from dmoe.config.schema import Config, TrackingConfig, TrainConfig
-from dmoe.config.secrets import REDACTED, find_secret, names_secret, redact, redact_json, refuse_secrets
+from dmoe.config.secrets import (
+    REDACTED,
+    find_secret,
+    names_secret,
+    redact,
+    redact_json,
+    refuse_secrets,
+)
 
 ROOT = Path(__file__).parents[2]
 HEX_40 = "0123456789abcdef0123456789abcdef01234567"
@@ -51,7 +58,10 @@ SURVIVES = [
 @pytest.mark.parametrize("name", NAMES.split())
 def test_the_value_of_a_variable_that_names_a_secret(name: str) -> None:
     environment = {name: "correct-horse", "EDITOR": "vim-is-no-secret"}
-    assert redact("a correct-horse, vim-is-no-secret", environment) == f"a {REDACTED}, vim-is-no-secret"
+    assert (
+        redact("a correct-horse, vim-is-no-secret", environment)
+        == f"a {REDACTED}, vim-is-no-secret"
+    )
 
 
 @pytest.mark.parametrize("name", PLAIN_NAMES.split())
@@ -61,16 +71,24 @@ def test_a_variable_that_only_sounds_like_one(name: str) -> None:
 
 
 def test_short_and_empty_values_blacken_nothing() -> None:
-    assert redact("turned on for 1234567", {"MY_TOKEN": "on", "HF_TOKEN": "", "KEY": "1234567"}) == "turned on for 1234567"
+    assert (
+        redact("turned on for 1234567", {"MY_TOKEN": "on", "HF_TOKEN": "", "KEY": "1234567"})
+        == "turned on for 1234567"
+    )
 
 
 def test_a_secret_that_is_part_of_another_leaves_no_tail() -> None:
-    assert redact("x 12345678-tail y", {"A_KEY": "12345678", "B_KEY": "12345678-tail"}) == f"x {REDACTED} y"
+    assert (
+        redact("x 12345678-tail y", {"A_KEY": "12345678", "B_KEY": "12345678-tail"})
+        == f"x {REDACTED} y"
+    )
 
 
 def test_each_line_of_a_secret_with_several() -> None:
     body = "MIIEvQIBADANBgkqhkiG9w0BAQEFAASC"
-    assert redact(f"in one log line: {body}", {"DEPLOY_KEY": f"first line of the deploy key\n{body}\nend"}).endswith(REDACTED)
+    assert redact(
+        f"in one log line: {body}", {"DEPLOY_KEY": f"first line of the deploy key\n{body}\nend"}
+    ).endswith(REDACTED)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -93,7 +111,10 @@ def test_what_stands_behind_a_telling_name() -> None:
             assert REDACTED in cleaned
     assert redact('password: "correct horse battery"', {}) == f'password: "{REDACTED}"'
     assert redact(f"my wandb key is {HEX_40}", {}) == f"my wandb key is {REDACTED}"
-    assert redact("https://me:hunter2@example.org/x.git", {}) == f"https://{REDACTED}@example.org/x.git"
+    assert (
+        redact("https://me:hunter2@example.org/x.git", {})
+        == f"https://{REDACTED}@example.org/x.git"
+    )
 
 
 @pytest.mark.parametrize("text", SURVIVES)
@@ -104,7 +125,10 @@ def test_what_has_to_survive(text: str) -> None:
 def test_no_field_and_no_file_of_the_project_looks_like_a_secret() -> None:
     """A field whose name looked like one would be blackened in every resolved.yaml."""
     assert [field.name for field in list_fields() if names_secret(field.name)] == []
-    for text in [to_yaml(Config()), *(path.read_text(encoding="utf-8") for path in (ROOT / "configs").rglob("*.yaml"))]:
+    for text in [
+        to_yaml(Config()),
+        *(path.read_text(encoding="utf-8") for path in (ROOT / "configs").rglob("*.yaml")),
+    ]:
         assert redact(text, {}) == text
 
 
@@ -122,7 +146,12 @@ def test_redact_json_is_idempotent_and_keeps_the_shape(value: object) -> None:
 
 def test_redact_json_reaches_texts_lists_and_keys_and_leaves_numbers() -> None:
     secret = "correct-horse"
-    value = {"text": f"a {secret}", secret: [1, 2.5, None, True, {"deep": secret}], "api_key": "abc", "token": 5}
+    value = {
+        "text": f"a {secret}",
+        secret: [1, 2.5, None, True, {"deep": secret}],
+        "api_key": "abc",
+        "token": 5,
+    }
     cleaned = redact_json(value, {"MY_TOKEN": secret})
     assert cleaned == {
         "text": f"a {REDACTED}",
@@ -160,4 +189,6 @@ def test_a_secret_in_any_kind_of_field(config: Config) -> None:
 
 def test_what_a_config_may_hold() -> None:
     refuse_secrets(Config(), {"WANDB_API_KEY": HEX_40})
-    refuse_secrets(load(None, [f"train.run_dir=runs/{HEX_40}", f"data.source=/data/{'0f' * 32}"]), {})
+    refuse_secrets(
+        load(None, [f"train.run_dir=runs/{HEX_40}", f"data.source=/data/{'0f' * 32}"]), {}
+    )

@@ -77,7 +77,9 @@ def test_duplicates_empty_hidden_and_binary_files_are_left_out(texts: Path) -> N
     assert len(corpus.documents) == 40
     assert any("2 duplicate or empty" in note for note in corpus.notes)
     assert any("1 binary files" in note for note in corpus.notes)
-    assert b"\x89\0\0" in [document.content for document in read_corpus(f"{texts}/*.bin").documents], "a named file is taken"
+    assert b"\x89\0\0" in [
+        document.content for document in read_corpus(f"{texts}/*.bin").documents
+    ], "a named file is taken"
 
 
 @pytest.mark.parametrize(
@@ -104,8 +106,12 @@ def test_the_hold_out_depends_on_content_alone(texts: Path) -> None:
     (texts / "odd" / "37.txt").unlink()
     (texts / "odd" / "39.txt").rename(texts / "even" / "000.txt")
     new_train, new_held_out = split_corpus(read_corpus(str(texts)), 0.3)
-    old = {d.content: False for d in train.documents} | {d.content: True for d in held_out.documents}
-    new = {d.content: False for d in new_train.documents} | {d.content: True for d in new_held_out.documents}
+    old = {d.content: False for d in train.documents} | {
+        d.content: True for d in held_out.documents
+    }
+    new = {d.content: False for d in new_train.documents} | {
+        d.content: True for d in new_held_out.documents
+    }
     assert len(new) == 40
     assert len(old.keys() & new.keys()) == 39
     assert all(old[content] == new[content] for content in old.keys() & new.keys())

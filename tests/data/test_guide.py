@@ -12,14 +12,16 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data import open_data
 from dmoe.data.corpus import split_corpus
-from dmoe.data.guide import LANGUAGES
+from dmoe.data.debian_guide import LANGUAGES
 from dmoe.data.sources import read_corpus
 from tests.data.conftest import LEFT_IN_ENGLISH
 
 
 def test_a_page_is_a_document(guide: Path) -> None:
     corpus = read_corpus("guide:de")
-    assert [document.name for document in corpus.documents] == [f"de/ch{n:02d}.html" for n in range(1, 40)] + ["de/index.html"]
+    assert [document.name for document in corpus.documents] == [
+        f"de/ch{n:02d}.html" for n in range(1, 40)
+    ] + ["de/index.html"]
     text = corpus.documents[0].content.decode()
     assert text.startswith("Wörter 1\nWörter31 Wörter32 Wörter35")
     assert text.endswith(" & more.\n")
@@ -29,33 +31,49 @@ def test_a_page_is_a_document(guide: Path) -> None:
 
 def test_what_was_left_in_english_is_english(guide: Path) -> None:
     """The real guide: a quarter of the Vietnamese edition is English, which made its module one for English too."""
-    assert not any(LEFT_IN_ENGLISH.encode() in document.content for document in read_corpus("guide:de,guide:el").documents)
+    assert not any(
+        LEFT_IN_ENGLISH.encode() in document.content
+        for document in read_corpus("guide:de,guide:el").documents
+    )
     english = read_corpus("guide:en").documents
-    assert [LEFT_IN_ENGLISH.encode() in document.content for document in english] == [True] + [False] * 39
+    assert [LEFT_IN_ENGLISH.encode() in document.content for document in english] == [True] + [
+        False
+    ] * 39
 
 
 def test_a_language_does_not_depend_on_its_neighbours(guide: Path) -> None:
     alone = read_corpus("guide:el").documents
-    assert tuple(d for d in read_corpus("guide:de,guide:el,guide:en").documents if d.domain == "el") == alone
+    assert (
+        tuple(d for d in read_corpus("guide:de,guide:el,guide:en").documents if d.domain == "el")
+        == alone
+    )
 
 
 def test_a_page_is_held_out_in_all_languages_or_in_none(guide: Path) -> None:
     """By a hash of the content, 31 % of the Catalan guide were held out and 3 % of the Chinese, and a held-out page's translations were
     trained on."""
     _, held_out = split_corpus(read_corpus("guide:de,guide:el,upper:guide:en"), 0.2)
-    pages = {domain: [d.name.split("/")[1] for d in held_out.documents if d.domain == domain] for domain in held_out.domains}
+    pages = {
+        domain: [d.name.split("/")[1] for d in held_out.documents if d.domain == domain]
+        for domain in held_out.domains
+    }
     assert pages["de"] == pages["el"] == pages["upper-en"]
     assert 2 < len(pages["de"]) < 20
 
 
 def test_capitals_are_a_domain(guide: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("straße, ñ, λέξη, 日本, x2\n", encoding="utf-8")
-    assert read_corpus(f"upper:{tmp_path}/a.txt").documents[0].content.decode() == "STRASSE, Ñ, ΛΈΞΗ, 日本, X2\n"
+    assert (
+        read_corpus(f"upper:{tmp_path}/a.txt").documents[0].content.decode()
+        == "STRASSE, Ñ, ΛΈΞΗ, 日本, X2\n"
+    )
     data = open_data(DataConfig(source="guide:de,upper:guide:de", holdout=0.2, seq_len=32), 0)
     assert data.domains == ("de", "upper-de")
     rows, label_B = data.held_out.rows(0, 60), data.held_out.row_labels(0, 60)
     texts = [data.tokenizer.decode(row) for row in rows]
-    assert all((text == text.upper()) == bool(label) for text, label in zip(texts, label_B, strict=True))
+    assert all(
+        (text == text.upper()) == bool(label) for text, label in zip(texts, label_B, strict=True)
+    )
 
 
 def test_bytes_that_are_no_text_keep_their_place(tmp_path: Path) -> None:
@@ -66,7 +84,10 @@ def test_bytes_that_are_no_text_keep_their_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("guide:xx", r"data.source=guide:xx: must name one of the guide's languages, ca cs da .*; use one of these"),
+        (
+            "guide:xx",
+            r"data.source=guide:xx: must name one of the guide's languages, ca cs da .*; use one of these",
+        ),
         ("guide:", r"data.source=guide:: must name one of"),
         ("guide:fr", r"data.source=guide:fr: needs Debian's package .* holds no page of it"),
         ("upper:", r"data.source=upper:: .*upper: needs one of them behind it"),
@@ -86,7 +107,12 @@ def test_there_are_nineteen_languages() -> None:
 
 def test_what_is_only_evaluated_is_never_trained_on(guide: Path) -> None:
     config = DataConfig(source="guide:en,upper:guide:en", holdout=0.2, seq_len=32)
-    more = DataConfig(source=config.source, eval_source="guide:el,upper:guide:de,guide:en", holdout=0.2, seq_len=32)
+    more = DataConfig(
+        source=config.source,
+        eval_source="guide:el,upper:guide:de,guide:en",
+        holdout=0.2,
+        seq_len=32,
+    )
     before, data = open_data(config, 0), open_data(more, 0)
     assert data.domains == ("en", "upper-en", "el", "upper-de")
     assert data.eval_only == ("el", "upper-de")
@@ -97,9 +123,13 @@ def test_what_is_only_evaluated_is_never_trained_on(guide: Path) -> None:
         name: train for name, (train, _) in before.counts().items()
     }
     for name, (_, held_out) in before.counts().items():
-        assert data.counts()[name][1] == held_out, f"the held-out pages of {name} are not there twice"
+        assert data.counts()[name][1] == held_out, (
+            f"the held-out pages of {name} are not there twice"
+        )
     assert "only evaluated: guide:el,upper:guide:de,guide:en" in data.describe()
-    trained = "".join(data.tokenizer.decode(row) for row in data.train.rows(0, data.train.sequences or 0))
+    trained = "".join(
+        data.tokenizer.decode(row) for row in data.train.rows(0, data.train.sequences or 0)
+    )
     assert "λέξη" not in trained
     assert "WÖRTER" not in trained
 
@@ -109,7 +139,10 @@ def test_pages_whose_twins_are_trained_on_are_not_evaluated(guide: Path) -> None
     data = open_data(config, 0)
     held_out = len(split_corpus(read_corpus("guide:en"), 0.2)[1].documents)
     assert f"{held_out} files" in data.describe().split("only evaluated")[1]
-    with pytest.raises(ConfigError, match=r"data.eval_source=.*must hold text that data.source has not, nor the like of it"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data.eval_source=.*must hold text that data.source has not, nor the like of it",
+    ):
         open_data(DataConfig(source="guide:en", eval_source="guide:en"), 0)
 
 
@@ -118,7 +151,9 @@ def test_a_domain_of_both_keeps_its_label(guide: Path, tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "a.txt").write_text("Ganz anderer Text. " * 40)
     config = DataConfig(source="guide:de,guide:el", holdout=0.2, seq_len=32)
-    more = open_data(DataConfig(source=config.source, eval_source=str(folder), holdout=0.2, seq_len=32), 0)
+    more = open_data(
+        DataConfig(source=config.source, eval_source=str(folder), holdout=0.2, seq_len=32), 0
+    )
     assert more.domains == ("de", "el")
     assert more.eval_only == ()
     assert more.counts()["de"][1] > open_data(config, 0).counts()["de"][1]
@@ -130,11 +165,15 @@ def test_synthetic_streams_have_neither() -> None:
         ("data.eval_source", DataConfig(source="synthetic:zipf", eval_source="stdlib")),
         ("data.temperature", DataConfig(source="synthetic:zipf", temperature=2.0)),
     ):
-        with pytest.raises(ConfigError, match=rf"{field}=.*: has no meaning for data.source=synthetic:zipf"):
+        with pytest.raises(
+            ConfigError, match=rf"{field}=.*: has no meaning for data.source=synthetic:zipf"
+        ):
             open_data(config, 0)
 
 
 def test_a_guide_without_a_language_says_so(guide: Path) -> None:
     shutil.rmtree(guide / "el")
-    with pytest.raises(ConfigError, match=r"guide:el: needs .* holds no page of it; install that package"):
+    with pytest.raises(
+        ConfigError, match=r"guide:el: needs .* holds no page of it; install that package"
+    ):
         read_corpus("guide:el")

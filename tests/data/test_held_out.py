@@ -61,7 +61,9 @@ def config(tmp_path: Path) -> DataConfig:
         folder = tmp_path / "texts" / letters[0]
         folder.mkdir(parents=True)
         for number in range(files):
-            (folder / f"{number}.txt").write_text("".join(letters[(number * 5 + i * i) % 6] for i in range(500)) + f"{number}")
+            (folder / f"{number}.txt").write_text(
+                "".join(letters[(number * 5 + i * i) % 6] for i in range(500)) + f"{number}"
+            )
     root = tmp_path / "texts"
     return DataConfig(source=f"{root}/m,{root}/g,{root}/a", seq_len=32, holdout=0.3)
 
@@ -74,13 +76,17 @@ def test_a_few_sequences_reach_every_domain(config: DataConfig) -> None:
         assert np.bincount(data.held_out.row_labels(0, count)).tolist() == [count // 3] * 3
     _, of_each = zip(*data.counts().values(), strict=True)
     assert of_each[0] > 3 * of_each[1]
-    assert np.bincount(data.held_out.row_labels(0, data.held_out.sequences or 0)).tolist() == list(of_each)
+    assert np.bincount(data.held_out.row_labels(0, data.held_out.sequences or 0)).tolist() == list(
+        of_each
+    )
 
 
 def test_a_sequence_is_of_one_domain(config: DataConfig) -> None:
     data = open_data(config, 0)
     count = data.held_out.sequences or 0
-    for row, label in zip(data.held_out.rows(0, count), data.held_out.row_labels(0, count), strict=True):
+    for row, label in zip(
+        data.held_out.rows(0, count), data.held_out.row_labels(0, count), strict=True
+    ):
         letters = {letter for letter in data.tokenizer.decode(row) if letter.isalpha()}
         assert letters <= set(("abcdef", "ghijkl", "mnopqr")[label])
 
@@ -96,13 +102,17 @@ def test_shards_are_evaluated_in_the_same_order(config: DataConfig, tmp_path: Pa
     more.write_text("stuvwx" * 50)
     for evaluated in (None, str(more)):
         text = open_data(replace(config, eval_source=evaluated), 3)
-        shards = open_data(replace(config, source=str(tmp_path / "shards"), eval_source=evaluated), 3)
+        shards = open_data(
+            replace(config, source=str(tmp_path / "shards"), eval_source=evaluated), 3
+        )
         count = text.held_out.sequences or 0
         assert shards.held_out.sequences == count
         assert shards.domains == text.domains == ("a", "g", "m", *(("more",) if evaluated else ()))
         assert shards.eval_only == text.eval_only
         assert np.array_equal(shards.held_out.rows(0, count), text.held_out.rows(0, count))
-        assert np.array_equal(shards.held_out.row_labels(0, count), text.held_out.row_labels(0, count))
+        assert np.array_equal(
+            shards.held_out.row_labels(0, count), text.held_out.row_labels(0, count)
+        )
         assert shards.fingerprint == text.fingerprint
 
 
@@ -110,7 +120,9 @@ def test_text_that_is_only_evaluated_comes_back_whole(config: DataConfig, tmp_pa
     (tmp_path / "s.txt").write_text("stuvwx" * 50)
     data = open_data(replace(config, eval_source=str(tmp_path / "s.txt")), 0)
     count = data.held_out.sequences or 0
-    rows = data.held_out.rows(0, count)[data.held_out.row_labels(0, count) == data.domains.index("s")]
+    rows = data.held_out.rows(0, count)[
+        data.held_out.row_labels(0, count) == data.domains.index("s")
+    ]
     assert data.tokenizer.decode(rows[:, 1:].ravel()) == ("stuvwx" * 50)[: 300 // 32 * 32]
     assert rows[0, 0] == data.tokenizer.separator
 
@@ -125,6 +137,7 @@ def test_a_domain_with_too_little_text_is_named(config: DataConfig, tmp_path: Pa
 def test_held_out_text_without_a_whole_sequence_is_refused() -> None:
     text = PackedStream([np.arange(20, dtype="<u4")], 12, 0, 20, "held_out", ((0, 0), (10, 1)))
     with pytest.raises(
-        ConfigError, match=r"data.seq_len=12: must be less than the tokens of some domain of the held_out split"
+        ConfigError,
+        match=r"data.seq_len=12: must be less than the tokens of some domain of the held_out split",
     ):
         HeldOutStream(text)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoe.data.html_text import html_paragraphs
+from dmoe.data.debian_guide import html_paragraphs
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,10 @@ from dmoe.data.html_text import html_paragraphs
         ("<p>a<script>var x = '<p>no</p>';</script>b</p>", ["ab"]),
         ("<style>p { color: red }</style>yes", ["yes"]),
         ("<nav>no<nav>no</nav>no</nav>yes", ["yes"]),
-        ('<div class="navheader">no<div>no</div>no</div>yes<div class="navfooter">no</div>', ["yes"]),
+        (
+            '<div class="navheader">no<div>no</div>no</div>yes<div class="navfooter">no</div>',
+            ["yes"],
+        ),
         ('<div class="sect1">yes<div>yes</div>yes</div>', ["yes", "yes", "yes"]),
         ("<p></p>  <p> \n </p>", []),
         ("", []),
@@ -36,7 +39,24 @@ def test_what_is_text(html: str, paragraphs: list[str]) -> None:
 
 
 @given(
-    st.lists(st.sampled_from(["<p>", "</p>", "<head>", "</head>", "<body>", "<pre>", "</pre>", "<nav", ">", "x ", "&", "<!--"]))
+    st.lists(
+        st.sampled_from(
+            [
+                "<p>",
+                "</p>",
+                "<head>",
+                "</head>",
+                "<body>",
+                "<pre>",
+                "</pre>",
+                "<nav",
+                ">",
+                "x ",
+                "&",
+                "<!--",
+            ]
+        )
+    )
 )
 def test_damaged_html_raises_nothing(pieces: list[str]) -> None:
     assert all(text and text == " ".join(text.split()) for text in html_paragraphs("".join(pieces)))

@@ -17,9 +17,8 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data import Data, open_data, prepare_shards
 from dmoe.data.held_out import HeldOutStream
-from dmoe.data.labels import domain_runs, label_at
-from dmoe.data.packing import PackedStream, token_chunks
-from dmoe.data.tokenizer import byte_tokenizer
+from dmoe.data.packing import PackedStream, domain_runs, label_at, token_chunks
+from dmoe.data.tokenizers.base import byte_tokenizer
 
 
 @pytest.fixture
@@ -38,7 +37,9 @@ def labels_from_text(data: Data, texts: Path) -> list[int]:
         at = tokens.find(b"\0" + path.read_bytes()[:200])
         if at >= 0:
             begins[at] = data.domains.index(path.parent.name)
-    return [begins[max(b for b in begins if b <= i * data.held_out.seq_len)] for i in range(len(rows))]
+    return [
+        begins[max(b for b in begins if b <= i * data.held_out.seq_len)] for i in range(len(rows))
+    ]
 
 
 def stored(data: Data) -> PackedStream:
@@ -60,7 +61,9 @@ def test_a_row_has_the_domain_of_its_document(config: DataConfig, texts: Path) -
 def test_a_batch_has_the_labels_of_its_rows() -> None:
     """Token j of the stream is j, so a row's first token is where it starts."""
     runs = ((0, 1), (350, 0), (777, 2))
-    train = PackedStream([np.arange(500, dtype="<u4"), np.arange(500, 1000, dtype="<u4")], 16, 5, 1000, "train", runs)
+    train = PackedStream(
+        [np.arange(500, dtype="<u4"), np.arange(500, 1000, dtype="<u4")], 16, 5, 1000, "train", runs
+    )
     for step in (0, 7, 60):
         got_B = train.labels(step, 2, 30, 40)
         assert got_B.shape == (30,)
@@ -72,10 +75,16 @@ def test_a_batch_has_the_labels_of_its_rows() -> None:
 
 @settings(max_examples=80, deadline=None)
 @given(
-    documents=st.lists(st.tuples(st.binary(min_size=1, max_size=12), st.sampled_from("abc")), min_size=1, max_size=8),
+    documents=st.lists(
+        st.tuples(st.binary(min_size=1, max_size=12), st.sampled_from("abc")),
+        min_size=1,
+        max_size=8,
+    ),
     seq_len=st.integers(1, 7),
 )
-def test_labels_equal_the_walk_along_the_stream(documents: list[tuple[bytes, str]], seq_len: int) -> None:
+def test_labels_equal_the_walk_along_the_stream(
+    documents: list[tuple[bytes, str]], seq_len: int
+) -> None:
     chunks = list(token_chunks([content for content, _ in documents], byte_tokenizer()))
     domains = [domain for _, domain in documents]
     names = sorted(set(domains))
@@ -89,12 +98,18 @@ def test_labels_equal_the_walk_along_the_stream(documents: list[tuple[bytes, str
     assert label_at(np.arange(len(stream) - 1), runs).tolist() == owner[:-1]
     if len(stream) > seq_len:
         packed = PackedStream([stream], seq_len, 0, 256, "train", runs)
-        assert packed.row_labels(0, packed.sequences).tolist() == owner[:-1][::seq_len][: packed.sequences]
+        assert (
+            packed.row_labels(0, packed.sequences).tolist()
+            == owner[:-1][::seq_len][: packed.sequences]
+        )
 
 
 def test_shards_keep_the_labels(config: DataConfig, tmp_path: Path) -> None:
     prepare_shards(config, tmp_path / "shards", shard_tokens=3000)
-    text, shards = open_data(config, 3), open_data(replace(config, source=str(tmp_path / "shards")), 3)
+    text, shards = (
+        open_data(config, 3),
+        open_data(replace(config, source=str(tmp_path / "shards")), 3),
+    )
     assert shards.fingerprint == text.fingerprint
     assert shards.domains == text.domains
     assert np.array_equal(shards.train.labels(5, 0, 64, 64), text.train.labels(5, 0, 64, 64))

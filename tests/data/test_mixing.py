@@ -14,8 +14,16 @@ from hypothesis import strategies as st
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data import open_data, prepare_shards
-from dmoe.data.mixed import MixedStream, mixed, sequences_of_domains
-from dmoe.data.mixing import BLOCK, block_counts, drawn, task_weights, tasks_of_step
+from dmoe.data.mixture import (
+    BLOCK,
+    MixedStream,
+    block_counts,
+    drawn,
+    mixed,
+    sequences_of_domains,
+    task_weights,
+    tasks_of_step,
+)
 from dmoe.data.packing import PackedStream
 
 SIZES = st.lists(st.floats(1.0, 1e9), min_size=1, max_size=6)
@@ -28,7 +36,12 @@ def test_weights_are_the_formula(sizes: list[float], temperature: float) -> None
     weights = task_weights(sizes, temperature)
     assert math.isclose(sum(weights), 1.0)
     for one, other, size, another in zip(weights, weights[1:], sizes, sizes[1:], strict=False):
-        assert math.isclose(math.log(one / other), math.log(size / another) / temperature, rel_tol=1e-6, abs_tol=1e-9)
+        assert math.isclose(
+            math.log(one / other),
+            math.log(size / another) / temperature,
+            rel_tol=1e-6,
+            abs_tol=1e-9,
+        )
 
 
 @given(SIZES)
@@ -37,7 +50,10 @@ def test_proportional_and_equal_are_the_two_ends(sizes: list[float]) -> None:
     assert task_weights(sizes, math.inf) == pytest.approx([1 / len(sizes)] * len(sizes))
 
 
-@pytest.mark.parametrize(("sizes", "temperature"), [([], 1.0), ([1, 0], 1.0), ([1, -1], 1.0), ([1, math.inf], 1.0), ([1], 0.0)])
+@pytest.mark.parametrize(
+    ("sizes", "temperature"),
+    [([], 1.0), ([1, 0], 1.0), ([1, -1], 1.0), ([1, math.inf], 1.0), ([1], 0.0)],
+)
 def test_what_means_nothing_is_refused(sizes: list[float], temperature: float) -> None:
     with pytest.raises(ConfigError, match="must be"):
         task_weights(sizes, temperature)
@@ -59,13 +75,17 @@ def test_as_many_tasks_as_a_block_has_places_come_once_each() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(WEIGHTS, st.integers(0, 2**63), st.integers(0, 3 * BLOCK))
-def test_each_draw_of_a_task_comes_once_and_in_order(weights: list[float], seed: int, begin: int) -> None:
+def test_each_draw_of_a_task_comes_once_and_in_order(
+    weights: list[float], seed: int, begin: int
+) -> None:
     """What "the next sample of its domain" means: the walk from the start of the run counts what arithmetic says."""
     number_N = np.arange(begin, begin + 2 * BLOCK)
     task_N, draw_N = drawn(number_N, block_counts(weights), seed)
     before_D = np.zeros(len(weights), dtype=np.int64)
     if begin:
-        before_D += np.bincount(drawn(np.arange(begin), block_counts(weights), seed)[0], minlength=len(weights))
+        before_D += np.bincount(
+            drawn(np.arange(begin), block_counts(weights), seed)[0], minlength=len(weights)
+        )
     for task in range(len(weights)):
         mine_N = draw_N[task_N == task]
         assert mine_N.tolist() == list(range(before_D[task], before_D[task] + len(mine_N)))
@@ -77,9 +97,13 @@ def test_fractions_converge_and_batches_vary() -> None:
     for task, weight in enumerate(weights):
         assert abs((found == task).mean() - weight) < 1 / 1000
         assert abs((found[:1000] == task).mean() - weight) < 0.06
-    assert len({tuple(np.bincount(found[i : i + 24], minlength=3)) for i in range(0, 2400, 24)}) > 20
+    assert (
+        len({tuple(np.bincount(found[i : i + 24], minlength=3)) for i in range(0, 2400, 24)}) > 20
+    )
     assert tasks_of_step(0, 0, 500, 500, weights, 1) != tasks_of_step(0, 0, 500, 500, weights, 2)
-    assert found[:BLOCK].tolist() != found[BLOCK : 2 * BLOCK].tolist(), "each block is shuffled anew"
+    assert found[:BLOCK].tolist() != found[BLOCK : 2 * BLOCK].tolist(), (
+        "each block is shuffled anew"
+    )
 
 
 def test_the_draws_are_fixed() -> None:
@@ -88,8 +112,12 @@ def test_the_draws_are_fixed() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(step=st.integers(0, 10**6), batch=st.integers(1, 60), seed=st.integers(0, 2**63), data=st.data())
-def test_any_split_of_a_batch_draws_the_same(step: int, batch: int, seed: int, data: st.DataObject) -> None:
+@given(
+    step=st.integers(0, 10**6), batch=st.integers(1, 60), seed=st.integers(0, 2**63), data=st.data()
+)
+def test_any_split_of_a_batch_draws_the_same(
+    step: int, batch: int, seed: int, data: st.DataObject
+) -> None:
     cut, weights = data.draw(st.integers(0, batch)), [0.5, 0.2, 0.3]
     whole = tasks_of_step(step, 0, batch, batch, weights, seed)
     rest = tasks_of_step(step, cut, batch - cut, batch, weights, seed)
@@ -101,7 +129,14 @@ RUNS = ((0, 1), (350, 0), (390, 2), (391, 1), (777, 3))
 
 def text(seed: int = 5) -> PackedStream:
     """Token j of the stream is j, so a row's first token is where it starts. Domain 2 is one token, in which no sequence starts."""
-    return PackedStream([np.arange(600, dtype="<u4"), np.arange(600, 1000, dtype="<u4")], 7, seed, 1000, "train", RUNS)
+    return PackedStream(
+        [np.arange(600, dtype="<u4"), np.arange(600, 1000, dtype="<u4")],
+        7,
+        seed,
+        1000,
+        "train",
+        RUNS,
+    )
 
 
 def test_the_sequences_of_a_domain_are_those_that_start_in_it() -> None:
@@ -110,7 +145,10 @@ def test_the_sequences_of_a_domain_are_those_that_start_in_it() -> None:
     found = sequences_of_domains(RUNS, stream.sequences, stream.seq_len)
     assert [domain.label for domain in found] == [0, 1, 3]
     for domain in found:
-        assert domain.index(np.arange(domain.size)).tolist() == np.flatnonzero(label_N == domain.label).tolist()
+        assert (
+            domain.index(np.arange(domain.size)).tolist()
+            == np.flatnonzero(label_N == domain.label).tolist()
+        )
 
 
 def test_a_domain_is_read_whole_before_any_of_it_comes_again() -> None:
@@ -126,7 +164,9 @@ def test_a_domain_is_read_whole_before_any_of_it_comes_again() -> None:
         assert epochs > 5
         orders[label] = [mine_N[epoch * size : (epoch + 1) * size] for epoch in range(epochs)]
         assert all(len(set(order.tolist())) == size for order in orders[label])
-        assert orders[label][0].tolist() != orders[label][1].tolist(), "each epoch has its own order"
+        assert orders[label][0].tolist() != orders[label][1].tolist(), (
+            "each epoch has its own order"
+        )
         assert set(orders[label][0].tolist()) == set(orders[label][1].tolist())
     weights = task_weights(list(sizes.values()), 3.0)
     for label, weight in zip(sizes, weights, strict=True):
@@ -141,7 +181,9 @@ def test_translations_are_not_shuffled_alike() -> None:
     begin_N, label_N = stream.batch(0, 0, 60, 60)[:, 0], stream.labels(0, 0, 60, 60)
     shorter = min((label_N == 0).sum(), (label_N == 1).sum())
     assert shorter > 10
-    assert (begin_N[label_N == 0][:shorter] + 350).tolist() != begin_N[label_N == 1][:shorter].tolist()
+    assert (begin_N[label_N == 0][:shorter] + 350).tolist() != begin_N[label_N == 1][
+        :shorter
+    ].tolist()
 
 
 def test_a_sample_depends_on_seed_and_number_alone() -> None:
@@ -150,7 +192,9 @@ def test_a_sample_depends_on_seed_and_number_alone() -> None:
         share = 24 // ranks
         parts = [stream.batch(700, rank * share, share, 24) for rank in range(ranks)]
         assert np.array_equal(np.concatenate(parts), whole)
-    assert np.array_equal(stream.batch(350, 0, 48, 48)[:24], whole), "number 16,800 on, in other batches"
+    assert np.array_equal(stream.batch(350, 0, 48, 48)[:24], whole), (
+        "number 16,800 on, in other batches"
+    )
     assert not np.array_equal(mixed(text(seed=6), 2.0).batch(700, 0, 24, 24), whole)
     assert stream.batch(0, 3, 0, 8).shape == (0, 8)
 
@@ -174,4 +218,6 @@ def test_the_temperature_is_read_from_the_config(texts: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
 def test_a_temperature_must_be_above_0(texts: Path, temperature: float) -> None:
     with pytest.raises(ConfigError, match=rf"data.temperature={temperature}: must be above 0"):
-        open_data(DataConfig(source=str(texts), seq_len=16, holdout=0.3, temperature=temperature), 0)
+        open_data(
+            DataConfig(source=str(texts), seq_len=16, holdout=0.3, temperature=temperature), 0
+        )

@@ -21,7 +21,9 @@ def test_it_is_a_bijection(size: int, seed: int, epoch: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(size=st.integers(1, 2**61), seed=SEEDS, data=st.data())
 def test_huge_sizes_stay_in_range_and_distinct(size: int, seed: int, data: st.DataObject) -> None:
-    index_N = np.array(data.draw(st.lists(st.integers(0, size - 1), unique=True, max_size=20)), dtype=np.int64)
+    index_N = np.array(
+        data.draw(st.lists(st.integers(0, size - 1), unique=True, max_size=20)), dtype=np.int64
+    )
     image_N = permute(index_N, size, seed, 3)
     assert ((image_N >= 0) & (image_N < size)).all()
     assert len(set(image_N.tolist())) == len(index_N)
@@ -34,7 +36,9 @@ def test_the_numbers_are_fixed() -> None:
 
 
 def test_epochs_and_seeds_differ() -> None:
-    orders = {tuple(permute(np.arange(50), 50, seed, epoch)) for seed in range(10) for epoch in range(10)}
+    orders = {
+        tuple(permute(np.arange(50), 50, seed, epoch)) for seed in range(10) for epoch in range(10)
+    }
     assert len(orders) == 100
 
 
@@ -48,7 +52,9 @@ def test_one_epoch_for_each_index_equals_one_epoch_for_all() -> None:
 def test_positions_are_uniform_over_epochs() -> None:
     """Chi-square of where each of 12 items goes, over 6000 epochs: 11 * 11 degrees of freedom, mean 121, deviation 15.6."""
     size, epochs = 12, 6000
-    place = permute(np.tile(np.arange(size), epochs), size, 0, np.repeat(np.arange(epochs), size)).reshape(epochs, size)
+    place = permute(
+        np.tile(np.arange(size), epochs), size, 0, np.repeat(np.arange(epochs), size)
+    ).reshape(epochs, size)
     count = np.array([np.bincount(place[:, item], minlength=size) for item in range(size)])
     expected = epochs / size
     assert ((count - expected) ** 2 / expected).sum() < 121 + 5 * 15.6
@@ -64,9 +70,13 @@ def test_neighbours_are_torn_apart() -> None:
 @given(sequences=st.integers(1, 40), batch=st.integers(1, 90), seed=SEEDS)
 def test_every_epoch_reads_every_sequence_once(sequences: int, batch: int, seed: int) -> None:
     steps = -(-3 * sequences // batch)
-    read = np.concatenate([sequence_indices(step, 0, batch, batch, sequences, seed) for step in range(steps)])
+    read = np.concatenate(
+        [sequence_indices(step, 0, batch, batch, sequences, seed) for step in range(steps)]
+    )
     for epoch in range(3):
-        assert np.array_equal(np.sort(read[epoch * sequences : (epoch + 1) * sequences]), np.arange(sequences))
+        assert np.array_equal(
+            np.sort(read[epoch * sequences : (epoch + 1) * sequences]), np.arange(sequences)
+        )
 
 
 def test_each_epoch_has_its_own_order() -> None:
@@ -78,4 +88,9 @@ def test_a_sample_depends_on_step_and_place_alone() -> None:
     whole = sequence_indices(11, 0, 24, 24, 37, seed=3)
     for ranks in (1, 2, 3, 4, 8, 24):
         share = 24 // ranks
-        assert np.array_equal(np.concatenate([sequence_indices(11, r * share, share, 24, 37, 3) for r in range(ranks)]), whole)
+        assert np.array_equal(
+            np.concatenate(
+                [sequence_indices(11, r * share, share, 24, 37, 3) for r in range(ranks)]
+            ),
+            whole,
+        )

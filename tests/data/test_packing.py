@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dmoe.config.errors import ConfigError
 from dmoe.data.packing import PackedStream, stored_dtype, stream_hash, token_chunks
-from dmoe.data.tokenizer import byte_tokenizer
+from dmoe.data.tokenizers.base import byte_tokenizer
 
 
 def stream(parts: list[np.ndarray], seq_len: int, seed: int = 0) -> PackedStream:
@@ -15,7 +15,10 @@ def stream(parts: list[np.ndarray], seq_len: int, seed: int = 0) -> PackedStream
 
 
 @settings(max_examples=80, deadline=None)
-@given(documents=st.lists(st.binary(min_size=1, max_size=30), min_size=1, max_size=6), seq_len=st.integers(1, 12))
+@given(
+    documents=st.lists(st.binary(min_size=1, max_size=30), min_size=1, max_size=6),
+    seq_len=st.integers(1, 12),
+)
 def test_every_token_is_a_target_once(documents: list[bytes], seq_len: int) -> None:
     """Unique values mark positions: token j of the stream holds j, so the targets read are the positions read."""
     length = sum(len(chunk) for chunk in token_chunks(documents, byte_tokenizer()))
@@ -27,7 +30,9 @@ def test_every_token_is_a_target_once(documents: list[bytes], seq_len: int) -> N
     targets = row_BS[:, 1:].ravel()
     assert np.array_equal(targets, np.arange(1, 1 + packed.sequences * seq_len))
     assert length - 1 - len(targets) < seq_len, "the tail left out is shorter than a sequence"
-    assert np.array_equal(row_BS[:, :-1].ravel(), targets - 1), "the input of each target is the token before it"
+    assert np.array_equal(row_BS[:, :-1].ravel(), targets - 1), (
+        "the input of each target is the token before it"
+    )
     shuffled = packed.batch(0, 0, packed.sequences, packed.sequences)[:, 1:].ravel()
     assert np.array_equal(np.sort(shuffled), targets), "an epoch has the same targets"
 
@@ -39,7 +44,11 @@ def test_the_stream_is_documents_between_separators() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(length=st.integers(3, 80), cuts=st.lists(st.integers(0, 80), max_size=6), seq_len=st.integers(1, 10))
+@given(
+    length=st.integers(3, 80),
+    cuts=st.lists(st.integers(0, 80), max_size=6),
+    seq_len=st.integers(1, 10),
+)
 def test_cutting_the_stream_changes_nothing(length: int, cuts: list[int], seq_len: int) -> None:
     token_N = (np.arange(length) * 37 % 251).astype("<u2")
     parts = np.split(token_N, sorted(cut for cut in cuts if cut <= length))
@@ -59,7 +68,9 @@ def test_ranks_read_slices_of_the_same_batch() -> None:
     assert whole_BS.dtype == np.int64
     for ranks in (2, 3, 4, 6):
         share = 12 // ranks
-        assert np.array_equal(np.concatenate([packed.batch(9, r * share, share, 12) for r in range(ranks)]), whole_BS)
+        assert np.array_equal(
+            np.concatenate([packed.batch(9, r * share, share, 12) for r in range(ranks)]), whole_BS
+        )
     assert packed.batch(9, 12, 0, 12).shape == (0, 5)
 
 
@@ -73,7 +84,8 @@ def test_rows_do_not_wrap() -> None:
 def test_a_corpus_shorter_than_a_sequence_is_refused() -> None:
     assert stream([np.arange(10, dtype="<u2")], seq_len=9).sequences == 1
     with pytest.raises(
-        ConfigError, match=r"data.seq_len=10: must be less than the 10 tokens of the train split; set data.seq_len=9"
+        ConfigError,
+        match=r"data.seq_len=10: must be less than the 10 tokens of the train split; set data.seq_len=9",
     ):
         stream([np.arange(10, dtype="<u2")], seq_len=10)
 

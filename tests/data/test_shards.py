@@ -15,7 +15,7 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data import open_data, prepare_shards
 from dmoe.data.shards import SplitContent, map_shards, verify_shards, write_shards
-from dmoe.data.tokenizer import byte_tokenizer
+from dmoe.data.tokenizers.base import byte_tokenizer
 
 Body = dict[str, Any]  # index.json as read by json
 
@@ -35,9 +35,15 @@ def content(chunks: list[np.ndarray]) -> SplitContent:
     return SplitContent(chunks, documents=1, text_bytes=1)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6), shard_tokens=st.integers(1, 50))
-def test_any_stream_comes_back(tmp_path_factory: pytest.TempPathFactory, lengths: list[int], shard_tokens: int) -> None:
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6), shard_tokens=st.integers(1, 50)
+)
+def test_any_stream_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], shard_tokens: int
+) -> None:
     chunks = [np.arange(i * 50, i * 50 + n, dtype="<u2") for i, n in enumerate(lengths)]
     directory = tmp_path_factory.mktemp("shards")
     splits = {"train": content(chunks), "held_out": content([np.ones(3, dtype="<u2")])}
@@ -60,14 +66,19 @@ def test_shards_give_exactly_the_data_of_the_text(config: DataConfig, shards: Pa
 
 
 def test_another_tokenizer_is_refused(config: DataConfig, shards: Path, rank_file: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data.tokenizer=.*must be the tokenizer the shards in .* were made with, bytes"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data.tokenizer=.*must be the tokenizer the shards in .* were made with, bytes",
+    ):
         open_data(replace(config, source=str(shards), tokenizer=str(rank_file)), 0)
 
 
 def test_large_vocabularies_are_stored_in_32_bits(tmp_path: Path) -> None:
     tokenizer = replace(byte_tokenizer(), pieces=(b"", *(b"x" for _ in range(70_000))))
     chunk = np.array([0, 69_999], dtype="<u4")
-    index = write_shards(tmp_path / "a", tokenizer, 0.5, {"train": content([chunk]), "held_out": content([chunk])})
+    index = write_shards(
+        tmp_path / "a", tokenizer, 0.5, {"train": content([chunk]), "held_out": content([chunk])}
+    )
     assert index.dtype == np.dtype("<u4")
     assert (tmp_path / "a" / "train-00000.bin").read_bytes() == b"\0\0\0\0\x6f\x11\x01\0"
 
@@ -111,7 +122,9 @@ def swap_name(name: object) -> Callable[[Body], None]:
         (lambda b: b.update(splits=[]), "is wrong at"),
     ],
 )
-def test_a_damaged_index_is_refused(config: DataConfig, shards: Path, change: Callable[[Body], None], message: str) -> None:
+def test_a_damaged_index_is_refused(
+    config: DataConfig, shards: Path, change: Callable[[Body], None], message: str
+) -> None:
     body = json.loads((shards / "index.json").read_text())
     change(body)
     (shards / "index.json").write_text(json.dumps(body))

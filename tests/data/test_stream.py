@@ -43,7 +43,9 @@ def test_text_comes_back_in_stored_order(config: DataConfig, texts: Path) -> Non
     assert data.held_out.sequences is not None
     row_BS = data.held_out.rows(0, data.held_out.sequences)
     text = data.tokenizer.decode(row_BS[:, 1:].ravel())
-    held_out = [path.read_text() for path in sorted(texts.rglob("*.txt")) if path.read_text() in text]
+    held_out = [
+        path.read_text() for path in sorted(texts.rglob("*.txt")) if path.read_text() in text
+    ]
     assert 2 < len(held_out) < 20
     assert "".join(held_out).startswith(text[: len("".join(held_out))])
 
@@ -57,9 +59,13 @@ def test_a_single_text_file_simply_works(tmp_path: Path) -> None:
     assert "its last 5.00% held out" in data.describe()
 
 
-def test_the_fingerprint_is_of_what_is_trained_on(config: DataConfig, texts: Path, rank_file: Path) -> None:
+def test_the_fingerprint_is_of_what_is_trained_on(
+    config: DataConfig, texts: Path, rank_file: Path
+) -> None:
     base = open_data(config, 0).fingerprint
-    assert open_data(config, 1).fingerprint == base, "the seed orders the data, it does not change it"
+    assert open_data(config, 1).fingerprint == base, (
+        "the seed orders the data, it does not change it"
+    )
     changed = [
         replace(config, seq_len=17),
         replace(config, holdout=0.2 + 1e-12),
@@ -95,5 +101,7 @@ def test_seq_len_must_be_positive(config: DataConfig, seq_len: int) -> None:
 
 def test_a_held_out_split_shorter_than_a_sequence_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("word " * 100)
-    with pytest.raises(ConfigError, match=r"data.seq_len=64: must be less than the 27 tokens of the held_out split"):
+    with pytest.raises(
+        ConfigError, match=r"data.seq_len=64: must be less than the 27 tokens of the held_out split"
+    ):
         open_data(DataConfig(source=str(tmp_path / "a.txt"), seq_len=64), 0)

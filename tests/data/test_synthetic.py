@@ -21,10 +21,16 @@ def test_a_sequence_is_a_function_of_seed_split_and_number(kind: str) -> None:
     assert whole_BS.dtype == np.int64
     assert whole_BS.min() >= 1
     assert whole_BS.max() <= 255
-    assert np.array_equal(np.concatenate([data.train.batch(3, 0, 3, 8), data.train.batch(3, 3, 5, 8)]), whole_BS)
+    assert np.array_equal(
+        np.concatenate([data.train.batch(3, 0, 3, 8), data.train.batch(3, 3, 5, 8)]), whole_BS
+    )
     assert np.array_equal(data.train.rows(24, 8), whole_BS)
     assert data.train.sequences is None
-    others = [data.held_out.batch(3, 0, 8, 8), data.train.batch(4, 0, 8, 8), train(kind, 32, 6).batch(3, 0, 8, 8)]
+    others = [
+        data.held_out.batch(3, 0, 8, 8),
+        data.train.batch(4, 0, 8, 8),
+        train(kind, 32, 6).batch(3, 0, 8, 8),
+    ]
     for other_BS in others:
         assert (other_BS == whole_BS).mean() < 0.2
     assert f"synthetic:{kind}" in data.describe()
@@ -50,10 +56,15 @@ def test_copy_repeats_its_first_half(seq_len: int) -> None:
 
 
 def test_bad_kinds_and_tokenizers_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"data.source=synthetic:cauchy: must be one of synthetic:uniform, synthetic:zipf"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data.source=synthetic:cauchy: must be one of synthetic:uniform, synthetic:zipf",
+    ):
         open_data(DataConfig(source="synthetic:cauchy"), 0)
 
 
 def test_a_tokenizer_other_than_bytes_is_refused(rank_file) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ConfigError, match=r"data.tokenizer=.*must be bytes for data.source=synthetic:zipf"):
+    with pytest.raises(
+        ConfigError, match=r"data.tokenizer=.*must be bytes for data.source=synthetic:zipf"
+    ):
         open_data(DataConfig(source="synthetic:zipf", tokenizer=str(rank_file)), 0)

@@ -11,12 +11,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dmoe.config.datasets import CATALOGUE
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
-from dmoe.config.tables import CATALOGUE
-from dmoe.data import features, table
+from dmoe.data import tables
 from dmoe.data.order import sequence_indices
-from dmoe.data.table import Table, TableStream, classes_of, open_table, widths_of
+from dmoe.data.tables import Table, TableStream, classes_of, open_table, widths_of
 
 SKLEARN = [source for source in CATALOGUE if source.startswith("sklearn:")]
 FIXED_FEATURES = "76535dc00de35ade"
@@ -25,7 +25,9 @@ CLUSTERS = DataConfig(source="synthetic:clusters", streams=["a", "b"])
 
 def opened(source: str, holdout: float = 0.2, seed: int = 0, **options: object) -> Table:
     if source.startswith("sklearn:"):
-        pytest.importorskip("sklearn", reason="scikit-learn, an optional dependency, is not installed")
+        pytest.importorskip(
+            "sklearn", reason="scikit-learn, an optional dependency, is not installed"
+        )
     return open_table(DataConfig(source=source, holdout=holdout, **options), seed)  # type: ignore[arg-type]
 
 
@@ -47,7 +49,9 @@ def test_what_is_known_beforehand_is_what_is_found(source: str) -> None:
 
 @pytest.mark.parametrize("source", SKLEARN)
 def test_classes_have_their_names(source: str) -> None:
-    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn, an optional dependency, is not installed")
+    datasets = pytest.importorskip(
+        "sklearn.datasets", reason="scikit-learn, an optional dependency, is not installed"
+    )
     names = getattr(datasets, f"load_{source.removeprefix('sklearn:')}")().target_names
     assert tuple(map(str, names)) == CATALOGUE[source].classes
 
@@ -64,41 +68,58 @@ def strokes_of_one(image: np.ndarray) -> list[float]:
             if gx == gy == 0:
                 found[quadrant + 4] += 1 / 16
                 continue
-            degrees = round(math.degrees(math.atan2(gy, gx)), 9) % 180  # exact on the borders of the bins
+            degrees = (
+                round(math.degrees(math.atan2(gy, gx)), 9) % 180
+            )  # exact on the borders of the bins
             found[quadrant + int(degrees // 45)] += (abs(gx) + abs(gy)) / 64
     return found
 
 
 def test_features_are_their_formulas() -> None:
     image_NHW = np.random.default_rng(0).integers(0, 17, (6, 8, 8)).astype(np.float64)
-    image_NHW[1], image_NHW[2] = 0, np.arange(8)[:, None]  # nothing at all; every gradient downwards
+    image_NHW[1], image_NHW[2] = (
+        0,
+        np.arange(8)[:, None],
+    )  # nothing at all; every gradient downwards
     image_NHW[3] = np.arange(8)[:, None] + np.arange(8)  # every gradient at 45 degrees
     for n, image in enumerate(image_NHW):
-        assert features.strokes(image_NHW)[n].tolist() == strokes_of_one(image)
+        assert tables.strokes(image_NHW)[n].tolist() == strokes_of_one(image)
         rows = [sum(image[r]) / 128 for r in range(8)]
         columns = [sum(image[:, c]) / 128 for c in range(8)]
-        assert features.profiles(image_NHW)[n].tolist() == rows + columns
-        assert features.pixels(image_NHW)[n].tolist() == [pixel / 16 for row in image for pixel in row]
+        assert tables.profiles(image_NHW)[n].tolist() == rows + columns
+        assert tables.pixels(image_NHW)[n].tolist() == [
+            pixel / 16 for row in image for pixel in row
+        ]
 
 
 def test_features_need_no_fitting_and_stay_as_they_are() -> None:
     """A change of a formula makes every trained model wrong without a word: here is what they were."""
     image_NHW = (np.arange(192) * 7 % 17).reshape(3, 8, 8).astype(np.float64)
-    found = b"".join(feature(image_NHW).astype("<f8").tobytes() for feature in features.DIGITS.values())
+    found = b"".join(
+        feature(image_NHW).astype("<f8").tobytes() for feature in tables.DIGITS.values()
+    )
     assert hashlib.sha256(found).hexdigest()[:16] == FIXED_FEATURES
 
 
 def test_digits_are_read_as_they_are() -> None:
-    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn, an optional dependency, is not installed")
+    datasets = pytest.importorskip(
+        "sklearn.datasets", reason="scikit-learn, an optional dependency, is not installed"
+    )
     digits, found = datasets.load_digits(), opened("sklearn:digits", streams=["pixels", "strokes"])
     x_NW, class_N = (
-        np.concatenate(parts) for parts in zip(found.train.rows(0, 1438), found.held_out.rows(0, 359), strict=True)
+        np.concatenate(parts)
+        for parts in zip(found.train.rows(0, 1438), found.held_out.rows(0, 359), strict=True)
     )
-    theirs = Counter((row.tobytes(), label) for row, label in zip(digits.data, digits.target, strict=True))
-    ours = Counter(((row[:64] * 16.0).astype(np.float64).tobytes(), label) for row, label in zip(x_NW, class_N, strict=True))
+    theirs = Counter(
+        (row.tobytes(), label) for row, label in zip(digits.data, digits.target, strict=True)
+    )
+    ours = Counter(
+        ((row[:64] * 16.0).astype(np.float64).tobytes(), label)
+        for row, label in zip(x_NW, class_N, strict=True)
+    )
     assert ours == theirs
     images = (x_NW[:, :64] * 16).reshape(-1, 8, 8)
-    assert np.array_equal(x_NW[:, 64:], features.strokes(images).astype(np.float32))
+    assert np.array_equal(x_NW[:, 64:], tables.strokes(images).astype(np.float32))
 
 
 @pytest.mark.parametrize("source", ["sklearn:wine", "sklearn:breast_cancer"])
@@ -113,8 +134,12 @@ def test_measurements_are_standardised_by_the_training_split(source: str) -> Non
 
 def stub(monkeypatch: pytest.MonkeyPatch, rows: list[list[float]], labels: list[int]) -> None:
     raw_NW = np.array(rows)
-    monkeypatch.setattr(table, "_read", lambda source: (raw_NW, np.array(labels), {"features": raw_NW}))
-    monkeypatch.setattr(table, "_scaled", lambda streams, name, kept_N, train_N: streams[name][kept_N])
+    monkeypatch.setattr(
+        tables, "_read", lambda source: (raw_NW, np.array(labels), {"features": raw_NW})
+    )
+    monkeypatch.setattr(
+        tables, "_scaled", lambda streams, name, kept_N, train_N: streams[name][kept_N]
+    )
 
 
 WINE = DataConfig(source="sklearn:wine", holdout=0.3)
@@ -125,31 +150,50 @@ def test_the_split_follows_content_and_duplicates_go(monkeypatch: pytest.MonkeyP
     rows, labels = [[float(n), n * 0.5] for n in range(60)], [n % 3 for n in range(60)]
     stub(monkeypatch, rows, labels)
     whole = open_table(WINE, 0)
-    sides = [{tuple(row) for row in side.rows(0, side.sequences or 0)[0].tolist()} for side in (whole.train, whole.held_out)]
+    sides = [
+        {tuple(row) for row in side.rows(0, side.sequences or 0)[0].tolist()}
+        for side in (whole.train, whole.held_out)
+    ]
     assert len(sides[0]) + len(sides[1]) == 60
     assert 8 < len(sides[1]) < 30
-    stub(monkeypatch, rows[:20:-1] + rows[30:35] + [[-1.0, 2.0]], labels[:20:-1] + labels[30:35] + [0])
+    stub(
+        monkeypatch,
+        rows[:20:-1] + rows[30:35] + [[-1.0, 2.0]],
+        labels[:20:-1] + labels[30:35] + [0],
+    )
     other = open_table(WINE, 0)
     for side, before in zip((other.train, other.held_out), sides, strict=True):
         values_NW, class_N = side.rows(0, side.sequences or 0)
         now = list(map(tuple, values_NW.tolist()))
         assert len(set(now)) == len(now)
         assert {row for row in now if row[0] >= 0} == {row for row in before if row[0] > 20}
-        assert all(label == int(row[0]) % 3 for row, label in zip(now, class_N, strict=True) if row[0] >= 0)
+        assert all(
+            label == int(row[0]) % 3 for row, label in zip(now, class_N, strict=True) if row[0] >= 0
+        )
     assert "5 exact duplicates removed" in other.describe()
 
 
 def test_a_fingerprint_is_of_contents_streams_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, labels = [[float(n), n * 0.5] for n in range(60)], [n % 3 for n in range(60)]
     stub(monkeypatch, rows, labels)
-    prints = [open_table(WINE, 0).fingerprint, open_table(replace(WINE, holdout=0.4), 0).fingerprint]
+    prints = [
+        open_table(WINE, 0).fingerprint,
+        open_table(replace(WINE, holdout=0.4), 0).fingerprint,
+    ]
     assert open_table(WINE, 5).fingerprint == prints[0], "the order is no content"
-    for changed_rows, changed_labels in (([*rows[:-1], [9.5, 9.5]], labels), (rows, [*labels[:-1], 0])):
+    for changed_rows, changed_labels in (
+        ([*rows[:-1], [9.5, 9.5]], labels),
+        (rows, [*labels[:-1], 0]),
+    ):
         stub(monkeypatch, changed_rows, changed_labels)
         prints.append(open_table(WINE, 0).fingerprint)
     assert len(set(prints)) == 4
-    clusters = [replace(CLUSTERS, streams=streams) for streams in (["a"], ["b"], ["a", "b"], ["b", "a"])]
-    assert len({open_table(config, seed).fingerprint for config in clusters for seed in (0, 1)}) == 8
+    clusters = [
+        replace(CLUSTERS, streams=streams) for streams in (["a"], ["b"], ["a", "b"], ["b", "a"])
+    ]
+    assert (
+        len({open_table(config, seed).fingerprint for config in clusters for seed in (0, 1)}) == 8
+    )
 
 
 def test_the_order_is_a_function_of_seed_step_and_index() -> None:
@@ -170,10 +214,16 @@ def test_clusters_are_a_function_of_seed_split_and_number() -> None:
     found = open_table(CLUSTERS, 5)
     x_BW, class_B = found.train.batch(3, 0, 8, 8)
     assert found.train.sequences is None
-    assert np.array_equal(np.concatenate([found.train.batch(3, first, 4, 8)[0] for first in (0, 4)]), x_BW)
+    assert np.array_equal(
+        np.concatenate([found.train.batch(3, first, 4, 8)[0] for first in (0, 4)]), x_BW
+    )
     assert np.array_equal(found.train.rows(24, 8)[0], x_BW)
     assert np.array_equal(found.train.rows(24, 8)[1], class_B)
-    for other in (found.held_out.rows(24, 8)[0], found.train.rows(32, 8)[0], open_table(CLUSTERS, 6).train.rows(24, 8)[0]):
+    for other in (
+        found.held_out.rows(24, 8)[0],
+        found.train.rows(32, 8)[0],
+        open_table(CLUSTERS, 6).train.rows(24, 8)[0],
+    ):
         assert not (other == x_BW).any()
     turned = open_table(replace(CLUSTERS, streams=["b", "a"]), 5).train.rows(24, 8)[0]
     assert np.array_equal(np.concatenate([turned[:, 7:], turned[:, :7]], 1), x_BW)
@@ -192,7 +242,10 @@ def test_clusters_are_normal_around_their_centres() -> None:
 
 def test_without_scikit_learn_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ConfigError, match=r"data\.source=sklearn:digits: needs scikit-learn.*; pip install scikit-learn$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data\.source=sklearn:digits: needs scikit-learn.*; pip install scikit-learn$",
+    ):
         open_table(DataConfig(source="sklearn:digits"), 0)
     assert widths_of(DataConfig(source="sklearn:digits")) == {"pixels": 64}
 

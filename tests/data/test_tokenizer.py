@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
-from dmoe.data.tokenizer import Tokenizer, byte_tokenizer, open_tokenizer
+from dmoe.data.tokenizers.base import Tokenizer, byte_tokenizer, open_tokenizer
 from tests.data.conftest import WORDS, merged_ranks, text_of_file
 
-TEXT = "the experts\troute  tokens,\r\n\n  über 専門家 и 😀 e\u0301 don't <|endoftext|> 3.14\u00a0end "
+TEXT = (
+    "the experts\troute  tokens,\r\n\n  über 専門家 и 😀 e\u0301 don't <|endoftext|> 3.14\u00a0end "
+)
 
 
 def open_file(path: Path | str, vocab: int | None = None) -> Tokenizer:
@@ -106,7 +108,8 @@ def test_tekken(tekken_file: Path) -> None:
 @pytest.mark.parametrize("vocab", [255, 270, 0, -1])
 def test_a_vocabulary_out_of_range_is_refused(rank_file: Path, vocab: int) -> None:
     with pytest.raises(
-        ConfigError, match=rf"data.tokenizer_vocab={vocab}: must be between 256 and the 269 .*set data.tokenizer_vocab=269"
+        ConfigError,
+        match=rf"data.tokenizer_vocab={vocab}: must be between 256 and the 269 .*set data.tokenizer_vocab=269",
     ):
         open_file(rank_file, vocab)
 
@@ -162,7 +165,12 @@ def test_a_json_without_an_end_of_text_token_gets_one(tmp_path: Path) -> None:
 def test_truncation_in_the_file_is_ignored(tmp_path: Path) -> None:
     path = trained_json(tmp_path)
     body = json.loads(path.read_text())
-    body["truncation"] = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    body["truncation"] = {
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+        "direction": "Right",
+    }
     path.write_text(json.dumps(body))
     assert_lossless(open_file(path), TEXT * 3)
 
@@ -202,7 +210,9 @@ def test_bad_names_are_refused(name: str, vocab: int | None, message: str) -> No
 
 
 @pytest.mark.parametrize("package", ["tiktoken", "tokenizers"])
-def test_a_missing_package_is_named(rank_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+def test_a_missing_package_is_named(
+    rank_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
     path = rank_file if package == "tiktoken" else trained_json(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, package, None)
     with pytest.raises(ConfigError, match=f"pip install {package}"):

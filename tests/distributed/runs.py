@@ -10,12 +10,12 @@ from torch.distributed.tensor import DTensor
 
 from dmoe.config.schema import Config
 from dmoe.data import open_data
-from dmoe.distributed import world as worlds
-from dmoe.distributed.state import model_state
-from dmoe.training import engine as engines
-from dmoe.training.batches import training_batches
-from dmoe.training.schedule import learning_rate
-from dmoe.training.step import train_step
+from dmoe.distributed import init as worlds
+from dmoe.distributed.state_dict import model_state
+from dmoe.train import engine as engines
+from dmoe.train.batches import training_batches
+from dmoe.train.optim import learning_rate
+from dmoe.train.step import train_step
 
 __all__ = ["Trace", "trace"]
 
@@ -31,7 +31,9 @@ class Trace:
     weights: dict[str, np.ndarray]
 
 
-def trace(rank: int, world: int, config: Config, steps: int, dtype: torch.dtype = torch.float32) -> Trace:
+def trace(
+    rank: int, world: int, config: Config, steps: int, dtype: torch.dtype = torch.float32
+) -> Trace:
     """Train `steps` steps and tell what was seen; the weights whole, gathered over the ranks."""
     here = worlds.init_distributed("cpu")
     data = open_data(config.data, config.train.seed)

@@ -12,13 +12,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dmoe.config.schema import BalanceConfig, CapacityConfig
-from dmoe.distributed import topology
-from dmoe.distributed.parallelize import shard_experts
+from dmoe.distributed import mesh
+from dmoe.distributed.expert_parallel import shard_experts
 from dmoe.moe.dispatch import TokensPerExpert
 from dmoe.moe.layer import MoE
 from tests.ranks import run_ranks
 
-COLLECTIVES = ("all_to_all_single", "all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce_scatter_tensor")
+COLLECTIVES = (
+    "all_to_all_single",
+    "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "broadcast",
+    "reduce_scatter_tensor",
+)
 READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero")
 
 
@@ -42,13 +49,21 @@ def counted(counter: Counter[str], name: str, function: Callable[..., Any]) -> C
     return call
 
 
-def costs(rank: int, world: int, exchange: str, factor: float | None, level: str) -> list[tuple[int, int]]:
+def costs(
+    rank: int, world: int, exchange: str, factor: float | None, level: str
+) -> list[tuple[int, int]]:
     """(collectives, host reads) of one layer's forward and of its backward."""
     torch.manual_seed(rank)
     layer = MoE(
-        16, 8, 8, 2, exchange=exchange, capacity=CapacityConfig(factor=factor), balance=BalanceConfig(switch_level=level)
+        16,
+        8,
+        8,
+        2,
+        exchange=exchange,
+        capacity=CapacityConfig(factor=factor),
+        balance=BalanceConfig(switch_level=level),
     )
-    shard_experts(layer, topology.build_mesh(world, torch.device("cpu")))
+    shard_experts(layer, mesh.build_mesh(world, torch.device("cpu")))
     layer.experts = CountingExperts(layer.experts)
     x = torch.randn(2, 24, 16, requires_grad=True)
     layer(x).y.sum().backward()  # gloo's and autograd's own first-time reads are not the layer's
@@ -74,19 +89,23 @@ def costs(rank: int, world: int, exchange: str, factor: float | None, level: str
         ("padded", 1.25, "global", [(3, 0), (2, 0)]),
     ],
 )
-def test_collectives_and_host_reads_of_a_layer(exchange: str, factor: float | None, level: str, expected: list[Any]) -> None:
+def test_collectives_and_host_reads_of_a_layer(
+    exchange: str, factor: float | None, level: str, expected: list[Any]
+) -> None:
     """Packed 3 + 2 and one read of the split sizes, padded 2 + 2 and none; the global balance loss adds one all-reduce."""
     for rank in run_ranks(2, costs, exchange, factor, level):
         assert rank == expected
 
 
-def padded_on_meta(rank: int, world: int, pretended: int, options: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def padded_on_meta(
+    rank: int, world: int, pretended: int, options: dict[str, Any]
+) -> dict[str, tuple[int, ...]]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=pretended)
     with torch.device("meta"):
         layer = MoE(64, 32, 64, 4, exchange="padded", **options)
-        shard_experts(layer, topology.build_mesh(64, torch.device("meta")))
+        shard_experts(layer, mesh.build_mesh(64, torch.device("meta")))
         x = torch.randn(2, 128, 64, requires_grad=True)
         output = layer(x)
         (output.y.sum() + output.aux["switch"] + output.aux["z"]).backward()
@@ -104,7 +123,15 @@ def padded_on_meta(rank: int, world: int, pretended: int, options: dict[str, Any
     "options",
     [
         {"capacity": CapacityConfig(factor=1.25)},
-        {"capacity": CapacityConfig(factor=1.0, group="sequence", priority="score", overflow="next_choice", renormalize=True)},
+        {
+            "capacity": CapacityConfig(
+                factor=1.0,
+                group="sequence",
+                priority="score",
+                overflow="next_choice",
+                renormalize=True,
+            )
+        },
         {
             "capacity": CapacityConfig(factor=1.0, group="global"),
             "balance": BalanceConfig(switch_level="global", importance=0.1),

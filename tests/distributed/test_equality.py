@@ -38,11 +38,17 @@ def compare(reference: Trace, other: Trace, tolerance: float) -> None:
 
 @pytest.mark.parametrize("exchange", ["packed", "padded"])
 @pytest.mark.parametrize(("world", "ep", "virtual"), WORLDS)
-def test_ten_steps_are_the_same_on_one_process_and_on_ranks(world: int, ep: int, virtual: int, exchange: str) -> None:
+def test_ten_steps_are_the_same_on_one_process_and_on_ranks(
+    world: int, ep: int, virtual: int, exchange: str
+) -> None:
     settings = ["moe.capacity.factor=1.25", f"moe.exchange={exchange}"]
     alone = one_process(tiny(*settings, "parallel.virtual_ranks=4"), 10, torch.float32)
-    ranks = run_ranks(world, trace, tiny(*settings, f"parallel.ep={ep}", f"parallel.virtual_ranks={virtual}"), 10)
-    assert sum(alone.kept[0]) < sum(alone.choices[0]), "nothing was dropped: the test would prove less than it says"
+    ranks = run_ranks(
+        world, trace, tiny(*settings, f"parallel.ep={ep}", f"parallel.virtual_ranks={virtual}"), 10
+    )
+    assert sum(alone.kept[0]) < sum(alone.choices[0]), (
+        "nothing was dropped: the test would prove less than it says"
+    )
     for rank in ranks:
         compare(alone, rank, 1e-5)
 
@@ -51,7 +57,12 @@ def test_ten_steps_are_the_same_on_one_process_and_on_ranks(world: int, ep: int,
     "settings",
     [
         ["moe.capacity.factor=1.0", "moe.capacity.priority=score", "moe.capacity.renormalize=true"],
-        ["moe.capacity.factor=1.0", "moe.capacity.group=sequence", "moe.balance.switch_level=sequence", "moe.exchange=padded"],
+        [
+            "moe.capacity.factor=1.0",
+            "moe.capacity.group=sequence",
+            "moe.balance.switch_level=sequence",
+            "moe.exchange=padded",
+        ],
         ["moe.balance.switch_level=global", "train.global_batch=16", "train.micro_batch=2"],
         [
             "moe.experts.shared=1",
@@ -60,7 +71,12 @@ def test_ten_steps_are_the_same_on_one_process_and_on_ranks(world: int, ep: int,
             "moe.router.renormalize=false",
             "train.recompute=true",
         ],
-        ["moe.router.score=sigmoid", "moe.router.scale=2.5", "model.tie_embeddings=false", "model.dense_first=1"],
+        [
+            "moe.router.score=sigmoid",
+            "moe.router.scale=2.5",
+            "model.tie_embeddings=false",
+            "model.dense_first=1",
+        ],
     ],
     ids=["score", "sequence", "global", "switch", "sigmoid"],
 )

@@ -16,18 +16,27 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from dmoe.config.errors import ConfigError
-from dmoe.distributed.fsdp import FSDPStrategy, shard_dim
-from dmoe.distributed.topology import ParallelMesh
-from dmoe.models.output import ModelOutput
+from dmoe.distributed.data_parallel import FSDPStrategy, shard_dim
+from dmoe.distributed.mesh import ParallelMesh
+from dmoe.models.base import ModelOutput
 from tests.distributed.runs import Trace, trace
 from tests.distributed.test_equality import compare, one_process
 from tests.ranks import run_ranks
 from tests.tiny import tiny
 
 FSDP = "parallel.mode=fsdp"
-DROPPING = ("moe.capacity.factor=1.0", "train.global_batch=16", "train.micro_batch=2")  # two accumulation steps
+DROPPING = (
+    "moe.capacity.factor=1.0",
+    "train.global_batch=16",
+    "train.micro_batch=2",
+)  # two accumulation steps
 
-CLIPPED = ["model.tie_embeddings=false", "model.dense_first=1", "moe.router.score=sigmoid", "optim.clip=0.05"]
+CLIPPED = [
+    "model.tie_embeddings=false",
+    "model.dense_first=1",
+    "moe.router.score=sigmoid",
+    "optim.clip=0.05",
+]
 DENSE = ["model.moe_every=0", "model.dense_dim=40"]
 
 
@@ -49,7 +58,9 @@ def same_on_ranks(world: int, ep: int, virtual: int, *settings: str) -> Trace:
 @pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2), (4, 4), (4, 1)])
 def test_every_topology_and_exchange(world: int, ep: int, exchange: str) -> None:
     reference = same_on_ranks(world, ep, 4 // world, *DROPPING, f"moe.exchange={exchange}")
-    assert sum(reference.kept[0]) < sum(reference.choices[0]), "nothing was dropped: the test would prove less than it says"
+    assert sum(reference.kept[0]) < sum(reference.choices[0]), (
+        "nothing was dropped: the test would prove less than it says"
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,10 +74,20 @@ def test_every_topology_and_exchange(world: int, ep: int, exchange: str) -> None
             "train.recompute=true",
         ],
         CLIPPED,
-        ["moe.balance.switch_level=global", "train.global_batch=16", "train.micro_batch=2", "train.recompute=true"],
+        [
+            "moe.balance.switch_level=global",
+            "train.global_batch=16",
+            "train.micro_batch=2",
+            "train.recompute=true",
+        ],
         DENSE,
     ],
-    ids=["switch-shared-recompute", "untied-dense-first-clipped", "global-accumulated-recompute", "dense"],
+    ids=[
+        "switch-shared-recompute",
+        "untied-dense-first-clipped",
+        "global-accumulated-recompute",
+        "dense",
+    ],
 )
 def test_every_kind_of_model(settings: list[str]) -> None:
     reference = same_on_ranks(4, 1 if settings == DENSE else 2, 1, *settings)
@@ -82,7 +103,9 @@ def test_an_odd_world_where_nothing_divides() -> None:
 def test_the_numbers_of_ddp_in_working_precision(precision: str) -> None:
     """float64 takes another path through FSDP2's reduction, and has no autocast. Of two ranks even the order of a sum is the same."""
     settings = (f"train.precision={precision}", "parallel.ep=1")
-    replicated, sharded = (run_ranks(2, trace, tiny(*settings, mode), 3)[1] for mode in ("parallel.mode=ddp", FSDP))
+    replicated, sharded = (
+        run_ranks(2, trace, tiny(*settings, mode), 3)[1] for mode in ("parallel.mode=ddp", FSDP)
+    )
     compare(replicated, sharded, 1e-6)
 
 
@@ -103,7 +126,8 @@ def test_one_process_has_nothing_to_shard() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "parts", "dim"), [((8, 32, 48), 4, 0), ((2, 32, 48), 4, 1), ((2, 30, 48), 4, 2), ((2, 30, 50), 4, 0)]
+    ("shape", "parts", "dim"),
+    [((8, 32, 48), 4, 0), ((2, 32, 48), 4, 1), ((2, 30, 48), 4, 2), ((2, 30, 50), 4, 0)],
 )
 def test_the_dimension_that_is_cut(shape: tuple[int, ...], parts: int, dim: int) -> None:
     assert shard_dim(torch.Size(shape), parts) == dim

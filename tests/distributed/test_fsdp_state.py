@@ -12,18 +12,18 @@ from torch.distributed.tensor import DTensor
 
 from dmoe.config.schema import Config
 from dmoe.data import open_data
-from dmoe.distributed import world as worlds
-from dmoe.distributed.parallelize import expert_parameters
-from dmoe.distributed.whole import gather_full
+from dmoe.distributed import init as worlds
+from dmoe.distributed.expert_parallel import expert_parameters
+from dmoe.distributed.full_tensors import gather_full
 from dmoe.models.generate import generate
-from dmoe.training import engine as engines
-from dmoe.training.batches import training_batches
-from dmoe.training.checkpointing import Checkpointer
-from dmoe.training.engine import Engine
-from dmoe.training.evaluation import evaluate
-from dmoe.training.guard import StepGuard
-from dmoe.training.run_dir import RunDir
-from dmoe.training.step import train_step
+from dmoe.runs.directory import RunDir
+from dmoe.train import engine as engines
+from dmoe.train.batches import training_batches
+from dmoe.train.checkpointer import Checkpointer
+from dmoe.train.engine import Engine
+from dmoe.train.evaluation import evaluate
+from dmoe.train.step import train_step
+from dmoe.train.step_guard import StepGuard
 from tests.ranks import run_ranks
 from tests.tiny import tiny
 
@@ -37,7 +37,11 @@ def continued(
     """The state after loading `source`, and after `steps` more steps, which is saved at `target`."""
     here, data = worlds.init_distributed("cpu"), open_data(config.data, config.train.seed)
     engine = engines.build(config, here, data.tokenizer.vocab_size, torch.float64)
-    first = 0 if source is None else Checkpointer(engine, data, RunDir(source), StepGuard(config.guard)).resume()
+    first = (
+        0
+        if source is None
+        else Checkpointer(engine, data, RunDir(source), StepGuard(config.guard)).resume()
+    )
     loaded = state(engine)
     for step in range(first, first + steps):
         train_step(engine, training_batches(data.train, engine, step), 1e-3)
@@ -50,9 +54,16 @@ def state(engine: Engine) -> Arrays:
     """Weights and moments, whole, by way of the parameters and not of `state.py`."""
     named, experts = dict(engine.model.named_parameters()), set(expert_parameters(engine.model))
     values = {name: parameter.detach() for name, parameter in named.items()}
-    found = {name: value.numpy().copy() for name, value in gather_full(values, experts, engine.mesh).items()}
+    found = {
+        name: value.numpy().copy()
+        for name, value in gather_full(values, experts, engine.mesh).items()
+    }
     for moment in ("exp_avg", "exp_avg_sq", "step"):
-        values = {n: engine.optimizer.state[p][moment] for n, p in named.items() if moment in engine.optimizer.state.get(p, {})}
+        values = {
+            n: engine.optimizer.state[p][moment]
+            for n, p in named.items()
+            if moment in engine.optimizer.state.get(p, {})
+        }
         whole = gather_full(values, set() if moment == "step" else experts, engine.mesh)
         found |= {f"{moment}.{name}": value.numpy().copy() for name, value in whole.items()}
     return found
@@ -61,7 +72,9 @@ def state(engine: Engine) -> Arrays:
 def same(found: Arrays, expected: Arrays) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert np.array_equal(found[name], value), f"{name} differs by {np.abs(found[name] - value).max():.1e}"
+        assert np.array_equal(found[name], value), (
+            f"{name} differs by {np.abs(found[name] - value).max():.1e}"
+        )
 
 
 SETTINGS = ("train.global_batch=12", "moe.expert_dim=20", "model.tie_embeddings=false")
@@ -75,9 +88,13 @@ def test_a_checkpoint_moves_between_modes_and_worlds(tmp_path: Path) -> None:
     _, written = run_ranks(2, continued, tiny(*SETTINGS, "parallel.ep=2"), None, 2, first)[0]
     assert any(name.startswith("exp_avg_sq.") and "experts" in name for name in written)
 
-    loaded, further = run_ranks(4, continued, tiny(*SETTINGS, FSDP, "parallel.ep=2"), first, 1, second)[3]
+    loaded, further = run_ranks(
+        4, continued, tiny(*SETTINGS, FSDP, "parallel.ep=2"), first, 1, second
+    )[3]
     same(loaded, written)
-    _, unbroken = run_ranks(1, continued, tiny(*SETTINGS, "parallel.virtual_ranks=4"), first, 1, None)[0]
+    _, unbroken = run_ranks(
+        1, continued, tiny(*SETTINGS, "parallel.virtual_ranks=4"), first, 1, None
+    )[0]
     for name, value in unbroken.items():
         assert np.linalg.norm(further[name] - value) <= 1e-10 * np.linalg.norm(value), name
 
@@ -103,16 +120,26 @@ def between_steps(rank: int, world: int, config: Config) -> Seen:
     for step in range(3):
         seen.losses.append(evaluate(engine, data).loss)
         seen.texts.append(generate(engine.model, [5, 7], 4, window=16, seed=step))
-        seen.plain = [name for name, parameter in engine.model.named_parameters() if not isinstance(parameter, DTensor)]
+        seen.plain = [
+            name
+            for name, parameter in engine.model.named_parameters()
+            if not isinstance(parameter, DTensor)
+        ]
         train_step(engine, training_batches(data.train, engine, step), 1e-2)
     return seen
 
 
 @pytest.mark.parametrize("recompute", ["true", "false"])
 def test_evaluation_and_generation_between_steps(recompute: str) -> None:
-    settings = ("moe.capacity.factor=1.25", "moe.capacity.group=sequence", f"train.recompute={recompute}")
+    settings = (
+        "moe.capacity.factor=1.25",
+        "moe.capacity.group=sequence",
+        f"train.recompute={recompute}",
+    )
     (alone,) = run_ranks(1, between_steps, tiny(*settings, "parallel.virtual_ranks=4"))
     for rank in run_ranks(4, between_steps, tiny(*settings, FSDP, "parallel.ep=2")):
         assert rank.losses == pytest.approx(alone.losses, rel=1e-10)
         assert rank.texts == alone.texts
-        assert rank.plain == [], "still gathered after an evaluation: the optimizer and the checkpoint know other tensors"
+        assert rank.plain == [], (
+            "still gathered after an evaluation: the optimizer and the checkpoint know other tensors"
+        )

@@ -14,9 +14,9 @@ import torch
 
 from dmoe import MoE
 from dmoe.config.schema import BalanceConfig, CapacityConfig
-from dmoe.distributed import topology as topologies
-from dmoe.distributed.parallelize import shard_experts
-from dmoe.moe.peers import NoComm
+from dmoe.distributed import mesh as topologies
+from dmoe.distributed.expert_parallel import shard_experts
+from dmoe.moe.interfaces import NoComm
 from dmoe.moe.routing import TokenContext
 from tests.distributed.runs import trace
 from tests.distributed.test_equality import compare
@@ -25,9 +25,20 @@ from tests.tiny import tiny
 
 GROUPS, SEQUENCES, LENGTH, DIM = 4, 8, 6, 8
 Case = tuple[str, str, str, bool]
-CASES: list[Case] = list(product(["position", "score"], ["drop", "next_choice"], ["packed", "padded"], [False, True]))
+CASES: list[Case] = list(
+    product(["position", "score"], ["drop", "next_choice"], ["packed", "padded"], [False, True])
+)
 """Priority, overflow, exchange, and whether there is padding: all of it on the first virtual rank, some on the others."""
-COMPARED = ("experts", "kept", "weights", "y", "x_gradient", "router_gradient", "switch", "importance")
+COMPARED = (
+    "experts",
+    "kept",
+    "weights",
+    "y",
+    "x_gradient",
+    "router_gradient",
+    "switch",
+    "importance",
+)
 EXACT = ("experts", "kept", "kept_by_expert")
 
 
@@ -41,7 +52,9 @@ def one_case(case: Case, topology: topologies.ParallelMesh, virtual: int) -> dic
     priority, overflow, exchange, padding = case
     limits = CapacityConfig(factor=0.8, group="global", priority=priority, overflow=overflow)  # type: ignore[arg-type]
     balance = BalanceConfig(importance=1.0, switch_level="global")
-    layer = MoE(DIM, 4, 8, 2, capacity=limits, balance=balance, exchange=exchange, virtual_ranks=virtual).double()
+    layer = MoE(
+        DIM, 4, 8, 2, capacity=limits, balance=balance, exchange=exchange, virtual_ranks=virtual
+    ).double()
     layer.initialize(3, std=0.6)
     shard_experts(layer, topology)
 
@@ -50,7 +63,10 @@ def one_case(case: Case, topology: topologies.ParallelMesh, virtual: int) -> dic
     x_BSD[..., 0] += 1.0  # so that some experts are everybody's favourites, and something overflows
     valid_BS = torch.rand(SEQUENCES, LENGTH, generator=generator) > 0.2
     valid_BS[: SEQUENCES // GROUPS] = False
-    here = slice(topology.rank * SEQUENCES // topology.world_size, (topology.rank + 1) * SEQUENCES // topology.world_size)
+    here = slice(
+        topology.rank * SEQUENCES // topology.world_size,
+        (topology.rank + 1) * SEQUENCES // topology.world_size,
+    )
     x = x_BSD[here].clone().requires_grad_()
     output = layer(x, TokenContext(valid_T=valid_BS[here].flatten() if padding else None))
     (output.y.square().sum() + sum(output.aux.values())).backward()
@@ -85,7 +101,9 @@ def results() -> Results:
         ranks = run_ranks(world, all_cases, GROUPS // world)
         joined[world] = {
             case: {
-                name: np.concatenate([rank[case][name] for rank in ranks]) if name in OF_TOKENS else ranks[0][case][name]
+                name: np.concatenate([rank[case][name] for rank in ranks])
+                if name in OF_TOKENS
+                else ranks[0][case][name]
                 for name in ranks[0][case]
             }
             for case in CASES
@@ -96,28 +114,40 @@ def results() -> Results:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_same_assignments_on_one_two_and_four_ranks(results: Results, case: Case) -> None:
     alone = results[1][case]
-    assert 0 < alone["kept"].sum() < alone["choices"], "nothing was dropped: the test would prove less than it says"
+    assert 0 < alone["kept"].sum() < alone["choices"], (
+        "nothing was dropped: the test would prove less than it says"
+    )
     for world in (2, 4):
         ranks = results[world][case]
         for name in EXACT:
-            np.testing.assert_array_equal(ranks[name], alone[name], err_msg=f"{name} at world {world}")
+            np.testing.assert_array_equal(
+                ranks[name], alone[name], err_msg=f"{name} at world {world}"
+            )
         for name in (*COMPARED, "slots"):
-            np.testing.assert_allclose(ranks[name], alone[name], rtol=1e-10, atol=1e-12, err_msg=f"{name} at world {world}")
+            np.testing.assert_allclose(
+                ranks[name], alone[name], rtol=1e-10, atol=1e-12, err_msg=f"{name} at world {world}"
+            )
 
 
 @pytest.mark.parametrize("priority", ["position", "score"])
 def test_next_choice_keeps_what_drop_keeps_and_more(results: Results, priority: str) -> None:
     for exchange in ("packed", "padded"):
-        drop, again = (results[4][priority, overflow, exchange, False] for overflow in ("drop", "next_choice"))
+        drop, again = (
+            results[4][priority, overflow, exchange, False] for overflow in ("drop", "next_choice")
+        )
         assert (again["kept"] | ~drop["kept"]).all()
         assert again["kept"].sum() > drop["kept"].sum()
-        assert (again["experts"] != drop["experts"]).sum() == again["kept"].sum() - drop["kept"].sum()
+        assert (again["experts"] != drop["experts"]).sum() == again["kept"].sum() - drop[
+            "kept"
+        ].sum()
 
 
 @pytest.mark.parametrize("priority", ["position", "score"])
 @pytest.mark.parametrize("overflow", ["drop", "next_choice"])
 def test_exchanges_agree(results: Results, priority: str, overflow: str) -> None:
-    packed, padded = (results[4][priority, overflow, exchange, True] for exchange in ("packed", "padded"))
+    packed, padded = (
+        results[4][priority, overflow, exchange, True] for exchange in ("packed", "padded")
+    )
     for name in packed:
         np.testing.assert_allclose(padded[name], packed[name], rtol=1e-12, atol=1e-12, err_msg=name)
 
@@ -126,7 +156,12 @@ def test_exchanges_agree(results: Results, priority: str, overflow: str) -> None
     "settings",
     [
         ["moe.capacity.overflow=next_choice", "moe.exchange=padded"],
-        ["moe.capacity.priority=score", "moe.capacity.renormalize=true", "train.global_batch=16", "train.micro_batch=2"],
+        [
+            "moe.capacity.priority=score",
+            "moe.capacity.renormalize=true",
+            "train.global_batch=16",
+            "train.micro_batch=2",
+        ],
     ],
     ids=["position next_choice padded", "score renormalize accumulated"],
 )
@@ -135,5 +170,7 @@ def test_training_is_the_same(settings: list[str]) -> None:
     [alone] = run_ranks(1, trace, tiny(*settings, "parallel.virtual_ranks=4"), 3, torch.float64)
     assert sum(alone.kept[0]) < sum(alone.choices[0])
     for world, virtual in ((2, 2), (4, 1)):
-        ranks = run_ranks(world, trace, tiny(*settings, f"parallel.virtual_ranks={virtual}"), 3, torch.float64)
+        ranks = run_ranks(
+            world, trace, tiny(*settings, f"parallel.virtual_ranks={virtual}"), 3, torch.float64
+        )
         compare(alone, ranks[-1], 1e-10)

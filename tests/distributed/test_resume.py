@@ -9,22 +9,24 @@ import pytest
 
 from dmoe.config.schema import Config
 from dmoe.data import open_data
-from dmoe.distributed import world as worlds
-from dmoe.training import engine as engines
-from dmoe.training.batches import training_batches
-from dmoe.training.checkpointing import Checkpointer
-from dmoe.training.guard import StepGuard
-from dmoe.training.run_dir import RunDir
-from dmoe.training.schedule import learning_rate
-from dmoe.training.step import train_step
-from dmoe.verification.capture import Capture, state_arrays
+from dmoe.distributed import init as worlds
+from dmoe.runs.directory import RunDir
+from dmoe.train import engine as engines
+from dmoe.train.batches import training_batches
+from dmoe.train.checkpointer import Checkpointer
+from dmoe.train.optim import learning_rate
+from dmoe.train.step import train_step
+from dmoe.train.step_guard import StepGuard
+from dmoe.verify.capture import Capture, state_arrays
 from tests.ranks import run_ranks
 from tests.tiny import tiny
 
 STEPS = 3
 
 
-def train_and_save(rank: int, world: int, config: Config, folder: Path) -> tuple[Capture, list[float]]:
+def train_and_save(
+    rank: int, world: int, config: Config, folder: Path
+) -> tuple[Capture, list[float]]:
     """Three steps, a checkpoint, two more steps: the state at the checkpoint, and the losses after it."""
     return run_part(config, folder, resume=False)
 
@@ -34,13 +36,19 @@ def resume(rank: int, world: int, config: Config, folder: Path) -> tuple[Capture
 
 
 def run_part(config: Config, folder: Path, resume: bool) -> tuple[Capture, list[float]]:
-    here, data, run = worlds.init_distributed("cpu"), open_data(config.data, config.train.seed), RunDir(folder)
+    here, data, run = (
+        worlds.init_distributed("cpu"),
+        open_data(config.data, config.train.seed),
+        RunDir(folder),
+    )
     engine = engines.build(config, here, data.tokenizer.vocab_size)
     checkpoints = Checkpointer(engine, data, run, StepGuard(config.guard))
 
     def step(number: int) -> float:
         rate = learning_rate(number, config.train.steps, config.optim)
-        return train_step(engine, training_batches(data.train, engine, number), rate).totals.loss_sum
+        return train_step(
+            engine, training_batches(data.train, engine, number), rate
+        ).totals.loss_sum
 
     if resume:
         assert checkpoints.resume() == STEPS
@@ -64,13 +72,23 @@ def test_the_same_topology_repeats_the_run_bit_for_bit(tmp_path: Path, ep: int) 
 
 
 @pytest.mark.parametrize(("world", "ep", "virtual"), [(1, 1, 4), (2, 2, 2)])
-def test_every_expert_and_moment_is_found_by_its_global_id(tmp_path: Path, world: int, ep: int, virtual: int) -> None:
+def test_every_expert_and_moment_is_found_by_its_global_id(
+    tmp_path: Path, world: int, ep: int, virtual: int
+) -> None:
     settings = ["moe.capacity.factor=1.25", "moe.balance.bias=0.01"]
     saved, unbroken = run_ranks(4, train_and_save, tiny(*settings, "parallel.ep=4"), tmp_path)[0]
-    there = run_ranks(world, resume, tiny(*settings, f"parallel.ep={ep}", f"parallel.virtual_ranks={virtual}"), tmp_path)
+    there = run_ranks(
+        world,
+        resume,
+        tiny(*settings, f"parallel.ep={ep}", f"parallel.virtual_ranks={virtual}"),
+        tmp_path,
+    )
     for loaded, losses in there:
         assert loaded.keys() == saved.keys()
         for name, array in saved.items():
             assert np.array_equal(loaded[name], array), name
         assert losses == pytest.approx(unbroken, rel=1e-6)
-    assert any(".experts." in name and name.startswith("exp_avg_sq") and array.any() for name, array in saved.items())
+    assert any(
+        ".experts." in name and name.startswith("exp_avg_sq") and array.any()
+        for name, array in saved.items()
+    )

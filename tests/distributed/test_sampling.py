@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from dmoe.config.schema import Config
-from dmoe.distributed import world as worlds
+from dmoe.distributed import init as worlds
 from dmoe.models.generate import generate
-from dmoe.training import engine as engines
+from dmoe.train import engine as engines
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, tiny
 
@@ -19,6 +19,11 @@ def sample(rank: int, world: int, config: Config) -> list[int]:
 
 def test_the_copies_on_other_ranks_take_no_slots() -> None:
     """With `capacity.group: global` and an `eval_factor` the copies on other ranks competed for the slots, and the later rank lost."""
-    settings = ["moe.capacity.group=global", "moe.capacity.factor=1.0", "moe.capacity.eval_factor=1.0", "model.init_std=0.3"]
+    settings = [
+        "moe.capacity.group=global",
+        "moe.capacity.factor=1.0",
+        "moe.capacity.eval_factor=1.0",
+        "model.init_std=0.3",
+    ]
     alone = run_ranks(1, sample, tiny(*settings))[0]
     assert run_ranks(2, sample, tiny(*settings)) == [alone, alone]

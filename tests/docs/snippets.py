@@ -38,7 +38,9 @@ class Block:
 def blocks(document: Path) -> list[Block]:
     content = document.read_text(encoding="utf-8")
     return [
-        Block(document, content.count("\n", 0, match.start()) + 1, match[1], match[2], match.start(2))
+        Block(
+            document, content.count("\n", 0, match.start()) + 1, match[1], match[2], match.start(2)
+        )
         for match in FENCE.finditer(content)
     ]
 
@@ -51,7 +53,9 @@ def snippets(document: Path) -> Iterator[tuple[Block, Block | None]]:
         if block.language == "python":
             end = block.start + len(block.text)
             shown = (
-                after is not None and after.language == "text" and re.fullmatch(r"```\s+```text\n", content[end : after.start])
+                after is not None
+                and after.language == "text"
+                and re.fullmatch(r"```\s+```text\n", content[end : after.start])
             )
             yield block, (after if shown else None)
 

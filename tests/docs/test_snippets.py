@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import typer.main
 
-from dmoe.cli.arguments import load_arguments
+from dmoe.cli.common import load_arguments
 from dmoe.cli.main import app
-from dmoe.config.check import check
 from dmoe.config.fields import list_fields
+from dmoe.config.rules import check
 from tests.docs.snippets import DOCUMENTS, ROOT, Block, blocks, command_lines, run, snippets
 
 EXAMPLES = [pair for document in DOCUMENTS for pair in snippets(document)]
@@ -65,12 +65,16 @@ def inline(document: Path) -> list[str]:
 
 def dmoe_commands(document: Path) -> Iterator[tuple[str, list[str], int]]:
     """Place, arguments and number of ranks of every `dmoe ...` in a shell block or between backticks, whoever starts it."""
-    quoted = [(document.name, shlex.split(code)) for code in inline(document) if code.startswith("dmoe ")]
+    quoted = [
+        (document.name, shlex.split(code)) for code in inline(document) if code.startswith("dmoe ")
+    ]
     for place, words in [*command_lines(document), *quoted]:
         if "dmoe" not in words:
             continue
         at = len(words) - 1 - words[::-1].index("dmoe")
-        if at == 0 or words[at - 1] == "-m" or words[at - 1].startswith("dmoe:"):  # alone, of a launcher, in a container
+        if (
+            at == 0 or words[at - 1] == "-m" or words[at - 1].startswith("dmoe:")
+        ):  # alone, of a launcher, in a container
             launched = [int(after) for word, after in pairwise(words) if word == "--nproc-per-node"]
             yield place, words[at + 1 :], launched[0] if launched else 1
 
@@ -85,7 +89,9 @@ def parsed(arguments: list[str]) -> Any:
 
 
 @pytest.mark.parametrize(("block", "shown"), EXAMPLES, ids=[str(block) for block, _ in EXAMPLES])
-def test_each_example_prints_what_is_shown(block: Block, shown: Block | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_example_prints_what_is_shown(
+    block: Block, shown: Block | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where it is meant to be otherwise: `python -m tests.docs.snippets` writes the new output."""
     monkeypatch.chdir(ROOT)
     printed = run(block)
@@ -98,7 +104,9 @@ def test_there_are_examples() -> None:
 
 
 @by_name
-def test_each_command_exists_with_its_options_and_its_config(document: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_command_exists_with_its_options_and_its_config(
+    document: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     for place, arguments, ranks in dmoe_commands(document):
         given = [word for word in arguments if word not in PLACEHOLDERS]
@@ -129,7 +137,10 @@ def test_each_file_that_is_named_exists(document: Path) -> None:
     for target in LINK.findall(prose(document)):
         if "://" not in target:
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
-    words = [*inline(document), *(word for _, command in command_lines(document) for word in command)]
+    words = [
+        *inline(document),
+        *(word for _, command in command_lines(document) for word in command),
+    ]
     for word in words:
         if REPOSITORY_PATH.fullmatch(word):
             assert (ROOT / word).exists(), f"{document.name} names {word}"
@@ -137,9 +148,15 @@ def test_each_file_that_is_named_exists(document: Path) -> None:
 
 def test_the_tree_of_the_readme_is_the_repository() -> None:
     rows = re.findall(r"^\| `([^`]+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
-    packages = {f"dmoe/{path.name}/" for path in (ROOT / "dmoe").iterdir() if (path / "__init__.py").is_file()}
+    packages = {
+        f"dmoe/{path.name}/"
+        for path in (ROOT / "dmoe").iterdir()
+        if (path / "__init__.py").is_file()
+    }
     folders = {"configs/", "launch/", "docker/", "benchmarks/", "tests/", "docs/"}
-    assert packages | folders <= set(rows), f"not in the table: {sorted((packages | folders) - set(rows))}"
+    assert packages | folders <= set(rows), (
+        f"not in the table: {sorted((packages | folders) - set(rows))}"
+    )
     for row in rows:
         assert (ROOT / row).exists(), f"README.md names {row}"
 
@@ -151,7 +168,9 @@ def test_each_config_field_exists(document: Path) -> None:
     for code in inline(document):
         match = FIELD.fullmatch(code)
         if match is not None:
-            assert match[1] in known, f"{document.name} names {match[1]}, which is no field of the config"
+            assert match[1] in known, (
+                f"{document.name} names {match[1]}, which is no field of the config"
+            )
 
 
 def test_the_readme_has_the_two_commands() -> None:
@@ -161,14 +180,18 @@ def test_the_readme_has_the_two_commands() -> None:
 
 
 def test_every_bug_that_verify_finds_is_listed() -> None:
-    from tests.verification.bugs import BUGS
+    from tests.verify.bugs import BUGS
 
-    rows = re.findall(r"^\| (\d+) \|.*\| ([^|]+) \|$", (ROOT / "docs" / "verify.md").read_text(encoding="utf-8"), re.M)
+    rows = re.findall(
+        r"^\| (\d+) \|.*\| ([^|]+) \|$",
+        (ROOT / "docs" / "verify.md").read_text(encoding="utf-8"),
+        re.M,
+    )
     assert dict(rows) == {name.split()[0]: quantity for name, (_, _, quantity, _) in BUGS.items()}
 
 
 def test_every_row_of_the_report_is_explained() -> None:
-    from dmoe.verification.compare import QUANTITIES
+    from dmoe.verify.compare import QUANTITIES
 
     content = (ROOT / "docs" / "verify.md").read_text(encoding="utf-8")
     table = content.split("## How to read the table")[1].split("## ")[0]

@@ -28,12 +28,21 @@ def run(tmp_path: Path, fail: str = "") -> tuple[int, str, list[str]]:
     """(exit status, stdout, commands) of .ci/run with an environment whose programs only write down how they were called."""
     record = tmp_path / "record"
     python = tmp_path / "python"
-    python.write_text(PYTHON.format(bash=BASH, python=sys.executable, record=record, fail=fail), encoding="utf-8")
+    python.write_text(
+        PYTHON.format(bash=BASH, python=sys.executable, record=record, fail=fail), encoding="utf-8"
+    )
     python.chmod(0o755)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     env = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "TMPDIR": str(scratch)}
-    done = subprocess.run([str(ROOT / ".ci" / "run")], env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [str(ROOT / ".ci" / "run")],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert not list(scratch.iterdir()), "the virtual environment was left behind"
     return done.returncode, done.stdout, record.read_text(encoding="utf-8").splitlines()
 
@@ -46,7 +55,9 @@ def test_the_stages_and_their_headings(tmp_path: Path) -> None:
         install, "ruff check", "ruff format --check", "mypy", install, "pytest", "pytest -m slow", "pytest -m faults",
     ]  # fmt: skip
     assert len(re.findall(r"^== .* \(\d+ s\)$", stdout, re.M)) == 10
-    assert "pip install -c constraints.txt -e '.[test]' && pytest" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "pip install -c constraints.txt -e '.[test]' && pytest" in (
+        ROOT / ".ci" / "run"
+    ).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -55,7 +66,11 @@ def test_the_stages_and_their_headings(tmp_path: Path) -> None:
         ("[[ $name == mypy ]] && exit 1 || exit 0", 1, "mypy"),
         ("[[ $name == pytest ]] && exit 5 || exit 0", 5, "pytest"),
         ('[[ $name == pytest && \\"\\$*\\" == *slow* ]] && exit 1 || exit 0', 1, "pytest -m slow"),
-        ('[[ $name == pytest && \\"\\$*\\" == *faults* ]] && exit 5 || exit 0', 5, "pytest -m faults"),
+        (
+            '[[ $name == pytest && \\"\\$*\\" == *faults* ]] && exit 5 || exit 0',
+            5,
+            "pytest -m faults",
+        ),
     ],
     ids=["types", "nothing collected in the main run", "slow", "no drill collected"],
 )
@@ -69,8 +84,13 @@ def test_every_dependency_has_a_tested_version() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    wanted = [
+        *project["dependencies"],
+        *(line for extra in project["optional-dependencies"].values() for line in extra),
+    ]
     for line in wanted:
         name, _, least = line.partition(">=")
         assert name in pinned, f"constraints.txt does not pin {name}"
-        assert tuple(map(int, re.findall(r"\d+", pinned[name]))) >= tuple(map(int, least.split("."))), line
+        assert tuple(map(int, re.findall(r"\d+", pinned[name]))) >= tuple(
+            map(int, least.split("."))
+        ), line

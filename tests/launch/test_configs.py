@@ -33,7 +33,9 @@ def unlocked(node: DictConfig) -> DictConfig:
 
 def load(name: str | Path) -> DictConfig:
     """configs/NAME over the defaults."""
-    merged = OmegaConf.merge(unlocked(OmegaConf.structured(Config)), OmegaConf.load(ROOT / "configs" / name))
+    merged = OmegaConf.merge(
+        unlocked(OmegaConf.structured(Config)), OmegaConf.load(ROOT / "configs" / name)
+    )
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -41,7 +43,11 @@ def load(name: str | Path) -> DictConfig:
 def leaves(node: Any, path: str = "") -> dict[str, Any]:
     """Dotted names of all values."""
     if isinstance(node, dict):
-        return {k: v for key, child in node.items() for k, v in leaves(child, f"{path}.{key}" if path else key).items()}
+        return {
+            k: v
+            for key, child in node.items()
+            for k, v in leaves(child, f"{path}.{key}" if path else key).items()
+        }
     return {path: node}
 
 
@@ -65,12 +71,21 @@ def count(config: DictConfig, vocabulary: int) -> tuple[int, int]:
     matrices = MATRICES[moe.experts.kind]
     expert = matrices * model.dim * moe.expert_dim
     shared = moe.experts.shared * matrices * model.dim * (moe.experts.shared_dim or moe.expert_dim)
-    dense = matrices * model.dim * (model.dense_dim or moe.top_k * moe.expert_dim + moe.experts.shared * moe.expert_dim)
+    dense = (
+        matrices
+        * model.dim
+        * (model.dense_dim or moe.top_k * moe.expert_dim + moe.experts.shared * moe.expert_dim)
+    )
     sparse_blocks = moe_blocks(config)
     rest = vocabulary * model.dim * (1 if model.tie_embeddings else 2) + model.dim
-    rest += model.layers * (attention(config) + 2 * model.dim) + (model.layers - sparse_blocks) * dense
+    rest += (
+        model.layers * (attention(config) + 2 * model.dim) + (model.layers - sparse_blocks) * dense
+    )
     rest += sparse_blocks * (model.dim * moe.num_experts + shared)
-    return rest + sparse_blocks * moe.num_experts * expert, rest + sparse_blocks * moe.top_k * expert
+    return (
+        rest + sparse_blocks * moe.num_experts * expert,
+        rest + sparse_blocks * moe.top_k * expert,
+    )
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.name)
@@ -153,7 +168,9 @@ def test_a_published_shape_is_exact(name: str) -> None:
         ("deepseek_moe_16b.yaml", 102_400, 16.4e9, 2.8e9),
     ],
 )
-def test_parameter_counts_are_the_published_ones(name: str, vocabulary: int, total: float, active: float) -> None:
+def test_parameter_counts_are_the_published_ones(
+    name: str, vocabulary: int, total: float, active: float
+) -> None:
     found = count(load(name), vocabulary)
     assert found[0] == pytest.approx(total, rel=0.005)
     assert found[1] == pytest.approx(active, rel=0.02)
@@ -169,7 +186,10 @@ def test_switch_blocks_add_up_to_the_published_encoder_decoder() -> None:
 
 @pytest.mark.parametrize("path", HEADED, ids=lambda path: path.name)
 def test_the_header_states_the_counts_with_bytes(path: Path) -> None:
-    stated = re.search(r"# Parameters: ([\d.]+)([BM]) total, ([\d.]+)([BM]) active", path.read_text(encoding="utf-8"))
+    stated = re.search(
+        r"# Parameters: ([\d.]+)([BM]) total, ([\d.]+)([BM]) active",
+        path.read_text(encoding="utf-8"),
+    )
     assert stated, f"{path.name} does not state its parameters"
     unit = {"B": 1e9, "M": 1e6}
     total, active = count(load(path.name), vocabulary=256)

@@ -16,10 +16,15 @@ DOCKERFILES = sorted((ROOT / "docker").glob("Dockerfile.*"))
 def instructions(path: Path) -> list[tuple[str, str]]:
     """(instruction, arguments) of a Dockerfile, continuation lines joined, comments left out."""
     lines = [
-        line for line in path.read_text(encoding="utf-8").splitlines() if line.strip() and not line.lstrip().startswith("#")
+        line
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.strip() and not line.lstrip().startswith("#")
     ]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
-    return [(name.upper(), rest) for name, _, rest in (line.partition(" ") for line in joined.splitlines())]
+    return [
+        (name.upper(), rest)
+        for name, _, rest in (line.partition(" ") for line in joined.splitlines())
+    ]
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
@@ -35,8 +40,14 @@ def test_the_base_is_pinned_and_the_user_is_not_root(path: Path) -> None:
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 def test_everything_that_is_copied_exists_and_passes_the_ignore_file(path: Path) -> None:
-    sources = [word for name, rest in instructions(path) if name == "COPY" for word in rest.split()[:-1]]
-    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line.startswith("!")}
+    sources = [
+        word for name, rest in instructions(path) if name == "COPY" for word in rest.split()[:-1]
+    ]
+    allowed = {
+        line[1:]
+        for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+        if line.startswith("!")
+    }
     assert sources
     assert not [source for source in sources if not (ROOT / source).exists()]
     assert set(sources) <= allowed
@@ -57,7 +68,9 @@ def test_compose_describes_one_job_on_two_machines() -> None:
     environments = [service["environment"] for service in services.values()]
     assert sorted(environment["NODE_RANK"] for environment in environments) == ["0", "1"]
     assert {environment["NNODES"] for environment in environments} == {str(len(services))}
-    first = next(name for name, service in services.items() if service["environment"]["NODE_RANK"] == "0")
+    first = next(
+        name for name, service in services.items() if service["environment"]["NODE_RANK"] == "0"
+    )
     assert {environment["MASTER_ADDR"] for environment in environments} == {first}
     assert len({environment["RUN_DIR"] for environment in environments}) == 1
     for service in services.values():
@@ -68,7 +81,9 @@ def test_compose_describes_one_job_on_two_machines() -> None:
 
 
 def test_the_image_of_compose_has_as_many_ranks_as_its_config_wants() -> None:
-    service = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text(encoding="utf-8"))["services"]["node0"]
+    service = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text(encoding="utf-8"))[
+        "services"
+    ]["node0"]
     config = yaml.safe_load((ROOT / service["command"][-1]).read_text(encoding="utf-8"))
     world = int(service["environment"]["NNODES"]) * int(service["environment"]["RANKS_PER_NODE"])
     assert world % config["parallel"]["ep"] == 0

@@ -19,7 +19,13 @@ SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", ROOT / ".ci" /
 CONFIG = "configs/cpu_8_ranks.yaml"
 BASH = shutil.which("bash") or "/bin/bash"
 
-MULTI_NODE = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0", "RANKS_PER_NODE": "4", "RUN_DIR": "/shared/run"}
+MULTI_NODE = {
+    "NNODES": "2",
+    "NODE_RANK": "1",
+    "MASTER_ADDR": "node0",
+    "RANKS_PER_NODE": "4",
+    "RUN_DIR": "/shared/run",
+}
 SLURM = {
     "SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8",
     "SLURM_SUBMIT_DIR": str(ROOT), "RUN_DIR": "/shared/run",
@@ -51,22 +57,36 @@ def tools(folder: Path, srun_end: str = "") -> Path:
         (folder / name).symlink_to(target)
     texts = {name: RECORD.format(bash=BASH, name=name) for name in ("torchrun", "accelerate")}
     texts["srun"] = SRUN.format(bash=BASH, end=srun_end)
-    texts["scontrol"] = f'#!{BASH}\n[[ $1 == show ]] && printf "n1\\nn2\\n" || printf "%s\\n" scontrol "$@" >>"$RECORD"\n'
+    texts["scontrol"] = (
+        f'#!{BASH}\n[[ $1 == show ]] && printf "n1\\nn2\\n" || printf "%s\\n" scontrol "$@" >>"$RECORD"\n'
+    )
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
         (folder / name).chmod(0o755)
     return folder
 
 
-def run(script: str, env: dict[str, str], arguments: list[str], tmp_path: Path, **kinds: str) -> tuple[int, str, list[str]]:
+def run(
+    script: str, env: dict[str, str], arguments: list[str], tmp_path: Path, **kinds: str
+) -> tuple[int, str, list[str]]:
     """(exit status, stderr, recorded words) of one launch with nothing in the environment but `env`."""
     bin_dir = tools(tmp_path / "bin", **kinds)
     record = tmp_path / "record"
     full = {"PATH": str(bin_dir), "RECORD": str(record), "HOME": str(tmp_path), **env}
     done = subprocess.run(
-        [BASH, str(LAUNCH / script), *arguments], cwd=ROOT, env=full, capture_output=True, text=True, timeout=60, check=False
+        [BASH, str(LAUNCH / script), *arguments],
+        cwd=ROOT,
+        env=full,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
-    return done.returncode, done.stderr, record.read_text(encoding="utf-8").splitlines() if record.exists() else []
+    return (
+        done.returncode,
+        done.stderr,
+        record.read_text(encoding="utf-8").splitlines() if record.exists() else [],
+    )
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -80,7 +100,13 @@ def test_syntax(path: Path) -> None:
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck(path: Path) -> None:
-    done = subprocess.run(["shellcheck", "-s", "bash", str(path)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        ["shellcheck", "-s", "bash", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -103,7 +129,9 @@ def test_shellcheck(path: Path) -> None:
         ("slurm.sbatch", "SLURM_SUBMIT_DIR", "/nowhere"),
     ],
 )
-def test_a_half_configured_launch_is_refused(script: str, variable: str, value: str, tmp_path: Path) -> None:
+def test_a_half_configured_launch_is_refused(
+    script: str, variable: str, value: str, tmp_path: Path
+) -> None:
     status, stderr, recorded = run(script, {**GOOD[script], variable: value}, [CONFIG], tmp_path)
     assert status == 2
     assert variable in stderr
@@ -129,7 +157,8 @@ def test_a_missing_config_is_refused(script: str, arguments: list[str], tmp_path
 
 
 @pytest.mark.parametrize(
-    ("script", "tool"), [("local.sh", "torchrun"), ("multi_node.sh", "torchrun"), ("accelerate.sh", "accelerate")]
+    ("script", "tool"),
+    [("local.sh", "torchrun"), ("multi_node.sh", "torchrun"), ("accelerate.sh", "accelerate")],
 )
 def test_a_missing_launcher_is_named(script: str, tool: str, tmp_path: Path) -> None:
     bin_dir = tools(tmp_path / "bin")
@@ -143,7 +172,9 @@ def test_a_missing_launcher_is_named(script: str, tool: str, tmp_path: Path) -> 
 
 
 def test_local_starts_torchrun(tmp_path: Path) -> None:
-    status, stderr, recorded = run("local.sh", GOOD["local.sh"], [CONFIG, "moe.top_k=1", "data.source=a b"], tmp_path)
+    status, stderr, recorded = run(
+        "local.sh", GOOD["local.sh"], [CONFIG, "moe.top_k=1", "data.source=a b"], tmp_path
+    )
     assert status == 0, stderr
     assert recorded == [
         "torchrun", "--standalone", "--nproc-per-node", "2", "-m", "dmoe", "train", CONFIG, "moe.top_k=1", "data.source=a b",
@@ -192,7 +223,9 @@ def test_slurm_passes_the_early_signal_on_waits_and_requeues(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("device", "name"), [("cpu", "cpu"), ("gpu", "cuda")])
 def test_accelerate_starts_with_its_own_file(device: str, name: str, tmp_path: Path) -> None:
-    status, stderr, recorded = run("accelerate.sh", {"DEVICE": device, "RANKS": "2"}, [CONFIG, "moe.top_k=1"], tmp_path)
+    status, stderr, recorded = run(
+        "accelerate.sh", {"DEVICE": device, "RANKS": "2"}, [CONFIG, "moe.top_k=1"], tmp_path
+    )
     assert status == 0, stderr
     assert recorded == [
         "accelerate", "launch", "--config_file", str(LAUNCH / f"accelerate_{device}.yaml"), "--num_processes", "2",

@@ -15,16 +15,24 @@ from dmoe.moe.layer import MoE
 Tensors = dict[str, Tensor]
 
 
-def hugging_face_names(model: Transformer, value: Callable[[nn.Parameter], Tensor], experts: str) -> Tensors:
+def hugging_face_names(
+    model: Transformer, value: Callable[[nn.Parameter], Tensor], experts: str
+) -> Tensors:
     """`value` (the weight, or its gradient) of every parameter under the name transformers gives it; `experts` is the MoE's path."""
-    out: Tensors = {"model.embed_tokens.weight": value(model.embedding.weight), "model.norm.weight": value(model.norm.weight)}
+    out: Tensors = {
+        "model.embed_tokens.weight": value(model.embedding.weight),
+        "model.norm.weight": value(model.norm.weight),
+    }
     if model.output is not None:
         out["lm_head.weight"] = value(model.output.weight)
     for index, block in enumerate(model.blocks):
         path, attention, inner = f"model.layers.{index}", block.attention, block.feed_forward
         out[f"{path}.input_layernorm.weight"] = value(block.attention_norm.weight)
         out[f"{path}.post_attention_layernorm.weight"] = value(block.feed_forward_norm.weight)
-        widths = [n * attention.head_dim for n in (attention.heads, attention.kv_heads, attention.kv_heads)]
+        widths = [
+            n * attention.head_dim
+            for n in (attention.heads, attention.kv_heads, attention.kv_heads)
+        ]
         for name, part in zip("qkv", value(attention.w_qkv.weight).split(widths), strict=True):
             out[f"{path}.self_attn.{name}_proj.weight"] = part
         out[f"{path}.self_attn.o_proj.weight"] = value(attention.w_out.weight)

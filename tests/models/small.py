@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dmoe.config.schema import ModelConfig, MoEConfig
-from dmoe.models.output import ModelOutput
+from dmoe.models.base import ModelOutput
 from dmoe.models.transformer import Transformer
 
 VOCAB = 37
@@ -16,7 +16,14 @@ MODEL = ModelConfig(dim=16, layers=3, heads=4, kv_heads=2, tie_embeddings=False,
 MOE = MoEConfig(num_experts=4, top_k=2, expert_dim=12)
 
 
-def small(moe: MoEConfig = MOE, *, seed: int = 1, virtual_ranks: int = 1, recompute: bool = False, **model: Any) -> Transformer:
+def small(
+    moe: MoEConfig = MOE,
+    *,
+    seed: int = 1,
+    virtual_ranks: int = 1,
+    recompute: bool = False,
+    **model: Any,
+) -> Transformer:
     """A float64 model whose weights are large enough to make every path matter."""
     config = ModelConfig(**(vars(MODEL) | model))
     built = Transformer(config, moe, VOCAB, virtual_ranks=virtual_ranks, recompute=recompute)

@@ -18,8 +18,20 @@ from dmoe.moe.routing import TokenContext
 
 GATED = ModelConfig(dim=6, layers=0, fusion="gated")
 ALONE = ModelConfig(dim=6, layers=0, head="experts")
-FIXED = MoEConfig(num_experts=2, top_k=1, expert_dim=5, router=RouterConfig(kind="fixed"), experts=ExpertsConfig(kind="relu"))
-SOFT = MoEConfig(num_experts=4, top_k=4, expert_dim=5, router=RouterConfig(kind="soft"), experts=ExpertsConfig(kind="relu"))
+FIXED = MoEConfig(
+    num_experts=2,
+    top_k=1,
+    expert_dim=5,
+    router=RouterConfig(kind="fixed"),
+    experts=ExpertsConfig(kind="relu"),
+)
+SOFT = MoEConfig(
+    num_experts=4,
+    top_k=4,
+    expert_dim=5,
+    router=RouterConfig(kind="soft"),
+    experts=ExpertsConfig(kind="relu"),
+)
 BUDGET = MoEConfig(
     num_experts=3,
     top_k=3,
@@ -32,18 +44,24 @@ MISSING = {2: [(), (0,), (1,), (), (0,)], 3: [(), (0,), (1,), (2,), (0, 2)]}
 """Which streams of each of five samples are missing."""
 
 
-def built(config: ModelConfig, moe: MoEConfig, widths: list[int], classes: int = 3, **options: object) -> Classifier:
+def built(
+    config: ModelConfig, moe: MoEConfig, widths: list[int], classes: int = 3, **options: object
+) -> Classifier:
     """In float64, every weight drawn large, biases and gates too: zeros would hide what is wrong."""
     model = Classifier(config, moe, widths, classes, **options).double()  # type: ignore[arg-type]
     draws = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(0.6 * torch.randn(parameter.shape, generator=draws, dtype=torch.float64))
+            parameter.copy_(
+                0.6 * torch.randn(parameter.shape, generator=draws, dtype=torch.float64)
+            )
     return model
 
 
 def samples(widths: list[int], count: int = 5, missing: bool = False) -> Tensor:
-    x_BW = torch.randn(count, sum(widths), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x_BW = torch.randn(
+        count, sum(widths), generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     for sample, lost in enumerate(MISSING[len(widths)] if missing else []):
         for stream in lost:
             x_BW[sample, sum(widths[:stream]) :][: widths[stream]] = math.nan
@@ -56,9 +74,15 @@ def gated(model: Classifier, x_W: Tensor) -> Tensor:
     for s, part in enumerate(x_W.split(model.widths)):
         if not part.isnan().any():
             inner = F.linear(part, fusion.projections[s].weight, fusion.projections[s].bias)
-            made[s] = torch.relu(inner @ fusion.encoders.experts.w_in[s]) @ fusion.encoders.experts.w_out[s]
+            made[s] = (
+                torch.relu(inner @ fusion.encoders.experts.w_in[s])
+                @ fusion.encoders.experts.w_out[s]
+            )
     nothing = x_W.new_zeros(model.config.dim)
-    read = torch.cat([made.get(s, nothing) for s in range(len(model.widths))]) @ fusion.gate + fusion.bias
+    read = (
+        torch.cat([made.get(s, nothing) for s in range(len(model.widths))]) @ fusion.gate
+        + fusion.bias
+    )
     if len(model.widths) == len(made) == 2:
         gate = torch.sigmoid(read)
         y = gate * made[0] + (1 - gate) * made[1]
@@ -71,7 +95,9 @@ def gated(model: Classifier, x_W: Tensor) -> Tensor:
 
 def soft(model: Classifier, x_W: Tensor) -> Tensor:
     weights, experts = (model.head.router.weight @ x_W).softmax(0), model.head.experts
-    return sum(weights[e] * (torch.relu(x_W @ experts.w_in[e]) @ experts.w_out[e]) for e in range(4))
+    return sum(
+        weights[e] * (torch.relu(x_W @ experts.w_in[e]) @ experts.w_out[e]) for e in range(4)
+    )
 
 
 def taken(model: Classifier, x_W: Tensor, budget: float) -> list[int]:
@@ -89,7 +115,9 @@ def within(model: Classifier, x_W: Tensor, budget: float = 0.7) -> Tensor:
     """100 -> 10, 100 -> 50 -> 10, 100 -> 64 -> 32 -> 10."""
     weights, y = (model.head.router.weight @ x_W).softmax(0), x_W.new_zeros(10)
     for e in taken(model, x_W, budget):
-        matrices = [w for name, w in model.head.experts.named_parameters() if name.startswith(f"{e}.")]
+        matrices = [
+            w for name, w in model.head.experts.named_parameters() if name.startswith(f"{e}.")
+        ]
         hidden = x_W @ matrices[0]
         for matrix in matrices[1:]:
             hidden = torch.relu(hidden) @ matrix
@@ -97,7 +125,9 @@ def within(model: Classifier, x_W: Tensor, budget: float = 0.7) -> Tensor:
     return y
 
 
-CASES: dict[str, tuple[ModelConfig, MoEConfig, list[int], int, bool, Callable[[Classifier, Tensor], Tensor]]] = {
+CASES: dict[
+    str, tuple[ModelConfig, MoEConfig, list[int], int, bool, Callable[[Classifier, Tensor], Tensor]]
+] = {
     "gated, two streams": (GATED, FIXED, TWO, 3, False, gated),
     "gated, one of two missing": (GATED, FIXED, TWO, 3, True, gated),
     "gated, three streams": (GATED, replace(FIXED, num_experts=3), THREE, 3, False, gated),
@@ -122,12 +152,17 @@ def test_equals_the_formula(case: str) -> None:
             logits = torch.stack([formula(model, x_W) for x_W in x_BW])
             loss = sum(-logits[b].log_softmax(0)[c] for b, (c,) in enumerate(class_B1.tolist()))
         loss.backward()
-        grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+        grads = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad
+            for name, p in model.named_parameters()
+        }
         results.append({"logits": logits.detach(), "loss": loss.detach()} | grads)
     for name, expected in results[1].items():
         scale = max(1.0, float(expected.abs().max()))
         assert float((results[0][name] - expected).abs().max()) < 1e-12 * scale, name
-    assert all(grad.any() for name, grad in results[0].items() if "experts" not in name), "a weight that nothing reads"
+    assert all(grad.any() for name, grad in results[0].items() if "experts" not in name), (
+        "a weight that nothing reads"
+    )
 
 
 def test_a_call_can_give_another_budget_and_accounts_for_it() -> None:
@@ -156,7 +191,9 @@ def test_blocks_are_residual_and_end_in_a_norm(every: int) -> None:
         inner = block.feed_forward(block.feed_forward_norm(x_BD))
         x_BD = x_BD + (inner if isinstance(inner, Tensor) else inner.y)
     out = model(x_BW)
-    torch.testing.assert_close(out.logits.squeeze(1), model.head(model.norm(x_BD)).y, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        out.logits.squeeze(1), model.head(model.norm(x_BD)).y, rtol=0, atol=1e-12
+    )
     assert [layer.layer for layer in model.moe_layers()] == list(range(len(out.stats)))
     assert len(out.stats) == {0: 1, 1: 3, 2: 2}[every]
 
@@ -174,11 +211,18 @@ def test_a_missing_stream_sends_nothing_and_counts_nowhere() -> None:
     assert counts == [5 - sum(s in lost for lost in MISSING[3]) for s in range(3)]
 
 
-@pytest.mark.parametrize(("config", "moe"), [(GATED, FIXED), (ALONE, SOFT), (ModelConfig(dim=6, layers=1), SPARSE)])
+@pytest.mark.parametrize(
+    ("config", "moe"), [(GATED, FIXED), (ALONE, SOFT), (ModelConfig(dim=6, layers=1), SPARSE)]
+)
 def test_padding_counts_nowhere_and_changes_nothing(config: ModelConfig, moe: MoEConfig) -> None:
     model, x_BW = built(config, moe, TWO), samples(TWO)
     valid = torch.tensor([True, True, True, False, False])
-    whole = model(x_BW, torch.tensor([[0], [1], [2], [-100], [-100]]), TokenContext(valid_T=valid), return_logits=True)
+    whole = model(
+        x_BW,
+        torch.tensor([[0], [1], [2], [-100], [-100]]),
+        TokenContext(valid_T=valid),
+        return_logits=True,
+    )
     part = model(x_BW[:3], torch.tensor([[0], [1], [2]]), return_logits=True)
     torch.testing.assert_close(whole.loss_sum, part.loss_sum)
     torch.testing.assert_close(whole.logits[:3], part.logits, rtol=0, atol=1e-12)
@@ -202,7 +246,9 @@ def test_stream_dropout_takes_one_of_a_share_of_the_samples(widths: list[int]) -
         assert not torch.equal(drop_streams(there_BS, 0.3, TokenContext(noise_key=key)), kept_BS)
     there_BS[:, 0] = False
     left_BS = drop_streams(there_BS, 1.0, TokenContext(noise_key=(0, 7)))
-    assert left_BS.sum(1).unique().tolist() == [max(1, streams - 2)], "the last stream went too, or none"
+    assert left_BS.sum(1).unique().tolist() == [max(1, streams - 2)], (
+        "the last stream went too, or none"
+    )
 
 
 def test_stream_dropout_is_of_training_alone() -> None:
@@ -215,7 +261,10 @@ def test_stream_dropout_is_of_training_alone() -> None:
 
 def test_recompute_and_virtual_ranks_change_no_number() -> None:
     config = ModelConfig(dim=6, layers=2, head="experts")
-    plain, other = built(config, SPARSE, TWO), built(config, SPARSE, TWO, virtual_ranks=2, recompute=True)
+    plain, other = (
+        built(config, SPARSE, TWO),
+        built(config, SPARSE, TWO, virtual_ranks=2, recompute=True),
+    )
     x_BW, class_B1 = samples(TWO, 6), torch.zeros(6, 1, dtype=torch.int64)
     for model in (plain, other):
         model(x_BW, class_B1).loss_sum.backward()
@@ -239,8 +288,15 @@ def test_meta_then_empty_then_initialize_equals_direct_construction(case: str) -
 
 
 def test_no_two_weights_are_the_same_draw() -> None:
-    for config, moe in ((GATED, replace(FIXED, num_experts=3)), (ModelConfig(dim=6, layers=2, head="experts"), SPARSE)):
-        drawn = [p for name, p in Classifier(config, moe, THREE, 3).named_parameters() if p.dim() > 1 and "gate" not in name]
+    for config, moe in (
+        (GATED, replace(FIXED, num_experts=3)),
+        (ModelConfig(dim=6, layers=2, head="experts"), SPARSE),
+    ):
+        drawn = [
+            p
+            for name, p in Classifier(config, moe, THREE, 3).named_parameters()
+            if p.dim() > 1 and "gate" not in name
+        ]
         firsts = [round(p.flatten()[0].item(), 9) for p in drawn]
         assert len(set(firsts)) == len(firsts)
 
@@ -258,12 +314,18 @@ def test_parameters_and_flops_of_a_sample() -> None:
 
 
 def test_which_streams_are_there() -> None:
-    assert present(samples(THREE, missing=True), THREE).tolist() == [[s not in lost for s in range(3)] for lost in MISSING[3]]
+    assert present(samples(THREE, missing=True), THREE).tolist() == [
+        [s not in lost for s in range(3)] for lost in MISSING[3]
+    ]
 
 
 def test_bfloat16_autocast_is_near_float32() -> None:
     for config, moe in ((GATED, FIXED), (ModelConfig(dim=6, layers=1), SPARSE)):
-        model, x_BW, class_B1 = built(config, moe, TWO).float(), samples(TWO).float(), torch.zeros(5, 1, dtype=torch.int64)
+        model, x_BW, class_B1 = (
+            built(config, moe, TWO).float(),
+            samples(TWO).float(),
+            torch.zeros(5, 1, dtype=torch.int64),
+        )
         exact = model(x_BW, class_B1).loss_sum
         with torch.autocast("cpu", torch.bfloat16):
             rough = model(x_BW, class_B1).loss_sum

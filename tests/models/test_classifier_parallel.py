@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from dmoe.config.schema import ModelConfig
-from dmoe.distributed import topology
-from dmoe.distributed.parallelize import expert_parameters, shard_experts
+from dmoe.distributed import mesh
+from dmoe.distributed.expert_parallel import expert_parameters, shard_experts
 from dmoe.moe.routing import TokenContext
 from tests.models.test_classifier import ALONE, BUDGET, FIXED, GATED, SOFT, SPARSE, built, samples
 from tests.ranks import run_ranks
@@ -25,7 +25,7 @@ CASES = {
 
 def numbers(rank: int, world: int, names: list[str]) -> dict[str, dict[str, np.ndarray]]:
     """Of each case: this rank's share of the loss, the counts, dense gradients summed over the ranks, and those of its own experts."""
-    groups, found = topology.build_mesh(world, torch.device("cpu")), {}
+    groups, found = mesh.build_mesh(world, torch.device("cpu")), {}
     for name in names:
         config, moe, widths, classes = CASES[name]
         model = built(config, moe, widths, classes)
@@ -34,10 +34,15 @@ def numbers(rank: int, world: int, names: list[str]) -> dict[str, dict[str, np.n
         each = 8 // world
         mine = slice(rank * each, (rank + 1) * each)
         x_BW, class_B1 = samples(widths, 8)[mine], (torch.arange(8) % classes).unsqueeze(1)[mine]
-        x_BW[0, 0] = torch.nan if len(moe.experts.shapes) == 0 and rank == 0 else x_BW[0, 0]  # one stream was never there
+        x_BW[0, 0] = (
+            torch.nan if len(moe.experts.shapes) == 0 and rank == 0 else x_BW[0, 0]
+        )  # one stream was never there
         out = model(x_BW, class_B1, TokenContext(noise_key=(0, 3), first_sequence=rank * each))
         out.loss_sum.backward()
-        result = {"loss": out.loss_sum.detach(), "counts": torch.stack([stats.choice_E for stats in out.stats])}
+        result = {
+            "loss": out.loss_sum.detach(),
+            "counts": torch.stack([stats.choice_E for stats in out.stats]),
+        }
         for parameter_name, parameter in model.named_parameters():
             gradient = parameter.grad
             assert gradient is not None, parameter_name
@@ -62,8 +67,13 @@ def test_two_ranks_are_one_process() -> None:
     ranks = run_ranks(2, numbers, list(CASES))
     for case in CASES:
         parts = [rank[case] for rank in ranks]
-        assert any(parts[0].get(name, np.zeros(0)).shape != value.shape for name, value in alone[case].items()), "not shared"
+        assert any(
+            parts[0].get(name, np.zeros(0)).shape != value.shape
+            for name, value in alone[case].items()
+        ), "not shared"
         for name, expected in alone[case].items():
             got = whole(parts, name, expected.shape)
-            assert np.abs(got - expected).max() <= 1e-11 * max(1.0, np.abs(expected).max()), f"{case}: {name}"
+            assert np.abs(got - expected).max() <= 1e-11 * max(1.0, np.abs(expected).max()), (
+                f"{case}: {name}"
+            )
     assert alone["gated"]["counts"].sum() < 16 - 1, "no stream was dropped: the test proves nothing"

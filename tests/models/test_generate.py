@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dmoe.models.generate import generate, pick
-from dmoe.moe.keyed import generator
+from dmoe.moe.rng import generator
 from tests.models.small import VOCAB, small
 
 PROMPT = [1, 2, 3]
@@ -33,7 +33,10 @@ def test_a_draw_depends_on_the_seed_alone():
 def test_a_stop_token_ends_the_text_and_is_left_out():
     model = small()
     free = generate(model, PROMPT, 8, window=8, temperature=0.0)
-    assert generate(model, PROMPT, 8, window=8, temperature=0.0, stop={free[2]}) == free[: free.index(free[2])]
+    assert (
+        generate(model, PROMPT, 8, window=8, temperature=0.0, stop={free[2]})
+        == free[: free.index(free[2])]
+    )
 
 
 def test_mode_and_virtual_ranks_are_restored_and_a_lone_sequence_need_not_divide():
@@ -68,7 +71,15 @@ def test_tokens_are_drawn_with_the_filtered_probabilities(filters, expected):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"window": 0}, {"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"prompt_ids": []}]
+    "wrong",
+    [
+        {"window": 0},
+        {"temperature": -1.0},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"prompt_ids": []},
+    ],
 )
 def test_impossible_arguments_are_refused_with_their_name(wrong):
     arguments = {"prompt_ids": PROMPT, "max_tokens": 1, "window": 8} | wrong

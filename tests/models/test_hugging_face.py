@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from dmoe.config.schema import BalanceConfig, MoEConfig
-from dmoe.models.rotary import rotary_table
+from dmoe.models.attention import rotary_table
 from dmoe.models.transformer import Transformer
 from tests.models.hf import everything_in_float64, hugging_face_names
 from tests.models.small import MOE, VOCAB, batch, small
@@ -31,20 +31,35 @@ NO_LOSSES = replace(MOE, balance=BalanceConfig(switch=0.0, z=0.0))
 
 
 def mixtral() -> tuple[nn.Module, Transformer, str]:
-    config = transformers.MixtralConfig(**SHAPE, intermediate_size=12, num_local_experts=4, num_experts_per_tok=2)
+    config = transformers.MixtralConfig(
+        **SHAPE, intermediate_size=12, num_local_experts=4, num_experts_per_tok=2
+    )
     return transformers.MixtralForCausalLM(config), small(NO_LOSSES, qk_norm=False), "mlp.experts"
 
 
 def qwen3_moe() -> tuple[nn.Module, Transformer, str]:
     config = transformers.Qwen3MoeConfig(
-        **SHAPE, head_dim=6, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, norm_topk_prob=True
+        **SHAPE,
+        head_dim=6,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=12,
+        norm_topk_prob=True,
     )
-    return transformers.Qwen3MoeForCausalLM(config), small(NO_LOSSES, qk_norm=True, head_dim=6), "mlp.experts"
+    return (
+        transformers.Qwen3MoeForCausalLM(config),
+        small(NO_LOSSES, qk_norm=True, head_dim=6),
+        "mlp.experts",
+    )
 
 
 def llama() -> tuple[nn.Module, Transformer, str]:
     config = transformers.LlamaConfig(**SHAPE, intermediate_size=24)
-    return transformers.LlamaForCausalLM(config), small(MoEConfig(), qk_norm=False, moe_every=0, dense_dim=24), ""
+    return (
+        transformers.LlamaForCausalLM(config),
+        small(MoEConfig(), qk_norm=False, moe_every=0, dense_dim=24),
+        "",
+    )
 
 
 @pytest.mark.parametrize("pair", [mixtral, qwen3_moe, llama])
@@ -57,11 +72,15 @@ def test_logits_and_gradients_equal_transformers(pair):
             for name, p in ours.named_parameters():
                 if p.dim() == 1:
                     p.copy_(1 + 0.1 * torch.arange(len(p)) / len(p) + 0.01 * len(name))
-        missing, extra = theirs.load_state_dict(hugging_face_names(ours, lambda p: p.detach(), experts), strict=False)
+        missing, extra = theirs.load_state_dict(
+            hugging_face_names(ours, lambda p: p.detach(), experts), strict=False
+        )
         assert not extra
         assert not missing
         expected = theirs(token).logits
-        nn.functional.cross_entropy(expected.flatten(0, 1), target.flatten(), reduction="sum").backward()
+        nn.functional.cross_entropy(
+            expected.flatten(0, 1), target.flatten(), reduction="sum"
+        ).backward()
 
     out = ours(token, target, return_logits=True)
     out.loss_sum.backward()
@@ -69,7 +88,13 @@ def test_logits_and_gradients_equal_transformers(pair):
     gradients = hugging_face_names(ours, lambda p: p.grad, experts)
     assert gradients.keys() == dict(theirs.named_parameters()).keys()
     for name, p in theirs.named_parameters():
-        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            gradients[name],
+            p.grad,
+            rtol=1e-9,
+            atol=1e-9,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def test_rotary_table_equals_transformers():

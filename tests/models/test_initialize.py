@@ -69,7 +69,9 @@ def test_an_expert_shard_draws_the_weights_of_its_global_experts():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_standard_deviations(tied):
-    model = Transformer(ModelConfig(dim=128, layers=8, moe_every=2, tie_embeddings=tied), SHARED, 512)
+    model = Transformer(
+        ModelConfig(dim=128, layers=8, moe_every=2, tie_embeddings=tied), SHARED, 512
+    )
     for name, weight in weights(model).items():
         if weight.dim() == 1:
             assert torch.equal(weight, torch.ones_like(weight)), name
@@ -79,5 +81,9 @@ def test_standard_deviations(tied):
 
 
 def test_no_two_weights_are_the_same_draw():
-    firsts = [round(weight.flatten()[0].item(), 9) for weight in weights(small(SHARED)).values() if weight.dim() > 1]
+    firsts = [
+        round(weight.flatten()[0].item(), 9)
+        for weight in weights(small(SHARED)).values()
+        if weight.dim() > 1
+    ]
     assert len(set(firsts)) == len(firsts)

@@ -7,13 +7,22 @@ import torch
 from torch.autograd import gradcheck
 
 from dmoe.config.schema import ModelConfig
-from dmoe.models.attention import Attention, _plain, causal_attention, causal_attention_reference
+from dmoe.models.attention import (
+    Attention,
+    _plain,
+    causal_attention,
+    causal_attention_reference,
+    rotary_table,
+    rotate,
+    rotate_reference,
+)
 from dmoe.models.norm import RMSNorm, rms_norm_reference
-from dmoe.models.rotary import rotary_table, rotate, rotate_reference
 
 
 def randn(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    return torch.randn(
+        *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True
+    )
 
 
 def test_rms_norm_equals_its_formula_and_its_gradient_is_right():
@@ -21,13 +30,17 @@ def test_rms_norm_equals_its_formula_and_its_gradient_is_right():
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 2.0, 6))
     torch.testing.assert_close(norm(x), rms_norm_reference(x, norm.weight, 1e-5))
-    assert gradcheck(lambda x, w: torch.func.functional_call(norm, {"weight": w}, (x,)), (x, norm.weight))
+    assert gradcheck(
+        lambda x, w: torch.func.functional_call(norm, {"weight": w}, (x,)), (x, norm.weight)
+    )
 
 
 def test_rms_norm_computes_bfloat16_input_in_float32():
     norm, x = RMSNorm(64, 1e-5), randn(4, 64).detach().bfloat16()
     assert norm(x).dtype == torch.bfloat16
-    torch.testing.assert_close(norm(x), rms_norm_reference(x.float(), norm.weight, 1e-5).bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        norm(x), rms_norm_reference(x.float(), norm.weight, 1e-5).bfloat16(), rtol=0, atol=0
+    )
 
 
 def test_rotate_is_a_complex_multiplication_and_its_gradient_is_right():

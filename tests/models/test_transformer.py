@@ -47,10 +47,14 @@ def test_loss_is_the_cross_entropy_of_targets_that_are_not_ignored():
     target[0, :5] = -100
     out = model(token, target, return_logits=True)
     kept = target != -100
-    torch.testing.assert_close(out.loss_sum, F.cross_entropy(out.logits[kept], target[kept], reduction="sum"))
+    torch.testing.assert_close(
+        out.loss_sum, F.cross_entropy(out.logits[kept], target[kept], reduction="sum")
+    )
     assert model(token, target).logits is None
     assert model(token).loss_sum is None
-    assert out.stats[0].choice_E.sum() == 2 * token.numel(), "a position without a target is still a token"
+    assert out.stats[0].choice_E.sum() == 2 * token.numel(), (
+        "a position without a target is still a token"
+    )
 
 
 def test_every_target_ignored_is_a_loss_of_zero_with_zero_gradients():
@@ -72,11 +76,21 @@ def test_padding_named_by_the_context_is_not_routed():
 
 @pytest.mark.parametrize(
     ("every", "first", "sparse"),
-    [(1, 0, [0, 1, 2, 3, 4, 5]), (2, 0, [1, 3, 5]), (1, 2, [2, 3, 4, 5]), (2, 1, [2, 4]), (3, 1, [3]), (0, 0, []), (1, 6, [])],
+    [
+        (1, 0, [0, 1, 2, 3, 4, 5]),
+        (2, 0, [1, 3, 5]),
+        (1, 2, [2, 3, 4, 5]),
+        (2, 1, [2, 4]),
+        (3, 1, [3]),
+        (0, 0, []),
+        (1, 6, []),
+    ],
 )
 def test_which_blocks_are_sparse(every, first, sparse):
     model = small(layers=6, moe_every=every, dense_first=first)
-    assert [i for i, block in enumerate(model.blocks) if isinstance(block.feed_forward, MoE)] == sparse
+    assert [
+        i for i, block in enumerate(model.blocks) if isinstance(block.feed_forward, MoE)
+    ] == sparse
     assert [layer.layer for layer in model.moe_layers()] == list(range(len(sparse)))
     out = model(batch()[0])
     assert len(out.aux) == len(out.stats) == len(sparse)
@@ -89,7 +103,10 @@ def test_a_dense_block_is_as_wide_as_a_sparse_one_is_active():
     assert isinstance(dense, FeedForward)
     assert dense.w_in.weight.shape == (2 * 12 + 2 * 5, 16)
     assert dense.kind == "relu"
-    assert small(moe, dense_first=1, dense_dim=9).blocks[0].feed_forward.w_in.weight.shape == (9, 16)
+    assert small(moe, dense_first=1, dense_dim=9).blocks[0].feed_forward.w_in.weight.shape == (
+        9,
+        16,
+    )
 
 
 def test_parameters_are_counted_from_shapes_even_where_only_some_experts_are_held():
@@ -144,7 +161,10 @@ def test_bfloat16_autocast_runs_and_is_near_float32(recompute):
     assert out.logits.dtype == torch.bfloat16
     assert out.loss_sum.dtype == torch.float32
     torch.testing.assert_close(out.loss_sum, exact, rtol=1e-2, atol=0)
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all()
+        for p in model.parameters()
+    )
 
 
 def test_state_dict_holds_parameters_and_the_routers_biases():

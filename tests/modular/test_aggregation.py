@@ -25,7 +25,8 @@ ROUTERS = {
     "constant": constant(0.1, 0.4, 0.2, 0.3),
 }
 KNOWN = TokenContext(
-    label_T=torch.tensor([0, 1, 2, 1, 1, 0, 2, 2]), valid_T=torch.tensor([True, True, True, False, True, True, False, True])
+    label_T=torch.tensor([0, 1, 2, 1, 1, 0, 2, 2]),
+    valid_T=torch.tensor([True, True, True, False, True, True, False, True]),
 )
 OPTIONS = {"low_rank": {"rank": 3}, "adapter": {"hidden": 3}, "scale": {}}
 
@@ -36,13 +37,23 @@ def allowed(kind: str, aggregation: str, router: str) -> bool:
     return not unused_weights and not (aggregation == "stacked" and kind == "low_rank")
 
 
-TRIPLES = [triple for triple in product(sorted(OPTIONS), sorted(AGGREGATIONS), sorted(ROUTERS)) if allowed(*triple)]
+TRIPLES = [
+    triple
+    for triple in product(sorted(OPTIONS), sorted(AGGREGATIONS), sorted(ROUTERS))
+    if allowed(*triple)
+]
 
 
 @pytest.mark.parametrize(("kind", "aggregation", "router"), TRIPLES)
 def test_each_way_equals_one_token_at_a_time(kind: str, aggregation: str, router: str) -> None:
     linear = nn.Linear(D, O).double()
-    layer = attach(linear, "", partial(BANKS[kind], M, **OPTIONS[kind]), ROUTERS[router], AGGREGATIONS[aggregation])[""]
+    layer = attach(
+        linear,
+        "",
+        partial(BANKS[kind], M, **OPTIONS[kind]),
+        ROUTERS[router],
+        AGGREGATIONS[aggregation],
+    )[""]
     stir(linear)
     results = []
     for fast in (True, False):
@@ -57,11 +68,21 @@ def test_each_way_equals_one_token_at_a_time(kind: str, aggregation: str, router
                 routing = layer.router(rows, layer.complete(2, 8))
                 contribution = contribution_reference(layer, rows, rows, routing, 2).view(2, 4, O)
         (contribution.sin().sum() + 0 * sum(p.sum() for p in linear.parameters())).backward()
-        results.append({"y": contribution, "x": x.grad, **{name: p.grad for name, p in linear.named_parameters()}})
+        results.append(
+            {
+                "y": contribution,
+                "x": x.grad,
+                **{name: p.grad for name, p in linear.named_parameters()},
+            }
+        )
     assert results[0].keys() == results[1].keys()
     for name, expected in results[1].items():
         torch.testing.assert_close(
-            results[0][name], expected, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+            results[0][name],
+            expected,
+            rtol=1e-9,
+            atol=1e-9,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 
@@ -72,7 +93,9 @@ def test_padding_gets_nothing_and_gives_no_nan(aggregation: type[nn.Module]) -> 
     stir(linear)
     x = drawn(2, 4, D).requires_grad_()
     with given(linear, KNOWN):
-        contribution = (linear(x) - nn.functional.linear(x, linear.weight, linear.bias)).flatten(0, 1)
+        contribution = (linear(x) - nn.functional.linear(x, linear.weight, linear.bias)).flatten(
+            0, 1
+        )
     contribution.sum().backward()
     assert not contribution[~KNOWN.valid_T].any()
     assert contribution[KNOWN.valid_T].any(1).all()
@@ -88,7 +111,9 @@ def test_two_streams_are_a_sigmoid_gate() -> None:
     a, b = layer.slots(x, layer.router(x, TokenContext())).unbind(1)
     gate = torch.sigmoid(torch.cat([a, b], 1) @ layer.aggregation.gate + layer.aggregation.bias)
     expected = gate * a + (1 - gate) * b
-    torch.testing.assert_close(linear(x) - nn.functional.linear(x, linear.weight, linear.bias), expected)
+    torch.testing.assert_close(
+        linear(x) - nn.functional.linear(x, linear.weight, linear.bias), expected
+    )
 
 
 def test_fresh_aggregations_are_plain() -> None:
@@ -99,7 +124,13 @@ def test_fresh_aggregations_are_plain() -> None:
             linear = nn.Linear(D, O).double()
             with torch.no_grad():
                 linear.weight.copy_(drawn(O, D, seed=4)), linear.bias.zero_()
-            attach(linear, "", partial(BANKS["low_rank"], M), constant(0.1, 0.2, 0.3, 0.4), AGGREGATIONS[name])
+            attach(
+                linear,
+                "",
+                partial(BANKS["low_rank"], M),
+                constant(0.1, 0.2, 0.3, 0.4),
+                AGGREGATIONS[name],
+            )
             with torch.no_grad():
                 layers(linear)[""].experts.b.copy_(drawn(M, 8, O, seed=5))
             outputs.append(linear(drawn(3, D)))
@@ -115,6 +146,8 @@ def test_a_sequence_has_the_mean_weights_of_its_routed_tokens() -> None:
         tokens = [t for t in range(4 * b, 4 * b + 4) if bool(KNOWN.valid_T[t])]
         totals = [0.0] * M
         for t in tokens:
-            for module, weight in zip(routing.expert_TK[t].tolist(), routing.weight_TK[t].tolist(), strict=True):
+            for module, weight in zip(
+                routing.expert_TK[t].tolist(), routing.weight_TK[t].tolist(), strict=True
+            ):
                 totals[module] += weight / len(tokens)
         assert sequence_weights(routing, 2, M)[b].tolist() == pytest.approx(totals)

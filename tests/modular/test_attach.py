@@ -64,7 +64,11 @@ def test_on_and_off_leaves_every_bit(make: object, pattern: str, count: int, ban
     changed = logits(model)
     assert (changed - plain).abs().max() > 1e-3
     changed.sum().backward()
-    assert all(parameter.grad is not None for layer in made.values() for parameter in layer.experts.parameters())
+    assert all(
+        parameter.grad is not None
+        for layer in made.values()
+        for parameter in layer.experts.parameters()
+    )
     assert detach(model) == made
     assert list(model.state_dict()) == names
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -104,7 +108,10 @@ def test_a_model_that_is_handed_its_context_keeps_none_from_before() -> None:
     model = transformer()
     attach(model, "*.attention.w_out", LOW, table([[0], [1]], M))
     stir(model)
-    out = [model(TOKENS, context=TokenContext(label_T=torch.full((32,), label))).logits for label in (0, 1, 0)]
+    out = [
+        model(TOKENS, context=TokenContext(label_T=torch.full((32,), label))).logits
+        for label in (0, 1, 0)
+    ]
     assert torch.equal(out[0], out[2])
     assert not torch.equal(out[0], out[1])
 
@@ -159,7 +166,13 @@ def test_modules_that_nobody_calls_are_told() -> None:
         ("*.w_out", LOW, routed("top_k", M + 1, 2), WeightedSum, "4 modules of the bank"),
         ("*.attention.w_out", LOW, TOP, Stacked, "read the frozen output"),
         ("*.attention.w_out", LOW, TOP, Mean, "would learn nothing"),
-        ("*.attention.w_out", LOW, routed("top_k", M, 2, per="sequence"), Gated, "would learn nothing"),
+        (
+            "*.attention.w_out",
+            LOW,
+            routed("top_k", M, 2, per="sequence"),
+            Gated,
+            "would learn nothing",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_attached(
@@ -186,17 +199,30 @@ def test_balance_losses_of_the_modules_are_those_of_the_layer() -> None:
     stir(model)
     model(drawn(12, D))
     loss = module_losses(model, BalanceConfig(switch=0.01, z=0.0))["0"]["switch"]
-    share_E = torch.bincount(layer.chosen.expert_TK.flatten(), minlength=M) / layer.chosen.expert_TK.numel()
-    torch.testing.assert_close(loss, (M * share_E * layer.chosen.score_TE.mean(0)).sum(), check_dtype=False)
+    share_E = (
+        torch.bincount(layer.chosen.expert_TK.flatten(), minlength=M)
+        / layer.chosen.expert_TK.numel()
+    )
+    torch.testing.assert_close(
+        loss, (M * share_E * layer.chosen.score_TE.mean(0)).sum(), check_dtype=False
+    )
     loss.backward()
     assert layer.router.weight.grad.any()
 
 
 @pytest.mark.parametrize(
-    "router", [TOP, table([[0], [1, 2]], M), constant(0.1, 0.2, 0.3, 0.4)], ids=["top_k", "table", "constant"]
+    "router",
+    [TOP, table([[0], [1, 2]], M), constant(0.1, 0.2, 0.3, 0.4)],
+    ids=["top_k", "table", "constant"],
 )
-@pytest.mark.parametrize("bank", [LOW, partial(SparseDelta, M, density=0.2, mask="magnitude")], ids=["low_rank", "magnitude"])
-def test_modules_of_a_model_on_the_meta_device_are_drawn_when_it_has_weights(bank: object, router: object) -> None:
+@pytest.mark.parametrize(
+    "bank",
+    [LOW, partial(SparseDelta, M, density=0.2, mask="magnitude")],
+    ids=["low_rank", "magnitude"],
+)
+def test_modules_of_a_model_on_the_meta_device_are_drawn_when_it_has_weights(
+    bank: object, router: object
+) -> None:
     """The trainer builds on meta, shards and then materialises: tables and places must come back too, not only weights."""
     direct, late = mlp(), mlp()
     attach(direct, "[02]", bank, router, seed=4)  # type: ignore[arg-type]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
 from dmoe.modular import BANKS, Adapter, LowRank, Prompt, SparseDelta
-from dmoe.modular.banks.products import padded_product
-from dmoe.moe.experts.grouped import grouped_linear
+from dmoe.modular.banks.base import padded_product
+from dmoe.moe.experts.grouped_mlp import grouped_linear
 from tests.modular.nets import D, M, O, banks, drawn
 
 KINDS = sorted(banks())
@@ -20,7 +20,11 @@ NEUTRAL = ["adapter", "low_rank", "parallel_adapter", "scale", "sparse_delta"]
 
 def rows_of(kind: str, count: int, seed: int = 0) -> Tensor:
     bank = banks()[kind]
-    return torch.ones(count, 1, dtype=torch.float64) if bank.reads == "sequence" else drawn(count, bank.row_dim, seed=seed)
+    return (
+        torch.ones(count, 1, dtype=torch.float64)
+        if bank.reads == "sequence"
+        else drawn(count, bank.row_dim, seed=seed)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,7 +108,9 @@ def test_averaged_parameters_are_those_of_one_module_with_the_sum(kind: str) -> 
     else:
         with torch.no_grad():
             for name, value in filled.named_parameters():
-                value[0] = sum(w * bank.get_parameter(name)[m] for m, w in enumerate(mixed_BM[0].tolist()))
+                value[0] = sum(
+                    w * bank.get_parameter(name)[m] for m, w in enumerate(mixed_BM[0].tolist())
+                )
         expected = reference_of(filled, rows, 0)
     torch.testing.assert_close(bank.averaged(mixed_BM, rows, 6), expected)
 
@@ -119,7 +125,8 @@ def test_magnitude_places_are_where_the_frozen_weight_is_largest() -> None:
     bank.meet(frozen)
     chosen = {(int(i) // O, int(i) % O) for i in bank.index[1]}
     ranked = sorted(
-        ((d, o) for d in range(D) for o in range(O)), key=lambda place: -abs(float(frozen.weight.detach()[place[1], place[0]]))
+        ((d, o) for d in range(D) for o in range(O)),
+        key=lambda place: -abs(float(frozen.weight.detach()[place[1], place[0]])),
     )
     assert chosen == set(ranked[: len(chosen)])
     assert len(chosen) == 6
@@ -127,7 +134,9 @@ def test_magnitude_places_are_where_the_frozen_weight_is_largest() -> None:
 
 @pytest.mark.parametrize("per_module", [torch.tensor([2, 0, 3, 1]), 2])
 @pytest.mark.parametrize(("width", "out"), [(6, 5), (1, 8), (8, 3), (16, 8)])
-def test_the_product_with_filled_up_widths_is_the_product(width: int, out: int, per_module: Tensor | int) -> None:
+def test_the_product_with_filled_up_widths_is_the_product(
+    width: int, out: int, per_module: Tensor | int
+) -> None:
     """What CUDA runs for narrow modules, whose rows would not start at multiples of 16 bytes."""
     results = []
     for function in (padded_product, grouped_linear):

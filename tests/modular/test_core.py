@@ -29,7 +29,9 @@ from dmoe.modular.aggregation import Concat
 from tests.modular.nets import D, M, O, drawn, mlp, stir
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, labels: torch.Tensor | None = None) -> None:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, labels: torch.Tensor | None = None
+) -> None:
     for step in range(3):
         optimizer.zero_grad()
         x = drawn(6, D, seed=step)
@@ -92,7 +94,11 @@ def test_what_is_trained(what: str, core: bool, bank: bool, router: bool) -> Non
     model = mlp()
     layer = attach(model, "0", partial(LowRank, M), routed("top_k", M, 2))["0"]
     chosen = {id(parameter) for parameter in select(model, what)}
-    assert (model[0].weight.requires_grad, layer.experts.a.requires_grad, layer.router.weight.requires_grad) == (
+    assert (
+        model[0].weight.requires_grad,
+        layer.experts.a.requires_grad,
+        layer.router.weight.requires_grad,
+    ) == (
         core,
         bank,
         router,

@@ -31,7 +31,7 @@ from dmoe.modular import (
     table,
     train_one,
 )
-from dmoe.modular.peft_format import read_peft
+from dmoe.modular.peft import read_peft
 from dmoe.moe.routing import TokenContext
 from tests.modular.nets import D, M, O, drawn, mlp, stir
 
@@ -74,7 +74,13 @@ def test_a_refusal_at_the_second_place_leaves_nothing_at_the_first() -> None:
     model = nn.Sequential(nn.Linear(D, D), nn.Tanh())
     core = core_hash(model)
     with pytest.raises(ConfigError, match="reads the weight of a Linear"):
-        attach(model, "[01]", partial(SparseDelta, M, mask="magnitude"), constant(*[1.0] * M), width=(D, D))
+        attach(
+            model,
+            "[01]",
+            partial(SparseDelta, M, mask="magnitude"),
+            constant(*[1.0] * M),
+            width=(D, D),
+        )
     assert not layers(model)
     assert core_hash(model) == core
 
@@ -106,7 +112,9 @@ def test_a_context_of_one_forward_is_forgotten_in_the_next() -> None:
     with pytest.raises(ValueError, match="label_T"):
         model(x)
     handed = model(x, context=TokenContext(label_T=torch.tensor([0, 1, 1])))
-    with given(model, label_T=torch.tensor([1, 1, 1])):  # what the caller gives is not the model's to forget
+    with given(
+        model, label_T=torch.tensor([1, 1, 1])
+    ):  # what the caller gives is not the model's to forget
         assert not torch.equal(model(x), handed)
         assert torch.equal(model(x), model(x))
 
@@ -137,7 +145,9 @@ def test_a_part_used_in_two_places_is_saved_once_and_comes_back(tmp_path: Path) 
     assert torch.equal(other(drawn(3, D)), model(drawn(3, D)))
 
 
-def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No folder: an error of the library with its traceback. A full disk: the half file stayed."""
     model = mlp()
     attach(model, "0", LOW, TOP)
@@ -243,9 +253,12 @@ def test_an_export_names_its_places_and_no_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("init_lora_weights", "pissa"), ("alora_invocation_tokens", [3]), ("use_qalora", True)]
+    ("setting", "value"),
+    [("init_lora_weights", "pissa"), ("alora_invocation_tokens", [3]), ("use_qalora", True)],
 )
-def test_an_adapter_that_means_something_else_is_not_imported(setting: str, value: object, tmp_path: Path) -> None:
+def test_an_adapter_that_means_something_else_is_not_imported(
+    setting: str, value: object, tmp_path: Path
+) -> None:
     """PiSSA subtracts from the core, an activated adapter waits for its tokens: both were read as plain LoRA."""
     model = mlp(torch.float32)
     attach(model, "0", partial(LowRank, 1, rank=2), constant(1.0))

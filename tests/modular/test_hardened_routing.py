@@ -28,7 +28,7 @@ from dmoe.modular import (
 from dmoe.modular.aggregation.attention import shares
 from dmoe.modular.aggregation.parameter_mean import sequence_weights
 from dmoe.modular.routing import TableRouter
-from dmoe.modular.routing.per import by_sequence, sequence_mean
+from dmoe.modular.routing.learned import by_sequence, sequence_mean
 from dmoe.moe.routing import Routing, TokenContext
 from tests.modular.nets import D, M, O, drawn, mlp
 
@@ -45,7 +45,9 @@ def test_growing_is_all_or_nothing_and_can_be_done_twice() -> None:
     assert layers(model)["0"].router.num_experts == M
     model, once = mlp(), mlp()
     for net in (model, once):
-        attach(net, "[02]", partial(SparseDelta, M, density=0.3), routed("soft", M, M, per="sequence"))
+        attach(
+            net, "[02]", partial(SparseDelta, M, density=0.3), routed("soft", M, M, per="sequence")
+        )
     grow(model)
     assert list(grow(model)) == [M + 1]
     grow(once, 2)
@@ -83,7 +85,9 @@ def test_padding_in_front_of_a_sequence_is_not_its_first_token() -> None:
     """Batches for generation are padded on the left: the first token was padding, its vector zero and its label any number."""
     x, valid = drawn(8, D), torch.tensor([False, False, True, True, True, True, False, False])
     assert torch.equal(sequence_mean(x, valid, 2, first=1), x[[2, 4]])
-    context = TokenContext(label_T=torch.tensor([-1, -1, 3, 3, 5, 5, -1, -1]), valid_T=valid, sequences=2)
+    context = TokenContext(
+        label_T=torch.tensor([-1, -1, 3, 3, 5, 5, -1, -1]), valid_T=valid, sequences=2
+    )
     assert by_sequence(context).label_T.tolist() == [3, 5]
 
 
@@ -103,13 +107,22 @@ def test_no_sequences_at_all(aggregation: str, bank: str) -> None:
         pytest.skip("stacking needs modules that read and write one width")
     model = mlp()
     made = partial(Adapter, M) if bank == "adapter" else partial(Prompt, M, length=2)
-    router = constant(*[0.25] * M) if aggregation in ("mean", "gated") else routed("top_k", M, 2, per="sequence")
+    router = (
+        constant(*[0.25] * M)
+        if aggregation in ("mean", "gated")
+        else routed("top_k", M, 2, per="sequence")
+    )
     attach(model, "0", made, router, AGGREGATIONS[aggregation])
     x = torch.zeros(0, 5, D, dtype=torch.float64)
     y = model(x)
     assert y.shape == (0, 5, O)
     y.sum().backward()
-    for context in (None, TokenContext(valid_T=torch.zeros(0, dtype=torch.bool), label_T=torch.zeros(0, dtype=torch.int64))):
+    for context in (
+        None,
+        TokenContext(
+            valid_T=torch.zeros(0, dtype=torch.bool), label_T=torch.zeros(0, dtype=torch.int64)
+        ),
+    ):
         with given(model, context):
             assert model(x).shape == (0, 5, O)
 

@@ -10,7 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmoe.config.errors import ConfigError
-from dmoe.modular import BANKS, Adapter, LowRank, SparseDelta, attach, average, constant, core_hash, layers, merge, routed
+from dmoe.modular import (
+    BANKS,
+    Adapter,
+    LowRank,
+    SparseDelta,
+    attach,
+    average,
+    constant,
+    core_hash,
+    layers,
+    merge,
+    routed,
+)
 from tests.modular.nets import D, M, drawn, hugging_face, mlp, stir
 
 MERGEABLE = ("low_rank", "sparse_delta", "scale")
@@ -19,7 +31,9 @@ MERGEABLE = ("low_rank", "sparse_delta", "scale")
 @pytest.mark.parametrize("kind", MERGEABLE)
 @settings(max_examples=8, deadline=None)
 @given(weights=st.lists(st.floats(-1.5, 1.5), min_size=M, max_size=M))
-def test_merged_weights_equal_the_mixture_with_constant_weights(kind: str, weights: list[float]) -> None:
+def test_merged_weights_equal_the_mixture_with_constant_weights(
+    kind: str, weights: list[float]
+) -> None:
     """Task arithmetic, in float32 and for any signs; the bias too, which a rescaling multiplies."""
     model = mlp(torch.float32)
     attach(model, "[02]", partial(BANKS[kind], M), constant(*weights))
@@ -28,7 +42,9 @@ def test_merged_weights_equal_the_mixture_with_constant_weights(kind: str, weigh
     mixture = model(x)
     merge(model, weights)
     assert layers(model) == {}
-    torch.testing.assert_close(model(x), mixture, rtol=1e-5, atol=1e-6 * max(1.0, float(mixture.detach().abs().max())))
+    torch.testing.assert_close(
+        model(x), mixture, rtol=1e-5, atol=1e-6 * max(1.0, float(mixture.detach().abs().max()))
+    )
 
 
 def test_a_hugging_face_model_merges() -> None:
@@ -47,7 +63,10 @@ def test_an_average_is_one_module_of_averaged_parameters(kind: str) -> None:
     attach(model, "[02]", partial(BANKS[kind], M, **options), routed("top_k", M, 2))
     stir(model)
     weights, core = [0.5, 0.25, 0.25, 0.0], core_hash(model)
-    expected = {n: sum(w * p[m] for m, w in enumerate(weights)) for n, p in layers(model)["2"].experts.named_parameters()}
+    expected = {
+        n: sum(w * p[m] for m, w in enumerate(weights))
+        for n, p in layers(model)["2"].experts.named_parameters()
+    }
     average(model, weights)
     bank = layers(model)["2"].experts
     assert bank.num_modules == 1

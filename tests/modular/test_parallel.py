@@ -13,10 +13,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dmoe.config.errors import ConfigError
-from dmoe.distributed import topology
-from dmoe.distributed.ddp import DDPStrategy
-from dmoe.distributed.parallelize import expert_parameters, shard_experts
-from dmoe.distributed.state import model_state
+from dmoe.distributed import mesh
+from dmoe.distributed.data_parallel import DDPStrategy
+from dmoe.distributed.expert_parallel import expert_parameters, shard_experts
+from dmoe.distributed.state_dict import model_state
 from dmoe.modular import (
     AGGREGATIONS,
     BANKS,
@@ -58,15 +58,25 @@ ROUTERS = {
 
 def model_of(bank: str, aggregation: str, router: str, dtype: torch.dtype) -> nn.Module:
     model = mlp(dtype)
-    places = "0" if bank == "prompt" else "[02]"  # a second prompt would write over what the first one wrote
-    attach(model, places, partial(BANKS[bank], M, **OPTIONS[bank]), ROUTERS[router], AGGREGATIONS[aggregation])
+    places = (
+        "0" if bank == "prompt" else "[02]"
+    )  # a second prompt would write over what the first one wrote
+    attach(
+        model,
+        places,
+        partial(BANKS[bank], M, **OPTIONS[bank]),
+        ROUTERS[router],
+        AGGREGATIONS[aggregation],
+    )
     stir(model)
     return model
 
 
-def numbers(rank: int, world: int, ep: int, case: tuple[str, str, str], dtype: torch.dtype) -> dict[str, np.ndarray]:
+def numbers(
+    rank: int, world: int, ep: int, case: tuple[str, str, str], dtype: torch.dtype
+) -> dict[str, np.ndarray]:
     """Loss of the global batch of eight sequences: outputs here, and every gradient, whole."""
-    groups = topology.build_mesh(ep, torch.device("cpu"))
+    groups = mesh.build_mesh(ep, torch.device("cpu"))
     model = model_of(*case, dtype)
     freeze(model)
     shard_experts(model, groups)
@@ -96,20 +106,30 @@ def numbers(rank: int, world: int, ep: int, case: tuple[str, str, str], dtype: t
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-6)], ids=["float64", "float32"])
-def test_two_ranks_are_one_process(case: tuple[str, str, str], dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-10), (torch.float32, 1e-6)],
+    ids=["float64", "float32"],
+)
+def test_two_ranks_are_one_process(
+    case: tuple[str, str, str], dtype: torch.dtype, tolerance: float
+) -> None:
     alone = numbers(0, 1, 1, case, dtype)
     ranks = run_ranks(2, numbers, 2, case, dtype)
     assert any(name.endswith("router.weight") for name in alone) == (case[2] in ("top_k", "soft"))
     for name, expected in alone.items():
-        got = np.concatenate([rank[name] for rank in ranks]) if name in ("x", "y") else ranks[1][name]
+        got = (
+            np.concatenate([rank[name] for rank in ranks]) if name in ("x", "y") else ranks[1][name]
+        )
         assert np.abs(got - expected).max() <= tolerance * max(1.0, np.abs(expected).max()), name
-        assert name == "x" or np.abs(expected).max() > 0 or name.endswith("gate"), f"{name} is zero: the test proves nothing"
+        assert name == "x" or np.abs(expected).max() > 0 or name.endswith("gate"), (
+            f"{name} is zero: the test proves nothing"
+        )
 
 
 def steps(rank: int, world: int, ep: int, bank: str) -> dict[str, np.ndarray]:
     """Three steps of the real thing: DDP for routers and aggregations, the experts beside it; then the whole state by name."""
-    groups = topology.build_mesh(ep, torch.device("cpu"))
+    groups = mesh.build_mesh(ep, torch.device("cpu"))
     model = model_of(bank, "attention", "top_k", torch.float64)
     freeze(model)
     shard_experts(model, groups)
@@ -124,7 +144,10 @@ def steps(rank: int, world: int, ep: int, bank: str) -> dict[str, np.ndarray]:
         replicated.wait_for_grads()
         optimizer.step()
     state = model_state(model, groups)
-    return {name: (v.full_tensor() if isinstance(v, DTensor) else v).numpy() for name, v in state.items()}
+    return {
+        name: (v.full_tensor() if isinstance(v, DTensor) else v).numpy()
+        for name, v in state.items()
+    }
 
 
 @pytest.mark.parametrize("bank", ["low_rank", "sparse_delta"])
@@ -133,8 +156,10 @@ def test_training_on_ranks_is_training_on_one(world: int, ep: int, bank: str) ->
     """Weights after three steps, gathered by name: the places of sparse modules, which are buffers, are gathered with them."""
     alone = run_ranks(1, steps, 1, bank)[0]
     assert any(name.endswith("experts.index") for name in alone) == (bank == "sparse_delta")
-    start = model_state(model_of(bank, "attention", "top_k", torch.float64), topology.ParallelMesh())
-    moved = [name for name, value in start.items() if not np.array_equal(value.numpy(), alone[name])]
+    start = model_state(model_of(bank, "attention", "top_k", torch.float64), mesh.ParallelMesh())
+    moved = [
+        name for name, value in start.items() if not np.array_equal(value.numpy(), alone[name])
+    ]
     assert any("experts" in name for name in moved)
     assert any("router.weight" in name for name in moved)
     assert all(".modular." in name for name in moved), "the core moved"
@@ -154,6 +179,8 @@ def test_a_number_of_modules_that_ranks_cannot_share_is_refused() -> None:
 def test_parameters_cannot_be_averaged_over_ranks() -> None:
     for bank in (partial(LowRank, M), partial(SparseDelta, M), partial(Prompt, M, length=1)):
         model = nn.Linear(D, O)
-        attach(model, "", bank, routed("top_k", M, 2), AGGREGATIONS["parameter_mean"])[""].shard(2, 0)
+        attach(model, "", bank, routed("top_k", M, 2), AGGREGATIONS["parameter_mean"])[""].shard(
+            2, 0
+        )
         with pytest.raises(ConfigError, match=r"parallel\.ep=1"):
             model(torch.randn(2, 3, D))

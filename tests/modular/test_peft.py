@@ -12,11 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import CheckpointError, ConfigError
-from dmoe.modular import Adapter, LowRank, attach, constant, detach, export_peft, freeze, import_peft, layers, routed
-from dmoe.modular.peft_format import read_peft
+from dmoe.modular import (
+    Adapter,
+    LowRank,
+    attach,
+    constant,
+    detach,
+    export_peft,
+    freeze,
+    import_peft,
+    layers,
+    routed,
+)
+from dmoe.modular.peft import read_peft
 from tests.modular.nets import hugging_face, stir
 
-peft = pytest.importorskip("peft", reason="peft is not installed: it is what these tests compare with")
+peft = pytest.importorskip(
+    "peft", reason="peft is not installed: it is what these tests compare with"
+)
 TOKENS = torch.arange(24).view(2, 12)
 PATTERN = "*.[qv]_proj"
 
@@ -27,7 +40,9 @@ def logits(model: nn.Module) -> Tensor:
 
 def peft_model(rank: int = 3, **options: object) -> nn.Module:
     """peft's own LoRA with random factors; B is drawn too, since zeros prove nothing."""
-    config = peft.LoraConfig(r=rank, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, **options)
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, **options
+    )
     model = peft.get_peft_model(hugging_face(), config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -65,7 +80,10 @@ def test_what_is_exported_peft_loads(tmp_path: Path) -> None:
     theirs = peft.PeftModel.from_pretrained(hugging_face(), tmp_path)
     assert (logits(model) - logits(hugging_face())).abs().max() > 1e-2
     torch.testing.assert_close(logits(theirs), logits(model), rtol=0, atol=1e-6)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=["plain", "rank-stabilised"])
@@ -107,7 +125,10 @@ def test_what_low_rank_cannot_mean_is_refused(field: str, value: object, tmp_pat
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, field: value}))
     model = hugging_face()
-    with pytest.raises(CheckpointError, match="r=5" if field == "r" else str(value if field == "peft_type" else field)):
+    with pytest.raises(
+        CheckpointError,
+        match="r=5" if field == "r" else str(value if field == "peft_type" else field),
+    ):
         import_peft(model, [tmp_path])
     assert layers(model) == {}
 

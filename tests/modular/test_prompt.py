@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmoe.modular import Prefix, Prompt, attach, constant, detach, given, layers, routed, table, with_room
+from dmoe.modular import (
+    Prefix,
+    Prompt,
+    attach,
+    constant,
+    detach,
+    given,
+    layers,
+    routed,
+    table,
+    with_room,
+)
 from dmoe.modular.aggregation import Attention, Concat, ParameterMean
 from tests.modular.nets import M, hugging_face, stir, transformer
 
@@ -22,7 +33,10 @@ def test_a_prompt_is_what_the_model_computes_for_these_embeddings() -> None:
     model = hugging_face()
     attach(model, "model.embed_tokens", partial(Prompt, 1, length=P), constant(1.0))
     stir(model)
-    got, prompt = model(ROOMY).logits, layers(model)["model.embed_tokens"].experts.vector[0].detach()
+    got, prompt = (
+        model(ROOMY).logits,
+        layers(model)["model.embed_tokens"].experts.vector[0].detach(),
+    )
     detach(model)
     embedded = torch.cat([prompt.expand(2, P, -1), model.model.embed_tokens(TOKENS)], 1)
     torch.testing.assert_close(got, model(inputs_embeds=embedded).logits)
@@ -41,7 +55,10 @@ def test_a_prefix_is_a_cache_of_keys_and_values() -> None:
     detach(model)
     cache, positions = DynamicCache(config=model.config), torch.arange(P).unsqueeze(0)
     for index in range(2):
-        keys, values = (learned[f"model.layers.{index}.self_attn.{kind}_proj"].expand(2, 1, P, 8) for kind in "kv")
+        keys, values = (
+            learned[f"model.layers.{index}.self_attn.{kind}_proj"].expand(2, 1, P, 8)
+            for kind in "kv"
+        )
         cos, sin = model.model.rotary_emb(keys, positions)
         cache.update(apply_rotary_pos_emb(keys, keys, cos, sin)[1], values.contiguous(), index)
     torch.testing.assert_close(got, model(TOKENS, past_key_values=cache).logits)
@@ -52,7 +69,9 @@ def test_the_reference_transformer_takes_a_prefix_on_a_part_of_a_projection() ->
     """w_qkv stacks queries, keys and values: only the last two are written, and placeholders are then read by nobody."""
     model = transformer("model.moe_every=0", "model.qk_norm=false")
     dim = model.config.dim
-    attach(model, "*.w_qkv", partial(Prefix, M, length=P, columns=(dim, 3 * dim)), table([[0], [1]], M))
+    attach(
+        model, "*.w_qkv", partial(Prefix, M, length=P, columns=(dim, 3 * dim)), table([[0], [1]], M)
+    )
     stir(model)
     outputs = []
     for fill in (0, 7):
@@ -84,7 +103,12 @@ def test_a_learned_router_mixes_prompts_by_sequence(aggregation: object) -> None
     torch.testing.assert_close(layer.chosen.logit_TE, means @ layer.router.weight.t())
     if aggregation in (None, ParameterMean):
         weight = layer.chosen.weight_TK
-        mixed = torch.stack([weight[b] @ layer.experts.vector[layer.chosen.expert_TK[b]].flatten(1) for b in range(2)])
+        mixed = torch.stack(
+            [
+                weight[b] @ layer.experts.vector[layer.chosen.expert_TK[b]].flatten(1)
+                for b in range(2)
+            ]
+        )
         got: Tensor = model.model.embed_tokens(ROOMY)
         torch.testing.assert_close(got[:, :P].flatten(1), mixed)
         assert torch.equal(got[:, P:], model.model.embed_tokens.weight[TOKENS])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dmoe.config.errors import ConfigError
 from dmoe.modular.routing import ConstantRouter, TableRouter, constant, grow_router, routed, table
-from dmoe.modular.routing.per import sequence_mean, sequence_mean_reference
+from dmoe.modular.routing.learned import sequence_mean, sequence_mean_reference
 from dmoe.modular.routing.tables import constant_reference, table_reference
 from dmoe.moe.routing import Routing, TokenContext
 from tests.modular.nets import D, drawn
@@ -18,15 +18,23 @@ ROWS = [[0], [3, 1], [2, 0], [1]]
 
 
 def choices(routing: Routing, t: int) -> tuple[list[int], list[float]]:
-    keep = [True] * routing.expert_TK.shape[1] if routing.keep_TK is None else routing.keep_TK[t].tolist()
+    keep = (
+        [True] * routing.expert_TK.shape[1]
+        if routing.keep_TK is None
+        else routing.keep_TK[t].tolist()
+    )
     kept = [k for k, there in enumerate(keep) if there]
-    return [int(routing.expert_TK[t, k]) for k in kept], [float(routing.weight_TK[t, k]) for k in kept]
+    return [int(routing.expert_TK[t, k]) for k in kept], [
+        float(routing.weight_TK[t, k]) for k in kept
+    ]
 
 
 def test_a_table_sends_each_label_to_its_row() -> None:
     labels = torch.tensor([2, 0, 1, 3, 1])
     valid = torch.tensor([True, True, True, True, False])
-    routing = TableRouter(ROWS, 4, weight=0.5)(drawn(5, D), TokenContext(label_T=labels, valid_T=valid))
+    routing = TableRouter(ROWS, 4, weight=0.5)(
+        drawn(5, D), TokenContext(label_T=labels, valid_T=valid)
+    )
     for t, label in enumerate(labels.tolist()[:4]):
         assert choices(routing, t) == table_reference(ROWS, label, 0.5)
     assert choices(routing, 4) == ([], [])
@@ -40,18 +48,29 @@ def test_constant_weights_may_be_any_numbers() -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 5), st.one_of(st.none(), st.integers(1, 6)), st.randoms(use_true_random=False))
-def test_the_mean_of_a_sequence(sequences: int, each: int, first: int | None, random: object) -> None:
+@given(
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.one_of(st.none(), st.integers(1, 6)),
+    st.randoms(use_true_random=False),
+)
+def test_the_mean_of_a_sequence(
+    sequences: int, each: int, first: int | None, random: object
+) -> None:
     x = drawn(sequences * each, 3)
     valid = torch.tensor([random.random() < 0.6 for _ in range(len(x))])  # type: ignore[attr-defined]
     for known in (None, valid):
         got = sequence_mean(x, known, sequences, first)
-        expected = torch.tensor(sequence_mean_reference(x, known, sequences, first), dtype=torch.float64)
+        expected = torch.tensor(
+            sequence_mean_reference(x, known, sequences, first), dtype=torch.float64
+        )
         torch.testing.assert_close(got, expected)
 
 
 def test_by_sequence_all_tokens_go_where_their_mean_goes() -> None:
-    router = routed("top_k", 5, 2, per="sequence", score="sigmoid", renormalize=False)(D, 0).double()
+    router = routed("top_k", 5, 2, per="sequence", score="sigmoid", renormalize=False)(
+        D, 0
+    ).double()
     router.initialize(1, 0, 1.0)
     x = drawn(12, D)
     routing = router(x, TokenContext(sequences=3))
@@ -63,7 +82,10 @@ def test_by_sequence_all_tokens_go_where_their_mean_goes() -> None:
     only.initialize(1, 0, 1.0)
     moved = x.clone()
     moved[[1, 2, 3, 5, 6, 7, 9, 10, 11]] += 5.0
-    assert torch.equal(only(x, TokenContext(sequences=3)).weight_TK, only(moved, TokenContext(sequences=3)).weight_TK)
+    assert torch.equal(
+        only(x, TokenContext(sequences=3)).weight_TK,
+        only(moved, TokenContext(sequences=3)).weight_TK,
+    )
 
 
 def test_by_task_the_token_itself_does_not_matter() -> None:
@@ -109,14 +131,19 @@ def test_a_router_grows_and_keeps_what_it_knew(make: object) -> None:
     if before.logit_TE.std() > 0:
         assert torch.equal(after.logit_TE[:, :4], before.logit_TE)
     else:
-        assert [choices(after, t)[0][:1] for t in range(3)] == [choices(before, t)[0][:1] for t in range(3)]
+        assert [choices(after, t)[0][:1] for t in range(3)] == [
+            choices(before, t)[0][:1] for t in range(3)
+        ]
 
 
 def test_a_new_label_gets_a_row() -> None:
     router = TableRouter(ROWS, 4)
     grow_router(router, 1, seed=0)
     label = router.add_row([4])
-    assert choices(router(drawn(1, D), TokenContext(label_T=torch.tensor([label]))), 0) == ([4], [1.0])
+    assert choices(router(drawn(1, D), TokenContext(label_T=torch.tensor([label]))), 0) == (
+        [4],
+        [1.0],
+    )
 
 
 @pytest.mark.parametrize(

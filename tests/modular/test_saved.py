@@ -11,17 +11,38 @@ from safetensors import safe_open
 from torch import nn
 
 from dmoe.config.errors import CheckpointError
-from dmoe.modular import Adapter, LowRank, SparseDelta, attach, core_hash, inspect, layers, load, routed, save, table
+from dmoe.modular import (
+    Adapter,
+    LowRank,
+    SparseDelta,
+    attach,
+    core_hash,
+    inspect,
+    layers,
+    load,
+    routed,
+    save,
+    table,
+)
 from dmoe.modular.aggregation import Attention
-from dmoe.modular.saved import module_state
+from dmoe.modular.files import module_state
 from tests.modular.nets import M, drawn, mlp, stir
 
 TABLE = table([[0], [1, 2]], M)
 
 
-def attached(bank: object = None, seed: int = 0, places: str = "[02]", router: object = None) -> nn.Module:
+def attached(
+    bank: object = None, seed: int = 0, places: str = "[02]", router: object = None
+) -> nn.Module:
     model = mlp()
-    attach(model, places, bank or partial(LowRank, M, rank=2), router or routed("top_k", M, 2), Attention, seed=seed)  # type: ignore[arg-type]
+    attach(
+        model,
+        places,
+        bank or partial(LowRank, M, rank=2),
+        router or routed("top_k", M, 2),
+        Attention,
+        seed=seed,
+    )  # type: ignore[arg-type]
     return model
 
 
@@ -33,7 +54,10 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
         load(other, tmp_path / "modules.safetensors")
         x = drawn(5, 6)
         assert torch.equal(one(x), other(x))
-        assert all(torch.equal(value, module_state(other)[name]) for name, value in module_state(one).items())
+        assert all(
+            torch.equal(value, module_state(other)[name])
+            for name, value in module_state(one).items()
+        )
         assert list(tmp_path.iterdir()) == [tmp_path / "modules.safetensors"]
 
 
@@ -71,7 +95,9 @@ def other_core(tmp_path: Path) -> nn.Module:
         (lambda _: mlp(), "no place"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_sentence(make: object, word: str, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_in_one_sentence(
+    make: object, word: str, tmp_path: Path
+) -> None:
     model = attached()
     stir(model)
     save(model, tmp_path / "m")

@@ -24,7 +24,11 @@ def make(*, seed: int = 0, experts_per_token: int = 2, num_experts: int = 5, **o
 
 def tokens_of(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, DIM, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    return (
+        torch.randn(*shape, DIM, generator=generator, dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_()
+    )
 
 
 def objective(output: MoEOutput) -> Tensor:
@@ -39,15 +43,21 @@ def objective(output: MoEOutput) -> Tensor:
     return total
 
 
-def gradients(layer: MoE, x: Tensor, context: TokenContext | None = None) -> tuple[MoEOutput, dict[str, Tensor]]:
+def gradients(
+    layer: MoE, x: Tensor, context: TokenContext | None = None
+) -> tuple[MoEOutput, dict[str, Tensor]]:
     """A forward and backward; gradients of every parameter and of `x`."""
     layer.zero_grad()
     x.grad = None
     output = layer(x, context or TokenContext())
     objective(output).backward()
     found = {"x": x.grad} | {name: parameter.grad for name, parameter in layer.named_parameters()}
-    assert all(gradient is not None for gradient in found.values()), [name for name, g in found.items() if g is None]
-    return output, {name: gradient.clone() for name, gradient in found.items() if gradient is not None}
+    assert all(gradient is not None for gradient in found.values()), [
+        name for name, g in found.items() if g is None
+    ]
+    return output, {
+        name: gradient.clone() for name, gradient in found.items() if gradient is not None
+    }
 
 
 def close(got: Any, expected: Any, tolerance: float = 1e-10) -> None:

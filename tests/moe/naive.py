@@ -28,11 +28,16 @@ class NaiveOutput:
     chosen: list[list[int]]
 
 
-def naive_moe(layer: MoE, x_TD: Tensor, *, groups: int = 1, valid: list[bool] | None = None) -> NaiveOutput:
+def naive_moe(
+    layer: MoE, x_TD: Tensor, *, groups: int = 1, valid: list[bool] | None = None
+) -> NaiveOutput:
     valid = [True] * len(x_TD) if valid is None else valid
     real = [t for t in range(len(x_TD)) if valid[t]]
     logits = [layer.router.weight @ x for x in x_TD]
-    scores = [torch.softmax(row, -1) if layer.router.config.score == "softmax" else torch.sigmoid(row) for row in logits]
+    scores = [
+        torch.softmax(row, -1) if layer.router.config.score == "softmax" else torch.sigmoid(row)
+        for row in logits
+    ]
     chosen = [best(row.tolist(), layer.router.top_k) for row in scores]
     weights = [weights_of_token(layer, logits[t], scores[t], chosen[t]) for t in range(len(x_TD))]
     kept = survivors(layer, scores, chosen, groups, valid)
@@ -49,12 +54,19 @@ def naive_moe(layer: MoE, x_TD: Tensor, *, groups: int = 1, valid: list[bool] | 
         for k in alive:
             weight = weights[t][k] / total * layer.router.config.scale
             y = y + weight * feed_forward(
-                layer.experts.kind, x, layer.experts.w_in[chosen[t][k]], layer.experts.w_out[chosen[t][k]]
+                layer.experts.kind,
+                x,
+                layer.experts.w_in[chosen[t][k]],
+                layer.experts.w_out[chosen[t][k]],
             )
         if layer.shared is not None:
-            y = y + feed_forward(layer.shared.kind, x, layer.shared.w_in.weight.t(), layer.shared.w_out.weight.t())
+            y = y + feed_forward(
+                layer.shared.kind, x, layer.shared.w_in.weight.t(), layer.shared.w_out.weight.t()
+            )
         rows.append(y)
-    return NaiveOutput(torch.stack(rows), switch_loss(scores, chosen, real), z_loss(logits, real), kept, chosen)
+    return NaiveOutput(
+        torch.stack(rows), switch_loss(scores, chosen, real), z_loss(logits, real), kept, chosen
+    )
 
 
 def best(scores: list[float], top_k: int) -> list[int]:
@@ -81,7 +93,10 @@ def survivors(
     if factor is None:
         return {(t, chosen[t][k]) for k, t in waiting}
     per_group = tokens // groups
-    capacity = min(per_group, max(layer.capacity.min_capacity, math.ceil(factor * top_k * per_group / experts - 1e-9)))
+    capacity = min(
+        per_group,
+        max(layer.capacity.min_capacity, math.ceil(factor * top_k * per_group / experts - 1e-9)),
+    )
     if layer.capacity.priority == "score":
         waiting.sort(key=lambda kt: (-float(scores[kt[1]][chosen[kt[1]][kt[0]]]), kt))
     kept: set[tuple[int, int]] = set()
@@ -98,9 +113,17 @@ def feed_forward(kind: str, x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     hidden = x @ w_in
     if kind in ("swiglu", "geglu"):
         gate, up = hidden[: len(hidden) // 2], hidden[len(hidden) // 2 :]
-        bent = gate * torch.sigmoid(gate) if kind == "swiglu" else gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2)))
+        bent = (
+            gate * torch.sigmoid(gate)
+            if kind == "swiglu"
+            else gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2)))
+        )
         return bent * up @ w_out
-    return (hidden.clamp(min=0) if kind == "relu" else hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))) @ w_out
+    return (
+        hidden.clamp(min=0)
+        if kind == "relu"
+        else hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+    ) @ w_out
 
 
 def switch_loss(scores: list[Tensor], chosen: list[list[int]], real: list[int]) -> Tensor:
@@ -108,10 +131,14 @@ def switch_loss(scores: list[Tensor], chosen: list[list[int]], real: list[int]) 
     loss = scores[0].new_zeros(())
     for e in range(experts):
         f = sum(chosen[t].count(e) for t in real) / max(1, choices)
-        p = sum((scores[t][e] / scores[t].sum() for t in real), scores[0].new_zeros(())) / max(1, len(real))
+        p = sum((scores[t][e] / scores[t].sum() for t in real), scores[0].new_zeros(())) / max(
+            1, len(real)
+        )
         loss = loss + f * p
     return experts * loss
 
 
 def z_loss(logits: list[Tensor], real: list[int]) -> Tensor:
-    return sum((logits[t].exp().sum().log() ** 2 for t in real), logits[0].new_zeros(())) / max(1, len(real))
+    return sum((logits[t].exp().sum().log() ** 2 for t in real), logits[0].new_zeros(())) / max(
+        1, len(real)
+    )

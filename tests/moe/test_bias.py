@@ -7,22 +7,32 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoe.moe.balance import choice_count, updated_bias
-from dmoe.moe.balance.bias import bias_reference
-from tests.moe.choir import cut, sing
-from tests.moe.drawing import drawn, random_routing
+from dmoe.moe.load_balancing import choice_count, updated_bias
+from dmoe.moe.load_balancing.bias import bias_reference
+from tests.moe.strategies import drawn, random_routing
+from tests.moe.threaded_ranks import cut, sing
 
 
 @drawn
 @given(
-    pairs=st.lists(st.tuples(st.floats(-1, 1), st.integers(0, 5) | st.integers(0, 2**40)), min_size=1, max_size=13),
+    pairs=st.lists(
+        st.tuples(st.floats(-1, 1), st.integers(0, 5) | st.integers(0, 2**40)),
+        min_size=1,
+        max_size=13,
+    ),
     rate=st.sampled_from([0.0, 0.001, 0.5]),
     recenter=st.booleans(),
 )
-def test_update_equals_the_loop(pairs: list[tuple[float, int]], rate: float, recenter: bool) -> None:
+def test_update_equals_the_loop(
+    pairs: list[tuple[float, int]], rate: float, recenter: bool
+) -> None:
     bias, counts = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    got = updated_bias(torch.tensor(bias, dtype=torch.float64), torch.tensor(counts), rate, recenter)
-    assert got.tolist() == pytest.approx(bias_reference(bias, counts, rate, recenter), rel=1e-12, abs=1e-12)
+    got = updated_bias(
+        torch.tensor(bias, dtype=torch.float64), torch.tensor(counts), rate, recenter
+    )
+    assert got.tolist() == pytest.approx(
+        bias_reference(bias, counts, rate, recenter), rel=1e-12, abs=1e-12
+    )
 
 
 def test_direction() -> None:
@@ -34,11 +44,16 @@ def test_direction() -> None:
 @pytest.mark.parametrize("large", [2**24, 2**53])
 def test_counts_that_float_cannot_tell_apart(large: int) -> None:
     """One choice more is one too many, also among 16 million (float32) or 9e15 (float64): compared in integers."""
-    assert updated_bias(torch.zeros(2), torch.tensor([large, large + 1]), 0.5, recenter=False).tolist() == [0.5, -0.5]
+    assert updated_bias(
+        torch.zeros(2), torch.tensor([large, large + 1]), 0.5, recenter=False
+    ).tolist() == [0.5, -0.5]
 
 
 def test_no_choices_move_nothing() -> None:
-    assert updated_bias(torch.zeros(5), torch.zeros(5, dtype=torch.int64), 0.5, recenter=True).tolist() == [0.0] * 5
+    assert (
+        updated_bias(torch.zeros(5), torch.zeros(5, dtype=torch.int64), 0.5, recenter=True).tolist()
+        == [0.0] * 5
+    )
 
 
 def test_recentred_bias_does_not_drift() -> None:
@@ -56,9 +71,17 @@ def test_recentred_bias_does_not_drift() -> None:
 
 def test_layers_at_once_are_layers_one_by_one() -> None:
     generator = torch.Generator().manual_seed(0)
-    bias_LE, count_LE = torch.randn(3, 7, generator=generator), torch.randint(0, 9, (3, 7), generator=generator)
-    one_by_one = [updated_bias(bias_E, count_E, 0.01, recenter=True) for bias_E, count_E in zip(bias_LE, count_LE, strict=True)]
-    assert torch.equal(updated_bias(bias_LE, count_LE, 0.01, recenter=True), torch.stack(one_by_one))
+    bias_LE, count_LE = (
+        torch.randn(3, 7, generator=generator),
+        torch.randint(0, 9, (3, 7), generator=generator),
+    )
+    one_by_one = [
+        updated_bias(bias_E, count_E, 0.01, recenter=True)
+        for bias_E, count_E in zip(bias_LE, count_LE, strict=True)
+    ]
+    assert torch.equal(
+        updated_bias(bias_LE, count_LE, 0.01, recenter=True), torch.stack(one_by_one)
+    )
 
 
 def test_every_rank_has_the_same_bits_for_any_number_of_ranks() -> None:
@@ -67,5 +90,10 @@ def test_every_rank_has_the_same_bits_for_any_number_of_ranks() -> None:
     alone = updated_bias(bias_E, choice_count(routing, 1)[0], 0.01, recenter=True)
     for ranks in (2, 3, 4):
         parts = cut(routing, ranks)
-        counts = sing(ranks, lambda peers, parts=parts: peers.sum(choice_count(parts[peers.rank], 1)[0]))  # type: ignore[misc]
-        assert all(torch.equal(updated_bias(bias_E, count_E, 0.01, recenter=True), alone) for count_E in counts)
+        counts = sing(
+            ranks, lambda peers, parts=parts: peers.sum(choice_count(parts[peers.rank], 1)[0])
+        )  # type: ignore[misc]
+        assert all(
+            torch.equal(updated_bias(bias_E, count_E, 0.01, recenter=True), alone)
+            for count_E in counts
+        )

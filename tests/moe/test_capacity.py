@@ -13,10 +13,10 @@ from torch import Tensor
 
 from dmoe.config.schema import CapacityConfig
 from dmoe.moe.capacity import apply_capacity, apply_capacity_reference, expert_capacity
-from dmoe.moe.peers import NoComm
+from dmoe.moe.interfaces import NoComm
 from dmoe.moe.routing import Routing, TokenContext
-from tests.moe.drawing import drawn, limit_to, random_routing, routings, slots
 from tests.moe.layers import make, tokens_of
+from tests.moe.strategies import drawn, limit_to, random_routing, routings, slots
 
 factors = st.sampled_from([0.1, 0.5, 1.0, 1.25, 2.0, 100.0])
 configs = st.builds(
@@ -29,10 +29,14 @@ configs = st.builds(
 
 @drawn
 @given(drawn_routing=routings(), config=configs, factor=factors)
-def test_survivors_equal_the_walk(drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float) -> None:
+def test_survivors_equal_the_walk(
+    drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float
+) -> None:
     routing, groups = drawn_routing
     limited = limit_to(routing, config, factor, groups)
-    keep_TK, expert_TK = apply_capacity_reference(routing, config, groups, slots(routing, config, factor, groups))
+    keep_TK, expert_TK = apply_capacity_reference(
+        routing, config, groups, slots(routing, config, factor, groups)
+    )
     assert limited.keep_TK is not None
     assert torch.equal(limited.keep_TK, keep_TK)
     assert torch.equal(limited.expert_TK, expert_TK)
@@ -40,7 +44,9 @@ def test_survivors_equal_the_walk(drawn_routing: tuple[Routing, int], config: Ca
 
 @drawn
 @given(drawn_routing=routings(), config=configs, factor=factors)
-def test_slots_are_unique_and_in_range(drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float) -> None:
+def test_slots_are_unique_and_in_range(
+    drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float
+) -> None:
     routing, groups = drawn_routing
     limited = limit_to(routing, config, factor, groups)
     assert limited.keep_TK is not None
@@ -58,12 +64,17 @@ def test_slots_are_unique_and_in_range(drawn_routing: tuple[Routing, int], confi
 
 @drawn
 @given(drawn_routing=routings(), config=configs, factor=factors)
-def test_weights_of_survivors(drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float) -> None:
+def test_weights_of_survivors(
+    drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float
+) -> None:
     routing = replace(drawn_routing[0], scale=1.5)
     limited = limit_to(routing, config, factor, drawn_routing[1])
     assert limited.keep_TK is not None
     for weights, kept, got in zip(
-        routing.weight_TK.tolist(), limited.keep_TK.tolist(), limited.weight_TK.tolist(), strict=True
+        routing.weight_TK.tolist(),
+        limited.keep_TK.tolist(),
+        limited.weight_TK.tolist(),
+        strict=True,
     ):
         alive = [weight if keep else 0.0 for weight, keep in zip(weights, kept, strict=True)]
         if config.renormalize and any(kept):
@@ -79,7 +90,9 @@ def test_weights_of_survivors(drawn_routing: tuple[Routing, int], config: Capaci
     num_experts=st.integers(8, 300),
     least=st.integers(0, 5),
 )
-def test_slots_formula_in_exact_arithmetic(hundredths: int, tokens: int, top_k: int, num_experts: int, least: int) -> None:
+def test_slots_formula_in_exact_arithmetic(
+    hundredths: int, tokens: int, top_k: int, num_experts: int, least: int
+) -> None:
     wanted = -((-Fraction(hundredths, 100) * top_k * tokens / num_experts) // 1)
     expected = min(tokens, max(least, int(wanted)))
     assert expert_capacity(hundredths / 100, tokens, top_k, num_experts, least) == expected
@@ -100,7 +113,9 @@ def test_position_serves_first_choices_of_late_tokens_before_second_choices_of_e
 
 def test_score_serves_the_surest_and_ties_by_position() -> None:
     score_TE = torch.tensor([[0.2, 0.1], [0.9, 0.1], [0.5, 0.1], [0.5, 0.1]])
-    routing = Routing(torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1), score_TE, score_TE.log())
+    routing = Routing(
+        torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1), score_TE, score_TE.log()
+    )
     limited = limit_to(routing, CapacityConfig(priority="score"), 1.0, 1)  # C = 2
     assert limited.keep_TK is not None
     assert limited.keep_TK[:, 0].tolist() == [False, True, True, False]
@@ -114,7 +129,9 @@ def test_sequence_groups_do_not_see_each_other(priority: str) -> None:
     whole = limit_to(routing, config, 0.8, groups=4)
     assert whole.keep_TK is not None
     assert routing.keep_TK is not None
-    assert 0 < int(whole.keep_TK.sum()) < int(routing.keep_TK.sum())  # something is dropped, or nothing is tested
+    assert (
+        0 < int(whole.keep_TK.sum()) < int(routing.keep_TK.sum())
+    )  # something is dropped, or nothing is tested
     for parts in (2, 4):
         for part in range(parts):
             rows = slice(part * 24 // parts, (part + 1) * 24 // parts)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from dmoe.config.check import check
 from dmoe.config.errors import ConfigError
 from dmoe.config.load import load
-from dmoe.verification.shrink import prepare, shrink
+from dmoe.config.rules import check
+from dmoe.verify.shrink import prepare, shrink
 
 FACTOR = "moe.capacity.factor=1.0"
 NEXT = "moe.capacity.overflow=next_choice"
@@ -27,7 +27,11 @@ REFUSED = [
     (["moe.balance.load=0.1", *ADAPTIVE], "moe.balance.load", "noisy"),
     ([NEXT], "moe.capacity.overflow", "capacity"),
     ([NEXT, FACTOR, "moe.num_experts=2"], "moe.capacity.overflow", "all of them"),
-    (["moe.capacity.renormalize=true", "moe.top_k=1", "moe.router.renormalize=false"], "moe.capacity.renormalize", "gradient"),
+    (
+        ["moe.capacity.renormalize=true", "moe.top_k=1", "moe.router.renormalize=false"],
+        "moe.capacity.renormalize",
+        "gradient",
+    ),
     (["moe.capacity.renormalize=true", *ADAPTIVE], "moe.capacity.renormalize", "k_min=1"),
     *[([NEXT, FACTOR, *router], "moe.capacity.overflow", "next expert") for router in UNORDERED],
     *[(["moe.balance.bias=0.001", *router], "moe.balance.bias", "router") for router in UNORDERED],
@@ -51,7 +55,11 @@ REFUSED = [
     (MIXED[:1], "moe.num_experts", "number of moe.experts.shapes, 3"),
     ([*MIXED[1:], "moe.experts.shapes=[[],[0],[5]]"], "moe.experts.shapes", "from 1 to"),
     ([*MIXED[1:], "moe.experts.shapes=[[],5,[5]]"], "moe.experts.shapes", "lists of whole numbers"),
-    ([*MIXED[1:], "moe.experts.shapes=[[],[1.5],[5]]"], "moe.experts.shapes", "lists of whole numbers"),
+    (
+        [*MIXED[1:], "moe.experts.shapes=[[],[1.5],[5]]"],
+        "moe.experts.shapes",
+        "lists of whole numbers",
+    ),
     ([*MIXED, "model.dense_first=1"], "model.dense_dim", "dense blocks"),
     ([*MIXED, "parallel.ep=2"], "parallel.ep", "divide the world"),
     (["moe.experts.zero=-1"], "moe.experts.zero", "must not be negative"),
@@ -103,7 +111,14 @@ def test_what_can_be_trained_can_be_verified() -> None:
     """Verification trains narrow layers, where a linear expert costs a larger share of all: a budget that afforded it did so no more,
     and `dmoe verify` refused a config that `dmoe train` takes."""
     config = load(
-        None, [*BUDGET, "moe.experts.shapes=[[],[1024]]", "moe.num_experts=2", "moe.top_k=2", "moe.router.budget=0.1"]
+        None,
+        [
+            *BUDGET,
+            "moe.experts.shapes=[[],[1024]]",
+            "moe.num_experts=2",
+            "moe.top_k=2",
+            "moe.router.budget=0.1",
+        ],
     )
     check(config)
     check(prepare(shrink(config), 2))

@@ -8,22 +8,33 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn.functional import grouped_mm
 
+from dmoe.config.expert_shapes import GATED
 from dmoe.moe.experts import FeedForward, MLPExperts
-from dmoe.moe.experts.activation import ACTIVATION_FNS, GATED, swiglu, swiglu_reference
-from dmoe.moe.experts.fused import feed_forward, feed_forward_in_steps
-from dmoe.moe.experts.grouped import grouped_linear, grouped_linear_reference
+from dmoe.moe.experts.activation import ACTIVATION_FNS, swiglu, swiglu_reference
+from dmoe.moe.experts.grouped_mlp import (
+    feed_forward,
+    feed_forward_in_steps,
+    grouped_linear,
+    grouped_linear_reference,
+)
 
 COUNTS = [[3, 0, 5, 1], [0, 0, 0, 9], [4, 4, 4, 4], [0, 0, 0, 0]]
 FORMULAS = {
     "swiglu": lambda h: h.chunk(2, -1)[0] * torch.sigmoid(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1],
-    "geglu": lambda h: h.chunk(2, -1)[0] * 0.5 * (1 + torch.erf(h.chunk(2, -1)[0] / 2**0.5)) * h.chunk(2, -1)[1],
+    "geglu": lambda h: (
+        h.chunk(2, -1)[0] * 0.5 * (1 + torch.erf(h.chunk(2, -1)[0] / 2**0.5)) * h.chunk(2, -1)[1]
+    ),
     "gelu": lambda h: h * 0.5 * (1 + torch.erf(h / 2**0.5)),
     "relu": lambda h: h.clamp(min=0),
 }
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype).requires_grad_()
+    return (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_()
+    )
 
 
 def close(got: Tensor | None, expected: Tensor | None, tolerance: float = 1e-12) -> None:
@@ -37,7 +48,9 @@ def test_grouped_linear_equals_one_row_at_a_time(counts: list[int]) -> None:
     for product in (grouped_linear, grouped_linear_reference):
         rows, weight = draw(sum(counts), 6), draw(4, 6, 5, seed=1)
         out = product(rows, weight, torch.tensor(counts))
-        (out.sin().sum() + 0 * weight.sum()).backward()  # the loop has no path to the weights when there is no row
+        (
+            out.sin().sum() + 0 * weight.sum()
+        ).backward()  # the loop has no path to the weights when there is no row
         results.append((out, rows.grad if sum(counts) else None, weight.grad))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
@@ -45,7 +58,10 @@ def test_grouped_linear_equals_one_row_at_a_time(counts: list[int]) -> None:
 
 def test_grouped_linear_gradcheck() -> None:
     count_e = torch.tensor([2, 0, 3])
-    assert gradcheck(lambda rows, weight: grouped_linear(rows, weight, count_e), (draw(5, 4), draw(3, 4, 2, seed=1)))
+    assert gradcheck(
+        lambda rows, weight: grouped_linear(rows, weight, count_e),
+        (draw(5, 4), draw(3, 4, 2, seed=1)),
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
@@ -55,7 +71,9 @@ def test_grouped_linear_equals_grouped_mm(dtype: torch.dtype, tolerance: float) 
     results = []
     for fast in (True, False):
         rows, weight = draw(32, 16, dtype=dtype), draw(4, 16, 8, seed=1, dtype=dtype)
-        out = grouped_linear(rows, weight, count_e) if fast else grouped_mm(rows, weight, offs=ends_e)
+        out = (
+            grouped_linear(rows, weight, count_e) if fast else grouped_mm(rows, weight, offs=ends_e)
+        )
         out.float().sin().sum().backward()
         results.append((out, rows.grad, weight.grad))
     for got, expected in zip(*results, strict=True):
@@ -89,7 +107,10 @@ def test_experts_equal_one_row_at_a_time(kind: str, counts: list[int], out_dim: 
         if fast:
             out = experts(rows, torch.tensor(counts))
         else:
-            each = [FORMULAS[kind](row @ experts.w_in[e]) @ experts.w_out[e] for row, e in zip(rows, expert_R, strict=True)]
+            each = [
+                FORMULAS[kind](row @ experts.w_in[e]) @ experts.w_out[e]
+                for row, e in zip(rows, expert_R, strict=True)
+            ]
             out = torch.stack(each) if each else rows.new_zeros(0, out_dim) + 0 * rows.sum()
         (out.sin().sum() + 0 * (experts.w_in.sum() + experts.w_out.sum())).backward()
         results.append((out, rows.grad, experts.w_in.grad, experts.w_out.grad))

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from dmoe.config.schema import CapacityConfig
 from dmoe.moe.capacity import apply_capacity, apply_capacity_reference
-from dmoe.moe.peers import DataParallelComm
-from dmoe.moe.permute import padded_permutation
+from dmoe.moe.dispatch import padded_permutation
+from dmoe.moe.interfaces import DataParallelComm
 from dmoe.moe.routing import Routing, TokenContext
-from tests.moe.choir import Singer, cut, sing
-from tests.moe.drawing import drawn, random_routing, slots
 from tests.moe.layers import close, make, tokens_of
-from tests.moe.spares import crowded, spared_routings, with_spares
+from tests.moe.next_choice_cases import crowded, spared_routings, with_spares
+from tests.moe.strategies import drawn, random_routing, slots
+from tests.moe.threaded_ranks import Singer, cut, sing
 
 factors = st.sampled_from([0.1, 0.5, 1.0, 1.25, 2.0, 100.0])
 configs = st.builds(
@@ -32,18 +32,31 @@ configs = st.builds(
 worlds = st.sampled_from([1, 2, 3, 4]).flatmap(lambda ranks: spared_routings(ranks))
 
 
-def limit_on_ranks(routing: Routing, config: CapacityConfig, factor: float, ranks: int) -> list[Routing]:
+def limit_on_ranks(
+    routing: Routing, config: CapacityConfig, factor: float, ranks: int
+) -> list[Routing]:
     parts, capacity = cut(routing, ranks), slots(routing, config, factor, 1)
-    return sing(ranks, lambda peers: apply_capacity(parts[peers.rank], config, TokenContext(capacity=capacity), peers))
+    return sing(
+        ranks,
+        lambda peers: apply_capacity(
+            parts[peers.rank], config, TokenContext(capacity=capacity), peers
+        ),
+    )
 
 
 @drawn
 @given(world=worlds, config=configs, factor=factors)
-def test_ranks_equal_one_walk_over_all_tokens(world: tuple[Routing, int], config: CapacityConfig, factor: float) -> None:
+def test_ranks_equal_one_walk_over_all_tokens(
+    world: tuple[Routing, int], config: CapacityConfig, factor: float
+) -> None:
     routing, ranks = world
     limited = limit_on_ranks(routing, config, factor, ranks)
-    keep_TK, expert_TK = apply_capacity_reference(routing, config, 1, slots(routing, config, factor, 1))
-    assert torch.equal(torch.cat([part.keep_TK for part in limited if part.keep_TK is not None]), keep_TK)
+    keep_TK, expert_TK = apply_capacity_reference(
+        routing, config, 1, slots(routing, config, factor, 1)
+    )
+    assert torch.equal(
+        torch.cat([part.keep_TK for part in limited if part.keep_TK is not None]), keep_TK
+    )
     assert torch.equal(torch.cat([part.expert_TK for part in limited]), expert_TK)
     [alone] = limit_on_ranks(routing, config, factor, 1)
     assert torch.equal(torch.cat([part.weight_TK for part in limited]), alone.weight_TK)
@@ -51,7 +64,9 @@ def test_ranks_equal_one_walk_over_all_tokens(world: tuple[Routing, int], config
 
 @drawn
 @given(world=worlds, config=configs, factor=factors)
-def test_slots_on_each_rank_have_no_gap(world: tuple[Routing, int], config: CapacityConfig, factor: float) -> None:
+def test_slots_on_each_rank_have_no_gap(
+    world: tuple[Routing, int], config: CapacityConfig, factor: float
+) -> None:
     """The padded exchange has min(C, T) slots for each rank's share of the queue: they must suffice whoever is served."""
     routing, ranks = world
     capacity, num_experts = slots(routing, config, factor, 1), routing.score_TE.shape[1]
@@ -69,7 +84,9 @@ def test_slots_on_each_rank_have_no_gap(world: tuple[Routing, int], config: Capa
         assert filled_R is not None
         assert int(filled_R.sum()) == int(part.keep_TK.sum())
     assert sum(part.slots for part in limited) == pytest.approx(capacity * num_experts)
-    kept_E = sum(torch.bincount(part.expert_TK[part.keep_TK], minlength=num_experts) for part in limited)
+    kept_E = sum(
+        torch.bincount(part.expert_TK[part.keep_TK], minlength=num_experts) for part in limited
+    )
     assert isinstance(kept_E, torch.Tensor)
     assert int(kept_E.max()) <= capacity
 
@@ -82,8 +99,12 @@ def test_crowded_ranks_equal_the_walk(ranks: int, priority: str) -> None:
     for seed in range(6):
         routing = crowded(seed)
         limited = limit_on_ranks(routing, config, 1.0, ranks)
-        keep_TK, expert_TK = apply_capacity_reference(routing, config, 1, slots(routing, config, 1.0, 1))
-        assert torch.equal(torch.cat([part.keep_TK for part in limited if part.keep_TK is not None]), keep_TK)
+        keep_TK, expert_TK = apply_capacity_reference(
+            routing, config, 1, slots(routing, config, 1.0, 1)
+        )
+        assert torch.equal(
+            torch.cat([part.keep_TK for part in limited if part.keep_TK is not None]), keep_TK
+        )
         assert torch.equal(torch.cat([part.expert_TK for part in limited]), expert_TK)
         for part, expert in product(limited, range(6)):
             assert part.slot_TK is not None
@@ -100,16 +121,25 @@ def test_a_rank_of_padding_takes_nothing_and_hangs_nobody(priority: str, hot: in
     config = CapacityConfig(group="global", priority=priority)  # type: ignore[arg-type]
     limited = limit_on_ranks(routing, config, 0.5, 3)
     keep_TK, _ = apply_capacity_reference(routing, config, 1, slots(routing, config, 0.5, 1))
-    assert torch.equal(torch.cat([part.keep_TK for part in limited if part.keep_TK is not None]), keep_TK)
+    assert torch.equal(
+        torch.cat([part.keep_TK for part in limited if part.keep_TK is not None]), keep_TK
+    )
     assert limited[0].keep_TK is not None
     assert not limited[0].keep_TK.any()
     assert keep_TK.any()
 
 
 def test_first_choices_of_the_last_rank_come_before_second_choices_of_the_first() -> None:
-    routing = replace(random_routing(4, 2, 2), expert_TK=torch.tensor([[1, 0], [1, 0], [0, 1], [0, 1]]))
+    routing = replace(
+        random_routing(4, 2, 2), expert_TK=torch.tensor([[1, 0], [1, 0], [0, 1], [0, 1]])
+    )
     config = CapacityConfig(group="global")
-    limited = sing(2, lambda peers: apply_capacity(cut(routing, 2)[peers.rank], config, TokenContext(capacity=3), peers))
+    limited = sing(
+        2,
+        lambda peers: apply_capacity(
+            cut(routing, 2)[peers.rank], config, TokenContext(capacity=3), peers
+        ),
+    )
     assert [part.keep_TK.tolist() for part in limited if part.keep_TK is not None] == [
         [[True, True], [True, False]],
         [[True, True], [True, False]],

@@ -18,8 +18,12 @@ def test_packed_equals_padded(priority: str, group: str, factor: float) -> None:
     limits = CapacityConfig(factor=factor, group=group, priority=priority)  # type: ignore[arg-type]
     context = TokenContext(valid_T=torch.arange(4 * 7) % 6 != 2)
     x = tokens_of(4, 7)
-    one, gradient_one = gradients(make(capacity=limits, exchange="packed", virtual_ranks=2), x, context)
-    two, gradient_two = gradients(make(capacity=limits, exchange="padded", virtual_ranks=2), x, context)
+    one, gradient_one = gradients(
+        make(capacity=limits, exchange="packed", virtual_ranks=2), x, context
+    )
+    two, gradient_two = gradients(
+        make(capacity=limits, exchange="padded", virtual_ranks=2), x, context
+    )
     for name in ("expert_TK", "keep_TK", "slot_TK"):
         assert torch.equal(getattr(one.routing, name), getattr(two.routing, name)), name
     assert torch.equal(one.stats.as_vector(), two.stats.as_vector())

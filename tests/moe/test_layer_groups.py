@@ -20,11 +20,17 @@ def objective_of_all(shares: list[MoEOutput]) -> torch.Tensor:
     """`objective` of the whole batch: it is a sum over tokens and over shares."""
     whole = torch.cat([share.y for share in shares])
     return objective(
-        replace(shares[0], y=whole, aux={name: sum(share.aux[name] for share in shares) for name in shares[0].aux})
+        replace(
+            shares[0],
+            y=whole,
+            aux={name: sum(share.aux[name] for share in shares) for name in shares[0].aux},
+        )
     )
 
 
-def separate(x: torch.Tensor, context: TokenContext, **options: object) -> tuple[list[MoEOutput], dict[str, torch.Tensor]]:
+def separate(
+    x: torch.Tensor, context: TokenContext, **options: object
+) -> tuple[list[MoEOutput], dict[str, torch.Tensor]]:
     """The batch in RANKS calls, gradients summed. Each call reads a whole loss; over RANKS units its share is 1/RANKS."""
     layer = make(**options)  # type: ignore[arg-type]
     outputs = []
@@ -32,7 +38,9 @@ def separate(x: torch.Tensor, context: TokenContext, **options: object) -> tuple
         piece = x.detach()[2 * part : 2 * part + 2].clone().requires_grad_()
         valid_T = None if context.valid_T is None else context.valid_T.view(RANKS, -1)[part]
         output = layer(piece, replace(context, valid_T=valid_T))
-        outputs.append(replace(output, aux={name: value / RANKS for name, value in output.aux.items()}))
+        outputs.append(
+            replace(output, aux={name: value / RANKS for name, value in output.aux.items()})
+        )
     objective_of_all(outputs).backward()
     total = {name: parameter.grad for name, parameter in layer.named_parameters()}
     assert all(gradient is not None for gradient in total.values())
@@ -44,12 +52,20 @@ def separate(x: torch.Tensor, context: TokenContext, **options: object) -> tuple
 @pytest.mark.parametrize("level", ["micro_batch", "sequence"])
 def test_virtual_ranks_equal_separate_calls(masked: bool, exchange: str, level: str) -> None:
     x = tokens_of(2 * RANKS, 5)
-    context = TokenContext(valid_T=torch.arange(2 * RANKS * 5) % 7 != 3) if masked else TokenContext()
-    options = {"capacity": LIMITS, "exchange": exchange, "balance": BalanceConfig(switch_level=level)}  # type: ignore[arg-type]
+    context = (
+        TokenContext(valid_T=torch.arange(2 * RANKS * 5) % 7 != 3) if masked else TokenContext()
+    )
+    options = {
+        "capacity": LIMITS,
+        "exchange": exchange,
+        "balance": BalanceConfig(switch_level=level),
+    }  # type: ignore[arg-type]
     together, gradient = gradients(make(virtual_ranks=RANKS, **options), x, context)
     apart, gradient_apart = separate(x, context, **options)
 
-    assert torch.equal(together.routing.keep_TK, torch.cat([output.routing.keep_TK for output in apart]))  # type: ignore[arg-type, misc]
+    assert torch.equal(
+        together.routing.keep_TK, torch.cat([output.routing.keep_TK for output in apart])
+    )  # type: ignore[arg-type, misc]
     assert not bool(together.routing.keep_TK.all())  # type: ignore[union-attr]
     close(together.y, torch.cat([output.y for output in apart]))
     for name, value in together.aux.items():
@@ -71,5 +87,7 @@ def test_sequence_drops_do_not_depend_on_the_ranks(virtual_ranks: int) -> None:
     limits = CapacityConfig(factor=0.6, group="sequence")
     whole = make(capacity=limits, virtual_ranks=virtual_ranks)(x)
     each = [make(capacity=limits)(sequence.unsqueeze(0)) for sequence in x]
-    assert torch.equal(whole.routing.keep_TK, torch.cat([output.routing.keep_TK for output in each]))
+    assert torch.equal(
+        whole.routing.keep_TK, torch.cat([output.routing.keep_TK for output in each])
+    )
     close(whole.y, torch.cat([output.y for output in each]))

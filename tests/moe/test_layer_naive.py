@@ -19,19 +19,36 @@ TOKENS = 18
 VALID = [t % 5 != 3 for t in range(TOKENS)]
 CASES: dict[str, dict[str, Any]] = {
     "dropless": {},
-    "switch": {"experts_per_token": 1, "router": RouterConfig(renormalize=False), "capacity": CapacityConfig(factor=1.0)},
+    "switch": {
+        "experts_per_token": 1,
+        "router": RouterConfig(renormalize=False),
+        "capacity": CapacityConfig(factor=1.0),
+    },
     "gshard": {"capacity": CapacityConfig(factor=0.8)},
     "by score": {"capacity": CapacityConfig(factor=0.6, priority="score")},
-    "deepspeed": {"capacity": CapacityConfig(factor=0.5, renormalize=True), "router": RouterConfig(scale=1.7)},
-    "megatron": {"router": RouterConfig(weights_from="chosen", renormalize=False), "experts_per_token": 3},
+    "deepspeed": {
+        "capacity": CapacityConfig(factor=0.5, renormalize=True),
+        "router": RouterConfig(scale=1.7),
+    },
+    "megatron": {
+        "router": RouterConfig(weights_from="chosen", renormalize=False),
+        "experts_per_token": 3,
+    },
     "deepseek": {
         "router": RouterConfig(score="sigmoid", scale=2.5),
         "experts": ExpertsConfig(shared=2),
         "experts_per_token": 3,
     },
-    "sigmoid, dropped": {"router": RouterConfig(score="sigmoid", renormalize=False), "capacity": CapacityConfig(factor=0.7)},
+    "sigmoid, dropped": {
+        "router": RouterConfig(score="sigmoid", renormalize=False),
+        "capacity": CapacityConfig(factor=0.7),
+    },
     "every expert": {"experts_per_token": 5, "capacity": CapacityConfig(factor=0.5)},
-    "one expert": {"num_experts": 1, "experts_per_token": 1, "router": RouterConfig(renormalize=False)},
+    "one expert": {
+        "num_experts": 1,
+        "experts_per_token": 1,
+        "router": RouterConfig(renormalize=False),
+    },
     "geglu": {"experts": ExpertsConfig(kind="geglu", shared=1, shared_dim=3)},
     "gelu": {"experts": ExpertsConfig(kind="gelu")},
     "relu, other width": {"experts": ExpertsConfig(kind="relu"), "out_dim": 9},
@@ -45,7 +62,9 @@ BOTH_EXCHANGES = [
 ]
 
 
-def naive_gradients(layer: MoE, x: Tensor, valid: list[bool] | None) -> tuple[NaiveOutput, dict[str, Tensor]]:
+def naive_gradients(
+    layer: MoE, x: Tensor, valid: list[bool] | None
+) -> tuple[NaiveOutput, dict[str, Tensor]]:
     layer.zero_grad()
     x.grad = None
     naive = naive_moe(layer, x, valid=valid)
@@ -53,7 +72,9 @@ def naive_gradients(layer: MoE, x: Tensor, valid: list[bool] | None) -> tuple[Na
     everything = sum((parameter.sum() for parameter in layer.parameters()), x.sum())
     (objective(as_output) + 0 * everything).backward()
     assert x.grad is not None
-    return naive, {"x": x.grad.clone()} | {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+    return naive, {"x": x.grad.clone()} | {
+        name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -75,7 +96,11 @@ def test_layer_equals_the_loop_over_tokens(name: str, exchange: str, masked: boo
 
 def kept_pairs(output: MoEOutput) -> set[tuple[int, int]]:
     routing = output.routing
-    keep_TK = torch.ones_like(routing.expert_TK, dtype=torch.bool) if routing.keep_TK is None else routing.keep_TK
+    keep_TK = (
+        torch.ones_like(routing.expert_TK, dtype=torch.bool)
+        if routing.keep_TK is None
+        else routing.keep_TK
+    )
     return {(t, int(routing.expert_TK[t, k])) for t, k in keep_TK.nonzero().tolist()}
 
 
@@ -86,7 +111,11 @@ def test_something_is_dropped_in_the_cases_that_mean_to() -> None:
 
 
 def test_evaluation_uses_its_own_capacity() -> None:
-    layer = make(capacity=CapacityConfig(factor=0.5, eval_factor=0.9), balance=BalanceConfig(), exchange="padded")
+    layer = make(
+        capacity=CapacityConfig(factor=0.5, eval_factor=0.9),
+        balance=BalanceConfig(),
+        exchange="padded",
+    )
     x = tokens_of(TOKENS)
     trained = layer(x)
     evaluated = layer.eval()(x)

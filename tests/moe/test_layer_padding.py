@@ -21,7 +21,9 @@ LEVELS = ["sequence", "micro_batch", "global"]
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(("exchange", "factor"), LIMITS)
-def test_what_padding_holds_is_felt_by_no_one(exchange: str, factor: float | None, level: str) -> None:
+def test_what_padding_holds_is_felt_by_no_one(
+    exchange: str, factor: float | None, level: str
+) -> None:
     results = []
     for scale in (1.0, 100.0):
         x = tokens_of(4, 6).detach()
@@ -44,19 +46,26 @@ def test_padding_can_be_left_out_when_dropless(level: str) -> None:
     """A padded batch of one sequence equals the short sequence itself. (A capacity counts positions, so there it may differ.)"""
     layer = make(balance=BalanceConfig(switch_level=level))  # type: ignore[arg-type]
     x = tokens_of(1, 6)
-    padded, gradient = gradients(layer, x, TokenContext(valid_T=torch.tensor([True] * 4 + [False] * 2)))
+    padded, gradient = gradients(
+        layer, x, TokenContext(valid_T=torch.tensor([True] * 4 + [False] * 2))
+    )
     short, gradient_short = gradients(layer, x.detach()[:, :4].clone().requires_grad_())
     close(padded.y[:, :4], short.y)
     close(padded.aux, short.aux)
     close(gradient["x"][:, :4], gradient_short["x"])
-    close({name: g for name, g in gradient.items() if name != "x"}, {n: g for n, g in gradient_short.items() if n != "x"})
+    close(
+        {name: g for name, g in gradient.items() if name != "x"},
+        {n: g for n, g in gradient_short.items() if n != "x"},
+    )
 
 
 def test_a_mask_of_ones_is_no_mask() -> None:
     limits = CapacityConfig(factor=0.7)
     x = tokens_of(3, 5)
     one, gradient_one = gradients(make(capacity=limits), x)
-    two, gradient_two = gradients(make(capacity=limits), x, TokenContext(valid_T=torch.ones(15, dtype=torch.bool)))
+    two, gradient_two = gradients(
+        make(capacity=limits), x, TokenContext(valid_T=torch.ones(15, dtype=torch.bool))
+    )
     close(one.y, two.y)
     close(one.aux, two.aux)
     close(gradient_one, gradient_two)
@@ -65,7 +74,9 @@ def test_a_mask_of_ones_is_no_mask() -> None:
 @pytest.mark.parametrize(("exchange", "factor"), LIMITS)
 def test_nothing_but_padding(exchange: str, factor: float | None) -> None:
     layer = make(capacity=CapacityConfig(factor=factor), exchange=exchange)
-    output, gradient = gradients(layer, tokens_of(2, 3), TokenContext(valid_T=torch.zeros(6, dtype=torch.bool)))
+    output, gradient = gradients(
+        layer, tokens_of(2, 3), TokenContext(valid_T=torch.zeros(6, dtype=torch.bool))
+    )
     assert not output.y.any()
     assert all(not bool(value) for value in output.aux.values())
     assert all(not g.any() for g in gradient.values())

@@ -28,10 +28,14 @@ def test_a_view_that_is_not_contiguous() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (2, 0)])
-@pytest.mark.parametrize(("exchange", "factor"), [("packed", None), ("packed", 1.0), ("padded", 1.0)])
+@pytest.mark.parametrize(
+    ("exchange", "factor"), [("packed", None), ("packed", 1.0), ("padded", 1.0)]
+)
 def test_no_tokens(shape: tuple[int, ...], exchange: str, factor: float | None) -> None:
     """A rank without tokens still runs its forward and backward; every gradient is there and zero."""
-    layer = make(capacity=CapacityConfig(factor=factor), exchange=exchange, experts=ExpertsConfig(shared=1))
+    layer = make(
+        capacity=CapacityConfig(factor=factor), exchange=exchange, experts=ExpertsConfig(shared=1)
+    )
     output, gradient = gradients(layer, tokens_of(*shape))
     assert output.y.shape == (*shape, DIM)
     assert all(not g.any() for g in gradient.values())
@@ -73,13 +77,17 @@ def test_bf16_is_the_float64_layer_rounded(exchange: str) -> None:
 
 @pytest.mark.parametrize("exchange", ["packed", "padded"])
 def test_autocast_computes_experts_in_bf16_and_keeps_float32_masters(exchange: str) -> None:
-    layer = make(capacity=CapacityConfig(factor=2.0), exchange=exchange, experts=ExpertsConfig(shared=1)).float()
+    layer = make(
+        capacity=CapacityConfig(factor=2.0), exchange=exchange, experts=ExpertsConfig(shared=1)
+    ).float()
     x = tokens_of(40, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output, gradient = gradients(layer, x)
     plain, gradient_plain = gradients(layer, x)
     assert output.y.dtype == torch.bfloat16
-    assert torch.equal(output.routing.logit_TE, plain.routing.logit_TE)  # the router does not follow autocast
+    assert torch.equal(
+        output.routing.logit_TE, plain.routing.logit_TE
+    )  # the router does not follow autocast
     assert {g.dtype for g in gradient.values()} == {torch.float32}
     for name, got in [("y", output.y.float()), *gradient.items()]:
         expected = plain.y if name == "y" else gradient_plain[name]
@@ -104,7 +112,9 @@ def make_plain(layer: int, seed: int = 7) -> MoE:
 
 
 def state_equal(one: MoE, two: MoE) -> bool:
-    return all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
+    return all(
+        torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items()
+    )
 
 
 def test_no_two_experts_start_alike() -> None:
@@ -126,13 +136,19 @@ def test_a_shard_is_a_slice_of_the_whole(first: int, count: int, again: bool) ->
                 parameter.zero_()
         part.initialize(7)
     for name in ("w_in", "w_out"):
-        assert torch.equal(getattr(part.experts, name), getattr(whole.experts, name)[first : first + count])
+        assert torch.equal(
+            getattr(part.experts, name), getattr(whole.experts, name)[first : first + count]
+        )
 
 
 def test_from_config_passes_everything_on() -> None:
-    config = MoEConfig(num_experts=5, top_k=3, expert_dim=4, capacity=CapacityConfig(factor=0.8), exchange="padded")
+    config = MoEConfig(
+        num_experts=5, top_k=3, expert_dim=4, capacity=CapacityConfig(factor=0.8), exchange="padded"
+    )
     layer = MoE.from_config(config, DIM, virtual_ranks=2, layer=3)
-    direct = MoE(DIM, 4, 5, 3, capacity=config.capacity, exchange="padded", virtual_ranks=2, layer=3)
+    direct = MoE(
+        DIM, 4, 5, 3, capacity=config.capacity, exchange="padded", virtual_ranks=2, layer=3
+    )
     x = tokens_of(4, 3, dtype=torch.float32)
     assert torch.equal(layer(x).y, direct(x).y)
     assert torch.equal(layer(x).stats.as_vector(), direct(x).stats.as_vector())

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from dmoe.config.schema import BalanceConfig, CapacityConfig
-from dmoe.moe.balance import auxiliary_losses, updated_bias
 from dmoe.moe.capacity import apply_capacity
+from dmoe.moe.load_balancing import auxiliary_losses, updated_bias
+from dmoe.moe.metrics import layer_stats
 from dmoe.moe.routing import Noise, Routing, TokenContext
-from dmoe.moe.stats import layer_stats
-from tests.moe.drawing import random_routing
-from tests.moe.spares import with_spares
+from tests.moe.next_choice_cases import with_spares
+from tests.moe.strategies import random_routing
 
 TOKENS, WORLD = 24, 64
 
@@ -44,13 +44,21 @@ def on_meta(routing: Routing) -> Routing:
 def routing_and_context(masked: float | None) -> tuple[Routing, TokenContext]:
     routing = on_meta(with_spares(random_routing(TOKENS, 5, 2, masked=masked), 3))
     score_TE = routing.score_TE.requires_grad_()
-    routing = replace(routing, score_TE=score_TE, logit_TE=score_TE.log(), weight_TK=score_TE[:, :2])
+    routing = replace(
+        routing, score_TE=score_TE, logit_TE=score_TE.log(), weight_TK=score_TE[:, :2]
+    )
     valid_T = None if routing.keep_TK is None else routing.keep_TK[:, 0]
     prior_LE = torch.zeros(3, 5, dtype=torch.int64, device="meta")
-    return routing, TokenContext(valid_T=valid_T, prior_count_LE=prior_LE, sequences=4, groups=4, capacity=3)
+    return routing, TokenContext(
+        valid_T=valid_T, prior_count_LE=prior_LE, sequences=4, groups=4, capacity=3
+    )
 
 
-CASES = list(product(["rank", "sequence", "global"], ["position", "score"], ["drop", "next_choice"], [None, 0.4]))
+CASES = list(
+    product(
+        ["rank", "sequence", "global"], ["position", "score"], ["drop", "next_choice"], [None, 0.4]
+    )
+)
 
 
 @pytest.mark.parametrize(("group", "priority", "overflow", "masked"), CASES)
@@ -79,4 +87,7 @@ def test_losses(level: str, masked: float | None) -> None:
 
 def test_bias() -> None:
     count_LE = torch.zeros(3, 5, dtype=torch.int64, device="meta")
-    assert updated_bias(torch.zeros(3, 5, device="meta"), count_LE, 0.1, recenter=True).shape == (3, 5)
+    assert updated_bias(torch.zeros(3, 5, device="meta"), count_LE, 0.1, recenter=True).shape == (
+        3,
+        5,
+    )

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from dmoe.config.schema import CapacityConfig
 from dmoe.moe.capacity import apply_capacity, apply_capacity_reference
-from dmoe.moe.peers import NoComm
-from dmoe.moe.permute import padded_permutation
+from dmoe.moe.dispatch import padded_permutation
+from dmoe.moe.interfaces import NoComm
 from dmoe.moe.routing import Routing, TokenContext
-from tests.moe.drawing import drawn, limit_to, random_routing, slots
-from tests.moe.spares import crowded, spared_routings, with_spares
+from tests.moe.next_choice_cases import crowded, spared_routings, with_spares
+from tests.moe.strategies import drawn, limit_to, random_routing, slots
 
 factors = st.sampled_from([0.1, 0.5, 1.0, 1.25, 2.0])
 configs = st.builds(
@@ -29,7 +29,11 @@ configs = st.builds(
 
 
 crowds = [
-    example(drawn_routing=(crowded(seed), 3), config=CapacityConfig(priority=order, overflow="next_choice"), factor=1.0)
+    example(
+        drawn_routing=(crowded(seed), 3),
+        config=CapacityConfig(priority=order, overflow="next_choice"),
+        factor=1.0,
+    )
     for seed, order in enumerate(["position", "score"] * 3)
 ]  # type: ignore[arg-type]
 
@@ -43,10 +47,14 @@ def with_crowds(test: Callable[..., None]) -> Callable[..., None]:
 @drawn
 @with_crowds
 @given(drawn_routing=spared_routings(), config=configs, factor=factors)
-def test_second_chances_equal_the_walk(drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float) -> None:
+def test_second_chances_equal_the_walk(
+    drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float
+) -> None:
     routing, groups = drawn_routing
     limited = limit_to(routing, config, factor, groups)
-    keep_TK, expert_TK = apply_capacity_reference(routing, config, groups, slots(routing, config, factor, groups))
+    keep_TK, expert_TK = apply_capacity_reference(
+        routing, config, groups, slots(routing, config, factor, groups)
+    )
     assert limited.keep_TK is not None
     assert torch.equal(limited.keep_TK, keep_TK)
     assert torch.equal(limited.expert_TK, expert_TK)
@@ -55,7 +63,9 @@ def test_second_chances_equal_the_walk(drawn_routing: tuple[Routing, int], confi
 @drawn
 @with_crowds
 @given(drawn_routing=spared_routings(), config=configs, factor=factors)
-def test_slots_stay_unique_and_without_a_gap(drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float) -> None:
+def test_slots_stay_unique_and_without_a_gap(
+    drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float
+) -> None:
     routing, groups = drawn_routing
     limited = limit_to(routing, config, factor, groups)
     assert limited.keep_TK is not None
@@ -73,7 +83,9 @@ def test_slots_stay_unique_and_without_a_gap(drawn_routing: tuple[Routing, int],
 
 @drawn
 @given(drawn_routing=spared_routings(), config=configs, factor=factors)
-def test_weights_of_rerouted(drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float) -> None:
+def test_weights_of_rerouted(
+    drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float
+) -> None:
     """The spare's own weight at the place of the one it replaces; renormalised over all that survive in the end."""
     routing, groups = replace(drawn_routing[0], scale=1.5), drawn_routing[1]
     limited = limit_to(routing, config, factor, groups)
@@ -86,7 +98,9 @@ def test_weights_of_rerouted(drawn_routing: tuple[Routing, int], config: Capacit
             expert, value = int(limited.expert_TK[t, k]), 0.0
             if limited.keep_TK[t, k]:
                 spare = (routing.next_expert_TS[t] == expert).nonzero().flatten().tolist()
-                value = float(routing.next_weight_TS[t, spare[0]] if spare else routing.weight_TK[t, k])
+                value = float(
+                    routing.next_weight_TS[t, spare[0]] if spare else routing.weight_TK[t, k]
+                )
             expected.append(value)
         total = sum(expected)
         if config.renormalize and total:
@@ -98,11 +112,23 @@ def by_hand(priority: str) -> Routing:
     """C = 2, five tokens on expert 0, whose next are 1, 1, 2; token 4 chose 1 first and is served before all of them."""
     expert_TK = torch.tensor([[0], [0], [0], [0], [0], [1]])
     score_TE = torch.tensor(
-        [[0.9, 0.1, 0.1], [0.8, 0.1, 0.1], [0.3, 0.2, 0.1], [0.2, 0.7, 0.1], [0.1, 0.1, 0.1], [0.1, 0.1, 0.1]]
+        [
+            [0.9, 0.1, 0.1],
+            [0.8, 0.1, 0.1],
+            [0.3, 0.2, 0.1],
+            [0.2, 0.7, 0.1],
+            [0.1, 0.1, 0.1],
+            [0.1, 0.1, 0.1],
+        ]
     )
     spare_TK = torch.tensor([[1], [1], [1], [1], [2], [2]])
     routing = Routing(
-        expert_TK, torch.ones(6, 1), score_TE, score_TE.log(), next_expert_TS=spare_TK, next_weight_TS=torch.full((6, 1), 0.5)
+        expert_TK,
+        torch.ones(6, 1),
+        score_TE,
+        score_TE.log(),
+        next_expert_TS=spare_TK,
+        next_weight_TS=torch.full((6, 1), 0.5),
     )
     config = CapacityConfig(overflow="next_choice", priority=priority)  # type: ignore[arg-type]
     return apply_capacity(routing, config, TokenContext(capacity=2), NoComm())
@@ -127,10 +153,22 @@ def test_score_by_hand() -> None:
 
 def test_each_overflow_of_a_token_gets_a_spare_of_its_own() -> None:
     expert_TK = torch.tensor([[0, 1], [0, 1]])
-    spare_TK, spare_weight_TK = torch.tensor([[2, 3], [3, 2]]), torch.tensor([[0.3, 0.4], [0.5, 0.6]])
+    spare_TK, spare_weight_TK = (
+        torch.tensor([[2, 3], [3, 2]]),
+        torch.tensor([[0.3, 0.4], [0.5, 0.6]]),
+    )
     score_TE = torch.full((2, 4), 0.25)
-    routing = Routing(expert_TK, torch.ones(2, 2), score_TE, score_TE, next_expert_TS=spare_TK, next_weight_TS=spare_weight_TK)
-    limited = apply_capacity(routing, CapacityConfig(overflow="next_choice"), TokenContext(capacity=1), NoComm())
+    routing = Routing(
+        expert_TK,
+        torch.ones(2, 2),
+        score_TE,
+        score_TE,
+        next_expert_TS=spare_TK,
+        next_weight_TS=spare_weight_TK,
+    )
+    limited = apply_capacity(
+        routing, CapacityConfig(overflow="next_choice"), TokenContext(capacity=1), NoComm()
+    )
     assert limited.expert_TK.tolist() == [[0, 1], [3, 2]]
     torch.testing.assert_close(limited.weight_TK, torch.tensor([[1.0, 1.0], [0.5, 0.6]]))
 
@@ -147,7 +185,9 @@ def test_an_offer_is_made_once() -> None:
         next_expert_TS=spare_TK,
         next_weight_TS=torch.ones(3, 2),
     )
-    limited = apply_capacity(routing, CapacityConfig(overflow="next_choice"), TokenContext(capacity=1), NoComm())
+    limited = apply_capacity(
+        routing, CapacityConfig(overflow="next_choice"), TokenContext(capacity=1), NoComm()
+    )
     assert limited.keep_TK is not None
     assert limited.keep_TK[:, 0].tolist() == [True, True, False]
 
@@ -155,7 +195,10 @@ def test_an_offer_is_made_once() -> None:
 def test_gradient_reaches_the_spares_that_are_used() -> None:
     routing = with_spares(random_routing(12, 5, 2, hot=0), 3, holes=False)
     assert routing.next_weight_TS is not None
-    weight_TK, spare_weight_TK = routing.weight_TK.clone().requires_grad_(), routing.next_weight_TS.clone().requires_grad_()
+    weight_TK, spare_weight_TK = (
+        routing.weight_TK.clone().requires_grad_(),
+        routing.next_weight_TS.clone().requires_grad_(),
+    )
     routing = replace(routing, weight_TK=weight_TK, next_weight_TS=spare_weight_TK)
     limited = limit_to(routing, CapacityConfig(overflow="next_choice"), 0.6, 1)
     limited.weight_TK.sum().backward()
@@ -175,6 +218,8 @@ def test_a_router_without_an_order_is_refused() -> None:
 
 def test_where_nothing_overflows_next_choice_is_drop() -> None:
     routing = with_spares(random_routing(12, 5, 2, seed=4), 3)
-    one, two = (limit_to(routing, CapacityConfig(overflow=o), 50.0, 2) for o in ("drop", "next_choice"))  # type: ignore[arg-type]
+    one, two = (
+        limit_to(routing, CapacityConfig(overflow=o), 50.0, 2) for o in ("drop", "next_choice")
+    )  # type: ignore[arg-type]
     for name in ("expert_TK", "weight_TK", "keep_TK", "slot_TK"):
         assert torch.equal(getattr(one, name), getattr(two, name))

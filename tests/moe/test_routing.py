@@ -12,9 +12,15 @@ from hypothesis import strategies as st
 from dmoe import MoE
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.routers import TopKRouter
-from dmoe.moe.routers.top_k import top_k_stable, top_k_stable_reference, router_dtype, gate_scores, combine_weights
+from dmoe.moe.routers.base import router_dtype
+from dmoe.moe.routers.learned import (
+    combine_weights,
+    gate_scores,
+    top_k_stable,
+    top_k_stable_reference,
+)
 from dmoe.moe.routing import TokenContext
-from tests.moe.drawing import drawn
+from tests.moe.strategies import drawn
 
 
 @drawn
@@ -25,7 +31,9 @@ from tests.moe.drawing import drawn
     levels=st.sampled_from([1, 2, 5, 1 << 20]),
     bf16=st.booleans(),
 )
-def test_choice_equals_the_loop(tokens: int, num_experts: int, data: st.DataObject, levels: int, bf16: bool) -> None:
+def test_choice_equals_the_loop(
+    tokens: int, num_experts: int, data: st.DataObject, levels: int, bf16: bool
+) -> None:
     """bf16 keeps 8 bits, so scores that came through it tie often even when they were drawn apart."""
     top_k = data.draw(st.integers(1, num_experts))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
@@ -36,7 +44,9 @@ def test_choice_equals_the_loop(tokens: int, num_experts: int, data: st.DataObje
 
 
 def test_ties_go_to_the_lower_expert() -> None:
-    score_TE = torch.tensor([[0.2, 0.4, 0.2, 0.4, 0.2]]).repeat(40, 1)  # long enough for an unstable sort to show
+    score_TE = torch.tensor([[0.2, 0.4, 0.2, 0.4, 0.2]]).repeat(
+        40, 1
+    )  # long enough for an unstable sort to show
     assert top_k_stable(score_TE, 5).tolist() == [[1, 3, 0, 2, 4]] * 40
     assert top_k_stable(torch.zeros(3, 100), 4).tolist() == [[0, 1, 2, 3]] * 3
 
@@ -68,16 +78,23 @@ def expected_weights(logits: list[float], chosen: list[int], config: RouterConfi
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("weights_from", ["all", "chosen"])
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-def test_weights_follow_the_formula(kind: str, weights_from: str, renormalize: bool, scale: float) -> None:
-    config = RouterConfig(score=kind, weights_from=weights_from, renormalize=renormalize, scale=scale)
+def test_weights_follow_the_formula(
+    kind: str, weights_from: str, renormalize: bool, scale: float
+) -> None:
+    config = RouterConfig(
+        score=kind, weights_from=weights_from, renormalize=renormalize, scale=scale
+    )
     logit_TE = torch.randn(9, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     score_TE = gate_scores(logit_TE, config)
     expert_TK = top_k_stable(score_TE, 3)
     got = combine_weights(logit_TE, score_TE, expert_TK, config)
     expected = [
-        expected_weights(row, chosen, config) for row, chosen in zip(logit_TE.tolist(), expert_TK.tolist(), strict=True)
+        expected_weights(row, chosen, config)
+        for row, chosen in zip(logit_TE.tolist(), expert_TK.tolist(), strict=True)
     ]
-    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        got, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_renormalised_all_equals_chosen_for_softmax() -> None:
@@ -86,7 +103,12 @@ def test_renormalised_all_equals_chosen_for_softmax() -> None:
     config = RouterConfig(renormalize=True)
     expert_TK = top_k_stable(gate_scores(logit_TE, config), 2)
     one = combine_weights(logit_TE, gate_scores(logit_TE, config), expert_TK, config)
-    two = combine_weights(logit_TE, gate_scores(logit_TE, config), expert_TK, RouterConfig(weights_from="chosen", renormalize=False))
+    two = combine_weights(
+        logit_TE,
+        gate_scores(logit_TE, config),
+        expert_TK,
+        RouterConfig(weights_from="chosen", renormalize=False),
+    )
     torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
 
 
@@ -111,14 +133,22 @@ def test_fewer_tokens_than_choices(tokens: int, top_k: int) -> None:
     torch.testing.assert_close(routing.weight_TK.sum(1), torch.ones(tokens))
 
 
-@pytest.mark.parametrize(("given_dtype", "dtype"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+@pytest.mark.parametrize(
+    ("given_dtype", "dtype"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]
+)
 def test_router_never_computes_below_float32(given_dtype: torch.dtype, dtype: torch.dtype) -> None:
     router = TopKRouter(RouterConfig(), 8, 4, 2).to(given_dtype)
     router.initialize(0, 0, 0.02)
     x_TD = torch.randn(5, 8).to(given_dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         routing = router(x_TD, TokenContext())
-    assert router_dtype(x_TD) == routing.logit_TE.dtype == routing.score_TE.dtype == routing.weight_TK.dtype == dtype
+    assert (
+        router_dtype(x_TD)
+        == routing.logit_TE.dtype
+        == routing.score_TE.dtype
+        == routing.weight_TK.dtype
+        == dtype
+    )
     exact = x_TD.double() @ router.weight.double().t()
     torch.testing.assert_close(routing.logit_TE.double(), exact, rtol=1e-5, atol=1e-7)
 

@@ -11,17 +11,22 @@ from hypothesis import strategies as st
 
 from dmoe.config.schema import CapacityConfig
 from dmoe.moe.capacity import apply_capacity_reference, expert_capacity
-from dmoe.moe.observation import decisions, router_metrics
+from dmoe.moe.metrics import ObservedContext, decisions, layer_stats, router_metrics
 from dmoe.moe.routing import Routing, TokenContext
-from dmoe.moe.stats import ObservedContext, layer_stats
-from tests.moe.drawing import drawn, limit_to, random_routing, routings, slots
 from tests.moe.layers import gradients, make, tokens_of
-from tests.moe.spares import spared_routings
+from tests.moe.next_choice_cases import spared_routings
+from tests.moe.strategies import drawn, limit_to, random_routing, routings, slots
 
 
 @drawn
-@given(drawn_routing=routings(), factor=st.sampled_from([None, 0.2, 0.7, 1.5]), renormalize=st.booleans())
-def test_counts_equal_the_loop(drawn_routing: tuple[Routing, int], factor: float | None, renormalize: bool) -> None:
+@given(
+    drawn_routing=routings(),
+    factor=st.sampled_from([None, 0.2, 0.7, 1.5]),
+    renormalize=st.booleans(),
+)
+def test_counts_equal_the_loop(
+    drawn_routing: tuple[Routing, int], factor: float | None, renormalize: bool
+) -> None:
     chosen, groups = drawn_routing
     limited = limit_to(chosen, CapacityConfig(renormalize=renormalize), factor, groups)
     tokens, top_k = chosen.expert_TK.shape
@@ -43,7 +48,11 @@ def test_counts_equal_the_loop(drawn_routing: tuple[Routing, int], factor: float
     assert int(stats.fully_dropped_tokens) == lost
     assert float(stats.total_weight) == pytest.approx(total, rel=1e-12)
     assert float(stats.dropped_weight) == pytest.approx(dropped, rel=1e-12, abs=1e-15)
-    offered = 0 if factor is None else groups * num_experts * expert_capacity(factor, tokens // groups, top_k, num_experts, 1)
+    offered = (
+        0
+        if factor is None
+        else groups * num_experts * expert_capacity(factor, tokens // groups, top_k, num_experts, 1)
+    )
     assert stats.slots == offered
     scalars = [float(stats.dropped_weight), float(stats.total_weight), float(lost), float(offered)]
     assert stats.as_vector().tolist() == [*map(float, choice), *map(float, kept), *scalars]
@@ -57,15 +66,26 @@ def test_slots_bound_what_is_kept() -> None:
 
 @drawn
 @given(
-    drawn_routing=spared_routings(), factor=st.sampled_from([0.2, 0.7, 1.5]), priority=st.sampled_from(["position", "score"])
+    drawn_routing=spared_routings(),
+    factor=st.sampled_from([0.2, 0.7, 1.5]),
+    priority=st.sampled_from(["position", "score"]),
 )
-def test_rerouted_rows_count_where_they_go(drawn_routing: tuple[Routing, int], factor: float, priority: str) -> None:
+def test_rerouted_rows_count_where_they_go(
+    drawn_routing: tuple[Routing, int], factor: float, priority: str
+) -> None:
     """Choices stay with the expert the router chose, rows with the one that computes; only what nobody took is dropped."""
     chosen, groups = drawn_routing
     config = CapacityConfig(overflow="next_choice", priority=priority)  # type: ignore[arg-type]
-    keep_TK, expert_TK = apply_capacity_reference(chosen, config, groups, slots(chosen, config, factor, groups))
+    keep_TK, expert_TK = apply_capacity_reference(
+        chosen, config, groups, slots(chosen, config, factor, groups)
+    )
     tokens, top_k = chosen.expert_TK.shape
-    choice, kept, dropped, lost = [0] * chosen.score_TE.shape[1], [0] * chosen.score_TE.shape[1], 0.0, 0
+    choice, kept, dropped, lost = (
+        [0] * chosen.score_TE.shape[1],
+        [0] * chosen.score_TE.shape[1],
+        0.0,
+        0,
+    )
     for t in range(tokens):
         made = [k for k in range(top_k) if chosen.keep_TK is None or bool(chosen.keep_TK[t, k])]
         lost += bool(made) and not keep_TK[t].any()
@@ -74,13 +94,20 @@ def test_rerouted_rows_count_where_they_go(drawn_routing: tuple[Routing, int], f
             kept[int(expert_TK[t, k])] += bool(keep_TK[t, k])
             dropped += 0.0 if keep_TK[t, k] else float(chosen.weight_TK[t, k])
     stats = layer_stats(chosen, limit_to(chosen, config, factor, groups))
-    assert (stats.choice_E.tolist(), stats.kept_E.tolist(), int(stats.fully_dropped_tokens)) == (choice, kept, lost)
+    assert (stats.choice_E.tolist(), stats.kept_E.tolist(), int(stats.fully_dropped_tokens)) == (
+        choice,
+        kept,
+        lost,
+    )
     assert float(stats.dropped_weight) == pytest.approx(dropped, rel=1e-5, abs=1e-12)
 
 
 def test_a_share_of_slots_is_not_rounded() -> None:
     """A third of 10 slots, three times, is 10; in float32 it would be 10.0000003."""
-    stats = layer_stats(chosen := random_routing(6, 5, 2, dtype=torch.float32), limit_to(chosen, CapacityConfig(), 1.0, 1))
+    stats = layer_stats(
+        chosen := random_routing(6, 5, 2, dtype=torch.float32),
+        limit_to(chosen, CapacityConfig(), 1.0, 1),
+    )
     assert float(replace(stats, slots=10 / 3).as_vector()[-1]) == 10 / 3
 
 
@@ -100,7 +127,9 @@ def test_recomputation_counts_once() -> None:
     again = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
     again.y.sin().sum().backward()
     assert torch.equal(again.stats.as_vector(), plain.stats.as_vector())
-    assert [name for name, _ in layer.named_buffers()] == ["router.bias_E"]  # the controller's, which a forward never writes
+    assert [name for name, _ in layer.named_buffers()] == [
+        "router.bias_E"
+    ]  # the controller's, which a forward never writes
     assert not any(buffer.any() for buffer in layer.buffers())
     assert not plain.stats.as_vector().requires_grad
 
@@ -108,7 +137,10 @@ def test_recomputation_counts_once() -> None:
 def test_nothing_is_observed_unless_asked_for() -> None:
     layer, x = make(), tokens_of(2, 6)
     assert (
-        layer(x).stats.observed == layer(x, TokenContext()).stats.observed == layer(x, ObservedContext()).stats.observed == {}
+        layer(x).stats.observed
+        == layer(x, TokenContext()).stats.observed
+        == layer(x, ObservedContext()).stats.observed
+        == {}
     )
     asked = layer(x, ObservedContext(observer=router_metrics)).stats
     assert asked.observed

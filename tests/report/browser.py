@@ -19,7 +19,9 @@ from typing import Any
 
 __all__ = ["CHROMIUM", "Browser"]
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 FLAGS = (
     "--headless",
     "--no-sandbox",  # the tests run as root in containers, where Chromium has no sandbox
@@ -57,14 +59,21 @@ class Browser:
         self.problems: list[str] = []
         self._events: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
     def __enter__(self) -> Browser:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         os.close(self._to)
         try:
             self._process.wait(timeout=15)  # a closed pipe ends the browser
@@ -78,15 +87,29 @@ class Browser:
         self.screen(width, height, scheme)
         self.problems.clear()
         self.call("Page.navigate", url=path.resolve().as_uri())
-        self.wait("location.protocol === 'file:' && document.documentElement?.dataset.drawn === 'all'")
+        self.wait(
+            "location.protocol === 'file:' && document.documentElement?.dataset.drawn === 'all'"
+        )
 
     def screen(self, width: int, height: int = 900, scheme: str = "light") -> None:
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        self.call("Emulation.setEmulatedMedia", media="", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
+        self.call(
+            "Emulation.setEmulatedMedia",
+            media="",
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+        )
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression."""
-        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
@@ -99,19 +122,32 @@ class Browser:
     def press(self, key: str, code: int, text: str = "") -> None:
         for kind in ("keyDown", "keyUp"):
             typed = {"text": text} if text and kind == "keyDown" else {}
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **typed)
+            self.call(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode=code,
+                **typed,
+            )
 
     def point(self, x: float, y: float) -> None:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def screenshot(self, path: Path, whole: bool = True) -> None:
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"clip": {**{name: size[name] for name in ("x", "y", "width", "height")}, "scale": 1}} if whole else {}
+        clip = (
+            {"clip": {**{name: size[name] for name in ("x", "y", "width", "height")}, "scale": 1}}
+            if whole
+            else {}
+        )
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=whole, **clip)
         path.write_bytes(base64.b64decode(shot["data"]))
 
     def pdf(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.call("Page.printToPDF", printBackground=False)["data"]))
+        path.write_bytes(
+            base64.b64decode(self.call("Page.printToPDF", printBackground=False)["data"])
+        )
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         self._count += 1
@@ -142,7 +178,11 @@ class Browser:
             self.problems.append(f"exception: {values['exceptionDetails']}")
         elif method == "Log.entryAdded" and values["entry"]["level"] in ("error", "warning"):
             self.problems.append(f"log: {values['entry']['text']}")
-        elif method == "Runtime.consoleAPICalled" and values["type"] in ("error", "warning", "assert"):
+        elif method == "Runtime.consoleAPICalled" and values["type"] in (
+            "error",
+            "warning",
+            "assert",
+        ):
             self.problems.append(f"console: {values['args']}")
         elif method == "Network.requestWillBeSent" and not values["request"]["url"].startswith(
             ("file:", "data:", "blob:", "about:")

@@ -21,7 +21,9 @@ def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def other_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Half as long, with more experts, fewer layers and another number of ranks."""
-    return write_run(tmp_path_factory.mktemp("report") / "two", 30, layers=1, experts=16, ranks=4, seed=1)
+    return write_run(
+        tmp_path_factory.mktemp("report") / "two", 30, layers=1, experts=16, ranks=4, seed=1
+    )
 
 
 @pytest.fixture(scope="session")

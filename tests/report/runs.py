@@ -32,14 +32,30 @@ def write(path: Path, lines: Sequence[Line], *overrides: str, torn: str = "") ->
 
 
 def write_run(
-    path: Path, steps: int = 60, *, every: int = 2, layers: int = 2, experts: int = 8, ranks: int = 2, seed: int = 0
+    path: Path,
+    steps: int = 60,
+    *,
+    every: int = 2,
+    layers: int = 2,
+    experts: int = 8,
+    ranks: int = 2,
+    seed: int = 0,
 ) -> Path:
     """A run with all there is: a spike, a skip, a restart that repeats steps, alerts, saves, evaluations with labels, samples."""
     draw = random.Random(seed)
     half = steps // 2 // every * every
     size = {"layers": layers, "experts": experts, "ranks": ranks}
     lines = [
-        line("start", 0, parameters=53_984, active_parameters=26_336, world=ranks, ep=ranks, precision="fp32", data="4641d4")
+        line(
+            "start",
+            0,
+            parameters=53_984,
+            active_parameters=26_336,
+            world=ranks,
+            ep=ranks,
+            precision="fp32",
+            data="4641d4",
+        )
     ]
     for step in range(every, steps + 1, every):
         lines.append(train_line(draw, step, steps, **size))
@@ -48,24 +64,50 @@ def write_run(
         if step == half:
             lines += [
                 line("checkpoint", step, seconds=0.21),
-                line("alert", step, title="dead experts", text=f"expert 3 of layer 0 is dead {HOSTILE}"),
+                line(
+                    "alert",
+                    step,
+                    title="dead experts",
+                    text=f"expert 3 of layer 0 is dead {HOSTILE}",
+                ),
             ]
             lines += [
                 train_line(draw, step + every, steps, **size),
                 line("restart", step, resumed_from=step, world=ranks, ep=ranks),
             ]
-            lines.append(line("alert", step + 1, text=f"step {step + 1} skipped on all ranks: loss or gradient not finite"))
+            lines.append(
+                line(
+                    "alert",
+                    step + 1,
+                    text=f"step {step + 1} skipped on all ranks: loss or gradient not finite",
+                )
+            )
     lines += [
         line("checkpoint", steps, seconds=0.4),
         line("end", steps, bits_per_byte=2.5, sample=f"def f(x):\n    return {HOSTILE}"),
     ]
-    return write(path, lines, "moe.capacity.factor=1.25", f"moe.num_experts={experts}", f"train.steps={steps}")
+    return write(
+        path,
+        lines,
+        "moe.capacity.factor=1.25",
+        f"moe.num_experts={experts}",
+        f"train.steps={steps}",
+    )
 
 
-def train_line(draw: random.Random, step: int, steps: int, *, layers: int, experts: int, ranks: int) -> Line:
+def train_line(
+    draw: random.Random, step: int, steps: int, *, layers: int, experts: int, ranks: int
+) -> Line:
     loss = 2.2 + 3.4 * math.exp(-4 * step / steps) + draw.gauss(0, 0.03)
     rows = [train_layer(draw, index, step / steps, experts, ranks) for index in range(layers)]
-    parts = {"data": 0.002, "forward": 0.031, "backward": 0.058, "exchange": 0.017, "optimizer": 0.006, "other": 0.003}
+    parts = {
+        "data": 0.002,
+        "forward": 0.031,
+        "backward": 0.058,
+        "exchange": 0.017,
+        "optimizer": 0.006,
+        "other": 0.003,
+    }
     return line(
         "train",
         step,
@@ -94,7 +136,10 @@ def train_line(draw: random.Random, step: int, steps: int, *, layers: int, exper
 
 
 def train_layer(draw: random.Random, index: int, progress: float, experts: int, ranks: int) -> Line:
-    favour = [1 + (2.5 * (1 - progress) if (expert * 5 + index) % experts < 2 else 0) for expert in range(experts)]
+    favour = [
+        1 + (2.5 * (1 - progress) if (expert * 5 + index) % experts < 2 else 0)
+        for expert in range(experts)
+    ]
     load = [round(3072 * 2 / experts * weight * draw.uniform(0.7, 1.3)) for weight in favour]
     mean = sum(load) / experts
     kept = [min(count, round(1.25 * mean)) for count in load]
@@ -116,7 +161,10 @@ def train_layer(draw: random.Random, index: int, progress: float, experts: int, 
         "bias_min": -0.02 * progress,
         "bias_max": 0.03 * progress,
         "bias_drift": 0.001,
-        "traffic": [[draw.randint(600, 900) + (700 if i == j else 0) for j in range(ranks)] for i in range(ranks)],
+        "traffic": [
+            [draw.randint(600, 900) + (700 if i == j else 0) for j in range(ranks)]
+            for i in range(ranks)
+        ],
     }
 
 
@@ -142,14 +190,26 @@ def eval_line(draw: random.Random, step: int, steps: int, layers: int, experts: 
             "layer": index,
             "stability": 0.6 * math.exp(-3 * step / steps) + 0.05 * index,
             "co_selection": [
-                [700 + i if i == j else 40 + 9 * ((i * j + index) % 7) for j in range(experts)] for i in range(experts)
+                [700 + i if i == j else 40 + 9 * ((i * j + index) % 7) for j in range(experts)]
+                for i in range(experts)
             ],
             "domains": {
-                name: [draw.randint(20, 60) + (150 if expert % 3 == place else 0) for expert in range(experts)]
+                name: [
+                    draw.randint(20, 60) + (150 if expert % 3 == place else 0)
+                    for expert in range(experts)
+                ]
                 for place, name in enumerate(domains)
             },
             "mutual_information": 0.4 * step / steps,
         }
         for index in range(layers)
     ]
-    return line("eval", step, loss=loss, bits_per_byte=loss / math.log(2), split="held_out", tokens=512, layers=rows)
+    return line(
+        "eval",
+        step,
+        loss=loss,
+        bits_per_byte=loss / math.log(2),
+        split="held_out",
+        tokens=512,
+        layers=rows,
+    )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dmoe.report import write_report
-from dmoe.report.metrics import read_metrics
+from dmoe.runs.metrics_log import read_metrics_tolerant
 from tests.report.browser import Browser
 from tests.report.runs import line, write
 
@@ -44,7 +44,9 @@ def test_every_width_and_both_schemes(browser: Browser, two: Path, width: int, s
     assert len(drawn) > 20
     assert [name for name, over in drawn if abs(over) > 1] == []
     assert (lightness(browser.run(BACKGROUND)) < 60) == (scheme == "dark")
-    paper = browser.run(f"getComputedStyle({PLOT.format('loss')}.querySelector('.main-svg')).backgroundColor")
+    paper = browser.run(
+        f"getComputedStyle({PLOT.format('loss')}.querySelector('.main-svg')).backgroundColor"
+    )
     assert (lightness(paper) < 60) == (scheme == "dark")
 
 
@@ -53,28 +55,40 @@ def test_no_script_from_outside_runs(browser: Browser, two: Path) -> None:
     assert browser.run("document.title") == "Report on 2 runs - dmoe"
     assert browser.run("document.querySelectorAll('img').length") == 0
     assert "onerror" in browser.run("document.querySelector('pre').textContent")
-    names = browser.run("[...document.querySelectorAll('#chart-loss .legend span')].map((item) => item.textContent)")
+    names = browser.run(
+        "[...document.querySelectorAll('#chart-loss .legend span')].map((item) => item.textContent)"
+    )
     assert names[0] == "<b onclick=alert(1)>one&amp;, training"
     assert browser.run("document.querySelector('#chart-loss .legend b, .plot a') === null")
 
 
-def test_the_policy_stops_markup_that_got_through(browser: Browser, one: Path, tmp_path: Path) -> None:
+def test_the_policy_stops_markup_that_got_through(
+    browser: Browser, one: Path, tmp_path: Path
+) -> None:
     """If escaping failed in one place, the page would still run nothing: here the markup is really in it."""
-    text = one.read_text(encoding="utf-8").replace("</main>", "<img src='data:,' onerror='document.title=\"owned\"'></main>")
+    text = one.read_text(encoding="utf-8").replace(
+        "</main>", "<img src='data:,' onerror='document.title=\"owned\"'></main>"
+    )
     (tmp_path / "hurt.html").write_text(text, encoding="utf-8")
     browser.open(tmp_path / "hurt.html")
     browser.wait("document.querySelector('img').complete")
     assert browser.run("document.title") == "Report on <b onclick=alert(1)>one&amp; - dmoe"
 
 
-def test_the_heat_map_shows_the_metrics_value_under_the_mouse(browser: Browser, two: Path, full_run: Path) -> None:
+def test_the_heat_map_shows_the_metrics_value_under_the_mouse(
+    browser: Browser, two: Path, full_run: Path
+) -> None:
     """Layer 1, expert 5, step 40: in the chart's data, in the label at the mouse, and in the table."""
-    load = next(item for item in read_metrics(full_run / "metrics.jsonl").of("train") if item["step"] == 40)["layers"][1][
-        "load"
-    ]
+    load = next(
+        item
+        for item in read_metrics_tolerant(full_run / "metrics.jsonl").of("train")
+        if item["step"] == 40
+    )["layers"][1]["load"]
     browser.open(two)
     choose(browser, "load", 1, 1)
-    trace = browser.run(f"(({{x, z, customdata}}) => ({{x, z, customdata}}))({PLOT.format('load')}.data[0])")
+    trace = browser.run(
+        f"(({{x, z, customdata}}) => ({{x, z, customdata}}))({PLOT.format('load')}.data[0])"
+    )
     column = trace["x"].index(40)
     assert trace["customdata"][5][column] == load[5]
     assert trace["z"][5][column] == pytest.approx(load[5] / (sum(load) / 8))
@@ -148,7 +162,9 @@ def test_a_legend_hides_a_curve_by_the_keyboard(browser: Browser, two: Path) -> 
 
 def test_events_stand_in_the_curves(browser: Browser, one: Path) -> None:
     browser.open(one)
-    marks = browser.run(f"(({{x, text}}) => [x, text])({PLOT.format('loss')}.data.find((trace) => trace.name === 'events'))")
+    marks = browser.run(
+        f"(({{x, text}}) => [x, text])({PLOT.format('loss')}.data.find((trace) => trace.name === 'events'))"
+    )
     told = dict(zip(marks[1], marks[0], strict=True))
     assert told["restart: resumed from 30; world 2; ep 2"] == 30
     assert any(text.startswith("skip: step 31 skipped") for text in told)
@@ -164,7 +180,9 @@ def test_a_switch_of_the_scheme_redraws(browser: Browser, one: Path) -> None:
     assert browser.problems == []
 
 
-def test_paper_is_light_and_as_wide_as_the_text(browser: Browser, one: Path, tmp_path: Path) -> None:
+def test_paper_is_light_and_as_wide_as_the_text(
+    browser: Browser, one: Path, tmp_path: Path
+) -> None:
     browser.open(one, 2400, scheme="dark")
     browser.run("dispatchEvent(new Event('beforeprint'))")
     assert browser.run(f"{PLOT.format('loss')}.layout.width") < 700
@@ -177,7 +195,11 @@ def test_paper_is_light_and_as_wide_as_the_text(browser: Browser, one: Path, tmp
 
 
 def test_a_run_without_steps_is_a_quiet_page(browser: Browser, tmp_path: Path) -> None:
-    browser.open(write_report([write(tmp_path / "run", [line("start", 0, world=1, ep=1)])], tmp_path / "report.html"))
+    browser.open(
+        write_report(
+            [write(tmp_path / "run", [line("start", 0, world=1, ep=1)])], tmp_path / "report.html"
+        )
+    )
     assert browser.problems == []
     assert browser.run("document.querySelectorAll('figure').length") == 0
     assert browser.run("document.querySelectorAll('section').length") == 13

@@ -12,13 +12,13 @@ import pytest
 
 from dmoe.config.errors import ConfigError
 from dmoe.report import write_report
-from dmoe.report.metrics import read_metrics
+from dmoe.runs.metrics_log import read_metrics_tolerant
 from tests.report.pages import Page, read_page
 from tests.report.runs import HOSTILE, line, old_layer, write, write_run
 
 
 def train_lines(run: Path) -> dict[int, dict[str, Any]]:
-    return {item["step"]: item for item in read_metrics(run / "metrics.jsonl").of("train")}
+    return {item["step"]: item for item in read_metrics_tolerant(run / "metrics.jsonl").of("train")}
 
 
 def made(path: Path, *runs: Path) -> Page:
@@ -38,36 +38,63 @@ def test_every_cell_of_the_heat_map_is_the_metrics_count(full_run: Path, one: Pa
 
 def test_every_curve_is_the_metrics(full_run: Path, one: Path) -> None:
     lines, page = train_lines(full_run), read_page(one)
-    evals = {item["step"]: item for item in read_metrics(full_run / "metrics.jsonl").of("eval")}
+    evals = {
+        item["step"]: item for item in read_metrics_tolerant(full_run / "metrics.jsonl").of("eval")
+    }
 
     def same(curve: dict[int, float | None], expected: dict[int, float]) -> None:
         assert curve == pytest.approx(expected, rel=1e-5)
 
     same(page.curve("loss", "training"), {step: item["loss"] for step, item in lines.items()})
     same(page.curve("loss", "held-out"), {step: item["loss"] for step, item in evals.items()})
-    same(page.curve("bits-per-byte", "training"), {step: item["bits_per_byte"] for step, item in lines.items()})
-    same(page.curve("drop-rate", "Drop rate"), {step: item["drop_rate"] for step, item in lines.items()})
-    same(page.curve("time-split", "exchange", "0"), {step: item["step_time"]["exchange"] for step, item in lines.items()})
-    same(page.curve("grad-norm", "router"), {step: item["grad_norm_router"] for step, item in lines.items()})
-    mean = {step: sum(row["router_entropy"] for row in item["layers"]) / 2 for step, item in lines.items()}
+    same(
+        page.curve("bits-per-byte", "training"),
+        {step: item["bits_per_byte"] for step, item in lines.items()},
+    )
+    same(
+        page.curve("drop-rate", "Drop rate"),
+        {step: item["drop_rate"] for step, item in lines.items()},
+    )
+    same(
+        page.curve("time-split", "exchange", "0"),
+        {step: item["step_time"]["exchange"] for step, item in lines.items()},
+    )
+    same(
+        page.curve("grad-norm", "router"),
+        {step: item["grad_norm_router"] for step, item in lines.items()},
+    )
+    mean = {
+        step: sum(row["router_entropy"] for row in item["layers"]) / 2
+        for step, item in lines.items()
+    }
     same(page.curve("entropy", "Router entropy"), mean)
-    second = {step: sum(row["drop_rate_by_choice"][1] for row in item["layers"]) / 2 for step, item in lines.items()}
+    second = {
+        step: sum(row["drop_rate_by_choice"][1] for row in item["layers"]) / 2
+        for step, item in lines.items()
+    }
     same(page.curve("drop-by-choice", "choice 2", "0"), second)
     quantities = page.data["charts"]["by-layer"]["choices"][1]["options"]
     key = f"0|{quantities.index('Largest router logit')}"
-    same(page.curve("by-layer", "layer 1", key), {step: item["layers"][1]["logit_max"] for step, item in lines.items()})
+    same(
+        page.curve("by-layer", "layer 1", key),
+        {step: item["layers"][1]["logit_max"] for step, item in lines.items()},
+    )
 
 
 def test_the_matrices_are_the_last_lines(full_run: Path, one: Path) -> None:
     page = read_page(one)
     rows = [layer["traffic"] for layer in train_lines(full_run)[60]["layers"]]
     assert page.view("traffic", "0|1")["z"] == rows[0]
-    assert page.view("traffic", "0|0")["z"] == [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(*rows, strict=True)]
-    last = read_metrics(full_run / "metrics.jsonl").of("eval")[-1]["layers"][1]
+    assert page.view("traffic", "0|0")["z"] == [
+        [a + b for a, b in zip(*pair, strict=True)] for pair in zip(*rows, strict=True)
+    ]
+    last = read_metrics_tolerant(full_run / "metrics.jsonl").of("eval")[-1]["layers"][1]
     assert page.view("domains", "0|1")["y"] == list(last["domains"])
     assert page.view("domains", "0|1")["z"] == list(last["domains"].values())
     pairs = last["co_selection"]
-    apart = [[None if i == j else value for j, value in enumerate(row)] for i, row in enumerate(pairs)]
+    apart = [
+        [None if i == j else value for j, value in enumerate(row)] for i, row in enumerate(pairs)
+    ]
     assert page.view("co-selection", "0|1")["z"] == apart
 
 
@@ -78,7 +105,13 @@ def test_what_a_restart_undid_is_in_no_curve_but_in_the_table(tmp_path: Path) ->
         line("checkpoint", 2, seconds=1.5),
     ]
     run = write(
-        tmp_path / "run", [line("train", 1, loss=8.0), *before, line("restart", 1, resumed_from=1), line("train", 2, loss=7.0)]
+        tmp_path / "run",
+        [
+            line("train", 1, loss=8.0),
+            *before,
+            line("restart", 1, resumed_from=1),
+            line("train", 2, loss=7.0),
+        ],
     )
     page = made(tmp_path, run)
     assert page.curve("loss", "training") == {1: 8, 2: 7}
@@ -108,7 +141,9 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 def test_a_run_that_was_killed_before_its_first_step(tmp_path: Path) -> None:
     """The report of a run that never got anywhere is a page with sentences, not a traceback."""
-    page = made(tmp_path, write(tmp_path / "run", [line("start", 0, world=1, ep=1)], torn='{"event": "tr'))
+    page = made(
+        tmp_path, write(tmp_path / "run", [line("start", 0, world=1, ep=1)], torn='{"event": "tr')
+    )
     assert page.data["charts"] == {}
     assert "No step of training and no evaluation was recorded." in page.text
     assert "still running, or killed" in page.text
@@ -127,12 +162,21 @@ def test_a_run_directory_with_nothing_but_its_config(tmp_path: Path) -> None:
 def test_a_run_of_the_first_version(tmp_path: Path) -> None:
     """Before telemetry: no time split, no entropy, no traffic. What is missing is said, and the rest is drawn."""
     lines = [
-        line("train", step, loss=5.0 - step, drop_rate=0.1, load_max_over_mean=2.0, layers=[old_layer(0, [step, 3, 2, 7])])
+        line(
+            "train",
+            step,
+            loss=5.0 - step,
+            drop_rate=0.1,
+            load_max_over_mean=2.0,
+            layers=[old_layer(0, [step, 3, 2, 7])],
+        )
         for step in (1, 2, 3)
     ]
     page = made(tmp_path, write(tmp_path / "run", [line("start", 0, world=2, ep=2), *lines]))
     assert page.view("load", "0|0")["z"] == [[1, 2, 3], [3, 3, 3], [2, 2, 2], [7, 7, 7]]
-    assert {"entropy", "time-split", "traffic", "domains", "drop-by-choice"}.isdisjoint(page.data["charts"])
+    assert {"entropy", "time-split", "traffic", "domains", "drop-by-choice"}.isdisjoint(
+        page.data["charts"]
+    )
     assert "Entropy and certainty of the router were not recorded" in page.text
     assert "Rows between ranks were not recorded" in page.text
     assert "No load by domain was recorded" in page.text
@@ -156,7 +200,11 @@ def test_values_that_are_no_numbers_are_gaps(tmp_path: Path) -> None:
         "layers": [{"layer": 0, "load": [1, None], "traffic": [[1], [2, 3]], "aux": "x"}, 7],
     }
     page = made(
-        tmp_path, write(tmp_path / "run", [line("train", 1, loss=2.0), line("train", 2, **odd), line("train", 3, loss=1.0)])
+        tmp_path,
+        write(
+            tmp_path / "run",
+            [line("train", 1, loss=2.0), line("train", 2, **odd), line("train", 3, loss=1.0)],
+        ),
     )
     assert page.view("loss")["curves"][0]["y"] == [2, None, 1]
     assert set(page.data["charts"]) == {"loss"}
@@ -167,9 +215,13 @@ def test_nothing_from_outside_becomes_markup(full_run: Path, other_run: Path, tw
     page, source = read_page(two), two.read_text(encoding="utf-8")
     names = {name for _, attributes in page.tags for name in attributes}
     assert not {name for name in names if name.startswith("on")}
-    assert not [tag for tag, _ in page.tags if tag in ("img", "b", "iframe", "object", "embed", "base")]
+    assert not [
+        tag for tag, _ in page.tags if tag in ("img", "b", "iframe", "object", "embed", "base")
+    ]
     assert [
-        attributes["href"] for tag, attributes in page.tags if tag in ("a", "link") and not attributes["href"].startswith("#")
+        attributes["href"]
+        for tag, attributes in page.tags
+        if tag in ("a", "link") and not attributes["href"].startswith("#")
     ] == ["data:,"]
     assert not [attributes for _, attributes in page.tags if "src" in attributes]
     body = source[: source.index("<script")]
@@ -184,7 +236,9 @@ def test_nothing_from_outside_becomes_markup(full_run: Path, other_run: Path, tw
 
 
 def test_the_scripts_are_the_ones_the_policy_names(one: Path) -> None:
-    policy = next(a["content"] for tag, a in read_page(one).tags if tag == "meta" and a.get("http-equiv"))
+    policy = next(
+        a["content"] for tag, a in read_page(one).tags if tag == "meta" and a.get("http-equiv")
+    )
     assert policy is not None
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
     assert "unsafe-inline" not in policy.split(";")[1]
@@ -194,10 +248,16 @@ def test_the_scripts_are_the_ones_the_policy_names(one: Path) -> None:
 def test_a_long_run_of_a_large_model_stays_small(tmp_path: Path) -> None:
     """10,000 lines (100,000 steps), and 48 layers of 64 experts: each within 15 MB, and the one spike is still there."""
     lines = [
-        line("train", step, loss=1.0 if step != 54_320 else 50.0, grad_norm=step * 1e-5) for step in range(10, 100_001, 10)
+        line("train", step, loss=1.0 if step != 54_320 else 50.0, grad_norm=step * 1e-5)
+        for step in range(10, 100_001, 10)
     ]
     wide = [
-        line("train", step, loss=1.0, layers=[old_layer(n, [step % 97 + 1000 + e for e in range(64)]) for n in range(48)])
+        line(
+            "train",
+            step,
+            loss=1.0,
+            layers=[old_layer(n, [step % 97 + 1000 + e for e in range(64)]) for n in range(48)],
+        )
         for step in range(10, 4001, 10)
     ]
     page = made(tmp_path, write(tmp_path / "long", lines), write(tmp_path / "wide", wide))
@@ -223,5 +283,11 @@ def test_a_report_does_not_import_torch(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 10)
     code = "import sys; from pathlib import Path; from dmoe.report import write_report\n"
     code += "write_report([Path(sys.argv[1])], Path(sys.argv[1]) / 'r.html'); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     assert done.stdout.strip() == "False"

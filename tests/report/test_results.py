@@ -10,10 +10,10 @@ import pytest
 from dmoe.report import write_report
 from dmoe.report.comparison import comparison_json, comparison_lines
 from dmoe.report.figures import figures_of
-from dmoe.report.metrics import Metrics, read_metrics
+from dmoe.report.format import table_lines
 from dmoe.report.results import result_lines
 from dmoe.report.run import Record, load_runs
-from dmoe.report.text_table import table_lines
+from dmoe.runs.metrics_log import Metrics, read_metrics_tolerant
 from tests.report.pages import read_page
 from tests.report.runs import line, write
 
@@ -41,8 +41,17 @@ def told(*lines: Line) -> list[str]:
 
 
 def train(step: int, **more: Any) -> Line:
-    values = {"loss": 2.5, "tokens": step * 3072, "tokens_per_second": 20_000.0 + step, "drop_rate": 0.012} | more
-    return line("train", step, **{"load_max_over_mean": 1.4, "layers": [{"layer": 1, "load": [1, 3]}]} | values)
+    values = {
+        "loss": 2.5,
+        "tokens": step * 3072,
+        "tokens_per_second": 20_000.0 + step,
+        "drop_rate": 0.012,
+    } | more
+    return line(
+        "train",
+        step,
+        **{"load_max_over_mean": 1.4, "layers": [{"layer": 1, "load": [1, 3]}]} | values,
+    )
 
 
 def evaluation(step: int, **more: Any) -> Line:
@@ -54,8 +63,16 @@ def classified(path: Path) -> Path:
     lines = [line("start", 0, **(WHOLE | {"task": "classification", "data": "d161"}))]
     lines += [train(step, tokens=64 * step, accuracy=0.5) for step in (1, 2)]
     lines += [line("eval", 1, loss=0.5, accuracy=0.9612, tokens=360)]
-    lines += [line("eval", 2, loss=0.3, accuracy=0.9512, tokens=360, missing={"pixels": 0.6, "shape": 0.9})]
-    given = ("train.task=classification", "data.source=sklearn:digits", "data.streams=[pixels,strokes]")
+    lines += [
+        line(
+            "eval", 2, loss=0.3, accuracy=0.9512, tokens=360, missing={"pixels": 0.6, "shape": 0.9}
+        )
+    ]
+    given = (
+        "train.task=classification",
+        "data.source=sklearn:digits",
+        "data.streams=[pixels,strokes]",
+    )
     return write(path, [*lines, line("end", 2, accuracy=0.9512)], *given)
 
 
@@ -86,14 +103,28 @@ def test_the_own_row_names_measure_and_cost() -> None:
 
 def test_what_was_not_recorded_is_left_out() -> None:
     assert told() == ["result after 0 steps"]
-    assert told(line("start", 0, world=1, ep=1)) == ["result after 0 steps", "  ranks  1, 1 to a copy of the experts"]
-    dense = told(line("start", 0, **WHOLE), train(1, layers=[], drop_rate=0.0, load_max_over_mean=1.0))
-    assert not [text for text in dense if "dropped" in text or "max/mean" in text or "trainable" in text or "at most" in text]
+    assert told(line("start", 0, world=1, ep=1)) == [
+        "result after 0 steps",
+        "  ranks  1, 1 to a copy of the experts",
+    ]
+    dense = told(
+        line("start", 0, **WHOLE), train(1, layers=[], drop_rate=0.0, load_max_over_mean=1.0)
+    )
+    assert not [
+        text
+        for text in dense
+        if "dropped" in text or "max/mean" in text or "trainable" in text or "at most" in text
+    ]
 
 
 def test_a_domain_is_unchanged_only_to_the_last_bit() -> None:
     """An untouched language shows no difference at all; four digits that agree are not enough."""
-    lines = told(line("start", 0, **START), evaluation(0, by_domain=BEFORE), train(5), evaluation(5, by_domain=AFTER))
+    lines = told(
+        line("start", 0, **START),
+        evaluation(0, by_domain=BEFORE),
+        train(5),
+        evaluation(5, by_domain=AFTER),
+    )
     assert cells(lines, "fr") == ["fr", "2.9000", "2.9000", "="]
     assert cells(lines, "de") == ["de", "2.9000", "2.2100", "-0.6900"]
     assert cells(lines, "zh") == ["zh", "2.9000", "2.9000", "+4.4e-16"]
@@ -103,7 +134,10 @@ def test_an_accuracy_that_stays_is_not_unchanged() -> None:
     """As many right guesses as before say nothing of the weights: the loss has to be the same too."""
     before = {name: {"loss": 1.0, "accuracy": 0.5, "tokens": 8.0} for name in ("cats", "dogs")}
     after = before | {"dogs": {"loss": 1.25, "accuracy": 0.5, "tokens": 8.0}}
-    lines = told(line("eval", 0, accuracy=0.5, by_domain=before), line("eval", 3, accuracy=0.5, by_domain=after))
+    lines = told(
+        line("eval", 0, accuracy=0.5, by_domain=before),
+        line("eval", 3, accuracy=0.5, by_domain=after),
+    )
     assert cells(lines, "cats") == ["cats", "50.00%", "50.00%", "="]
     assert cells(lines, "dogs") == ["dogs", "50.00%", "50.00%", "+0.00%"]
 
@@ -111,7 +145,8 @@ def test_an_accuracy_that_stays_is_not_unchanged() -> None:
 def test_domains_that_come_and_names_from_outside() -> None:
     strange = "a\nb\x1b[31m"
     lines = told(
-        evaluation(0, by_domain={"de": BEFORE["de"]}), evaluation(5, by_domain={"de": BEFORE["de"], strange: AFTER["de"]})
+        evaluation(0, by_domain={"de": BEFORE["de"]}),
+        evaluation(5, by_domain={"de": BEFORE["de"], strange: AFTER["de"]}),
     )
     assert cells(lines, "a") == ["a", "b", "[31m", "-", "2.2100", "-"]
     assert all(text.isprintable() for text in lines)
@@ -157,7 +192,7 @@ def test_cost_and_experts_a_token() -> None:
 
 
 def test_a_missing_stream(tmp_path: Path) -> None:
-    lines = result_lines(read_metrics(classified(tmp_path / "run") / "metrics.jsonl"))
+    lines = result_lines(read_metrics_tolerant(classified(tmp_path / "run") / "metrics.jsonl"))
     assert cells(lines, "none") == ["none", "95.12%"]
     assert cells(lines, "pixels") == ["pixels", "60.00%", "-35.12%"]
     assert "  samples trained on               128" in lines
@@ -185,15 +220,24 @@ def test_seconds_are_those_that_were_paid_for(tmp_path: Path) -> None:
         item["time"] += night * (index > 2)
     lines[3]["time"] = lines[2]["time"] + night
     lines[4]["time"] = lines[5]["time"] = lines[3]["time"] + 7
-    metrics = read_metrics(write(tmp_path / "run", lines) / "metrics.jsonl")
+    metrics = read_metrics_tolerant(write(tmp_path / "run", lines) / "metrics.jsonl")
     assert len(metrics.undone) == 1
     assert figures_of(Record(metrics)).seconds == 27
 
 
 def test_several_runs_have_a_row_each_and_remarks(tmp_path: Path) -> None:
     text = [line("start", 0, **START), train(1), evaluation(1), line("end", 1)]
-    other = [line("start", 0, **WHOLE), train(1), evaluation(1, bits_per_byte=2.5, tokens=4), line("checkpoint", 1)]
-    paths = [write(tmp_path / "text", text), write(tmp_path / "other", other), classified(tmp_path / "digits")]
+    other = [
+        line("start", 0, **WHOLE),
+        train(1),
+        evaluation(1, bits_per_byte=2.5, tokens=4),
+        line("checkpoint", 1),
+    ]
+    paths = [
+        write(tmp_path / "text", text),
+        write(tmp_path / "other", other),
+        classified(tmp_path / "digits"),
+    ]
     runs = load_runs(paths)
     lines = comparison_lines(runs, 400)
     assert cells(lines, "run")[1:3] == ["bits/byte", "accuracy"]
@@ -209,7 +253,10 @@ def test_several_runs_have_a_row_each_and_remarks(tmp_path: Path) -> None:
     ):
         assert words in said, said
     two = comparison_lines(runs[:2], 400)
-    assert "Not measured on equally many held-out tokens: text (1,536 tokens); other (4 tokens)." in two
+    assert (
+        "Not measured on equally many held-out tokens: text (1,536 tokens); other (4 tokens)."
+        in two
+    )
     assert [row["finished"] for row in comparison_json(runs)["runs"]] == [True, False, True]
 
 
@@ -238,12 +285,22 @@ def test_a_report_shows_accuracy_where_there_are_no_bits(tmp_path: Path) -> None
     assert page.curve("accuracy", "training") == {1: 0.5, 2: 0.5}
     assert "bits-per-byte" not in page.data["charts"]
     assert "Held out 95.1% right (best 96.1% right at step 1)" in page.text
-    assert "Model: a classifier of the streams pixels, strokes, side by side; 2 residual feed-forwards of width 32" in page.text
+    assert (
+        "Model: a classifier of the streams pixels, strokes, side by side; 2 residual feed-forwards of width 32"
+        in page.text
+    )
     assert "Batch: 8 samples a step, for 10 steps (80 samples); data: sklearn:digits." in page.text
 
 
 def test_a_report_has_the_table_by_domain(tmp_path: Path) -> None:
-    run = write(tmp_path / "run", [line("start", 0, **START), evaluation(0, by_domain=BEFORE), evaluation(5, by_domain=AFTER)])
+    run = write(
+        tmp_path / "run",
+        [
+            line("start", 0, **START),
+            evaluation(0, by_domain=BEFORE),
+            evaluation(5, by_domain=AFTER),
+        ],
+    )
     page = read_page(write_report([run], tmp_path / "r.html"))
     assert "Held out, by domain" in page.text
     assert "fr 2.9000 2.9000 = zh 2.9000 2.9000 +4.4e-16" in page.text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoe.report.thinning import extremes, worst_of_each_stretch
+from dmoe.report.figures import extremes, worst_of_each_stretch
 
 VALUES = st.lists(st.none() | st.floats(-1e6, 1e6), min_size=1, max_size=400)
 

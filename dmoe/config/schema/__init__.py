@@ -10,9 +10,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dmoe.config.schema.care import AlertsConfig, CheckpointConfig, DebugConfig, GuardConfig, TrackingConfig
-from dmoe.config.schema.model import BalanceConfig, CapacityConfig, ExpertsConfig, ModelConfig, MoEConfig, RouterConfig
+from dmoe.config.schema.model import (
+    BalanceConfig,
+    CapacityConfig,
+    ExpertsConfig,
+    ModelConfig,
+    MoEConfig,
+    RouterConfig,
+)
 from dmoe.config.schema.modular import ModularConfig
+from dmoe.config.schema.observability import (
+    AlertsConfig,
+    CheckpointConfig,
+    DebugConfig,
+    GuardConfig,
+    TrackingConfig,
+)
 from dmoe.config.schema.run import DataConfig, OptimConfig, ParallelConfig, TrainConfig
 
 __all__ = [

@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
-__all__ = ["BalanceConfig", "CapacityConfig", "ExpertsConfig", "MoEConfig", "ModelConfig", "RouterConfig"]
-
 # OmegaConf reads these annotations at run time and knows Optional and Union, not the `X | Y` of strings: hence typing's names.
 
 
@@ -52,7 +50,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class RouterConfig:
-    kind: Literal["top_k", "noisy", "group_limited", "adaptive", "fixed", "hash", "soft", "expert_choice", "budget"] = "top_k"
+    kind: Literal[
+        "top_k",
+        "noisy",
+        "group_limited",
+        "adaptive",
+        "fixed",
+        "hash",
+        "soft",
+        "expert_choice",
+        "budget",
+    ] = "top_k"
     """How a token's experts are chosen; one file each in dmoe/moe/routers."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     """What turns logits into scores: softmax (Switch, Mixtral, OLMoE, Qwen) or sigmoid (DeepSeek-V3)."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
-__all__ = ["ModularConfig"]
-
 # OmegaConf reads these annotations at run time and knows Optional, not the `X | Y` of strings: hence typing's names.
 
 
 @dataclass(frozen=True)
 class ModularConfig:
-    bank: Literal["none", "low_rank", "adapter", "prompt", "prefix", "scale", "sparse_delta"] = "none"
+    bank: Literal["none", "low_rank", "adapter", "prompt", "prefix", "scale", "sparse_delta"] = (
+        "none"
+    )
     """What a module computes; one file each in dmoe/modular/banks. none: the network has no modules."""
     at: Optional[str] = None
     """Shell-like pattern of the submodules they stand beside. Default: *.attention.w_* (low_rank, sparse_delta), *.feed_forward
@@ -36,7 +36,9 @@ class ModularConfig:
     """prompt, prefix: positions in front of each sequence."""
     density: float = 0.01
     """sparse_delta: share of a matrix's numbers that a module changes."""
-    routing: Literal["constant", "table", "fixed", "top_k", "noisy", "soft", "adaptive"] = "constant"
+    routing: Literal["constant", "table", "fixed", "top_k", "noisy", "soft", "adaptive"] = (
+        "constant"
+    )
     """Who visits which modules: the same weights for all (constant), by the sequence's domain (table, fixed), or learned."""
     top_k: int = 1
     """Modules a token goes to; adaptive: at most. constant, table and soft say it themselves."""
@@ -58,7 +60,9 @@ class ModularConfig:
     """table: sets of modules, e.g. [[], [0], [0, 1]], with each of which every domain is evaluated once more at the end of the run."""
     weights: list[float] = field(default_factory=list)
     """constant: the weight of each module. Default: 1/M each."""
-    aggregation: Literal["weighted_sum", "mean", "concat", "attention", "gated", "parameter_mean", "stacked"] = "weighted_sum"
+    aggregation: Literal[
+        "weighted_sum", "mean", "concat", "attention", "gated", "parameter_mean", "stacked"
+    ] = "weighted_sum"
     """How the chosen modules' outputs become one; one file each in dmoe/modular/aggregation."""
     train: Literal["joint", "modules", "one_module", "router"] = "modules"
     """joint trains everything; modules freezes the core; one_module trains one module of every bank and nothing else; router trains

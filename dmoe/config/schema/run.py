@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Optional, Union
 
-__all__ = ["DataConfig", "OptimConfig", "ParallelConfig", "TrainConfig"]
-
 # OmegaConf reads these annotations at run time and knows Optional and Union, not the `X | Y` of strings: hence typing's names.
 
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from dmoe.modular.aggregation.attention import Attention
 from dmoe.modular.aggregation.base import Aggregation, Modules
-from dmoe.modular.aggregation.concat import Concat
-from dmoe.modular.aggregation.gated import Gated
-from dmoe.modular.aggregation.mean import Mean
+from dmoe.modular.aggregation.linear import Concat, Gated, Mean, Stacked, WeightedSum
 from dmoe.modular.aggregation.parameter_mean import ParameterMean
-from dmoe.modular.aggregation.stacked import Stacked
-from dmoe.modular.aggregation.weighted_sum import WeightedSum
 
 __all__ = [
     "AGGREGATIONS",

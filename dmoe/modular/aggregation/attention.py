@@ -19,10 +19,8 @@ from torch import Tensor, nn
 
 from dmoe.modular.aggregation.base import Aggregation, Choice, Modules, kept
 from dmoe.modular.banks.base import AdapterBank
-from dmoe.moe.keyed import normal_
+from dmoe.moe.rng import normal_
 from dmoe.moe.routing import Routing
-
-__all__ = ["Attention"]
 
 
 class Attention(Aggregation):
@@ -40,19 +38,31 @@ class Attention(Aggregation):
         with torch.no_grad():
             self.value_weight.copy_(torch.eye(self.width, device=self.value_weight.device))
 
-    def forward(self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int) -> Tensor:
+    def forward(
+        self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int
+    ) -> Tensor:
         slot_TKW = modules.slots(rows_TD, routing)
         dtype = slot_TKW.dtype
         query_TA = seen_TQ.to(dtype) @ self.query_weight.to(dtype)
-        score_TK = torch.einsum("ta,tka->tk", query_TA, slot_TKW @ self.key_weight.to(dtype)) / math.sqrt(self.key_dim)
-        share_TK = shares(score_TK.to(routing.weight_TK.dtype), routing.weight_TK, kept(routing)).to(dtype)
+        score_TK = torch.einsum(
+            "ta,tka->tk", query_TA, slot_TKW @ self.key_weight.to(dtype)
+        ) / math.sqrt(self.key_dim)
+        share_TK = shares(
+            score_TK.to(routing.weight_TK.dtype), routing.weight_TK, kept(routing)
+        ).to(dtype)
         return torch.einsum("tk,tkw->tw", share_TK, slot_TKW) @ self.value_weight.to(dtype)
 
-    def one(self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]) -> Tensor:
+    def one(
+        self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]
+    ) -> Tensor:
         total_W, mass = row_D.new_zeros(bank.width), row_D.new_zeros(())
         for choice in choices:
             output_W = bank.one(row_D, choice.module)
-            score = (seen_Q @ self.query_weight) @ (output_W @ self.key_weight) / math.sqrt(self.key_dim)
+            score = (
+                (seen_Q @ self.query_weight)
+                @ (output_W @ self.key_weight)
+                / math.sqrt(self.key_dim)
+            )
             total_W = total_W + choice.weight * score.exp() * output_W
             mass = mass + choice.weight * score.exp()
         return total_W / mass @ self.value_weight if choices else total_W
@@ -65,7 +75,12 @@ def shares(score_TK: Tensor, prior_TK: Tensor, made_TK: Tensor) -> Tensor:
     """
     made_TK = made_TK & (prior_TK > 0)
     largest_T1 = (
-        score_TK.detach().masked_fill(~made_TK, -math.inf).amax(-1, keepdim=True).clamp(min=torch.finfo(score_TK.dtype).min)
+        score_TK.detach()
+        .masked_fill(~made_TK, -math.inf)
+        .amax(-1, keepdim=True)
+        .clamp(min=torch.finfo(score_TK.dtype).min)
     )
-    mass_TK = ((score_TK - largest_T1).masked_fill(~made_TK, 0.0).exp() * prior_TK).masked_fill(~made_TK, 0.0)
+    mass_TK = ((score_TK - largest_T1).masked_fill(~made_TK, 0.0).exp() * prior_TK).masked_fill(
+        ~made_TK, 0.0
+    )
     return mass_TK / (mass_TK.sum(-1, keepdim=True) + 1e-20)

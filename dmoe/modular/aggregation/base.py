@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from dmoe.modular.banks.base import AdapterBank
 from dmoe.moe.routing import Routing
 
-__all__ = ["Aggregation", "Choice", "Modules", "kept"]
-
 
 class Choice(NamedTuple):
     """One choice that a token made."""
@@ -62,15 +60,23 @@ class Aggregation(nn.Module):
     def initialize(self, seed: int, layer: int) -> None:
         """Draw the weights anew; most aggregations have none."""
 
-    def forward(self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int) -> Tensor:
+    def forward(
+        self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int
+    ) -> Tensor:
         """[T, W]: the contribution of the modules together."""
         raise NotImplementedError
 
-    def one(self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]) -> Tensor:
+    def one(
+        self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]
+    ) -> Tensor:
         """[W]: the formula for one token and the choices it made. The naive reference, for tests."""
         raise NotImplementedError
 
 
 def kept(routing: Routing) -> Tensor:
     """bool [T, K]: which choices were made."""
-    return torch.ones_like(routing.expert_TK, dtype=torch.bool) if routing.keep_TK is None else routing.keep_TK
+    return (
+        torch.ones_like(routing.expert_TK, dtype=torch.bool)
+        if routing.keep_TK is None
+        else routing.keep_TK
+    )

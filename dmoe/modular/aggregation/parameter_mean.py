@@ -22,24 +22,31 @@ from dmoe.modular.aggregation.base import Aggregation, Choice, Modules, kept
 from dmoe.modular.banks.base import AdapterBank
 from dmoe.moe.routing import Routing
 
-__all__ = ["ParameterMean", "sequence_weights"]
-
 
 class ParameterMean(Aggregation):
-    def forward(self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int) -> Tensor:
+    def forward(
+        self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int
+    ) -> Tensor:
         bank = modules.experts
         if not bank.whole:
             raise ConfigError(
-                "aggregation", "parameter_mean", "needs all modules on every rank", "use parallel.ep=1, or weighted_sum"
+                "aggregation",
+                "parameter_mean",
+                "needs all modules on every rank",
+                "use parallel.ep=1, or weighted_sum",
             )
         weight_BM = sequence_weights(routing, sequences, bank.num_modules)
         made_T1 = kept(routing).any(-1, keepdim=True)
         return bank.averaged(weight_BM, rows_TD, len(rows_TD) // max(1, sequences)) * made_T1
 
-    def one(self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]) -> Tensor:
+    def one(
+        self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]
+    ) -> Tensor:
         """`choices` are those of the token's whole sequence, with their mean weights."""
         mixed = {
-            name: torch.stack([choice.weight * value[choice.module] for choice in choices]).sum(0, keepdim=True)
+            name: torch.stack([choice.weight * value[choice.module] for choice in choices]).sum(
+                0, keepdim=True
+            )
             for name, value in bank.named_parameters()
         }
         out_1W: Tensor = functional_call(bank, mixed, (row_D.unsqueeze(0), 1))
@@ -50,7 +57,9 @@ def sequence_weights(routing: Routing, sequences: int, num_modules: int) -> Tens
     """[B, M]: the mean of the weights of a sequence's tokens, over those that were routed at all."""
     made_TK = kept(routing)
     weight_TK = routing.weight_TK.masked_fill(~made_TK, 0.0)
-    weight_TM = weight_TK.new_zeros(len(weight_TK), num_modules).scatter_add(1, routing.expert_TK, weight_TK)
+    weight_TM = weight_TK.new_zeros(len(weight_TK), num_modules).scatter_add(
+        1, routing.expert_TK, weight_TK
+    )
     each = len(weight_TK) // max(1, sequences)
     routed_B1 = made_TK.any(-1).view(sequences, each).sum(1, keepdim=True).clamp(min=1)
     return weight_TM.view(sequences, each, num_modules).sum(1) / routed_B1

@@ -8,12 +8,21 @@ from __future__ import annotations
 from dmoe.modular.banks.adapter import Adapter
 from dmoe.modular.banks.base import AdapterBank
 from dmoe.modular.banks.low_rank import LowRank
-from dmoe.modular.banks.prefix import Prefix
-from dmoe.modular.banks.prompt import Prompt, with_room
+from dmoe.modular.banks.prompt import Prefix, Prompt, with_room
 from dmoe.modular.banks.scale import Scale
 from dmoe.modular.banks.sparse_delta import SparseDelta
 
-__all__ = ["BANKS", "Adapter", "AdapterBank", "LowRank", "Prefix", "Prompt", "Scale", "SparseDelta", "with_room"]
+__all__ = [
+    "BANKS",
+    "Adapter",
+    "AdapterBank",
+    "LowRank",
+    "Prefix",
+    "Prompt",
+    "Scale",
+    "SparseDelta",
+    "with_room",
+]
 
 BANKS: dict[str, type[AdapterBank]] = {
     "low_rank": LowRank,

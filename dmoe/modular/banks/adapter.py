@@ -17,13 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
-from dmoe.modular.banks.base import AdapterBank, Reads
-from dmoe.modular.banks.products import product
+from dmoe.config.expert_shapes import GATED
+from dmoe.modular.banks.base import AdapterBank, Reads, product
 from dmoe.moe.dispatch import TokensPerExpert
-from dmoe.moe.experts.activation import ACTIVATION_FNS, GATED
-from dmoe.moe.keyed import normal_
-
-__all__ = ["Adapter"]
+from dmoe.moe.experts.activation import ACTIVATION_FNS
+from dmoe.moe.rng import normal_
 
 CURVES = tuple(sorted(set(ACTIVATION_FNS) - GATED))
 
@@ -49,9 +47,16 @@ class Adapter(AdapterBank):
     ) -> None:
         super().__init__(num_modules, in_dim, out_dim)
         if activation not in CURVES:
-            raise ConfigError("activation", activation, f"must be one of {', '.join(CURVES)}", "use relu")
+            raise ConfigError(
+                "activation", activation, f"must be one of {', '.join(CURVES)}", "use relu"
+            )
         if reads not in ("input", "output"):
-            raise ConfigError("reads", reads, "must be input or output", "use output, the adapter after the frozen module")
+            raise ConfigError(
+                "reads",
+                reads,
+                "must be input or output",
+                "use output, the adapter after the frozen module",
+            )
         self.kind, self.reads = activation, reads
         self.down = nn.Parameter(torch.empty(num_modules, self.row_dim, hidden))
         self.up = nn.Parameter(torch.empty(num_modules, hidden, out_dim))
@@ -63,10 +68,16 @@ class Adapter(AdapterBank):
 
     def one(self, row_D: Tensor, module: int) -> Tensor:
         hidden_F = row_D @ self.down[module]
-        bent_F = hidden_F.clamp(min=0) if self.kind == "relu" else hidden_F * 0.5 * (1 + torch.erf(hidden_F / math.sqrt(2)))
+        bent_F = (
+            hidden_F.clamp(min=0)
+            if self.kind == "relu"
+            else hidden_F * 0.5 * (1 + torch.erf(hidden_F / math.sqrt(2)))
+        )
         return bent_F @ self.up[module]
 
     def draw(self, local: int, seed: int, layer: int, module: int) -> None:
-        normal_(self.down[local], 1 / math.sqrt(self.row_dim), seed, "module", layer, module, "down")
+        normal_(
+            self.down[local], 1 / math.sqrt(self.row_dim), seed, "module", layer, module, "down"
+        )
         with torch.no_grad():
             self.up[local].zero_()

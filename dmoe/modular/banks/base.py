@@ -5,6 +5,14 @@ bank keeps the contract of `dmoe.moe.experts.MLPExperts`: `forward(rows, per_mod
 by the global id. It goes through the same dispatchers and is sharded by the same `shard_experts`.
 
 Letters: M modules of the bank, e modules here (M/EP), R rows, D width read, W width of a module's contribution, B sequences.
+
+`rows @ weight[module of the row]` for the narrow matrices that modules are made of: ranks, bottlenecks, single columns.
+
+CUDA's grouped GEMM wants every row of a matrix to start at a multiple of 16 bytes. Experts are that wide anyway; a rank of 4 or a
+column of ones is not, so there both widths are filled up with zeros to a multiple of 8, which changes no number. The CPU takes any
+width.
+
+Letters: R rows, I input width, O output width, e modules here.
 """
 
 from __future__ import annotations
@@ -12,13 +20,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from dmoe.config.errors import ConfigError
 from dmoe.moe.dispatch import TokensPerExpert
-
-__all__ = ["AdapterBank", "Composition", "Reads"]
+from dmoe.moe.experts.grouped_mlp import grouped_linear
 
 Composition = Literal["parameter", "input", "function"]
 """How a module changes the network it is attached to (Pfeiffer et al. 2023, section 3)."""
@@ -80,7 +88,10 @@ class AdapterBank(nn.Module):
     def delta(self, local: int) -> Tensor:
         """[in_dim, out_dim]: what one module adds to a frozen matrix, as in `x @ matrix`. Raises ConfigError where it is not one."""
         raise ConfigError(
-            "modules", type(self).__name__, "adds no matrix", "merge LowRank or SparseDelta, or average the modules"
+            "modules",
+            type(self).__name__,
+            "adds no matrix",
+            "merge LowRank or SparseDelta, or average the modules",
         )
 
     def forward_reference(self, rows_RD: Tensor, per_module: Tensor) -> Tensor:
@@ -106,20 +117,32 @@ class AdapterBank(nn.Module):
 
     def stacks(self) -> dict[str, Tensor]:
         """Every stacked tensor by name: parameters and buffers."""
-        return {**dict(self.named_parameters(recurse=False)), **dict(self.named_buffers(recurse=False))}
+        return {
+            **dict(self.named_parameters(recurse=False)),
+            **dict(self.named_buffers(recurse=False)),
+        }
 
     def put(self, stacks: dict[str, Tensor]) -> None:
         """Take these tensors, parameters as new parameters. An optimizer made before does not know them."""
         for name, value in stacks.items():
             if name in self._parameters:
-                setattr(self, name, nn.Parameter(value, requires_grad=self.get_parameter(name).requires_grad))
+                setattr(
+                    self,
+                    name,
+                    nn.Parameter(value, requires_grad=self.get_parameter(name).requires_grad),
+                )
             else:
                 setattr(self, name, value)
 
     def shard(self, first: int, count: int) -> None:
         """Keep only the global modules `first .. first+count-1`."""
         self.first = first
-        self.put({name: value.detach()[first : first + count].clone() for name, value in self.stacks().items()})
+        self.put(
+            {
+                name: value.detach()[first : first + count].clone()
+                for name, value in self.stacks().items()
+            }
+        )
 
     def grow(self, count: int = 1) -> range:
         """Add `count` fresh modules behind the others, which keep their bits. Returns the new ids. Before sharding."""
@@ -127,7 +150,9 @@ class AdapterBank(nn.Module):
         before = self.num_modules
         self.put(
             {
-                name: torch.cat([value.detach(), value.detach()[:1].expand(count, *value.shape[1:])])
+                name: torch.cat(
+                    [value.detach(), value.detach()[:1].expand(count, *value.shape[1:])]
+                )
                 for name, value in self.stacks().items()
             }
         )
@@ -148,3 +173,29 @@ class AdapterBank(nn.Module):
         }
         out: Tensor = functional_call(self, mixed, (rows_RD, per_module))
         return out
+
+
+MULTIPLE = 8
+
+
+def product(rows_RI: Tensor, weight_eIO: Tensor, per_module: TokensPerExpert) -> Tensor:
+    """[R, O], in the rows' dtype."""
+    weight_eIO = weight_eIO.to(rows_RI.dtype)
+    function = padded_product if rows_RI.is_cuda else grouped_linear
+    return function(rows_RI, weight_eIO, per_module)
+
+
+def padded_product(rows_RI: Tensor, weight_eIO: Tensor, per_module: TokensPerExpert) -> Tensor:
+    """The same, through matrices whose widths are multiples of 8. Costs a copy of what is not."""
+    more_in, more_out = (-size % MULTIPLE for size in weight_eIO.shape[1:])
+    if not more_in and not more_out:
+        return grouped_linear(rows_RI, weight_eIO, per_module)
+    wide_RO = grouped_linear(
+        F.pad(rows_RI, (0, more_in)), F.pad(weight_eIO, (0, more_out, 0, more_in)), per_module
+    )
+    return wide_RO[:, : weight_eIO.shape[2]]
+
+
+def spread(stack_eX: Tensor, rows_RD: Tensor, per_module: TokensPerExpert) -> Tensor:
+    """[R, X]: each row's module's vector. As a product with a one, so that its backward is a product too and no atomic scatter."""
+    return product(rows_RD.new_ones(len(rows_RD), 1), stack_eX.unsqueeze(1), per_module)

@@ -16,12 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
-from dmoe.modular.banks.base import AdapterBank
-from dmoe.modular.banks.products import product
+from dmoe.modular.banks.base import AdapterBank, product
 from dmoe.moe.dispatch import TokensPerExpert
-from dmoe.moe.keyed import normal_
-
-__all__ = ["LowRank"]
+from dmoe.moe.rng import normal_
 
 
 class LowRank(AdapterBank):
@@ -33,7 +30,15 @@ class LowRank(AdapterBank):
     composition = "parameter"
     reads = "input"
 
-    def __init__(self, num_modules: int, in_dim: int, out_dim: int, *, rank: int = 8, alpha: float | None = None) -> None:
+    def __init__(
+        self,
+        num_modules: int,
+        in_dim: int,
+        out_dim: int,
+        *,
+        rank: int = 8,
+        alpha: float | None = None,
+    ) -> None:
         super().__init__(num_modules, in_dim, out_dim)
         if rank < 1:
             raise ConfigError("rank", rank, "must be at least 1", "use 4 to 64")

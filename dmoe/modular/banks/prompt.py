@@ -10,6 +10,16 @@ Not for decoding step by step with a key/value cache, where the first position o
 more than P positions is refused. Cost: B * P * O numbers a call; under EP a sequence's row travels with width 1 there and P * O back.
 
 Letters: M modules, R rows, B sequences, P positions, O width of the frozen output, S positions of a sequence with its room.
+
+Prefixes (Li and Liang 2021). Input composition at every layer: P learned keys and values that every later position attends to.
+
+    k[b, s] = sum over the chosen m of weight[b, m] * key_m[s],   v alike,   for s < P
+
+Attached to what computes keys and values, by layer: for a Hugging Face model a bank on each `k_proj` and `v_proj`; for the reference
+transformer, whose `w_qkv` stacks queries, keys and values, with `columns=(first, last + 1)` of the keys and values. Room is made as
+for a prompt (`prompt.py`), whose rules and costs these are. What stands at the placeholders' positions is read by nobody, since
+their keys and values are overwritten in every layer. Keys are written before the rotation, which at a fixed position is a fixed turn
+of the learned key.
 """
 
 from __future__ import annotations
@@ -18,12 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
-from dmoe.modular.banks.base import AdapterBank
-from dmoe.modular.banks.products import product
+from dmoe.modular.banks.base import AdapterBank, product
 from dmoe.moe.dispatch import TokensPerExpert
-from dmoe.moe.keyed import normal_
-
-__all__ = ["Prompt", "with_room"]
+from dmoe.moe.rng import normal_
 
 
 class Prompt(AdapterBank):
@@ -52,7 +59,10 @@ class Prompt(AdapterBank):
             raise ConfigError("length", length, "must be at least 1", "use 5 to 100")
         if not 0 <= start < stop <= out_dim:
             raise ConfigError(
-                "columns", columns, f"must be a part of 0 to {out_dim}", "give (start, stop) of the keys and values"
+                "columns",
+                columns,
+                f"must be a part of 0 to {out_dim}",
+                "give (start, stop) of the keys and values",
             )
         self.length, self.std, self.columns = length, std, slice(start, stop)
         self.room = length
@@ -80,3 +90,7 @@ class Prompt(AdapterBank):
 def with_room(token_BS: Tensor, length: int, fill: int = 0) -> Tensor:
     """[B, P+S]: `length` placeholders in front of each sequence. For targets, `fill` is the id that the loss ignores."""
     return torch.cat([token_BS.new_full((len(token_BS), length), fill), token_BS], 1)
+
+
+class Prefix(Prompt):
+    """A prompt that is written into keys and values: attach it to what computes them, in every layer. Arguments as `Prompt`."""

@@ -13,11 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dmoe.modular.banks.base import AdapterBank
-from dmoe.modular.banks.products import spread
+from dmoe.modular.banks.base import AdapterBank, spread
 from dmoe.moe.dispatch import TokensPerExpert
-
-__all__ = ["Scale"]
 
 
 class Scale(AdapterBank):

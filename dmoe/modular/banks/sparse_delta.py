@@ -15,12 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
-from dmoe.modular.banks.base import AdapterBank
-from dmoe.modular.banks.products import product
+from dmoe.modular.banks.base import AdapterBank, product
 from dmoe.moe.dispatch import TokensPerExpert
-from dmoe.moe.keyed import generator
-
-__all__ = ["SparseDelta"]
+from dmoe.moe.rng import generator
 
 
 class SparseDelta(AdapterBank):
@@ -35,7 +32,15 @@ class SparseDelta(AdapterBank):
     index: Tensor
     """int64 [M, n]: places in the flattened [D, O], in ascending order."""
 
-    def __init__(self, num_modules: int, in_dim: int, out_dim: int, *, density: float = 0.01, mask: str = "random") -> None:
+    def __init__(
+        self,
+        num_modules: int,
+        in_dim: int,
+        out_dim: int,
+        *,
+        density: float = 0.01,
+        mask: str = "random",
+    ) -> None:
         super().__init__(num_modules, in_dim, out_dim)
         if not 0 < density <= 1:
             raise ConfigError("density", density, "must be above 0 and at most 1", "use 0.01")
@@ -52,10 +57,15 @@ class SparseDelta(AdapterBank):
             return
         if not isinstance(frozen, nn.Linear):
             raise ConfigError(
-                "mask", "magnitude", f"reads the weight of a Linear, not of {type(frozen).__name__}", "use random"
+                "mask",
+                "magnitude",
+                f"reads the weight of a Linear, not of {type(frozen).__name__}",
+                "use random",
             )
         size_N = frozen.weight.detach().t().abs().flatten()
-        largest_n = size_N.sort(descending=True, stable=True).indices[: self.index.shape[1]].sort().values
+        largest_n = (
+            size_N.sort(descending=True, stable=True).indices[: self.index.shape[1]].sort().values
+        )
         self.index.copy_(largest_n.expand_as(self.index))
 
     def forward(self, rows_RD: Tensor, per_module: TokensPerExpert) -> Tensor:
@@ -63,20 +73,27 @@ class SparseDelta(AdapterBank):
 
     def dense(self) -> Tensor:
         """[e, D, O]: the modules as matrices."""
-        flat = self.value.new_zeros(len(self.value), self.in_dim * self.out_dim).scatter(1, self.index, self.value)
+        flat = self.value.new_zeros(len(self.value), self.in_dim * self.out_dim).scatter(
+            1, self.index, self.value
+        )
         return flat.view(-1, self.in_dim, self.out_dim)
 
     def one(self, row_D: Tensor, module: int) -> Tensor:
         out_O = [row_D.new_zeros(()) for _ in range(self.out_dim)]
         for place, value in zip(self.index[module].tolist(), self.value[module], strict=True):
-            out_O[place % self.out_dim] = out_O[place % self.out_dim] + row_D[place // self.out_dim] * value
+            out_O[place % self.out_dim] = (
+                out_O[place % self.out_dim] + row_D[place // self.out_dim] * value
+            )
         return torch.stack(out_O)
 
     def draw(self, local: int, seed: int, layer: int, module: int) -> None:
         with torch.no_grad():
             self.value[local].zero_()
         if self.mask == "random" and not self.index.is_meta:
-            drawn_N = torch.randperm(self.in_dim * self.out_dim, generator=generator(seed, "module", layer, module, "index"))
+            drawn_N = torch.randperm(
+                self.in_dim * self.out_dim,
+                generator=generator(seed, "module", layer, module, "index"),
+            )
             self.index[local] = drawn_N[: self.index.shape[1]].sort().values
 
     def delta(self, local: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import RouterConfig
 from dmoe.modular.routing.grow import check_grows, grow_router
-from dmoe.modular.routing.per import PerSequence, PerTask
+from dmoe.modular.routing.learned import PerSequence, PerTask
 from dmoe.modular.routing.tables import ConstantRouter, TableRouter
 from dmoe.moe import routers
 from dmoe.moe.routers.base import RouterModule
@@ -68,14 +68,19 @@ def routed(
         raise ConfigError("per", per, "must be token, sequence or task", "use token")
     if (labels is None) == (per == "task"):
         raise ConfigError(
-            "labels", labels, "is the number of tasks, for per=task and nothing else", "give it with per=task only"
+            "labels",
+            labels,
+            "is the number of tasks, for per=task and nothing else",
+            "give it with per=task only",
         )
     if first is not None and per != "sequence":
         raise ConfigError("first", first, "is for per=sequence only", "leave it out")
     config = RouterConfig(kind=kind, **options)  # type: ignore[arg-type]
 
     def make(width: int, layer: int) -> RouterModule:
-        router = routers.build(config, width if labels is None else labels, num_modules, top_k, layer)
+        router = routers.build(
+            config, width if labels is None else labels, num_modules, top_k, layer
+        )
         if labels is not None:
             return PerTask(router, labels)
         return PerSequence(router, first=first) if per == "sequence" else router

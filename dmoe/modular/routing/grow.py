@@ -6,16 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
-from dmoe.modular.routing.per import PerSequence, PerTask
+from dmoe.modular.routing.learned import PerSequence, PerTask
 from dmoe.modular.routing.tables import ConstantRouter, TableRouter
-from dmoe.moe.keyed import normal_
+from dmoe.moe.rng import normal_
 from dmoe.moe.routers.adaptive import AdaptiveRouter
 from dmoe.moe.routers.base import RouterModule
-from dmoe.moe.routers.fixed import FixedRouter
-from dmoe.moe.routers.soft import DenseRouter
-from dmoe.moe.routers.top_k import TopKRouter
-
-__all__ = ["check_grows", "grow_router"]
+from dmoe.moe.routers.dense import DenseRouter
+from dmoe.moe.routers.static import FixedRouter
+from dmoe.moe.routers.topk import TopKRouter
 
 LEARNED = TopKRouter | AdaptiveRouter | DenseRouter
 
@@ -27,7 +25,10 @@ def check_grows(router: RouterModule) -> None:
     elif not isinstance(router, LEARNED | ConstantRouter | TableRouter | FixedRouter):
         allowed = "would send old tokens to other modules if it grew"
         raise ConfigError(
-            "router", type(router).__name__, allowed, "use top_k, soft, adaptive, fixed, a table or constant weights"
+            "router",
+            type(router).__name__,
+            allowed,
+            "use top_k, soft, adaptive, fixed, a table or constant weights",
         )
 
 
@@ -50,7 +51,9 @@ def grow_router(router: RouterModule, count: int, seed: int, *, std: float = 0.0
         new_ED = router.weight.new_empty(count, router.weight.shape[1])
         for row, new_D in enumerate(new_ED):
             normal_(new_D, std, seed, "router", router.layer, "grown", first + row)
-        router.weight = nn.Parameter(torch.cat([router.weight.detach(), new_ED]), requires_grad=router.weight.requires_grad)
+        router.weight = nn.Parameter(
+            torch.cat([router.weight.detach(), new_ED]), requires_grad=router.weight.requires_grad
+        )
         router.bias_E = _with_zeros(router.bias_E, count)
     elif isinstance(router, ConstantRouter):
         router.weights += (0.0,) * count

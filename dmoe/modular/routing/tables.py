@@ -20,10 +20,8 @@ from torch import Tensor
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import RouterConfig
-from dmoe.moe.routers.base import RouterModule, valid_choices, per_token_input, router_dtype
+from dmoe.moe.routers.base import RouterModule, per_token_input, router_dtype, valid_choices
 from dmoe.moe.routing import Routing, TokenContext
-
-__all__ = ["ConstantRouter", "TableRouter", "constant_reference", "labels", "table_reference"]
 
 
 class ConstantRouter(RouterModule):
@@ -41,7 +39,12 @@ class ConstantRouter(RouterModule):
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
         expert_TM = torch.arange(self.num_experts, device=x_TD.device).repeat(len(x_TD), 1)
-        return weighted(expert_TM, self.weight_M.to(router_dtype(x_TD)).expand(expert_TM.shape), self.num_experts, context)
+        return weighted(
+            expert_TM,
+            self.weight_M.to(router_dtype(x_TD)).expand(expert_TM.shape),
+            self.num_experts,
+            context,
+        )
 
 
 class TableRouter(RouterModule):
@@ -56,7 +59,14 @@ class TableRouter(RouterModule):
     module_LK: Tensor
     """int64; -1 where a row is shorter than the longest."""
 
-    def __init__(self, rows: Sequence[Sequence[int]], num_modules: int, *, weight: float = 1.0, layer: int = 0) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Sequence[int]],
+        num_modules: int,
+        *,
+        weight: float = 1.0,
+        layer: int = 0,
+    ) -> None:
         check_rows(rows, num_modules)
         longest = max(len(row) for row in rows)
         super().__init__(RouterConfig(kind="fixed"), num_modules, longest, layer)
@@ -71,21 +81,33 @@ class TableRouter(RouterModule):
         """Raises ValueError without `context.label_T`; a label without a row, negative ones too, is an IndexError of torch."""
         module_TK = self.module_LK.index_select(0, labels(context, x_TD, "table"))
         weight_TK = x_TD.new_full(module_TK.shape, self.weight, dtype=router_dtype(x_TD))
-        return weighted(module_TK.clamp(min=0), weight_TK, self.num_experts, context, there_TK=module_TK >= 0)
+        return weighted(
+            module_TK.clamp(min=0), weight_TK, self.num_experts, context, there_TK=module_TK >= 0
+        )
 
     def add_row(self, row: Sequence[int]) -> int:
         """The modules of one more label, no more than the longest row has; returns the label."""
         check_rows([row], self.num_experts)
         if len(row) > self.top_k:
-            raise ConfigError("row", list(row), f"must have at most {self.top_k} modules", "make the table with a longer row")
-        self.rows = [*self.module_LK.tolist(), [*row, *[-1] * (self.top_k - len(row))]]  # a loaded table is in the buffer alone
+            raise ConfigError(
+                "row",
+                list(row),
+                f"must have at most {self.top_k} modules",
+                "make the table with a longer row",
+            )
+        self.rows = [
+            *self.module_LK.tolist(),
+            [*row, *[-1] * (self.top_k - len(row))],
+        ]  # a loaded table is in the buffer alone
         self.module_LK = self.module_LK.new_tensor(self.rows)
         return len(self.module_LK) - 1
 
 
 def labels(context: TokenContext, x_TD: Tensor, kind: str) -> Tensor:
     """int64 [T]: each token's label; 0 for padding, whose own may be any number (-100 marks what a loss ignores)."""
-    label_T = per_token_input(context.label_T, x_TD, kind, "label_T", "label (task, language or domain)")
+    label_T = per_token_input(
+        context.label_T, x_TD, kind, "label_T", "label (task, language or domain)"
+    )
     return label_T if context.valid_T is None else label_T.masked_fill(~context.valid_T, 0)
 
 
@@ -95,11 +117,21 @@ def check_rows(rows: Sequence[Sequence[int]], num_modules: int) -> None:
             allowed = f"must name modules from 0 to {num_modules - 1}, each at most once"
             raise ConfigError("row", list(row), allowed, "name existing modules")
     if not any(rows):
-        raise ConfigError("rows", list(rows), "must name a module for some label", "give at least one row with a module")
+        raise ConfigError(
+            "rows",
+            list(rows),
+            "must name a module for some label",
+            "give at least one row with a module",
+        )
 
 
 def weighted(
-    expert_TK: Tensor, weight_TK: Tensor, num_modules: int, context: TokenContext, *, there_TK: Tensor | None = None
+    expert_TK: Tensor,
+    weight_TK: Tensor,
+    num_modules: int,
+    context: TokenContext,
+    *,
+    there_TK: Tensor | None = None,
 ) -> Routing:
     made_TK = valid_choices(expert_TK, context)
     if there_TK is not None:
@@ -108,7 +140,13 @@ def weighted(
     positive_TK = weight_TK.clamp(min=0)
     share_TK = positive_TK / (positive_TK.sum(-1, keepdim=True) + 1e-20)
     score_TM = weight_TK.new_zeros(len(expert_TK), num_modules).scatter_add(1, expert_TK, share_TK)
-    return Routing(expert_TK, weight_TK, score_TM, torch.full_like(score_TM, -math.log(num_modules)), keep_TK=made_TK)
+    return Routing(
+        expert_TK,
+        weight_TK,
+        score_TM,
+        torch.full_like(score_TM, -math.log(num_modules)),
+        keep_TK=made_TK,
+    )
 
 
 def constant_reference(weights: Sequence[float]) -> tuple[list[int], list[float]]:
@@ -116,6 +154,8 @@ def constant_reference(weights: Sequence[float]) -> tuple[list[int], list[float]
     return list(range(len(weights))), list(weights)
 
 
-def table_reference(rows: Sequence[Sequence[int]], label: int, weight: float) -> tuple[list[int], list[float]]:
+def table_reference(
+    rows: Sequence[Sequence[int]], label: int, weight: float
+) -> tuple[list[int], list[float]]:
     """One token's modules and weights. For tests."""
     return list(rows[label]), [weight] * len(rows[label])

@@ -17,16 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from dmoe.config.shapes import GATED
-
-__all__ = ["ACTIVATION_FNS", "GATED", "activate", "activate_backward", "swiglu", "swiglu_reference"]
+from dmoe.config.expert_shapes import GATED
 
 aten = torch.ops.aten
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]] = {
     "swiglu": (F.silu, aten.silu_backward.grad_input),
     "geglu": (F.gelu, aten.gelu_backward.grad_input),
     "gelu": (F.gelu, aten.gelu_backward.grad_input),
-    "relu": (F.relu, lambda grad, x, *, grad_input: aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad_input)),
+    "relu": (
+        F.relu,
+        lambda grad, x, *, grad_input: aten.threshold_backward.grad_input(
+            grad, x, 0, grad_input=grad_input
+        ),
+    ),
 }
 """Each kind's curve, and its derivative times a gradient, written into `grad_input`."""
 
@@ -84,4 +87,6 @@ def swiglu_reference(hidden_R2F: Tensor) -> Tensor:
     return gate * torch.sigmoid(gate) * up
 
 
-ACTIVATION_FNS: dict[str, Callable[[Tensor], Tensor]] = {kind: partial(differentiable, kind) for kind in ACTIVATIONS}
+ACTIVATION_FNS: dict[str, Callable[[Tensor], Tensor]] = {
+    kind: partial(differentiable, kind) for kind in ACTIVATIONS
+}

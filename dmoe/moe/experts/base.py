@@ -8,9 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dmoe.moe.dispatch import TokensPerExpert
-from dmoe.moe.ownership import ExpertPlacement
-
-__all__ = ["Experts"]
+from dmoe.moe.placement import ExpertPlacement
 
 
 class Experts(nn.Module):

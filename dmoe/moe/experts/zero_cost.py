@@ -18,12 +18,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dmoe.config.expert_shapes import zero_cost
 from dmoe.config.schema import ExpertsConfig
-from dmoe.config.shapes import zero_cost
-from dmoe.moe.keyed import normal_
+from dmoe.moe.rng import normal_
 from dmoe.moe.routing import Routing
-
-__all__ = ["ZeroCost", "zero_cost_reference"]
 
 
 class ZeroCost(nn.Module):
@@ -34,7 +32,9 @@ class ZeroCost(nn.Module):
     def __init__(self, config: ExpertsConfig, dim: int, out_dim: int) -> None:
         super().__init__()
         if config.copy and dim != out_dim:
-            raise ValueError(f"experts.copy={config.copy}: a copy of width {dim} is no output of width {out_dim}; use 0")
+            raise ValueError(
+                f"experts.copy={config.copy}: a copy of width {dim} is no output of width {out_dim}; use 0"
+            )
         self.zero, self.copy, self.constant = config.zero, config.copy, config.constant
         self.num_experts = zero_cost(config)
         vectors = nn.Parameter(torch.empty(config.constant, out_dim)) if config.constant else None
@@ -79,6 +79,10 @@ def zero_cost_reference(module: ZeroCost, x_TD: Tensor, routing: Routing) -> Ten
                 total = total + routing.weight_TK[t, k] * x
             elif name == "constant":
                 assert module.constant_JM is not None
-                total = total + routing.weight_TK[t, k] * module.constant_JM[expert - first - module.zero - module.copy]
+                total = (
+                    total
+                    + routing.weight_TK[t, k]
+                    * module.constant_JM[expert - first - module.zero - module.copy]
+                )
         rows.append(total)
     return torch.stack(rows)

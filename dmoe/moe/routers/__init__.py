@@ -6,19 +6,17 @@ unlearned:   fixed, hashed (shared: unlearned.py)
 
 from __future__ import annotations
 
-from dmoe.config.check import check_router
+from dmoe.config.rules import check_router
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.routers.adaptive import AdaptiveRouter
 from dmoe.moe.routers.base import RouterModule
 from dmoe.moe.routers.budget import BudgetRouter
+from dmoe.moe.routers.dense import DenseRouter
 from dmoe.moe.routers.expert_choice import ExpertChoiceRouter
-from dmoe.moe.routers.fixed import FixedRouter
-from dmoe.moe.routers.group_limited import GroupLimitedRouter
-from dmoe.moe.routers.hashed import HashRouter
 from dmoe.moe.routers.learned import LearnedRouter
 from dmoe.moe.routers.noisy import NoisyRouter
-from dmoe.moe.routers.soft import DenseRouter
-from dmoe.moe.routers.top_k import TopKRouter
+from dmoe.moe.routers.static import FixedRouter, HashRouter
+from dmoe.moe.routers.topk import GroupLimitedRouter, TopKRouter
 
 __all__ = ["LEARNED", "UNLEARNED", "LearnedRouter", "RouterModule", "TopKRouter", "build"]
 

@@ -21,11 +21,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dmoe.moe.routers.learned import LearnedRouter, sort_experts, gate_scores, combine_weights
-from dmoe.moe.routers.spare import with_next_experts
+from dmoe.moe.routers.base import with_next_experts
+from dmoe.moe.routers.learned import LearnedRouter, combine_weights, gate_scores, sort_experts
 from dmoe.moe.routing import Routing, TokenContext
-
-__all__ = ["AdaptiveRouter", "adaptive_reference", "taken"]
 
 
 class AdaptiveRouter(LearnedRouter):
@@ -34,10 +32,14 @@ class AdaptiveRouter(LearnedRouter):
         score_TE = gate_scores(logit_TE, self.config)
         order_TE = sort_experts(score_TE.detach() + self.bias_E)
         expert_TK = order_TE[:, : self.top_k]
-        made_TK = taken(score_TE.detach().gather(1, expert_TK), self.config.top_p, self.config.k_min)
+        made_TK = taken(
+            score_TE.detach().gather(1, expert_TK), self.config.top_p, self.config.k_min
+        )
         weight_TK = combine_weights(logit_TE, score_TE, expert_TK, self.config, made_TK)
         keep_TK = made_TK if context.valid_T is None else made_TK & context.valid_T.unsqueeze(1)
-        routing = Routing(expert_TK, weight_TK, score_TE, logit_TE, scale=self.config.scale, keep_TK=keep_TK)
+        routing = Routing(
+            expert_TK, weight_TK, score_TE, logit_TE, scale=self.config.scale, keep_TK=keep_TK
+        )
         if context.capacity is None:
             return routing
         # The next expert of a token that took k_t of its K is the one after the k_t-th, not after the K-th.

@@ -26,16 +26,16 @@ import torch
 from torch import Tensor
 
 from dmoe.config.schema import RouterConfig
-from dmoe.moe.balance.units import mean_over_tokens
-from dmoe.moe.routers.learned import LearnedRouter, project, sort_experts, combine_weights
+from dmoe.moe.load_balancing.groups import mean_over_tokens
+from dmoe.moe.placement import HostConstant
+from dmoe.moe.routers.learned import LearnedRouter, combine_weights, project, sort_experts
 from dmoe.moe.routing import Routing, TokenContext
-from dmoe.moe.table import HostConstant
-
-__all__ = ["BudgetRouter", "affordable", "budget_reference"]
 
 
 class BudgetRouter(LearnedRouter):
-    def __init__(self, config: RouterConfig, dim: int, num_experts: int, top_k: int, layer: int = 0) -> None:
+    def __init__(
+        self, config: RouterConfig, dim: int, num_experts: int, top_k: int, layer: int = 0
+    ) -> None:
         super().__init__(config, dim, num_experts, top_k, layer)
         self.work = HostConstant([1] * num_experts)
 
@@ -49,11 +49,15 @@ class BudgetRouter(LearnedRouter):
         expert_TK = sort_experts(score_TE.detach() + self.bias_E)[:, : self.top_k]
         enough_TK = score_TE.detach().gather(1, expert_TK) > self.config.min_weight
         budget = self.config.budget if context.budget is None else context.budget
-        made_TK = affordable(enough_TK, self.work.on(x_TD.device)[expert_TK], allowance(budget, self.work.values))
+        made_TK = affordable(
+            enough_TK, self.work.on(x_TD.device)[expert_TK], allowance(budget, self.work.values)
+        )
         expert_TK, made_TK = taken_first(expert_TK, made_TK)
         weight_TK = combine_weights(logit_TE, score_TE, expert_TK, self.config, made_TK)
         keep_TK = made_TK if context.valid_T is None else made_TK & context.valid_T.unsqueeze(1)
-        return Routing(expert_TK, weight_TK, score_TE, logit_TE, scale=self.config.scale, keep_TK=keep_TK)
+        return Routing(
+            expert_TK, weight_TK, score_TE, logit_TE, scale=self.config.scale, keep_TK=keep_TK
+        )
 
     def of_sequences(self, x_TD: Tensor, context: TokenContext) -> Tensor:
         """Logits [T, E] of each token, or of the mean over its sequence."""
@@ -61,7 +65,11 @@ class BudgetRouter(LearnedRouter):
             return project(x_TD, self.weight)
         tokens, count = x_TD.shape[0], context.sequences
         logit_BE = project(mean_over_tokens(x_TD, context.valid_T, count), self.weight)
-        return logit_BE.unsqueeze(1).expand(count, tokens // max(1, count), self.num_experts).reshape(tokens, self.num_experts)
+        return (
+            logit_BE.unsqueeze(1)
+            .expand(count, tokens // max(1, count), self.num_experts)
+            .reshape(tokens, self.num_experts)
+        )
 
 
 def allowance(budget: float, work: Sequence[int]) -> int:

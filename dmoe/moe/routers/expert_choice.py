@@ -21,11 +21,9 @@ import torch
 from torch import Tensor
 
 from dmoe.moe.capacity import expert_capacity
-from dmoe.moe.queues import priority_score
+from dmoe.moe.expert_queue import priority_score
 from dmoe.moe.routers.learned import LearnedRouter
 from dmoe.moe.routing import Routing, TokenContext
-
-__all__ = ["ExpertChoiceRouter", "expert_choice_reference", "taken_tokens"]
 
 
 class ExpertChoiceRouter(LearnedRouter):
@@ -50,14 +48,22 @@ def taken_tokens(score_TE: Tensor, valid_T: Tensor | None, groups: int, capacity
     """bool [T, E]: whether the expert takes the token."""
     tokens, num_experts = score_TE.shape
     if valid_T is not None:
-        score_TE = score_TE.masked_fill(~valid_T.unsqueeze(1), -1.0)  # behind every real token, whose scores are not negative
+        score_TE = score_TE.masked_fill(
+            ~valid_T.unsqueeze(1), -1.0
+        )  # behind every real token, whose scores are not negative
     score_GTE = score_TE.view(groups, tokens // groups, num_experts)
     best_GCE = score_GTE.sort(dim=1, descending=True, stable=True).indices[:, :capacity]
-    taken_TE = torch.zeros_like(score_GTE, dtype=torch.bool).scatter(1, best_GCE, True).view(tokens, num_experts)
+    taken_TE = (
+        torch.zeros_like(score_GTE, dtype=torch.bool)
+        .scatter(1, best_GCE, True)
+        .view(tokens, num_experts)
+    )
     return taken_TE if valid_T is None else taken_TE & valid_T.unsqueeze(1)
 
 
-def expert_choice_reference(scores: list[list[float]], valid: list[bool], groups: int, capacity: int) -> list[tuple[int, int]]:
+def expert_choice_reference(
+    scores: list[list[float]], valid: list[bool], groups: int, capacity: int
+) -> list[tuple[int, int]]:
     """(token, expert) pairs, expert by expert and group by group. For tests."""
     per_group = len(scores) // groups
     pairs = []

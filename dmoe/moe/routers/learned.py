@@ -19,13 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.schema import RouterConfig
-from dmoe.moe.keyed import normal_
-from dmoe.moe.routers.base import RouterModule, valid_choices, router_dtype
-from dmoe.moe.routers.noise import keyed_noise
-from dmoe.moe.routers.spare import with_next_experts
+from dmoe.moe.rng import normal_
+from dmoe.moe.routers.base import RouterModule, router_dtype, valid_choices, with_next_experts
+from dmoe.moe.routers.noisy import keyed_noise
 from dmoe.moe.routing import Routing, TokenContext
-
-__all__ = ["LearnedRouter", "top_k_stable", "top_k_stable_reference", "project", "sort_experts", "gate_scores", "top_k_reference", "combine_weights"]
 
 
 class LearnedRouter(RouterModule):
@@ -38,7 +35,9 @@ class LearnedRouter(RouterModule):
     bias_E: Tensor
     """float32 or float64. Saved with the weights, moved by the bias controller once a step, never by the optimizer."""
 
-    def __init__(self, config: RouterConfig, dim: int, num_experts: int, top_k: int, layer: int = 0) -> None:
+    def __init__(
+        self, config: RouterConfig, dim: int, num_experts: int, top_k: int, layer: int = 0
+    ) -> None:
         super().__init__(config, num_experts, top_k, layer)
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.register_buffer("bias_E", torch.zeros(num_experts))
@@ -60,15 +59,24 @@ class LearnedRouter(RouterModule):
         return project(self.router_input(x_TD, context), self.weight)
 
     def route(
-        self, logit_TE: Tensor, score_TE: Tensor, context: TokenContext, *, eligible_TE: Tensor | None = None
+        self,
+        logit_TE: Tensor,
+        score_TE: Tensor,
+        context: TokenContext,
+        *,
+        eligible_TE: Tensor | None = None,
     ) -> Routing:
         """The K largest of score + bias among the eligible experts (all, if None), of which every token must have K."""
         order_TE = sort_experts(score_TE.detach() + self.bias_E, eligible_TE)
         expert_TK = order_TE[:, : self.top_k]
         weight_TK = combine_weights(logit_TE, score_TE, expert_TK, self.config)
         keep_TK = valid_choices(expert_TK, context)
-        routing = Routing(expert_TK, weight_TK, score_TE, logit_TE, scale=self.config.scale, keep_TK=keep_TK)
-        if context.capacity is None:  # without a capacity every choice finds a slot: nobody will ask for a next one
+        routing = Routing(
+            expert_TK, weight_TK, score_TE, logit_TE, scale=self.config.scale, keep_TK=keep_TK
+        )
+        if (
+            context.capacity is None
+        ):  # without a capacity every choice finds a slot: nobody will ask for a next one
             return routing
         spare_TS = order_TE[:, self.top_k : 2 * self.top_k]
         there_TS = None if eligible_TE is None else eligible_TE.gather(1, spare_TS)
@@ -86,7 +94,9 @@ class LearnedRouter(RouterModule):
 def project(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """x W^T in the dtype of `router_dtype`, whatever autocast says."""
     dtype = router_dtype(x_TD)
-    with nullcontext() if x_TD.is_meta else torch.autocast(x_TD.device.type, enabled=False):  # meta knows no autocast
+    with (
+        nullcontext() if x_TD.is_meta else torch.autocast(x_TD.device.type, enabled=False)
+    ):  # meta knows no autocast
         return x_TD.to(dtype) @ weight_ED.to(dtype).t()
 
 
@@ -109,7 +119,13 @@ def top_k_stable(score_TE: Tensor, top_k: int) -> Tensor:
     return sort_experts(score_TE)[:, :top_k]
 
 
-def combine_weights(logit_TE: Tensor, score_TE: Tensor, expert_TK: Tensor, config: RouterConfig, made_TK: Tensor | None = None) -> Tensor:
+def combine_weights(
+    logit_TE: Tensor,
+    score_TE: Tensor,
+    expert_TK: Tensor,
+    config: RouterConfig,
+    made_TK: Tensor | None = None,
+) -> Tensor:
     """Combine weights [T, K] of the chosen experts; zero where `made_TK` (None: everywhere True) says that no choice was made.
 
     `weights_from: chosen` runs the softmax over the K chosen logits (Megatron's default), otherwise the scores over all E are
@@ -131,7 +147,9 @@ def combine_weights(logit_TE: Tensor, score_TE: Tensor, expert_TK: Tensor, confi
 
 def top_k_stable_reference(score_TE: Tensor, top_k: int) -> Tensor:
     """`choose`, one token at a time and obviously right. For tests."""
-    rows = [sorted(range(len(row)), key=lambda e, row=row: (-row[e], e))[:top_k] for row in score_TE.tolist()]  # type: ignore[misc]
+    rows = []
+    for row in score_TE.tolist():
+        rows.append(sorted(range(len(row)), key=lambda e: (-row[e], e))[:top_k])
     return torch.tensor(rows, dtype=torch.int64).view(-1, top_k)
 
 
@@ -141,7 +159,9 @@ def top_k_reference(
     """One token's experts and weights in plain Python, from the formulas at the top. For tests."""
     exponentials = [math.exp(logit) for logit in logits]
     softmax = [value / sum(exponentials) for value in exponentials]
-    scores = softmax if config.score == "softmax" else [1 / (1 + math.exp(-logit)) for logit in logits]
+    scores = (
+        softmax if config.score == "softmax" else [1 / (1 + math.exp(-logit)) for logit in logits]
+    )
     chosen = sorted(range(len(scores)), key=lambda e: (-(scores[e] + bias[e]), e))[:top_k]
     weights = [scores[e] for e in chosen]
     if config.weights_from == "chosen" and config.score == "softmax":

@@ -11,6 +11,14 @@ The choice is by softmax(H) + bias; without a bias that is the order of H.
 Cost beside `learned.py`: a second [T, D] x [D, E] product and T*E normal draws. No collective, no host sync.
 
 Letters: T tokens, D width, E experts, K experts a token.
+
+Random numbers for routing that depend on the sequence they are for, and on nothing else.
+
+Sequence b of a forward draws from the generator keyed by (seed, what, step, layer, index of the sequence in the global batch), so
+neither the world size, nor the cut into micro-batches, nor a recomputed activation changes them. Drawn on the tokens' device in
+float32 (a copy from the host would wait for it), so CPU and CUDA draw different numbers from the same key.
+
+Letters: T tokens, S tokens a sequence, X numbers a token.
 """
 
 from __future__ import annotations
@@ -18,21 +26,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from dmoe.config.schema import RouterConfig
-from dmoe.moe.routers.learned import LearnedRouter, project, gate_scores
-from dmoe.moe.routers.noise import keyed_noise
+from dmoe.moe.rng import generator
+from dmoe.moe.routers.learned import LearnedRouter, gate_scores, project
 from dmoe.moe.routing import Noise, Routing, TokenContext
-
-__all__ = ["NoisyRouter", "noisy_reference"]
 
 
 class NoisyRouter(LearnedRouter):
-    def __init__(self, config: RouterConfig, dim: int, num_experts: int, top_k: int, layer: int = 0) -> None:
+    def __init__(
+        self, config: RouterConfig, dim: int, num_experts: int, top_k: int, layer: int = 0
+    ) -> None:
         # Softmax over the kept logits is what `weights_from: chosen` means; it sums to 1 as it is.
         config = replace(config, score="softmax", weights_from="chosen", renormalize=False)
         super().__init__(config, dim, num_experts, top_k, layer)
@@ -49,7 +58,9 @@ class NoisyRouter(LearnedRouter):
         std_TE = softplus(project(x_TD, self.noise_weight))
         logit_TE = clean_TE
         if self.training:
-            logit_TE = clean_TE + std_TE * keyed_noise(torch.randn, "noise", clean_TE, self.num_experts, self.layer, context)
+            logit_TE = clean_TE + std_TE * keyed_noise(
+                torch.randn, "noise", clean_TE, self.num_experts, self.layer, context
+            )
         routing = self.route(logit_TE, gate_scores(logit_TE, self.config), context)
         return replace(routing, noise=Noise(clean_TE, std_TE))
 
@@ -70,3 +81,51 @@ def noisy_reference(
     kept = sorted(range(len(h)), key=lambda e: (-h[e], e))[:top_k]
     total = sum(math.exp(h[e]) for e in kept)
     return kept, [math.exp(h[e]) / total for e in kept]
+
+
+class Draw(Protocol):
+    """`torch.randn` or `torch.rand`."""
+
+    def __call__(
+        self,
+        size: tuple[int, int],
+        *,
+        generator: torch.Generator,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Tensor: ...
+
+
+def keyed_noise(
+    draw: Draw, what: str, x_TX: Tensor, width: int, layer: int, context: TokenContext
+) -> Tensor:
+    """[T, width] in the dtype of `x_TX`: one draw for each of `context.sequences` sequences. No host sync.
+
+    Raises ValueError where the context holds no key: noise that changed with the world size would be drawn silently otherwise.
+    """
+    if context.noise_key is None:
+        raise ValueError(
+            f"the router draws {what} in training and needs a key for it: "
+            "pass TokenContext(noise_key=(seed, step)), or call .eval() to route without noise"
+        )
+    tokens = x_TX.shape[0]
+    if (
+        x_TX.is_meta or tokens == 0
+    ):  # there is no generator on the meta device, and nothing to draw for
+        return x_TX.new_empty(tokens, width)
+    assert tokens % context.sequences == 0, (
+        f"{tokens} tokens are not {context.sequences} equal sequences"
+    )
+    seed, step = context.noise_key
+    drawn = [
+        draw(
+            (tokens // context.sequences, width),
+            generator=generator(
+                seed, what, step, layer, context.first_sequence + b, device=x_TX.device
+            ),
+            device=x_TX.device,
+            dtype=torch.float32,
+        )
+        for b in range(context.sequences)
+    ]
+    return torch.cat(drawn).to(x_TX.dtype)

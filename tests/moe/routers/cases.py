@@ -18,7 +18,17 @@ from dmoe.moe.routing import TokenContext
 
 __all__ = ["EVERY_KIND", "Case", "cases", "identity_router", "known", "options_of", "pairs"]
 
-EVERY_KIND = ("top_k", "noisy", "group_limited", "adaptive", "fixed", "hash", "soft", "expert_choice", "budget")
+EVERY_KIND = (
+    "top_k",
+    "noisy",
+    "group_limited",
+    "adaptive",
+    "fixed",
+    "hash",
+    "soft",
+    "expert_choice",
+    "budget",
+)
 
 
 @dataclass(frozen=True)
@@ -36,23 +46,35 @@ class Case:
 
     @property
     def valid(self) -> list[bool]:
-        return [True] * len(self.logit_TE) if self.valid_T is None else [bool(v) for v in self.valid_T]
+        return (
+            [True] * len(self.logit_TE) if self.valid_T is None else [bool(v) for v in self.valid_T]
+        )
 
 
 @st.composite
-def cases(draw: st.DrawFn, experts: tuple[int, ...] = (1, 2, 3, 5, 7, 12), top_k: int | None = None) -> Case:
+def cases(
+    draw: st.DrawFn, experts: tuple[int, ...] = (1, 2, 3, 5, 7, 12), top_k: int | None = None
+) -> Case:
     num_experts = draw(st.sampled_from(experts))
     tokens = draw(st.integers(0, 9))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
-    levels = draw(st.sampled_from([1, 3, 64]))  # few levels: ties are the rule; 64: every step is exact in bf16
+    levels = draw(
+        st.sampled_from([1, 3, 64])
+    )  # few levels: ties are the rule; 64: every step is exact in bf16
     logit_TE = torch.randint(0, levels, (tokens, num_experts), generator=generator) / 16 - 1.0
     if draw(st.booleans()):
         logit_TE[:, draw(st.integers(0, num_experts - 1))] = 4.0  # one hot expert
-    bias_E = torch.randint(-2, 3, (num_experts,), generator=generator) / 4 * draw(st.sampled_from([0.0, 1.0]))
+    bias_E = (
+        torch.randint(-2, 3, (num_experts,), generator=generator)
+        / 4
+        * draw(st.sampled_from([0.0, 1.0]))
+    )
     masked = draw(st.sampled_from([None, 0.3, 1.0]))
     valid_T = None if masked is None else torch.rand(tokens, generator=generator) >= masked
     dtype = draw(st.sampled_from([torch.float64, torch.float64, torch.bfloat16]))
-    return Case(logit_TE.to(dtype), bias_E, valid_T, top_k or draw(st.integers(1, min(4, num_experts))))
+    return Case(
+        logit_TE.to(dtype), bias_E, valid_T, top_k or draw(st.integers(1, min(4, num_experts)))
+    )
 
 
 def identity_router(config: RouterConfig, case: Case) -> Any:
@@ -67,15 +89,23 @@ def identity_router(config: RouterConfig, case: Case) -> Any:
 def pairs(router: RouterModule, case: Case, **context: Any) -> tuple[Any, list[dict[int, float]]]:
     """The routing of a case, and of each token the weight of every expert it goes to."""
     routing = router(case.logit_TE, TokenContext(valid_T=case.valid_T, **context))
-    keep_TK = torch.ones_like(routing.expert_TK, dtype=torch.bool) if routing.keep_TK is None else routing.keep_TK
-    rows = zip(routing.expert_TK.tolist(), routing.weight_TK.tolist(), keep_TK.tolist(), strict=True)
+    keep_TK = (
+        torch.ones_like(routing.expert_TK, dtype=torch.bool)
+        if routing.keep_TK is None
+        else routing.keep_TK
+    )
+    rows = zip(
+        routing.expert_TK.tolist(), routing.weight_TK.tolist(), keep_TK.tolist(), strict=True
+    )
     return routing, [{e: w for e, w, made in zip(*row, strict=True) if made} for row in rows]
 
 
 def options_of(kind: str, num_experts: int = 6, top_k: int = 2) -> tuple[RouterConfig, int]:
     """Settings under which this kind is allowed, and its top_k."""
     config = {
-        "group_limited": RouterConfig(kind="group_limited", groups=3, topk_groups=2, score="sigmoid"),
+        "group_limited": RouterConfig(
+            kind="group_limited", groups=3, topk_groups=2, score="sigmoid"
+        ),
         "adaptive": RouterConfig(kind="adaptive", renormalize=False),
         "budget": RouterConfig(kind="budget", renormalize=False),
         "expert_choice": RouterConfig(kind="expert_choice", allow_future_leak=True),
@@ -86,4 +116,10 @@ def options_of(kind: str, num_experts: int = 6, top_k: int = 2) -> tuple[RouterC
 def known(tokens: int, sequences: int = 1, **more: Any) -> TokenContext:
     """A context with everything any router asks for."""
     position_T = torch.arange(tokens)
-    return TokenContext(token_id_T=position_T % 251, label_T=position_T % 3, noise_key=(5, 9), sequences=sequences, **more)
+    return TokenContext(
+        token_id_T=position_T % 251,
+        label_T=position_T % 3,
+        noise_key=(5, 9),
+        sequences=sequences,
+        **more,
+    )

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.routers.adaptive import adaptive_reference
-from dmoe.moe.routers.spare import next_experts_reference
-from tests.moe.drawing import drawn
+from dmoe.moe.routers.base import next_experts_reference
 from tests.moe.routers.cases import Case, cases, identity_router, pairs
+from tests.moe.strategies import drawn
 
 
 @drawn
@@ -24,7 +24,9 @@ from tests.moe.routers.cases import Case, cases, identity_router, pairs
     renormalize=st.booleans(),
     data=st.data(),
 )
-def test_equals_the_definition(case: Case, top_p: float, weights_from: str, renormalize: bool, data: st.DataObject) -> None:
+def test_equals_the_definition(
+    case: Case, top_p: float, weights_from: str, renormalize: bool, data: st.DataObject
+) -> None:
     k_min = data.draw(st.integers(1, case.top_k))
     if k_min == 1:
         weights_from, renormalize = "all", False
@@ -43,11 +45,15 @@ def test_equals_the_definition(case: Case, top_p: float, weights_from: str, reno
         if weights_from == "all":
             raw = [scores[e] for e in chosen]
         total = sum(raw) if renormalize else 1.0
-        expected = {e: 1.5 * w / total for e, w in zip(chosen, raw, strict=True)} if case.valid[t] else {}
+        expected = (
+            {e: 1.5 * w / total for e, w in zip(chosen, raw, strict=True)} if case.valid[t] else {}
+        )
         assert got[t] == pytest.approx(expected, rel=1e-5)
         assert routing.weight_TK[t, len(chosen) :].tolist() == [0.0] * (case.top_k - len(chosen))
         biased = [s + b for s, b in zip(scores, case.bias_E.tolist(), strict=True)]
-        experts, weights = next_experts_reference(logits, scores, biased, chosen, range(case.num_experts), config, spares)
+        experts, weights = next_experts_reference(
+            logits, scores, biased, chosen, range(case.num_experts), config, spares
+        )
         assert routing.spare_TK[t].tolist() == experts
         assert routing.spare_weight_TK[t].tolist() == pytest.approx(weights, rel=1e-5)
 
@@ -69,7 +75,12 @@ def test_sure_tokens_take_fewer() -> None:
 
 
 def test_only_made_choices_send_gradient() -> None:
-    case = Case(torch.tensor([[3.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]], dtype=torch.float64), torch.zeros(4), None, 2)
+    case = Case(
+        torch.tensor([[3.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]], dtype=torch.float64),
+        torch.zeros(4),
+        None,
+        2,
+    )
     config = RouterConfig("adaptive", weights_from="chosen", renormalize=False, k_min=2)
     router = identity_router(config, case)
     routing, _ = pairs(router, case)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.routers.budget import BudgetRouter, allowance, budget_reference
 from dmoe.moe.routing import TokenContext
-from tests.moe.drawing import drawn
 from tests.moe.routers.cases import Case, cases, identity_router, pairs
+from tests.moe.strategies import drawn
 
 
 @drawn
@@ -24,8 +24,16 @@ from tests.moe.routers.cases import Case, cases, identity_router, pairs
     given_late=st.booleans(),
     data=st.data(),
 )
-def test_equals_the_definition(case: Case, budget: float, min_weight: float, given_late: bool, data: st.DataObject) -> None:
-    work = data.draw(st.lists(st.sampled_from([0, 1, 2, 3, 10, 1000]), min_size=case.num_experts, max_size=case.num_experts))
+def test_equals_the_definition(
+    case: Case, budget: float, min_weight: float, given_late: bool, data: st.DataObject
+) -> None:
+    work = data.draw(
+        st.lists(
+            st.sampled_from([0, 1, 2, 3, 10, 1000]),
+            min_size=case.num_experts,
+            max_size=case.num_experts,
+        )
+    )
     own = {} if given_late else {"budget": budget}
     config = RouterConfig("budget", renormalize=False, min_weight=min_weight, scale=1.5, **own)
     router = identity_router(config, case)
@@ -33,7 +41,9 @@ def test_equals_the_definition(case: Case, budget: float, min_weight: float, giv
     routing, got = pairs(router, case, **({"budget": budget} if given_late else {}))
     for t, logits in enumerate(case.logit_TE.tolist()):
         scores = [math.exp(logit) / sum(map(math.exp, logits)) for logit in logits]
-        assume(all(abs(score - min_weight) > 1e-6 for score in scores))  # there, rounding may decide
+        assume(
+            all(abs(score - min_weight) > 1e-6 for score in scores)
+        )  # there, rounding may decide
         taken = budget_reference(scores, case.bias_E.tolist(), work, budget, min_weight, case.top_k)
         expected = {e: 1.5 * scores[e] for e in taken} if case.valid[t] else {}
         assert got[t] == pytest.approx(expected, rel=1e-5)
@@ -58,7 +68,9 @@ def test_by_descending_weight_what_fits() -> None:
     assert taken([0.5, 0.3, 0.2], [1, 5, 4], budget=0.6) == [0, 1]
     assert taken([0.2, 0.3, 0.5], [1, 5, 4], budget=0.5) == [2, 0]
     assert taken([0.5, 0.45, 0.05], [1, 1, 1]) == [0, 1], "0.05 is not above 0.1"
-    assert taken([0.5, 0.3, 0.2], [1, 5, 4], min_weight=0.6) == [], "nothing: the residual stream carries the token"
+    assert taken([0.5, 0.3, 0.2], [1, 5, 4], min_weight=0.6) == [], (
+        "nothing: the residual stream carries the token"
+    )
     assert taken([0.5, 0.3, 0.2], [10, 5, 0], budget=0.1) == [2], "what costs nothing always fits"
 
 
@@ -72,7 +84,9 @@ def test_a_budget_of_one_lets_everything_run_and_decimal_shares_are_exact(expert
 
 
 def test_a_sequence_goes_one_way_and_padding_has_no_say() -> None:
-    router = BudgetRouter(RouterConfig("budget", renormalize=False, per="sequence"), 4, 4, 2).double()
+    router = BudgetRouter(
+        RouterConfig("budget", renormalize=False, per="sequence"), 4, 4, 2
+    ).double()
     with torch.no_grad():
         router.weight.copy_(torch.eye(4))
     x = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -92,5 +106,7 @@ def test_what_was_not_afforded_sends_no_gradient() -> None:
     assert list(got[0]) == [0]
     routing.weight_TK.sum().backward()
     scores = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
-    expected_E = scores[0] * (torch.tensor([1.0, 0.0, 0.0]) - scores)  # of softmax's first entry alone
+    expected_E = scores[0] * (
+        torch.tensor([1.0, 0.0, 0.0]) - scores
+    )  # of softmax's first entry alone
     torch.testing.assert_close(router.weight.grad, expected_E.unsqueeze(1) * case.logit_TE)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dmoe.config.check import check, check_router
 from dmoe.config.errors import ConfigError
 from dmoe.config.load import load
+from dmoe.config.rules import check, check_router
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.routers import build
 
@@ -79,14 +79,23 @@ ALLOWED = {
         "moe.router.score=sigmoid",
     ],
     "noisy": [KIND + "noisy", "moe.router.jitter=0.1", "moe.balance.load=0.1"],
-    "deepseek": [KIND + "group_limited", "moe.router.score=sigmoid", "moe.router.groups=4", "moe.router.topk_groups=2"],
+    "deepseek": [
+        KIND + "group_limited",
+        "moe.router.score=sigmoid",
+        "moe.router.groups=4",
+        "moe.router.topk_groups=2",
+    ],
     "adaptive": [KIND + "adaptive", "moe.router.renormalize=false", "moe.router.top_p=1.0"],
     "adaptive from two": [KIND + "adaptive", "moe.router.k_min=2", "moe.top_k=4"],
     "fixed": [KIND + "fixed"],
     "fixed with one": [KIND + "fixed", "moe.top_k=1"],
     "hash": [KIND + "hash", "moe.top_k=1"],
     "soft": [KIND + "soft", "moe.top_k=8", "moe.capacity.factor=1.0", "moe.exchange=padded"],
-    "expert_choice": [KIND + "expert_choice", "moe.router.allow_future_leak=true", "moe.capacity.group=sequence"],
+    "expert_choice": [
+        KIND + "expert_choice",
+        "moe.router.allow_future_leak=true",
+        "moe.capacity.group=sequence",
+    ],
 }
 
 
@@ -106,12 +115,17 @@ def test_what_means_something_is_allowed(name: str) -> None:
 
 
 def test_a_layer_is_told_the_same() -> None:
-    with pytest.raises(ValueError, match=r"moe.router.groups=3: must divide moe.num_experts=8; use one of \[1, 2, 4, 8\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"moe.router.groups=3: must divide moe.num_experts=8; use one of \[1, 2, 4, 8\]",
+    ):
         build(RouterConfig(kind="group_limited", groups=3), 16, 8, 2, 0)
 
 
 def test_the_reason_is_named() -> None:
     with pytest.raises(ConfigError, match=r"later tokens.*allow_future_leak=true"):
         check(load(None, [KIND + "expert_choice"]))
-    with pytest.raises(ConfigError, match=r"has no meaning for moe.router.kind=hash, only for top_k, noisy"):
+    with pytest.raises(
+        ConfigError, match=r"has no meaning for moe.router.kind=hash, only for top_k, noisy"
+    ):
         check_router(RouterConfig(kind="hash", jitter=0.1), 8, 2)

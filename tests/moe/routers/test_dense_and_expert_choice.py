@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.capacity import expert_capacity
+from dmoe.moe.routers.dense import soft_reference
 from dmoe.moe.routers.expert_choice import expert_choice_reference, taken_tokens
-from dmoe.moe.routers.soft import soft_reference
-from tests.moe.drawing import drawn
 from tests.moe.routers.cases import Case, cases, identity_router, pairs
+from tests.moe.strategies import drawn
 
 
 @drawn
@@ -23,7 +23,9 @@ def test_soft_is_the_softmax_of_all(case: Case) -> None:
     case = Case(case.logit_TE, case.bias_E, case.valid_T, case.num_experts)
     _, got = pairs(identity_router(RouterConfig(kind="soft", scale=2.0), case), case)
     for t, logits in enumerate(case.logit_TE.tolist()):
-        expected = {e: 2.0 * w for e, w in enumerate(soft_reference(logits))} if case.valid[t] else {}
+        expected = (
+            {e: 2.0 * w for e, w in enumerate(soft_reference(logits))} if case.valid[t] else {}
+        )
         assert got[t] == pytest.approx(expected, rel=1e-5)
 
 
@@ -36,7 +38,11 @@ def test_experts_choose_their_best_tokens(case: Case, groups: int, capacity: int
     offered = None if capacity is None else min(capacity, per_group)
     config = RouterConfig(kind="expert_choice", allow_future_leak=True, scale=2.0)
     routing, got = pairs(identity_router(config, case), case, groups=groups, capacity=offered)
-    slots = expert_capacity(1.0, per_group, case.top_k, case.num_experts, 1) if offered is None else offered
+    slots = (
+        expert_capacity(1.0, per_group, case.top_k, case.num_experts, 1)
+        if offered is None
+        else offered
+    )
     expected = expert_choice_reference(routing.score_TE.tolist(), case.valid, groups, slots)
     assert [(t, e) for t, row in enumerate(got) for e in sorted(row)] == expected
     for t, logits in enumerate(case.logit_TE.tolist()):
@@ -44,14 +50,18 @@ def test_experts_choose_their_best_tokens(case: Case, groups: int, capacity: int
         assert got[t] == pytest.approx({e: 2.0 * scores[e] for e in got[t]}, rel=1e-5)
     real = [sum(case.valid[g * per_group : (g + 1) * per_group]) for g in range(groups)]
     count_E = routing.keep_TK.sum(0)
-    assert count_E.tolist() == [sum(min(slots, r) for r in real)] * case.num_experts, "the load is even by construction"
+    assert count_E.tolist() == [sum(min(slots, r) for r in real)] * case.num_experts, (
+        "the load is even by construction"
+    )
 
 
 def test_ties_go_to_the_earlier_token_and_padding_is_never_taken() -> None:
     valid_T = torch.tensor([False, True, True, True, False])
     taken_TE = taken_tokens(torch.full((5, 3), 1 / 3), valid_T, 1, 2)
     assert taken_TE.tolist() == [[False] * 3, [True] * 3, [True] * 3, [False] * 3, [False] * 3]
-    assert taken_tokens(torch.zeros(40, 1), None, 1, 7).flatten().tolist() == [True] * 7 + [False] * 33
+    assert (
+        taken_tokens(torch.zeros(40, 1), None, 1, 7).flatten().tolist() == [True] * 7 + [False] * 33
+    )
 
 
 def test_main_loss_reaches_the_router() -> None:

@@ -30,7 +30,9 @@ def test_the_registry_is_whole() -> None:
 @pytest.mark.parametrize("exchange", ["packed", "padded"])
 @pytest.mark.parametrize("factor", [None, 1.0, 1.25])
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_output_is_the_weighted_sum_of_the_kept(kind: str, factor: float | None, exchange: str) -> None:
+def test_output_is_the_weighted_sum_of_the_kept(
+    kind: str, factor: float | None, exchange: str
+) -> None:
     if factor is None and exchange == "padded":
         exchange = "packed"
     layer = layer_of(kind, capacity=CapacityConfig(factor=factor), exchange=exchange)
@@ -141,7 +143,12 @@ def test_sequences_route_alike_alone_and_together(kind: str) -> None:
         part = slice(4 * b, 4 * b + 4)
         alone = layer(
             x[b : b + 1],
-            replace(context, label_T=label_T[part], token_id_T=context.token_id_T[part], first_sequence=b),  # type: ignore[index]
+            replace(
+                context,
+                label_T=label_T[part],
+                token_id_T=context.token_id_T[part],
+                first_sequence=b,
+            ),  # type: ignore[index]
         )
         assert torch.equal(alone.routing.expert_TK, together.routing.expert_TK[part])
         assert torch.equal(alone.routing.keep_TK, together.routing.keep_TK[part])

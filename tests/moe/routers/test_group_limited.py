@@ -13,21 +13,28 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.routers import build
-from dmoe.moe.routers.group_limited import eligible_reference
-from dmoe.moe.routers.spare import next_experts_reference
+from dmoe.moe.routers.base import next_experts_reference
+from dmoe.moe.routers.topk import eligible_reference
 from dmoe.moe.routing import TokenContext
-from tests.moe.drawing import drawn
 from tests.moe.routers.cases import Case, cases, identity_router, pairs
+from tests.moe.strategies import drawn
 
 
 @drawn
 @given(case=cases(experts=(2, 3, 6, 8, 12)), data=st.data())
 def test_equals_the_definition(case: Case, data: st.DataObject) -> None:
-    groups = data.draw(st.sampled_from([n for n in range(1, case.num_experts + 1) if case.num_experts % n == 0]))
+    groups = data.draw(
+        st.sampled_from([n for n in range(1, case.num_experts + 1) if case.num_experts % n == 0])
+    )
     topk_groups = data.draw(st.integers(1, groups))
     assume(case.top_k <= topk_groups * case.num_experts // groups)
     config = RouterConfig(
-        "group_limited", "sigmoid", renormalize=case.top_k > 1, groups=groups, topk_groups=topk_groups, scale=2.0
+        "group_limited",
+        "sigmoid",
+        renormalize=case.top_k > 1,
+        groups=groups,
+        topk_groups=topk_groups,
+        scale=2.0,
     )
     routing, got = pairs(identity_router(config, case), case, capacity=2)
     # Sums of two float32 scores tie where the same sums in float64 do not: the router's own scores decide.
@@ -42,14 +49,20 @@ def test_equals_the_definition(case: Case, data: st.DataObject) -> None:
         expected = {e: 2.0 * scores[e] / total for e in chosen} if case.valid[t] else {}
         assert got[t] == pytest.approx(expected, rel=1e-5)
         spares = min(case.top_k, case.num_experts - case.top_k)
-        experts, weights = next_experts_reference(logits, scores, biased_TE[t], chosen, allowed, config, spares)
+        experts, weights = next_experts_reference(
+            logits, scores, biased_TE[t], chosen, allowed, config, spares
+        )
         assert routing.spare_TK[t].tolist() == experts
         assert routing.spare_weight_TK[t].tolist() == pytest.approx(weights, rel=1e-5)
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
-@pytest.mark.parametrize(("experts", "groups", "topk_groups", "top_k"), [(16, 4, 2, 4), (16, 8, 4, 8), (12, 3, 1, 3)])
-def test_equals_transformers_deepseek_v3(experts: int, groups: int, topk_groups: int, top_k: int, renormalize: bool) -> None:
+@pytest.mark.parametrize(
+    ("experts", "groups", "topk_groups", "top_k"), [(16, 4, 2, 4), (16, 8, 4, 8), (12, 3, 1, 3)]
+)
+def test_equals_transformers_deepseek_v3(
+    experts: int, groups: int, topk_groups: int, top_k: int, renormalize: bool
+) -> None:
     generator = torch.Generator().manual_seed(4)
     peer_config = DeepseekV3Config(
         hidden_size=10, n_routed_experts=experts, num_experts_per_tok=top_k, n_group=groups, topk_group=topk_groups,
@@ -58,7 +71,12 @@ def test_equals_transformers_deepseek_v3(experts: int, groups: int, topk_groups:
     peer_config.num_local_experts = experts
     peer = DeepseekV3TopkRouter(peer_config)
     config = RouterConfig(
-        "group_limited", "sigmoid", renormalize=renormalize, scale=2.5, groups=groups, topk_groups=topk_groups
+        "group_limited",
+        "sigmoid",
+        renormalize=renormalize,
+        scale=2.5,
+        groups=groups,
+        topk_groups=topk_groups,
     )
     ours = build(config, 10, experts, top_k, 0)
     weight_ED = torch.randn(experts, 10, generator=generator)
@@ -75,12 +93,18 @@ def test_equals_transformers_deepseek_v3(experts: int, groups: int, topk_groups:
     # The peer returns its choices unsorted.
     order_TK, peer_order_TK = routing.expert_TK.argsort(1), expert_TK.argsort(1)
     assert torch.equal(routing.expert_TK.gather(1, order_TK), expert_TK.gather(1, peer_order_TK))
-    torch.testing.assert_close(routing.weight_TK.gather(1, order_TK), weight_TK.gather(1, peer_order_TK))
+    torch.testing.assert_close(
+        routing.weight_TK.gather(1, order_TK), weight_TK.gather(1, peer_order_TK)
+    )
 
 
 def test_ties_go_to_the_lower_group() -> None:
     case = Case(torch.zeros(2, 8, dtype=torch.float64), torch.zeros(8), None, 3)
-    routing, _ = pairs(identity_router(RouterConfig("group_limited", groups=4, topk_groups=2), case), case, capacity=1)
+    routing, _ = pairs(
+        identity_router(RouterConfig("group_limited", groups=4, topk_groups=2), case),
+        case,
+        capacity=1,
+    )
     assert routing.expert_TK.tolist() == [[0, 1, 2]] * 2
     assert routing.spare_TK.tolist() == [[3, -1, -1]] * 2
     assert routing.spare_weight_TK.tolist() == [[pytest.approx(1 / 3), 0.0, 0.0]] * 2

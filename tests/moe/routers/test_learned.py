@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.routers import build
+from dmoe.moe.routers.base import next_experts_reference
 from dmoe.moe.routers.learned import top_k_reference
-from dmoe.moe.routers.spare import next_experts_reference
 from dmoe.moe.routing import TokenContext
-from tests.moe.drawing import drawn
 from tests.moe.routers.cases import Case, cases, identity_router, pairs
+from tests.moe.strategies import drawn
 
 CONFIGS = st.builds(
     RouterConfig,
@@ -58,7 +58,9 @@ def test_spares_are_the_next_in_line(case: Case, config: RouterConfig) -> None:
             scores = [math.exp(logit) / sum(map(math.exp, logits)) for logit in logits]
         biased = [s + b for s, b in zip(scores, case.bias_E.tolist(), strict=True)]
         chosen = routing.expert_TK[t].tolist()
-        experts, weights = next_experts_reference(logits, scores, biased, chosen, range(case.num_experts), config, spares)
+        experts, weights = next_experts_reference(
+            logits, scores, biased, chosen, range(case.num_experts), config, spares
+        )
         assert routing.spare_TK[t].tolist() == experts
         assert routing.spare_weight_TK[t].tolist() == pytest.approx(weights, rel=1e-5)
 
@@ -69,7 +71,9 @@ def test_without_a_capacity_there_is_no_spare() -> None:
 
 
 def test_the_bias_chooses_and_never_weighs() -> None:
-    case = Case(torch.tensor([[1.0, 0.5, 0.0]], dtype=torch.float64), torch.tensor([0.0, 0.0, 5.0]), None, 2)
+    case = Case(
+        torch.tensor([[1.0, 0.5, 0.0]], dtype=torch.float64), torch.tensor([0.0, 0.0, 5.0]), None, 2
+    )
     routing, (got,) = pairs(identity_router(RouterConfig(renormalize=False), case), case)
     assert routing.expert_TK.tolist() == [[2, 0]]
     torch.testing.assert_close(routing.weight_TK, case.logit_TE.softmax(1)[:, [2, 0]])
@@ -81,7 +85,9 @@ def test_the_bias_chooses_and_never_weighs() -> None:
 def test_spare_weights_carry_gradient(kind: str) -> None:
     router = build(RouterConfig(kind=kind, renormalize=False), 4, 6, 2, 0).double().eval()  # type: ignore[arg-type]
     router.initialize(0, 0, 1.0)
-    router(torch.randn(5, 4, dtype=torch.float64), TokenContext(capacity=4)).spare_weight_TK.sum().backward()
+    router(
+        torch.randn(5, 4, dtype=torch.float64), TokenContext(capacity=4)
+    ).spare_weight_TK.sum().backward()
     assert bool(router.weight.grad.any())  # type: ignore[union-attr]
 
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmoe.config.schema import RouterConfig
-from dmoe.moe.keyed import generator
+from dmoe.moe.rng import generator
 from dmoe.moe.routers import build
 from dmoe.moe.routers.noisy import NoisyRouter, noisy_reference
 from dmoe.moe.routing import TokenContext
-from tests.moe.drawing import drawn
+from tests.moe.strategies import drawn
 
 DIM = 4
 
@@ -30,11 +30,16 @@ def noisy(num_experts: int, top_k: int, layer: int = 0) -> NoisyRouter:
 
 
 def inputs(tokens: int, seed: int = 0) -> Tensor:
-    return torch.randn(tokens, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        tokens, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def normals(sequences: int, length: int, num_experts: int, first: int, layer: int = 0) -> Tensor:
-    drawn_ = [torch.randn(length, num_experts, generator=generator(7, "noise", 2, layer, first + b)) for b in range(sequences)]
+    drawn_ = [
+        torch.randn(length, num_experts, generator=generator(7, "noise", 2, layer, first + b))
+        for b in range(sequences)
+    ]
     return torch.cat(drawn_).double()
 
 
@@ -46,18 +51,28 @@ def normals(sequences: int, length: int, num_experts: int, first: int, layer: in
     training=st.booleans(),
     data=st.data(),
 )
-def test_equals_the_equations(num_experts: int, sequences: int, length: int, training: bool, data: st.DataObject) -> None:
+def test_equals_the_equations(
+    num_experts: int, sequences: int, length: int, training: bool, data: st.DataObject
+) -> None:
     top_k = data.draw(st.integers(2, min(4, num_experts)))
     router = noisy(num_experts, top_k).train(training)
     x_TD = inputs(sequences * length, data.draw(st.integers(0, 1000)))
     routing = router(x_TD, TokenContext(noise_key=(7, 2), sequences=sequences, first_sequence=5))
-    normal_TE = normals(sequences, length, num_experts, 5) if training else torch.zeros(len(x_TD), num_experts)
+    normal_TE = (
+        normals(sequences, length, num_experts, 5)
+        if training
+        else torch.zeros(len(x_TD), num_experts)
+    )
     for t, x in enumerate(x_TD.tolist()):
-        kept, weights = noisy_reference(x, router.weight.tolist(), router.noise_weight.tolist(), normal_TE[t].tolist(), top_k)
+        kept, weights = noisy_reference(
+            x, router.weight.tolist(), router.noise_weight.tolist(), normal_TE[t].tolist(), top_k
+        )
         assert routing.expert_TK[t].tolist() == kept
         assert routing.weight_TK[t].tolist() == pytest.approx(weights, rel=1e-9)
     assert routing.noise is not None
-    torch.testing.assert_close(routing.logit_TE, routing.noise.clean_TE + normal_TE * routing.noise.std_TE)
+    torch.testing.assert_close(
+        routing.logit_TE, routing.noise.clean_TE + normal_TE * routing.noise.std_TE
+    )
 
 
 def test_the_noise_does_not_depend_on_how_the_batch_is_cut() -> None:
@@ -67,7 +82,10 @@ def test_the_noise_does_not_depend_on_how_the_batch_is_cut() -> None:
     for ranks in (2, 3, 6):
         part, count = 24 // ranks, 6 // ranks
         cut = [
-            router(x_TD[r * part : (r + 1) * part], replace(context, sequences=count, first_sequence=r * count)).logit_TE
+            router(
+                x_TD[r * part : (r + 1) * part],
+                replace(context, sequences=count, first_sequence=r * count),
+            ).logit_TE
             for r in range(ranks)
         ]
         torch.testing.assert_close(torch.cat(cut), whole, rtol=1e-12, atol=1e-12)
@@ -77,8 +95,16 @@ def test_the_noise_does_not_depend_on_how_the_batch_is_cut() -> None:
 def test_the_noise_is_of_its_step_layer_sequence_and_seed() -> None:
     """x = 0, so that the logits are noise alone, of standard deviation softplus(0)."""
     logits = [
-        noisy(6, 2, layer)(inputs(4) * 0, TokenContext(noise_key=key, first_sequence=first)).logit_TE
-        for layer, key, first in [(0, (7, 2), 0), (1, (7, 2), 0), (0, (8, 2), 0), (0, (7, 3), 0), (0, (7, 2), 1)]
+        noisy(6, 2, layer)(
+            inputs(4) * 0, TokenContext(noise_key=key, first_sequence=first)
+        ).logit_TE
+        for layer, key, first in [
+            (0, (7, 2), 0),
+            (1, (7, 2), 0),
+            (0, (8, 2), 0),
+            (0, (7, 3), 0),
+            (0, (7, 2), 1),
+        ]
     ]
     for i, one in enumerate(logits):
         for two in logits[:i]:
@@ -90,13 +116,18 @@ def test_float32_and_float64_see_the_same_noise() -> None:
     double, single = noisy(5, 2), noisy(5, 2).float()
     context = TokenContext(noise_key=(7, 2))
     torch.testing.assert_close(
-        single(x_TD.float(), context).logit_TE.double(), double(x_TD, context).logit_TE, rtol=1e-5, atol=1e-5
+        single(x_TD.float(), context).logit_TE.double(),
+        double(x_TD, context).logit_TE,
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
 def test_evaluation_has_no_noise_and_training_needs_a_key() -> None:
     router, x_TD = noisy(6, 2), inputs(3)
-    with pytest.raises(ValueError, match=r"draws noise in training.*TokenContext\(noise_key=\(seed, step\)\).*eval"):
+    with pytest.raises(
+        ValueError, match=r"draws noise in training.*TokenContext\(noise_key=\(seed, step\)\).*eval"
+    ):
         router(x_TD, TokenContext())
     routing = router.eval()(x_TD, TokenContext())
     torch.testing.assert_close(routing.logit_TE, x_TD @ router.weight.t())

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.routers import build
-from dmoe.moe.routers.fixed import fixed_reference
-from dmoe.moe.routers.hashed import hash_experts, hash_reference
+from dmoe.moe.routers.static import fixed_reference, hash_experts, hash_reference
 from dmoe.moe.routing import TokenContext
-from tests.moe.drawing import drawn
+from tests.moe.strategies import drawn
 
 
 @drawn
@@ -28,20 +27,34 @@ from tests.moe.drawing import drawn
     data=st.data(),
 )
 def test_equals_the_definition(
-    kind: str, num_experts: int, numbers: list[int], layer: int, dtype: torch.dtype, data: st.DataObject
+    kind: str,
+    num_experts: int,
+    numbers: list[int],
+    layer: int,
+    dtype: torch.dtype,
+    data: st.DataObject,
 ) -> None:
     top_k = data.draw(st.integers(1, min(4, num_experts)))
     router = build(RouterConfig(kind=kind, scale=3.0), 5, num_experts, top_k, layer)  # type: ignore[arg-type]
     number_T = torch.tensor(numbers, dtype=torch.int64)
     valid_T = data.draw(st.sampled_from([None, number_T % 2 == 0]))
-    routing = router(torch.ones(len(numbers), 5, dtype=dtype), TokenContext(valid_T, label_T=number_T, token_id_T=number_T))
+    routing = router(
+        torch.ones(len(numbers), 5, dtype=dtype),
+        TokenContext(valid_T, label_T=number_T, token_id_T=number_T),
+    )
     expected = [
-        fixed_reference(n, top_k, num_experts) if kind == "fixed" else hash_reference(n, top_k, num_experts, layer)
+        fixed_reference(n, top_k, num_experts)
+        if kind == "fixed"
+        else hash_reference(n, top_k, num_experts, layer)
         for n in numbers
     ]
     assert routing.expert_TK.tolist() == expected
     assert all(len(set(row)) == top_k and max(row) < num_experts for row in expected)
-    assert routing.weight_TK.dtype == routing.score_TE.dtype == torch.promote_types(dtype, torch.float32)
+    assert (
+        routing.weight_TK.dtype
+        == routing.score_TE.dtype
+        == torch.promote_types(dtype, torch.float32)
+    )
     torch.testing.assert_close(routing.weight_TK, torch.full_like(routing.weight_TK, 3.0 / top_k))
     score_TE = torch.zeros_like(routing.score_TE)
     for t, row in enumerate(expected):

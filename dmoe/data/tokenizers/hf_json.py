@@ -1,0 +1,127 @@
+"""Tokenizers in Hugging Face's tokenizer.json form, as far as they are byte-level (GPT-2, Llama 3, Qwen, OLMo, SmolLM, ...).
+
+A byte-level vocabulary writes each byte as a printable character; undoing that alphabet gives the exact bytes of each token.
+Other kinds (WordPiece, Unigram or BPE on the metaspace character) normalise or pad the text, so their tokens have no fixed
+bytes and bits per byte would be wrong: they are refused. A probe text proves losslessness at start instead of trusting the
+file's settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmoe.config.errors import ConfigError
+from dmoe.data.tokenizers.base import PieceTokenizer, read_tokenizer_file, text_of
+
+_SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>")
+_PROBE = (
+    "Probe: tabs\t\tand  spaces,\r\n\n    42 x 3.14 _CamelCase_ it's don't na\u00efve caf\u00e9 Gr\u00f6\u00dfe "
+    "\u4e2d\u6587 \u0440\u0443 \u05d0 \U0001f600 \ufb01 \u00a0 end "
+)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet: the printable character that stands for each of the 256 bytes."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [value for value in range(256) if value not in set(printable)]
+    return {chr(value): value for value in printable} | {
+        chr(256 + i): value for i, value in enumerate(others)
+    }
+
+
+def open_tokenizers_json(path: str) -> PieceTokenizer:
+    """A tokenizer from a byte-level tokenizer.json.
+
+    The separator is the file's end-of-text token, or one more id after the last when it has none. Special tokens written out
+    in a text are encoded as that text, never as the special token. Raises ConfigError on data.tokenizer.
+    """
+    content = read_tokenizer_file(path)
+    tokenizer = _load(path, content)
+    pieces, separator = _pieces(path, tokenizer)
+
+    def encode(data: bytes) -> np.ndarray:
+        return np.array(
+            tokenizer.encode(text_of(data), add_special_tokens=False).ids, dtype=np.int64
+        )
+
+    result = PieceTokenizer(
+        name=Path(path).name,
+        pieces=pieces,
+        separator=separator,
+        fingerprint=hashlib.sha256(b"dmoe tokenizers tokenizer 1\0" + content).hexdigest(),
+        encoder=encode,
+    )
+    ids = result.encode(_PROBE.encode())
+    if result.decode(ids) != _PROBE or result.token_bytes[ids].sum() != len(_PROBE.encode()):
+        raise _refused(
+            path, "it changes the text it encodes (a normaliser, a prefix space, or another loss)"
+        )
+    return result
+
+
+def _load(path: str, content: bytes) -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ConfigError(
+            "data.tokenizer", path, "needs the package tokenizers", "pip install tokenizers"
+        ) from error
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the package raises bare Exception on a bad file
+        raise _refused(path, f"the package tokenizers cannot read it ({error})") from error
+    if getattr(tokenizer.model, "dropout", None):
+        raise _refused(
+            path,
+            "it asks for dropout of merges, so the same text would give other tokens each time",
+        )
+    # A file may ask for truncation to a model's context, padding, or recognition of special tokens inside text; a corpus wants
+    # none.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _pieces(path: str, tokenizer: Any) -> tuple[tuple[bytes, ...], int]:
+    """The bytes of each id, b"" for special tokens and unused ids; and the separator's id."""
+    alphabet = byte_alphabet()
+    vocab: dict[str, int] = tokenizer.get_vocab(with_added_tokens=False)
+    added: dict[int, Any] = tokenizer.get_added_tokens_decoder()
+    size = max([*vocab.values(), *added]) + 1
+    pieces = [b""] * size
+    for token, index in vocab.items():
+        if index not in added:
+            if not all(character in alphabet for character in token):
+                raise _refused(path, f"its token {token!r} is not written in the byte alphabet")
+            pieces[index] = bytes(alphabet[character] for character in token)
+    missing = [character for character in alphabet if character not in vocab]
+    if missing:
+        raise _refused(
+            path, f"{len(missing)} of the 256 bytes have no token, so some text would be lost"
+        )
+    for index, token in added.items():
+        if not token.special:
+            if token.lstrip or token.rstrip:
+                raise _refused(
+                    path, f"its added token {token.content!r} swallows the spaces around it"
+                )
+            pieces[index] = token.content.encode()
+    special = {token.content: index for index, token in added.items() if token.special}
+    separator = next((special[name] for name in _SEPARATORS if name in special), size)
+    return tuple(pieces if separator < size else [*pieces, b""]), separator
+
+
+def _refused(path: str, reason: str) -> ConfigError:
+    return ConfigError(
+        "data.tokenizer", path, f"must be a lossless byte-level BPE, but {reason}",
+        "use bytes, or train one with initial_alphabet=ByteLevel.alphabet() and add_prefix_space=False",
+    )  # fmt: skip

@@ -1,0 +1,166 @@
+"""The weighted sum, which the dispatcher's combine computes by itself.
+
+y_t = sum over the kept k of  weight[t, k] * f_k(x_t)         (Jacobs et al. 1991; Shazeer et al. 2017)
+
+The plain mean of the chosen modules' outputs; the weights only chose.
+
+    y_t = 1/n_t * sum over the n_t kept choices of f_k(x_t)       (representation averaging; Pfeiffer et al. 2023, section 5.2)
+
+A learned router would get no gradient through it, so `attach` takes routers without parameters only.
+
+Concatenation and projection.
+
+    y_t = [w_1 f_1(x_t) | ... | w_K f_K(x_t)] P,      P [K * W, W], at the start K identities: the weighted sum
+
+The places are the order of the routing: by preference for a learned top-k, by id for soft and constant, the row's order for a
+table; a place has a meaning of its own in the last three only. A choice that was not made is zeros. Cost: 2 K W^2 FLOPs and T * K *
+W numbers of memory.
+
+One module after the other, in the order of the routing (MAD-X, Pfeiffer et al. 2020: the language's, then the task's).
+
+    h_0 = h;     h_k = h_{k-1} + weight_k * f_k(h_{k-1});     the contribution is h_K - h
+
+So each module must read and write the frozen output's width (Adapter, Scale). A choice that was not made is left out.
+Cost: K dispatches and combines in turn, so under EP K times the collectives of a weighted sum.
+
+Gated fusion of a token's K choices: `dmoe.moe.gate` has the formula.
+
+The streams are the choices in the order of the routing, so a place has a meaning for soft, constant and table routing; a choice that
+was not made is a missing stream. G and c start at zero: the mean.
+The weights only chose, so `attach` takes routers without parameters only: the gate is what is learned.
+Cost: 2 K (K-1) W^2 FLOPs a token and T * K * W numbers of memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from dmoe.modular.aggregation.base import Aggregation, Choice, Modules, kept
+from dmoe.modular.banks.base import AdapterBank
+from dmoe.moe.gated_fusion import gated_sum, gated_sum_reference
+from dmoe.moe.routing import Routing
+
+
+class WeightedSum(Aggregation):
+    def forward(
+        self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int
+    ) -> Tensor:
+        return modules.mix(rows_TD, routing)
+
+    def one(
+        self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]
+    ) -> Tensor:
+        total_W = row_D.new_zeros(bank.width)
+        for choice in choices:
+            total_W = total_W + choice.weight * bank.one(row_D, choice.module)
+        return total_W
+
+
+class Mean(Aggregation):
+    weighs = False
+
+    def forward(
+        self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int
+    ) -> Tensor:
+        made_TK = kept(routing).to(routing.weight_TK.dtype)
+        return modules.mix(
+            rows_TD,
+            replace(routing, weight_TK=made_TK / made_TK.sum(-1, keepdim=True).clamp(min=1)),
+        )
+
+    def one(
+        self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]
+    ) -> Tensor:
+        outputs = [bank.one(row_D, choice.module) for choice in choices]
+        return torch.stack(outputs).mean(0) if outputs else row_D.new_zeros(bank.width)
+
+
+class Concat(Aggregation):
+    per_choice = True
+
+    def __init__(self, width: int, query: int, top_k: int) -> None:
+        super().__init__(width, query, top_k)
+        self.projection = nn.Parameter(torch.eye(width).repeat(top_k, 1))
+
+    def initialize(self, seed: int, layer: int) -> None:
+        with torch.no_grad():
+            self.projection.copy_(
+                torch.eye(self.width, device=self.projection.device).repeat(self.top_k, 1)
+            )
+
+    def forward(
+        self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int
+    ) -> Tensor:
+        slot_TKW = modules.slots(rows_TD, routing)
+        weighed_TKW = slot_TKW * routing.weight_TK.to(slot_TKW.dtype).unsqueeze(-1)
+        return weighed_TKW.flatten(1) @ self.projection.to(slot_TKW.dtype)
+
+    def one(
+        self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]
+    ) -> Tensor:
+        parts = [row_D.new_zeros(bank.width) for _ in range(self.top_k)]
+        for choice in choices:
+            parts[choice.place] = choice.weight * bank.one(row_D, choice.module)
+        return torch.cat(parts) @ self.projection
+
+
+class Stacked(Aggregation):
+    in_sequence = True
+
+    def forward(
+        self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int
+    ) -> Tensor:
+        total_TW = modules.mix(rows_TD, choice(routing, 0))
+        for k in range(1, routing.expert_TK.shape[1]):
+            total_TW = total_TW + modules.mix(rows_TD + total_TW, choice(routing, k))
+        return total_TW
+
+    def one(
+        self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]
+    ) -> Tensor:
+        state_W = row_D
+        for choice in choices:
+            state_W = state_W + choice.weight * bank.one(state_W, choice.module)
+        return state_W - row_D
+
+
+def choice(routing: Routing, k: int) -> Routing:
+    """The routing that makes each token's k-th choice only."""
+    keep_TK, one = routing.keep_TK, slice(k, k + 1)
+    return replace(
+        routing,
+        expert_TK=routing.expert_TK[:, one],
+        weight_TK=routing.weight_TK[:, one],
+        keep_TK=None if keep_TK is None else keep_TK[:, one],
+    )
+
+
+class Gated(Aggregation):
+    per_choice = True
+    weighs = False
+
+    def __init__(self, width: int, query: int, top_k: int) -> None:
+        super().__init__(width, query, top_k)
+        self.gate = nn.Parameter(torch.zeros(top_k * width, (top_k - 1) * width))
+        self.bias = nn.Parameter(torch.zeros((top_k - 1) * width))
+
+    def initialize(self, seed: int, layer: int) -> None:
+        with torch.no_grad():
+            self.gate.zero_()
+            self.bias.zero_()
+
+    def forward(
+        self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int
+    ) -> Tensor:
+        return gated_sum(modules.slots(rows_TD, routing), kept(routing), self.gate, self.bias)
+
+    def one(
+        self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]
+    ) -> Tensor:
+        streams: list[Tensor | None] = [None] * self.top_k
+        for choice in choices:
+            streams[choice.place] = bank.one(row_D, choice.module)
+        return gated_sum_reference(streams, self.gate, self.bias)

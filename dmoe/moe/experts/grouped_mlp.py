@@ -1,0 +1,242 @@
+"""Feed-forward experts, stacked on the expert dimension so that they shard, and the same feed-forward for every token.
+
+Letters: R rows, D width in, M width out, F hidden width, H = 2F for gated kinds, else F; E experts, e experts here.
+
+The feed-forward of all experts as one autograd function, an expert at a time.
+
+Between the two products of an expert its hidden rows are still in the cache, and no temporary is larger than one expert's rows:
+glibc returns every block above 32 MiB to the system, so each larger one is paid for again, page by page, in every forward.
+
+Letters: R rows, D width in, M width out, F hidden width, H = 2F for gated kinds, else F; e experts here.
+
+`rows @ weight[expert of the row]` for rows that are grouped by expert.
+
+Letters: R rows, I input width, O output width, e experts here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn.functional import grouped_mm
+
+from dmoe.config.expert_shapes import GATED, matrices
+from dmoe.moe.dispatch import TokensPerExpert
+from dmoe.moe.experts.activation import ACTIVATION_FNS, activate, activate_backward
+from dmoe.moe.experts.base import Experts
+from dmoe.moe.placement import ExpertPlacement, contiguous_placement
+from dmoe.moe.rng import normal_
+
+
+class MLPExperts(Experts):
+    """Expert e computes `activation(x @ w_in[e]) @ w_out[e]`; gated kinds split the middle in two. No biases: zero stays zero,
+    so an empty slot contributes nothing, forward or backward.
+
+    Parameters: `w_in` [e, D, H] and `w_out` [e, F, M]; of all E experts until `shard` keeps a contiguous run of them.
+    Their dtype is cast to the rows' (bf16 rows under autocast, float32 master weights).
+    """
+
+    def __init__(
+        self, kind: str, dim: int, expert_dim: int, num_experts: int, out_dim: int
+    ) -> None:
+        one = matrices([expert_dim], dim, out_dim, kind)
+        super().__init__(kind, (one,) * num_experts)
+        self.first = 0
+        self.w_in = nn.Parameter(torch.empty(num_experts, *one[0]))
+        self.w_out = nn.Parameter(torch.empty(num_experts, *one[1]))
+
+    def forward(self, rows_RD: Tensor, per_expert: TokensPerExpert) -> Tensor:
+        return feed_forward(
+            self.kind,
+            rows_RD,
+            self.w_in.to(rows_RD.dtype),
+            self.w_out.to(rows_RD.dtype),
+            per_expert,
+        )
+
+    def placement(self, ranks: int) -> ExpertPlacement:
+        return contiguous_placement(self.num_experts, ranks)
+
+    def shard(self, placement: ExpertPlacement, rank: int) -> None:
+        owned = placement.experts[rank]
+        self.slice_experts(owned[0], len(owned))
+
+    def slice_experts(self, first: int, count: int) -> None:
+        """Keep only the global experts `first .. first+count-1`."""
+        self.first = first
+        for name in ("w_in", "w_out"):
+            kept = getattr(self, name).detach()[first : first + count].clone()
+            setattr(self, name, nn.Parameter(kept))
+
+    def initialize(self, seed: int, layer: int, std: float, out_std: float) -> None:
+        """Every expert from a generator of its own, keyed by its global id: the same weights at any EP size."""
+        for local in range(len(self.w_in)):
+            expert = self.first + local
+            normal_(self.w_in[local], std, seed, "expert", layer, expert, "in")
+            normal_(self.w_out[local], out_std, seed, "expert", layer, expert, "out")
+
+
+class FeedForward(nn.Module):
+    """One feed-forward that every token passes: a dense layer, or the shared experts of a MoE layer as one wide expert.
+
+    n shared experts of width F are one of width n*F: their sum is the same matrix product.
+    """
+
+    def __init__(self, kind: str, dim: int, hidden_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.w_in = nn.Linear(dim, hidden_dim * (2 if kind in GATED else 1), bias=False)
+        self.w_out = nn.Linear(hidden_dim, out_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.linear(x, self.w_in.weight.to(x.dtype))
+        return F.linear(ACTIVATION_FNS[self.kind](hidden), self.w_out.weight.to(x.dtype))
+
+    def initialize(self, seed: int, name: str, std: float, out_std: float) -> None:
+        normal_(self.w_in.weight, std, seed, name, "in")
+        normal_(self.w_out.weight, out_std, seed, name, "out")
+
+
+def feed_forward(
+    kind: str, rows_RD: Tensor, w_in: Tensor, w_out: Tensor, per_expert: TokensPerExpert
+) -> Tensor:
+    """`activation(rows @ w_in[e]) @ w_out[e]`, [R, D] -> [R, M], rows grouped by expert.
+
+    On the CPU expert by expert; elsewhere in three steps over all rows, where one large kernel beats e small ones. Keeps the rows
+    and the hidden rows for backward. On the CPU one host read of `per_expert`, which is there already.
+    """
+    if rows_RD.device.type != "cpu":
+        return feed_forward_in_steps(kind, rows_RD, w_in, w_out, per_expert)
+    sizes = [per_expert] * len(w_in) if isinstance(per_expert, int) else per_expert.tolist()
+    out: Tensor = _FeedForward.apply(rows_RD, w_in, w_out, sizes, kind)
+    return out
+
+
+def feed_forward_in_steps(
+    kind: str, rows_RD: Tensor, w_in: Tensor, w_out: Tensor, per_expert: TokensPerExpert
+) -> Tensor:
+    """The same, one operation after the other. What CUDA runs, and what the fused one is tested against."""
+    return grouped_linear(
+        ACTIVATION_FNS[kind](grouped_linear(rows_RD, w_in, per_expert)), w_out, per_expert
+    )
+
+
+class _FeedForward(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows_RD: Tensor, w_in: Tensor, w_out: Tensor, sizes: list[int], kind: str
+    ) -> Tensor:
+        out_RM = rows_RD.new_empty(len(rows_RD), w_out.shape[2])
+        hidden = []
+        for x, up, down, y in zip(
+            rows_RD.split(sizes), w_in, w_out, out_RM.split(sizes), strict=True
+        ):
+            hidden.append(x @ up)
+            torch.mm(activate(kind, hidden[-1]), down, out=y)
+        ctx.sizes, ctx.kind = sizes, kind
+        ctx.save_for_backward(rows_RD, w_in, w_out, *hidden)
+        return out_RM
+
+    @staticmethod
+    def backward(
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        rows_RD, w_in, w_out, *hidden = ctx.saved_tensors
+        grad_rows, grad_in, grad_out = (
+            torch.empty_like(x) if needed else None
+            for x, needed in zip((rows_RD, w_in, w_out), ctx.needs_input_grad[:3], strict=True)
+        )
+        start = 0
+        for e, (h, size) in enumerate(zip(hidden, ctx.sizes, strict=True)):
+            here = slice(start, start := start + size)
+            grad = grads[0][here]
+            bent, grad_h = activate_backward(ctx.kind, h, grad @ w_out[e].t())
+            if grad_out is not None:
+                outer(bent, grad, grad_out[e])
+            if grad_in is not None:
+                outer(rows_RD[here], grad_h, grad_in[e])
+            if grad_rows is not None:
+                torch.mm(grad_h, w_in[e].t(), out=grad_rows[here])
+        return grad_rows, grad_in, grad_out, None, None
+
+
+def grouped_linear(rows_RI: Tensor, weight_eIO: Tensor, per_expert: TokensPerExpert) -> Tensor:
+    """[R, O]. An expert without rows takes part with zero rows and gets a zero gradient.
+
+    Equal groups (an int) are one batched GEMM. Unequal ones are `torch.nn.functional.grouped_mm` on CUDA, which reads the group
+    ends on the device; on the CPU a loop of GEMMs that write straight into the result, measured at 0.6 times the time of
+    `grouped_mm` there (benchmarks/layer.py), and which also takes float64.
+    """
+    if isinstance(per_expert, int):
+        experts, width, out = weight_eIO.shape
+        return torch.bmm(rows_RI.view(experts, per_expert, width), weight_eIO).view(
+            experts * per_expert, out
+        )
+    result: Tensor = _GroupedLinear.apply(rows_RI, weight_eIO, per_expert)
+    return result
+
+
+class _GroupedLinear(Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RI: Tensor, weight_eIO: Tensor, count_e: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_RI, weight_eIO, count_e)
+        return _rows_times_weight(rows_RI, weight_eIO, count_e)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows_RI, weight_eIO, count_e = ctx.saved_tensors
+        grad_RO = grads[0].contiguous()
+        grad_rows = (
+            _rows_times_weight(grad_RO, weight_eIO.transpose(1, 2), count_e)
+            if ctx.needs_input_grad[0]
+            else None
+        )
+        grad_weight = _outers(rows_RI, grad_RO, count_e) if ctx.needs_input_grad[1] else None
+        return grad_rows, grad_weight, None
+
+
+def _rows_times_weight(rows_RI: Tensor, weight_eIO: Tensor, count_e: Tensor) -> Tensor:
+    if rows_RI.is_cuda:
+        return grouped_mm(rows_RI, weight_eIO, offs=count_e.cumsum(0).to(torch.int32))
+    out_RO = rows_RI.new_empty(len(rows_RI), weight_eIO.shape[2])
+    for rows, weight, out in zip(
+        *_split(count_e, rows_RI), weight_eIO, *_split(count_e, out_RO), strict=True
+    ):
+        torch.mm(rows, weight, out=out)
+    return out_RO
+
+
+def _outers(rows_RI: Tensor, grad_RO: Tensor, count_e: Tensor) -> Tensor:
+    """[e, I, O]: the weights' gradient, `rows^T @ grad` of each expert."""
+    if rows_RI.is_cuda:
+        return grouped_mm(rows_RI.t(), grad_RO, offs=count_e.cumsum(0).to(torch.int32))
+    out_eIO = rows_RI.new_empty(len(count_e), rows_RI.shape[1], grad_RO.shape[1])
+    for rows, grad, out in zip(*_split(count_e, rows_RI, grad_RO), out_eIO, strict=True):
+        outer(rows, grad, out)
+    return out_eIO
+
+
+def outer(rows_RI: Tensor, grad_RO: Tensor, out_IO: Tensor) -> None:
+    """`out = rows^T @ grad` of one expert.
+
+    In bf16 oneDNN takes up to twice as long for a transposed left side as for a copy of it and a plain product, because the rows of
+    an expert are no round number; MKL in float32 does not care.
+    """
+    left_IR = rows_RI.t() if rows_RI.element_size() >= 4 else rows_RI.t().contiguous()
+    torch.mm(left_IR, grad_RO, out=out_IO)
+
+
+def _split(count_e: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    sizes = count_e.tolist()
+    return [tensor.split(sizes) for tensor in tensors]
+
+
+def grouped_linear_reference(rows_RI: Tensor, weight_eIO: Tensor, count_e: Tensor) -> Tensor:
+    """One row at a time. For tests."""
+    expert_R = torch.arange(len(count_e)).repeat_interleave(count_e)
+    rows = [row @ weight_eIO[e] for row, e in zip(rows_RI, expert_R.tolist(), strict=True)]
+    return torch.stack(rows) if rows else rows_RI.new_zeros(0, weight_eIO.shape[2])

@@ -1,0 +1,175 @@
+"""From `modular` in the config to modules on the model.
+
+On the meta device, before `shard_experts`: a rank never holds a module that is not its own.
+
+What a `train` line says of the modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from dmoe.config.errors import ConfigError
+from dmoe.config.rules.modular import DEFAULT_PLACES, LEARNED, choices, router_of
+from dmoe.config.schema import Config, ModelConfig, ModularConfig
+from dmoe.models.base import Model
+from dmoe.modular import (
+    AGGREGATIONS,
+    BANKS,
+    attach,
+    constant,
+    initialize,
+    layers,
+    routed,
+    select,
+    table,
+)
+from dmoe.modular.attach import BankMaker
+from dmoe.modular.routing import PerSequence, PerTask, RouterMaker
+from dmoe.moe.routers.base import RouterModule
+from dmoe.train.modular.prompt_positions import make_room
+from dmoe.train.modular.session import tell_of_modules
+from dmoe.train.reduction import LayerTotals, ReducedStep
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "low_rank": ("rank", "alpha"),
+    "adapter": ("hidden", "reads"),
+    "prompt": ("length",),
+    "prefix": ("length",),
+    "scale": (),
+    "sparse_delta": ("density",),
+}
+"""The fields of `modular` that are arguments of a bank."""
+
+
+def attach_modules(model: nn.Module, config: Config, virtual_ranks: int = 1) -> None:
+    """Put the modules of the config on a model that has none; nothing where the config has none.
+
+    Raises: ConfigError for a pattern that names nothing, or a place that cannot have such modules.
+    """
+    modular = config.modular
+    if modular.bank == "none":
+        return
+    bank, router = _bank(modular, config.model), _router(modular)
+    try:
+        made = attach(
+            model, place_pattern(modular), bank, router, AGGREGATIONS[modular.aggregation]
+        )
+    except ConfigError as error:
+        raise _of_config(error, modular) from None
+    for layer in made.values():
+        layer.virtual_ranks = virtual_ranks
+    if room := max(layer.experts.room for layer in made.values()):
+        make_room(model, room)
+    tell_of_modules(model, config.moe.balance)
+
+
+def place_pattern(modular: ModularConfig) -> str:
+    return DEFAULT_PLACES[modular.bank] if modular.at is None else modular.at
+
+
+def draw_modules(model: nn.Module, config: Config) -> None:
+    """The first weights of modules, routers and aggregations, as a function of the seed; after `to_empty`."""
+    if config.modular.bank != "none":
+        initialize(model, config.train.seed)
+
+
+def select_trained(model: nn.Module, config: Config) -> None:
+    """Say by `requires_grad` what is trained. Before DDP or FSDP2 sees the model, and before the optimizer."""
+    if config.modular.bank != "none":
+        select(model, config.modular.train)
+
+
+def frozen_core(config: Config) -> bool:
+    return config.modular.bank != "none" and config.modular.train != "joint"
+
+
+def _bank(modular: ModularConfig, model: ModelConfig) -> BankMaker:
+    options: dict[str, Any] = {name: getattr(modular, name) for name in OPTIONS[modular.bank]}
+    kind = BANKS[modular.bank]
+
+    def make(in_dim: int, out_dim: int) -> Any:
+        if modular.bank == "prefix":  # behind the queries: keys and values
+            queries = model.heads * (model.head_dim or model.dim // model.heads)
+            return kind(modular.modules, in_dim, out_dim, columns=(queries, out_dim), **options)  # type: ignore[call-arg]
+        return kind(modular.modules, in_dim, out_dim, **options)
+
+    return make
+
+
+def _router(modular: ModularConfig) -> RouterMaker:
+    if modular.routing == "constant":
+        return constant(*(modular.weights or [1.0 / modular.modules] * modular.modules))
+    if modular.routing == "table":
+        return table(modular.table, modular.modules)
+    settings = router_of(modular)
+    return partial(
+        routed(
+            modular.routing,
+            modular.modules,
+            choices(modular),
+            per=modular.per,
+            first=modular.first if modular.per == "sequence" else None,
+            labels=modular.labels,
+            score=settings.score,
+            renormalize=settings.renormalize,
+            top_p=settings.top_p,
+        )
+    )
+
+
+def _of_config(error: ConfigError, modular: ModularConfig) -> ConfigError:
+    """The library names its arguments; a user knows fields."""
+    text = str(error)
+    value, _, rest = text.partition("=")[2].partition(": ")
+    allowed, _, fix = rest.rpartition("; ")
+    if error.field == "pattern":
+        pattern = place_pattern(modular)
+        return ConfigError(
+            "modular.at",
+            pattern,
+            allowed if value == pattern else f"names {value}, which {allowed}",
+            fix,
+        )
+    if error.field == "width":
+        return ConfigError(
+            "modular.at",
+            place_pattern(modular),
+            f"names a place whose width {allowed}",
+            "name Linear layers",
+        )
+    return ConfigError(f"modular.{error.field}", value, allowed, fix)
+
+
+def moved_routers(
+    model: Model, config: Config, totals: ReducedStep
+) -> Iterator[tuple[RouterModule, LayerTotals]]:
+    """The routers whose bias the controller moves, with what their layers counted: none of a frozen core, none beside one module."""
+    if not frozen_core(config):
+        yield from zip((layer.router for layer in model.moe_layers()), totals.layers, strict=True)
+    if config.modular.routing in LEARNED and config.modular.train != "one_module":
+        for layer, seen in zip(layers(model).values(), totals.modules, strict=True):
+            router = layer.router
+            yield (router.router if isinstance(router, PerSequence | PerTask) else router), seen
+
+
+def module_lines(model: nn.Module, totals: ReducedStep) -> dict[str, Any]:
+    """`modules`: for each place how often each module was chosen, and the losses of its router. Empty without modules."""
+    if not totals.modules:
+        return {}
+    told = zip(layers(model), totals.modules, strict=True)
+    return {
+        "modules": [
+            {
+                "place": place,
+                "load": seen.choices,
+                "load_max_over_mean": seen.load_max_over_mean,
+                "aux": seen.aux,
+            }
+            for place, seen in told
+        ]
+    }

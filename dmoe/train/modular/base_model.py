@@ -1,0 +1,228 @@
+"""The weights a run starts from: `modular.core`.
+
+A core is a checkpoint of the same network (sections `model` and `moe`), of a run at any world and EP size. If it has modules of its
+own, they come with it, and a run with more of them starts the others anew, as `dmoe.modular.grow` does: continual learning by
+addition. Routers and aggregations come along where they are of the same kind; the weights of `constant` and the rows of `table` are
+always those of the config at hand.
+
+What was frozen is what it was: a hash before the first step of this process, and one after the last.
+
+Each rank hashes what it holds, name by name and byte by byte, and the ranks' hashes are hashed in their order. So it is compared with
+itself only, at one topology; `dmoe.modular.core_hash` is the hash of a whole core. Reads every byte: about a second for each GB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmoe.checkpoint import save_load
+from dmoe.checkpoint.consensus import RankGroup
+from dmoe.checkpoint.manifest import Manifest
+from dmoe.config.errors import CheckpointError, ConfigError, NumbersError
+from dmoe.config.rules.modular import LEARNED
+from dmoe.config.schema import Config, ModularConfig
+from dmoe.distributed.full_tensors import copy_full_into_shard, full_tensor
+from dmoe.distributed.gradients import local
+from dmoe.distributed.state_dict import model_state
+from dmoe.modular import layers
+from dmoe.modular.attach import CHILD
+from dmoe.moe.rng import normal_
+from dmoe.train.engine import Engine
+from dmoe.train.modular.attach import frozen_core
+
+ANY = ("moe.exchange",)
+"""What a core may have been trained with otherwise: it changes no number."""
+SAME = ("bank", "at", "rank", "alpha", "hidden", "reads", "length", "density")
+"""What modules are: those of the core are of no use to others."""
+ROUTER_STD = 0.02
+
+
+def find_core(path: str, engine: Engine) -> Path:
+    """The checkpoint at `path`, or the newest whole one of the run at `path`, which is one or the other (`stages.check_stages`).
+
+    Collective. Raises: CheckpointError for a run without a whole checkpoint.
+    """
+    place = Path(path).expanduser()
+    if (place / "manifest.json").is_file():
+        return place.resolve()
+    newest = save_load.find_latest(
+        place.resolve() / "checkpoints", group=engine.mesh.checkpoint_group
+    )
+    if newest is None:
+        raise CheckpointError(f"modular.core={path}: the run has no checkpoint yet")
+    return newest
+
+
+def check_core(config: Config, core: Mapping[str, Any], name: str) -> None:
+    """Refuse a core, given by the config it was trained with, that is another network. Raises ConfigError naming the field."""
+    now = asdict(config)
+    for section in ("model", "moe"):
+        for field, mine, theirs in _differences(now[section], core.get(section, {}), f"{section}."):
+            if field not in ANY:
+                allowed = f"the core {name} has {theirs}"
+                raise ConfigError(field, mine, allowed, "use that, or another modular.core")
+    theirs = core.get("modular", {"bank": "none"})
+    if theirs["bank"] == "none":
+        return
+    for field in SAME:
+        mine = getattr(config.modular, field)
+        if theirs.get(field, getattr(ModularConfig(), field)) != mine:
+            allowed = f"the modules of the core {name} have {theirs.get(field)}"
+            raise ConfigError(
+                f"modular.{field}", mine, allowed, "use that, or another modular.core"
+            )
+    if theirs["modules"] > config.modular.modules:
+        allowed = f"the core {name} has {theirs['modules']} modules"
+        raise ConfigError(
+            "modular.modules", config.modular.modules, allowed, "use as many, or more for new ones"
+        )
+
+
+def start_from(engine: Engine, path: Path) -> None:
+    """Give the engine's model the weights of the checkpoint at `path`; what is new keeps those of the seed. Collective.
+
+    Cost: the core's tensors are read by the ranks that hold them; its modules whole by every rank, which are a few percent of them.
+    Raises: ConfigError for another network; CheckpointError for a damaged checkpoint, or tensors of other shapes (another vocabulary).
+    """
+    group = engine.mesh.checkpoint_group
+    found = save_load.read_manifest_on_all(path, group=group)
+    if not isinstance(found.extra.get("config"), dict):
+        raise CheckpointError(f"modular.core={path}: does not say what it was trained with")
+    check_core(engine.config, found.extra["config"], str(path))
+    mine = model_state(engine.model, engine.mesh)
+    modules = _empty(found)
+    core = {name: value for name, value in mine.items() if CHILD not in name.split(".")}
+    save_load.load(path, core | modules, prefix="model.", group=group)
+    theirs = found.extra["config"].get("modular", {})
+    for name in sorted(modules):
+        if _comes_along(name, theirs, engine.config.modular):
+            _fill(name, mine.get(name), modules[name], engine.config)
+
+
+def _empty(found: Manifest) -> dict[str, Tensor]:
+    """Tensors to read the core's modules into."""
+    return {
+        name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
+        for name, entry in found.tensors.items()
+        if name.startswith("model.") and CHILD in name.split(".")
+    }
+
+
+def _comes_along(name: str, core: Mapping[str, Any], now: ModularConfig) -> bool:
+    part = name.split(f".{CHILD}.")[1].split(".")[0]
+    if part == "experts":
+        return True
+    if part == "aggregation":
+        return bool(core["aggregation"] == now.aggregation)
+    alike = all(core.get(field) == getattr(now, field) for field in ("routing", "per", "labels"))
+    return alike and now.routing in LEARNED
+
+
+def _fill(name: str, mine: Tensor | None, theirs: Tensor, config: Config) -> None:
+    """The core's modules first; those it does not have keep their draw, and get rows of their own in a router."""
+    whole = None if mine is None else full_tensor(mine)
+    if (
+        mine is None
+        or whole is None
+        or whole.shape[1:] != theirs.shape[1:]
+        or len(whole) < len(theirs)
+    ):
+        shown = "nothing" if whole is None else f"{list(whole.shape)}"
+        raise CheckpointError(
+            f"modular.core: {name} is {list(theirs.shape)} in the core and {shown} in this run"
+        )
+    if ".router." in name and len(whole) > len(theirs):
+        for row in range(len(theirs), len(whole)):
+            if whole.dim() > 1:
+                normal_(whole[row], ROUTER_STD, config.train.seed, "router", name, "grown", row)
+            else:  # a bias
+                whole[row] = 0.0
+    whole[: len(theirs)] = theirs.to(whole.device)
+    copy_full_into_shard(mine, whole)
+
+
+def _differences(
+    mine: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str
+) -> list[tuple[str, Any, Any]]:
+    """Fields that differ; one that the core's version did not know is at its default there."""
+    found: list[tuple[str, Any, Any]] = []
+    for key, value in mine.items():
+        if isinstance(value, Mapping):
+            found += _differences(value, theirs.get(key, {}), f"{prefix}{key}.")
+        elif key in theirs and theirs[key] != value:
+            found.append((f"{prefix}{key}", value, theirs[key]))
+    return found
+
+
+class FrozenProof:
+    """Made when the weights are there. All methods are collective."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, modular = engine, engine.config.modular
+        self.module: int | None = None
+        """The one that is trained, where it is one."""
+        if modular.bank != "none" and modular.train == "one_module":
+            self.module = modular.modules - 1 if modular.module is None else modular.module
+        self.hashes = self._hashes()
+
+    def finish(self) -> dict[str, bool]:
+        """`core_unchanged` and `others_unchanged`, where they are frozen. Raises NumbersError where they are not what they were."""
+        after = self._hashes()
+        for name, before in self.hashes.items():
+            if after[name] != before:
+                raise NumbersError(
+                    f"{WORDS[name]} frozen, and has changed: do not use this run, and report it"
+                )
+        return {f"{name}_unchanged": True for name in self.hashes}
+
+    def _hashes(self) -> dict[str, str]:
+        found = {}
+        if frozen_core(self.engine.config):
+            found["core"] = self._digest(self._core())
+            if self.module is not None or self.engine.config.modular.train == "router":
+                found["others"] = self._digest(self._others())
+        return found
+
+    def _core(self) -> Iterator[tuple[str, Tensor]]:
+        for name, value in self.engine.model.state_dict().items():
+            if CHILD not in name.split("."):
+                yield name, value
+
+    def _others(self) -> Iterator[tuple[str, Tensor]]:
+        """All modules but the one that is trained; and routers and aggregations, where one is."""
+        for place, layer in layers(self.engine.model).items():
+            bank = layer.experts
+            for name, stack in bank.stacks().items():
+                others_e = (
+                    torch.arange(bank.local_modules, device=stack.device) + bank.first
+                    != self.module
+                )
+                yield (
+                    f"{place}.{name}",
+                    local(stack)[others_e] if self.module is not None else stack,
+                )
+            if self.module is not None:
+                for part in (layer.router, layer.aggregation):
+                    yield from (
+                        (f"{place}.{name}", value) for name, value in part.state_dict().items()
+                    )
+
+    def _digest(self, state: Iterator[tuple[str, Tensor]]) -> str:
+        digest = hashlib.sha256()
+        for name, value in state:
+            mine = local(value).cpu().contiguous()
+            digest.update(f"{name}\0{mine.dtype}\0{tuple(mine.shape)}\0".encode())
+            digest.update(mine.flatten().view(torch.uint8).numpy().data)
+        row = torch.tensor(list(digest.digest()), dtype=torch.uint8)
+        every = RankGroup(self.engine.mesh.control_group).gather(row)
+        return hashlib.sha256(bytes(every.flatten().tolist())).hexdigest()
+
+
+WORDS = {"core": "the core was", "others": "what is not trained of the modules was"}

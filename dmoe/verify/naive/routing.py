@@ -1,0 +1,202 @@
+"""Every router of dmoe/moe/routers by its formula, one token at a time. See there for the papers.
+
+Only the random numbers and the hash are taken from there: they are definitions, not computations.
+
+Letters: T tokens, D width, E experts, K experts a token, S tokens a sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from dmoe.moe.layer import MoE
+from dmoe.moe.routers.noisy import keyed_noise
+from dmoe.moe.routers.static import hash_reference
+from dmoe.moe.routing import TokenContext
+from dmoe.verify.naive.experts import work
+from dmoe.verify.naive.queue import Choices, slots
+
+
+def decide(layer: MoE, x_TD: Tensor, context: TokenContext) -> Choices:
+    """The experts of every token, and the weight of each."""
+    valid = [True] * len(x_TD) if context.valid_T is None else [bool(v) for v in context.valid_T]
+    kind = layer.router.config.kind
+    if kind in ("fixed", "hash"):
+        return _unlearned(layer, x_TD, context, valid)
+    clean_TE, std_TE, logit_TE = _logits(layer, x_TD, context)
+    sigmoid = layer.router.config.score == "sigmoid"
+    score_TE = (
+        torch.sigmoid(logit_TE)
+        if sigmoid
+        else torch.exp(logit_TE) / torch.exp(logit_TE).sum(-1, keepdim=True)
+    )
+    experts, spare = choose(layer, score_TE, valid, context.sequences)
+    weight_TE = _weights(layer, logit_TE, score_TE, experts)
+    return Choices(
+        experts, spare, logit_TE, score_TE, weight_TE, valid, clean_TE=clean_TE, std_TE=std_TE
+    )
+
+
+def choose(
+    layer: MoE, score_TE: Tensor, valid: list[bool], sequences: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """A learned router's choice from its scores: the experts of every token and, after them, its spare ones, best first."""
+    if layer.router.config.kind == "expert_choice":
+        return _experts_choose(layer, score_TE, valid, sequences), [[] for _ in valid]
+    biased_TE = (score_TE + layer.router.get_buffer("bias_E")).tolist()
+    exact = score_TE.dtype == torch.float64
+    pairs = [
+        _tokens_choose(layer, scores, biased, float if exact else _to_float32) if real else ([], [])
+        for scores, biased, real in zip(score_TE.tolist(), biased_TE, valid, strict=True)
+    ]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def _to_float32(value: float) -> float:
+    return float(np.float32(value))
+
+
+def _logits(layer: MoE, x_TD: Tensor, context: TokenContext) -> tuple[Tensor, Tensor, Tensor]:
+    """Clean logits, the standard deviation of their noise, and both together."""
+    router, config = layer.router, layer.router.config
+    if layer.training and config.jitter:
+        uniform_TD = keyed_noise(torch.rand, "jitter", x_TD, x_TD.shape[1], layer.layer, context)
+        x_TD = x_TD * (1 - config.jitter + 2 * config.jitter * uniform_TD)
+    if config.kind == "budget" and config.per == "sequence":
+        x_TD = _means(x_TD, context)
+    clean_TE = x_TD @ router.get_parameter("weight").t()
+    if config.kind != "noisy":
+        return clean_TE, torch.zeros_like(clean_TE), clean_TE
+    std_TE = softplus(x_TD @ router.get_parameter("noise_weight").t())
+    if not layer.training:
+        return clean_TE, std_TE, clean_TE
+    return (
+        clean_TE,
+        std_TE,
+        clean_TE
+        + std_TE
+        * keyed_noise(torch.randn, "noise", clean_TE, layer.num_experts, layer.layer, context),
+    )
+
+
+def _means(x_TD: Tensor, context: TokenContext) -> Tensor:
+    """Every token replaced by the mean of its sequence's real tokens."""
+    rows, size = list[Tensor](), len(x_TD) // context.sequences
+    for t in range(len(x_TD)):
+        own = range(t // size * size, (t // size + 1) * size)
+        real = [u for u in own if context.valid_T is None or bool(context.valid_T[u])]
+        rows.append(
+            torch.stack([x_TD[u] for u in real]).mean(0) if real else torch.zeros_like(x_TD[t])
+        )
+    return torch.stack(rows)
+
+
+def _tokens_choose(
+    layer: MoE, scores: list[float], biased: list[float], rounded: Callable[[float], float]
+) -> tuple[list[int], list[int]]:
+    """One token's experts and, after them, its spare ones, best first. `rounded` gives a sum the precision of the scores."""
+    config, count = layer.router.config, layer.num_experts
+    order = sorted(range(count), key=lambda e: (-biased[e], e))
+    if config.kind == "soft":
+        return list(range(count)), []
+    if config.kind == "group_limited":
+        size = count // config.groups
+        strength = [
+            rounded(sum(sorted(biased[g * size : (g + 1) * size])[-2:]))
+            for g in range(config.groups)
+        ]
+        best = sorted(range(config.groups), key=lambda g: (-strength[g], g))[: config.topk_groups]
+        order = [e for e in order if e // size in best]
+    k = layer.top_k
+    if config.kind == "budget":
+        return _within_budget(layer, scores, order[:k], rounded), []
+    if config.kind == "adaptive":
+        enough = rounded(config.top_p)
+        k = next(
+            (
+                n
+                for n in range(config.k_min, k)
+                if rounded(sum(scores[e] for e in order[:n])) >= enough
+            ),
+            k,
+        )
+    return order[:k], order[k:]
+
+
+def _within_budget(
+    layer: MoE, scores: list[float], order: list[int], rounded: Callable[[float], float]
+) -> list[int]:
+    """Heaviest first, whoever weighs enough and can still be paid. A budget, being a decimal fraction, may be missed by a 10^-9th."""
+    price, spent, taken = work(layer), 0, list[int]()
+    purse = layer.router.config.budget * sum(price) * (1 + 1e-9)
+    for e in order:
+        if scores[e] > rounded(layer.router.config.min_weight) and spent + price[e] <= purse:
+            taken.append(e)
+            spent += price[e]
+    return taken
+
+
+def _experts_choose(
+    layer: MoE, score_TE: Tensor, valid: list[bool], sequences: int
+) -> list[list[int]]:
+    """Each expert takes the best tokens of each group."""
+    capacity, groups = slots(layer, len(valid), sequences, otherwise=1.0)
+    experts: list[list[int]] = [[] for _ in valid]
+    size, scores = len(valid) // groups, score_TE.to(torch.float32).tolist()
+    for e in range(layer.num_experts):
+        for g in range(groups):
+            real = [t for t in range(g * size, (g + 1) * size) if valid[t]]
+            for t in sorted(real, key=lambda t: (-scores[t][e], t))[:capacity]:
+                experts[t].append(e)
+    return experts
+
+
+def _unlearned(layer: MoE, x_TD: Tensor, context: TokenContext, valid: list[bool]) -> Choices:
+    """Experts from the token's id or label, with equal weights; nothing has a gradient."""
+    count, k = layer.num_experts, layer.top_k
+    if layer.router.config.kind == "hash":
+        assert context.token_id_T is not None
+        experts = [
+            hash_reference(int(token), k, count, layer.layer) for token in context.token_id_T
+        ]
+    else:
+        assert context.label_T is not None
+        experts = [[(int(label) * k + i) % count for i in range(k)] for label in context.label_T]
+    experts = [own if real else [] for own, real in zip(experts, valid, strict=True)]
+    score_TE = torch.zeros(len(valid), count, dtype=x_TD.dtype)
+    for t, own in enumerate(experts):
+        score_TE[t, own] = 1.0 / k
+    logit_TE = torch.full_like(score_TE, -math.log(count))
+    return Choices(
+        experts,
+        [[] for _ in valid],
+        logit_TE,
+        score_TE,
+        score_TE * layer.router.config.scale,
+        valid,
+    )
+
+
+def _weights(layer: MoE, logit_TE: Tensor, score_TE: Tensor, experts: list[list[int]]) -> Tensor:
+    """weight[t, e] for every e: its score, over the sum of the chosen ones' where the config says so, times the scale."""
+    config = layer.router.config
+    chosen_TE = torch.zeros_like(score_TE)
+    for t, own in enumerate(experts):
+        chosen_TE[t, own] = 1.0
+    weight_TE = score_TE
+    if (
+        config.weights_from == "chosen"
+        and config.score == "softmax"
+        and config.kind not in ("soft", "expert_choice")
+    ):
+        weight_TE = torch.exp(logit_TE)
+        weight_TE = weight_TE / ((weight_TE * chosen_TE).sum(-1, keepdim=True) + 1e-300)
+    if config.renormalize and config.kind not in ("soft", "expert_choice"):
+        weight_TE = weight_TE / ((weight_TE * chosen_TE).sum(-1, keepdim=True) + 1e-20)
+    return weight_TE * config.scale

@@ -1,0 +1,55 @@
+"""What a launcher left in the environment is whole, or refused by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from dmoe.config.errors import ConfigError
+from dmoe.config.launch_env import Launched, launched, main_memory
+
+TORCHRUN = {
+    "WORLD_SIZE": "4",
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "node-0",
+    "MASTER_PORT": "29500",
+}
+WRONG = {
+    "no number": ("WORLD_SIZE", "abc", "from 1 to"),
+    "no ranks": ("WORLD_SIZE", "0", "from 1 to"),
+    "an absurd world": ("WORLD_SIZE", "9" * 5000, "from 1 to"),
+    "negative": ("WORLD_SIZE", "-2", "from 1 to"),
+    "other digits": ("WORLD_SIZE", "\N{ARABIC-INDIC DIGIT TWO}", "from 1 to"),
+    "outside the world": ("RANK", "4", "from 0 to 3"),
+    "no rank": ("RANK", None, "must be set with WORLD_SIZE=4"),
+    "an empty rank": ("RANK", "", "must be set with WORLD_SIZE=4"),
+    "no address": ("MASTER_ADDR", None, "must be set with WORLD_SIZE=4"),
+    "no port": ("MASTER_PORT", None, "must be set with WORLD_SIZE=4"),
+    "no number of a port": ("MASTER_PORT", "tcp", "from 0 to 65535"),
+    "more on this machine than there are": ("LOCAL_WORLD_SIZE", "5", "from 1 to 4"),
+    "a local rank above the rank": ("LOCAL_RANK", "9", "from 0 to 3"),
+}
+
+
+def test_a_launchers_environment_is_read() -> None:
+    assert launched(TORCHRUN) == Launched(rank=3, world=4, local=2)
+    assert launched({}) is None
+    assert launched({"RANK": "abc"}) is None, "without WORLD_SIZE there is no launcher"
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_half_a_launcher_is_refused(name: str) -> None:
+    """WORLD_SIZE=abc was a traceback; WORLD_SIZE without the rest waited for ranks that did not exist."""
+    variable, value, words = WRONG[name]
+    environment = {
+        key: text for key, text in (TORCHRUN | {variable: value}).items() if text is not None
+    }
+    with pytest.raises(ConfigError, match=words) as refusal:
+        launched(environment)
+    assert str(refusal.value).startswith(f"{variable}=")
+    assert "start it with torchrun" in str(refusal.value)
+
+
+def test_this_machine_has_memory() -> None:
+    assert main_memory() > 1 << 26

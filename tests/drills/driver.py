@@ -1,0 +1,263 @@
+"""`dmoe` with a fault in it: `torchrun -m tests.drills.driver train ...` is `torchrun -m dmoe train ...` until the fault strikes.
+
+The faults stand in the environment, so that the program itself needs no hook for them: DMOE_FAULT holds one or more, divided by
+semicolons, each `ACTION@POINT key=value ...`. They strike at restart 0 alone, unless `restarts` says otherwise.
+
+    kill | term | stop | usr1    the signal, sent to this very process
+    full                         OSError "No space left on device"
+    hold                         wait until the file DMOE_DRILL.go exists; DMOE_DRILL.held says that this process does
+    back                         from here on this process's clock shows one hour less
+    skip                         this rank leaves the exchange out, and takes zeros for what its peers send
+    nan | inf | spike            what the loss of this rank becomes (spike: fifty times itself)
+
+    step            after backward, before the ranks' one reduction; with nan, inf, spike: in the forward
+    exchange        the first dispatch of tokens in a step, of MoE layer 0; for skip
+    shard           in the middle of this rank's shard file: half of it is there
+    fsync           before the os.fsync number `call` (from 0) of the save of `step`
+    before-rename   before, after-rename: after the rename that makes the checkpoint of `step`
+
+    rank=1          on this rank (default 0; any: on all)
+    step=3          at this optimizer step, counted from 1 (default: at any)
+    count=5         in so many steps, from `step` on (nan, inf, spike)
+    restarts=0-2    in these attempts (default 0; any)
+    after=0.5       after so many seconds
+
+With DMOE_TRACE=FOLDER every rank writes down what it reads and draws: see `Trace`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SIGNALS = {
+    "kill": signal.SIGKILL,
+    "term": signal.SIGTERM,
+    "stop": signal.SIGSTOP,
+    "usr1": signal.SIGUSR1,
+}
+FACTORS = {"nan": float("nan"), "inf": float("inf"), "spike": 50.0}
+
+
+@dataclass
+class Fault:
+    action: str
+    point: str
+    keys: dict[str, str] = field(default_factory=dict)
+
+    def strikes(self, point: str, step: int) -> bool:
+        first, count = int(self.keys.get("step", "-1")), int(self.keys.get("count", "1"))
+        return self.point == point and (first < 0 or first <= step < first + count)
+
+    def strike(self) -> None:
+        time.sleep(float(self.keys.get("after", "0")))
+        if self.action == "full":
+            raise OSError(28, "No space left on device")
+        if self.action == "hold":
+            _hold(os.environ["DMOE_DRILL"])
+            return
+        if self.action == "back":
+            _set_clock_back()
+            return
+        os.kill(os.getpid(), SIGNALS[self.action])
+
+
+def parse(text: str, rank: int, restart: int) -> list[Fault]:
+    """The faults of `text` that are meant for this rank and this attempt."""
+    faults = []
+    for part in filter(None, (piece.strip() for piece in text.split(";"))):
+        head, *pairs = part.split()
+        action, point = head.split("@")
+        keys = dict(pair.split("=", 1) for pair in pairs)
+        first, _, last = keys.get("restarts", "0").partition("-")
+        here = keys.get("rank", "0") in ("any", str(rank))
+        now = first == "any" or int(first) <= restart <= int(last or first)
+        if here and now:
+            faults.append(Fault(action, point, keys))
+    return faults
+
+
+class Faults:
+    """Puts the faults into the functions of dmoe and of `os` through which their points pass."""
+
+    def __init__(self, faults: list[Fault]) -> None:
+        self.faults, self.step = faults, 0
+        self.calls: dict[int, int] = {}
+        """fsync calls so far, of each save."""
+
+    def install(self) -> None:
+        from dmoe.distributed.all_to_all import ExpertGroup
+        from dmoe.train import step as steps
+        from dmoe.train import trainer
+
+        self._wrap(trainer, "training_batches", before=self._at_batches)
+        steps.square_sums = self._after(steps.square_sums, lambda: self._reach("step"))  # type: ignore[attr-defined]
+        forward = steps.forward
+        steps.forward = lambda engine, batch, prior: self._spoil(forward(engine, batch, prior))  # type: ignore[assignment]
+        ExpertGroup.all_to_all = self._exchange(ExpertGroup.all_to_all)  # type: ignore[method-assign]
+        os.fsync = self._fsync(os.fsync)  # type: ignore[assignment]
+        os.rename = self._rename(os.rename)  # type: ignore[assignment]
+
+    def _at_batches(self, stream: Any, engine: Any, step: int) -> None:
+        self.step = step + 1
+
+    def _wrap(self, module: Any, name: str, before: Callable[..., None]) -> None:
+        original = getattr(module, name)
+
+        def wrapped(*args: Any) -> Any:
+            before(*args)
+            return original(*args)
+
+        setattr(module, name, wrapped)
+
+    def _after(self, original: Callable[..., Any], then: Callable[[], None]) -> Callable[..., Any]:
+        def wrapped(*args: Any) -> Any:
+            result = original(*args)
+            then()
+            return result
+
+        return wrapped
+
+    def _reach(self, point: str, step: int | None = None) -> None:
+        for fault in self.faults:
+            if fault.action not in FACTORS and fault.strikes(
+                point, self.step if step is None else step
+            ):
+                fault.strike()
+
+    def _spoil(self, output: Any) -> Any:
+        for fault in self.faults:
+            if fault.action in FACTORS and fault.strikes("step", self.step):
+                output.loss_sum = output.loss_sum * FACTORS[fault.action]
+        return output
+
+    def _exchange(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(route: Any, rows: Any, send: Any, receive: Any, operation: str) -> Any:
+            if (
+                route.layer == 0
+                and operation == "dispatch"
+                and any(fault.strikes("exchange", self.step) for fault in self.faults)
+            ):
+                return rows.new_zeros(
+                    len(rows) if receive is None else sum(receive), *rows.shape[1:]
+                )
+            return original(route, rows, send, receive, operation)
+
+        return wrapped
+
+    def _fsync(self, original: Callable[[int], None]) -> Callable[[int], None]:
+        def wrapped(descriptor: int) -> None:
+            path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+            found = re.search(r"step-(\d+)\.tmp", str(path))
+            if found:
+                step = int(found[1])
+                if path.suffix == ".safetensors" and any(
+                    fault.strikes("shard", step) for fault in self.faults
+                ):
+                    os.truncate(path, path.stat().st_size // 2)
+                    self._reach("shard", step)
+                call = self.calls.get(step, 0)
+                self.calls[step] = call + 1
+                for fault in self.faults:
+                    if fault.strikes("fsync", step) and int(fault.keys.get("call", "0")) == call:
+                        fault.strike()
+            original(descriptor)
+
+        return wrapped
+
+    def _rename(self, original: Callable[..., None]) -> Callable[..., None]:
+        def wrapped(source: Any, target: Any, **more: Any) -> None:
+            found = re.fullmatch(r"step-(\d+)", Path(target).name)
+            step = int(found[1]) if found else None
+            if step is not None:
+                self._reach("before-rename", step)
+            original(source, target, **more)
+            if step is not None:
+                self._reach("after-rename", step)
+
+        return wrapped
+
+
+class Trace:
+    """One line a step in FOLDER/rank-R.jsonl: the SHA-256 of each sequence this rank reads, and R + 1 numbers drawn from torch's
+    default generator. Ranks draw unequally often, so that no two of them are in the same state after the first step."""
+
+    def __init__(self, folder: Path, rank: int, restart: int) -> None:
+        self.path, self.rank, self.restart = folder / f"rank-{rank}.jsonl", rank, restart
+
+    def install(self) -> None:
+        from dmoe.train import trainer
+
+        original = trainer.training_batches
+
+        def wrapped(stream: Any, engine: Any, step: int) -> Any:
+            batches = original(stream, engine, step)
+            self._write(step + 1, [digest(row) for batch in batches for row in sequences(batch)])
+            return batches
+
+        trainer.training_batches = wrapped  # type: ignore[attr-defined]
+
+    def _write(self, step: int, samples: list[str]) -> None:
+        import torch
+
+        draws = [value.hex() for value in torch.rand(self.rank + 1, dtype=torch.float64).tolist()]
+        line = {
+            "step": step,
+            "restart": self.restart,
+            "rank": self.rank,
+            "samples": samples,
+            "draws": draws,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def sequences(batch: Any) -> Any:
+    """[B, S+1]: the stored sequences, of which the batch has inputs and targets."""
+    import torch
+
+    return torch.cat([batch.input[:, :1], batch.target], 1).numpy()
+
+
+def digest(row_S: Any) -> str:
+    """What tells one sequence of tokens (a numpy row) from another."""
+    return hashlib.sha256(row_S.astype("int64").tobytes()).hexdigest()[:16]
+
+
+def _set_clock_back() -> None:
+    true = time.time
+    time.time = lambda: true() - 3600.0  # type: ignore[assignment]
+
+
+def _hold(drill: str) -> None:
+    Path(f"{drill}.held").touch()
+    while not Path(f"{drill}.go").exists():
+        time.sleep(0.01)
+
+
+def main() -> None:
+    from dmoe.cli.main import run
+
+    rank, restart = (
+        int(os.environ.get("RANK", "0")),
+        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+    )
+    faults = parse(os.environ.get("DMOE_FAULT", ""), rank, restart)
+    if "DMOE_TRACE" in os.environ:
+        Trace(Path(os.environ["DMOE_TRACE"]), rank, restart).install()
+    if faults:
+        Faults(faults).install()
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Drill 33: twenty short jobs of four ranks. Starting and leaving are where races live; none may show in twenty tries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.drills.jobs import losses, processes_of, start
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
+
+RUNS = 20
+
+
+def test_twenty_short_runs_all_leave_well(tmp_path: Path) -> None:
+    """Without a barrier at the end a finished rank could be killed by a peer's closed socket (SIGABRT) and fail the job."""
+    codes, seen = [], []
+    for number in range(RUNS):
+        run = tmp_path / f"run-{number}"
+        outcome = start(run, "train.steps=2", ranks=4)
+        codes.append(outcome.code)
+        assert processes_of(run) == [], f"run {number} left a process behind"
+        seen.append(losses(run))
+    assert codes == [0] * RUNS
+    assert all(sorted(found) == [1, 2] and found == seen[0] for found in seen)

@@ -1,0 +1,124 @@
+"""`dmoe explain`: what it prints for every config, and that its fields are the schema's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dmoe.cli.explain import WIDEST, as_text, fields_as_text, world_of
+from dmoe.config.errors import ConfigError
+from dmoe.config.fields import list_fields
+from dmoe.config.load import load
+from dmoe.config.schema import Config
+from dmoe.explain import explain
+from tests.cli.commands import dmoe, refused
+from tests.launch.test_configs import FILES, count
+from tests.launch.test_configs import load as load_file
+from tests.tiny import tiny
+
+ROUTERS = {
+    "top_k": [],
+    "noisy": ["moe.balance.load=0.1"],
+    "group_limited": ["moe.router.groups=4", "moe.router.topk_groups=2"],
+    "adaptive": ["moe.router.renormalize=false", "moe.top_k=4"],
+    "fixed": [],
+    "hash": [],
+    "soft": ["moe.top_k=8"],
+    "expert_choice": ["moe.router.allow_future_leak=true"],
+}
+
+
+def numbers(config: Config, world: int) -> dict[str, dict[str, Any]]:
+    return {section.key: section.numbers for section in explain(config, world)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_every_config_is_explained_without_its_ranks(path: Path) -> None:
+    config = load(path)
+    world, why = world_of(config, None)
+    sections = explain(config, world)
+    text = as_text(world, why, sections)
+    assert max(map(len, text.splitlines())) <= WIDEST
+    for ugly in ("None", "nan", "{", "e+"):
+        assert ugly not in text
+    json.dumps([section.numbers for section in sections], allow_nan=False)
+    total, active = count(load_file(path.name), vocabulary=256)
+    size = numbers(config, world)["size"]
+    assert (size["parameters"], size["active_parameters"]) == (total, active)
+
+
+@pytest.mark.parametrize("group", ["rank", "sequence", "global"])
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_every_router_is_put_into_words(kind: str, group: str) -> None:
+    overrides = [f"moe.router.kind={kind}", "moe.capacity.factor=1.5", *ROUTERS[kind]]
+    if (kind, group) == ("expert_choice", "global"):
+        pytest.skip("refused: it would compare tokens of all ranks before any is sent")
+    sections = {
+        section.key: section
+        for section in explain(tiny(*overrides, f"moe.capacity.group={group}"), 2)
+    }
+    assert sections["routing"].numbers["kind"] == kind
+    assert sections["capacity"].numbers["slots"] >= 1
+    assert any(sentence.startswith("Choice: ") for sentence in sections["routing"].words)
+
+
+def test_the_world_is_the_given_one_or_the_configs() -> None:
+    assert world_of(tiny("parallel.ep=8"), None) == (8, "parallel.ep")
+    assert world_of(tiny("parallel.ep=8"), 16) == (16, "--world")
+    assert world_of(tiny(), None) == (1, "default")
+
+
+def test_a_world_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.ep=3: must divide the world of 4"):
+        explain(tiny("parallel.ep=3"), 4)
+
+
+def test_the_command_prints_words_and_the_same_as_json(place: Path) -> None:
+    """ep=8 on a machine of one process: the world follows, and the text says so."""
+    result = dmoe("explain", "parallel.ep=8", "moe.capacity.factor=1.25", cwd=place)
+    assert result.returncode == 0, result.stderr
+    assert "On 8 ranks (from parallel.ep" in result.stdout
+    assert "rank 7: experts 7" in result.stdout
+    content = json.loads(
+        dmoe("explain", "parallel.ep=8", "moe.capacity.factor=1.25", "--json", cwd=place).stdout
+    )
+    assert content["world"] == 8
+    plain = " ".join(result.stdout.split())
+    for section in (value for value in content.values() if isinstance(value, dict)):
+        for sentence in section["words"]:
+            assert " ".join(sentence.split()) in plain
+    refused(
+        dmoe("explain", "--world", "3", "parallel.ep=8", cwd=place), "parallel.ep=8", "world of 3"
+    )
+
+
+def test_a_dense_model_has_no_words_on_experts() -> None:
+    sections = {section.key: section for section in explain(tiny("model.moe_every=0"), 2)}
+    assert "dense" in sections["experts"].words[0]
+    assert sections.keys() == {"batch", "experts", "size", "optimization", "evaluation"}
+
+
+def test_fields_are_the_schemas_with_defaults_and_meanings() -> None:
+    listed = {field.name: field for field in list_fields()}
+    expected = dict(leaves(Config(), ""))
+    assert listed.keys() == expected.keys()
+    for name, value in expected.items():
+        assert yaml.safe_load(listed[name].default) == value or float(listed[name].default) == value
+        assert len(listed[name].doc) > 10, f"{name} has no docstring"
+    assert listed["moe.exchange"].type == "packed | padded"
+    assert listed["model.kv_heads"].type == "int | null"
+    assert "moe.router.kind: top_k | noisy" in fields_as_text()
+
+
+def leaves(section: Any, prefix: str) -> list[tuple[str, Any]]:
+    found = []
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        name = f"{prefix}{item.name}"
+        found += leaves(value, f"{name}.") if dataclasses.is_dataclass(value) else [(name, value)]
+    return found

@@ -1,0 +1,82 @@
+"""Several ranks in one process, one thread each: `Peers` that really differ, fast enough for property tests."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from dmoe.moe.interfaces import DataParallelComm
+from dmoe.moe.routing import Routing
+
+__all__ = ["Singer", "cut", "sing"]
+
+Result = TypeVar("Result")
+
+
+class Singer:
+    """`Peers` of one rank. Counts its collectives."""
+
+    def __init__(self, rank: int, parts: list[Tensor], barrier: threading.Barrier) -> None:
+        self.rank, self.size, self.parts, self.barrier = rank, len(parts), parts, barrier
+        self.collectives = 0
+
+    def gather(self, value: Tensor) -> Tensor:
+        self.collectives += 1
+        self.parts[self.rank] = value.detach()
+        self.barrier.wait()
+        gathered = torch.stack(
+            list(self.parts)
+        )  # refuses unequal shapes, where a real gather would hang
+        self.barrier.wait()
+        return gathered
+
+    def sum(self, value: Tensor) -> Tensor:
+        return self.gather(value).sum(0)
+
+
+def sing(world: int, function: Callable[[DataParallelComm], Result]) -> list[Result]:
+    """`[function(peers of rank) for rank in range(world)]`, together."""
+    barrier, parts = threading.Barrier(world, timeout=30), [torch.empty(0)] * world
+
+    def one(rank: int) -> Result:
+        try:
+            return function(Singer(rank, parts, barrier))
+        except BaseException:
+            barrier.abort()  # the others must not wait for it
+            raise
+
+    with ThreadPoolExecutor(world) as threads:
+        futures = [threads.submit(one, rank) for rank in range(world)]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    for error in errors:
+        if not isinstance(error, threading.BrokenBarrierError):
+            raise error
+    return [future.result() for future in futures]
+
+
+def cut(routing: Routing, ranks: int) -> list[Routing]:
+    """The same tokens on so many ranks, in order."""
+    per_rank = len(routing.expert_TK) // ranks
+
+    def rows(value: Tensor | None, rank: int) -> Tensor | None:
+        return None if value is None else value[rank * per_rank : (rank + 1) * per_rank]
+
+    names = (
+        "expert_TK",
+        "weight_TK",
+        "score_TE",
+        "logit_TE",
+        "keep_TK",
+        "spare_TK",
+        "spare_weight_TK",
+    )
+    return [
+        replace(routing, **{name: rows(getattr(routing, name), rank) for name in names})
+        for rank in range(ranks)
+    ]

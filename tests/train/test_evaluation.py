@@ -1,0 +1,161 @@
+"""What an evaluation says in all, of each domain and without a stream, counted again sample by sample from the logits."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmoe.config.schema import Config
+from dmoe.distributed import init as worlds
+from dmoe.moe.routing import TokenContext
+from dmoe.runs.directory import RunDir
+from dmoe.train import engine as engines
+from dmoe.train.evaluation import Evaluation, evaluate
+from dmoe.train.run_session import RunSession
+from dmoe.train.tasks import Score, task_of
+from tests.ranks import run_ranks
+from tests.tiny import tiny
+
+CLUSTERS = (
+    "train.task=classification",
+    "data.source=synthetic:clusters",
+    "data.streams=[a,b]",
+    "train.eval_sequences=37",  # the last batch is partly padding
+)
+GATED = (
+    *CLUSTERS,
+    "model.fusion=gated",
+    "model.layers=1",
+    "moe.num_experts=2",
+    "moe.top_k=1",
+    "moe.router.kind=fixed",
+    "moe.balance.switch=0",
+    "moe.balance.z=0",
+)
+
+
+def evaluation(rank: int, world: int, config: Config) -> Evaluation:
+    task = task_of(config)
+    engine = engines.build(config, worlds.init_distributed("cpu"), task.outputs)
+    result = evaluate(engine, task.open())
+    assert result is not None
+    return result
+
+
+def recount(config: Config, without: str | None = None) -> dict[int, Score]:
+    """By label, one sample at a time, in one process that holds every expert. Text: bytes are counted from the tokens."""
+    task = task_of(config)
+    data, model = task.open(), task.model()
+    model.initialize(config.train.seed)
+    sums: dict[int, list[float]] = defaultdict(lambda: [0.0] * 4)
+    for row in range(
+        min(config.train.eval_sequences, data.held_out.sequences or config.train.eval_sequences)
+    ):
+        input, target, label_B = task.samples(data.held_out, row, 1)
+        input = input if without is None else task.mask_stream(input, without)
+        with torch.no_grad():
+            logits = model.eval()(
+                input, context=TokenContext(label_T=label_B.repeat_interleave(target.shape[1]))
+            ).logits[0]
+        for logit_V, wanted in zip(logits.double(), target[0].tolist(), strict=True):
+            total = sums[int(label_B)]
+            total[0] += float(logit_V.logsumexp(0) - logit_V[wanted])
+            total[1] += 1
+            total[2] += (
+                len(data.tokenizer.decode([wanted]).encode()) if hasattr(data, "tokenizer") else 0
+            )
+            total[3] += int(logit_V.argmax()) == wanted
+    return {label: Score(*total) for label, total in sums.items()}
+
+
+def text(path: Path) -> Config:
+    """ASCII, so that a byte is a token that stands for one; two domains of different size."""
+    for name, count in (("long", 40), ("short", 9)):
+        (path / name).mkdir()
+        for number in range(count):
+            (path / name / f"{number}.txt").write_text(f"{name} text {number} " * (8 + number))
+    return tiny(
+        f"data.source={path}/long,{path}/short", "data.holdout=0.3", "train.eval_sequences=23"
+    )
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_domain_is_what_a_loop_counts(world: int, tmp_path: Path) -> None:
+    config = text(tmp_path)
+    found = run_ranks(world, evaluation, config)
+    expected = recount(config)
+    assert all(result == found[0] for result in found)
+    assert list(found[0].by_domain) == ["long", "short"]
+    for label, name in enumerate(found[0].by_domain):
+        told, score = found[0].by_domain[name], expected[label]
+        assert told["tokens"] == score.targets
+        assert told["loss"] == pytest.approx(score.loss, rel=1e-5)
+        assert told["bits_per_byte"] == pytest.approx(
+            score.loss_sum / score.read_bytes / math.log(2), rel=1e-5
+        )
+    nats, tokens = (
+        sum(getattr(score, part) for score in expected.values()) for part in ("loss_sum", "targets")
+    )
+    assert found[0].tokens == tokens
+    assert found[0].loss == pytest.approx(nats / tokens, rel=1e-5)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_class_and_every_missing_stream(world: int) -> None:
+    config = tiny(*GATED)
+    found = run_ranks(world, evaluation, config)[0]
+    expected = recount(config)
+    whole = Score(
+        *(
+            sum(getattr(s, part) for s in expected.values())
+            for part in ("loss_sum", "targets", "read_bytes", "correct")
+        )
+    )
+    assert found.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert found.measures == {"accuracy": pytest.approx(whole.correct / whole.targets)}
+    assert {name: told["accuracy"] for name, told in found.by_domain.items()} == {
+        str(label): pytest.approx(score.correct / score.targets)
+        for label, score in sorted(expected.items())
+    }
+    for stream in ("a", "b"):
+        less = recount(config, stream).values()
+        assert found.missing[stream] == pytest.approx(
+            sum(score.correct for score in less) / whole.targets
+        )
+
+
+def test_a_single_domain_is_not_told_twice() -> None:
+    found = run_ranks(1, evaluation, tiny())[0]
+    assert found.by_domain == {}
+    assert "by_domain" not in found.line()
+    assert "missing" not in found.line()
+
+
+@pytest.mark.parametrize("batches", [0, 2, 7])
+def test_an_evaluation_told_to_stop_says_nothing(batches: int) -> None:
+    """Also where the signal comes while the samples are read again without a stream: five batches are the first reading."""
+    config = tiny(*GATED)
+    engine = engines.build(config, worlds.init_distributed("cpu"), task_of(config).outputs)
+    left = iter([False] * batches)
+    assert evaluate(engine, engine.task.open(), lambda: next(left, True)) is None
+    assert next(left, None) is None
+    assert engine.wrapped.training
+
+
+@pytest.mark.parametrize(
+    ("told", "first", "due"), [((), True, True), ((0,), True, True), ((), False, False)]
+)
+def test_the_evaluation_before_the_first_step_is_of_the_weights_that_are_trained(
+    told: tuple[int, ...], first: bool, due: bool, tmp_path: Path
+) -> None:
+    """A job that was killed after it and before the first checkpoint starts from nothing again, maybe with another seed: it was taken
+    for told already, and the result table gave the other weights' accuracy as that of step 0."""
+    run = RunSession(RunDir(tmp_path), worlds.init_distributed("cpu"), None)
+    for step in told:
+        run.directory.metrics.write_text(f'{{"event": "eval", "step": {step}, "time": 1.0}}\n')
+    assert run.misses_evaluation(0, replace(tiny().train, eval_first=first)) == due

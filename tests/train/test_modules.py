@@ -1,0 +1,307 @@
+"""Modules in the trainer: what starts from what, what is trained, what is proven, and that ranks change none of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from dmoe.checkpoint import save_load
+from dmoe.config.errors import CheckpointError, ConfigError, NumbersError
+from dmoe.config.load import to_yaml
+from dmoe.config.rules import check, expert_parallel
+from dmoe.config.schema import Config
+from dmoe.distributed import init as worlds
+from dmoe.distributed.state_dict import model_state
+from dmoe.modular import core_hash, layers
+from dmoe.train import engine as engines
+from dmoe.train.batches import training_batches
+from dmoe.train.engine import Engine
+from dmoe.train.modular.base_model import start_from
+from dmoe.train.modular.session import Session, check_domains
+from dmoe.train.modular.stages import check_stages
+from dmoe.train.step import train_step
+from dmoe.train.trainer import train
+from tests.ranks import run_ranks
+from tests.tiny import VOCAB, tiny
+
+LORA = (
+    "modular.bank=low_rank",
+    "modular.modules=4",
+    "modular.routing=top_k",
+    "modular.top_k=2",
+    "modular.rank=2",
+)
+
+
+def build(config: Config) -> Engine:
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # one process builds many engines; accelerate expects one
+    check(config, worlds.launched_world_size())
+    return engines.build(config, worlds.init_distributed("cpu"), VOCAB)
+
+
+def steps(engine: Engine, count: int = 2) -> list[float]:
+    data = engine.task.open()
+    return [
+        train_step(engine, training_batches(data.train, engine, s), 0.01).totals.loss_sum
+        for s in range(count)
+    ]
+
+
+def saved(engine: Engine, root: Path, step: int = 3) -> Path:
+    extra = {"config": asdict(engine.config)}
+    return save_load.save(
+        root,
+        step,
+        model_state(engine.model, engine.mesh),
+        extra,
+        group=engine.mesh.checkpoint_group,
+    )
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+REFUSED = {
+    "modular.rank=3": "without modules",
+    "modular.bank=low_rank modular.hidden=3": "only for adapter",
+    "modular.bank=low_rank modular.modules=2 modular.routing=top_k modular.renormalize=true": r"modular\.top_k=1 makes every weight 1",
+    "modular.bank=low_rank modular.routing=table": "must name the modules of each domain",
+    "modular.bank=low_rank modular.routing=table modular.table=[[1]]": "from 0 to 0",
+    "modular.bank=low_rank modular.weights=[1,2]": "one weight for each",
+    "modular.bank=prompt modular.modules=2 modular.routing=soft": "reads the whole sequence",
+    "modular.bank=adapter modular.modules=2 modular.routing=soft modular.aggregation=mean": "learn nothing",
+    "modular.bank=low_rank modular.train=router": "trains nothing",
+    "modular.bank=low_rank modular.train=one_module parallel.mode=fsdp": "cuts modules into pieces",
+    "modular.bank=low_rank modular.modules=3 parallel.ep=2": r"modular\.modules=3: must be divisible by parallel\.ep=2",
+    "modular.bank=low_rank modular.modules=2 modular.routing=soft modular.per=task": "number of domains",
+}
+
+
+@pytest.mark.parametrize("overrides", REFUSED)
+def test_what_means_nothing_is_refused(overrides: str) -> None:
+    with pytest.raises(ConfigError, match=REFUSED[overrides]):
+        check(tiny(*overrides.split()), 2)
+
+
+def test_ranks_share_what_all_of_them_can_have_a_part_of() -> None:
+    assert expert_parallel(tiny("modular.bank=low_rank"), 2) == 1
+    assert expert_parallel(tiny("modular.bank=low_rank", "modular.modules=4"), 4) == 4
+    assert (
+        expert_parallel(tiny("modular.bank=low_rank", "modular.modules=2", "model.moe_every=0"), 4)
+        == 2
+    )
+
+
+def test_a_pattern_that_names_nothing_is_refused_by_its_field() -> None:
+    with pytest.raises(ConfigError, match=r"modular\.at=\*\.nothing"):
+        build(tiny(*LORA, "modular.at=*.nothing"))
+
+
+def test_every_domain_has_its_modules() -> None:
+    config = tiny("modular.bank=low_rank", "modular.routing=table", "modular.table=[[0]]")
+    check_domains(config, ["en"])
+    with pytest.raises(ConfigError, match=r"none for domain 1 \(fr\)"):
+        check_domains(config, ["en", "fr"])
+
+
+@pytest.mark.parametrize("what", ["joint", "modules", "one_module", "router"])
+def test_what_is_frozen_keeps_its_bits_and_the_rest_moves(what: str, tmp_path: Path) -> None:
+    engine = build(tiny(*LORA, f"modular.train={what}"))
+    for layer in layers(engine.model).values():
+        torch.nn.init.normal_(layer.experts.b.data)  # else there is nothing for a router to choose
+    session = Session(engine, tmp_path, fresh=True)
+    before = {name: value.clone() for name, value in engine.model.state_dict().items()}
+    core = core_hash(engine.model)
+    steps(engine)
+    moved = {
+        name
+        for name, value in engine.model.state_dict().items()
+        if not torch.equal(value, before[name])
+    }
+    assert any(".modular." not in name for name in moved) == (what == "joint")
+    assert (core_hash(engine.model) == core) == (what != "joint")
+    assert any(".experts.b" in name and ".modular." in name for name in moved) == (what != "router")
+    assert any(".modular.router" in name for name in moved) == (what != "one_module")
+    known, _ = session.finish()
+    assert (
+        known
+        == {
+            "joint": {},
+            "modules": {"core_unchanged": True},
+            "one_module": {"core_unchanged": True, "others_unchanged": True},
+            "router": {"core_unchanged": True, "others_unchanged": True},
+        }[what]
+    )
+    if what == "one_module":
+        stack = engine.model.state_dict()["blocks.0.attention.w_out.modular.experts.b"]
+        same = [
+            torch.equal(a, b)
+            for a, b in zip(
+                stack, before["blocks.0.attention.w_out.modular.experts.b"], strict=True
+            )
+        ]
+        assert same == [True, True, True, False]
+    assert engine.model.num_parameters().trained == sum(
+        p.numel() for p in engine.model.parameters() if p.requires_grad
+    )
+
+
+@pytest.mark.parametrize("name", ["embedding.weight", "blocks.0.attention.w_out.modular.experts.b"])
+def test_the_proof_sees_one_changed_number(name: str, tmp_path: Path) -> None:
+    engine = build(tiny(*LORA, "modular.train=one_module"))
+    session = Session(engine, tmp_path, fresh=True)
+    engine.model.state_dict()[name].view(-1)[0] += 1e-3
+    with pytest.raises(NumbersError, match="has changed"):
+        session.finish()
+
+
+def test_the_bias_of_a_frozen_router_stands_still() -> None:
+    """The bias controller moves buffers that no optimizer sees: a core with `requires_grad` off was not frozen all the same."""
+    engine = build(tiny(*LORA, "moe.balance.bias=0.1"))
+    steps(engine, 1)
+    assert not engine.model.moe_layers()[0].router.get_buffer("bias_E").any()
+    assert layers(engine.model)["blocks.0.attention.w_out"].router.get_buffer("bias_E").any()
+
+
+def test_a_run_with_more_modules_goes_on_from_those_there_are(tmp_path: Path) -> None:
+    core = build(tiny(*LORA))
+    steps(core)
+    old = core.model.state_dict()
+    path = saved(core, tmp_path)
+    more = build(tiny(*LORA, "modular.modules=6", "train.seed=1"))
+    drawn = {name: value.clone() for name, value in more.model.state_dict().items()}
+    start_from(more, path)
+    assert core_hash(more.model) == core_hash(core.model)
+    for name, value in more.model.state_dict().items():
+        if ".modular." in name:
+            assert torch.equal(value[:4], old[name]), name
+        if ".modular.experts" in name:
+            assert torch.equal(value[4:], drawn[name][4:]), name
+    for overrides, match in {
+        ("modular.modules=2",): "modules=2: the core .* has 4 modules",
+        ("modular.rank=4",): r"modular\.rank=4",
+        ("moe.expert_dim=16",): r"moe\.expert_dim=16",
+    }.items():
+        with pytest.raises(ConfigError, match=match):
+            start_from(build(tiny(*LORA, *overrides)), path)
+
+
+def read(rank: int, world: int, path: Path, *overrides: str) -> dict[str, np.ndarray]:
+    engine = build(tiny(*LORA, "modular.modules=8", *overrides))
+    start_from(engine, path)
+    session = Session(engine, path, fresh=False)
+    state = model_state(engine.model, engine.mesh)
+    found = {
+        n: (v.full_tensor() if hasattr(v, "full_tensor") else v).detach().numpy().copy()
+        for n, v in state.items()
+    }
+    found["losses"] = np.array(steps(engine))
+    assert session.finish()[0] == {"core_unchanged": True}
+    return found
+
+
+def test_two_ranks_read_a_core_of_one_and_train_the_same(tmp_path: Path) -> None:
+    path = saved(build(tiny(*LORA)), tmp_path)
+    alone = read(0, 1, path)
+    for mode in ("ddp", "fsdp"):
+        for rank in run_ranks(2, read, path, f"parallel.mode={mode}"):
+            assert rank.keys() == alone.keys()
+            np.testing.assert_allclose(rank.pop("losses"), alone["losses"], rtol=1e-4)
+            for name, value in rank.items():
+                np.testing.assert_array_equal(value, alone[name], err_msg=name)
+
+
+@pytest.mark.parametrize("bank", ["prompt", "prefix"])
+def test_room_is_nobody_elses_business(bank: str) -> None:
+    """Outside, S positions a sequence: losses, hits and logits, and what the layers tell of each token."""
+    engine = build(tiny(f"modular.bank={bank}", "modular.length=3"))
+    input, target, _ = engine.task.dummy_batch(2)
+    output = engine.model.eval()(input, target, return_logits=True)
+    assert output.logits.shape[:2] == input.shape
+    assert len(output.nats_T) == len(output.hit_T) == input.numel()
+    torch.testing.assert_close(output.nats_T.sum(), output.loss_sum)
+    assert int(output.stats[0].choice_E.sum()) == 2 * (input.shape[1] + 3) * 2
+    engine.model.train()
+    assert len(set(steps(engine, 2))) == 2
+
+
+def test_a_core_in_a_config_file_is_trained_first_and_once(tmp_path: Path) -> None:
+    (tmp_path / "core.yaml").write_text(to_yaml(tiny("train.steps=2", "train.sample_tokens=0")))
+    config = tiny(
+        *LORA,
+        "train.steps=2",
+        "train.sample_tokens=0",
+        f"train.run_dir={tmp_path / 'run'}",
+        f"modular.core={tmp_path}/core.yaml",
+    )
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(config, "", quiet=True)
+    core, run = lines(tmp_path / "run" / "core"), lines(tmp_path / "run")
+    assert core[-1]["event"] == run[-1]["event"] == "end"
+    assert run[-1]["core_unchanged"] is True
+    start = next(line for line in run if line["event"] == "start")
+    assert 0 < start["trainable_parameters"] < start["parameters"]
+    told = next(line for line in run if line["event"] == "train")["modules"]
+    assert [place["place"] for place in told][:1] == ["blocks.0.attention.w_qkv"]
+    assert sum(told[0]["load"]) == 2 * 8 * 16
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(
+        replace(config, train=replace(config.train, run_dir=str(tmp_path / "again"))),
+        "",
+        quiet=True,
+    )
+    assert lines(tmp_path / "again" / "core")[-1]["step"] == 2
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(
+        replace(config, train=replace(config.train, steps=3), checkpoint=config.checkpoint),
+        "",
+        quiet=True,
+    )
+    assert lines(tmp_path / "run" / "core") == core, "a finished core was trained again"
+
+
+def test_a_core_that_cannot_be_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "core.yaml").write_text(to_yaml(tiny("model.dim=64")))
+    with pytest.raises(ConfigError, match=r"model\.dim=32: the core .* has 64"):
+        check_stages(tiny(*LORA, f"modular.core={tmp_path}/core.yaml"), 1)
+    with pytest.raises(ConfigError, match=r"modular\.core=nowhere"):
+        check_stages(tiny(*LORA, "modular.core=nowhere"), 1)
+    (tmp_path / "round.yaml").write_text(to_yaml(tiny(f"modular.core={tmp_path}/round.yaml")))
+    with pytest.raises(ConfigError, match="start from each other"):
+        check_stages(tiny(f"modular.core={tmp_path}/round.yaml"), 1)
+
+
+def test_a_core_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    path = saved(build(tiny()), tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(CheckpointError, match="embedding"):
+        start_from(engines.build(tiny(*LORA), worlds.init_distributed("cpu"), 300), path)
+
+
+def test_one_module_of_three_is_what_is_trained() -> None:
+    """The start of a run gave the whole bank's parameters as trained, of which one module's move."""
+    adapter = (
+        "modular.bank=adapter",
+        "modular.modules=3",
+        "modular.hidden=2",
+        "modular.at=*.attention.w_out",
+    )
+    engine = engines.build(
+        tiny(*adapter, "modular.train=one_module"), worlds.init_distributed("cpu"), VOCAB
+    )
+    session = Session(engine, Path("unread"), fresh=True)
+    before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+    for step in range(2):
+        train_step(engine, training_batches(engine.task.open().train, engine, step), 0.01)
+    moved = sum(int((p != before[name]).sum()) for name, p in engine.model.named_parameters())
+    assert 0 < moved == session.trained(engine.model.num_parameters().trained)

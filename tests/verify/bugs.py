@@ -1,0 +1,278 @@
+"""Fifteen bugs that users of other systems had, each as a patch of this one.
+
+A patch is called in every rank before anything is built. The numbers are those of the list in docs/verify.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dmoe.distributed import data_parallel, gradients, state_dict
+from dmoe.distributed.expert_parallel import expert_parameters
+from dmoe.models import transformer
+from dmoe.moe import capacity, dispatch, expert_queue, layer
+from dmoe.moe.experts.grouped_mlp import MLPExperts
+from dmoe.moe.routers import learned
+from dmoe.train import engine, step
+
+__all__ = ["BUGS"]
+
+Patch = Callable[[], None]
+
+
+def divided_by_edp() -> None:
+    """1: expert gradients averaged over their copies, while dense ones are summed over the world (DeepSpeed#6545)."""
+    finish = gradients.ExpertGradients.wait_for_grads
+
+    def finish_and_divide(self: Any) -> None:
+        finish(self)
+        for parameter in self.parameters:
+            parameter.grad /= self.copies
+
+    create = gradients.ExpertGradients.__init__
+
+    def remember(self: Any, model: Any, topology: Any) -> None:
+        create(self, model, topology)
+        self.parameters, self.copies = list(expert_parameters(model).values()), topology.edp
+
+    gradients.ExpertGradients.__init__ = remember
+    gradients.ExpertGradients.wait_for_grads = finish_and_divide
+
+
+def norm_per_rank() -> None:
+    """2: the global norm from this rank's own experts (Megatron-LM#785): replicas are clipped differently."""
+    squares: list[Tensor] = []
+    unpack, square_sums = step.unpack, step.square_sums
+
+    def local_squares(model: Any, topology: Any) -> Tensor:
+        squares[:] = [
+            square_sums(model, topology) * torch.tensor([topology.world_size, topology.edp])
+        ]
+        return squares[0]
+
+    step.square_sums = local_squares
+    step.unpack = lambda numbers, like: replace(
+        unpack(numbers, like), squares=float(squares[0].sum())
+    )
+
+
+def experts_inside_the_average() -> None:
+    """3: experts of different ranks averaged with each other, as plain DDP would (trap 3 of accelerate)."""
+    finish = data_parallel.DDPStrategy.wait_for_grads
+
+    def finish_and_average(self: Any) -> None:
+        finish(self)
+        for parameter in expert_parameters(self.wrapped).values() if dist.is_initialized() else ():
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+
+    data_parallel.DDPStrategy.wait_for_grads = finish_and_average
+
+
+def broadcast_at_start() -> None:
+    """4: rank 0's experts over all others (DDP's constructor)."""
+    build = engine._model
+
+    def build_and_broadcast(*args: Any) -> Any:
+        model = build(*args)
+        for parameter in expert_parameters(model).values():
+            if dist.is_initialized():
+                dist.broadcast(parameter.data, 0)
+        return model
+
+    engine._model = build_and_broadcast
+
+
+def one_ranks_experts_saved() -> None:
+    """5: a checkpoint with one rank's experts in every place (DeepSpeed#6589, transformers#45662)."""
+    model_state = state_dict.model_state
+
+    def first_ranks(model: Any, topology: Any) -> dict[str, Tensor]:
+        found = dict(model_state(model, topology))
+        for name, value in found.items():
+            if ".experts." in name and topology.ep_group is not None:
+                copy = gradients.local(value).clone()
+                dist.broadcast(copy, 0)
+                found[name] = type(value).from_local(
+                    copy,
+                    value.device_mesh,
+                    value.placements,
+                    run_check=False,
+                    shape=value.shape,
+                    stride=value.stride(),
+                )
+        return found
+
+    _everywhere("model_state", first_ranks)
+
+
+def bias_after_drops() -> None:
+    """6: the balancing bias fed with what was computed, not with what was chosen (Megatron, drop and pad): it never moves."""
+    measure = layer.layer_stats
+
+    def after_drops(chosen: Any, limited: Any) -> Any:
+        seen = measure(chosen, limited)
+        return replace(seen, choice_E=seen.kept_E)
+
+    layer.layer_stats = after_drops
+
+
+def auxiliary_over_world() -> None:
+    """7: auxiliary losses scaled by 1/W once more (FastMoE: 1/W^2)."""
+    auxiliary = layer.auxiliary_losses
+
+    def scaled(
+        routing: Any, config: Any, context: Any, peers: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        found = auxiliary(routing, config, context, peers, **kwargs)
+        return {name: loss / peers.size for name, loss in found.items()}
+
+    layer.auxiliary_losses = scaled
+
+
+def router_detached() -> None:
+    """8: combine weights without a gradient: the router learns nothing from the main loss (Automodel#2995)."""
+    weigh = learned.combine_weights
+    learned.combine_weights = lambda *args, **kwargs: weigh(*args, **kwargs).detach()
+
+
+def race() -> None:
+    """9: who is dropped decided by whoever comes first (FastMoE's atomics)."""
+    position = expert_queue.local_positions
+
+    def shuffled(line: Any) -> Tensor:
+        """The same queues, each in a random order."""
+        tokens, top_k = line.expert_TK.shape
+        return position(replace(line, score_TK=torch.rand(tokens, top_k, dtype=torch.float64)))
+
+    torch.manual_seed(dist.get_rank() if dist.is_initialized() else 99)
+    expert_queue.local_positions = shuffled
+
+
+def capacity_from_rank() -> None:
+    """10: capacity from a number of tokens that differs by rank (tutel#173)."""
+    slots = capacity.expert_capacity
+
+    def of_this_rank(factor: float, tokens: int, *rest: Any) -> int:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return slots(factor * (1 + 0.5 * rank), tokens, *rest)
+
+    capacity.expert_capacity = of_this_rank
+
+
+def wrong_inverse() -> None:
+    """11: the rows of one expert returned in the wrong order."""
+    place = dispatch.packed_permutation
+
+    def swapped(routing: Any) -> Any:
+        placement, count_E = place(routing)
+        mine_TK = routing.expert_TK == 1
+        rows = placement.row_TK[mine_TK]
+        wrong_TK = placement.row_TK.clone()
+        wrong_TK[mine_TK] = rows.roll(1)
+        return replace(placement, row_TK=wrong_TK), count_E
+
+    _everywhere("place_packed", swapped)
+
+
+def weights_twice() -> None:
+    """12: combine weights applied at the source and once more."""
+    combine = dispatch.unpermute
+    _everywhere(
+        "combine",
+        lambda rows, weight_TK, placement: combine(rows, weight_TK * weight_TK, placement),
+    )
+
+
+def initialised_by_rank() -> None:
+    """13: an expert's weights depend on the EP rank (Megatron)."""
+    initialize = MLPExperts.initialize
+    MLPExperts.initialize = lambda self, seed, *rest: initialize(self, seed + self.first, *rest)
+
+
+def moments_not_resharded() -> None:
+    """14: weights are resharded, Adam's moments stay where they were (Megatron-LM#5844)."""
+    optimizer_state = state_dict.optimizer_state
+
+    def only_weights(model: Any, optimizer: Any, topology: Any) -> dict[str, Tensor]:
+        found = optimizer_state(model, optimizer, topology)
+        for name, value in found.items():
+            if (
+                ".experts." in name and topology.ep_group is not None
+            ):  # moments of some other rank's experts
+                turned = gradients.local(value).roll(1, 0)
+                found[name] = type(value).from_local(
+                    turned,
+                    value.device_mesh,
+                    value.placements,
+                    run_check=False,
+                    shape=value.shape,
+                    stride=value.stride(),
+                )
+        return found
+
+    _everywhere("optimizer_state", only_weights)
+
+
+def counted_twice() -> None:
+    """15: recomputed activations count their choices again (torchtitan halves its counters)."""
+    run = transformer.Transformer.run_block
+
+    def run_and_count(self: Any, *args: Any) -> Any:
+        x, aux, seen = run(self, *args)
+        if self.recompute and torch.is_grad_enabled() and seen is not None:
+            seen = replace(seen, choice_E=seen.choice_E * 2)
+        return x, aux, seen
+
+    transformer.Transformer.run_block = run_and_count
+
+
+def _everywhere(name: str, replacement: Any) -> None:
+    """Replace a function in every module of dmoe that has imported it by name."""
+    import sys
+
+    for module in [m for key, m in sys.modules.items() if key.startswith("dmoe.")]:
+        if hasattr(module, name) and callable(getattr(module, name)):
+            setattr(module, name, replacement)
+
+
+CAPACITY = ["moe.capacity.factor=1.0"]
+BUGS: dict[str, tuple[Patch, list[str], str, str]] = {
+    # name: the patch, what the config needs to show it, the quantity that must be the first to differ, a word of the cause
+    "1 divided by EDP": (divided_by_edp, [], "expert gradients", "times too small"),
+    "2 norm per rank": (norm_per_rank, [], "global norm", "this rank's experts only"),
+    "3 experts averaged": (experts_inside_the_average, [], "expert gradients", "DDP"),
+    "4 broadcast at start": (broadcast_at_start, [], "initial weights", "broadcast"),
+    "5 one rank's experts saved": (
+        one_ranks_experts_saved,
+        [],
+        "checkpoint written here, read by 1",
+        "every rank's experts",
+    ),
+    "6 bias after drops": (
+        bias_after_drops,
+        [*CAPACITY, "moe.balance.bias=0.01"],
+        "counts",
+        "after drops",
+    ),
+    "7 auxiliary over W": (auxiliary_over_world, [], "auxiliary losses", "scaled"),
+    "8 router detached": (router_detached, [], "router gradient", "detached"),
+    "9 race": (race, CAPACITY, "dropped set", "race"),
+    "10 capacity by rank": (capacity_from_rank, CAPACITY, "capacity slots", "depends on the rank"),
+    "11 wrong inverse": (wrong_inverse, [], "loss", "other tokens"),
+    "12 weights twice": (weights_twice, [], "loss", "weights applied twice"),
+    "13 initialised by rank": (initialised_by_rank, [], "initial weights", "EP rank"),
+    "14 moments not resharded": (
+        moments_not_resharded,
+        [],
+        "checkpoint written here, read by 1",
+        "moments",
+    ),
+    "15 counted twice": (counted_twice, [], "counts", "recomputed"),
+}

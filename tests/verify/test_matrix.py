@@ -1,0 +1,174 @@
+"""`dmoe verify` on every router, capacity and shipped config: slow, so `.ci/run` runs it after the README's line.
+
+What is run, and that it is enough: every router with every capacity factor, on two or on four ranks; of the (EP, exchange, mode) that
+`verify` would compare there, one half. A half (`in_half`) is an orthogonal array: any two of EP, exchange and mode meet in all their
+values, and the other rows of the same router run the other half. So every pair of router, factor, ranks, EP, exchange and mode is
+compared, which `test_every_pair_is_compared` counts; what would stay unseen is a fault that needs three of them at once, in a router
+of its own. Every other capacity, and every shipped config, runs a half on four ranks, where experts are both shared and copied.
+
+All of it, about four times as long: `DMOE_FULL_MATRIX=1 pytest -m slow tests/verify/test_matrix.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import dmoe.verify.verify as verification
+import pytest
+
+from dmoe.config.load import load
+from dmoe.verify.cases import Case, Plan, plan
+from dmoe.verify.shrink import prepare, shrink
+from tests.verify.test_verify import lines
+
+FULL = os.environ.get("DMOE_FULL_MATRIX") == "1"
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+ROUTERS = {
+    "softmax": [],
+    "sigmoid": ["moe.router.score=sigmoid", "moe.router.scale=2.5", "moe.balance.bias=0.01"],
+    "jitter": [
+        "moe.router.jitter=0.1",
+        "moe.router.weights_from=chosen",
+        "moe.router.renormalize=false",
+    ],
+    "switch": ["moe.top_k=1", "moe.router.renormalize=false", "moe.experts.kind=relu"],
+    "noisy": [
+        "moe.router.kind=noisy",
+        "moe.balance.importance=0.1",
+        "moe.balance.load=0.1",
+        "moe.router.jitter=0.05",
+    ],
+    "group_limited": [
+        "moe.router.kind=group_limited",
+        "moe.router.groups=4",
+        "moe.router.topk_groups=2",
+        "moe.router.score=sigmoid",
+        "moe.balance.bias=0.01",
+    ],
+    "adaptive": [
+        "moe.router.kind=adaptive",
+        "moe.top_k=4",
+        "moe.router.renormalize=false",
+        "moe.balance.usage_std=0.1",
+    ],
+    "fixed": ["moe.router.kind=fixed"],
+    "hash": ["moe.router.kind=hash"],
+    "soft": ["moe.router.kind=soft", "moe.top_k=8"],
+    "budget": [
+        "moe.router.kind=budget",
+        "moe.top_k=8",
+        "moe.router.renormalize=false",
+        "moe.router.budget=0.4",
+    ],
+    "expert_choice": ["moe.router.kind=expert_choice", "moe.router.allow_future_leak=true"],
+}
+CAPACITIES = {
+    "sequence": ["moe.capacity.group=sequence", "moe.balance.switch_level=sequence"],
+    "global": ["moe.capacity.group=global", "moe.balance.switch_level=global"],
+    "score": ["moe.capacity.priority=score", "moe.capacity.renormalize=true"],
+    "next_choice": ["moe.capacity.overflow=next_choice"],
+    "global score next_choice": [
+        "moe.capacity.group=global",
+        "moe.capacity.priority=score",
+        "moe.capacity.overflow=next_choice",
+    ],
+    "shared experts, dense first": [
+        "moe.experts.shared=2",
+        "model.dense_first=1",
+        "model.tie_embeddings=false",
+    ],
+}
+
+FACTORS = ["null", "1.0", "1.25"]
+ROWS = [(router, factor) for router in ROUTERS for factor in FACTORS]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def in_half(case: Case, half: int) -> bool:
+    """All of one process, and of several ranks every second one in each direction: half 0 or 1. Recomputation is in half 0."""
+    if case.world == 1:
+        return True
+    if case.recompute:
+        return half == 0
+    return (case.ep.bit_length() + (case.exchange == "padded") + (case.mode == "fsdp")) % 2 == half
+
+
+def row(router: str, factor: str) -> tuple[list[str], int, int]:
+    """Overrides, ranks and half. Each router has four ranks with one of the two capacities, and one router without any."""
+    number, column = list(ROUTERS).index(router), FACTORS.index(factor)
+    ranks = 4 if number == column == 0 or column == 1 + number % 2 else 2
+    return [*ROUTERS[router], f"moe.capacity.factor={factor}"], ranks, (number + column) % 2
+
+
+@pytest.fixture
+def green(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Verify on one process and so many ranks, in one half; all of it on request."""
+
+    def check(overrides: list[str], ranks: int, half: int, path: Path | None = None) -> None:
+        def halved(*arguments: object) -> Plan:
+            whole = plan(*arguments)  # type: ignore[arg-type]
+            return (
+                whole
+                if FULL
+                else replace(whole, cases=[case for case in whole.cases if in_half(case, half)])
+            )
+
+        monkeypatch.setattr(verification, "plan", halved)
+        report = verification.verify(
+            load(path, overrides), worlds=[1, 2, 4] if FULL else [1, ranks]
+        )
+        assert report.ok, lines(report)
+        assert any(row.size > 0 for row in report.rows), "compared with itself?"
+
+    return check
+
+
+@pytest.mark.parametrize(("router", "factor"), ROWS)
+def test_routers(router: str, factor: str, green: Callable[..., None]) -> None:
+    green(*row(router, factor))
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+def test_capacities(capacity: str, green: Callable[..., None]) -> None:
+    green(
+        [*CAPACITIES[capacity], "moe.capacity.factor=1.0"], 4, list(CAPACITIES).index(capacity) % 2
+    )
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs(path: Path, green: Callable[..., None]) -> None:
+    green([], 4, len(path.stem) % 2, path)
+
+
+def pairs(row: tuple[str, str], cases: list[Case]) -> Iterator[frozenset[tuple[str, object]]]:
+    """Every two settings that meet in these cases."""
+    for case in cases:
+        settings: dict[str, object] = {
+            "router": row[0],
+            "factor": row[1],
+            "world": case.world,
+            "ep": case.ep,
+        }
+        settings |= {"exchange": case.exchange, "mode": case.mode}
+        yield from map(frozenset, combinations(settings.items(), 2))
+
+
+def test_every_pair_is_compared() -> None:
+    """A row that is moved or dropped must not take with it what no other row has."""
+    compared, possible = set[frozenset[tuple[str, object]]](), set[frozenset[tuple[str, object]]]()
+    for name in ROWS:
+        overrides, ranks, half = row(*name)
+        cases = plan(prepare(shrink(load(None, overrides)), 4), [1, 2, 4], 4).cases
+        possible |= set(pairs(name, cases))
+        compared |= set(
+            pairs(
+                name, [case for case in cases if case.world in (1, ranks) and in_half(case, half)]
+            )
+        )
+    assert compared == possible, [sorted(map(str, pair)) for pair in possible - compared]
+    assert len(possible) > 150

@@ -1,0 +1,56 @@
+"""Broken programs that an earlier `dmoe verify` called equal: a reviewer found them, and each stays found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dmoe.config.load import load
+from dmoe.moe.layer import MoE
+from dmoe.train import checkpointer
+from dmoe.verify.verify import verify
+from tests.verify.test_verify import SHORT, lines
+
+
+def step_count_lost() -> None:
+    """The optimizer's step count was no part of what was compared."""
+    share = checkpointer.share_step
+    checkpointer.share_step = lambda optimizer, step: share(optimizer, step * 0 + 1000)  # type: ignore[attr-defined]
+
+
+def bias_lost() -> None:
+    """Nor were the routers' biases after a checkpoint's journey."""
+    loaded = checkpointer.load
+
+    def load_and_forget(engine: Any, path: Any) -> Any:
+        extra = loaded(engine, path)
+        for layer in engine.model.moe_layers():
+            layer.router.get_buffer("bias_E").zero_()
+        return extra
+
+    checkpointer.load = load_and_forget
+
+
+def groups_for_sequences() -> None:
+    """With one sequence a group, a capacity by sequence could not be told from one by rank."""
+    complete = MoE.with_shapes
+
+    def confused(self: MoE, context: Any, sequences: int, tokens: int) -> Any:
+        return complete(self, context, self.virtual_ranks, tokens)
+
+    MoE.with_shapes = confused  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("patch", "settings"),
+    [
+        (step_count_lost, []),
+        (bias_lost, ["moe.balance.bias=0.01"]),
+        (groups_for_sequences, ["moe.capacity.factor=1.0", "moe.capacity.group=sequence"]),
+    ],
+)
+def test_it_is_found_now(patch: Callable[[], None], settings: list[str]) -> None:
+    report = verify(load(None, [*SHORT, *settings]), worlds=[2], patch=patch)
+    assert not report.ok, lines(report)
