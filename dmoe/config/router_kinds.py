@@ -1,0 +1,123 @@
+"""One row per router kind: what each kind reads, needs and promises. Imports no torch.
+
+Everything that depends on the kind of a router asks its row here instead of comparing strings, so
+a new kind is one row, one file in `dmoe/moe/routers/`, one naive twin in
+`dmoe/verify/naive/routing.py` and one test case in `tests/moe/routers/cases.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_SCORED = frozenset({"jitter"})
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """What is true of every router of one kind. The defaults are those of plain top-k routing."""
+
+    choice: str
+    """How a token's experts are chosen, as a phrase: `each token goes to <choice>`."""
+    reads: frozenset[str] = _SCORED
+    """Fields of `moe.router` that this kind reads and some other kinds do not."""
+    learned: bool = True
+    """Whether a trained gate gives logits and scores. False: a fixed rule, with equal weights."""
+    ranks_experts: bool = True
+    """Whether a token's experts are sorted by score + bias, so that there is a next choice, and a
+    bias can change the choice."""
+    ordered_choices: bool = True
+    """Whether the K choices of a token are in order of preference, so that it has a first one."""
+    variable_k: bool = False
+    """Whether tokens take different numbers of experts; `moe.top_k` is then the most."""
+    normalizable: bool = False
+    """Whether `renormalize` and `weights_from` decide if a token's weights sum to `scale`."""
+    weights_sum_to_scale: bool = False
+    """Whether a token's weights sum to `scale` whatever the config says."""
+    zero_cost_experts: bool = False
+    """Whether zero-cost experts can be among the choices."""
+    has_noise: bool = False
+    """Whether training adds learned noise to the logits (needed by `balance.load`)."""
+    has_budget: bool = False
+    """Whether a token has a compute budget, which a call may set."""
+    needs: str | None = None
+    """The field of `TokenContext` that the router cannot do without."""
+    looks_ahead: bool = False
+    """Whether the choice for a token looks at later tokens of its sequence."""
+
+
+ROUTERS: dict[str, RouterSpec] = {
+    "top_k": RouterSpec(
+        "the experts of largest score",
+        _SCORED | {"score", "weights_from"},
+        normalizable=True,
+        zero_cost_experts=True,
+    ),
+    "noisy": RouterSpec(
+        "the experts of largest score, with noise of a learned width in training",
+        weights_sum_to_scale=True,
+        zero_cost_experts=True,
+        has_noise=True,
+    ),
+    "group_limited": RouterSpec(
+        "the experts of largest score within a token's best groups of experts",
+        _SCORED | {"score", "weights_from", "groups", "topk_groups"},
+        normalizable=True,
+    ),
+    "adaptive": RouterSpec(
+        "as many experts as it takes for their probabilities to reach moe.router.top_p",
+        _SCORED | {"weights_from", "top_p", "k_min"},
+        variable_k=True,
+        zero_cost_experts=True,
+    ),
+    "fixed": RouterSpec(
+        "the experts that belong to the token's label; nothing is learned",
+        frozenset(),
+        learned=False,
+        ranks_experts=False,
+        weights_sum_to_scale=True,
+        needs="label_T",
+    ),
+    "hash": RouterSpec(
+        "the experts that a hash of the token gives; nothing is learned",
+        frozenset(),
+        learned=False,
+        ranks_experts=False,
+        weights_sum_to_scale=True,
+        needs="token_id_T",
+    ),
+    "soft": RouterSpec(
+        "all experts",
+        ranks_experts=False,
+        ordered_choices=False,
+        weights_sum_to_scale=True,
+    ),
+    "expert_choice": RouterSpec(
+        "the experts that take it: each expert takes the tokens that score it highest",
+        _SCORED | {"allow_future_leak"},
+        ranks_experts=False,
+        ordered_choices=False,
+        looks_ahead=True,
+    ),
+    "budget": RouterSpec(
+        "by descending score, the experts that weigh more than moe.router.min_weight and fit the "
+        "budget of moe.router.budget",
+        _SCORED | {"min_weight", "budget", "per", "allow_future_leak"},
+        variable_k=True,
+        zero_cost_experts=True,
+        has_budget=True,
+    ),
+}
+
+
+def kinds_where(**wanted: object) -> tuple[str, ...]:
+    """Return the kinds whose rows have these values, e.g. `kinds_where(learned=False)`."""
+    return tuple(
+        kind
+        for kind, spec in ROUTERS.items()
+        if all(getattr(spec, name) == value for name, value in wanted.items())
+    )
+
+
+def kinds_that_read(field: str) -> tuple[str, ...]:
+    """Return the kinds that read `moe.router.<field>`."""
+    return tuple(kind for kind, spec in ROUTERS.items() if field in spec.reads)
