@@ -48,13 +48,25 @@ VERIFIED = {
     "deepseek": ["configs/deepseek_moe_16b.yaml"],
     "modules": ["configs/modular/mixture_of_lora.yaml"],
 }
-CLOCKS = ("time", "second", "mfu", "memory", "rss", "flops", "straggler", "fraction", "share_of_time")
+CLOCKS = (
+    "time",
+    "second",
+    "mfu",
+    "memory",
+    "rss",
+    "flops",
+    "straggler",
+    "fraction",
+    "share_of_time",
+)
 
 
 def dmoe(*arguments: str) -> str:
     command = [sys.executable, "-m", "dmoe", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     return done.stdout if done.returncode == 0 else f"exit {done.returncode}: {done.stderr[-400:]}"
 
 
@@ -81,7 +93,15 @@ def record() -> dict[str, Any]:
         for name, overrides in RUNS.items():
             for ranks in (1, 2):
                 run = Path(scratch) / f"{name}-{ranks}"
-                said = dmoe("train", *overrides, *SHORT, *SMALL, f"train.run_dir={run}", "--ranks", str(ranks))
+                said = dmoe(
+                    "train",
+                    *overrides,
+                    *SHORT,
+                    *SMALL,
+                    f"train.run_dir={run}",
+                    "--ranks",
+                    str(ranks),
+                )
                 found[f"train {name} on {ranks}"] = lines(run) or said
                 if name == "quickstart":
                     found[f"manifest on {ranks}"] = manifest(run)

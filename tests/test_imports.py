@@ -134,15 +134,15 @@ def test_the_house_keeps_its_rules() -> None:
 
 
 CAUGHT = {
-    "upwards": ("moe/a.py", "from dmoe.distributed.world import rank"),
+    "upwards": ("moe/a.py", "from dmoe.distributed.init import rank"),
     "upwards, relative": ("moe/routers/a.py", "from ...train import trainer"),
     "upwards, inside a function": ("moe/a.py", "def f():\n    import dmoe.cli.main"),
     "upwards, for the type checker": (
         "models/a.py",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dmoe.train import t",
     ),
-    "sideways": ("models/a.py", "from dmoe.distributed import world"),
-    "sideways, the package": ("report/a.py", "from dmoe import simulation"),
+    "sideways": ("models/a.py", "from dmoe.distributed import init"),
+    "sideways, the package": ("models/a.py", "from dmoe import modular"),
     "config upwards": ("config/a.py", "import dmoe.moe.layer"),
     "data and moe": ("data/a.py", "from dmoe.moe import routing"),
     "through the root": ("models/a.py", "from dmoe import MoE"),
@@ -175,7 +175,7 @@ CAUGHT = {
 ALLOWED = {
     "downwards": (
         "train/a.py",
-        "from dmoe.distributed import world\nfrom dmoe.models import x\nfrom dmoe.config.schema import Config",
+        "from dmoe.distributed import init\nfrom dmoe.models import x\nfrom dmoe.config.schema import Config",
     ),
     "inside": (
         "moe/a.py",

@@ -24,8 +24,7 @@ from torch import Tensor
 from dmoe.checkpoint import directory, manifest
 from dmoe.checkpoint.consensus import RankGroup
 from dmoe.checkpoint.dcp import read_pieces, write_pieces
-from dmoe.checkpoint.directory import partial_name, step_name
-from dmoe.checkpoint.manifest import FileEntry, Manifest, TensorEntry
+from dmoe.checkpoint.manifest import FileEntry, Manifest, TensorEntry, partial_name, step_name
 from dmoe.checkpoint.tensor_entries import describe, match
 from dmoe.checkpoint.validate import check_replicas, check_shards, shard_of
 from dmoe.config.errors import CheckpointError

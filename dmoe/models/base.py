@@ -18,7 +18,7 @@ from torch.export import register_dataclass
 from torch.utils.checkpoint import checkpoint
 
 from dmoe.models import flops
-from dmoe.models.transformer import BlockOutput
+from dmoe.models.block import BlockOutput
 from dmoe.moe.layer import MoE
 from dmoe.moe.metrics import LayerStats
 from dmoe.moe.routing import TokenContext

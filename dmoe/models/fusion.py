@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.schema import MoEConfig
-from dmoe.models.transformer import BlockOutput
+from dmoe.models.block import BlockOutput
 from dmoe.moe.gated_fusion import gated_sum
 from dmoe.moe.layer import MoE
-from dmoe.moe.rng import normal_
-from dmoe.moe.routers.noisy import keyed_noise
+from dmoe.moe.rng import keyed_noise, normal_
 from dmoe.moe.routing import TokenContext
 
 

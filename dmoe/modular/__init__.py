@@ -24,7 +24,8 @@ from dmoe.modular.banks import (
 )
 from dmoe.modular.base_model import TRAIN, core_hash, freeze, grow, select, train_one
 from dmoe.modular.files import inspect, load, save
-from dmoe.modular.layer import Modular, module_losses
+from dmoe.modular.layer import Modular
+from dmoe.modular.losses import module_losses
 from dmoe.modular.merge import average, merge
 from dmoe.modular.peft import export_peft, import_peft
 from dmoe.modular.routing import constant, routed, table

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import BalanceConfig
 from dmoe.modular.aggregation.base import Aggregation
-from dmoe.modular.attach import layers
 from dmoe.modular.banks.base import AdapterBank
 from dmoe.modular.routing.learned import by_sequence, sequence_mean
 from dmoe.moe.dispatch import Dispatcher, PackedLocal
@@ -168,15 +167,3 @@ def behind(y: Tensor, context: TokenContext, room: int) -> Tensor:
     if valid_T is not None:
         valid_T = valid_T.view(y_BSO.shape[:2])[:, room:].flatten()
     return sequence_mean(y_BSO[:, room:].flatten(0, 1), valid_T, context.sequences)
-
-
-def module_losses(model: nn.Module, balance: BalanceConfig) -> dict[str, dict[str, Tensor]]:
-    """For each place that took part in the latest forward, this rank's share of each loss in force, unweighted, by name.
-
-    Summed over the ranks, the shares are the loss. A place with a given routing has none. See `Modular.losses`.
-    """
-    return {
-        name: layer.losses(balance)
-        for name, layer in layers(model).items()
-        if layer.chosen is not None
-    }

@@ -20,8 +20,7 @@ from typing import Any
 from safetensors import safe_open
 
 from dmoe.checkpoint import list_steps
-from dmoe.checkpoint.directory import step_of
-from dmoe.checkpoint.manifest import MANIFEST, TensorEntry
+from dmoe.checkpoint.manifest import MANIFEST, TensorEntry, step_of
 from dmoe.checkpoint.manifest import read as read_manifest
 from dmoe.checkpoint.manifest import verify as verify_manifest
 from dmoe.checkpoint.validate import check_shards

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dmoe import checkpoint
-from dmoe.checkpoint.directory import step_name
+from dmoe.checkpoint.manifest import step_name
 from dmoe.config.errors import CheckpointError
 from dmoe.config.load import load as load_config
 from dmoe.config.schema import Config

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import dmoe.checkpoint  # noqa: F401 (so that the fork server, which imports this module, has it)
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+
+import dmoe.checkpoint  # noqa: F401 (so that the fork server, which imports this module, has it)
 
 E, D, F = 8, 3, 5  # experts (global), model width, expert hidden width
 

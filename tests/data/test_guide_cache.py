@@ -14,7 +14,7 @@ from dmoe.data import debian_guide
 from dmoe.data.debian_guide import PACKAGE, Unavailable, guide_root
 from tests.data.conftest import write_guide
 
-NOT_INSTALLED = "from pathlib import Path; from dmoe.data import guide_cache; guide_cache.INSTALLED = Path('absent')"
+NOT_INSTALLED = "from pathlib import Path; from dmoe.data import debian_guide; debian_guide.INSTALLED = Path('absent')"
 
 
 @pytest.fixture

@@ -27,11 +27,11 @@ WORKER = """
 import json, os, signal, sys, time
 import torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from dmoe.distributed import world as worlds
-from dmoe.distributed.roll_call import Listener, is_collective_failure, lost_peer
+from dmoe.distributed import init as worlds
+from dmoe.distributed.rank_failure import LivenessResponder, is_collective_failure, lost_rank_error
 
 operation, fault, victim, timeout = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-world = worlds.start("cpu", "gloo", 60.0)
+world = worlds.init_distributed("cpu", "gloo", 60.0)
 model = DistributedDataParallel(torch.nn.Linear(8, 8))
 
 def exchange():
@@ -44,7 +44,7 @@ def exchange():
 
 exchange()
 worlds.shorten_timeouts([dist.group.WORLD], timeout)
-listener = Listener()
+listener = LivenessResponder()
 dist.barrier()
 if world.rank == victim and fault == "late":
     time.sleep(timeout + 2)
@@ -60,7 +60,7 @@ try:
 except RuntimeError as error:
     if not is_collective_failure(error):
         raise
-    said = str(lost_peer(error, 12, time.monotonic() - began))
+    said = str(lost_rank_error(error, 12, time.monotonic() - began))
 print(json.dumps({"said": said, "seconds": time.monotonic() - began}), flush=True)
 sys.exit(1)  # as `dmoe train` leaves: a roll call that is stuck in a frozen store must not hold up the end either
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dmoe.checkpoint.directory import step_name
+from dmoe.checkpoint.manifest import step_name
 from tests.drills.two_ranks import NEW, OLD, Resumer, copied, original, trained
 
 __all__ = ["original"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dmoe.checkpoint import read_manifest, save
-from dmoe.checkpoint.directory import step_name
+from dmoe.checkpoint.manifest import step_name
 from dmoe.checkpoint.rng_state import gather_random_state
 from dmoe.config.load import load
 from dmoe.data import open_data

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from dmoe.checkpoint.directory import step_name
-from dmoe.checkpoint.manifest import MANIFEST
+from dmoe.checkpoint.manifest import MANIFEST, step_name
 from tests.drills.two_ranks import NEW, OLD, Resumer, copied, original
 
 __all__ = ["original"]

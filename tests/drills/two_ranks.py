@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dmoe.checkpoint.directory import step_name
+from dmoe.checkpoint.manifest import step_name
 from dmoe.config.errors import CheckpointError
 from dmoe.config.load import load
 from dmoe.data import open_data

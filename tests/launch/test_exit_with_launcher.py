@@ -20,9 +20,9 @@ pytestmark = pytest.mark.skipif(
 WORKER = """
 import os, sys, time
 from pathlib import Path
-from dmoe.distributed.orphans import die_with_launcher
+from dmoe.distributed.launcher import exit_with_launcher
 
-die_with_launcher()
+exit_with_launcher()
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     sys.exit(1)  # what counts are workers that torchrun has restarted: they may come from another of its threads
 fresh = Path(sys.argv[1]) / f"fresh-{os.environ['RANK']}"
@@ -32,12 +32,12 @@ time.sleep(100)
 """
 DEATH_SIGNAL = """
 import ctypes, os, sys
-from dmoe.distributed.orphans import die_with_launcher
+from dmoe.distributed.launcher import exit_with_launcher
 
 if sys.argv[1] == "late":
     parents = iter([os.getppid(), 1])
     os.getppid = lambda: next(parents)
-die_with_launcher()
+exit_with_launcher()
 number = ctypes.c_int()
 ctypes.CDLL(None).prctl(2, ctypes.byref(number), 0, 0, 0)  # PR_GET_PDEATHSIG
 print(number.value)

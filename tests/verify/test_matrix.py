@@ -17,9 +17,9 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
-import dmoe.verify.verify as verification
 import pytest
 
+import dmoe.verify.verify as verification
 from dmoe.config.load import load
 from dmoe.verify.cases import Case, Plan, plan
 from dmoe.verify.shrink import prepare, shrink

@@ -6,20 +6,15 @@ ranges: each value by itself. classifier, model, router, experts, moe, parallel,
 from __future__ import annotations
 
 from dmoe.config.rules.classification import check_task
-from dmoe.config.rules.model import (
-    check_memory,
-    check_model,
-    check_size,
-    head_dim,
-    moe_blocks,
-    moe_widths,
-)
+from dmoe.config.rules.model import check_model, head_dim, moe_blocks, moe_widths
 from dmoe.config.rules.modular import check_modular
 from dmoe.config.rules.moe import check_moe, check_shapes, check_zero_cost
 from dmoe.config.rules.parallel import (
     Batching,
     batching,
     can_share,
+    check_memory,
+    check_size,
     check_world,
     expert_parallel,
     shares_something,

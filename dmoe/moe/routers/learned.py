@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.schema import RouterConfig
-from dmoe.moe.rng import normal_
+from dmoe.moe.rng import keyed_noise, normal_
 from dmoe.moe.routers.base import RouterModule, router_dtype, valid_choices, with_next_experts
-from dmoe.moe.routers.noisy import keyed_noise
 from dmoe.moe.routing import Routing, TokenContext
 
 

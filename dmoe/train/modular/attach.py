@@ -15,8 +15,8 @@ from torch import nn
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.rules.modular import DEFAULT_PLACES, LEARNED, choices, router_of
-from dmoe.config.schema import Config, ModelConfig, ModularConfig
-from dmoe.models.base import Model
+from dmoe.config.schema import BalanceConfig, Config, ModelConfig, ModularConfig
+from dmoe.models.base import Model, ModelOutput
 from dmoe.modular import (
     AGGREGATIONS,
     BANKS,
@@ -32,7 +32,6 @@ from dmoe.modular.attach import BankMaker
 from dmoe.modular.routing import PerSequence, PerTask, RouterMaker
 from dmoe.moe.routers.base import RouterModule
 from dmoe.train.modular.prompt_positions import make_room
-from dmoe.train.modular.session import tell_of_modules
 from dmoe.train.reduction import LayerTotals, ReducedStep
 
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -173,3 +172,17 @@ def module_lines(model: nn.Module, totals: ReducedStep) -> dict[str, Any]:
             for place, seen in told
         ]
     }
+
+
+def tell_of_modules(model: nn.Module, balance: BalanceConfig) -> None:
+    """From now on the outputs of `model` have `module_aux` and `module_stats`. After `attach`, before the model is wrapped."""
+    model.register_forward_hook(partial(_tell, balance))
+
+
+def _tell(
+    balance: BalanceConfig, model: nn.Module, args: tuple[Any, ...], output: ModelOutput
+) -> None:
+    if model.training:
+        for layer in layers(model).values():
+            output.module_aux.append(layer.losses(balance))
+            output.module_stats.append(layer.stats())

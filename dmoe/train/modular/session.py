@@ -12,15 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from dmoe.config.errors import ConfigError
-from dmoe.config.schema import BalanceConfig, Config
-from dmoe.models.base import ModelOutput
+from dmoe.config.schema import Config
 from dmoe.modular import layers, train_one
 from dmoe.modular.routing.tables import TableRouter
 from dmoe.train.engine import Engine
@@ -122,17 +120,3 @@ def every_row(model: nn.Module, modules: Sequence[int]) -> Iterator[None]:
     finally:
         for router, rows in zip(routers, before, strict=True):
             router.module_LK.copy_(rows)
-
-
-def tell_of_modules(model: nn.Module, balance: BalanceConfig) -> None:
-    """From now on the outputs of `model` have `module_aux` and `module_stats`. After `attach`, before the model is wrapped."""
-    model.register_forward_hook(partial(_tell, balance))
-
-
-def _tell(
-    balance: BalanceConfig, model: nn.Module, args: tuple[Any, ...], output: ModelOutput
-) -> None:
-    if model.training:
-        for layer in layers(model).values():
-            output.module_aux.append(layer.losses(balance))
-            output.module_stats.append(layer.stats())

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from dmoe.moe.layer import MoE
-from dmoe.moe.routers.noisy import keyed_noise
+from dmoe.moe.rng import keyed_noise
 from dmoe.moe.routers.static import hash_reference
 from dmoe.moe.routing import TokenContext
 from dmoe.verify.naive.experts import work
