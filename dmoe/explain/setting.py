@@ -14,7 +14,7 @@ import torch
 from dmoe.config.rules import Batching, batching, check, expert_parallel
 from dmoe.config.schema import Config
 from dmoe.models.base import Model
-from dmoe.moe.interfaces import NoComm
+from dmoe.moe.comm import NoComm
 from dmoe.moe.layer import MoE
 from dmoe.moe.routing import TokenContext
 from dmoe.train import engine as precisions

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dmoe.models.transformer import Transformer
-from dmoe.moe.interfaces import NoComm
+from dmoe.moe.comm import NoComm
 from dmoe.moe.rng import generator
 from dmoe.moe.routing import TokenContext
 

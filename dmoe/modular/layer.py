@@ -23,8 +23,8 @@ from dmoe.config.schema import BalanceConfig
 from dmoe.modular.aggregation.base import Aggregation
 from dmoe.modular.banks.base import AdapterBank
 from dmoe.modular.routing.learned import by_sequence, sequence_mean
+from dmoe.moe.comm import DataParallelComm, NoComm
 from dmoe.moe.dispatch import Dispatcher, PackedLocal
-from dmoe.moe.interfaces import DataParallelComm, NoComm
 from dmoe.moe.layer import expert_dtype
 from dmoe.moe.load_balancing import auxiliary_losses
 from dmoe.moe.metrics import LayerStats, layer_stats

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from dmoe.config.schema import CapacityConfig
+from dmoe.moe.comm import DataParallelComm
 from dmoe.moe.expert_queue import (
     Assignments,
     QueuePositions,
@@ -37,7 +38,6 @@ from dmoe.moe.expert_queue import (
     priority_score,
     queue_positions,
 )
-from dmoe.moe.interfaces import DataParallelComm
 from dmoe.moe.routing import Routing, TokenContext
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmoe.moe.interfaces import DataParallelComm
+from dmoe.moe.comm import DataParallelComm
 
 
 @dataclass(frozen=True)

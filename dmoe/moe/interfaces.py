@@ -7,38 +7,11 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-from torch import Tensor, nn
+from torch import nn
 
+from dmoe.moe.comm import DataParallelComm
 from dmoe.moe.dispatch import Dispatcher
 from dmoe.moe.routers.base import RouterModule
-
-
-class DataParallelComm(Protocol):
-    """Sums over all data ranks. `distributed/peers.py` implements it with collectives; `Alone` without any."""
-
-    size: int
-    rank: int
-
-    def sum(self, value: Tensor) -> Tensor:
-        """`value` summed over the data ranks; carries no gradient. One all-reduce."""
-        ...
-
-    def gather(self, value: Tensor) -> Tensor:
-        """[size, ...]: every rank's `value`, of equal shape everywhere; carries no gradient. One all-gather."""
-        ...
-
-
-class NoComm:
-    """One data rank: every sum is the value itself."""
-
-    size = 1
-    rank = 0
-
-    def sum(self, value: Tensor) -> Tensor:
-        return value.detach()
-
-    def gather(self, value: Tensor) -> Tensor:
-        return value.detach().unsqueeze(0)
 
 
 @runtime_checkable

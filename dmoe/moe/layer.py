@@ -19,10 +19,10 @@ from dmoe.config.rules import check_shapes, check_zero_cost
 from dmoe.config.schema import BalanceConfig, CapacityConfig, ExpertsConfig, MoEConfig, RouterConfig
 from dmoe.moe import capacity, routers
 from dmoe.moe import experts as kinds_of_experts
+from dmoe.moe.comm import DataParallelComm, NoComm
 from dmoe.moe.compute_usage import ComputeUsage
 from dmoe.moe.dispatch import Dispatcher, PackedLocal, PaddedLocal
 from dmoe.moe.experts import FeedForward, ZeroCost
-from dmoe.moe.interfaces import DataParallelComm, NoComm
 from dmoe.moe.load_balancing import auxiliary_losses
 from dmoe.moe.metrics import LayerStats, layer_stats, observed
 from dmoe.moe.placement import to_physical_experts

@@ -16,7 +16,7 @@ def test_a_traceback_holds_no_secret(
         raise IsADirectoryError("/home/hunter2hunter2/run")
 
     monkeypatch.setenv("MY_TOKEN", "hunter2hunter2")
-    monkeypatch.setattr(main, "answer", broken)
+    monkeypatch.setattr(main, "dispatch_command", broken)
     monkeypatch.setattr(main, "guard_output", lambda: None)
     with pytest.raises(SystemExit) as left:
         main.run()

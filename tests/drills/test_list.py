@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 FAULTS = range(1, 36)
-SOAK = "soak.py"
+SOAK = "random_faults.py"
 """The drill of ten minutes, a program of its own."""
 SAID = re.compile(r"\b(?:Fault|Drill)s?\s+(\d+(?:(?:\s*,\s*|\s+and\s+|\s*,\s*and\s+)\d+)*)")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dmoe.config.schema import CapacityConfig
 from dmoe.moe.capacity import apply_capacity, expert_capacity
-from dmoe.moe.interfaces import NoComm
+from dmoe.moe.comm import NoComm
 from dmoe.moe.routing import Routing, TokenContext
 
 __all__ = ["drawn", "limit_to", "random_routing", "routings", "slots"]

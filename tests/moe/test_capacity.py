@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmoe.config.schema import CapacityConfig
 from dmoe.moe.capacity import apply_capacity, apply_capacity_reference, expert_capacity
-from dmoe.moe.interfaces import NoComm
+from dmoe.moe.comm import NoComm
 from dmoe.moe.routing import Routing, TokenContext
 from tests.moe.layers import make, tokens_of
 from tests.moe.strategies import drawn, limit_to, random_routing, routings, slots

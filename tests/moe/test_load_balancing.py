@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmoe.config.schema import BalanceConfig
-from dmoe.moe.interfaces import NoComm
+from dmoe.moe.comm import NoComm
 from dmoe.moe.load_balancing import (
     auxiliary_losses,
     choice_count,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmoe.config.schema import BalanceConfig
-from dmoe.moe.interfaces import DataParallelComm, NoComm
+from dmoe.moe.comm import DataParallelComm, NoComm
 from dmoe.moe.load_balancing import (
     auxiliary_losses,
     coefficients,

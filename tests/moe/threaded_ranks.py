@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dmoe.moe.interfaces import DataParallelComm
+from dmoe.moe.comm import DataParallelComm
 from dmoe.moe.routing import Routing
 
 __all__ = ["Singer", "cut", "sing"]

@@ -53,12 +53,12 @@ def evaluation(rank: int, world: int, config: Config) -> Told:
             output = engine.wrapped(
                 part.input, part.target, ObservedContext(valid_T=valid_T, observer=decisions)
             )
-        sums = difficulty.update(output.stats, output.nats_T, valid_T, sums)
+        sums = difficulty.update(output.stats, output.loss_T, valid_T, sums)
         for layer, stats in enumerate(output.stats):
             for t in range(len(valid_T)):
                 if valid_T[t]:
                     seen[layer].append(
-                        (int(stats.observed["chosen_TE"][t].sum()), float(output.nats_T[t]))
+                        (int(stats.observed["chosen_TE"][t].sum()), float(output.loss_T[t]))
                     )
     return difficulty.report(sums), seen
 

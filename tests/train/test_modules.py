@@ -228,8 +228,8 @@ def test_room_is_nobody_elses_business(bank: str) -> None:
     input, target, _ = engine.task.dummy_batch(2)
     output = engine.model.eval()(input, target, return_logits=True)
     assert output.logits.shape[:2] == input.shape
-    assert len(output.nats_T) == len(output.hit_T) == input.numel()
-    torch.testing.assert_close(output.nats_T.sum(), output.loss_sum)
+    assert len(output.loss_T) == len(output.correct_T) == input.numel()
+    torch.testing.assert_close(output.loss_T.sum(), output.loss_sum)
     assert int(output.stats[0].choice_E.sum()) == 2 * (input.shape[1] + 3) * 2
     engine.model.train()
     assert len(set(steps(engine, 2))) == 2

@@ -15,7 +15,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dmoe.config.schema import BalanceConfig
-from dmoe.moe.interfaces import DataParallelComm
+from dmoe.moe.comm import DataParallelComm
 from dmoe.moe.load_balancing.losses import (
     importance_loss,
     load_loss,

@@ -46,7 +46,7 @@ import math
 import torch
 from torch import Tensor
 
-from dmoe.moe.interfaces import DataParallelComm
+from dmoe.moe.comm import DataParallelComm
 from dmoe.moe.load_balancing.groups import (
     choice_count,
     fraction,

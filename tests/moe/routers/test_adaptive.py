@@ -35,7 +35,7 @@ def test_equals_the_definition(
     )  # fmt: skip
     routing, got = pairs(identity_router(config, case), case, capacity=2)
     spares = min(case.top_k, case.num_experts - k_min)
-    assert routing.spare_TK.shape[1] == spares
+    assert routing.next_expert_TS.shape[1] == spares
     for t, logits in enumerate(case.logit_TE.tolist()):
         scores = [math.exp(logit) / sum(map(math.exp, logits)) for logit in logits]
         chosen = adaptive_reference(scores, case.bias_E.tolist(), top_p, k_min, case.top_k)
@@ -54,8 +54,8 @@ def test_equals_the_definition(
         experts, weights = next_experts_reference(
             logits, scores, biased, chosen, range(case.num_experts), config, spares
         )
-        assert routing.spare_TK[t].tolist() == experts
-        assert routing.spare_weight_TK[t].tolist() == pytest.approx(weights, rel=1e-5)
+        assert routing.next_expert_TS[t].tolist() == experts
+        assert routing.next_weight_TS[t].tolist() == pytest.approx(weights, rel=1e-5)
 
 
 def number_taken(probabilities: list[float], **options: float) -> int:

@@ -37,7 +37,7 @@ def test_equals_the_definition(
     own = {} if given_late else {"budget": budget}
     config = RouterConfig("budget", renormalize=False, min_weight=min_weight, scale=1.5, **own)
     router = identity_router(config, case)
-    router.price(work)
+    router.set_expert_costs(work)
     routing, got = pairs(router, case, **({"budget": budget} if given_late else {}))
     for t, logits in enumerate(case.logit_TE.tolist()):
         scores = [math.exp(logit) / sum(map(math.exp, logits)) for logit in logits]
@@ -56,7 +56,7 @@ def taken(probabilities: list[float], work: list[int], **options: float) -> list
     logit_TE = torch.tensor([probabilities], dtype=torch.float64).log()
     case = Case(logit_TE, torch.zeros(len(probabilities)), None, len(probabilities))
     router = identity_router(RouterConfig("budget", renormalize=False, **options), case)  # type: ignore[arg-type]
-    router.price(work)
+    router.set_expert_costs(work)
     return list(pairs(router, case)[1][0])
 
 
@@ -101,7 +101,7 @@ def test_a_sequence_goes_one_way_and_padding_has_no_say() -> None:
 def test_what_was_not_afforded_sends_no_gradient() -> None:
     case = Case(torch.tensor([[0.6, 0.3, 0.1]], dtype=torch.float64).log(), torch.zeros(3), None, 3)
     router = identity_router(RouterConfig("budget", renormalize=False, budget=0.4), case)
-    router.price([1, 8, 7])
+    router.set_expert_costs([1, 8, 7])
     routing, got = pairs(router, case)
     assert list(got[0]) == [0]
     routing.weight_TK.sum().backward()

@@ -52,8 +52,8 @@ def test_equals_the_definition(case: Case, data: st.DataObject) -> None:
         experts, weights = next_experts_reference(
             logits, scores, biased_TE[t], chosen, allowed, config, spares
         )
-        assert routing.spare_TK[t].tolist() == experts
-        assert routing.spare_weight_TK[t].tolist() == pytest.approx(weights, rel=1e-5)
+        assert routing.next_expert_TS[t].tolist() == experts
+        assert routing.next_weight_TS[t].tolist() == pytest.approx(weights, rel=1e-5)
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
@@ -106,5 +106,5 @@ def test_ties_go_to_the_lower_group() -> None:
         capacity=1,
     )
     assert routing.expert_TK.tolist() == [[0, 1, 2]] * 2
-    assert routing.spare_TK.tolist() == [[3, -1, -1]] * 2
-    assert routing.spare_weight_TK.tolist() == [[pytest.approx(1 / 3), 0.0, 0.0]] * 2
+    assert routing.next_expert_TS.tolist() == [[3, -1, -1]] * 2
+    assert routing.next_weight_TS.tolist() == [[pytest.approx(1 / 3), 0.0, 0.0]] * 2

@@ -51,7 +51,9 @@ def test_spares_are_the_next_in_line(case: Case, config: RouterConfig) -> None:
     config = learnable(config, case.top_k)
     routing, _ = pairs(identity_router(config, case), case, capacity=3)
     spares = min(case.top_k, case.num_experts - case.top_k)
-    assert routing.spare_TK.shape == routing.spare_weight_TK.shape == (len(case.logit_TE), spares)
+    assert (
+        routing.next_expert_TS.shape == routing.next_weight_TS.shape == (len(case.logit_TE), spares)
+    )
     for t, logits in enumerate(case.logit_TE.tolist()):
         scores = [1 / (1 + math.exp(-logit)) for logit in logits]
         if config.score == "softmax":
@@ -61,13 +63,13 @@ def test_spares_are_the_next_in_line(case: Case, config: RouterConfig) -> None:
         experts, weights = next_experts_reference(
             logits, scores, biased, chosen, range(case.num_experts), config, spares
         )
-        assert routing.spare_TK[t].tolist() == experts
-        assert routing.spare_weight_TK[t].tolist() == pytest.approx(weights, rel=1e-5)
+        assert routing.next_expert_TS[t].tolist() == experts
+        assert routing.next_weight_TS[t].tolist() == pytest.approx(weights, rel=1e-5)
 
 
 def test_without_a_capacity_there_is_no_spare() -> None:
     router = build(RouterConfig(), 4, 8, 2, 0)
-    assert router(torch.ones(3, 4), TokenContext()).spare_TK is None
+    assert router(torch.ones(3, 4), TokenContext()).next_expert_TS is None
 
 
 def test_the_bias_chooses_and_never_weighs() -> None:
@@ -77,7 +79,7 @@ def test_the_bias_chooses_and_never_weighs() -> None:
     routing, (got,) = pairs(identity_router(RouterConfig(renormalize=False), case), case)
     assert routing.expert_TK.tolist() == [[2, 0]]
     torch.testing.assert_close(routing.weight_TK, case.logit_TE.softmax(1)[:, [2, 0]])
-    assert routing.spare_TK is None
+    assert routing.next_expert_TS is None
     assert set(got) == {0, 2}
 
 
@@ -87,7 +89,7 @@ def test_spare_weights_carry_gradient(kind: str) -> None:
     router.initialize(0, 0, 1.0)
     router(
         torch.randn(5, 4, dtype=torch.float64), TokenContext(capacity=4)
-    ).spare_weight_TK.sum().backward()
+    ).next_weight_TS.sum().backward()
     assert bool(router.weight.grad.any())  # type: ignore[union-attr]
 
 
