@@ -19,8 +19,6 @@ Weights are gathered in their own dtype (float32) and cast by autocast, exactly 
 fp16 loss scaling that every rank changes alike.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 

@@ -9,7 +9,7 @@ Letters: T tokens, E experts, K experts a token, G groups, C slots of one (group
 A second chance for assignments that found no slot: the token's next eligible expert.
 
 The j-th overflowing assignment of a token (in order of preference) is offered once to the j-th expert after those the router chose,
-`routing.spare_TK[t, j]`. It queues behind everybody who was served in the first round: by position in the order of the assignments
+`routing.next_expert_TS[t, j]`. It queues behind everybody who was served in the first round: by position in the order of the assignments
 that overflowed (choice-major, then tokens), by score in the order of the *spare's* score. Who fits takes the slot and its expert
 and weight replace the old ones; who does not is dropped as before. This is one round of "No-Token-Left-Behind" (Fedus et al. 2021,
 Switch Transformers, appendix B, who saw no gain in quality from it: it is for models that must not drop).

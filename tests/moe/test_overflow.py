@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from dmoe.config.schema import CapacityConfig
 from dmoe.moe.capacity import apply_capacity, apply_capacity_reference
+from dmoe.moe.comm import NoComm
 from dmoe.moe.dispatch import padded_permutation
-from dmoe.moe.interfaces import NoComm
 from dmoe.moe.routing import Routing, TokenContext
 from tests.moe.next_choice_cases import crowded, spared_routings, with_spares
 from tests.moe.strategies import drawn, limit_to, random_routing, slots
