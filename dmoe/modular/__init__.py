@@ -11,7 +11,7 @@ merge         modules into the core's weights, or into one module; saved, peft_f
 from __future__ import annotations
 
 from dmoe.modular.aggregation import AGGREGATIONS
-from dmoe.modular.attach import attach, detach, given, initialize, layers
+from dmoe.modular.attach import attach, detach, given, initialize, layers, module_losses
 from dmoe.modular.banks import (
     BANKS,
     Adapter,
@@ -25,7 +25,6 @@ from dmoe.modular.banks import (
 from dmoe.modular.base_model import TRAIN, core_hash, freeze, grow, select, train_one
 from dmoe.modular.files import inspect, load, save
 from dmoe.modular.layer import Modular
-from dmoe.modular.losses import module_losses
 from dmoe.modular.merge import average, merge
 from dmoe.modular.peft import export_peft, import_peft
 from dmoe.modular.routing import constant, routed, table

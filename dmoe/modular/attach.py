@@ -9,22 +9,22 @@ forward, instead of training modules that change nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.schema import BalanceConfig
 from dmoe.modular.aggregation import Aggregation, WeightedSum
 from dmoe.modular.banks.base import AdapterBank
-from dmoe.modular.layer import NOTHING_KNOWN, Modular
+from dmoe.modular.layer import NOTHING_KNOWN, Modular, _hook
 from dmoe.modular.routing import RouterMaker
 from dmoe.moe.experts import FeedForward
-from dmoe.moe.layer import MoE, MoEOutput
+from dmoe.moe.layer import MoE
 from dmoe.moe.routing import TokenContext
 
 CHILD = "modular"
@@ -245,78 +245,13 @@ def _like(place: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype
     return torch.device("cpu"), torch.get_default_dtype()
 
 
-def _hook(model: nn.Module, name: str, place: nn.Module, layer: Modular) -> None:
-    watch = _Watch(layer, name)
-    handles = [place.register_forward_hook(watch.beside, with_kwargs=True)]
-    if place is not model:
-        handles += [
-            model.register_forward_pre_hook(watch.listen, with_kwargs=True),
-            model.register_forward_hook(watch.reached),
-        ]
-    layer.__dict__["handles"] = (
-        handles  # not an attribute of the module: they are no part of its state
-    )
+def module_losses(model: nn.Module, balance: BalanceConfig) -> dict[str, dict[str, Tensor]]:
+    """For each place that took part in the latest forward, this rank's share of each loss in force, unweighted, by name.
 
-
-class _Watch:
-    """The hooks of one place: bound methods, so that a deep copy of the model calls the copy's modules."""
-
-    def __init__(self, layer: Modular, name: str) -> None:
-        self.layer, self.name, self.called = layer, name, False
-        self.heard: TokenContext | None = None
-
-    def beside(
-        self, place: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
-    ) -> Any:
-        self.called = True
-        given_x = next(
-            (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None
-        )
-        assert given_x is not None, f"{self.name} was called without a tensor"
-        return _with_y(output, self.layer(given_x, _y(output, self.name)))
-
-    def listen(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """A `TokenContext` among the arguments of the model is what its modules know of the tokens.
-
-        It stays until the next forward, because blocks that are recomputed ask for it in the backward; no longer.
-        """
-        before, self.heard = (
-            self.heard,
-            next((v for v in (*args, *kwargs.values()) if isinstance(v, TokenContext)), None),
-        )
-        if self.heard is not None:
-            self.layer.context = self.heard
-        elif before is not None and self.layer.context is before:
-            self.layer.context = NOTHING_KNOWN
-
-    def reached(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self.called:
-            raise RuntimeError(
-                f"the modules at {self.name} changed nothing: it was not called in a forward of the model, whose other parts may read "
-                "its weight directly; attach to the submodule around it"
-            )
-
-
-def _y(output: Any, name: str) -> Tensor:
-    y = (
-        output.y
-        if isinstance(output, MoEOutput)
-        else output[0]
-        if isinstance(output, tuple)
-        else output
-    )
-    if not isinstance(y, Tensor):
-        raise TypeError(
-            f"{name} returns a {type(output).__name__}: modules can stand beside what returns a tensor, or a tuple that starts with one"
-        )
-    return y
-
-
-def _with_y(output: Any, y: Tensor) -> Any:
-    """The output with another tensor in it."""
-    if isinstance(output, MoEOutput):
-        return replace(output, y=y)
-    if isinstance(output, tuple):
-        kind: Any = type(output)
-        return kind(y, *output[1:]) if hasattr(output, "_fields") else (y, *output[1:])
-    return y
+    Summed over the ranks, the shares are the loss. A place with a given routing has none. See `Modular.losses`.
+    """
+    return {
+        name: layer.losses(balance)
+        for name, layer in layers(model).items()
+        if layer.chosen is not None
+    }

@@ -13,19 +13,22 @@ Balance losses of the learned routers among the modules, for who trains them. Th
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import BalanceConfig
-from dmoe.modular.aggregation.base import Aggregation
+from dmoe.modular.aggregation.base import Aggregation, Choice, kept
+from dmoe.modular.aggregation.fixed import ParameterMean, sequence_weights
 from dmoe.modular.banks.base import AdapterBank
 from dmoe.modular.routing.learned import by_sequence, sequence_mean
 from dmoe.moe.comm import DataParallelComm, NoComm
 from dmoe.moe.dispatch import Dispatcher, PackedLocal
-from dmoe.moe.layer import expert_dtype
+from dmoe.moe.layer import MoEOutput, expert_dtype
 from dmoe.moe.load_balancing import auxiliary_losses
 from dmoe.moe.metrics import LayerStats, layer_stats
 from dmoe.moe.profiling import profiled
@@ -167,3 +170,106 @@ def behind(y: Tensor, context: TokenContext, room: int) -> Tensor:
     if valid_T is not None:
         valid_T = valid_T.view(y_BSO.shape[:2])[:, room:].flatten()
     return sequence_mean(y_BSO[:, room:].flatten(0, 1), valid_T, context.sequences)
+
+
+def _hook(model: nn.Module, name: str, place: nn.Module, layer: Modular) -> None:
+    watch = _Watch(layer, name)
+    handles = [place.register_forward_hook(watch.beside, with_kwargs=True)]
+    if place is not model:
+        handles += [
+            model.register_forward_pre_hook(watch.listen, with_kwargs=True),
+            model.register_forward_hook(watch.reached),
+        ]
+    layer.__dict__["handles"] = (
+        handles  # not an attribute of the module: they are no part of its state
+    )
+
+
+class _Watch:
+    """The hooks of one place: bound methods, so that a deep copy of the model calls the copy's modules."""
+
+    def __init__(self, layer: Modular, name: str) -> None:
+        self.layer, self.name, self.called = layer, name, False
+        self.heard: TokenContext | None = None
+
+    def beside(
+        self, place: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> Any:
+        self.called = True
+        given_x = next(
+            (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None
+        )
+        assert given_x is not None, f"{self.name} was called without a tensor"
+        return _with_y(output, self.layer(given_x, _y(output, self.name)))
+
+    def listen(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A `TokenContext` among the arguments of the model is what its modules know of the tokens.
+
+        It stays until the next forward, because blocks that are recomputed ask for it in the backward; no longer.
+        """
+        before, self.heard = (
+            self.heard,
+            next((v for v in (*args, *kwargs.values()) if isinstance(v, TokenContext)), None),
+        )
+        if self.heard is not None:
+            self.layer.context = self.heard
+        elif before is not None and self.layer.context is before:
+            self.layer.context = NOTHING_KNOWN
+
+    def reached(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self.called:
+            raise RuntimeError(
+                f"the modules at {self.name} changed nothing: it was not called in a forward of the model, whose other parts may read "
+                "its weight directly; attach to the submodule around it"
+            )
+
+
+def _y(output: Any, name: str) -> Tensor:
+    y = (
+        output.y
+        if isinstance(output, MoEOutput)
+        else output[0]
+        if isinstance(output, tuple)
+        else output
+    )
+    if not isinstance(y, Tensor):
+        raise TypeError(
+            f"{name} returns a {type(output).__name__}: modules can stand beside what returns a tensor, or a tuple that starts with one"
+        )
+    return y
+
+
+def _with_y(output: Any, y: Tensor) -> Any:
+    """The output with another tensor in it."""
+    if isinstance(output, MoEOutput):
+        return replace(output, y=y)
+    if isinstance(output, tuple):
+        kind: Any = type(output)
+        return kind(y, *output[1:]) if hasattr(output, "_fields") else (y, *output[1:])
+    return y
+
+
+def contribution_reference(
+    layer: Modular, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int
+) -> Tensor:
+    """[T, W]: what `layer.aggregation` returns, given the routing."""
+    each = len(rows_TD) // sequences
+    totals = []
+    for t in range(len(rows_TD)):
+        choices = [
+            Choice(k, int(routing.expert_TK[t, k]), routing.weight_TK[t, k])
+            for k in range(routing.expert_TK.shape[1])
+            if bool(kept(routing)[t, k])
+        ]
+        if isinstance(layer.aggregation, ParameterMean):
+            weight_BM = sequence_weights(routing, sequences, layer.experts.num_modules)
+            choices = (
+                [Choice(0, m, weight) for m, weight in enumerate(weight_BM[t // each])]
+                if choices
+                else []
+            )
+        if choices:
+            totals.append(layer.aggregation.one(layer.experts, rows_TD[t], seen_TQ[t], choices))
+        else:
+            totals.append(rows_TD.new_zeros(layer.experts.width))
+    return torch.stack(totals)

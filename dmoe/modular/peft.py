@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dmoe.config.errors import CheckpointError, ConfigError
 from dmoe.modular.aggregation import WeightedSum
 from dmoe.modular.attach import AggregationMaker, attach, layers
-from dmoe.modular.banks.low_rank import LowRank
+from dmoe.modular.banks.weight_delta import LowRank
 from dmoe.modular.layer import Modular
 from dmoe.modular.routing import RouterMaker, constant
 

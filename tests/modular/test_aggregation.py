@@ -11,8 +11,8 @@ from torch import nn
 
 from dmoe.modular import AGGREGATIONS, BANKS, attach, constant, given, layers, routed, table
 from dmoe.modular.aggregation import Attention, Concat, Gated, Mean
-from dmoe.modular.aggregation.parameter_mean import sequence_weights
-from dmoe.modular.reference import contribution_reference
+from dmoe.modular.aggregation.fixed import sequence_weights
+from dmoe.modular.layer import contribution_reference
 from dmoe.moe.routing import TokenContext
 from tests.modular.nets import D, M, O, drawn, stir
 

@@ -25,8 +25,8 @@ from dmoe.modular import (
     save,
     table,
 )
-from dmoe.modular.aggregation.attention import shares
-from dmoe.modular.aggregation.parameter_mean import sequence_weights
+from dmoe.modular.aggregation.fixed import sequence_weights
+from dmoe.modular.aggregation.learned import shares
 from dmoe.modular.routing import TableRouter
 from dmoe.modular.routing.learned import by_sequence, sequence_mean
 from dmoe.moe.routing import Routing, TokenContext

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dmoe.modular.aggregation.attention import Attention
 from dmoe.modular.aggregation.base import Aggregation, Modules
-from dmoe.modular.aggregation.linear import Concat, Gated, Mean, Stacked, WeightedSum
-from dmoe.modular.aggregation.parameter_mean import ParameterMean
+from dmoe.modular.aggregation.fixed import Mean, ParameterMean, Stacked, WeightedSum
+from dmoe.modular.aggregation.learned import Attention, Concat, Gated
 
 __all__ = [
     "AGGREGATIONS",

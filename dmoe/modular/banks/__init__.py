@@ -5,12 +5,10 @@ parameter composition: LowRank, SparseDelta       input composition: Prompt, Pre
 
 from __future__ import annotations
 
-from dmoe.modular.banks.adapter import Adapter
+from dmoe.modular.banks.adapter import Adapter, Scale
 from dmoe.modular.banks.base import AdapterBank
-from dmoe.modular.banks.low_rank import LowRank
 from dmoe.modular.banks.prompt import Prefix, Prompt, with_room
-from dmoe.modular.banks.scale import Scale
-from dmoe.modular.banks.sparse_delta import SparseDelta
+from dmoe.modular.banks.weight_delta import LowRank, SparseDelta
 
 __all__ = [
     "BANKS",

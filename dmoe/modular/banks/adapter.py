@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.expert_shapes import GATED
-from dmoe.modular.banks.base import AdapterBank, Reads, product
+from dmoe.modular.banks.base import AdapterBank, Reads, product, spread
 from dmoe.moe.dispatch import TokensPerExpert
 from dmoe.moe.experts.activation import ACTIVATION_FNS
 from dmoe.moe.rng import normal_
@@ -81,3 +81,23 @@ class Adapter(AdapterBank):
         )
         with torch.no_grad():
             self.up[local].zero_()
+
+
+class Scale(AdapterBank):
+    composition = "function"
+    reads = "output"
+
+    def __init__(self, num_modules: int, in_dim: int, out_dim: int) -> None:
+        super().__init__(num_modules, in_dim, out_dim)
+        self.l = nn.Parameter(torch.empty(num_modules, out_dim))
+        self.initialize(0, 0)
+
+    def forward(self, rows_RD: Tensor, per_module: TokensPerExpert) -> Tensor:
+        return rows_RD * spread(self.l - 1, rows_RD, per_module)
+
+    def one(self, row_D: Tensor, module: int) -> Tensor:
+        return row_D * (self.l[module] - 1)
+
+    def draw(self, local: int, seed: int, layer: int, module: int) -> None:
+        with torch.no_grad():
+            self.l[local].fill_(1.0)

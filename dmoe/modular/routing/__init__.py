@@ -11,7 +11,6 @@ from typing import Any
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import RouterConfig
-from dmoe.modular.routing.grow import check_grows, grow_router
 from dmoe.modular.routing.learned import PerSequence, PerTask
 from dmoe.modular.routing.tables import ConstantRouter, TableRouter
 from dmoe.moe import routers
@@ -23,9 +22,7 @@ __all__ = [
     "PerTask",
     "RouterMaker",
     "TableRouter",
-    "check_grows",
     "constant",
-    "grow_router",
     "routed",
     "table",
 ]

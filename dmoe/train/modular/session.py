@@ -10,20 +10,26 @@ the whole model collects them at the end of a forward in training, before DDP or
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from dmoe.config.errors import ConfigError
+from dmoe.checkpoint.consensus import RankGroup
+from dmoe.config.errors import ConfigError, NumbersError
 from dmoe.config.schema import Config
+from dmoe.distributed.gradients import local
 from dmoe.modular import layers, train_one
+from dmoe.modular.attach import CHILD
 from dmoe.modular.routing.tables import TableRouter
 from dmoe.train.engine import Engine
 from dmoe.train.evaluation import evaluate
-from dmoe.train.modular.base_model import FrozenProof, find_core, start_from
+from dmoe.train.modular.attach import frozen_core
+from dmoe.train.modular.base_model import find_core, start_from
 from dmoe.train.modular.stages import CORE, is_config_file
 from dmoe.train.tasks import Data
 
@@ -120,3 +126,70 @@ def every_row(model: nn.Module, modules: Sequence[int]) -> Iterator[None]:
     finally:
         for router, rows in zip(routers, before, strict=True):
             router.module_LK.copy_(rows)
+
+
+class FrozenProof:
+    """Made when the weights are there. All methods are collective."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, modular = engine, engine.config.modular
+        self.module: int | None = None
+        """The one that is trained, where it is one."""
+        if modular.bank != "none" and modular.train == "one_module":
+            self.module = modular.modules - 1 if modular.module is None else modular.module
+        self.hashes = self._hashes()
+
+    def finish(self) -> dict[str, bool]:
+        """`core_unchanged` and `others_unchanged`, where they are frozen. Raises NumbersError where they are not what they were."""
+        after = self._hashes()
+        for name, before in self.hashes.items():
+            if after[name] != before:
+                raise NumbersError(
+                    f"{WORDS[name]} frozen, and has changed: do not use this run, and report it"
+                )
+        return {f"{name}_unchanged": True for name in self.hashes}
+
+    def _hashes(self) -> dict[str, str]:
+        found = {}
+        if frozen_core(self.engine.config):
+            found["core"] = self._digest(self._core())
+            if self.module is not None or self.engine.config.modular.train == "router":
+                found["others"] = self._digest(self._others())
+        return found
+
+    def _core(self) -> Iterator[tuple[str, Tensor]]:
+        for name, value in self.engine.model.state_dict().items():
+            if CHILD not in name.split("."):
+                yield name, value
+
+    def _others(self) -> Iterator[tuple[str, Tensor]]:
+        """All modules but the one that is trained; and routers and aggregations, where one is."""
+        for place, layer in layers(self.engine.model).items():
+            bank = layer.experts
+            for name, stack in bank.stacks().items():
+                others_e = (
+                    torch.arange(bank.local_modules, device=stack.device) + bank.first
+                    != self.module
+                )
+                yield (
+                    f"{place}.{name}",
+                    local(stack)[others_e] if self.module is not None else stack,
+                )
+            if self.module is not None:
+                for part in (layer.router, layer.aggregation):
+                    yield from (
+                        (f"{place}.{name}", value) for name, value in part.state_dict().items()
+                    )
+
+    def _digest(self, state: Iterator[tuple[str, Tensor]]) -> str:
+        digest = hashlib.sha256()
+        for name, value in state:
+            mine = local(value).cpu().contiguous()
+            digest.update(f"{name}\0{mine.dtype}\0{tuple(mine.shape)}\0".encode())
+            digest.update(mine.flatten().view(torch.uint8).numpy().data)
+        row = torch.tensor(list(digest.digest()), dtype=torch.uint8)
+        every = RankGroup(self.engine.mesh.control_group).gather(row)
+        return hashlib.sha256(bytes(every.flatten().tolist())).hexdigest()
+
+
+WORDS = {"core": "the core was", "others": "what is not trained of the modules was"}

@@ -1,4 +1,4 @@
-"""Modules on the network as the formulas say it: one token at a time, by `dmoe.modular.reference`, routed by `naive_routing.py`.
+"""Modules on the network as the formulas say it: one token at a time, by `contribution_reference`, routed by `naive_routing.py`.
 
 Nothing is dispatched or grouped. Of the real layer are taken: the weights, the formula of one row (`Bank.one`, `Aggregation.one`), and
 the keys of the random numbers.
@@ -24,7 +24,7 @@ from dmoe.distributed.full_tensors import copy_full_into_shard, full_tensor
 from dmoe.distributed.state_dict import model_state
 from dmoe.modular import Modular, layers
 from dmoe.modular.attach import CHILD
-from dmoe.modular.reference import contribution_reference
+from dmoe.modular.layer import contribution_reference
 from dmoe.modular.routing import ConstantRouter, PerSequence, PerTask, TableRouter
 from dmoe.moe.layer import MoE
 from dmoe.moe.metrics import LayerStats

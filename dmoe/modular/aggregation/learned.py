@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dmoe.modular.aggregation.base import Aggregation, Choice, Modules, kept
 from dmoe.modular.banks.base import AdapterBank
+from dmoe.moe.gated_fusion import gated_sum, gated_sum_reference
 from dmoe.moe.rng import normal_
 from dmoe.moe.routing import Routing
 
@@ -84,3 +85,60 @@ def shares(score_TK: Tensor, prior_TK: Tensor, made_TK: Tensor) -> Tensor:
         ~made_TK, 0.0
     )
     return mass_TK / (mass_TK.sum(-1, keepdim=True) + 1e-20)
+
+
+class Concat(Aggregation):
+    per_choice = True
+
+    def __init__(self, width: int, query: int, top_k: int) -> None:
+        super().__init__(width, query, top_k)
+        self.projection = nn.Parameter(torch.eye(width).repeat(top_k, 1))
+
+    def initialize(self, seed: int, layer: int) -> None:
+        with torch.no_grad():
+            self.projection.copy_(
+                torch.eye(self.width, device=self.projection.device).repeat(self.top_k, 1)
+            )
+
+    def forward(
+        self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int
+    ) -> Tensor:
+        slot_TKW = modules.slots(rows_TD, routing)
+        weighed_TKW = slot_TKW * routing.weight_TK.to(slot_TKW.dtype).unsqueeze(-1)
+        return weighed_TKW.flatten(1) @ self.projection.to(slot_TKW.dtype)
+
+    def one(
+        self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]
+    ) -> Tensor:
+        parts = [row_D.new_zeros(bank.width) for _ in range(self.top_k)]
+        for choice in choices:
+            parts[choice.place] = choice.weight * bank.one(row_D, choice.module)
+        return torch.cat(parts) @ self.projection
+
+
+class Gated(Aggregation):
+    per_choice = True
+    weighs = False
+
+    def __init__(self, width: int, query: int, top_k: int) -> None:
+        super().__init__(width, query, top_k)
+        self.gate = nn.Parameter(torch.zeros(top_k * width, (top_k - 1) * width))
+        self.bias = nn.Parameter(torch.zeros((top_k - 1) * width))
+
+    def initialize(self, seed: int, layer: int) -> None:
+        with torch.no_grad():
+            self.gate.zero_()
+            self.bias.zero_()
+
+    def forward(
+        self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int
+    ) -> Tensor:
+        return gated_sum(modules.slots(rows_TD, routing), kept(routing), self.gate, self.bias)
+
+    def one(
+        self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]
+    ) -> Tensor:
+        streams: list[Tensor | None] = [None] * self.top_k
+        for choice in choices:
+            streams[choice.place] = bank.one(row_D, choice.module)
+        return gated_sum_reference(streams, self.gate, self.bias)

@@ -36,11 +36,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.func import functional_call
 
+from dmoe.config.errors import ConfigError
 from dmoe.modular.aggregation.base import Aggregation, Choice, Modules, kept
 from dmoe.modular.banks.base import AdapterBank
-from dmoe.moe.gated_fusion import gated_sum, gated_sum_reference
 from dmoe.moe.routing import Routing
 
 
@@ -78,35 +79,6 @@ class Mean(Aggregation):
         return torch.stack(outputs).mean(0) if outputs else row_D.new_zeros(bank.width)
 
 
-class Concat(Aggregation):
-    per_choice = True
-
-    def __init__(self, width: int, query: int, top_k: int) -> None:
-        super().__init__(width, query, top_k)
-        self.projection = nn.Parameter(torch.eye(width).repeat(top_k, 1))
-
-    def initialize(self, seed: int, layer: int) -> None:
-        with torch.no_grad():
-            self.projection.copy_(
-                torch.eye(self.width, device=self.projection.device).repeat(self.top_k, 1)
-            )
-
-    def forward(
-        self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int
-    ) -> Tensor:
-        slot_TKW = modules.slots(rows_TD, routing)
-        weighed_TKW = slot_TKW * routing.weight_TK.to(slot_TKW.dtype).unsqueeze(-1)
-        return weighed_TKW.flatten(1) @ self.projection.to(slot_TKW.dtype)
-
-    def one(
-        self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]
-    ) -> Tensor:
-        parts = [row_D.new_zeros(bank.width) for _ in range(self.top_k)]
-        for choice in choices:
-            parts[choice.place] = choice.weight * bank.one(row_D, choice.module)
-        return torch.cat(parts) @ self.projection
-
-
 class Stacked(Aggregation):
     in_sequence = True
 
@@ -138,29 +110,43 @@ def choice(routing: Routing, k: int) -> Routing:
     )
 
 
-class Gated(Aggregation):
-    per_choice = True
-    weighs = False
-
-    def __init__(self, width: int, query: int, top_k: int) -> None:
-        super().__init__(width, query, top_k)
-        self.gate = nn.Parameter(torch.zeros(top_k * width, (top_k - 1) * width))
-        self.bias = nn.Parameter(torch.zeros((top_k - 1) * width))
-
-    def initialize(self, seed: int, layer: int) -> None:
-        with torch.no_grad():
-            self.gate.zero_()
-            self.bias.zero_()
-
+class ParameterMean(Aggregation):
     def forward(
         self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int
     ) -> Tensor:
-        return gated_sum(modules.slots(rows_TD, routing), kept(routing), self.gate, self.bias)
+        bank = modules.experts
+        if not bank.whole:
+            raise ConfigError(
+                "aggregation",
+                "parameter_mean",
+                "needs all modules on every rank",
+                "use parallel.ep=1, or weighted_sum",
+            )
+        weight_BM = sequence_weights(routing, sequences, bank.num_modules)
+        made_T1 = kept(routing).any(-1, keepdim=True)
+        return bank.averaged(weight_BM, rows_TD, len(rows_TD) // max(1, sequences)) * made_T1
 
     def one(
         self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]
     ) -> Tensor:
-        streams: list[Tensor | None] = [None] * self.top_k
-        for choice in choices:
-            streams[choice.place] = bank.one(row_D, choice.module)
-        return gated_sum_reference(streams, self.gate, self.bias)
+        """`choices` are those of the token's whole sequence, with their mean weights."""
+        mixed = {
+            name: torch.stack([choice.weight * value[choice.module] for choice in choices]).sum(
+                0, keepdim=True
+            )
+            for name, value in bank.named_parameters()
+        }
+        out_1W: Tensor = functional_call(bank, mixed, (row_D.unsqueeze(0), 1))
+        return out_1W[0]
+
+
+def sequence_weights(routing: Routing, sequences: int, num_modules: int) -> Tensor:
+    """[B, M]: the mean of the weights of a sequence's tokens, over those that were routed at all."""
+    made_TK = kept(routing)
+    weight_TK = routing.weight_TK.masked_fill(~made_TK, 0.0)
+    weight_TM = weight_TK.new_zeros(len(weight_TK), num_modules).scatter_add(
+        1, routing.expert_TK, weight_TK
+    )
+    each = len(weight_TK) // max(1, sequences)
+    routed_B1 = made_TK.any(-1).view(sequences, each).sum(1, keepdim=True).clamp(min=1)
+    return weight_TM.view(sequences, each, num_modules).sum(1) / routed_B1
