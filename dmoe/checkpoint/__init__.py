@@ -1,6 +1,6 @@
 """Checkpoints that cannot be half right: no pickle, checksummed, atomic, loadable at any world and EP size."""
 
-from dmoe.checkpoint.async_saver import AsyncSaver, Saved
+from dmoe.checkpoint.async_saver import AsyncSaver, SavedCheckpoint
 from dmoe.checkpoint.directory import latest, list_steps, prune
 from dmoe.checkpoint.manifest import Manifest, verify
 from dmoe.checkpoint.save_load import find_latest, load, read_manifest, save
@@ -8,7 +8,7 @@ from dmoe.checkpoint.save_load import find_latest, load, read_manifest, save
 __all__ = [
     "AsyncSaver",
     "Manifest",
-    "Saved",
+    "SavedCheckpoint",
     "find_latest",
     "latest",
     "list_steps",

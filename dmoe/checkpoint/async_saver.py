@@ -35,15 +35,15 @@ from torch.distributed.tensor import DTensor
 from dmoe.checkpoint import save_load
 from dmoe.checkpoint.consensus import RankGroup
 from dmoe.checkpoint.save_load import verify_and_prune
-from dmoe.checkpoint.tensor_entries import local_part
+from dmoe.checkpoint.tensor_entries import local_tensor
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedCheckpoint:
     """One checkpoint that is whole, verified, and after which older ones were forgotten."""
 
     step: int
-    seconds_held: float
+    blocking_seconds: float
     """How long `save` kept its caller: in the background the wait for the last writer and the copy, else everything."""
     seconds: float
     """From the call to the end of the pruning."""
@@ -58,11 +58,11 @@ class AsyncSaver:
     def __init__(
         self, root: Path, keep: int, group: dist.ProcessGroup | None, asynchronous: bool
     ) -> None:
-        self.root, self.keep, self.group, self.asynchronous = Path(root), keep, group, asynchronous
+        self.root, self.max_kept, self.group, self.asynchronous = Path(root), keep, group, asynchronous
         self._staging = Staging()
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._finished: list[Saved] = []
+        self._finished: list[SavedCheckpoint] = []
 
     def save(self, step: int, state: Mapping[str, Tensor], extra: dict[str, Any]) -> None:
         """Write, verify and prune; in the background only the copy of this rank's tensors is made before it returns.
@@ -76,7 +76,7 @@ class AsyncSaver:
         if not self.asynchronous:
             size = self._write(step, state, extra)
             seconds = time.monotonic() - began
-            self._finished.append(Saved(step, seconds, seconds, size))
+            self._finished.append(SavedCheckpoint(step, seconds, seconds, size))
             return
         problem: Exception | None = None
         copied: dict[str, Any] = {}
@@ -89,7 +89,7 @@ class AsyncSaver:
         held = time.monotonic() - began
         arguments = (step, copied, extra, problem, began, held)
         self._writer = threading.Thread(
-            target=self._in_background, args=arguments, name=f"save-{step}", daemon=True
+            target=self._write_in_background, args=arguments, name=f"save-{step}", daemon=True
         )
         self._writer.start()
 
@@ -112,7 +112,7 @@ class AsyncSaver:
         if error is not None:
             raise error
 
-    def finished(self) -> list[Saved]:
+    def take_finished(self) -> list[SavedCheckpoint]:
         """The saves that were completed since the last call. Local."""
         done = len(self._finished)  # the writer may append meanwhile
         found, self._finished[:done] = self._finished[:done], []
@@ -139,7 +139,7 @@ class AsyncSaver:
         if self._error is not None:
             warnings.warn(f"the last save under {self.root} failed: {self._error}", stacklevel=2)
 
-    def _in_background(
+    def _write_in_background(
         self,
         step: int,
         copied: dict[str, Any],
@@ -153,13 +153,13 @@ class AsyncSaver:
                 if problem is not None:
                     raise problem
             size = self._write(step, copied, extra)
-            self._finished.append(Saved(step, held, time.monotonic() - began, size))
+            self._finished.append(SavedCheckpoint(step, held, time.monotonic() - began, size))
         except BaseException as error:  # nothing above this frame would see it
             self._error = error
 
     def _write(self, step: int, state: Mapping[str, Tensor], extra: dict[str, Any]) -> int:
         path = save_load.save(self.root, step, state, extra, group=self.group)
-        found = verify_and_prune(path, self.keep, group=self.group)
+        found = verify_and_prune(path, self.max_kept, group=self.group)
         return sum(entry.size for entry in found.files.values())
 
 
@@ -194,7 +194,7 @@ class Staging:
         self._buffers = {}
 
     def _buffer(self, name: str, value: Tensor) -> Tensor:
-        part, old = local_part(value), self._buffers.get(name)
+        part, old = local_tensor(value), self._buffers.get(name)
         if old is not None and old.shape == part.shape and old.dtype == part.dtype:
             return old
         return torch.empty(part.shape, dtype=part.dtype, device="cpu", pin_memory=part.is_cuda)
@@ -202,7 +202,7 @@ class Staging:
 
 def _source(value: object) -> Tensor:
     assert isinstance(value, Tensor)
-    return local_part(value)
+    return local_tensor(value)
 
 
 def _like(value: object, buffer: Tensor) -> Tensor:

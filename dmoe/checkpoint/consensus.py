@@ -24,9 +24,9 @@ class RankGroup:
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
-        self.together = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank(group) if self.together else 0
-        self.world = dist.get_world_size(group) if self.together else 1
+        self.distributed = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank(group) if self.distributed else 0
+        self.size = dist.get_world_size(group) if self.distributed else 1
         assert self.rank >= 0, "this rank is not in the group that saves or loads"
 
     @contextmanager
@@ -45,10 +45,10 @@ class RankGroup:
     def gather(self, row: Tensor) -> Tensor:
         """Every rank's `row`, stacked: [n] -> [W, n] on the CPU; same n and dtype everywhere. Cost: 1 all-gather."""
         row = row.reshape(1, -1)
-        if self.world == 1:
+        if self.size == 1:
             return row.cpu()
         device = self._device()
-        rows = [torch.empty_like(row, device=device) for _ in range(self.world)]
+        rows = [torch.empty_like(row, device=device) for _ in range(self.size)]
         dist.all_gather(rows, row.to(device).contiguous(), group=self.group)
         return torch.cat(rows).cpu()
 
@@ -57,7 +57,7 @@ class RankGroup:
         return int(self.gather(torch.tensor([number], dtype=torch.int64))[0, 0])
 
     def _decide(self, doing: str, error: BaseException | None) -> None:
-        if self.world == 1:
+        if self.size == 1:
             failed = error is not None
         else:
             flag = torch.tensor([error is not None], dtype=torch.int32, device=self._device())
@@ -69,7 +69,7 @@ class RankGroup:
         first = next(rank for rank, text in enumerate(texts) if text)
         # torch's DCP raises on every rank what one of them raised, and knows which.
         culprit = min(error.failures) if isinstance(error, CheckpointException) else first
-        where = f" on rank {culprit}" if self.world > 1 else ""
+        where = f" on rank {culprit}" if self.size > 1 else ""
         raise CheckpointError(f"{doing} failed{where}: {texts[first]}") from error
 
     def _exchange_texts(self, text: str) -> list[str]:

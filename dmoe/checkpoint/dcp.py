@@ -44,7 +44,7 @@ from dmoe.checkpoint.tensor_entries import DTYPES
 from dmoe.config.errors import CheckpointError
 
 
-def write_pieces(
+def write_shards(
     directory: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | None
 ) -> None:
     """Write and fsync this rank's share of `state` as one file in `directory`; a piece held by several ranks is written by one.
@@ -56,7 +56,7 @@ def write_pieces(
     save(dict(state), storage_writer=_Writer(directory), planner=planner, process_group=group)
 
 
-def read_pieces(
+def read_shards(
     directory: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | None
 ) -> None:
     """Fill the tensors of `state` in place from the files of `directory`, each rank its own pieces. Raises as above. Collective."""
@@ -102,7 +102,7 @@ def _write_plan(directory: Path, plan: SavePlan, planner: SavePlanner) -> None:
         )
         chunks[name] = {"saved_offsets": list(data.chunk.offsets)}
         pieces.append(
-            Piece(
+            Chunk(
                 name,
                 data.properties.dtype,
                 tuple(data.chunk.sizes),
@@ -110,7 +110,7 @@ def _write_plan(directory: Path, plan: SavePlan, planner: SavePlanner) -> None:
             )
         )
     metadata = {"DCP_SHARDING_INFO": json.dumps(chunks), "DCP_VERSION": "1.0", "format": "pt"}
-    write_file(
+    write_safetensors(
         directory
         / f"shard-{plan.storage_data['shard_index']:05d}-model-00001-of-00001.safetensors",
         pieces,
@@ -140,7 +140,7 @@ _SLICE = 64 << 20  # bytes handed to the system at a time: it writes at most 2 G
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """What the header says of one tensor, and how to get at its numbers when their turn comes."""
 
     name: str
@@ -153,7 +153,7 @@ class Piece:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def write_file(path: Path, pieces: Iterable[Piece], metadata: Mapping[str, str]) -> None:
+def write_safetensors(path: Path, pieces: Iterable[Chunk], metadata: Mapping[str, str]) -> None:
     """Write and fsync a new file; `read` of each piece is called once, in the order of the file.
 
     Errors: OSError (disk full, the file exists); what `read` raises. A file cut short is left where it is.
@@ -173,7 +173,7 @@ def write_file(path: Path, pieces: Iterable[Piece], metadata: Mapping[str, str])
         os.fsync(file.fileno())
 
 
-def _header(ordered: list[Piece], metadata: Mapping[str, str]) -> bytes:
+def _header(ordered: list[Chunk], metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for piece in ordered:

@@ -13,7 +13,7 @@ import shutil
 import warnings
 from pathlib import Path
 
-from dmoe.checkpoint.manifest import partial_name, step_of, verify
+from dmoe.checkpoint.manifest import partial_name, parse_step, verify
 from dmoe.config.errors import CheckpointError
 
 
@@ -48,7 +48,7 @@ def latest(root: Path) -> Path | None:
     return None
 
 
-def prune(root: Path, keep: int, proven: Path | None = None) -> list[Path]:
+def prune(root: Path, keep: int, verified: Path | None = None) -> list[Path]:
     """Delete what is older than the newest `keep` complete checkpoints, and every partial one; returns what was deleted.
 
     Only checkpoints whose files are all there with the right sizes count towards `keep`, so failed saves never push a good one
@@ -61,32 +61,32 @@ def prune(root: Path, keep: int, proven: Path | None = None) -> list[Path]:
     """
     if keep < 1:
         raise CheckpointError(f"keep={keep}: at least one checkpoint must be kept")
-    gone = discard_partials(root)
+    gone = remove_partials(root)
     steps = [path for _, path in reversed(list_steps(root))]
-    kept = [path for path in steps if is_whole(path, contents=False)][:keep]
+    kept = [path for path in steps if is_intact(path, contents=False)][:keep]
     if len(kept) < keep:
         return gone
     old = steps[steps.index(kept[-1]) + 1 :]
-    if old and proven not in kept and not any(is_whole(path, contents=True) for path in kept):
+    if old and verified not in kept and not any(is_intact(path, contents=True) for path in kept):
         warnings.warn(
             f"nothing is pruned: none of the newest {keep} checkpoints under {root} is whole",
             stacklevel=2,
         )
         return gone
     for path in old:
-        remove(path)
+        remove_checkpoint(path)
     return gone + old
 
 
-def discard_partials(root: Path) -> list[Path]:
+def remove_partials(root: Path) -> list[Path]:
     """Delete what saves that were killed have left, and return it. One rank only, while nobody saves under `root`. Errors: OSError."""
     gone = [path for _, path in _scan(root, partial=True)]
     for path in gone:
-        discard(path)
+        remove_entry(path)
     return gone
 
 
-def discard(path: Path) -> None:
+def remove_entry(path: Path) -> None:
     """Remove a partial checkpoint if it is there: a directory with its contents, of a link only the link. Errors: OSError."""
     if path.is_symlink() or path.is_file():
         path.unlink()
@@ -103,17 +103,17 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def remove(path: Path) -> None:
+def remove_checkpoint(path: Path) -> None:
     """Delete a checkpoint. It is renamed first: a deletion cut short must leave a stale partial, not a damaged one. Errors: OSError."""
-    named = step_of(path.name)
+    named = parse_step(path.name)
     assert named is not None
     partial = path.with_name(partial_name(named[0]))
-    discard(partial)
+    remove_entry(partial)
     os.rename(path, partial)
     shutil.rmtree(partial)
 
 
-def is_whole(path: Path, *, contents: bool = True) -> bool:
+def is_intact(path: Path, *, contents: bool = True) -> bool:
     """Whether `manifest.verify` accepts the checkpoint; without `contents`, by its names and sizes alone."""
     try:
         verify(path, contents=contents)
@@ -127,7 +127,7 @@ def _scan(root: Path, *, partial: bool) -> list[tuple[int, Path]]:
     try:
         with os.scandir(root) as entries:
             for entry in entries:
-                named = step_of(entry.name)
+                named = parse_step(entry.name)
                 # A partial one may be anything, also a link: `discard` removes the entry itself.
                 if (
                     named is not None

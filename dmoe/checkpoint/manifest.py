@@ -97,7 +97,7 @@ def read(directory: Path) -> Manifest:
         raise CheckpointError(
             f"{where} was changed after it was written: its digest does not match"
         )
-    named = step_of(directory.name)
+    named = parse_step(directory.name)
     if named is not None and named[0] != manifest.step:
         raise CheckpointError(
             f"{where} is of step {manifest.step}, not of the step its directory is named after"
@@ -105,7 +105,7 @@ def read(directory: Path) -> Manifest:
     return manifest
 
 
-def listing(directory: Path) -> dict[str, int]:
+def list_files(directory: Path) -> dict[str, int]:
     """Name and size of every file of a checkpoint but the manifest; links, directories and odd names are refused.
 
     Raises: CheckpointError, naming the entry.
@@ -114,7 +114,7 @@ def listing(directory: Path) -> dict[str, int]:
     found: dict[str, int] = {}
     with os.scandir(directory) as entries:
         for entry in entries:
-            if FILE.fullmatch(entry.name) is None:
+            if FILE_NAME.fullmatch(entry.name) is None:
                 raise CheckpointError(
                     f"{directory} holds {entry.name!r}, which is no name of a checkpoint's file"
                 )
@@ -128,7 +128,7 @@ def listing(directory: Path) -> dict[str, int]:
     return found
 
 
-def verify(directory: Path, *, contents: bool = True, rank: int = 0, world: int = 1) -> Manifest:
+def verify(directory: Path, *, contents: bool = True, rank: int = 0, world_size: int = 1) -> Manifest:
     """The manifest, after proving that the directory holds exactly its files, unchanged.
 
     contents: also hash the files; without it only their names and sizes are compared.
@@ -137,7 +137,7 @@ def verify(directory: Path, *, contents: bool = True, rank: int = 0, world: int 
     Cost: reads every byte of the share once; no collective.
     """
     manifest = read(directory)
-    found = listing(directory)
+    found = list_files(directory)
     for name in sorted(found.keys() | manifest.files.keys()):
         if name not in found:
             raise CheckpointError(f"{directory / name} is missing")
@@ -147,7 +147,7 @@ def verify(directory: Path, *, contents: bool = True, rank: int = 0, world: int 
             raise CheckpointError(
                 f"{directory / name} has {found[name]} bytes, not {manifest.files[name].size}"
             )
-    for name in sorted(manifest.files)[rank::world] if contents else ():
+    for name in sorted(manifest.files)[rank::world_size] if contents else ():
         if hash_file(directory / name) != manifest.files[name]:
             raise CheckpointError(
                 f"{directory / name} was changed after it was written: its SHA-256 does not match"
@@ -187,7 +187,7 @@ def _decode(body: dict[str, Any]) -> Manifest:
         for name, entry in body["files"].items()
     }
     for name, entry in files.items():
-        if FILE.fullmatch(name) is None or name == MANIFEST:
+        if FILE_NAME.fullmatch(name) is None or name == MANIFEST:
             raise ValueError(f"{name!r} is no name of a checkpoint's file")
         if (
             not isinstance(entry.sha256, str)
@@ -252,7 +252,7 @@ def _short(error: BaseException) -> str:
 
 
 # What a file of a checkpoint may be called: a base name, so that no manifest can point outside its directory.
-FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
 _STEP = re.compile(r"step-([0-9]{8,18})(\.tmp)?")
@@ -269,7 +269,7 @@ def partial_name(step: int) -> str:
     return step_name(step) + ".tmp"
 
 
-def step_of(name: str) -> tuple[int, bool] | None:
+def parse_step(name: str) -> tuple[int, bool] | None:
     """`(step, is_partial)` of a directory name, or None where it is no checkpoint's name.
 
     The number must be written as `step_name` writes it: otherwise `step-000000007` and `step-00000007` would both be step 7.

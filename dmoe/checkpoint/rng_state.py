@@ -17,19 +17,19 @@ from torch import Tensor
 
 from dmoe.checkpoint.consensus import RankGroup
 from dmoe.checkpoint.manifest import Manifest, TensorEntry
-from dmoe.checkpoint.tensor_entries import describe
+from dmoe.checkpoint.tensor_entries import describe_tensors
 
 _PREFIX = "random."
 
 
-def gather_random_state(group: dist.ProcessGroup | None) -> dict[str, Tensor]:
+def gather_rng_state(group: dist.ProcessGroup | None) -> dict[str, Tensor]:
     """Every rank's generators by name, on the CPU, equal on all ranks; collective. Cost: an all-gather of 5 KB a rank, and a small one
     for CUDA."""
     ranks = RankGroup(group)
     return {name: ranks.gather(state) for name, state in _own().items()}
 
 
-def random_tables(
+def rng_tables(
     saved: Manifest, group: dist.ProcessGroup | None
 ) -> tuple[dict[str, Tensor], str | None]:
     """Empty tensors for those generator states of a checkpoint that this run can use, to be loaded with the rest; and a sentence on
@@ -37,11 +37,11 @@ def random_tables(
     entries = {name: entry for name, entry in saved.tensors.items() if name.startswith(_PREFIX)}
     if not entries:
         return {}, "the checkpoint holds no random state: every rank draws from a fresh one"
-    world = RankGroup(group).world
+    world = RankGroup(group).size
     tables = {
         name: torch.zeros(world, state.numel(), dtype=torch.uint8) for name, state in _own().items()
     }
-    wanted = describe(tables)
+    wanted = describe_tensors(tables)
     usable = {name: table for name, table in tables.items() if entries.get(name) == wanted[name]}
     left = [
         f"{name} {_size(entries.get(name))} there, {_size(wanted.get(name))} here"
@@ -56,7 +56,7 @@ def random_tables(
     )
 
 
-def set_random_state(tables: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
+def set_rng_state(tables: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
     """Set this rank's generators from the loaded `tables`."""
     rank = RankGroup(group).rank
     for name, table in tables.items():

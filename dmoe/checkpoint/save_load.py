@@ -23,10 +23,10 @@ from torch import Tensor
 
 from dmoe.checkpoint import directory, manifest
 from dmoe.checkpoint.consensus import RankGroup
-from dmoe.checkpoint.dcp import read_pieces, write_pieces
+from dmoe.checkpoint.dcp import read_shards, write_shards
 from dmoe.checkpoint.manifest import FileEntry, Manifest, TensorEntry, partial_name, step_name
-from dmoe.checkpoint.tensor_entries import describe, match
-from dmoe.checkpoint.validate import check_replicas, check_shards, shard_of
+from dmoe.checkpoint.tensor_entries import describe_tensors, check_matches
+from dmoe.checkpoint.validate import check_replicas, check_shards, shard_path
 from dmoe.config.errors import CheckpointError
 
 
@@ -52,19 +52,19 @@ def save(
     partial, final = root / partial_name(step), root / step_name(step)
     with ranks.all_or_none(f"saving step {step}"):
         manifest.check_extra(extra)
-        contents = describe(state)
+        contents = describe_tensors(state)
         if not contents:
             raise CheckpointError("there is no tensor to save")
     check_replicas(ranks, state, contents)
-    with _removed_on_error(ranks, partial):
+    with _remove_on_error(ranks, partial):
         with ranks.all_or_none(f"making {partial}"):
             if ranks.rank == 0:
                 _make_partial(partial, final)
         with ranks.all_or_none(f"writing {partial}"):
-            write_pieces(partial, {name: state[name] for name in contents}, ranks.group)
+            write_shards(partial, {name: state[name] for name in contents}, ranks.group)
         row = torch.zeros(40, dtype=torch.uint8)
         with ranks.all_or_none(f"hashing {partial}"):
-            row = _hash_own(partial, ranks.rank)
+            row = _hash_own_file(partial, ranks.rank)
         rows = ranks.gather(row)
         with ranks.all_or_none(f"committing {final}"):
             if ranks.rank == 0:
@@ -91,12 +91,12 @@ def load(
     """
     path, ranks, extra = Path(path), RankGroup(group), dict[str, Any]()
     with ranks.all_or_none(f"loading {path}"):
-        found = manifest.verify(path, rank=ranks.rank, world=ranks.world)
-        match(found, state, prefix)
+        found = manifest.verify(path, rank=ranks.rank, world_size=ranks.size)
+        check_matches(found, state, prefix)
         check_shards(path, found.files, found.tensors)
         extra = found.extra
     with ranks.all_or_none(f"reading tensors of {path}, some of which may be half filled now,"):
-        read_pieces(path, state, ranks.group)
+        read_shards(path, state, ranks.group)
     return extra
 
 
@@ -127,25 +127,25 @@ def find_latest(root: Path, *, group: dist.ProcessGroup | None = None) -> Path |
 
 def _make_partial(partial: Path, final: Path) -> None:
     partial.parent.mkdir(parents=True, exist_ok=True)
-    directory.discard(partial)
+    directory.remove_entry(partial)
     if final.is_symlink() or final.exists():
-        if directory.is_whole(final):
+        if directory.is_intact(final):
             raise CheckpointError(
                 f"{final} exists and is whole: remove it or use another run directory"
             )
-        directory.discard(
+        directory.remove_entry(
             final
         )  # damaged, so `latest` skipped it and this run came past the same step again
     partial.mkdir()
 
 
-def _hash_own(partial: Path, rank: int) -> Tensor:
+def _hash_own_file(partial: Path, rank: int) -> Tensor:
     """Size (8 bytes) and SHA-256 (32) of the file this rank wrote, zeros for none: uint8 [40].
 
     Each rank hashes its own file, still in its page cache, so hashing is as parallel as writing and rank 0 no bottleneck; the
     digests travel as a tensor, not as pickled objects.
     """
-    path = shard_of(partial, rank)
+    path = shard_path(partial, rank)
     if path is None:
         return torch.zeros(40, dtype=torch.uint8)
     entry = manifest.hash_file(path)
@@ -159,7 +159,7 @@ def _files(partial: Path, rows: Tensor) -> dict[str, FileEntry]:
     files: dict[str, FileEntry] = {}
     for rank, row in enumerate(bytes(row) for row in rows.tolist()):
         if any(row):
-            path = shard_of(partial, rank)
+            path = shard_path(partial, rank)
             if path is None:
                 raise CheckpointError(
                     f"rank {rank} wrote a file that rank 0 does not see: {partial} must be on a shared disk"
@@ -171,7 +171,7 @@ def _files(partial: Path, rows: Tensor) -> dict[str, FileEntry]:
 def _commit(partial: Path, final: Path, found: Manifest) -> None:
     """Manifest, fsync, rename, fsync: the rename is the instant at which the checkpoint exists."""
     check_shards(partial, found.files, found.tensors)
-    if manifest.listing(partial) != {name: entry.size for name, entry in found.files.items()}:
+    if manifest.list_files(partial) != {name: entry.size for name, entry in found.files.items()}:
         raise CheckpointError(f"{partial} holds other files than this save has written")
     manifest.write(partial, found)
     directory.fsync_directory(partial)
@@ -180,13 +180,13 @@ def _commit(partial: Path, final: Path, found: Manifest) -> None:
 
 
 @contextmanager
-def _removed_on_error(ranks: RankGroup, partial: Path) -> Iterator[None]:
+def _remove_on_error(ranks: RankGroup, partial: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointError:
         if ranks.rank == 0:
             try:
-                directory.discard(partial)
+                directory.remove_entry(partial)
             except OSError as error:
                 warnings.warn(
                     f"{partial} could not be removed, the next save or prune will: {error}",
@@ -206,7 +206,7 @@ def verify_and_prune(path: Path, keep: int, *, group: dist.ProcessGroup | None =
     found = verify_on_all(path, group=group)
     with ranks.all_or_none(f"pruning {path.parent}"):
         if ranks.rank == 0:
-            directory.prune(path.parent, keep, proven=path)
+            directory.prune(path.parent, keep, verified=path)
     return found
 
 
@@ -218,16 +218,16 @@ def verify_on_all(path: Path, *, group: dist.ProcessGroup | None = None) -> Mani
     ranks, found = RankGroup(group), None
     try:
         with ranks.all_or_none(f"verifying {path}"):
-            found = manifest.verify(path, rank=ranks.rank, world=ranks.world)
+            found = manifest.verify(path, rank=ranks.rank, world_size=ranks.size)
     except CheckpointError:
         if ranks.rank == 0:
-            _remove(path)
+            _remove_damaged(path)
         raise
     assert found is not None
     return found
 
 
-def discard_partials(root: Path, *, group: dist.ProcessGroup | None = None) -> None:
+def remove_partials(root: Path, *, group: dist.ProcessGroup | None = None) -> None:
     """Before a run goes on: delete what its killed predecessor was writing; collective over `group`.
 
     Raises: CheckpointError on every rank if rank 0 cannot delete.
@@ -235,11 +235,11 @@ def discard_partials(root: Path, *, group: dist.ProcessGroup | None = None) -> N
     ranks = RankGroup(group)
     with ranks.all_or_none(f"removing unfinished checkpoints under {root}"):
         if ranks.rank == 0:
-            directory.discard_partials(root)
+            directory.remove_partials(root)
 
 
-def _remove(path: Path) -> None:
+def _remove_damaged(path: Path) -> None:
     try:
-        directory.remove(path)
+        directory.remove_checkpoint(path)
     except OSError as error:
         warnings.warn(f"{path}, which is damaged, could not be removed: {error}", stacklevel=3)

@@ -26,7 +26,7 @@ DTYPES = {
 }
 
 
-def describe(state: Mapping[str, object]) -> dict[str, TensorEntry]:
+def describe_tensors(state: Mapping[str, object]) -> dict[str, TensorEntry]:
     """Global shape and dtype of every tensor, by name, sorted; refuses what cannot come back exactly.
 
     Raises: CheckpointError naming the tensor: no tensor at all (torch would pickle it), a meta or sparse one, a dtype outside
@@ -35,12 +35,12 @@ def describe(state: Mapping[str, object]) -> dict[str, TensorEntry]:
     return {name: _describe_one(name, state[name]) for name in sorted(state, key=_checked_name)}
 
 
-def match(manifest: Manifest, state: Mapping[str, object], prefix: str | tuple[str, ...]) -> None:
+def check_matches(manifest: Manifest, state: Mapping[str, object], prefix: str | tuple[str, ...]) -> None:
     """Refuse a `state` that differs from the manifest's tensors starting with `prefix` in a name, a shape or a dtype.
 
     Raises: CheckpointError naming the first such tensor and how many names are missing or extra.
     """
-    wanted = describe(state)
+    wanted = describe_tensors(state)
     saved = {name: entry for name, entry in manifest.tensors.items() if name.startswith(prefix)}
     if not saved:
         raise CheckpointError(
@@ -62,7 +62,7 @@ def match(manifest: Manifest, state: Mapping[str, object], prefix: str | tuple[s
             )
 
 
-def local_part(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """The plain tensor that this rank holds: of a DTensor its local shard, detached."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from dmoe.checkpoint.consensus import RankGroup
 from dmoe.checkpoint.manifest import TensorEntry
-from dmoe.checkpoint.tensor_entries import DTYPES, local_part
+from dmoe.checkpoint.tensor_entries import DTYPES, local_tensor
 from dmoe.config.errors import CheckpointError
 
 _OFFSETS = "DCP_SHARDING_INFO"  # the header's key under which torch keeps the offsets, as JSON
@@ -35,7 +35,7 @@ _OFFSETS = "DCP_SHARDING_INFO"  # the header's key under which torch keeps the o
 Pieces = dict[str, dict[tuple[int, ...], int]]  # tensor -> offset of a piece -> its elements
 
 
-def shard_of(directory: Path, rank: int) -> Path | None:
+def shard_path(directory: Path, rank: int) -> Path | None:
     """The file that `rank` wrote, or None where the plan gave it nothing to write."""
     found = list(directory.glob(f"shard-{rank + 1:05d}-model-*.safetensors"))
     assert len(found) <= 1, f"rank {rank} wrote {len(found)} files"
@@ -113,10 +113,10 @@ def check_replicas(
     Raises: CheckpointError on every rank alike, naming the tensor and two ranks.
     Cost: 2 all-gathers (32 bytes, 16 n bytes a rank); one pass over the local tensors on their own device.
     """
-    if ranks.world == 1:
+    if ranks.size == 1:
         return
     digests = ranks.gather(_digest(contents))
-    for rank in range(1, ranks.world):
+    for rank in range(1, ranks.size):
         if not torch.equal(digests[rank], digests[0]):
             raise CheckpointError(
                 f"ranks 0 and {rank} hold tensors of different names, global shapes or dtypes"
@@ -129,9 +129,9 @@ def check_replicas(
             [[_place(state[name]), fingerprint(state[name])] for name in contents],
             dtype=torch.int64,
         )
-    table = ranks.gather(rows).reshape(ranks.world, len(contents), 2).tolist()
+    table = ranks.gather(rows).reshape(ranks.size, len(contents), 2).tolist()
     for column, name in enumerate(contents):
-        _check_one(name, [tuple(table[rank][column]) for rank in range(ranks.world)])
+        _check_one(name, [tuple(table[rank][column]) for rank in range(ranks.size)])
 
 
 def fingerprint(tensor: Tensor) -> int:
@@ -139,7 +139,7 @@ def fingerprint(tensor: Tensor) -> int:
 
     Not cryptographic; it is compared between ranks of one run only. Extra memory: 16 MiB on the tensor's device.
     """
-    data = local_part(tensor).contiguous().reshape(-1).view(torch.uint8)
+    data = local_tensor(tensor).contiguous().reshape(-1).view(torch.uint8)
     odd = (
         torch.arange(min(_WORDS, data.numel() // 8 + 1), dtype=torch.int64, device=data.device)
         .mul_(2)
@@ -166,7 +166,7 @@ def _check_one(name: str, pieces: list[tuple[int, ...]]) -> None:
 
 def _place(tensor: Tensor) -> int:
     """The index, in the global tensor, of the first element of this rank's part; -1 where it has none."""
-    if local_part(tensor).numel() == 0:
+    if local_tensor(tensor).numel() == 0:
         return -1
     if not isinstance(tensor, DTensor):
         return 0

@@ -58,7 +58,7 @@ class CommTimer:
     def stop(self) -> None:
         self.clock = None
 
-    def measuring(
+    def measure(
         self, rows: Tensor, send: list[int] | None, group: dist.ProcessGroup
     ) -> AbstractContextManager[None]:
         """Around one exchange of `rows`, split as `send` says (None: equally)."""
@@ -91,24 +91,24 @@ class ExpertGroup:
     timer: CommTimer = field(default_factory=CommTimer)
 
     def all_to_all_autograd(
-        self, rows: Tensor, send: list[int] | None, receive: list[int] | None, operation: str
+        self, rows: Tensor, send_counts: list[int] | None, recv_counts: list[int] | None, operation: str
     ) -> Tensor:
         """All-to-all of the leading dimension; `None` splits it equally. Its gradient is the same exchange with the lists swapped."""
-        out: Tensor = _AllToAll.apply(rows, send, receive, operation, self)
+        out: Tensor = _AllToAll.apply(rows, send_counts, recv_counts, operation, self)
         return out
 
     def all_to_all(
-        self, rows: Tensor, send: list[int] | None, receive: list[int] | None, operation: str
+        self, rows: Tensor, send_counts: list[int] | None, recv_counts: list[int] | None, operation: str
     ) -> Tensor:
         """The exchange itself, without autograd. The lists are checked against the rows on every rank, in any mode."""
-        assert send is None or sum(send) == len(rows), (
-            f"{operation}: {len(rows)} rows, but {sum(send or [])} to send"
+        assert send_counts is None or sum(send_counts) == len(rows), (
+            f"{operation}: {len(rows)} rows, but {sum(send_counts or [])} to send"
         )
         if self.checker is not None:
-            self.checker.compare(self.layer, operation, rows, send, receive)
-        received = rows.new_empty((len(rows) if receive is None else sum(receive), *rows.shape[1:]))
-        with profiled("exchange"), self.timer.measuring(rows, send, self.group):
-            dist.all_to_all_single(received, rows.contiguous(), receive, send, group=self.group)
+            self.checker.compare(self.layer, operation, rows, send_counts, recv_counts)
+        received = rows.new_empty((len(rows) if recv_counts is None else sum(recv_counts), *rows.shape[1:]))
+        with profiled("exchange"), self.timer.measure(rows, send_counts, self.group):
+            dist.all_to_all_single(received, rows.contiguous(), recv_counts, send_counts, group=self.group)
         return received
 
 
@@ -175,9 +175,9 @@ def reorder(rows: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class PackedDispatchMetadata:
     permutation: Permutation
-    send: list[int]
+    send_counts: list[int]
     """Rows this rank sent to each rank of the exchange group."""
-    receive: list[int]
+    recv_counts: list[int]
     order_R: Tensor
     """Arrival order (by source rank) -> order by local expert."""
     inverse_R: Tensor
@@ -187,13 +187,13 @@ class PackedAllToAll:
     """Exactly the rows there are."""
 
     def __init__(self, expert_group: ExpertGroup) -> None:
-        self.expert_group, self.ranks = expert_group, dist.get_world_size(expert_group.group)
+        self.expert_group, self.num_ranks = expert_group, dist.get_world_size(expert_group.group)
 
     def dispatch(
         self, x_TD: Tensor, routing: Routing
     ) -> tuple[Tensor, TokensPerExpert, PackedDispatchMetadata]:
         permutation, count_E = packed_permutation(routing)
-        count_Pe = count_E.view(self.ranks, -1)
+        count_Pe = count_E.view(self.num_ranks, -1)
         arriving_Pe = self.expert_group.all_to_all(count_Pe, None, None, "counts")
         send, receive = torch.stack(
             [count_Pe.sum(1), arriving_Pe.sum(1)]
@@ -201,7 +201,7 @@ class PackedAllToAll:
 
         rows_ND = permute(x_TD, permutation.first_rows(sum(send)))
         rows_RD = self.expert_group.all_to_all_autograd(rows_ND, send, receive, "dispatch")
-        order_R, inverse_R = by_local_expert(arriving_Pe, sum(receive))
+        order_R, inverse_R = local_expert_order(arriving_Pe, sum(receive))
         metadata = PackedDispatchMetadata(
             permutation.first_rows(sum(send)), send, receive, order_R, inverse_R
         )
@@ -210,17 +210,17 @@ class PackedAllToAll:
     def combine(
         self, rows_RD: Tensor, weight_TK: Tensor, metadata: PackedDispatchMetadata
     ) -> Tensor:
-        assert len(rows_RD) == sum(metadata.receive), (
-            f"experts returned {len(rows_RD)} rows for {sum(metadata.receive)}"
+        assert len(rows_RD) == sum(metadata.recv_counts), (
+            f"experts returned {len(rows_RD)} rows for {sum(metadata.recv_counts)}"
         )
         arrival_RD = reorder(rows_RD, metadata.inverse_R, metadata.order_R)
         rows_ND = self.expert_group.all_to_all_autograd(
-            arrival_RD, metadata.receive, metadata.send, "combine"
+            arrival_RD, metadata.recv_counts, metadata.send_counts, "combine"
         )
         return unpermute(rows_ND, weight_TK, metadata.permutation)
 
 
-def by_local_expert(arriving_Pe: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+def local_expert_order(arriving_Pe: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """The order that turns rows sorted by (source rank, expert) into (expert, source rank), and its inverse. No host sync."""
     ranks, experts = arriving_Pe.shape
     expert_Pe = torch.arange(experts, device=arriving_Pe.device).expand(ranks, experts)
@@ -235,7 +235,7 @@ def by_local_expert(arriving_Pe: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 @dataclass(frozen=True)
 class PaddedDispatchMetadata:
     permutation: Permutation
-    slots: int
+    slots_per_expert: int
     """Rows one rank sends to one expert: G * C."""
 
 
@@ -243,7 +243,7 @@ class PaddedAllToAll:
     """Fixed slots, equal splits, no counts."""
 
     def __init__(self, expert_group: ExpertGroup) -> None:
-        self.expert_group, self.ranks = expert_group, dist.get_world_size(expert_group.group)
+        self.expert_group, self.num_ranks = expert_group, dist.get_world_size(expert_group.group)
 
     def dispatch(
         self, x_TD: Tensor, routing: Routing
@@ -255,13 +255,13 @@ class PaddedAllToAll:
         rows_RD = self.expert_group.all_to_all_autograd(
             permute(x_TD, metadata.permutation), None, None, "dispatch"
         )
-        by_rank = rows_RD.view(self.ranks, -1, metadata.slots, rows_RD.shape[1])
-        return by_rank.transpose(0, 1).flatten(0, 2), self.ranks * metadata.slots, metadata
+        by_rank = rows_RD.view(self.num_ranks, -1, metadata.slots_per_expert, rows_RD.shape[1])
+        return by_rank.transpose(0, 1).flatten(0, 2), self.num_ranks * metadata.slots_per_expert, metadata
 
     def combine(
         self, rows_RD: Tensor, weight_TK: Tensor, metadata: PaddedDispatchMetadata
     ) -> Tensor:
-        by_expert = rows_RD.view(-1, self.ranks, metadata.slots, rows_RD.shape[1])
+        by_expert = rows_RD.view(-1, self.num_ranks, metadata.slots_per_expert, rows_RD.shape[1])
         rows_ED = self.expert_group.all_to_all_autograd(
             by_expert.transpose(0, 1).flatten(0, 2), None, None, "combine"
         )

@@ -21,7 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from dmoe.config.errors import DmoeError
 
 
-class ExchangeError(DmoeError):
+class CollectiveCheckError(DmoeError):
     """The ranks of an exchange are not doing the same thing."""
 
     every_rank = True
@@ -31,7 +31,7 @@ class CollectiveChecker:
     """Compares every exchange of one group of ranks. One for all layers, so that a skipped exchange is seen at the next one."""
 
     def __init__(self, group: dist.ProcessGroup, timeout: float) -> None:
-        self.ranks, self.me = dist.get_process_group_ranks(group), dist.get_rank()
+        self.ranks, self.rank = dist.get_process_group_ranks(group), dist.get_rank()
         self.timeout, self.count, self.step = timeout, 0, 0
         # The store that init_process_group was given; torch has no public way to ask for it. Replace when there is one.
         self.store = PrefixStore(f"watch-{self.ranks[0]}", _get_default_store())
@@ -41,33 +41,33 @@ class CollectiveChecker:
         layer: int,
         operation: str,
         rows: Tensor,
-        send: list[int] | None,
-        receive: list[int] | None,
+        send_counts: list[int] | None,
+        recv_counts: list[int] | None,
     ) -> None:
         """Raise ExchangeError, on all ranks alike, unless every peer is at the same operation and the splits fit each other."""
         mine = {
             "what": f"step {self.step}, MoE layer {layer}, {operation}",
             "rows": f"{rows.shape[1]} numbers of {str(rows.dtype).removeprefix('torch.')} a row",
-            "send": send if send is not None else [len(rows) // len(self.ranks)] * len(self.ranks),
-            "receive": receive
-            if receive is not None
+            "send": send_counts if send_counts is not None else [len(rows) // len(self.ranks)] * len(self.ranks),
+            "receive": recv_counts
+            if recv_counts is not None
             else [len(rows) // len(self.ranks)] * len(self.ranks),
         }
-        self.store.set(f"{self.count}/{self.me}", json.dumps(mine))
+        self.store.set(f"{self.count}/{self.rank}", json.dumps(mine))
         lines = {
-            rank: mine if rank == self.me else self._line_of(rank, mine["what"])
+            rank: mine if rank == self.rank else self._read_peer_record(rank, mine["what"])
             for rank in self.ranks
         }
-        problem = disagreement(lines)
+        problem = find_mismatch(lines)
         if problem:
-            raise ExchangeError(f"exchange {self.count} does not fit: {problem}")
+            raise CollectiveCheckError(f"exchange {self.count} does not fit: {problem}")
         if (
             self.count > 1
         ):  # everybody who writes line n has read line n - 1, so n - 2 is no longer needed
-            self.store.delete_key(f"{self.count - 2}/{self.me}")
+            self.store.delete_key(f"{self.count - 2}/{self.rank}")
         self.count += 1
 
-    def _line_of(self, rank: int, what: object) -> dict[str, Any]:
+    def _read_peer_record(self, rank: int, what: object) -> dict[str, Any]:
         began = time.monotonic()
         try:
             self.store.wait([f"{self.count}/{rank}"], timedelta(seconds=self.timeout))
@@ -75,14 +75,14 @@ class CollectiveChecker:
             RuntimeError
         ):  # a DistStoreError of the TCP store, a plain RuntimeError of the file store
             waited = time.monotonic() - began
-            raise ExchangeError(
-                f"exchange {self.count}: rank {rank} has not come to {what} within {waited:.0f} s (rank {self.me} has)"
+            raise CollectiveCheckError(
+                f"exchange {self.count}: rank {rank} has not come to {what} within {waited:.0f} s (rank {self.rank} has)"
             ) from None
         line: dict[str, Any] = json.loads(self.store.get(f"{self.count}/{rank}"))
         return line
 
 
-def disagreement(lines: dict[int, dict[str, Any]]) -> str:
+def find_mismatch(lines: dict[int, dict[str, Any]]) -> str:
     """What does not fit among the ranks' lines, in words; empty if all does."""
     ranks = sorted(lines)
     first = lines[ranks[0]]

@@ -44,15 +44,15 @@ from dmoe.distributed.mesh import ParallelMesh
 class DDPStrategy:
     """`parallelize.Replication` by DDP, as accelerate wraps it; without a process group, accelerate's model alone."""
 
-    def __init__(self, model: nn.Module, topology: ParallelMesh, accelerator: Accelerator) -> None:
+    def __init__(self, model: nn.Module, mesh: ParallelMesh, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        keep_experts_out_of_ddp(model)
+        exclude_experts_from_ddp(model)
         # DDP refuses a model in which it has nothing to sum; then it is accelerate's model alone ("evaluation mode").
         nothing = not any(p.requires_grad for p in dense_parameters(model))
         self.wrapped: nn.Module = accelerator.prepare_model(model, evaluation_mode=nothing)
         if dist.is_initialized() and not nothing:
             sum_dense_gradients(self.wrapped)
-        self.expert_gradients = ExpertGradients(model, topology)
+        self.expert_gradients = ExpertGradients(model, mesh)
 
     def grad_sync(self, last: bool) -> AbstractContextManager[None]:
         self.expert_gradients.enable_sync(last)
@@ -62,7 +62,7 @@ class DDPStrategy:
         self.expert_gradients.wait_for_grads()
 
 
-def keep_experts_out_of_ddp(model: nn.Module) -> None:
+def exclude_experts_from_ddp(model: nn.Module) -> None:
     """Tell DDP what it must not touch. Must be set on the root module, before DDP wraps it.
 
     That is the experts, which are not replicas, and the buffers (the routers' biases), which every rank computes from the same
@@ -106,12 +106,12 @@ def _sum(state: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
 class FSDPStrategy:
     """`parallelize.Replication` by FSDP2. One process has nothing to shard: there the model stays as it is."""
 
-    def __init__(self, model: nn.Module, topology: ParallelMesh, accelerator: Accelerator) -> None:
-        if topology.world_size > 1:
+    def __init__(self, model: nn.Module, mesh: ParallelMesh, accelerator: Accelerator) -> None:
+        if mesh.world_size > 1:
             if accelerator.scaler is not None:
                 why = "does not work with parallel.mode=fsdp: torch's loss scaler refuses gradients on different meshes"
                 raise ConfigError("train.precision", "fp16", why, "use bf16, or parallel.mode=ddp")
-            shard(model, topology)
+            apply_fsdp(model, mesh)
         # accelerate has no FSDP2 on CPU and would put the model inside DDP. "evaluation mode" is only autocast around its forward.
         self.wrapped: nn.Module = accelerator.prepare_model(
             model, device_placement=False, evaluation_mode=True
@@ -127,7 +127,7 @@ class FSDPStrategy:
         """Nothing: backward itself ends with the last reduction."""
 
 
-def shard(model: nn.Module, topology: ParallelMesh) -> None:
+def apply_fsdp(model: nn.Module, topology: ParallelMesh) -> None:
     """Make DTensors of the parameters, in place: before an optimizer sees them, after `shard_experts` and initialisation.
 
     Units are the experts of each MoE layer (over the copies of an expert), each member of the model's module lists (its blocks) and
@@ -177,7 +177,7 @@ def _mesh(group: dist.ProcessGroup | None, device: str) -> DeviceMesh:
     return cast(DeviceMesh, mesh)
 
 
-def shared_scaler(topology: ParallelMesh, device: torch.device) -> torch.amp.GradScaler:
+def make_grad_scaler(topology: ParallelMesh, device: torch.device) -> torch.amp.GradScaler:
     """A gradient scaler whose "found inf" is reduced over all ranks.
 
     With experts on different ranks an overflow can be one rank's alone; torch's plain GradScaler would skip the step and lower

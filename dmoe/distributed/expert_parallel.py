@@ -37,7 +37,7 @@ class DataParallel(Protocol):
 
 
 def shard_experts(
-    model: nn.Module, topology: ParallelMesh, watch: CollectiveChecker | None = None
+    model: nn.Module, mesh: ParallelMesh, checker: CollectiveChecker | None = None
 ) -> None:
     """Keep this rank's experts in every MoE layer, and send tokens to the others by all-to-all.
 
@@ -46,11 +46,11 @@ def shard_experts(
     ranks (`debug.collectives`). No collective.
     """
     for layer in moe_layers(model):
-        if topology.world_size > 1:
-            layer.comm = ProcessGroupComm(topology)
-        if topology.ep_group is not None:
-            layer.shard(topology.ep, topology.ep_rank)
-            route = ExpertGroup(topology.ep_group, layer.layer, watch)
+        if mesh.world_size > 1:
+            layer.comm = ProcessGroupComm(mesh)
+        if mesh.ep_group is not None:
+            layer.shard(mesh.ep, mesh.ep_rank)
+            route = ExpertGroup(mesh.ep_group, layer.layer, checker)
             layer.packed = PackedAllToAll(route)
             layer.padded = None if layer.padded is None else PaddedAllToAll(route)
 

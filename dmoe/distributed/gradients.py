@@ -27,29 +27,29 @@ class ExpertGradients:
     """
 
     def __init__(self, model: nn.Module, topology: ParallelMesh) -> None:
-        self.group, self.armed, self.works = topology.edp_group, False, list[dist.Work]()
+        self.group, self.sync_enabled, self.pending = topology.edp_group, False, list[dist.Work]()
         if self.group is not None:
             for parameter in filter(lambda p: p.requires_grad, expert_parameters(model).values()):
                 parameter.register_post_accumulate_grad_hook(self._start)
 
     def enable_sync(self, last: bool) -> None:
         """Reduce in the coming backward if it is the `last` of the accumulation."""
-        self.armed = last
+        self.sync_enabled = last
 
     def wait_for_grads(self) -> None:
-        for work in self.works:
+        for work in self.pending:
             work.wait()
-        self.works.clear()
+        self.pending.clear()
 
     def _start(self, parameter: Tensor) -> None:
-        if self.armed:
+        if self.sync_enabled:
             assert parameter.grad is not None
             work = dist.all_reduce(parameter.grad, group=self.group, async_op=True)
             assert work is not None
-            self.works.append(work)
+            self.pending.append(work)
 
 
-def square_sums(model: nn.Module, topology: ParallelMesh) -> Tensor:
+def squared_grad_norms(model: nn.Module, topology: ParallelMesh) -> Tensor:
     """[2], float32 (float64 for a float64 model): this rank's share of the squared gradient norm, dense and expert.
 
     Summed over all ranks the shares give the squares of each dense parameter once and of each of the E experts once, so that every
@@ -62,7 +62,7 @@ def square_sums(model: nn.Module, topology: ParallelMesh) -> Tensor:
     return torch.stack([dense.to(parameters[0].device), expert.to(parameters[0].device)])
 
 
-def router_squares(model: nn.Module, topology: ParallelMesh) -> Tensor:
+def squared_router_grad_norm(model: nn.Module, topology: ParallelMesh) -> Tensor:
     """Scalar: this rank's share of the squared norm of the routers' gradients, which are among the dense ones of `square_sums`."""
     return _squares(
         (p for layer in moe_layers(model) for p in layer.router.parameters()), topology.world_size
@@ -75,38 +75,38 @@ def _squares(parameters: Iterable[nn.Parameter], copies: int) -> Tensor:
     if not grads:
         return torch.zeros(())
     wide = torch.promote_types(grads[0].dtype, torch.float32)
-    squares = torch.stack(torch._foreach_norm([local(g) for g in grads], 2.0, dtype=wide)).square()
+    squares = torch.stack(torch._foreach_norm([local_tensor(g) for g in grads], 2.0, dtype=wide)).square()
     share = torch.tensor(
         [1.0 if isinstance(g, DTensor) else 1.0 / copies for g in grads], dtype=wide
     )
     return squares @ share.to(squares.device)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """What this rank holds, in the same memory: of a DTensor its part. Collectives and in-place work want it; autograd does not."""
     with torch.no_grad():
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def all_sum(value: Tensor, topology: ParallelMesh) -> Tensor:
+def all_reduce_sum(value: Tensor, topology: ParallelMesh) -> Tensor:
     """`value` summed over all ranks, in place, on the control communicator."""
     if topology.control_group is not None:
         dist.all_reduce(value, group=topology.control_group)
     return value
 
 
-def all_max(value: Tensor, topology: ParallelMesh) -> Tensor:
+def all_reduce_max(value: Tensor, topology: ParallelMesh) -> Tensor:
     """The largest of each element over all ranks, in place, on the control communicator."""
     if topology.control_group is not None:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=topology.control_group)
     return value
 
 
-def clip_(model: nn.Module, norm: float, limit: float) -> float:
+def clip_grads_(model: nn.Module, norm: float, limit: float) -> float:
     """Scale every gradient by `min(1, limit / (norm + 1e-6))`, the same on all ranks; returns the factor."""
     factor = min(1.0, limit / (norm + 1e-6))
     if factor < 1.0:
         torch._foreach_mul_(
-            [local(p.grad) for p in model.parameters() if p.grad is not None], factor
+            [local_tensor(p.grad) for p in model.parameters() if p.grad is not None], factor
         )
     return factor

@@ -19,10 +19,10 @@ from dmoe.config.errors import ConfigError, DmoeError
 @dataclass(frozen=True)
 class ProcessInfo:
     rank: int
-    size: int
+    world_size: int
     local_rank: int
     device: torch.device
-    restart: int = 0
+    restart_count: int = 0
     """How many times the launcher has restarted this job."""
 
     in_group: bool = False
@@ -33,7 +33,7 @@ class ProcessInfo:
         return self.rank == 0
 
     def __str__(self) -> str:
-        return f"rank {self.rank} of {self.size} on {self.device}"
+        return f"rank {self.rank} of {self.world_size} on {self.device}"
 
 
 def launched_world_size() -> int:
@@ -85,13 +85,13 @@ def elastic_run_id() -> str | None:
     return None if name == "none" else name
 
 
-def run_on_rank0(world: ProcessInfo, action: Callable[[], str]) -> str:
+def run_on_rank0(process: ProcessInfo, action: Callable[[], str]) -> str:
     """Run `action` on rank 0 and return its text on every rank. Collective: one broadcast of 4 KiB.
 
     Raises: what rank 0 raised, if that is a DmoeError; on the other ranks one with the same text and exit code.
     """
     answer, problem = "", None
-    if world.is_main:
+    if process.is_main:
         try:
             answer = action()
         except DmoeError as error:
@@ -101,7 +101,7 @@ def run_on_rank0(world: ProcessInfo, action: Callable[[], str]) -> str:
         if problem is None
         else {"code": problem.exit_code, "text": str(problem)[:600]}
     )
-    heard = json.loads(_from_first(json.dumps(said), world.device))
+    heard = json.loads(_from_first(json.dumps(said), process.device))
     if "code" not in heard:
         return str(heard["answer"])
     if problem is None:
@@ -123,7 +123,7 @@ def _from_first(text: str, device: torch.device) -> str:
     return bytes(data.tolist()).rstrip(b"\0").decode("ascii")
 
 
-def shorten_timeouts(groups: list[dist.ProcessGroup], seconds: float) -> None:
+def set_timeouts(groups: list[dist.ProcessGroup], seconds: float) -> None:
     """After the first step nothing legitimate takes minutes any more (torch's own default is half an hour)."""
     for group in groups:
         _set_pg_timeout(timedelta(seconds=seconds), group)

@@ -31,12 +31,12 @@ from torch.distributed.run import get_args_parser, run
 from dmoe.config.errors import ConfigError
 
 
-def launch(ranks: int, arguments: list[str], port: int | None = None) -> int:
+def launch(num_ranks: int, arguments: list[str], port: int | None = None) -> int:
     """Run `python -m dmoe ARGUMENTS` on `ranks` local processes and return the exit code of the first that failed, or 0.
 
     The cores are shared out evenly unless OMP_NUM_THREADS says otherwise. `port`: of the rendezvous; default a free one.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_ranks)))
     logging.getLogger("torch.distributed").setLevel(
         logging.CRITICAL
     )  # the failing rank has said what is wrong, in one line
@@ -46,10 +46,10 @@ def launch(ranks: int, arguments: list[str], port: int | None = None) -> int:
         else ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     )
     options = get_args_parser().parse_args(
-        [*where, "--nproc-per-node", str(ranks), "-m", "dmoe", *arguments]
+        [*where, "--nproc-per-node", str(num_ranks), "-m", "dmoe", *arguments]
     )
     signal.signal(
-        signal.SIGUSR1, _pass_on
+        signal.SIGUSR1, _forward_signal
     )  # torch's launcher passes on TERM, INT, HUP and QUIT, and would die of this one
     try:
         run(options)
@@ -78,18 +78,18 @@ def launch(ranks: int, arguments: list[str], port: int | None = None) -> int:
     return 0
 
 
-def _pass_on(number: int, frame: FrameType | None) -> None:
+def _forward_signal(number: int, frame: FrameType | None) -> None:
     """Send the signal to the ranks: this process's children, but for those that do not run dmoe (torch's own helpers)."""
     for task in Path("/proc/self/task").iterdir():
         for child in (task / "children").read_text().split():
             with suppress(OSError):
-                if b"\0dmoe\0" in Path(f"/proc/{child}/cmdline").read_bytes() and _minds(
+                if b"\0dmoe\0" in Path(f"/proc/{child}/cmdline").read_bytes() and _handles_signal(
                     child, number
                 ):
                     os.kill(int(child), number)
 
 
-def _minds(pid: str, number: int) -> bool:
+def _handles_signal(pid: str, number: int) -> bool:
     """Whether the process catches or ignores the signal: one that is starting still, or ending, would die of it."""
     lines = dict(
         line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()

@@ -41,7 +41,7 @@ class _Rank:
 
 
 def run_ranks(
-    world: int, function: Callable[..., Any], *args: object, timeout: float = 60.0
+    world_size: int, function: Callable[..., Any], *args: object, timeout: float = 60.0
 ) -> list[Any]:
     """`[function(rank, world, *args) for rank in range(world)]`, each in a process of its own, joined by gloo.
 
@@ -56,8 +56,8 @@ def run_ranks(
     context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            _start(context, Path(folder) / "store", rank, world, timeout, function, args)
-            for rank in range(world)
+            _start(context, Path(folder) / "store", rank, world_size, timeout, function, args)
+            for rank in range(world_size)
         ]
         try:
             return _collect(ranks, time.monotonic() + timeout)

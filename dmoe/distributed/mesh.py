@@ -62,7 +62,7 @@ class ParallelMesh:
         per_rank = num_experts // self.ep
         return range(self.ep_rank * per_rank, (self.ep_rank + 1) * per_rank)
 
-    def groups(self) -> list[dist.ProcessGroup]:
+    def step_groups(self) -> list[dist.ProcessGroup]:
         """The groups a step uses, the world's included, whose time-outs shrink after the first step. Not `checkpoint`: there a rank
         waits for another's disk, which may take as long as it takes."""
         own = [
@@ -96,7 +96,7 @@ def build_mesh(ep: int, device: torch.device, timeout: float | None = None) -> P
     rows = [list(range(start, start + ep)) for start in range(0, world, ep)]
     columns = [list(range(column, world, ep)) for column in range(ep)]
     limit = None if timeout is None else timedelta(seconds=timeout)
-    topology = ParallelMesh(
+    mesh = ParallelMesh(
         rank=rank,
         world_size=world,
         ep=ep,
@@ -106,11 +106,11 @@ def build_mesh(ep: int, device: torch.device, timeout: float | None = None) -> P
         control_group=dist.new_group(timeout=limit),
         checkpoint_group=_of_cpu_tensors(world, limit),
     )
-    for group in topology.groups():
+    for group in mesh.step_groups():
         dist.all_reduce(torch.zeros(1, device=device), group=group)
-    if topology.checkpoint_group is not None:
-        dist.all_reduce(torch.zeros(1, device="cpu"), group=topology.checkpoint_group)
-    return topology
+    if mesh.checkpoint_group is not None:
+        dist.all_reduce(torch.zeros(1, device="cpu"), group=mesh.checkpoint_group)
+    return mesh
 
 
 def _mine(parts: list[list[int]], rank: int, timeout: timedelta | None) -> dist.ProcessGroup | None:
@@ -135,9 +135,9 @@ def _of_cpu_tensors(world: int, timeout: timedelta | None) -> dist.ProcessGroup 
 class ProcessGroupComm:
     """Sums over all data ranks, on a communicator of their own."""
 
-    def __init__(self, topology: ParallelMesh) -> None:
-        assert topology.dp_group is not None
-        self.group, self.size, self.rank = topology.dp_group, topology.world_size, topology.rank
+    def __init__(self, mesh: ParallelMesh) -> None:
+        assert mesh.dp_group is not None
+        self.group, self.size, self.rank = mesh.dp_group, mesh.world_size, mesh.rank
 
     def sum(self, value: Tensor) -> Tensor:
         total = value.detach().clone()

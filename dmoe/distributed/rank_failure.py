@@ -37,8 +37,8 @@ ALIVE_KEY = "roll-call/present"
 
 PROBE_KEY = "roll-call/called"
 IN_CALLBACK = r"^(?:Got the following error when running the callback: RuntimeError: )?"
-LISTEN_EVERY, READ_EVERY = 0.25, 0.05  # seconds
-PATIENCE, PATIENCE_OF_STORE_KEEPER = (
+PROBE_INTERVAL, READ_INTERVAL = 0.25, 0.05  # seconds
+GRACE, STORE_OWNER_GRACE = (
     0.7,
     0.9,
 )  # seconds; both below 1, which is what a failure may take beyond the time-out
@@ -64,7 +64,7 @@ def lost_rank_error(error: BaseException, step: int, waited: float) -> LostRankE
     """
     rank = dist.get_rank()
     call = _probe_ranks(
-        PATIENCE_OF_STORE_KEEPER if rank == 0 and not _launcher_keeps_store() else PATIENCE
+        STORE_OWNER_GRACE if rank == 0 and not _launcher_keeps_store() else GRACE
     )
     who = f"rank {rank}"
     when = f"in step {step} after {waited:.0f} s"
@@ -80,7 +80,7 @@ def lost_rank_error(error: BaseException, step: int, waited: float) -> LostRankE
     return LostRankError(f"{text}: {_first_line(error)}")
 
 
-def missing_ranks(seconds: float = PATIENCE) -> list[int]:
+def missing_ranks(seconds: float = GRACE) -> list[int]:
     """The ranks that have not answered within `seconds`; rank 0 if it keeps the store and that does not answer. Never raises."""
     return _probe_ranks(seconds).missing
 
@@ -103,7 +103,7 @@ class LivenessResponder:
     def close(self) -> None:
         """Stop answering. Waits for a question to the store that is under way, half a second at most."""
         self._over.set()
-        self._thread.join(2 * LISTEN_EVERY)
+        self._thread.join(2 * PROBE_INTERVAL)
 
     def __enter__(self) -> LivenessResponder:
         return self
@@ -119,7 +119,7 @@ class LivenessResponder:
 
 def _listen(store: Any, rank: int, over: threading.Event) -> None:
     with suppress(RuntimeError):  # the store is gone: nobody can call the roll any more
-        while not over.wait(LISTEN_EVERY):
+        while not over.wait(PROBE_INTERVAL):
             if store.check([PROBE_KEY]):
                 store.append(ALIVE_KEY, f"{rank} ")
                 return
@@ -158,7 +158,7 @@ def _read_answers(
             seen.append({int(number) for number in store.get(ALIVE_KEY).split()})
             if seen[-1] == everyone or time.monotonic() > deadline:
                 return
-            time.sleep(READ_EVERY)
+            time.sleep(READ_INTERVAL)
 
 
 def _launcher_keeps_store() -> bool:

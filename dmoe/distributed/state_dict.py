@@ -23,16 +23,16 @@ from dmoe.distributed.expert_parallel import (
     expert_locations,
     expert_parameters,
 )
-from dmoe.distributed.gradients import local
+from dmoe.distributed.gradients import local_tensor
 from dmoe.distributed.mesh import ParallelMesh
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def model_state(model: nn.Module, topology: ParallelMesh) -> dict[str, Tensor]:
+def model_state(model: nn.Module, mesh: ParallelMesh) -> dict[str, Tensor]:
     """Every parameter and persistent buffer by name; the tensors share memory with the model, so loading into them loads the model."""
     experts, homes = {*expert_parameters(model), *expert_buffers(model)}, expert_locations(model)
-    mesh = _mesh(topology, _device_type(model))
+    mesh = _mesh(mesh, _device_type(model))
     own = {name: value.detach() for name, value in model.state_dict(keep_vars=True).items()}
     whole = {
         n: _whole(value, mesh) if n in experts else value
@@ -40,21 +40,21 @@ def model_state(model: nn.Module, topology: ParallelMesh) -> dict[str, Tensor]:
         if n not in homes
     }
     whole |= {
-        name: _at_home(own.get(name), home, topology, _device_type(model))
+        name: _at_home(own.get(name), home, mesh, _device_type(model))
         for name, home in homes.items()
     }
     return {f"model.{name}": value for name, value in whole.items()}
 
 
 def optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, topology: ParallelMesh
+    model: nn.Module, optimizer: torch.optim.Optimizer, mesh: ParallelMesh
 ) -> dict[str, Tensor]:
     """AdamW's moments by parameter name, and the one step count all parameters share. Made (as zeros) where the optimizer has not
     stepped yet, so that a checkpoint can be loaded into it."""
     experts, homes, mesh = (
         expert_parameters(model),
         _trained_homes(model),
-        _mesh(topology, _device_type(model)),
+        _mesh(mesh, _device_type(model)),
     )
     own: dict[str, dict[str, Tensor]] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -73,7 +73,7 @@ def optimizer_state(
     for name, home in homes.items():
         for moment in MOMENTS:
             value = own[name][moment] if name in own else None
-            state[f"optim.{moment}.{name}"] = _at_home(value, home, topology, _device_type(model))
+            state[f"optim.{moment}.{name}"] = _at_home(value, home, mesh, _device_type(model))
     return state
 
 
@@ -88,7 +88,7 @@ def _trained_homes(model: nn.Module) -> dict[str, ExpertLocation]:
     }
 
 
-def share_step(optimizer: torch.optim.Optimizer, step: Tensor) -> None:
+def set_optimizer_step(optimizer: torch.optim.Optimizer, step: Tensor) -> None:
     """Give every parameter the step count that was loaded into `optim.step`, each a tensor of its own."""
     for moments in optimizer.state.values():
         moments["step"] = step.detach().clone()
@@ -130,7 +130,7 @@ def _whole(experts: Tensor, mesh: DeviceMesh | None) -> Tensor:
     placements = [Shard(0), *down][: mesh.ndim]
     stride = make_contiguous_strides_for(shape)
     return DTensor.from_local(
-        local(experts), mesh, placements, run_check=False, shape=shape, stride=stride
+        local_tensor(experts), mesh, placements, run_check=False, shape=shape, stride=stride
     )
 
 
@@ -146,7 +146,7 @@ def _at_home(
         return value
     column = list(range(home.ep_rank, topology.world_size, topology.ep))
     mesh = DeviceMesh(device, column, mesh_dim_names=("edp",), _init_backend=False)
-    here = torch.empty(0, dtype=home.dtype, device=device) if value is None else local(value)
+    here = torch.empty(0, dtype=home.dtype, device=device) if value is None else local_tensor(value)
     shape, stride = torch.Size(home.shape), make_contiguous_strides_for(home.shape)
     return DTensor.from_local(
         here, mesh, [Replicate()], run_check=False, shape=shape, stride=stride

@@ -193,7 +193,7 @@ class Awkward(Exception):
 
 def failing_saves(rank: int, world: int, root: Path) -> list[str]:
     save(root, 100, sharded(world, world), {})
-    original = dcp.write_file
+    original = dcp.write_safetensors
     messages = []
 
     def fail(error: Exception, on: int) -> Callable[..., None]:
@@ -209,9 +209,9 @@ def failing_saves(rank: int, world: int, root: Path) -> list[str]:
         (Awkward("two", "arguments"), 2),
         (Awkward("rank", "0"), 0),
     ]:
-        dcp.write_file = fail(error, on)
+        dcp.write_safetensors = fail(error, on)
         messages.append(refusal(lambda: save(root, 200, sharded(world, world), {})))
-        dcp.write_file = original
+        dcp.write_safetensors = original
         dist.barrier()
         assert sorted(entry.name for entry in root.iterdir()) == ["step-00000100"]
         dist.barrier()
@@ -221,7 +221,7 @@ def failing_saves(rank: int, world: int, root: Path) -> list[str]:
         )
     )
     if rank == 1:
-        dcp.Piece = None  # fails inside the writer, before a file is written
+        dcp.Chunk = None  # fails inside the writer, before a file is written
     messages.append(refusal(lambda: save(root, 200, sharded(world, world), {})))
     dist.barrier()
     assert list_steps(root) == [(100, root / "step-00000100")]

@@ -32,7 +32,7 @@ def test_nothing_is_deleted_before_the_new_one_is_proven(
     saver = AsyncSaver(tmp_path, 1, None, False)
     saver.save(1, state_of(1.0), {})
     monkeypatch.setattr(manifest, "hash_file", told("hash", manifest.hash_file))
-    monkeypatch.setattr(directory, "remove", told("remove", directory.remove))
+    monkeypatch.setattr(directory, "remove_checkpoint", told("remove", directory.remove_checkpoint))
     saver.save(2, state_of(2.0), {})
     shard = "shard-00001-model-00001-of-00001.safetensors"
     assert events == [
@@ -84,6 +84,6 @@ def test_what_a_killed_run_was_writing_goes_at_the_next_start(tmp_path: Path) ->
         (tmp_path / f"step-0000000{step}.tmp").mkdir()
         (tmp_path / f"step-0000000{step}.tmp" / "shard").write_text("half")
     (tmp_path / "notes.tmp").write_text("somebody else's")
-    save_load.discard_partials(tmp_path)
+    save_load.remove_partials(tmp_path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["notes.tmp", "step-00000001"]
-    save_load.discard_partials(tmp_path / "none")
+    save_load.remove_partials(tmp_path / "none")

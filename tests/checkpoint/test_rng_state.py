@@ -8,17 +8,17 @@ import numpy
 import torch
 
 from dmoe.checkpoint import load, read_manifest, save
-from dmoe.checkpoint.rng_state import gather_random_state, random_tables, set_random_state
+from dmoe.checkpoint.rng_state import gather_rng_state, rng_tables, set_rng_state
 from tests.ranks import run_ranks
 
 WEIGHTS = {"model.w": torch.arange(3.0)}
 
 
 def restore(path: Path) -> str | None:
-    tables, remark = random_tables(read_manifest(path), None)
+    tables, remark = rng_tables(read_manifest(path), None)
     if tables:
         load(path, tables, prefix=tuple(tables))
-    set_random_state(tables, None)
+    set_rng_state(tables, None)
     return remark
 
 
@@ -30,7 +30,7 @@ def resumed(rank: int, world: int, root: Path) -> list[numpy.ndarray]:
     """What was drawn after the save, what is drawn after a restart and a restore, and what a fresh start would draw."""
     torch.manual_seed(10 + rank)
     torch.rand(5)
-    path = save(root, 1, WEIGHTS | gather_random_state(None), {})
+    path = save(root, 1, WEIGHTS | gather_rng_state(None), {})
     unbroken = draw()
     torch.manual_seed(99)
     fresh = draw()
@@ -55,7 +55,7 @@ def elsewhere(rank: int, world: int, path: Path) -> tuple[str | None, bool]:
 
 
 def saved(rank: int, world: int, root: Path) -> None:
-    save(root, 1, WEIGHTS | gather_random_state(None), {})
+    save(root, 1, WEIGHTS | gather_rng_state(None), {})
 
 
 def test_at_another_world_size_each_rank_keeps_its_own_and_says_so(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_checkpoint_without_random_state_is_no_error(tmp_path: Path) -> None:
 def test_a_generator_that_one_of_the_two_lacks_is_named(tmp_path: Path) -> None:
     """Saved with CUDA, resumed without: the generator that both have is restored."""
     torch.manual_seed(3)
-    state = gather_random_state(None)
+    state = gather_rng_state(None)
     path = save(
         tmp_path, 1, WEIGHTS | state | {"random.cuda": torch.zeros(1, 16, dtype=torch.uint8)}, {}
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dmoe.checkpoint import dcp, latest, list_steps, load, save, verify
-from dmoe.checkpoint.dcp import Piece
+from dmoe.checkpoint.dcp import Chunk
 from dmoe.config.errors import CheckpointError
 
 OLD, NEW = {"w": torch.arange(6.0)}, {"w": torch.arange(6.0) + 100}
@@ -133,12 +133,12 @@ def test_a_full_disk_in_the_middle_of_a_file(
 def test_a_writer_that_drops_a_tensor_without_an_error_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = dcp.write_file
+    original = dcp.write_safetensors
 
-    def lossy(path: Path, given: list[Piece], metadata: dict[str, str]) -> None:
+    def lossy(path: Path, given: list[Chunk], metadata: dict[str, str]) -> None:
         original(path, [piece for piece in given if piece.name != "v"], metadata)
 
-    monkeypatch.setattr(dcp, "write_file", lossy)
+    monkeypatch.setattr(dcp, "write_safetensors", lossy)
     with pytest.raises(CheckpointError, match=r"no file of .* holds 'v'"):
         save(tmp_path, 1, {"w": torch.ones(2), "v": torch.ones(2)}, {})
     assert list(tmp_path.iterdir()) == []

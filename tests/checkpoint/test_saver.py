@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from dmoe.checkpoint import AsyncSaver, list_steps, save_load, verify
-from dmoe.checkpoint.tensor_entries import local_part
+from dmoe.checkpoint.tensor_entries import local_tensor
 from dmoe.distributed import mesh
-from dmoe.distributed.init import shorten_timeouts
+from dmoe.distributed.init import set_timeouts
 from tests.checkpoint.experts import sharded, whole
 from tests.checkpoint.saving import after, patched, state_of, steps_of, value_at
 from tests.ranks import run_ranks
@@ -40,19 +40,19 @@ def written_twice(rank: int, world: int, root: Path, ep: int) -> list[dict[str, 
             for step in (1, 2):  # the second reuses the first one's buffers
                 trained.clear()
                 for tensor in state.values():
-                    local_part(tensor).add_(step) if tensor.dtype != torch.bool else local_part(
+                    local_tensor(tensor).add_(step) if tensor.dtype != torch.bool else local_tensor(
                         tensor
                     ).logical_not_()
                 saver.save(step, state, extra | {"step": step})
-                before = {key: local_part(tensor).clone() for key, tensor in state.items()}
+                before = {key: local_tensor(tensor).clone() for key, tensor in state.items()}
                 for tensor in state.values():
-                    local_part(tensor).zero_()
+                    local_tensor(tensor).zero_()
                 extra["tokens"].append(step)
                 trained.set()
                 saver.wait()
                 extra["tokens"].pop()
                 for key, tensor in state.items():
-                    local_part(tensor).copy_(before[key])
+                    local_tensor(tensor).copy_(before[key])
         saver.close()
         found.append(
             {
@@ -99,16 +99,16 @@ def test_the_next_save_waits_for_the_last_and_does_not_write_into_its_copy(
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_what_is_finished_is_told_once(tmp_path: Path, asynchronous: bool) -> None:
     saver = AsyncSaver(tmp_path, 2, None, asynchronous)
-    assert saver.finished() == []
+    assert saver.take_finished() == []
     for step in (1, 2, 3):
         saver.save(step, state_of(step), {})
     saver.close()
-    done = saver.finished()
+    done = saver.take_finished()
     assert [saved.step for saved in done] == [1, 2, 3]
-    assert all(0 <= saved.seconds_held <= saved.seconds for saved in done)
+    assert all(0 <= saved.blocking_seconds <= saved.seconds for saved in done)
     (shard,) = (tmp_path / "step-00000003").glob("shard-*")
     assert done[2].bytes == shard.stat().st_size
-    assert saver.finished() == []
+    assert saver.take_finished() == []
     assert steps_of(tmp_path) == [2, 3]
 
 
@@ -117,12 +117,12 @@ def test_what_is_finished_is_told_once(tmp_path: Path, asynchronous: bool) -> No
 
 def slow_disk(rank: int, world: int, root: Path) -> bool:
     groups = mesh.build_mesh(world, torch.device("cpu"), timeout=50.0)
-    shorten_timeouts(groups.groups(), 0.3)
+    set_timeouts(groups.step_groups(), 0.3)
     if rank == 1:
         time.sleep(1.0)
     AsyncSaver(root, 1, groups.checkpoint_group, False).save(1, sharded(world, world), {})
-    shorten_timeouts(groups.groups(), 50.0)
-    return groups.checkpoint_group not in groups.groups()
+    set_timeouts(groups.step_groups(), 50.0)
+    return groups.checkpoint_group not in groups.step_groups()
 
 
 def test_a_slow_disk_is_no_time_out(tmp_path: Path) -> None:

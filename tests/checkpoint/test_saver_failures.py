@@ -48,7 +48,7 @@ def failing_writer(rank: int, world: int, root: Path) -> list[str]:
     messages.append(refusal(lambda: saver.save(300, sharded(world, world), {})))
     saver.save(400, sharded(world, world), {})
     saver.close()
-    assert [saved.step for saved in saver.finished()] == [100, 400]
+    assert [saved.step for saved in saver.take_finished()] == [100, 400]
     assert steps_of(root) == [100, 400]
     return messages
 

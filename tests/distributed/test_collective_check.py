@@ -10,7 +10,7 @@ import torch
 from dmoe.config.schema import CapacityConfig
 from dmoe.distributed import mesh
 from dmoe.distributed.all_to_all import ExpertGroup
-from dmoe.distributed.collective_check import CollectiveChecker, ExchangeError
+from dmoe.distributed.collective_check import CollectiveChecker, CollectiveCheckError
 from dmoe.distributed.expert_parallel import shard_experts
 from dmoe.moe.layer import MoE
 from tests.distributed.runs import trace
@@ -40,7 +40,7 @@ def run_with(rank: int, world: int, fault: str) -> str:
     try:
         for _ in range(2):
             layer(torch.randn(2, 8, 8)).y.sum().backward()
-    except ExchangeError as error:
+    except CollectiveCheckError as error:
         return str(error)
     return "nothing"
 
@@ -54,7 +54,7 @@ def _break(fault: str, layer: MoE) -> None:
         if operation == "dispatch" and fault == "another width":
             rows = rows[:, :4]
         if operation == "dispatch" and fault == "late":
-            raise ExchangeError("this rank never comes")
+            raise CollectiveCheckError("this rank never comes")
         if operation == "dispatch" and fault.startswith("one row"):
             less = 1 if fault.endswith("short") else -1
             send, rows = (

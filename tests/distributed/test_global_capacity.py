@@ -14,7 +14,7 @@ import torch
 
 from dmoe import MoE
 from dmoe.config.schema import BalanceConfig, CapacityConfig
-from dmoe.distributed import mesh as topologies
+from dmoe.distributed import mesh as meshes
 from dmoe.distributed.expert_parallel import shard_experts
 from dmoe.moe.comm import NoComm
 from dmoe.moe.routing import TokenContext
@@ -44,11 +44,11 @@ EXACT = ("experts", "kept", "kept_by_expert")
 
 def all_cases(rank: int, world: int, virtual: int) -> dict[Case, dict[str, np.ndarray]]:
     """Every case in turn: starting the processes is the slow part."""
-    topology = topologies.build_mesh(ep=world, device=torch.device("cpu"))
-    return {case: one_case(case, topology, virtual) for case in CASES}
+    mesh = meshes.build_mesh(ep=world, device=torch.device("cpu"))
+    return {case: one_case(case, mesh, virtual) for case in CASES}
 
 
-def one_case(case: Case, topology: topologies.ParallelMesh, virtual: int) -> dict[str, np.ndarray]:
+def one_case(case: Case, mesh: meshes.ParallelMesh, virtual: int) -> dict[str, np.ndarray]:
     priority, overflow, exchange, padding = case
     limits = CapacityConfig(factor=0.8, group="global", priority=priority, overflow=overflow)  # type: ignore[arg-type]
     balance = BalanceConfig(importance=1.0, switch_level="global")
@@ -56,7 +56,7 @@ def one_case(case: Case, topology: topologies.ParallelMesh, virtual: int) -> dic
         DIM, 4, 8, 2, capacity=limits, balance=balance, exchange=exchange, virtual_ranks=virtual
     ).double()
     layer.initialize(3, std=0.6)
-    shard_experts(layer, topology)
+    shard_experts(layer, mesh)
 
     generator = torch.Generator().manual_seed(1)
     x_BSD = torch.randn(SEQUENCES, LENGTH, DIM, generator=generator, dtype=torch.float64)
@@ -64,8 +64,8 @@ def one_case(case: Case, topology: topologies.ParallelMesh, virtual: int) -> dic
     valid_BS = torch.rand(SEQUENCES, LENGTH, generator=generator) > 0.2
     valid_BS[: SEQUENCES // GROUPS] = False
     here = slice(
-        topology.rank * SEQUENCES // topology.world_size,
-        (topology.rank + 1) * SEQUENCES // topology.world_size,
+        mesh.rank * SEQUENCES // mesh.world_size,
+        (mesh.rank + 1) * SEQUENCES // mesh.world_size,
     )
     x = x_BSD[here].clone().requires_grad_()
     output = layer(x, TokenContext(valid_T=valid_BS[here].flatten() if padding else None))
@@ -73,7 +73,7 @@ def one_case(case: Case, topology: topologies.ParallelMesh, virtual: int) -> dic
 
     assert x.grad is not None
     assert layer.router.weight.grad is not None
-    peers = layer.comm if topology.world_size > 1 else NoComm()
+    peers = layer.comm if mesh.world_size > 1 else NoComm()
     values = {
         "experts": output.routing.expert_TK,
         "kept": output.routing.keep_TK,

@@ -22,7 +22,7 @@ from dmoe.distributed.expert_parallel import shard_experts
 from dmoe.moe.layer import MoE
 from dmoe.train import checkpointer
 from dmoe.train import engine as engines
-from dmoe.train.batches import training_batches
+from dmoe.train.step import training_batches
 from dmoe.train.checkpoint_info import inspect
 from dmoe.train.step import train_step
 from dmoe.verify.capture import state_arrays

@@ -43,7 +43,7 @@ def exchange():
         model(torch.ones(4, 8)).sum().backward()
 
 exchange()
-worlds.shorten_timeouts([dist.group.WORLD], timeout)
+worlds.set_timeouts([dist.group.WORLD], timeout)
 listener = LivenessResponder()
 dist.barrier()
 if world.rank == victim and fault == "late":
