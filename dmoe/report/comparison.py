@@ -7,27 +7,27 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from dmoe.report.figures import Figures, ending, figures_of, finished
-from dmoe.report.format import flops, many, one_line, plain, table_lines
+from dmoe.report.figures import RunSummary, describe_end, is_finished, summarize
+from dmoe.report.format import format_count, format_flops, format_number, single_line, text_table
 from dmoe.report.run import Run
 
 ABSENT = "-"
-Column = tuple[str, Callable[[Figures], float | None], Callable[[float], str]]
+Column = tuple[str, Callable[[RunSummary], float | None], Callable[[float], str]]
 COLUMNS: tuple[Column, ...] = (
     ("held-out\nbits/byte", lambda run: run.bits_per_byte, "{:.4f}".format),
     ("held-out\naccuracy", lambda run: run.accuracy, "{:.2%}".format),
-    ("params\nin all", lambda run: run.parameters, many),
-    ("active\na {unit}", lambda run: run.active_parameters, many),
-    ("trained", lambda run: run.trainable_parameters, many),
-    ("FLOPs\na {unit}", lambda run: run.flops_per_token, flops),
-    ("FLOPs to\ntrain", lambda run: run.training_flops, flops),
-    ("{unit}s", lambda run: run.tokens, many),
+    ("params\nin all", lambda run: run.parameters, format_count),
+    ("active\na {unit}", lambda run: run.active_parameters, format_count),
+    ("trained", lambda run: run.trainable_parameters, format_count),
+    ("FLOPs\na {unit}", lambda run: run.flops_per_token, format_flops),
+    ("FLOPs to\ntrain", lambda run: run.training_flops, format_flops),
+    ("{unit}s", lambda run: run.tokens, format_count),
     (
         "seconds",
         lambda run: run.seconds,
         lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.1f}",
     ),
-    ("{unit}s\na second", lambda run: run.tokens_per_second, many),
+    ("{unit}s\na second", lambda run: run.tokens_per_second, format_count),
     ("dropped", lambda run: run.drop_rate, "{:.1%}".format),
     ("load\nmax/mean", lambda run: run.load_max_over_mean, "{:.2f}".format),
 )
@@ -35,8 +35,11 @@ COLUMNS: tuple[Column, ...] = (
 
 def comparison_lines(runs: Sequence[Run], width: int) -> list[str]:
     """The table, at most `width` wide, and the remarks under it. A run that has not finished has a star."""
-    figures = [figures_of(run) for run in runs]
-    head, columns = ["run"], [[one_line(run.name) + " *" * (not finished(run)) for run in runs]]
+    figures = [summarize(run) for run in runs]
+    head, columns = (
+        ["run"],
+        [[single_line(run.name) + " *" * (not is_finished(run)) for run in runs]],
+    )
     units = {item.unit for item in figures}
     unit = (
         units.pop() if len(units) == 1 else "target"
@@ -51,11 +54,13 @@ def comparison_lines(runs: Sequence[Run], width: int) -> list[str]:
     head.append("ranks\n/ EP")
     columns.append(
         [
-            f"{plain(item.world)}/{plain(item.ep)}" if item.world is not None else ABSENT
+            f"{format_number(item.world)}/{format_number(item.ep)}"
+            if item.world is not None
+            else ABSENT
             for item in figures
         ]
     )
-    lines = table_lines(head, list(zip(*columns, strict=True)), width)
+    lines = text_table(head, list(zip(*columns, strict=True)), width)
     said = [
         line
         for remark in _remarks(runs, figures)
@@ -66,13 +71,13 @@ def comparison_lines(runs: Sequence[Run], width: int) -> list[str]:
 
 def comparison_json(runs: Sequence[Run]) -> dict[str, Any]:
     """The same with every digit; null where nothing was recorded."""
-    figures = [figures_of(run) for run in runs]
+    figures = [summarize(run) for run in runs]
     rows = [
         {
             "name": run.name,
             "path": str(run.path),
-            "finished": finished(run),
-            "state": ending(run),
+            "finished": is_finished(run),
+            "state": describe_end(run),
             **asdict(item),
         }
         for run, item in zip(runs, figures, strict=True)
@@ -80,12 +85,12 @@ def comparison_json(runs: Sequence[Run]) -> dict[str, Any]:
     return {"runs": rows, "remarks": list(_remarks(runs, figures))}
 
 
-def _remarks(runs: Sequence[Run], figures: Sequence[Figures]) -> Iterator[str]:
+def _remarks(runs: Sequence[Run], figures: Sequence[RunSummary]) -> Iterator[str]:
     """A sentence for each thing that a reader has to know before comparing two rows."""
     for run in runs:
-        if not finished(run):
+        if not is_finished(run):
             yield unfinished(run)
-    names = [one_line(run.name) for run in runs]
+    names = [single_line(run.name) for run in runs]
     by_measure = _groups(names, [_measure(item) for item in figures])
     if len(by_measure) > 1:
         yield f"Not one task, so not one measure: {_listed(by_measure)}."
@@ -108,10 +113,10 @@ def _remarks(runs: Sequence[Run], figures: Sequence[Figures]) -> Iterator[str]:
 
 
 def unfinished(run: Run) -> str:
-    return f"* {one_line(run.name)}: {ending(run)}."
+    return f"* {single_line(run.name)}: {describe_end(run)}."
 
 
-def _measure(figures: Figures) -> str | None:
+def _measure(figures: RunSummary) -> str | None:
     return (
         "bits/byte"
         if figures.bits_per_byte is not None

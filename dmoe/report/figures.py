@@ -30,7 +30,7 @@ MEASURES = ("bits_per_byte", "accuracy")
 
 
 @dataclass(frozen=True)
-class Figures:
+class RunSummary:
     """None: not recorded, or the run has no such thing."""
 
     step: int
@@ -71,14 +71,14 @@ class Figures:
         )
 
 
-def figures_of(record: Record) -> Figures:
+def summarize(record: Record) -> RunSummary:
     start, held_out = record.start, record.evals[-1] if record.evals else {}
     routed = record.train[-1] if record.train and layers_of(record.train[-1]) else {}
-    forward, tokens = number(start, "flops_per_token"), last(record.train, "tokens")
+    forward, tokens = number(start, "flops_per_token"), last_number(record.train, "tokens")
     speeds = [
         value for line in record.train if (value := number(line, "tokens_per_second")) is not None
     ]
-    return Figures(
+    return RunSummary(
         step=record.metrics.lines[-1]["step"] if record.metrics.lines else 0,
         bits_per_byte=number(held_out, "bits_per_byte"),
         accuracy=number(held_out, "accuracy"),
@@ -103,12 +103,12 @@ def figures_of(record: Record) -> Figures:
     )
 
 
-def measure_of(line: Line) -> str:
+def metric_name(line: Line) -> str:
     """Which measure an evaluation, or one domain of it, is read by: `bits_per_byte`, `accuracy`, or `loss` where it has neither."""
     return next((name for name in MEASURES if name in line), "loss")
 
 
-def ending(record: Record) -> str:
+def describe_end(record: Record) -> str:
     """How the run ended, in words."""
     step = record.metrics.lines[-1]["step"] if record.metrics.lines else 0
     if record.end is None:
@@ -122,12 +122,12 @@ def ending(record: Record) -> str:
     )
 
 
-def finished(record: Record) -> bool:
+def is_finished(record: Record) -> bool:
     """Whether the run has done all that it was to do."""
     return record.end is not None and not record.end.get("failed") and not record.end.get("stopped")
 
 
-def last(lines: Sequence[Line], *path: str) -> float | None:
+def last_number(lines: Sequence[Line], *path: str) -> float | None:
     """The last number at `path` there is."""
     return next(
         (value for line in reversed(lines) if (value := number(line, *path)) is not None), None
@@ -151,7 +151,7 @@ def _seconds(record: Record) -> float | None:
     """Of all processes that the run has had, one after the other; None where none has measured anything."""
     written = [
         (time, line["event"])
-        for line in (*record.metrics.lines, *record.metrics.undone)
+        for line in (*record.metrics.lines, *record.metrics.void)
         if (time := number(line, "time")) is not None
     ]
     began: float | None = None
@@ -183,7 +183,7 @@ def curve(
     values = [read(line) for line in lines]
     if all(value is None for value in values):
         return None
-    steps, kept = extremes([line["step"] for line in lines], values, most)
+    steps, kept = keep_extremes([line["step"] for line in lines], values, most)
     return {
         "name": name,
         "colour": colour,
@@ -263,7 +263,7 @@ def _name(run: str, part: str) -> str:
     return ", ".join(word for word in (run, part) if word)
 
 
-def extremes(
+def keep_extremes(
     steps: Sequence[int], values: Sequence[float | None], most: int
 ) -> tuple[list[int], list[float | None]]:
     """At most `most` of the points: of each stretch its lowest and its highest. A gap (None) stays where a whole stretch is one."""
@@ -286,7 +286,7 @@ def extremes(
     return [steps[index] for index in order], [values[index] for index in order]
 
 
-def worst_of_each_stretch(badness: Sequence[float], most: int) -> list[int]:
+def most_imbalanced_steps(badness: Sequence[float], most: int) -> list[int]:
     """Indices of at most `most` items: the worst of each stretch, and the last one, ascending."""
     count = len(badness)
     if count <= most:

@@ -9,7 +9,7 @@ from typing import Any
 
 from dmoe.config.expert_shapes import all_choices, zero_cost
 from dmoe.config.schema import Config, MoEConfig
-from dmoe.report.format import count
+from dmoe.report.format import plural
 
 UNSCORED = ("fixed", "hash")
 CHOICE = {
@@ -49,13 +49,13 @@ def meaning(config: Config, start: dict[str, Any]) -> list[str]:
 
 def _model(config: Config) -> str:
     model, moe = config.model, config.moe
-    blocks = f"{count(model.layers, 'block')} of width {model.dim:,}"
+    blocks = f"{plural(model.layers, 'block')} of width {model.dim:,}"
     if not model.moe_every:
         return f"Model: {blocks}, all dense."
     where = "every block" if model.moe_every == 1 else f"every {model.moe_every}th block"
     first = f" after the first {model.dense_first}" if model.dense_first else ""
     shared = (
-        f", and {count(moe.experts.shared, 'shared expert')} that every token passes"
+        f", and {plural(moe.experts.shared, 'shared expert')} that every token passes"
         if moe.experts.shared
         else ""
     )
@@ -74,7 +74,7 @@ def _classifier(config: Config) -> str:
         else "one stream"
     )
     head = "a layer of experts" if model.head == "experts" else "linear"
-    blocks = f"{count(model.layers, 'residual feed-forward')} of width {model.dim:,}"
+    blocks = f"{plural(model.layers, 'residual feed-forward')} of width {model.dim:,}"
     return f"Model: a classifier of {read}; {blocks}; the head is {head}; {moe.num_experts:,} experts in a mixture layer."
 
 
@@ -158,8 +158,8 @@ def _batch(config: Config) -> str:
     train, length = config.train, config.data.seq_len
     tokens = train.global_batch * length
     return (
-        f"Batch: {count(train.global_batch, 'sequence')} of {length:,} tokens = {tokens:,} tokens a step, for "
-        f"{count(train.steps, 'step')} ({train.steps * tokens:,} tokens); data: {config.data.source}, "
+        f"Batch: {plural(train.global_batch, 'sequence')} of {length:,} tokens = {tokens:,} tokens a step, for "
+        f"{plural(train.steps, 'step')} ({train.steps * tokens:,} tokens); data: {config.data.source}, "
         f"tokenizer: {config.data.tokenizer}."
     )
 
@@ -167,7 +167,7 @@ def _batch(config: Config) -> str:
 def _samples(config: Config) -> str:
     train = config.train
     return (
-        f"Batch: {count(train.global_batch, 'sample')} a step, for {count(train.steps, 'step')} "
+        f"Batch: {plural(train.global_batch, 'sample')} a step, for {plural(train.steps, 'step')} "
         f"({train.steps * train.global_batch:,} samples); data: {config.data.source}."
     )
 
@@ -176,6 +176,6 @@ def _optimization(config: Config) -> str:
     optim = config.optim
     clip = f"gradients clipped to norm {optim.clip:g}" if optim.clip is not None else "no clipping"
     return (
-        f"Optimisation: AdamW, peak learning rate {optim.lr:g}, {optim.schedule} after {count(optim.warmup, 'step')} of warm-up, "
+        f"Optimisation: AdamW, peak learning rate {optim.lr:g}, {optim.schedule} after {plural(optim.warmup, 'step')} of warm-up, "
         f"weight decay {optim.weight_decay:g}, {clip}."
     )

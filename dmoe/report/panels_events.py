@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dmoe.report.format import clock, duration, plain
+from dmoe.report.format import format_duration, format_number, format_utc
 from dmoe.report.page import Panel, Quote, Table
 from dmoe.report.run import Run
 from dmoe.runs.metrics_log import Line, finite
@@ -42,9 +42,9 @@ def details(line: Line) -> str:
             continue
         number = finite(value)
         said = (
-            duration(number)
+            format_duration(number)
             if name == "seconds"
-            else plain(number)
+            else format_number(number)
             if number is not None
             else str(value)
         )
@@ -68,7 +68,7 @@ def events(runs: Sequence[Run]) -> Panel:
     tables, words = [], []
     for run in runs:
         happened = [(line, False) for line in run.metrics.lines if line["event"] not in MEASURES]
-        happened += [(line, True) for line in run.metrics.undone if line["event"] not in MEASURES]
+        happened += [(line, True) for line in run.metrics.void if line["event"] not in MEASURES]
         happened.sort(key=lambda pair: finite(pair[0].get("time")) or 0.0)
         if len(happened) > ROWS:
             rare = [pair for pair in happened if kind(pair[0]) != "checkpoint"][-ROWS:]
@@ -97,7 +97,7 @@ def _row(line: Line, undone: bool) -> list[str]:
         kind(line),
         f"{line['step']:,}",
         "; ".join(part for part in (said, note) if part),
-        clock(finite(line.get("time"))),
+        format_utc(finite(line.get("time"))),
     ]
 
 
@@ -107,7 +107,7 @@ def _damage(run: Run) -> list[str]:
         words.append(
             f"{run.name}: {run.metrics.unreadable} line(s) of metrics.jsonl could not be read and are left out."
         )
-    measured = sum(line["event"] in MEASURES for line in run.metrics.undone)
+    measured = sum(line["event"] in MEASURES for line in run.metrics.void)
     if measured:
         words.append(
             f"{run.name}: {measured} measurement(s) of steps that a restart repeated are left out of the curves."

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from statistics import fmean, pstdev
 from typing import Any
 
-from dmoe.report.figures import worst_of_each_stretch
-from dmoe.report.format import plain
+from dmoe.report.figures import most_imbalanced_steps
+from dmoe.report.format import format_number
 from dmoe.report.page import Chart, Choice, Panel, Table, short
 from dmoe.report.run import Run, layers_of
 from dmoe.runs.metrics_log import numbers
@@ -108,7 +108,7 @@ def _columns(history: Sequence[Layers]) -> int:
 
 def load_view(pairs: Sequence[tuple[int, list[float]]], columns: int) -> dict[str, Any]:
     """The matrix of one layer, expert by step, in choices as they were counted."""
-    kept = worst_of_each_stretch([max_over_mean(load) for _, load in pairs], columns)
+    kept = most_imbalanced_steps([max_over_mean(load) for _, load in pairs], columns)
     chosen = [pairs[index] for index in kept]
     experts = range(len(chosen[-1][1]))
     return {
@@ -144,8 +144,8 @@ def _hottest(runs: Sequence[Run], history: Sequence[Layers]) -> Table:
             cells = [
                 f"{run.name}, layer {layer}" if len(runs) > 1 else f"layer {layer}",
                 f"{step:,}",
-                plain(max_over_mean(load), 3),
-                plain(pstdev(load) / mean, 3),
+                format_number(max_over_mean(load), 3),
+                format_number(pstdev(load) / mean, 3),
                 str(sum(value == 0 for value in load)),
                 ", ".join(f"{expert} ({load[expert] / mean:.2f})" for expert in order[:3]),
                 ", ".join(

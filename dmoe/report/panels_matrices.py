@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dmoe.report.figures import overlay
-from dmoe.report.format import size_of
+from dmoe.report.format import format_bytes
 from dmoe.report.page import Chart, Choice, Panel, short
 from dmoe.report.panels_layers import key, mean_of
 from dmoe.report.run import Run, layers_of
@@ -125,7 +125,9 @@ def _bytes(run: Run) -> str:
         run.config.model.dim,
         str(run.start.get("precision", run.config.train.precision)),
     )
-    size = f" in {precision}, {size_of(width * WIDTHS[precision])}" if precision in WIDTHS else ""
+    size = (
+        f" in {precision}, {format_bytes(width * WIDTHS[precision])}" if precision in WIDTHS else ""
+    )
     return f"{width} numbers{size}, and travels out and back."
 
 

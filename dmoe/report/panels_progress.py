@@ -10,8 +10,23 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from dmoe.report.figures import Reader, by_run, ending, figures_of, last, measure_of, overlay
-from dmoe.report.format import count, duration, many, percent, plain, size_of
+from dmoe.report.figures import (
+    Reader,
+    by_run,
+    describe_end,
+    last_number,
+    metric_name,
+    overlay,
+    summarize,
+)
+from dmoe.report.format import (
+    format_bytes,
+    format_count,
+    format_duration,
+    format_number,
+    format_percent,
+    plural,
+)
 from dmoe.report.meaning import meaning
 from dmoe.report.page import Chart, Panel, Table
 from dmoe.report.results import domain_rows
@@ -189,7 +204,7 @@ def time(runs: Sequence[Run]) -> Panel:
 
 def summary(runs: Sequence[Run]) -> Panel:
     rows = [[label, *(spell(run) for run in runs)] for label, spell in NUMBERS.items()]
-    recorded = [row for row in rows if any(cell != plain(None) for cell in row[1:])]
+    recorded = [row for row in rows if any(cell != format_number(None) for cell in row[1:])]
     tables = [Table("Key numbers", ["", *(run.name for run in runs)], recorded)]
     different = differences(runs)
     if different:
@@ -235,17 +250,19 @@ def _leaves(section: dict[str, Any], prefix: str) -> list[tuple[str, str]]:
 
 
 def _state(run: Run) -> str:
-    return ending(run) + ("; see Events" if run.end is not None and run.end.get("failed") else "")
+    return describe_end(run) + (
+        "; see Events" if run.end is not None and run.end.get("failed") else ""
+    )
 
 
 def _held_out(run: Run) -> str:
     """The last measure of held-out data, and the best one where that was earlier."""
-    name = measure_of(run.evals[-1]) if run.evals else "loss"
+    name = metric_name(run.evals[-1]) if run.evals else "loss"
     found = [
         (value, line["step"]) for line in run.evals if (value := number(line, name)) is not None
     ]
     if not found:
-        return plain(None)
+        return format_number(None)
     say = MEASURES[name]
     best, step = max(found) if name == "accuracy" else min(found)
     return say(found[-1][0]) + (
@@ -254,21 +271,21 @@ def _held_out(run: Run) -> str:
 
 
 def _speed(run: Run) -> str:
-    speed = figures_of(run).tokens_per_second
-    return plain(None) if speed is None else f"{many(speed)} (median)"
+    speed = summarize(run).tokens_per_second
+    return format_number(None) if speed is None else f"{format_count(speed)} (median)"
 
 
 def _wall(run: Run) -> str:
     times = [value for line in run.metrics.lines if (value := number(line, "time")) is not None]
-    return duration(max(times) - min(times)) if len(times) > 1 else plain(None)
+    return format_duration(max(times) - min(times)) if len(times) > 1 else format_number(None)
 
 
 def _ranks(run: Run) -> str:
     world, ep = number(run.start, "world"), number(run.start, "ep")
     return (
-        plain(None)
+        format_number(None)
         if world is None
-        else f"{count(int(world), 'rank')}, expert-parallel degree {plain(ep)}"
+        else f"{plural(int(world), 'rank')}, expert-parallel degree {format_number(ep)}"
     )
 
 
@@ -276,35 +293,37 @@ def _happened(*events: str) -> Callable[[Run], str]:
     """How often; lines that a restart undid count, since it did happen."""
 
     def spell(run: Run) -> str:
-        return f"{sum(line['event'] in events for line in (*run.metrics.lines, *run.metrics.undone)):,}"
+        return (
+            f"{sum(line['event'] in events for line in (*run.metrics.lines, *run.metrics.void)):,}"
+        )
 
     return spell
 
 
 MEASURES: dict[str, Callable[[float], str]] = {
     "bits_per_byte": lambda bits: f"{bits:.4g} bits a byte",
-    "accuracy": lambda share: f"{percent(share)} right",
+    "accuracy": lambda share: f"{format_percent(share)} right",
     "loss": lambda nats: f"loss {nats:.4g}",
 }
 NUMBERS: dict[str, Callable[[Run], str]] = {
     "State": _state,
     "Held out": _held_out,
-    "Training loss": lambda run: plain(last(run.train, "loss")),
-    "Tokens seen": lambda run: many(last(run.train, "tokens")),
+    "Training loss": lambda run: format_number(last_number(run.train, "loss")),
+    "Tokens seen": lambda run: format_count(last_number(run.train, "tokens")),
     "Tokens a second": _speed,
     "Time from first to last line": _wall,
-    "Parameters": lambda run: many(number(run.start, "parameters")),
-    "Active parameters a token": lambda run: many(number(run.start, "active_parameters")),
-    "Trainable parameters": lambda run: many(number(run.start, "trainable_parameters")),
-    "Forward FLOPs a token": lambda run: many(number(run.start, "flops_per_token")),
+    "Parameters": lambda run: format_count(number(run.start, "parameters")),
+    "Active parameters a token": lambda run: format_count(number(run.start, "active_parameters")),
+    "Trainable parameters": lambda run: format_count(number(run.start, "trainable_parameters")),
+    "Forward FLOPs a token": lambda run: format_count(number(run.start, "flops_per_token")),
     "Ranks": _ranks,
-    "Precision": lambda run: str(run.start.get("precision", plain(None))),
-    "Dropped choices, last step": lambda run: percent(last(run.train, "drop_rate")),
-    "Largest load over mean, last step": lambda run: plain(
-        last(run.train, "load_max_over_mean"), 3
+    "Precision": lambda run: str(run.start.get("precision", format_number(None))),
+    "Dropped choices, last step": lambda run: format_percent(last_number(run.train, "drop_rate")),
+    "Largest load over mean, last step": lambda run: format_number(
+        last_number(run.train, "load_max_over_mean"), 3
     ),
-    "Model FLOP utilisation, last step": lambda run: percent(last(run.train, "mfu")),
-    "Memory, last step": lambda run: size_of(last(run.train, "memory")),
+    "Model FLOP utilisation, last step": lambda run: format_percent(last_number(run.train, "mfu")),
+    "Memory, last step": lambda run: format_bytes(last_number(run.train, "memory")),
     "Restarts": _happened("restart", "rollback"),
     "Alerts": _happened("alert"),
     "Saves": _happened("checkpoint"),

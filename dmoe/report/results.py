@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dmoe.report.figures import Figures, figures_of, latest_by_layer, measure_of
-from dmoe.report.format import flops, one_line, plain, table_lines
+from dmoe.report.figures import RunSummary, latest_by_layer, metric_name, summarize
+from dmoe.report.format import format_flops, format_number, single_line, text_table
 from dmoe.report.run import Record
 from dmoe.runs.metrics_log import Line, Metrics, finite, matrix, number, numbers
 
@@ -28,7 +28,7 @@ UNCHANGED = "="
 def result_lines(metrics: Metrics) -> list[str]:
     """What `dmoe train` prints at the end of a run; nothing of how it ended, so that it is the same before and after the `end` line."""
     record = Record(metrics)
-    figures = figures_of(record)
+    figures = summarize(record)
     parts = [
         _own_row(figures),
         _domains(record),
@@ -42,13 +42,13 @@ def result_lines(metrics: Metrics) -> list[str]:
     return lines
 
 
-def _own_row(figures: Figures) -> list[str]:
+def _own_row(figures: RunSummary) -> list[str]:
     """The run's row of a comparison, one figure a line."""
     unit = figures.unit
     ranks = (
         None
         if figures.world is None
-        else f"{plain(figures.world)}, {plain(figures.ep)} to a copy of the experts"
+        else f"{format_number(figures.world)}, {format_number(figures.ep)} to a copy of the experts"
     )
     trained = figures.trainable_parameters if figures.partly_trained else None
     cells = {
@@ -60,10 +60,10 @@ def _own_row(figures: Figures) -> list[str]:
         "trainable parameters": _spelled(trained, "{:,.0f}"),
         f"forward FLOPs a {unit}": None
         if figures.flops_per_token is None
-        else flops(figures.flops_per_token),
+        else format_flops(figures.flops_per_token),
         "training FLOPs in all": None
         if figures.training_flops is None
-        else flops(figures.training_flops) + (" at most" if trained is not None else ""),
+        else format_flops(figures.training_flops) + (" at most" if trained is not None else ""),
         f"{unit}s trained on": _spelled(figures.tokens, "{:,.0f}"),
         "seconds": _spelled(figures.seconds, "{:,.1f}"),
         f"{unit}s a second": _spelled(figures.tokens_per_second, "{:,.0f}"),
@@ -87,7 +87,7 @@ def _domains(record: Record) -> list[str]:
     more = f"  and {len(rows) - MOST_DOMAINS} domains more: dmoe report has them all"
     return [
         "held out, by domain",
-        *table_lines(head, rows[:MOST_DOMAINS], WIDTH, 2),
+        *text_table(head, rows[:MOST_DOMAINS], WIDTH, 2),
         *([more] if len(rows) > MOST_DOMAINS else []),
     ]
 
@@ -103,7 +103,7 @@ def domain_rows(evals: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
         return [], []
     first, now = told[0], told[-1]
     found: dict[str, Any] = now["by_domain"]
-    measure = measure_of(next(iter(found.values())) if all(map(_mapping, found.values())) else {})
+    measure = metric_name(next(iter(found.values())) if all(map(_mapping, found.values())) else {})
     title, form = FORMS[measure]
     head, compared = ["domain", f"{title}\nat step {now['step']:,}"], first["step"] != now["step"]
     if compared:
@@ -124,7 +124,7 @@ def domain_rows(evals: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
             if compared
             else []
         )
-        rows.append([one_line(domain), *cells])
+        rows.append([single_line(domain), *cells])
     return head, rows
 
 
@@ -147,17 +147,17 @@ def _compositions(record: Record) -> list[str]:
     if not sets:
         return []
     first = _mapping(sets[0].get("by_domain"))
-    measure = measure_of(_mapping(next(iter(first.values()), {})))
+    measure = metric_name(_mapping(next(iter(first.values()), {})))
     title, form = FORMS[measure]
     head = ["domain", *("+".join(map(str, entry.get("modules", []))) or "none" for entry in sets)]
     rows = [
         [
-            one_line(domain),
+            single_line(domain),
             *(_spelled(number(entry, "by_domain", domain, measure), form) or "-" for entry in sets),
         ]
         for domain in first
     ]
-    return [f"{title} by domain, with these modules", *table_lines(head, rows, WIDTH, 2)]
+    return [f"{title} by domain, with these modules", *text_table(head, rows, WIDTH, 2)]
 
 
 def _missing(record: Record) -> list[str]:
@@ -170,10 +170,10 @@ def _missing(record: Record) -> list[str]:
     for stream in now["missing"]:
         value = number(now, "missing", stream)
         change = "" if value is None or whole is None else f"{value - whole:+.2%}"
-        rows.append([one_line(stream), _spelled(value, "{:.2%}") or "-", change])
+        rows.append([single_line(stream), _spelled(value, "{:.2%}") or "-", change])
     return [
         "held out, with a stream missing",
-        *table_lines(["missing", "accuracy", "change"], rows, WIDTH, 2),
+        *text_table(["missing", "accuracy", "change"], rows, WIDTH, 2),
     ]
 
 
@@ -213,7 +213,7 @@ def _use(record: Record, width: int) -> list[str]:
     )
     return [
         title,
-        *table_lines(["layer", "dropped", *(["cost"] if cost else []), *head], rows, width, 2),
+        *text_table(["layer", "dropped", *(["cost"] if cost else []), *head], rows, width, 2),
     ]
 
 
@@ -248,7 +248,7 @@ def _adaptive(record: Record, width: int) -> list[str]:
     told = [f"layer {layer} {value:+.3f}" for layer, value in found if finite(value) is not None]
     return [
         "experts a token used, and how hard it was (held out)",
-        *table_lines(head, rows, width, 2),
+        *text_table(head, rows, width, 2),
         *([f"  correlation of the two: {', '.join(told)}"] if told else []),
     ]
 

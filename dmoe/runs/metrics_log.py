@@ -1,13 +1,12 @@
-"""`metrics.jsonl`: what a run measured, one JSON object a line. The truth that the trackers only repeat.
+"""Writer and readers of `metrics.jsonl`: one JSON object per line, the source of truth for trackers.
 
-A run that is resumed after step s does the steps beyond s again: a line with `resumed_from: s` (the `restart` line) says that earlier
-lines beyond s are void. One that starts from nothing (step 0) voids step 0 too: its weights need not be those of an earlier start. The
-file itself is only appended to, so what happened stays readable; `read_metrics` leaves the void out.
+The file is append-only. A run resumed after step s repeats the later steps: a line with
+`resumed_from: s` (event `restart`, `rollback` or `start`) makes earlier measurements beyond s void.
+A process that starts without a checkpoint voids step 0 too, because its initial weights may
+differ. Alerts stay: they say why a run crashed. `last_valid_step` is the only place of this rule.
 
-`metrics.jsonl` read tolerantly: a report is wanted most for runs that were killed, restarted, or trained by an older version.
-
-A restart goes back to a checkpoint, so steps after it may stand in the file twice. What the earlier process wrote about them is not
-part of the run any more and must not be drawn. What was said about them stays: the alerts before a crash are what one looks for.
+Three readers share one parser (`parse_line`): `read_metrics` (strict), `read_metrics_tolerant`
+(for reports of killed, resumed or damaged runs) and `MetricsFollower` (a file that grows).
 """
 
 from __future__ import annotations
@@ -16,69 +15,217 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
 from dmoe.config.errors import ConfigError
 from dmoe.config.secrets import redact_json
-from dataclasses import dataclass
 
-
-MEASURED = ("train", "eval", "checkpoint", "end")
-"""Events that a resumed run repeats. What was said (`alert`), and each `start` and `restart`, stays."""
-BEGINNINGS = ("start", "restart")
-BLOCK = 1 << 16
+Line = dict[str, Any]
+REPEATED_EVENTS = ("train", "eval", "checkpoint", "end")
+"""Events that a resumed run writes again; the others (`alert`, `start`, `restart`) stay in force."""
+START_EVENTS = ("start", "restart")
+BLOCK_BYTES = 1 << 16
+"""Block size of reads from the end of a file."""
 
 
 class MetricsFile:
-    """Appended and flushed at once, so that it can be followed and survives a crash. Holds no secret."""
+    """Append-only writer. Each line is flushed, so that it survives a crash and can be followed.
+
+    Secrets are redacted. Opening the file removes an incomplete last line.
+    """
 
     def __init__(self, path: Path) -> None:
-        _cut_torn_line(path)
+        _truncate_incomplete_line(path)
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, event: str, step: int, values: dict[str, Any]) -> None:
-        """One line. NaN and infinity become null. Raises OSError, e.g. on a full disk."""
+    def write(self, event: str, step: int, values: Line) -> None:
+        """Write one line. NaN and infinity become null. Raises OSError, e.g. on a full disk."""
         line = {"event": event, "step": step, "time": round(time.time(), 3)}
-        assert not line.keys() & values.keys(), f"values must not overwrite {sorted(line.keys() & values.keys())}"
+        overwritten = sorted(line.keys() & values.keys())
+        assert not overwritten, f"values must not overwrite {overwritten}"
         line |= values
-        self._file.write(json.dumps(redact_json(_plain(line)), allow_nan=False) + "\n")
+        self._file.write(json.dumps(redact_json(_without_nan(line)), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
 
 
-def read_metrics(path: Path, *, void: bool = False) -> list[dict[str, Any]]:
-    """The lines in force: each step once, however often the run was killed and resumed, in the order they were written.
+@dataclass(frozen=True)
+class Metrics:
+    """Content of a metrics file, split by the resume rule."""
 
-    A last line without its end is not there yet. `void`: with all that was written and is not in force any more. Raises ConfigError
-    for any other line that is no JSON object.
+    lines: list[Line]
+    """Lines in force, in the order they were written."""
+    void: list[Line]
+    """Measurements that a later resume or rollback made void."""
+    unreadable: int
+    """Number of lines that are not valid: an incomplete last line, or damage."""
+
+    def of(self, event: str) -> list[Line]:
+        """Return the lines in force with this event."""
+        return [line for line in self.lines if line["event"] == event]
+
+
+def read_metrics(path: Path, *, include_void: bool = False) -> list[Line]:
+    """Read the lines in force: each step once, however often the run was killed and resumed.
+
+    An incomplete last line is ignored. `include_void` also returns the void lines. Raises
+    ConfigError for any other line that is not valid.
     """
-    lines: list[dict[str, Any]] = []
-    for line in _lines(path):
-        if "resumed_from" in line and not void:
-            afresh = line["event"] in BEGINNINGS and line["resumed_from"] == 0
-            kept = -1 if afresh else line["resumed_from"]
-            lines = [old for old in lines if old["event"] not in MEASURED or old["step"] <= kept]
+    lines: list[Line] = []
+    *complete, _incomplete = path.read_bytes().split(b"\n")
+    for number, text in enumerate(complete, 1):
+        line = parse_line(text)
+        if line is None:
+            raise ConfigError(
+                "metrics",
+                path,
+                f"line {number} is not a JSON object with event and step",
+                "remove that line",
+            )
         lines.append(line)
-    return lines
+    return lines if include_void else _split_void(lines)[0]
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    *whole, _torn = path.read_bytes().split(b"\n")
-    for number, text in enumerate(whole, 1):
+def read_metrics_tolerant(path: Path) -> Metrics:
+    """Read all valid lines; no lines for a missing file. Costs one pass and memory for all lines."""
+    texts = path.read_bytes().split(b"\n") if path.is_file() else []
+    parsed = [parse_line(text) for text in texts if text.strip()]
+    lines, void = _split_void(line for line in parsed if line is not None)
+    return Metrics(lines, void, unreadable=parsed.count(None))
+
+
+def last_logged_step(path: Path) -> int:
+    """Return the step of the last valid line, 0 if there is none. Reads the end of the file only."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - BLOCK_BYTES))
+            texts = file.read(BLOCK_BYTES).split(b"\n")
+    except OSError:
+        return 0
+    # The first text may begin in the middle of a line, the last one may be incomplete.
+    lines = (parse_line(text) for text in reversed(texts))
+    return next((line["step"] for line in lines if line is not None), 0)
+
+
+class MetricsFollower:
+    """Incremental reader of a metrics file that another process appends to.
+
+    Returns only complete lines: the writer may be in the middle of the last one, or was killed
+    there, and then the next writer removes it. So no line ever has to be taken back, unless the
+    file is replaced, or is shorter than what was read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.unreadable = 0
+        """Number of lines that were not valid."""
+        self._offset = 0
+        self._file_id = (0, 0)
+
+    def poll(self) -> tuple[list[Line], bool]:
+        """Return the lines since the last call, and True if the file was replaced and read again.
+
+        Returns no lines as long as there is no file.
+        """
         try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        if not isinstance(line, dict) or not {"event", "step"} <= line.keys():
-            raise ConfigError("metrics", path, f"line {number} is not a JSON object with event and step", "remove that line")
-        yield line
+            with self.path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                file_id = (status.st_dev, status.st_ino)
+                replaced = self._offset > 0 and (
+                    file_id != self._file_id or status.st_size < self._offset
+                )
+                self._offset, self._file_id = 0 if replaced else self._offset, file_id
+                file.seek(self._offset)
+                text = file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            return [], False
+        complete = text[: text.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        lines = [parse_line(line) for line in complete.splitlines()]
+        self.unreadable += lines.count(None)
+        return [line for line in lines if line is not None], replaced
 
 
-def _cut_torn_line(path: Path) -> None:
-    """Remove what a writer that was killed left of its last line: it belongs to a step that no checkpoint holds.
+def parse_line(text: bytes) -> Line | None:
+    """Parse one line. None unless it is a JSON object with a text `event` and an integer `step`."""
+    try:
+        line = json.loads(text.decode("utf-8", errors="replace"))
+    # A long run of brackets exceeds the recursion limit.
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or not isinstance(line.get("event"), str):
+        return None
+    return line if type(line.get("step")) is int else None
+
+
+def last_valid_step(event: str, step: int, values: Line) -> int | None:
+    """Return the last step that stays in force after this line; None if it makes nothing void.
+
+    -1 for a process that starts without a checkpoint: step 0 was measured with other weights.
+    Versions before `resumed_from` gave the step in the `restart` line itself.
+    """
+    resumed_from = values.get("resumed_from", step if event == "restart" else None)
+    if not isinstance(resumed_from, int):
+        return None
+    return -1 if resumed_from == 0 and event in START_EVENTS else resumed_from
+
+
+def finite(value: Any) -> float | None:
+    """Return `value` if it is a finite number; None for null, NaN, infinity, text and the rest."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value
+
+
+def number(line: Line, *path: str) -> float | None:
+    """Return the finite number at the nested keys `path`; None if there is none."""
+    value: Any = line
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return finite(value)
+
+
+def numbers(value: Any) -> list[float]:
+    """Return `value` if it is a list of finite numbers, else an empty list."""
+    if not isinstance(value, list):
+        return []
+    found = [finite(item) for item in value]
+    return [item for item in found if item is not None] if None not in found else []
+
+
+def matrix(value: Any) -> list[list[float]]:
+    """Return `value` if it is a list of equally long, non-empty lists of numbers, else []."""
+    if not isinstance(value, list) or not value:
+        return []
+    rows = [numbers(row) for row in value]
+    return rows if rows[0] and len({len(row) for row in rows}) == 1 else []
+
+
+def _split_void(lines: Iterable[Line]) -> tuple[list[Line], list[Line]]:
+    """Apply the resume rule: lines in force, and lines that a later one made void."""
+    valid: list[Line] = []
+    void: list[Line] = []
+    for line in lines:
+        last = last_valid_step(line["event"], line["step"], line)
+        if last is not None:
+            void += [old for old in valid if _is_void(old, last)]
+            valid = [old for old in valid if not _is_void(old, last)]
+        valid.append(line)
+    return valid, void
+
+
+def _is_void(line: Line, last: int) -> bool:
+    return line["event"] in REPEATED_EVENTS and line["step"] > last
+
+
+def _truncate_incomplete_line(path: Path) -> None:
+    """Remove an incomplete last line: it belongs to a step that no checkpoint holds.
 
     Searched from the end in blocks: the file of a long run is not read whole.
     """
@@ -87,7 +234,7 @@ def _cut_torn_line(path: Path) -> None:
     with path.open("r+b") as file:
         end = position = file.seek(0, os.SEEK_END)
         while position:
-            begin = max(0, position - BLOCK)
+            begin = max(0, position - BLOCK_BYTES)
             file.seek(begin)
             newline = file.read(position - begin).rfind(b"\n")
             if newline >= 0:
@@ -98,110 +245,10 @@ def _cut_torn_line(path: Path) -> None:
             file.truncate(position)
 
 
-def _plain(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: null."""
+def _without_nan(value: Any) -> Any:
+    """Replace NaN and infinity by None: JSON has neither."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-Line = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Metrics:
-    lines: list[Line]
-    """What is in force, in the order it was written."""
-    undone: list[Line]
-    """What was measured or saved, and a later restart or rollback went back behind."""
-    unreadable: int
-    """Lines that are no JSON object with an event and a step: the last one of a killed run, or damage."""
-
-    def of(self, event: str) -> list[Line]:
-        return [line for line in self.lines if line["event"] == event]
-
-
-def read_metrics_tolerant(path: Path) -> Metrics:
-    """The lines of a metrics file; empty where there is none. Costs one pass, and memory for all lines."""
-    lines: list[Line] = []
-    undone: list[Line] = []
-    unreadable = 0
-    for line in _parsed(path):
-        if line is None:
-            unreadable += 1
-            continue
-        back = _goes_back_to(line)
-        if back is not None:
-            undone += [earlier for earlier in lines if _is_behind(earlier, back)]
-            lines = [earlier for earlier in lines if not _is_behind(earlier, back)]
-        lines.append(line)
-    return Metrics(lines, undone, unreadable)
-
-
-def finite(value: Any) -> float | None:
-    """`value` if it is a number one can draw; None for null (JSON has no NaN), NaN, text and the rest."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return value
-
-
-def number(line: Line, *path: str) -> float | None:
-    """The number at `path`; None where there is none."""
-    value: Any = line
-    for key in path:
-        value = value.get(key) if isinstance(value, dict) else None
-    return finite(value)
-
-
-def numbers(value: Any) -> list[float]:
-    """A list of numbers; empty where `value` is not exactly that."""
-    if not isinstance(value, list):
-        return []
-    found = [finite(item) for item in value]
-    return [item for item in found if item is not None] if None not in found else []
-
-
-def matrix(value: Any) -> list[list[float]]:
-    """A list of equally long, non-empty lists of numbers; empty where `value` is not exactly that."""
-    if not isinstance(value, list) or not value:
-        return []
-    rows = [numbers(row) for row in value]
-    return rows if rows[0] and len({len(row) for row in rows}) == 1 else []
-
-
-def _is_behind(line: Line, back: int) -> bool:
-    return line["event"] in MEASURED and line["step"] > back
-
-
-def _goes_back_to(line: Line) -> int | None:
-    """The last step that stays in force. Versions before `resumed_from` gave it as the step of the restart itself.
-
-    -1 for a process that starts from nothing: what was measured at step 0 may have been of other weights.
-    """
-    back = line.get("resumed_from", line["step"] if line["event"] == "restart" else None)
-    if back == 0 and line["event"] in BEGINNINGS:
-        return -1
-    return back if isinstance(back, int) else None
-
-
-def _parsed(path: Path) -> Iterator[Line | None]:
-    """Each line as an object, None for one that is not; blank ones are passed over."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for text in file:
-            if text.strip():
-                yield _parse(text)
-
-
-def _parse(text: str) -> Line | None:
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(line, dict) or not isinstance(line.get("event"), str):
-        return None
-    step = line.get("step")
-    return line if isinstance(step, int) and not isinstance(step, bool) else None

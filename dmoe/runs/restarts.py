@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
 from dmoe.config.errors import NoProgressError
 
-
 NAME = "attempts.json"
-TAIL = 65536  # bytes read from the end of metrics.jsonl: many lines
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,9 @@ class RestartRecord:
     fatal_error: FatalError | None = None
 
 
-def record_attempt(run: Path, job: str | None, restart: int, resumed_step: int, last_step: int, limit: int) -> None:
+def record_attempt(
+    run: Path, job: str | None, restart: int, resumed_step: int, last_step: int, limit: int
+) -> None:
     """Count this start, and refuse it if `limit` earlier ones in a row went on from the same step.
 
     Args:
@@ -53,11 +53,19 @@ def record_attempt(run: Path, job: str | None, restart: int, resumed_step: int, 
     assert limit >= 1, "a job has one attempt at least"
     before = _read(run)
     count = 1
-    if before is not None and _goes_on(before, job, restart) and resumed_step == before.resumed_step:
+    if (
+        before is not None
+        and _goes_on(before, job, restart)
+        and resumed_step == before.resumed_step
+    ):
         count = before.count + 1
     _write(run, RestartRecord(job, restart, resumed_step, count))
     if count > limit:
-        reached = f"the last one reached step {last_step}" if last_step > resumed_step else "the last one logged no step"
+        reached = (
+            f"the last one reached step {last_step}"
+            if last_step > resumed_step
+            else "the last one logged no step"
+        )
         many = f"{limit} attempts in a row" if limit > 1 else "an attempt"
         raise NoProgressError(
             f"{many} ended without a checkpoint after step {resumed_step} ({reached}): the same fault seems to come back at the same "
@@ -81,23 +89,6 @@ def earlier_fatal_error(run: Path, job: str | None, restart: int) -> tuple[int, 
     return before.fatal_error.code, before.fatal_error.text
 
 
-def last_logged_step(metrics: Path) -> int:
-    """The step of the last whole line of `metrics.jsonl`, 0 if there is none. Reads the end of the file only."""
-    try:
-        with metrics.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL))
-            lines = file.read(TAIL).splitlines()
-    except OSError:
-        return 0
-    for line in reversed(lines):
-        with suppress(ValueError, KeyError, TypeError):  # torn by the end of its writer, or by where the reading began
-            step = json.loads(line)["step"]
-            if type(step) is int:
-                return step
-    return 0
-
-
 def _goes_on(before: RestartRecord, job: str | None, restart: int) -> bool:
     """Whether `restart` is a later attempt of the job that wrote `before`."""
     return restart > 0 and before.job == job
@@ -107,7 +98,9 @@ def _read(run: Path) -> RestartRecord | None:
     try:
         found = json.loads((run / NAME).read_bytes())
         fatal = found.pop("fatal_error")
-        attempts = RestartRecord(**found, fatal_error=FatalError(**fatal) if fatal is not None else None)
+        attempts = RestartRecord(
+            **found, fatal_error=FatalError(**fatal) if fatal is not None else None
+        )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     numbers = [attempts.restart, attempts.resumed_step, attempts.count]
@@ -115,7 +108,9 @@ def _read(run: Path) -> RestartRecord | None:
     if attempts.fatal_error is not None:
         numbers.append(attempts.fatal_error.code)
         texts.append(attempts.fatal_error.text)
-    sound = all(type(number) is int for number in numbers) and all(isinstance(text, str) for text in texts)
+    sound = all(type(number) is int for number in numbers) and all(
+        isinstance(text, str) for text in texts
+    )
     return attempts if sound else None
 
 

@@ -16,10 +16,9 @@ from dmoe.distributed import init as worlds
 from dmoe.distributed.init import ProcessInfo
 from dmoe.runs.directory import RunDir, name_run
 from dmoe.runs.lock import RunLock
-from dmoe.runs.metrics_log import read_metrics
+from dmoe.runs.metrics_log import last_logged_step, read_metrics
 from dmoe.runs.restarts import (
     earlier_fatal_error,
-    last_logged_step,
     record_attempt,
     record_fatal_error,
 )
@@ -28,8 +27,8 @@ from dmoe.runs.restarts import (
 class RunSession:
     """A run directory that is ours until `close`."""
 
-    def __init__(self, directory: RunDir, world: ProcessInfo, lock: RunLock | None) -> None:
-        self.directory, self.world, self._lock = directory, world, lock
+    def __init__(self, directory: RunDir, process: ProcessInfo, lock: RunLock | None) -> None:
+        self.directory, self.process, self._lock = directory, process, lock
 
     @property
     def remark(self) -> str | None:
@@ -43,7 +42,7 @@ class RunSession:
             record_attempt(
                 self.directory.path,
                 worlds.elastic_run_id(),
-                self.world.restart,
+                self.process.restart_count,
                 resumed_step,
                 last,
                 attempts,
@@ -51,7 +50,7 @@ class RunSession:
             return ""
 
         try:
-            _in_directory(self.world, self.directory.path, note)
+            _in_directory(self.process, self.directory.path, note)
         except NoProgressError as error:  # on rank 0; the attempts that may follow end at once
             self.record_fatal_error(error)
             raise
@@ -74,7 +73,7 @@ class RunSession:
             told = any(line["event"] == "eval" and line["step"] == step for line in written)
             return "yes" if due and not told else "no"
 
-        return _in_directory(self.world, self.directory.path, look) == "yes"
+        return _in_directory(self.process, self.directory.path, look) == "yes"
 
     def record(self, config: Config, given: str) -> None:
         """Write down what is run: once it is known to fit what the directory holds. Collective; raises ConfigError on all ranks."""
@@ -86,7 +85,7 @@ class RunSession:
             ).close()  # or it would be refused on rank 0 alone, later
             return ""
 
-        _in_directory(self.world, self.directory.path, write)
+        _in_directory(self.process, self.directory.path, write)
 
     def __str__(self) -> str:
         """The path as a person in this directory would type it."""
@@ -95,7 +94,7 @@ class RunSession:
 
     def record_fatal_error(self, error: DmoeError) -> None:
         """Trying again would end the same way: what a launcher that restarts us is to be told."""
-        if self.world.is_main:
+        if self.process.is_main:
             with suppress(OSError):  # a full disk must not hide why the run ends
                 record_fatal_error(
                     self.directory.path, worlds.elastic_run_id(), error.exit_code, str(error)
@@ -106,7 +105,7 @@ class RunSession:
             self._lock.release()
 
 
-def open_session(config: Config, world: ProcessInfo) -> RunSession:
+def open_session(config: Config, process: ProcessInfo) -> RunSession:
     """Make the run directory and lock it. Collective.
 
     Raises, on all ranks: ConfigError where it cannot be written or another job has it; what an earlier attempt of this job said,
@@ -118,16 +117,16 @@ def open_session(config: Config, world: ProcessInfo) -> RunSession:
         run = RunDir(name_run(config))
         run.create(config.train.run_dir)
         held.append(RunLock.take(run.path, worlds.elastic_run_id()))
-        verdict = earlier_fatal_error(run.path, worlds.elastic_run_id(), world.restart)
+        verdict = earlier_fatal_error(run.path, worlds.elastic_run_id(), process.restart_count)
         if verdict is not None:
             raise _repeated(*verdict)
         return str(Path(os.path.realpath(run.path)))
 
-    path = _in_directory(world, Path(config.train.run_dir or "runs"), take)
-    return RunSession(RunDir(Path(path)), world, held[0] if held else None)
+    path = _in_directory(process, Path(config.train.run_dir or "runs"), take)
+    return RunSession(RunDir(Path(path)), process, held[0] if held else None)
 
 
-def _in_directory(world: ProcessInfo, path: Path, action: Callable[[], str]) -> str:
+def _in_directory(process: ProcessInfo, path: Path, action: Callable[[], str]) -> str:
     """`worlds.on_first`, where what the system refuses is the user's to mend: one sentence on all ranks."""
 
     def careful() -> str:
@@ -142,7 +141,7 @@ def _in_directory(world: ProcessInfo, path: Path, action: Callable[[], str]) -> 
                 "look at it, or name another",
             ) from None
 
-    return worlds.run_on_rank0(world, careful)
+    return worlds.run_on_rank0(process, careful)
 
 
 def _repeated(code: int, text: str) -> DmoeError:

@@ -14,7 +14,8 @@ from typing import Any, TextIO
 
 import pytest
 
-from dmoe.observability.display.watch import Follower, RunWatcher, StallDetector
+from dmoe.observability.display.watch import RunWatcher, StallDetector
+from dmoe.runs.metrics_log import MetricsFollower
 from tests.cli.commands import SMALL, dmoe, environment, refused
 from tests.cli.conftest import Run
 from tests.cli.terminal import Terminal
@@ -118,7 +119,7 @@ def test_a_killed_run_is_followed_into_the_next_attempt(
 
 def test_a_line_counts_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    follower = Follower(path)
+    follower = MetricsFollower(path)
     assert follower.poll() == ([], False)
     line = train_line(1)
     path.write_text(line + line[:30], encoding="utf-8")

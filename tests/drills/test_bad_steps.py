@@ -27,7 +27,7 @@ def train(run: Path, fault: str, *overrides: str) -> tuple[Ending, list[dict[str
     """How all ranks ended, alike, and every line of metrics.jsonl."""
     here, there = run_ranks(2, train_inside, run, (*LONG, *overrides), fault)
     assert here == there
-    return here, read_metrics(run / "metrics.jsonl", void=True)
+    return here, read_metrics(run / "metrics.jsonl", include_void=True)
 
 
 def rollbacks(lines: list[dict[str, Any]]) -> list[int]:

@@ -37,7 +37,7 @@ def test_a_restart_undoes_what_lies_behind_it(tmp_path: Path) -> None:
         (5, 2.0),
         (6, 2.0),
     ]
-    assert [item["step"] for item in metrics.undone] == [5, 6, 7]
+    assert [item["step"] for item in metrics.void] == [5, 6, 7]
     assert [item["step"] for item in metrics.of("alert")] == [
         6
     ]  # it was said, and is not said again
@@ -71,7 +71,7 @@ def test_what_starts_from_nothing_measures_step_0_anew(tmp_path: Path) -> None:
     assert [item["loss"] for item in metrics.of("eval")] == [2.0], (
         "a rollback measures nothing again"
     )
-    assert [item["loss"] for item in metrics.undone] == [1.0]
+    assert [item["loss"] for item in metrics.void] == [1.0]
 
 
 def test_a_restart_of_an_older_version_says_it_by_its_step(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from dmoe.report import write_report
 from dmoe.report.comparison import comparison_json, comparison_lines
-from dmoe.report.figures import figures_of
-from dmoe.report.format import table_lines
+from dmoe.report.figures import summarize
+from dmoe.report.format import text_table
 from dmoe.report.results import result_lines
 from dmoe.report.run import Record, load_runs
 from dmoe.runs.metrics_log import Metrics, read_metrics_tolerant
@@ -221,8 +221,8 @@ def test_seconds_are_those_that_were_paid_for(tmp_path: Path) -> None:
     lines[3]["time"] = lines[2]["time"] + night
     lines[4]["time"] = lines[5]["time"] = lines[3]["time"] + 7
     metrics = read_metrics_tolerant(write(tmp_path / "run", lines) / "metrics.jsonl")
-    assert len(metrics.undone) == 1
-    assert figures_of(Record(metrics)).seconds == 27
+    assert len(metrics.void) == 1
+    assert summarize(Record(metrics)).seconds == 27
 
 
 def test_several_runs_have_a_row_each_and_remarks(tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_a_table_keeps_to_its_width(width: int) -> None:
     """Columns that do not fit go on below, under the same names of the rows, and none is lost."""
     head = ["name", *(f"of\ncolumn{number}" for number in range(12))]
     rows = [["a", *map(str, range(12))], ["long", *map(str, range(100, 112))]]
-    lines = table_lines(head, rows, width, indent=1)
+    lines = text_table(head, rows, width, indent=1)
     assert max(map(len, lines)) <= max(width, len(" long  column10"))
     below = [words for words in map(str.split, lines) if words and words[0] == "long"]
     assert [number for words in below for number in words[1:]] == rows[1][1:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoe.report.figures import extremes, worst_of_each_stretch
+from dmoe.report.figures import keep_extremes, most_imbalanced_steps
 
 VALUES = st.lists(st.none() | st.floats(-1e6, 1e6), min_size=1, max_size=400)
 
@@ -13,7 +13,7 @@ VALUES = st.lists(st.none() | st.floats(-1e6, 1e6), min_size=1, max_size=400)
 @given(VALUES, st.integers(4, 50))
 def test_the_extremes_the_ends_and_nothing_invented(values: list[float | None], most: int) -> None:
     steps = [3 * index + 1 for index in range(len(values))]
-    kept_steps, kept = extremes(steps, values, most)
+    kept_steps, kept = keep_extremes(steps, values, most)
     truth = dict(zip(steps, values, strict=True))
     assert len(kept_steps) <= max(most, 4)
     assert kept_steps == sorted(set(kept_steps))
@@ -27,14 +27,14 @@ def test_the_extremes_the_ends_and_nothing_invented(values: list[float | None], 
 def test_one_spike_in_100_000_steps_stays() -> None:
     values: list[float | None] = [1.0] * 100_000
     values[54_321] = 99.0
-    steps, kept = extremes(range(100_000), values, 1000)
+    steps, kept = keep_extremes(range(100_000), values, 1000)
     assert kept[steps.index(54_321)] == 99.0
     assert len(steps) <= 1000
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=300), st.integers(2, 40))
 def test_the_worst_step_and_the_last_one_are_kept(badness: list[float], most: int) -> None:
-    kept = worst_of_each_stretch(badness, most)
+    kept = most_imbalanced_steps(badness, most)
     assert len(kept) <= most
     assert kept == sorted(set(kept))
     assert kept[-1] == len(badness) - 1

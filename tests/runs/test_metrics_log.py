@@ -52,7 +52,7 @@ def test_steps_beyond_the_checkpoint_are_void_after_a_resume(tmp_path: Path) -> 
     assert steps(path, "eval") == []
     assert steps(path, "checkpoint") == [3]
     assert steps(path, "alert") == [5], "what was said stays"
-    assert len([line for line in read_metrics(path, void=True) if line["event"] == "train"]) == 8
+    assert len([line for line in read_metrics(path, include_void=True) if line["event"] == "train"]) == 8
 
 
 def test_two_resumes_the_second_further_back(tmp_path: Path) -> None:

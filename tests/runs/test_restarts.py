@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoe.config.errors import NoProgressError
+from dmoe.runs.metrics_log import last_logged_step
 from dmoe.runs.restarts import (
     earlier_fatal_error,
-    last_logged_step,
     record_attempt,
     record_fatal_error,
 )

@@ -18,7 +18,7 @@ from dmoe.observability.display.bars import (
 from dmoe.observability.display.format import clock_time, figure, measured_words
 from dmoe.observability.display.layer_table import layer_table
 from dmoe.observability.display.state import DisplayState
-from dmoe.report.format import size_of
+from dmoe.report.format import format_bytes
 from dmoe.runs.metrics_log import finite, number
 
 WIDEST = 160
@@ -114,7 +114,7 @@ def _facts(state: DisplayState, glyphs: CharSet) -> Iterator[Fact]:
             yield name, figure(values[key], form), "red" if finite(values[key]) is None else ""
     memory = number(values, "memory")
     if memory:
-        yield "memory", size_of(memory), ""
+        yield "memory", format_bytes(memory), ""
     if state.saved:
         yield "saved", f"step {state.saved:,}", ""
 

@@ -7,8 +7,6 @@ A metrics file that another process appends to: its whole lines, each once, as t
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -24,7 +22,7 @@ from dmoe.observability.display.live import Live
 from dmoe.observability.display.panel import panel_lines
 from dmoe.observability.display.plain import Display
 from dmoe.observability.display.state import DisplayState
-from dmoe.runs.metrics_log import Line, finite
+from dmoe.runs.metrics_log import Line, MetricsFollower, finite
 
 LOOK = 0.5
 """Seconds between looks at the file."""
@@ -43,7 +41,7 @@ class RunWatcher:
             )
         self.name, self.path = str(path), path
         self.state, self.silence = DisplayState(None), silence or StallDetector()
-        self._follower: Follower | None = None
+        self._follower: MetricsFollower | None = None
         self._worried, self._unreadable = False, 0
         for line in self._poll()[0]:
             self._hear(line, fresh=False)
@@ -99,7 +97,7 @@ class RunWatcher:
         """`runs/latest` is what it points to when it is first seen, and does not become the next run while we look."""
         if self._follower is None and self.path.is_dir():
             self.path = self.path.resolve()
-            self._follower = Follower(self.path / "metrics.jsonl")
+            self._follower = MetricsFollower(self.path / "metrics.jsonl")
         return self._follower.poll() if self._follower is not None else ([], False)
 
     def _hear(self, line: Line, *, fresh: bool) -> None:
@@ -200,48 +198,3 @@ class StallDetector:
             f"no line for {clock_time(self.seconds)}, and the longest pause before was {clock_time(longest)}: it may have been killed, "
             "hang, or be at something long"
         )
-
-
-class Follower:
-    """Reads on from where it was.
-
-    A last line without its end is not there yet: a writer may be in the middle of it, or was killed there, and then the next writer
-    cuts it off. So what was read never has to be taken back, unless the file is another one, or shorter than what was read of it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.unreadable = path, 0
-        """Lines that were no JSON object with an event and a step."""
-        self._read, self._file = 0, (0, 0)
-
-    def poll(self) -> tuple[list[dict[str, Any]], bool]:
-        """The lines since the last call, and whether the file had to be begun again. Nothing as long as there is no file."""
-        try:
-            with self.path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                again = self._read > 0 and (
-                    (status.st_dev, status.st_ino) != self._file or status.st_size < self._read
-                )
-                self._read, self._file = 0 if again else self._read, (status.st_dev, status.st_ino)
-                file.seek(self._read)
-                text = file.read()
-        except (FileNotFoundError, NotADirectoryError):
-            return [], False
-        whole = text[: text.rfind(b"\n") + 1]
-        self._read += len(whole)
-        lines = [_parsed(line) for line in whole.splitlines()]
-        self.unreadable += lines.count(None)
-        return [line for line in lines if line is not None], again
-
-
-def _parsed(text: bytes) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    sound = (
-        isinstance(line, dict)
-        and isinstance(line.get("event"), str)
-        and type(line.get("step")) is int
-    )
-    return line if sound else None

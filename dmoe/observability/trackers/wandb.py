@@ -185,7 +185,7 @@ def _last_step(metrics: Path) -> int:
     return max(
         (
             line["step"]
-            for line in read_metrics(metrics, void=True)
+            for line in read_metrics(metrics, include_void=True)
             if line["event"] in ("train", "eval")
         ),
         default=0,
