@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dmoe.data.dataset import Data, Stream, open_data, prepare_shards
 from dmoe.data.mixture import task_weights, tasks_of_step
-from dmoe.data.tokenizers.base import Tokenizer, open_tokenizer
+from dmoe.data.tokenizers import Tokenizer, open_tokenizer
 
 __all__ = [
     "Data",

@@ -18,15 +18,20 @@ import numpy as np
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data.corpus import Corpus, Document, split_corpus
-from dmoe.data.eval_only import Evaluated, read_evaluated
-from dmoe.data.held_out import HeldOutStream
 from dmoe.data.mixture import MixedStream, mixed
-from dmoe.data.packing import PackedStream, Runs, domain_runs, stream_hash, token_chunks
+from dmoe.data.packing import (
+    HeldOutStream,
+    PackedStream,
+    Runs,
+    domain_runs,
+    stream_hash,
+    token_chunks,
+)
 from dmoe.data.shard_index import INDEX, SPLITS, ShardIndex, read_index
 from dmoe.data.shards import SplitContent, map_shards, write_shards
-from dmoe.data.sources import read_corpus
+from dmoe.data.sources import Evaluated, read_corpus, read_evaluated
 from dmoe.data.synthetic import SyntheticStream
-from dmoe.data.tokenizers.base import Tokenizer, open_tokenizer, text_of
+from dmoe.data.tokenizers import Tokenizer, open_tokenizer, text_of
 
 
 class Stream(Protocol):

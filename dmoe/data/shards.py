@@ -19,7 +19,7 @@ import numpy as np
 from dmoe.config.errors import ConfigError
 from dmoe.data.packing import ONE_DOMAIN, count_lengths, domain_runs, stored_dtype
 from dmoe.data.shard_index import INDEX, SPLITS, Shard, ShardIndex, Split, damaged, read_index
-from dmoe.data.tokenizers.base import Tokenizer
+from dmoe.data.tokenizers import Tokenizer
 
 _READ = 2**22
 

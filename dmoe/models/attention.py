@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from dmoe.config.schema import ModelConfig
-from dmoe.models.norm import RMSNorm
+from dmoe.models.layers import RMSNorm
 from dmoe.moe.rng import normal_
 
 PLAIN_UP_TO = 256
@@ -119,16 +119,6 @@ def _plain(q_BSHA: Tensor, k_BSNA: Tensor, v_BSNA: Tensor) -> Tensor:
     return torch.bmm(score.softmax(-1), v).view(-1, heads, length, head_dim).transpose(1, 2)
 
 
-def causal_attention_reference(q_BSHA: Tensor, k_BSNA: Tensor, v_BSNA: Tensor) -> Tensor:
-    """One query at a time. For tests."""
-    out_BSHA = torch.empty_like(q_BSHA)
-    each = q_BSHA.shape[2] // k_BSNA.shape[2]
-    for b, s, h in torch.cartesian_prod(*(torch.arange(n) for n in q_BSHA.shape[:3])).tolist():
-        score = k_BSNA[b, : s + 1, h // each] @ q_BSHA[b, s, h] / math.sqrt(q_BSHA.shape[3])
-        out_BSHA[b, s, h] = score.softmax(0) @ v_BSNA[b, : s + 1, h // each]
-    return out_BSHA
-
-
 Rotary = tuple[Tensor, Tensor]
 """cos and signed sin, both [S, 1, A], float32 (float64 for a float64 model): first half (cos, -sin), second half (cos, sin)."""
 
@@ -178,13 +168,3 @@ def _turned(x_BSHA: Tensor, cos_S1A: Tensor, sin_S1A: Tensor) -> Tensor:
     wide = x_BSHA.to(cos_S1A.dtype)
     partner = wide.roll(wide.shape[-1] // 2, -1)  # swaps the halves of a head
     return (wide * cos_S1A).addcmul_(partner, sin_S1A).to(x_BSHA.dtype)
-
-
-def rotate_reference(x_BSHA: Tensor, base: float) -> Tensor:
-    """The same as a multiplication of complex numbers, one pair each. For tests."""
-    a, b = x_BSHA.double().chunk(2, -1)
-    length, head_dim = x_BSHA.shape[1], x_BSHA.shape[3]
-    angle = [[s * base ** (-2 * i / head_dim) for i in range(head_dim // 2)] for s in range(length)]
-    angle_S1P = torch.tensor(angle, dtype=torch.float64).unsqueeze(1)
-    turned = torch.complex(a, b) * torch.polar(torch.ones_like(angle_S1P), angle_S1P)
-    return torch.cat([turned.real, turned.imag], -1)

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from dmoe.config.schema import ModelConfig, MoEConfig
 from dmoe.models.base import Model, ModelOutput, token_losses
-from dmoe.models.block import BlockOutput, active_hidden_dim, is_sparse
 from dmoe.models.fusion import Concatenation, GatedFusion, blank, drop_streams, present
-from dmoe.models.norm import RMSNorm
+from dmoe.models.layers import BlockOutput, RMSNorm, active_hidden_dim, is_sparse
 from dmoe.moe.experts import FeedForward
 from dmoe.moe.layer import MoE
 from dmoe.moe.rng import normal_

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.schema import MoEConfig
-from dmoe.models.block import BlockOutput
+from dmoe.models.layers import BlockOutput
 from dmoe.moe.gated_fusion import gated_sum
 from dmoe.moe.layer import MoE
 from dmoe.moe.rng import keyed_noise, normal_

@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmoe.config.schema import ModelConfig, MoEConfig
-from dmoe.models.attention import Attention, heads_of, rotary_table
+from dmoe.models.attention import Attention, Rotary, heads_of, rotary_table
 from dmoe.models.base import Model, ModelOutput, token_losses
-from dmoe.models.block import Block, active_hidden_dim, is_sparse
-from dmoe.models.norm import RMSNorm
+from dmoe.models.layers import BlockOutput, RMSNorm, active_hidden_dim, is_sparse
 from dmoe.moe.experts import FeedForward
 from dmoe.moe.layer import MoE
 from dmoe.moe.rng import normal_
@@ -126,3 +125,35 @@ class Transformer(Model):
         if target is None or return_logits:
             out.logits = logits_BSV
         return out
+
+
+class Block(nn.Module):
+    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`: pre-norm, so the residual stream is never rescaled."""
+
+    def __init__(
+        self, config: ModelConfig, attention: Attention, feed_forward: FeedForward | MoE
+    ) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = attention
+        self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = feed_forward
+
+    def forward(self, x_BSD: Tensor, rotary: Rotary, context: TokenContext) -> BlockOutput:
+        """The residual stream stays in the embedding's dtype: under autocast, float32."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary)
+        inner_BSD = self.feed_forward_norm(x_BSD)
+        if isinstance(self.feed_forward, MoE):
+            out = self.feed_forward(inner_BSD, context)
+            return BlockOutput(x_BSD + out.y, out.aux, out.stats)
+        return BlockOutput(x_BSD + self.feed_forward(inner_BSD), None, None)
+
+    def initialize(self, seed: int, name: str, std: float, out_std: float) -> None:
+        """Everything in this block; `name` is its path in the model."""
+        self.attention_norm.initialize()
+        self.feed_forward_norm.initialize()
+        self.attention.initialize(seed, f"{name}.attention", std, out_std)
+        if isinstance(self.feed_forward, MoE):  # keyed by its index among the MoE layers
+            self.feed_forward.initialize(seed, std, out_std)
+        else:
+            self.feed_forward.initialize(seed, f"{name}.feed_forward", std, out_std)

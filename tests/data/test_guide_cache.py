@@ -65,7 +65,7 @@ def test_processes_that_start_at_once_fetch_once(archive: Path) -> None:
     """Under torchrun every rank opens the data."""
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", f"{NOT_INSTALLED}; print(guide_cache.guide_root())"],
+            [sys.executable, "-c", f"{NOT_INSTALLED}; print(debian_guide.guide_root())"],
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data import Data, open_data, prepare_shards
-from dmoe.data.held_out import HeldOutStream
-from dmoe.data.packing import PackedStream, domain_runs, label_at, token_chunks
-from dmoe.data.tokenizers.base import byte_tokenizer
+from dmoe.data.packing import HeldOutStream, PackedStream, domain_runs, label_at, token_chunks
+from dmoe.data.tokenizers import byte_tokenizer
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dmoe.config.errors import ConfigError
 from dmoe.data.packing import PackedStream, stored_dtype, stream_hash, token_chunks
-from dmoe.data.tokenizers.base import byte_tokenizer
+from dmoe.data.tokenizers import byte_tokenizer
 
 
 def stream(parts: list[np.ndarray], seq_len: int, seed: int = 0) -> PackedStream:

@@ -15,7 +15,7 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data import open_data, prepare_shards
 from dmoe.data.shards import SplitContent, map_shards, verify_shards, write_shards
-from dmoe.data.tokenizers.base import byte_tokenizer
+from dmoe.data.tokenizers import byte_tokenizer
 
 Body = dict[str, Any]  # index.json as read by json
 

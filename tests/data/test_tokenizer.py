@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
-from dmoe.data.tokenizers.base import Tokenizer, byte_tokenizer, open_tokenizer
+from dmoe.data.tokenizers import Tokenizer, byte_tokenizer, open_tokenizer
 from tests.data.conftest import WORDS, merged_ranks, text_of_file
 
 TEXT = (

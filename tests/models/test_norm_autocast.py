@@ -2,7 +2,7 @@
 
 import torch
 
-from dmoe.models.norm import RMSNorm
+from dmoe.models.layers import RMSNorm
 
 
 def test_the_sum_of_squares_stays_wide_under_autocast() -> None:

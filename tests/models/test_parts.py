@@ -11,12 +11,15 @@ from dmoe.models.attention import (
     Attention,
     _plain,
     causal_attention,
-    causal_attention_reference,
     rotary_table,
     rotate,
-    rotate_reference,
 )
-from dmoe.models.norm import RMSNorm, rms_norm_reference
+from dmoe.models.layers import RMSNorm
+from tests.references.models import (
+    apply_rotary_reference,
+    causal_attention_reference,
+    rms_norm_reference,
+)
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -46,7 +49,9 @@ def test_rms_norm_computes_bfloat16_input_in_float32():
 def test_rotate_is_a_complex_multiplication_and_its_gradient_is_right():
     x = randn(2, 5, 3, 8)
     table = rotary_table(5, 8, 100.0, x.dtype, x.device)
-    torch.testing.assert_close(rotate(x, table), rotate_reference(x, 100.0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        rotate(x, table), apply_rotary_reference(x, 100.0), rtol=1e-12, atol=1e-12
+    )
     assert gradcheck(lambda x: rotate(x, table), (x[:1, :, :2],))
 
 

@@ -1,1 +1,140 @@
 """."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from dmoe.config.errors import ConfigError
+from dmoe.config.schema import DataConfig
+
+_ALLOWED = "must be bytes, a tokenizers .json file, a .tiktoken rank file or Mistral's tekken.json"
+
+
+_REPLACEMENT = "\ufffd".encode()
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back. Ids are 0 .. vocab_size - 1."""
+
+    @property
+    def name(self) -> str:
+        """For people: the kind, and the file it came from."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+
+    @property
+    def separator(self) -> int:
+        """The id that stands between documents; encode never returns it."""
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """int64 [vocab_size]: UTF-8 bytes each token stands for, 0 for special tokens and the separator."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of everything that decides the ids."""
+
+    def encode(self, data: bytes) -> np.ndarray:
+        """The ids of a text, int64 [n], without separators. NUL bytes are removed first."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special tokens give nothing, what is not valid UTF-8 gives U+FFFD. Never raises."""
+
+
+@dataclass(frozen=True, eq=False)
+class PieceTokenizer:
+    """A byte-level tokenizer, given by the bytes of each token and a function from bytes to ids.
+
+    `pieces[i]` is what token i stands for, b"" for a special token. `encoder` is called with bytes that hold no NUL.
+    """
+
+    name: str
+    pieces: tuple[bytes, ...]
+    separator: int
+    fingerprint: str
+    encoder: Callable[[bytes], np.ndarray]
+    token_bytes: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert self.pieces[self.separator] == b"", "the separator stands for no text"
+        object.__setattr__(
+            self, "token_bytes", np.array([len(piece) for piece in self.pieces], dtype=np.int64)
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+        return len(self.pieces)
+
+    def encode(self, data: bytes) -> np.ndarray:
+        """The ids of a text, int64 [n], without separators. NUL bytes are removed first."""
+        return self.encoder(data.replace(b"\0", b""))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special tokens give nothing, invalid UTF-8 and unknown ids give U+FFFD."""
+        size = len(self.pieces)
+        return b"".join(
+            self.pieces[i] if 0 <= i < size else _REPLACEMENT for i in map(int, ids)
+        ).decode("utf-8", "replace")
+
+
+def byte_tokenizer() -> PieceTokenizer:
+    """Every byte is a token; the vocabulary is exactly 256, the separator is 0. Text that is not UTF-8 is kept as it is."""
+    return PieceTokenizer(
+        name="bytes",
+        pieces=(b"", *(bytes([value]) for value in range(1, 256))),
+        separator=0,
+        fingerprint=hashlib.sha256(b"dmoe bytes tokenizer 1").hexdigest(),
+        encoder=lambda data: np.frombuffer(data, dtype=np.uint8).astype(np.int64),
+    )
+
+
+def open_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names.
+
+    Raises ConfigError on data.tokenizer (unknown, missing, damaged, or not byte-level) and on data.tokenizer_vocab (out of
+    range, or given for a kind whose vocabulary cannot be cut).
+    """
+    is_rank_file = config.tokenizer.endswith(".tiktoken") or Path(config.tokenizer).name.startswith(
+        "tekken"
+    )
+    if config.tokenizer_vocab is not None and not is_rank_file:
+        raise ConfigError(
+            "data.tokenizer_vocab", config.tokenizer_vocab, f"cannot cut the vocabulary of data.tokenizer={config.tokenizer}",
+            "set data.tokenizer_vocab=null, or use a tiktoken rank file",
+        )  # fmt: skip
+    if config.tokenizer == "bytes":
+        return byte_tokenizer()
+    if is_rank_file:
+        from dmoe.data.tokenizers.tiktoken import open_rank_file
+
+        return open_rank_file(config.tokenizer, config.tokenizer_vocab)
+    if config.tokenizer.endswith(".json"):
+        from dmoe.data.tokenizers.hf_json import open_tokenizers_json
+
+        return open_tokenizers_json(config.tokenizer)
+    raise ConfigError("data.tokenizer", config.tokenizer, _ALLOWED, "name one of these")
+
+
+def read_tokenizer_file(path: str) -> bytes:
+    """The content of a tokenizer file, or a ConfigError on data.tokenizer."""
+    try:
+        return Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            "data.tokenizer",
+            path,
+            f"{_ALLOWED}, and the file must be readable ({error.strerror})",
+            "check the path",
+        ) from error
+
+
+def text_of(data: bytes) -> str:
+    """The text that a tokenizer which works on characters sees: bytes that are not UTF-8 become U+FFFD (3 bytes each)."""
+    return data.decode("utf-8", "replace")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dmoe.config.errors import ConfigError
-from dmoe.data.tokenizers.base import PieceTokenizer, read_tokenizer_file, text_of
+from dmoe.data.tokenizers import PieceTokenizer, read_tokenizer_file, text_of
 
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>")
 _PROBE = (

@@ -1,20 +1,17 @@
-"""RMSNorm.
-
-`torch.rms_norm` is one fused kernel on CUDA, but on the CPU it is a chain of elementwise operations whose backward autograd derives
-piece by piece. The function here writes the backward down once: about 0.6 times the time, forward and backward.
-
-Letters: D width that is normalised (the last dimension).
-"""
+"""TODO docstring."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+
+from dmoe.config.schema import ModelConfig, MoEConfig
+from dmoe.moe.metrics import LayerStats
 
 
 class RMSNorm(nn.Module):
@@ -69,6 +66,23 @@ class _RMSNorm(Function):
 _rms_norm: Callable[[Tensor, Tensor, float], Tensor] = _RMSNorm.apply
 
 
-def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """The formula, left to autograd. For tests."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight_D
+class BlockOutput(NamedTuple):
+    """A tuple and not a dataclass: DDP and checkpointing look for tensors inside tuples."""
+
+    x_BSD: Tensor
+    aux: dict[str, Tensor] | None
+    """The auxiliary losses of a sparse block, raw, by name; None for a dense one."""
+    stats: LayerStats | None
+
+
+def is_sparse(config: ModelConfig, index: int) -> bool:
+    """Block `index` is a mixture of experts: every `moe_every`-th one after the first `dense_first`."""
+    if config.moe_every <= 0 or index < config.dense_first:
+        return False
+    return (index - config.dense_first + 1) % config.moe_every == 0
+
+
+def active_hidden_dim(moe: MoEConfig) -> int:
+    """Hidden units a token passes in a MoE layer: of its K experts and of the shared ones."""
+    shared_dim = moe.expert_dim if moe.experts.shared_dim is None else moe.experts.shared_dim
+    return moe.top_k * moe.expert_dim + moe.experts.shared * shared_dim

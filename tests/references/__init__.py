@@ -1,0 +1,1 @@
+"""Plain reference implementations, against which the fast ones are tested."""
