@@ -28,7 +28,7 @@ from dmoe.distributed.local_ranks import run_ranks
 from dmoe.moe.profiling import profiled
 from dmoe.runs.metrics_log import MetricsFile
 from dmoe.train import engine as engines
-from dmoe.train.batches import training_batches
+from dmoe.train.step import training_batches
 from dmoe.train.step import compute_gradients, update
 from dmoe.train.telemetry import Telemetry
 

@@ -19,7 +19,7 @@ from dmoe.distributed import init as worlds
 from dmoe.explain import explain
 from dmoe.models.transformer import Transformer
 from dmoe.train import engine as engines
-from dmoe.train.batches import training_batches
+from dmoe.train.step import training_batches
 from dmoe.train.reduction import LayerTotals
 from dmoe.train.step import train_step
 from dmoe.verify.shrink import prepare, shrink
@@ -77,7 +77,7 @@ def test_says_what_it_shows(path: Path) -> None:
         assert any(line.startswith(words) for line in header), words
     for world in (1, 2):
         check(load(path), world)
-        assert all(section.words for section in explain(load(path), world))
+        assert all(section.sentences for section in explain(load(path), world))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -130,13 +130,13 @@ def test_what_is_compared_is_comparable() -> None:
 
 def test_explain_tells_cost_and_placement() -> None:
     sections = {section.key: section for section in explain(load(SEEDS / "budget.yaml"), 2)}
-    numbers, words = sections["experts"].numbers, " ".join(sections["experts"].words)
+    numbers, words = sections["experts"].numbers, " ".join(sections["experts"].sentences)
     assert sorted(e for owner in numbers["owners"] for e in owner["experts"]) == [0, 1, 2, 3, 4]
     assert sum(owner["expected_work"] for owner in numbers["owners"]) == pytest.approx(1.0)
     assert "Cost of a row" in words
     assert "3 (288)" in words
-    assert "budget of 0.5" in " ".join(sections["routing"].words)
+    assert "budget of 0.5" in " ".join(sections["routing"].sentences)
     words = " ".join(
-        next(s for s in explain(load(SEEDS / "zero_cost.yaml"), 2) if s.key == "experts").words
+        next(s for s in explain(load(SEEDS / "zero_cost.yaml"), 2) if s.key == "experts").sentences
     )
     assert "8 zero, 9 copy, 10 constant, 11 constant" in words

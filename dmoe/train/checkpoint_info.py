@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import safe_open
 
 from dmoe.checkpoint import list_steps
-from dmoe.checkpoint.manifest import MANIFEST, TensorEntry, step_of
+from dmoe.checkpoint.manifest import MANIFEST, TensorEntry, parse_step
 from dmoe.checkpoint.manifest import read as read_manifest
 from dmoe.checkpoint.manifest import verify as verify_manifest
 from dmoe.checkpoint.validate import check_shards
@@ -119,7 +119,7 @@ def find(given: str) -> Found:
     """
     path = Path(given)
     name = path.resolve().name
-    named = step_of(name)
+    named = parse_step(name)
     if not path.is_dir():
         raise ConfigError(
             "RUN",
@@ -201,7 +201,7 @@ def verify(path: Path) -> VerifiedCheckpoint | None:
 
     None for one that is gone meanwhile: a run that goes on forgets its oldest.
     """
-    start, named = time.monotonic(), step_of(path.resolve().name)
+    start, named = time.monotonic(), parse_step(path.resolve().name)
     manifest, problem = None, None
     try:
         manifest = verify_manifest(path)
@@ -219,7 +219,9 @@ def verify(path: Path) -> VerifiedCheckpoint | None:
 
 def _partial(root: Path) -> list[Path]:
     named = (
-        ((step_of(entry.name), entry.name) for entry in os.scandir(root)) if root.is_dir() else ()
+        ((parse_step(entry.name), entry.name) for entry in os.scandir(root))
+        if root.is_dir()
+        else ()
     )
     return sorted(root / name for step, name in named if step is not None and step[1])
 

@@ -14,17 +14,17 @@ import torch
 
 import dmoe
 from dmoe.checkpoint import save_load
-from dmoe.checkpoint.async_saver import AsyncSaver, Saved
-from dmoe.checkpoint.rng_state import gather_random_state, random_tables, set_random_state
-from dmoe.checkpoint.save_load import discard_partials
+from dmoe.checkpoint.async_saver import AsyncSaver, SavedCheckpoint
+from dmoe.checkpoint.rng_state import gather_rng_state, rng_tables, set_rng_state
+from dmoe.checkpoint.save_load import remove_partials
 from dmoe.config.errors import CheckpointError
 from dmoe.config.schema import CheckpointConfig
-from dmoe.distributed.state_dict import model_state, optimizer_state, share_step
+from dmoe.distributed.state_dict import model_state, optimizer_state, set_optimizer_step
 from dmoe.observability.logger import RunLogger
 from dmoe.runs.directory import RunDir
 from dmoe.train.engine import Engine
 from dmoe.train.reduction import Requests
-from dmoe.train.resume_check import check_same_run, describe_changes
+from dmoe.train.restore import check_same_run, describe_changes
 from dmoe.train.step_guard import StepGuard
 from dmoe.train.tasks import Data
 
@@ -52,15 +52,15 @@ class Checkpointer:
 
         Raises: CheckpointError if none is whole, or if the config means another run.
         """
-        discard_partials(self.root, group=self.group)
+        remove_partials(self.root, group=self.group)
         path = save_load.find_latest(self.root, group=self.group)
         if path is None:
             return 0
         extra = save_load.read_manifest_on_all(path, group=self.group).extra
         check_same_run(extra["config"], extra["data"], self.engine.config, self.data.fingerprint)
-        topology, micro_batch = self.engine.mesh, self.engine.batching.micro_batch
+        mesh, micro_batch = self.engine.mesh, self.engine.batching.micro_batch
         line = describe_changes(
-            extra["topology"], topology.world_size, topology.ep, micro_batch, self.engine.config
+            extra["topology"], mesh.world_size, mesh.ep, micro_batch, self.engine.config
         )
         self.remarks = [line] if line else []
         step = self._restore(path)
@@ -77,7 +77,7 @@ class Checkpointer:
         """
         if step == self.saved:
             return
-        state = training_state(self.engine) | gather_random_state(self.engine.mesh.control_group)
+        state = training_state(self.engine) | gather_rng_state(self.engine.mesh.control_group)
         self.saver.save(step, state, self._extra(step))
         self.saved = step
 
@@ -96,9 +96,9 @@ class Checkpointer:
         """A background save has failed on this rank, and nobody has been told. No collective."""
         return self.saver.failed
 
-    def finished(self) -> list[Saved]:
+    def finished(self) -> list[SavedCheckpoint]:
         """The checkpoints that have become complete since the last call. No collective."""
-        return self.saver.finished()
+        return self.saver.take_finished()
 
     def wait(self) -> None:
         """Until nothing is being written. Raises: CheckpointError on all ranks."""
@@ -117,9 +117,9 @@ class Checkpointer:
         self.saver.drain()
 
     def _restore(self, path: Path) -> int:
-        tables, remark = random_tables(save_load.read_manifest(path), self.group)
+        tables, remark = rng_tables(save_load.read_manifest(path), self.group)
         extra = load(self.engine, path, tables)
-        set_random_state(tables, self.group)
+        set_rng_state(tables, self.group)
         if remark:
             self.remarks.append(remark)
         self.guard.restore(extra.get("guard"))
@@ -134,7 +134,7 @@ class Checkpointer:
             "tokens": step * self.engine.targets,
             "config": asdict(config),
             "topology": {
-                "world": self.engine.process.size,
+                "world": self.engine.process.world_size,
                 "ep": self.engine.mesh.ep,
                 "virtual_ranks": config.parallel.virtual_ranks,
                 "micro_batch": self.engine.batching.micro_batch,
@@ -156,7 +156,7 @@ def load(engine: Engine, path: Path, more: Mapping[str, torch.Tensor] = NOTHING)
         group=engine.mesh.checkpoint_group,
     )
     if "optim.step" in state:
-        share_step(engine.optimizer, state["optim.step"])
+        set_optimizer_step(engine.optimizer, state["optim.step"])
     scaler, scale = engine.accelerator.scaler, extra.get("scaler")
     if scaler is not None and scale is not None:
         scaler.load_state_dict(scale)
@@ -230,6 +230,10 @@ class CheckpointScheduler:
             raise error
 
     def _tell(self) -> None:
-        for saved in self.checkpoints.finished():
-            values = {"seconds": saved.seconds, "held": saved.seconds_held, "bytes": saved.bytes}
+        for saved in self.checkpoints.take_finished():
+            values = {
+                "seconds": saved.seconds,
+                "held": saved.blocking_seconds,
+                "bytes": saved.bytes,
+            }
             self.logger.log_event("checkpoint", saved.step, values)

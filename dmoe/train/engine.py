@@ -20,7 +20,7 @@ from dmoe.distributed import data_parallel as fsdp
 from dmoe.distributed import expert_parallel as parallelize
 from dmoe.distributed import mesh as topology
 from dmoe.distributed.collective_check import CollectiveChecker
-from dmoe.distributed.data_parallel import shared_scaler
+from dmoe.distributed.data_parallel import make_grad_scaler
 from dmoe.distributed.expert_parallel import DataParallel
 from dmoe.distributed.init import ProcessInfo
 from dmoe.distributed.mesh import ParallelMesh
@@ -30,7 +30,7 @@ from dmoe.train import optim as optimizers
 from dmoe.train.modular.attach import attach_modules, draw_modules, select_trained
 from dmoe.train.tasks import Task, task_of
 
-REPLICATION: dict[str, Callable[[nn.Module, ParallelMesh, Accelerator], DataParallel]] = {
+DATA_PARALLEL: dict[str, Callable[[nn.Module, ParallelMesh, Accelerator], DataParallel]] = {
     "ddp": ddp.DDPStrategy,
     "fsdp": fsdp.FSDPStrategy,
 }
@@ -74,44 +74,44 @@ class Engine:
 
 
 def build(
-    config: Config, world: ProcessInfo, outputs: int, dtype: torch.dtype = torch.float32
+    config: Config, process: ProcessInfo, outputs: int, dtype: torch.dtype = torch.float32
 ) -> Engine:
     """Build, shard, initialise and wrap, in this order: no rank ever holds an expert that is not its own.
 
     `outputs`: the vocabulary, or the classes. `dtype`: of the master weights; float64 is for `verify`. Collective over all ranks.
     """
-    precision = resolve(config.train.precision, world.device, config.model.dim)
-    groups = topology.build_mesh(
-        expert_parallel(config, world.size), world.device, config.parallel.start_timeout
+    precision = resolve(config.train.precision, process.device, config.model.dim)
+    mesh = topology.build_mesh(
+        expert_parallel(config, process.world_size), process.device, config.parallel.start_timeout
     )
-    watch = (
-        CollectiveChecker(groups.ep_group, config.parallel.timeout)
-        if config.debug.collectives and groups.ep_group
+    checker = (
+        CollectiveChecker(mesh.ep_group, config.parallel.timeout)
+        if config.debug.collectives and mesh.ep_group
         else None
     )
     task = task_of(config, outputs)
-    model = _model(task, groups, watch, world, dtype)
+    model = _model(task, mesh, checker, process, dtype)
     accelerator = Accelerator(
-        cpu=world.device.type == "cpu",
+        cpu=process.device.type == "cpu",
         mixed_precision=ACCELERATE_PRECISION[precision],
         step_scheduler_with_optimizer=False,
     )
     if precision == "fp16":
-        accelerator.scaler = shared_scaler(groups, world.device)
-    replication = REPLICATION[config.parallel.mode](model, groups, accelerator)
+        accelerator.scaler = make_grad_scaler(mesh, process.device)
+    data_parallel = DATA_PARALLEL[config.parallel.mode](model, mesh, accelerator)
     optimizer = accelerator.prepare_optimizer(optimizers.build(model, config.optim))
     engine = Engine(
         config,
-        world,
-        groups,
-        batching(config, world.size),
+        process,
+        mesh,
+        batching(config, process.world_size),
         precision,
         accelerator,
         task,
         model,
-        replication,
+        data_parallel,
         optimizer,
-        watch,
+        checker,
     )
     _warm_up(engine)
     return engine
@@ -138,9 +138,9 @@ def _warm_up(engine: Engine) -> None:
 
 def _model(
     task: Task,
-    groups: ParallelMesh,
-    watch: CollectiveChecker | None,
-    world: ProcessInfo,
+    mesh: ParallelMesh,
+    checker: CollectiveChecker | None,
+    process: ProcessInfo,
     dtype: torch.dtype,
 ) -> Model:
     config = task.config
@@ -148,8 +148,8 @@ def _model(
         model = task.model(config.parallel.virtual_ranks, config.train.recompute)
         attach_modules(model, config, config.parallel.virtual_ranks)
     model = model.to(dtype)
-    parallelize.shard_experts(model, groups, watch)
-    model.to_empty(device=world.device)
+    parallelize.shard_experts(model, mesh, checker)
+    model.to_empty(device=process.device)
     model.initialize(config.train.seed)
     draw_modules(model, config)
     select_trained(model, config)

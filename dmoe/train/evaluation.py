@@ -5,17 +5,16 @@ Letters: M domains.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmoe.distributed.gradients import all_sum
-from dmoe.models.base import ModelOutput
+from dmoe.distributed.gradients import all_reduce_sum
+from dmoe.models.base import IGNORE, ModelOutput
 from dmoe.moe.metrics import MetricsFn, ObservedContext, decisions, nothing_more
-from dmoe.train.batches import EvalBatch, evaluation_batches
 from dmoe.train.engine import Engine
 from dmoe.train.routing_analysis import ComputeVsLoss, RoutingProbe, RoutingSnapshot
 from dmoe.train.tasks import Data, Score
@@ -104,7 +103,7 @@ def _scores(
         context = ObservedContext(valid_T=valid_T, label_T=label_T, observer=observer)
         output: ModelOutput = engine.wrapped(part.input.to(device), part.target.to(device), context)
         told = torch.tensor([float(stop())], dtype=torch.float64, device=device)
-        totals += all_sum(
+        totals += all_reduce_sum(
             torch.cat([_sums(engine, data, part, label_T, output).flatten(), told]), engine.mesh
         )
         if totals[-1].item() > 0:
@@ -160,3 +159,35 @@ def _result(
         by_domain if len(domains) > 1 else {},
         layers,
     )
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """One batch of an evaluation, on this rank."""
+
+    input: Tensor
+    target: Tensor
+    """int64 [B, S]; -100 for padding."""
+    valid_BS: Tensor
+    label_B: Tensor
+
+
+def evaluation_batches(stream: Any, engine: Engine) -> Iterator[EvalBatch]:
+    """The first `eval_sequences` held-out samples, shared by the ranks.
+
+    Every rank yields equally many batches of equal shape (the experts' exchange needs all of them); what is missing at the end is
+    padding: target -100, valid False.
+    """
+    world, count = engine.process, engine.sequences
+    wanted = engine.config.train.eval_sequences
+    total = wanted if stream.sequences is None else min(wanted, stream.sequences)
+    for start in range(0, total, world.world_size * count):
+        first = start + world.rank * count
+        there = max(0, min(count, total - first))
+        input, target, label_B = engine.task.dummy_batch(count)
+        if there:
+            found = engine.task.samples(stream, first, there)
+            for whole, part in zip((input, target, label_B), found, strict=True):
+                whole[:there] = part
+        valid_BS = (torch.arange(count) < there).unsqueeze(1).expand_as(target)
+        yield EvalBatch(input, target.masked_fill(~valid_BS, IGNORE), valid_BS, label_B)

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmoe.distributed.gradients import all_sum
+from dmoe.distributed.gradients import all_reduce_sum
 from dmoe.moe.metrics import LayerStats
 from dmoe.train.engine import Engine
 
@@ -94,7 +94,7 @@ class RoutingProbe:
             ]
         known, (domains, experts) = bool(self.previous), looks[0].domain_ME.shape
         self.previous = [look.chosen_TE for look in looks]
-        numbers = iter(all_sum(torch.cat(shares), self.engine.mesh).tolist())
+        numbers = iter(all_reduce_sum(torch.cat(shares), self.engine.mesh).tolist())
         lines = []
         for layer in range(len(looks)):
             pairs, served, first = (
@@ -193,7 +193,8 @@ class ComputeVsLoss:
         if not (sums and self.rows):
             return [{} for _ in sums]
         return [
-            _line(layer) for layer in all_sum(torch.stack(list(sums)), self.engine.mesh).tolist()
+            _line(layer)
+            for layer in all_reduce_sum(torch.stack(list(sums)), self.engine.mesh).tolist()
         ]
 
     def _sums(self, layer: LayerStats, nats_T: Tensor, valid_T: Tensor) -> Tensor:

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmoe.distributed.gradients import all_sum, clip_, square_sums
+from dmoe.distributed.gradients import all_reduce_sum, clip_grads_, squared_grad_norms
 from dmoe.models.base import ModelOutput
 from dmoe.moe.load_balancing import coefficients, updated_bias
-from dmoe.moe.metrics import ObservedContext
-from dmoe.train.batches import Batch
+from dmoe.moe.metrics import MetricsFn, ObservedContext, nothing_more
 from dmoe.train.engine import Engine
 from dmoe.train.modular.attach import moved_routers
 from dmoe.train.reduction import ReducedStep, Requests, pack, unpack
@@ -63,8 +63,8 @@ def compute_gradients(
     if engine.accelerator.scaler is not None:
         engine.accelerator.unscale_gradients(engine.optimizer)
     recorder.collect(outputs)
-    vector = pack(square_sums(engine.model, engine.mesh), outputs, read_bytes, requests)
-    totals = unpack(all_sum(vector, engine.mesh).tolist(), outputs[0])
+    vector = pack(squared_grad_norms(engine.model, engine.mesh), outputs, read_bytes, requests)
+    totals = unpack(all_reduce_sum(vector, engine.mesh).tolist(), outputs[0])
     recorder.mark("other")
     return totals
 
@@ -78,7 +78,7 @@ def update(
     norm, clip = grad_norm(totals), engine.config.optim.clip
     finite = math.isfinite(norm) and math.isfinite(totals.loss_sum)
     take = take and finite
-    factor = clip_(engine.model, norm, clip) if take and clip is not None else 1.0
+    factor = clip_grads_(engine.model, norm, clip) if take and clip is not None else 1.0
     scaler = engine.accelerator.scaler
     if take or (scaler is not None and not finite):
         engine.optimizer.step()  # a scaler must see the overflow to lower its scale; it leaves the parameters alone then
@@ -120,7 +120,7 @@ def _accumulate(
             recorder.mark("backward")
         outputs.append(_detached(output))
         if engine.config.moe.balance.switch_level == "global" and not last and output.stats:
-            counts_LE = all_sum(
+            counts_LE = all_reduce_sum(
                 torch.stack([stats.choice_E for stats in output.stats]), engine.mesh
             )
             prior_LE = counts_LE if prior_LE is None else prior_LE + counts_LE
@@ -172,3 +172,33 @@ def _loss(output: ModelOutput, engine: Engine, accumulation: int) -> Tensor:
         for layer in (*output.aux, *filter(None, output.module_aux)):
             loss = loss + coefficient / accumulation * layer[name]
     return loss
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One accumulation step of this rank."""
+
+    input: Tensor
+    """[B, ...]: for a language model token ids."""
+    target: Tensor
+    """int64 [B, S]."""
+    label_B: Tensor
+    """int64: each sample's domain, for fixed routing."""
+    step: int
+    first_sequence: int
+    """Index of the first of the B samples in the step's global batch."""
+    observer: MetricsFn = nothing_more
+    """What the layers are asked to tell of this forward, beside their counts."""
+
+
+def training_batches(stream: Any, engine: Engine, step: int) -> list[Batch]:
+    """This rank's part of optimizer step `step`, one batch for each accumulation step."""
+    count, process = engine.sequences, engine.process
+    firsts = [
+        (a * process.world_size + process.rank) * count for a in range(engine.batching.accumulation)
+    ]
+    global_batch = engine.config.train.global_batch
+    return [
+        Batch(*engine.task.training(stream, step, first, count, global_batch), step, first)
+        for first in firsts
+    ]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dmoe.distributed.all_to_all import CommTimer, comm_timers
-from dmoe.distributed.gradients import all_max, all_sum, router_squares
+from dmoe.distributed.gradients import all_reduce_max, all_reduce_sum, squared_router_grad_norm
 from dmoe.models.base import ModelOutput
 from dmoe.moe.metrics import MAXIMA, SUMS, LayerStats, MetricsFn, nothing_more, router_metrics
 from dmoe.moe.placement import ExpertPlacement
@@ -98,7 +98,9 @@ class StepRecorder(NullStepRecorder):
         engine, sent = self.engine, self.stopwatch.stop_meters()
         layers = list(zip(*(output.stats for output in outputs), strict=True))
         self.widths = [len(layers[0][0].observed[name]) for name in SUMS] if layers else []
-        squares = router_squares(engine.model, engine.mesh).to(engine.process.device, torch.float64)
+        squares = squared_router_grad_norm(engine.model, engine.mesh).to(
+            engine.process.device, torch.float64
+        )
         owned = [layer.placement for layer in engine.model.moe_layers()]
         sums = [
             torch.cat([_sum(parts, name) for name in SUMS] + [self._traffic(parts, ownership)])
@@ -115,9 +117,9 @@ class StepRecorder(NullStepRecorder):
         own = self.sums.new_tensor([peak_flops, *(seconds[part] for part in PARTS)])
         busy = [used_memory(engine.process.device), seconds["data"] + seconds["forward"]]
         largest = torch.cat([*self.maxima, *self._biases(), self.sums.new_tensor(busy)])
-        summed = iter(all_sum(torch.cat([self.sums, own]), engine.mesh).tolist())
-        maxima = iter(all_max(largest, engine.mesh).tolist())
-        count, world = len(self.maxima) // len(MAXIMA), engine.process.size
+        summed = iter(all_reduce_sum(torch.cat([self.sums, own]), engine.mesh).tolist())
+        maxima = iter(all_reduce_max(largest, engine.mesh).tolist())
+        count, world = len(self.maxima) // len(MAXIMA), engine.process.world_size
         rows = [self._row(summed) for _ in range(count)]
         peaks = [dict(zip(MAXIMA, islice(maxima, len(MAXIMA)), strict=True)) for _ in range(count)]
         biases = [tuple(islice(maxima, BIAS)) if self._has_bias else None for _ in range(count)]
@@ -148,10 +150,10 @@ class StepRecorder(NullStepRecorder):
     def _traffic(self, parts: Sequence[LayerStats], ownership: ExpertPlacement) -> Tensor:
         """float64 [EP * EP], zero but for this rank's row: what it sent, from what was kept. Slots that stayed empty do not count, nor
         do experts of zero cost."""
-        topology = self.engine.mesh
+        mesh = self.engine.mesh
         kept_E = torch.stack([part.kept_E for part in parts]).sum(0).double()
-        sent = kept_E.new_zeros(topology.ep, topology.ep)
-        sent[topology.ep_rank] = ownership.sum_per_rank(kept_E)
+        sent = kept_E.new_zeros(mesh.ep, mesh.ep)
+        sent[mesh.ep_rank] = ownership.sum_per_rank(kept_E)
         return sent.flatten()
 
     @property

@@ -19,18 +19,16 @@ from dmoe.observability.display.format import measure_words
 from dmoe.observability.logger import RunLogger
 from dmoe.observability.profiler import Profiling
 from dmoe.train import engine as engines
-from dmoe.train.batches import training_batches
 from dmoe.train.checkpointer import Checkpointer, CheckpointScheduler
 from dmoe.train.engine import Engine
 from dmoe.train.evaluation import Evaluation, evaluate
-from dmoe.train.first_step import check_first_step
 from dmoe.train.modular.session import Session, check_domains
 from dmoe.train.modular.stages import CORE, check_stages, is_config_file, needed, prepare
 from dmoe.train.optim import learning_rate
 from dmoe.train.run_session import RunSession, open_session
 from dmoe.train.signals import Signals
-from dmoe.train.step import StepResult, compute_gradients, grad_norm, update
-from dmoe.train.step_guard import StepAction, StepGuard, StepHealth
+from dmoe.train.step import StepResult, compute_gradients, grad_norm, training_batches, update
+from dmoe.train.step_guard import StepAction, StepGuard, StepHealth, check_first_step
 from dmoe.train.summary import print_summary
 from dmoe.train.tasks import Data, task_of
 from dmoe.train.telemetry import Telemetry, is_logged
@@ -56,24 +54,24 @@ def _train(config: Config, given: str, quiet: bool) -> int:
     task = task_of(config)
     data = task.open()
     check_domains(config, data.domains)
-    world = worlds.init_distributed(
+    process = worlds.init_distributed(
         config.train.device, config.parallel.backend, config.parallel.start_timeout
     )
     # For what a user's own module draws: torch starts its generators from the clock, and no run would repeat another.
-    torch.manual_seed(generator(config.train.seed, "rank", world.rank).initial_seed())
-    run = open_session(config, world) if is_config_file(config.modular.core) else None
+    torch.manual_seed(generator(config.train.seed, "rank", process.rank).initial_seed())
+    run = open_session(config, process) if is_config_file(config.modular.core) else None
     try:
         if run is not None and needed(config, run.directory.path):
-            if world.is_main and not quiet:
+            if process.is_main and not quiet:
                 print(f"first its core, from {config.modular.core}: {run}/{CORE}", flush=True)
             stopped_by = prepare(
                 config, run.directory.path, lambda core, text: _train(core, text, quiet)
             )
             if stopped_by:
                 return stopped_by
-        engine = engines.build(config, world, task.outputs)
-        run = open_session(config, world) if run is None else run
-        with LivenessResponder() if world.size > 1 else nullcontext():
+        engine = engines.build(config, process, task.outputs)
+        run = open_session(config, process) if run is None else run
+        with LivenessResponder() if process.world_size > 1 else nullcontext():
             return Trainer(engine, data, run, given, quiet).run()
     finally:
         if run is not None:
@@ -192,7 +190,7 @@ class Trainer:
 
     def _check_first(self, step: int, result: StepResult) -> None:
         if step == self.first:
-            worlds.shorten_timeouts(self.engine.mesh.groups(), self.engine.config.parallel.timeout)
+            worlds.set_timeouts(self.engine.mesh.step_groups(), self.engine.config.parallel.timeout)
         if step == 0:
             remark = check_first_step(self.engine, result, self.task.outputs, self.targets)
             if remark:
@@ -295,7 +293,7 @@ class Trainer:
             f"{engine.precision} on {engine.process.device.type}"
         )
         say(
-            f"ranks: {engine.mesh}; {engine.config.train.global_batch} sequences a step = {engine.process.size} x "
+            f"ranks: {engine.mesh}; {engine.config.train.global_batch} sequences a step = {engine.process.world_size} x "
             f"{engine.sequences} x {engine.batching.accumulation} accumulated"
         )
         for remark in (self.run_dir.remark, *self.checkpointer.remarks):
@@ -309,14 +307,14 @@ class Trainer:
             "trainable_parameters": self.modules.trained(counts.trained),
             "flops_per_token": engine.model.flops_per_token(self.task.targets),
             "task": self.task.name,
-            "world": engine.process.size,
+            "world": engine.process.world_size,
             "ep": engine.mesh.ep,
             "precision": engine.precision,
             "data": self.data.fingerprint,
         }
-        again = {"resumed_from": self.first, "attempt": engine.process.restart}
+        again = {"resumed_from": self.first, "attempt": engine.process.restart_count}
         self.logger.log_event(
-            "restart" if self.first or engine.process.restart else "start",
+            "restart" if self.first or engine.process.restart_count else "start",
             self.first,
             start | again,
         )

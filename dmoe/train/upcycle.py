@@ -28,7 +28,7 @@ from dmoe.distributed.init import ProcessInfo
 from dmoe.distributed.mesh import ParallelMesh
 from dmoe.distributed.state_dict import model_state, optimizer_state
 from dmoe.models.base import Model
-from dmoe.models.block import active_hidden_dim
+from dmoe.models.layers import active_hidden_dim
 from dmoe.moe.experts import FeedForward, MLPExperts
 from dmoe.moe.layer import MoE
 from dmoe.moe.routing import TokenContext

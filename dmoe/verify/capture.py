@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dmoe.distributed.expert_parallel import expert_buffers, expert_locations, expert_parameters
 from dmoe.distributed.full_tensors import broadcast_expert, gather_full
-from dmoe.train.batches import Batch, training_batches
+from dmoe.train.step import Batch, training_batches
 from dmoe.train.engine import Engine
 from dmoe.train.optim import learning_rate
 from dmoe.train.step import compute_gradients, forward, update
@@ -78,7 +78,7 @@ def state_arrays(engine: Engine) -> Capture:
     """Weights, Adam's moments and step counts, and the routers' biases, whole, by name."""
     arrays = {f"model.{name}": array for name, array in _weights(engine).items()}
     named, experts = dict(engine.model.named_parameters()), set(expert_parameters(engine.model))
-    homes, topology = expert_locations(engine.model), engine.mesh
+    locations, mesh = expert_locations(engine.model), engine.mesh
     for moment in ("exp_avg", "exp_avg_sq"):
         values = {
             n: engine.optimizer.state[p][moment]
@@ -87,10 +87,10 @@ def state_arrays(engine: Engine) -> Capture:
         }
         arrays |= {
             f"{moment}.{name}": _array(v)
-            for name, v in gather_full(values, experts, topology, homes).items()
+            for name, v in gather_full(values, experts, mesh, locations).items()
         }
     buffers = gather_full(
-        dict(engine.model.named_buffers()), expert_buffers(engine.model), topology
+        dict(engine.model.named_buffers()), expert_buffers(engine.model), mesh
     )
     steps = {
         n: engine.optimizer.state[p]["step"]
@@ -98,10 +98,10 @@ def state_arrays(engine: Engine) -> Capture:
         if "step" in engine.optimizer.state.get(p, {})
     }
     if steps:  # all of them, or none
-        count = {name: replace(home, dtype=torch.float32) for name, home in homes.items()}
+        count = {name: replace(location, dtype=torch.float32) for name, location in locations.items()}
         steps |= {
-            name: broadcast_expert(steps.get(name), home, topology, ())
-            for name, home in count.items()
+            name: broadcast_expert(steps.get(name), location, mesh, ())
+            for name, location in count.items()
         }
     arrays |= {f"buffer.{name}": _array(value) for name, value in buffers.items()}
     return arrays | {f"step.{name}": _array(value) for name, value in steps.items()}

@@ -13,9 +13,8 @@ from dmoe.data import open_data
 from dmoe.distributed import init as worlds
 from dmoe.distributed.state_dict import model_state
 from dmoe.train import engine as engines
-from dmoe.train.step import training_batches
 from dmoe.train.optim import learning_rate
-from dmoe.train.step import train_step
+from dmoe.train.step import train_step, training_batches
 
 __all__ = ["Trace", "trace"]
 

@@ -18,11 +18,10 @@ from dmoe.distributed.full_tensors import gather_full
 from dmoe.models.generate import generate
 from dmoe.runs.directory import RunDir
 from dmoe.train import engine as engines
-from dmoe.train.step import training_batches
 from dmoe.train.checkpointer import Checkpointer
 from dmoe.train.engine import Engine
 from dmoe.train.evaluation import evaluate
-from dmoe.train.step import train_step
+from dmoe.train.step import train_step, training_batches
 from dmoe.train.step_guard import StepGuard
 from tests.ranks import run_ranks
 from tests.tiny import tiny

@@ -22,9 +22,8 @@ from dmoe.distributed.expert_parallel import shard_experts
 from dmoe.moe.layer import MoE
 from dmoe.train import checkpointer
 from dmoe.train import engine as engines
-from dmoe.train.step import training_batches
 from dmoe.train.checkpoint_info import inspect
-from dmoe.train.step import train_step
+from dmoe.train.step import train_step, training_batches
 from dmoe.verify.capture import state_arrays
 from dmoe.verify.verify import Report, verify
 from tests.distributed.test_costs import COLLECTIVES, CountingExperts, counted

@@ -16,11 +16,11 @@ import torch
 from dmoe.config.schema import Config
 from dmoe.data import open_data
 from dmoe.distributed import init as worlds
-from dmoe.distributed.gradients import local
+from dmoe.distributed.gradients import local_tensor
 from dmoe.train import engine as engines
 from dmoe.train import step as steps
-from dmoe.train.batches import training_batches
 from dmoe.train.engine import Engine
+from dmoe.train.step import training_batches
 from dmoe.train.step_guard import StepAction, StepGuard
 from tests.checkpoint.saving import patched
 from tests.drills.worker import digest_of, run_ranks
@@ -57,9 +57,9 @@ def inf_in_one_expert(engine: Engine) -> Iterator[None]:
     def spoilt() -> None:
         finish()
         assert parameter.grad is not None
-        local(parameter.grad).view(-1)[-1] = math.inf
+        local_tensor(parameter.grad).view(-1)[-1] = math.inf
 
-    with patched(engine.data_parallel, "finish", spoilt):
+    with patched(engine.data_parallel, "wait_for_grads", spoilt):
         yield
 
 

@@ -16,12 +16,11 @@ from dmoe.distributed import init as worlds
 from dmoe.distributed import mesh
 from dmoe.distributed.expert_parallel import expert_parameters, shard_experts
 from dmoe.distributed.full_tensors import gather_full
-from dmoe.distributed.gradients import all_sum
+from dmoe.distributed.gradients import all_reduce_sum
 from dmoe.moe.layer import MoE
 from dmoe.moe.metrics import TokenContext
 from dmoe.train import engine as engines
-from dmoe.train.batches import training_batches
-from dmoe.train.step import compute_gradients, grad_norm
+from dmoe.train.step import compute_gradients, grad_norm, training_batches
 from tests.drills.worker import run_ranks
 from tests.tiny import tiny
 
@@ -122,7 +121,7 @@ def layer_gradients(
     }
     experts = set(expert_parameters(layer))
     for name in values.keys() - experts:
-        values[name] = all_sum(values[name], groups)
+        values[name] = all_reduce_sum(values[name], groups)
     whole = gather_full(values, experts, groups)
     assert x.grad is not None
     return {name: value.numpy().copy() for name, value in whole.items()}, x.grad.numpy().copy()

@@ -13,9 +13,8 @@ from dmoe.data import open_data
 from dmoe.distributed import init as worlds
 from dmoe.runs.directory import RunDir
 from dmoe.train import engine as engines
-from dmoe.train.batches import training_batches
 from dmoe.train.checkpointer import Checkpointer
-from dmoe.train.step import train_step
+from dmoe.train.step import train_step, training_batches
 from dmoe.train.step_guard import StepGuard
 from dmoe.verify.capture import Capture, state_arrays
 from tests.drills.driver import digest

@@ -15,7 +15,7 @@ from dmoe.distributed import init as worlds
 from dmoe.moe.profiling import NOTHING, STAGES, profiled
 from dmoe.observability.profiler import Profiling, trace_path
 from dmoe.train import engine as engines
-from dmoe.train.batches import training_batches
+from dmoe.train.step import training_batches
 from dmoe.train.step import train_step
 from tests.ranks import run_ranks
 from tests.tiny import tiny

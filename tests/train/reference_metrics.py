@@ -16,8 +16,7 @@ from dmoe.distributed import init as worlds
 from dmoe.distributed.expert_parallel import expert_parameters
 from dmoe.moe.routing import Routing
 from dmoe.train import engine as engines
-from dmoe.train.batches import training_batches
-from dmoe.train.step import compute_gradients, forward, update
+from dmoe.train.step import compute_gradients, forward, training_batches, update
 from dmoe.train.telemetry import Telemetry
 from dmoe.verify.decisions import recorded
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from dmoe.checkpoint.async_saver import Saved
+from dmoe.checkpoint.async_saver import SavedCheckpoint
 from dmoe.config.errors import CheckpointError
 from dmoe.config.schema import CheckpointConfig
 from dmoe.observability.logger import RunLogger
@@ -22,7 +22,7 @@ class FakeCheckpoints:
     def __init__(self, *broken: int, background: bool = False) -> None:
         self.broken, self.background, self.asked = broken, background, list[str]()
         self.error: CheckpointError | None = None
-        self.done: list[Saved] = []
+        self.done: list[SavedCheckpoint] = []
 
     def save(self, step: int) -> None:
         self.wait()
@@ -32,7 +32,7 @@ class FakeCheckpoints:
             if not self.background:
                 self.wait()
         else:
-            self.done.append(Saved(step, 0.1, 0.2, 300))
+            self.done.append(SavedCheckpoint(step, 0.1, 0.2, 300))
 
     def wait(self) -> None:
         error, self.error = self.error, None
@@ -43,7 +43,7 @@ class FakeCheckpoints:
         self.wait()
         self.asked.append("close")
 
-    def finished(self) -> list[Saved]:
+    def finished(self) -> list[SavedCheckpoint]:
         found, self.done = self.done, []
         return found
 

@@ -16,14 +16,14 @@ from dmoe.config.rules import check
 from dmoe.config.schema import Config
 from dmoe.distributed import init as worlds
 from dmoe.explain import explain
-from dmoe.modular import layers
+from dmoe.modular import adapter_layers
 from dmoe.runs.directory import RunDir
 from dmoe.train import engine as engines
 from dmoe.train.engine import Engine
 from dmoe.train.evaluation import evaluate
 from dmoe.train.modular.session import compositions
 from dmoe.train.modular.stages import check_stages
-from dmoe.train.resume_check import check_same_run
+from dmoe.train.restore import check_same_run
 from dmoe.train.trainer import train
 from dmoe.verify.naive.modular import stir
 from tests.ranks import run_ranks
@@ -57,7 +57,7 @@ def composed(rank: int, world: int) -> list[dict[str, Any]]:
     data = engine.task.open()
     found = compositions(engine, data, lambda: False)
     assert found is not None
-    for layer in layers(engine.model).values():
+    for layer in adapter_layers(engine.model).values():
         assert layer.router.get_buffer("module_LK").tolist() == [[0, 1]]
     return found
 
@@ -77,7 +77,7 @@ def test_a_composition_is_an_evaluation_with_that_table() -> None:
             replace(COMPOSED, modular=replace(COMPOSED.modular, table=table, compositions=[]))
         )
         if modules == []:
-            for layer in layers(engine.model).values():
+            for layer in adapter_layers(engine.model).values():
                 for stack in layer.experts.stacks().values():
                     stack.data.zero_()
         result = evaluate(engine, engine.task.open())

@@ -12,7 +12,7 @@ from dmoe.config.schema import Config
 from dmoe.distributed import init as worlds
 from dmoe.moe.metrics import ObservedContext, decisions
 from dmoe.train import engine as engines
-from dmoe.train.batches import evaluation_batches
+from dmoe.train.evaluation import evaluation_batches
 from dmoe.train.routing_analysis import ComputeVsLoss, correlation
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, tiny

@@ -19,14 +19,13 @@ from dmoe.config.rules import check, expert_parallel
 from dmoe.config.schema import Config
 from dmoe.distributed import init as worlds
 from dmoe.distributed.state_dict import model_state
-from dmoe.modular import core_hash, layers
+from dmoe.modular import base_model_hash, adapter_layers
 from dmoe.train import engine as engines
-from dmoe.train.batches import training_batches
 from dmoe.train.engine import Engine
 from dmoe.train.modular.base_model import start_from
 from dmoe.train.modular.session import Session, check_domains
 from dmoe.train.modular.stages import check_stages
-from dmoe.train.step import train_step
+from dmoe.train.step import train_step, training_batches
 from dmoe.train.trainer import train
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, tiny
@@ -117,11 +116,11 @@ def test_every_domain_has_its_modules() -> None:
 @pytest.mark.parametrize("what", ["joint", "modules", "one_module", "router"])
 def test_what_is_frozen_keeps_its_bits_and_the_rest_moves(what: str, tmp_path: Path) -> None:
     engine = build(tiny(*LORA, f"modular.train={what}"))
-    for layer in layers(engine.model).values():
+    for layer in adapter_layers(engine.model).values():
         torch.nn.init.normal_(layer.experts.b.data)  # else there is nothing for a router to choose
     session = Session(engine, tmp_path, fresh=True)
     before = {name: value.clone() for name, value in engine.model.state_dict().items()}
-    core = core_hash(engine.model)
+    core = base_model_hash(engine.model)
     steps(engine)
     moved = {
         name
@@ -129,7 +128,7 @@ def test_what_is_frozen_keeps_its_bits_and_the_rest_moves(what: str, tmp_path: P
         if not torch.equal(value, before[name])
     }
     assert any(".modular." not in name for name in moved) == (what == "joint")
-    assert (core_hash(engine.model) == core) == (what != "joint")
+    assert (base_model_hash(engine.model) == core) == (what != "joint")
     assert any(".experts.b" in name and ".modular." in name for name in moved) == (what != "router")
     assert any(".modular.router" in name for name in moved) == (what != "one_module")
     known, _ = session.finish()
@@ -170,7 +169,7 @@ def test_the_bias_of_a_frozen_router_stands_still() -> None:
     engine = build(tiny(*LORA, "moe.balance.bias=0.1"))
     steps(engine, 1)
     assert not engine.model.moe_layers()[0].router.get_buffer("bias_E").any()
-    assert layers(engine.model)["blocks.0.attention.w_out"].router.get_buffer("bias_E").any()
+    assert adapter_layers(engine.model)["blocks.0.attention.w_out"].router.get_buffer("bias_E").any()
 
 
 def test_a_run_with_more_modules_goes_on_from_those_there_are(tmp_path: Path) -> None:
@@ -181,7 +180,7 @@ def test_a_run_with_more_modules_goes_on_from_those_there_are(tmp_path: Path) ->
     more = build(tiny(*LORA, "modular.modules=6", "train.seed=1"))
     drawn = {name: value.clone() for name, value in more.model.state_dict().items()}
     start_from(more, path)
-    assert core_hash(more.model) == core_hash(core.model)
+    assert base_model_hash(more.model) == base_model_hash(core.model)
     for name, value in more.model.state_dict().items():
         if ".modular." in name:
             assert torch.equal(value[:4], old[name]), name

@@ -17,8 +17,7 @@ from dmoe.data import open_data
 from dmoe.distributed import init as worlds
 from dmoe.moe.metrics import MAXIMA, SUMS
 from dmoe.train import engine as engines
-from dmoe.train.batches import training_batches
-from dmoe.train.step import StepResult, compute_gradients, grad_norm
+from dmoe.train.step import StepResult, compute_gradients, grad_norm, training_batches
 from dmoe.train.telemetry import Telemetry
 from tests.distributed.test_costs import COLLECTIVES, READS, counted
 from tests.ranks import run_ranks

@@ -18,9 +18,8 @@ from dmoe.models.base import Model
 from dmoe.moe.routing import TokenContext
 from dmoe.train import checkpointer
 from dmoe.train import engine as engines
-from dmoe.train.batches import training_batches
 from dmoe.train.evaluation import evaluate
-from dmoe.train.step import train_step
+from dmoe.train.step import train_step, training_batches
 from dmoe.train.tasks import task_of
 from dmoe.train.upcycle import check_upcycle, copy_weights, upcycle
 from tests.ranks import run_ranks

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
-from dmoe.config.rules.modular import DEFAULT_PLACES, LEARNED, choices, router_of
+from dmoe.config.rules.modular import DEFAULT_PLACES, choices, is_learned, router_of
 from dmoe.config.schema import BalanceConfig, Config, ModelConfig, ModularConfig
 from dmoe.models.base import IGNORE, Model, ModelOutput
 from dmoe.models.transformer import Transformer
@@ -26,9 +26,9 @@ from dmoe.modular import (
     attach,
     constant,
     initialize,
-    layers,
+    adapter_layers,
     routed,
-    select,
+    select_trainable,
     table,
     with_room,
 )
@@ -85,7 +85,7 @@ def draw_modules(model: nn.Module, config: Config) -> None:
 def select_trained(model: nn.Module, config: Config) -> None:
     """Say by `requires_grad` what is trained. Before DDP or FSDP2 sees the model, and before the optimizer."""
     if config.modular.bank != "none":
-        select(model, config.modular.train)
+        select_trainable(model, config.modular.train)
 
 
 def frozen_core(config: Config) -> bool:
@@ -128,25 +128,16 @@ def _router(modular: ModularConfig) -> RouterMaker:
 
 def _of_config(error: ConfigError, modular: ModularConfig) -> ConfigError:
     """The library names its arguments; a user knows fields."""
-    text = str(error)
-    value, _, rest = text.partition("=")[2].partition(": ")
-    allowed, _, fix = rest.rpartition("; ")
     if error.field == "pattern":
         pattern = place_pattern(modular)
-        return ConfigError(
-            "modular.at",
-            pattern,
-            allowed if value == pattern else f"names {value}, which {allowed}",
-            fix,
-        )
+        allowed = error.allowed
+        if error.value != pattern:
+            allowed = f"names {error.value}, which {allowed}"
+        return ConfigError("modular.at", pattern, allowed, error.fix)
     if error.field == "width":
-        return ConfigError(
-            "modular.at",
-            place_pattern(modular),
-            f"names a place whose width {allowed}",
-            "name Linear layers",
-        )
-    return ConfigError(f"modular.{error.field}", value, allowed, fix)
+        allowed = f"names a place whose width {error.allowed}"
+        return ConfigError("modular.at", place_pattern(modular), allowed, "name Linear layers")
+    return ConfigError(f"modular.{error.field}", error.value, error.allowed, error.fix)
 
 
 def moved_routers(
@@ -155,8 +146,8 @@ def moved_routers(
     """The routers whose bias the controller moves, with what their layers counted: none of a frozen core, none beside one module."""
     if not frozen_core(config):
         yield from zip((layer.router for layer in model.moe_layers()), totals.layers, strict=True)
-    if config.modular.routing in LEARNED and config.modular.train != "one_module":
-        for layer, seen in zip(layers(model).values(), totals.modules, strict=True):
+    if is_learned(config.modular) and config.modular.train != "one_module":
+        for layer, seen in zip(adapter_layers(model).values(), totals.modules, strict=True):
             router = layer.router
             yield (router.router if isinstance(router, PerSequence | PerTask) else router), seen
 
@@ -165,7 +156,7 @@ def module_lines(model: nn.Module, totals: ReducedStep) -> dict[str, Any]:
     """`modules`: for each place how often each module was chosen, and the losses of its router. Empty without modules."""
     if not totals.modules:
         return {}
-    told = zip(layers(model), totals.modules, strict=True)
+    told = zip(adapter_layers(model), totals.modules, strict=True)
     return {
         "modules": [
             {
@@ -188,7 +179,7 @@ def _tell(
     balance: BalanceConfig, model: nn.Module, args: tuple[Any, ...], output: ModelOutput
 ) -> None:
     if model.training:
-        for layer in layers(model).values():
+        for layer in adapter_layers(model).values():
             output.module_aux.append(layer.losses(balance))
             output.module_stats.append(layer.stats())
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from dmoe.checkpoint import save_load
 from dmoe.checkpoint.manifest import Manifest
 from dmoe.config.errors import CheckpointError, ConfigError
-from dmoe.config.rules.modular import LEARNED
+from dmoe.config.rules.modular import is_learned
 from dmoe.config.schema import Config, ModularConfig
 from dmoe.distributed.full_tensors import copy_full_into_shard, full_tensor
 from dmoe.distributed.state_dict import model_state
@@ -117,7 +117,7 @@ def _comes_along(name: str, core: Mapping[str, Any], now: ModularConfig) -> bool
     if part == "aggregation":
         return bool(core["aggregation"] == now.aggregation)
     alike = all(core.get(field) == getattr(now, field) for field in ("routing", "per", "labels"))
-    return alike and now.routing in LEARNED
+    return alike and is_learned(now)
 
 
 def _fill(name: str, mine: Tensor | None, theirs: Tensor, config: Config) -> None:

@@ -21,7 +21,7 @@ from dmoe.config.load import to_yaml
 from dmoe.config.schema import Config, ModularConfig
 from dmoe.distributed.mesh import ParallelMesh
 from dmoe.distributed.state_dict import model_state
-from dmoe.modular import core_hash, export_peft, grow, inspect, layers, merge, save
+from dmoe.modular import base_model_hash, export_peft, add_modules, inspect_modules, adapter_layers, merge, save_modules
 from dmoe.modular.attach import CHILD
 from dmoe.runs.directory import RunDir
 from dmoe.train.restore import Restored, restore
@@ -41,7 +41,7 @@ class Place:
 def places(source: Path) -> list[Place]:
     """The modules of a run, or of a file of modules. Raises ConfigError for a run without any, CheckpointError for no such file."""
     if source.is_file():
-        return [Place(name, **{**fields}) for name, fields in inspect(source).places.items()]  # type: ignore[arg-type]
+        return [Place(name, **{**fields}) for name, fields in inspect_modules(source).targets.items()]  # type: ignore[arg-type]
     found = _with_modules(RunDir(source))
     return [
         Place(
@@ -52,15 +52,15 @@ def places(source: Path) -> list[Place]:
             layer.experts.num_modules,
             sum(parameter.numel() for parameter in layer.experts.parameters()),
         )
-        for name, layer in layers(found.model).items()
+        for name, layer in adapter_layers(found.model).items()
     ]
 
 
 def export_modules(run: RunDir, to: Path) -> str:
     """Write the modules alone into a file; the hash of the core they belong to."""
     found = _with_modules(run)
-    core = core_hash(found.model)
-    _writable("--to", to, lambda: save(found.model, to, core=core))
+    core = base_model_hash(found.model)
+    _writable("--to", to, lambda: save_modules(found.model, to, base_model=core))
     return core
 
 
@@ -85,7 +85,7 @@ def merge_modules(run: RunDir, weights: Sequence[float], to: Path) -> None:
     _write(found, ModularConfig(), to)
 
 
-def add_modules(run: RunDir, files: Sequence[Path], to: Path) -> int:
+def add_modules_to_run(run: RunDir, files: Sequence[Path], to: Path) -> int:
     """A run directory with the run's modules and, behind them, those of the files; how many there are now.
 
     Routers do not know the new ones yet: a learned one gets fresh rows, constant weights are 0, a table names them when it is changed.
@@ -93,11 +93,11 @@ def add_modules(run: RunDir, files: Sequence[Path], to: Path) -> int:
     """
     found = _with_modules(run)
     _new(to)
-    core, count = core_hash(found.model), 0
+    core, count = base_model_hash(found.model), 0
     for file in files:
         count += _check_file(found, file, core)
     before = found.config.modular.modules
-    grow(found.model, count, seed=found.config.train.seed)
+    add_modules(found.model, count, seed=found.config.train.seed)
     first = before
     for file in files:
         first += _put(found, file, first)
@@ -133,20 +133,20 @@ def _check_module(modular: ModularConfig, module: int) -> None:
 
 def _check_file(found: Restored, file: Path, core: str) -> int:
     """How many modules the file holds, where they fit."""
-    saved, here = inspect(file), layers(found.model)
-    if saved.core != core:
+    saved, here = inspect_modules(file), adapter_layers(found.model)
+    if saved.base_model != core:
         raise CheckpointError(
-            f"{file}: its modules belong to another core ({saved.core[:12]}, the run's is {core[:12]})"
+            f"{file}: its modules belong to another core ({saved.base_model[:12]}, the run's is {core[:12]})"
         )
-    if sorted(saved.places) != sorted(here):
+    if sorted(saved.targets) != sorted(here):
         raise CheckpointError(
-            f"{file}: has modules at {', '.join(sorted(saved.places))}, the run at {', '.join(sorted(here))}"
+            f"{file}: has modules at {', '.join(sorted(saved.targets))}, the run at {', '.join(sorted(here))}"
         )
     with safe_open(file, framework="pt") as content:
         for place, layer in here.items():
-            if saved.places[place]["bank"] != type(layer.experts).__name__:
+            if saved.targets[place]["bank"] != type(layer.experts).__name__:
                 raise CheckpointError(
-                    f"{file}: {place} has modules of kind {saved.places[place]['bank']} there"
+                    f"{file}: {place} has modules of kind {saved.targets[place]['bank']} there"
                 )
             for name, stack in layer.experts.stacks().items():
                 shape = content.get_slice(_name(place, name)).get_shape()
@@ -154,7 +154,7 @@ def _check_file(found: Restored, file: Path, core: str) -> int:
                     raise CheckpointError(
                         f"{file}: {place} has {name} of {shape[1:]} there, and {list(stack.shape[1:])} in the run"
                     )
-    counts = {int(place["modules"]) for place in saved.places.values()}
+    counts = {int(place["modules"]) for place in saved.targets.values()}
     if len(counts) != 1:
         raise CheckpointError(f"{file}: its places have different numbers of modules")
     return counts.pop()
@@ -164,7 +164,7 @@ def _put(found: Restored, file: Path, first: int) -> int:
     """The file's modules become those from `first` on; how many they are."""
     count = 0
     with safe_open(file, framework="pt") as content, torch.no_grad():
-        for place, layer in layers(found.model).items():
+        for place, layer in adapter_layers(found.model).items():
             for name, stack in layer.experts.stacks().items():
                 value = content.get_tensor(_name(place, name))
                 stack[first : first + len(value)] = value.to(stack)

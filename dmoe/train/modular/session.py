@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from dmoe.checkpoint.consensus import RankGroup
 from dmoe.config.errors import ConfigError, NumbersError
 from dmoe.config.schema import Config
-from dmoe.distributed.gradients import local
-from dmoe.modular import layers, train_one
+from dmoe.distributed.gradients import local_tensor
+from dmoe.modular import adapter_layers, freeze_all_but
 from dmoe.modular.attach import CHILD
 from dmoe.modular.routing.tables import TableRouter
 from dmoe.train.engine import Engine
@@ -49,7 +49,7 @@ class Session:
             optimizer = getattr(
                 engine.optimizer, "optimizer", engine.optimizer
             )  # accelerate's has no hooks
-            train_one(engine.model, self.proof.module, optimizer)
+            freeze_all_but(engine.model, self.proof.module, optimizer)
 
     def trained(self, parameters: int) -> int:
         """Of so many parameters that are not frozen, those that training changes: under one_module these are the banks, of which one
@@ -115,7 +115,7 @@ def compositions(
 def every_row(model: nn.Module, modules: Sequence[int]) -> Iterator[None]:
     """Every domain visits these modules, whatever the table says."""
     routers = [
-        layer.router for layer in layers(model).values() if isinstance(layer.router, TableRouter)
+        layer.router for layer in adapter_layers(model).values() if isinstance(layer.router, TableRouter)
     ]
     before = [router.module_LK.clone() for router in routers]
     try:
@@ -164,7 +164,7 @@ class FrozenProof:
 
     def _others(self) -> Iterator[tuple[str, Tensor]]:
         """All modules but the one that is trained; and routers and aggregations, where one is."""
-        for place, layer in layers(self.engine.model).items():
+        for place, layer in adapter_layers(self.engine.model).items():
             bank = layer.experts
             for name, stack in bank.stacks().items():
                 others_e = (
@@ -173,7 +173,7 @@ class FrozenProof:
                 )
                 yield (
                     f"{place}.{name}",
-                    local(stack)[others_e] if self.module is not None else stack,
+                    local_tensor(stack)[others_e] if self.module is not None else stack,
                 )
             if self.module is not None:
                 for part in (layer.router, layer.aggregation):
@@ -184,7 +184,7 @@ class FrozenProof:
     def _digest(self, state: Iterator[tuple[str, Tensor]]) -> str:
         digest = hashlib.sha256()
         for name, value in state:
-            mine = local(value).cpu().contiguous()
+            mine = local_tensor(value).cpu().contiguous()
             digest.update(f"{name}\0{mine.dtype}\0{tuple(mine.shape)}\0".encode())
             digest.update(mine.flatten().view(torch.uint8).numpy().data)
         row = torch.tensor(list(digest.digest()), dtype=torch.uint8)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dmoe.config.errors import CheckpointError
-from dmoe.train.resume_check import check_same_run, describe_changes
+from dmoe.train.restore import check_same_run, describe_changes
 from tests.tiny import tiny
 
 SAVED: dict[str, Any] = json.loads(json.dumps(asdict(tiny())))

@@ -11,7 +11,7 @@ from dmoe.config.schema import Config
 from dmoe.data.tables import SampleStream, Table, classes_of, open_table, widths_of
 from dmoe.models.base import Model
 from dmoe.models.classifier import Classifier
-from dmoe.train.tasks.base import Samples, Score
+from dmoe.train.tasks import Samples, Score
 
 
 class Classification:
