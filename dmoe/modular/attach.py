@@ -21,7 +21,7 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.schema import BalanceConfig
 from dmoe.modular.aggregation import Aggregation, WeightedSum
 from dmoe.modular.banks.base import AdapterBank
-from dmoe.modular.layer import NOTHING_KNOWN, Modular, _hook
+from dmoe.modular.layer import EMPTY_CONTEXT, AdapterLayer, register_hooks
 from dmoe.modular.routing import RouterMaker
 from dmoe.moe.experts import FeedForward
 from dmoe.moe.layer import MoE
@@ -44,7 +44,7 @@ def attach(
     *,
     width: tuple[int, int] | None = None,
     seed: int = 0,
-) -> dict[str, Modular]:
+) -> dict[str, AdapterLayer]:
     """Put a bank of modules, with a router of its own, beside every submodule whose name the pattern matches.
 
     Args:
@@ -57,38 +57,38 @@ def attach(
     Raises: ConfigError where nothing matches, something cannot be attached to, or the parts do not fit each other; then nothing is
     attached.
     """
-    number = len(layers(model))
-    made: dict[str, Modular] = {}
-    for name, place in matching(model, pattern).items():
-        _refuse(model, name, place)
-        layer = _layer(place, name, bank, router, aggregation, width, number + len(made))
-        device, dtype = _like(place, model)
+    number = len(adapter_layers(model))
+    made: dict[str, AdapterLayer] = {}
+    for name, place in matching_modules(model, pattern).items():
+        _check_target(model, name, place)
+        layer = _build_layer(place, name, bank, router, aggregation, width, number + len(made))
+        device, dtype = _device_and_dtype(place, model)
         layer.to(device=device, dtype=dtype).train(model.training)
-        _draw(
+        _initialize_layer(
             place, layer, seed
         )  # it looks at the place, and may refuse it: so before anything is attached
         made[name] = layer
     for name, layer in made.items():
         place = model.get_submodule(name)
         place.add_module(CHILD, layer)
-        _hook(model, name, place, layer)
+        register_hooks(model, name, place, layer)
     return made
 
 
 def initialize(model: nn.Module, seed: int) -> None:
     """Draw all modules, routers and aggregations anew, as `attach` did; after `to_empty`, when the core has its weights."""
-    for name, layer in layers(model).items():
-        _draw(model.get_submodule(name), layer, seed)
+    for name, layer in adapter_layers(model).items():
+        _initialize_layer(model.get_submodule(name), layer, seed)
 
 
-def _draw(place: nn.Module, layer: Modular, seed: int) -> None:
-    layer.experts.meet(place)
+def _initialize_layer(place: nn.Module, layer: AdapterLayer, seed: int) -> None:
+    layer.experts.bind(place)
     layer.initialize(seed)
 
 
-def detach(model: nn.Module) -> dict[str, Modular]:
+def detach(model: nn.Module) -> dict[str, AdapterLayer]:
     """Take all modules off; returns them by the name of their place. The model is what it was before, bit for bit."""
-    taken = layers(model)
+    taken = adapter_layers(model)
     for name, layer in taken.items():
         for handle in layer.__dict__.pop("handles"):
             handle.remove()
@@ -96,18 +96,18 @@ def detach(model: nn.Module) -> dict[str, Modular]:
     return taken
 
 
-def layers(model: nn.Module) -> dict[str, Modular]:
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """All attached layers by the name of their place, in the model's order."""
     ending = f".{CHILD}"
     return {
         f".{name}".removesuffix(ending).removeprefix("."): module
         for name, module in model.named_modules()
-        if isinstance(module, Modular) and f".{name}".endswith(ending)
+        if isinstance(module, AdapterLayer) and f".{name}".endswith(ending)
     }
 
 
 @contextmanager
-def given(
+def adapter_context(
     model: nn.Module, context: TokenContext | None = None, **fields: Tensor
 ) -> Iterator[None]:
     """What the modules may know of the tokens inside: `with given(model, label_T=labels): model(...)`.
@@ -115,8 +115,8 @@ def given(
     Labels are int64, one for each token or one for each sequence. For models that are not handed a `TokenContext` themselves. Backward
     belongs inside where blocks are recomputed.
     """
-    context = replace(NOTHING_KNOWN if context is None else context, **fields)  # type: ignore[arg-type]
-    here = layers(model).values()
+    context = replace(EMPTY_CONTEXT if context is None else context, **fields)  # type: ignore[arg-type]
+    here = adapter_layers(model).values()
     before = [layer.context for layer in here]
     for layer in here:
         layer.context = context
@@ -127,7 +127,7 @@ def given(
             layer.context = old
 
 
-def matching(model: nn.Module, pattern: str | re.Pattern[str]) -> dict[str, nn.Module]:
+def matching_modules(model: nn.Module, pattern: str | re.Pattern[str]) -> dict[str, nn.Module]:
     """The submodules a pattern names, in the model's order, without what is attached. Raises ConfigError where there is none."""
     found = {
         name: module
@@ -151,13 +151,13 @@ def matching(model: nn.Module, pattern: str | re.Pattern[str]) -> dict[str, nn.M
     return found
 
 
-def _refuse(model: nn.Module, name: str, place: nn.Module) -> None:
+def _check_target(model: nn.Module, name: str, place: nn.Module) -> None:
     if hasattr(place, CHILD):
         raise ConfigError(
             "pattern", name, f"{name} has modules already", "detach them, or name other places"
         )
     for path, module in model.named_modules():
-        if path.rpartition(".")[2] == CHILD and not isinstance(module, Modular):
+        if path.rpartition(".")[2] == CHILD and not isinstance(module, AdapterLayer):
             allowed = f"is a name the model uses itself, at {path}: that part would be left out of the core's hash"
             raise ConfigError("pattern", CHILD, allowed, "rename it in the model")
     if isinstance(place, nn.Sequential | nn.ModuleList | nn.ModuleDict):
@@ -169,7 +169,7 @@ def _refuse(model: nn.Module, name: str, place: nn.Module) -> None:
         raise ConfigError("pattern", name, why, f"attach to {name.rpartition('.')[0]} itself")
 
 
-def _layer(
+def _build_layer(
     place: nn.Module,
     name: str,
     bank: BankMaker,
@@ -177,10 +177,10 @@ def _layer(
     aggregation: AggregationMaker,
     width: tuple[int, int] | None,
     number: int,
-) -> Modular:
-    in_dim, out_dim = _widths(place, name) if width is None else width
+) -> AdapterLayer:
+    in_dim, out_dim = _target_widths(place, name) if width is None else width
     made = bank(in_dim, out_dim)
-    if isinstance(place, nn.Embedding) and made.reads == "input":
+    if isinstance(place, nn.Embedding) and made.input_kind == "input":
         allowed = f"reads what {name or 'the model'} is given, which are ids and no vectors"
         raise ConfigError(
             "bank",
@@ -188,7 +188,7 @@ def _layer(
             allowed,
             "use Prompt, or what reads the output: Adapter, Scale",
         )
-    query = out_dim if made.reads == "sequence" else made.row_dim
+    query = out_dim if made.input_kind == "sequence" else made.row_dim
     chooses = router(query, number)
     if chooses.num_experts != made.num_modules:
         allowed = f"must be the {made.num_modules} modules of the bank"
@@ -199,15 +199,15 @@ def _layer(
             "give both the same number of modules",
         )
     joins = aggregation(made.width, query, chooses.top_k)
-    if joins.in_sequence and made.reads != "output":
-        allowed = f"needs modules that read the frozen output, not the {made.reads}"
+    if joins.sequential and made.input_kind != "output":
+        allowed = f"needs modules that read the frozen output, not the {made.input_kind}"
         raise ConfigError(
             "aggregation",
             type(joins).__name__,
             allowed,
             "use Adapter or Scale, or another aggregation",
         )
-    if not joins.weighs and any(True for _ in chooses.parameters()):
+    if not joins.uses_weights and any(True for _ in chooses.parameters()):
         allowed = f"does not use the weights of {type(chooses).__name__}, which would learn nothing"
         raise ConfigError(
             "aggregation",
@@ -215,10 +215,10 @@ def _layer(
             allowed,
             "use weighted_sum, or a router without parameters",
         )
-    return Modular(made, chooses, joins, number)
+    return AdapterLayer(made, chooses, joins, number)
 
 
-def _widths(place: nn.Module, name: str) -> tuple[int, int]:
+def _target_widths(place: nn.Module, name: str) -> tuple[int, int]:
     if isinstance(place, nn.Linear):
         return place.in_features, place.out_features
     if isinstance(place, nn.Embedding):
@@ -236,7 +236,7 @@ def _widths(place: nn.Module, name: str) -> tuple[int, int]:
     )
 
 
-def _like(place: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
+def _device_and_dtype(place: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where, and in what, the modules of a place live: as the first floating weight of the place or of the model, at least float32."""
     for module in (place, model):
         for parameter in module.parameters():
@@ -252,6 +252,6 @@ def module_losses(model: nn.Module, balance: BalanceConfig) -> dict[str, dict[st
     """
     return {
         name: layer.losses(balance)
-        for name, layer in layers(model).items()
-        if layer.chosen is not None
+        for name, layer in adapter_layers(model).items()
+        if layer.last_routing is not None
     }

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
-from dmoe.modular.attach import CHILD, layers
+from dmoe.modular.attach import CHILD, adapter_layers
 from dmoe.modular.routing.learned import PerSequence, PerTask
 from dmoe.modular.routing.tables import ConstantRouter, TableRouter
 from dmoe.moe.dispatch import PackedLocal
@@ -31,18 +31,18 @@ from dmoe.moe.routers.dense import DenseRouter
 from dmoe.moe.routers.static import FixedRouter
 from dmoe.moe.routers.topk import TopKRouter
 
-TRAIN = ("joint", "modules", "one_module", "router")
+TRAIN_MODES = ("joint", "modules", "one_module", "router")
 """What is trained (Pfeiffer et al. 2023, section 6): all; modules with routers and aggregations on a frozen core; modules alone, for
 one of them at a time (`one_module.train_one`); routers and aggregations over modules that are done."""
 
 
-def core_state(model: nn.Module) -> dict[str, Tensor]:
+def base_model_state(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and persistent buffer of the core, by the name it has without modules, sorted; detached, not copied."""
     state = model.state_dict()
     return {name: state[name].detach() for name in sorted(state) if CHILD not in name.split(".")}
 
 
-def core_hash(model: nn.Module) -> str:
+def base_model_hash(model: nn.Module) -> str:
     """SHA-256 over name, dtype, shape and bytes of everything in the core. Equal before `attach`, with modules, and after `detach`.
 
     Before sharding: a rank's part of a core has another hash. Reads every byte: about a second for each GB.
@@ -57,7 +57,7 @@ def core_hash(model: nn.Module) -> str:
                 "take the hash before sharding",
             )
     digest = hashlib.sha256()
-    for name, value in core_state(model).items():
+    for name, value in base_model_state(model).items():
         assert not value.is_meta, f"{name} has no bytes: it is on the meta device"
         digest.update(
             f"{name}\0{str(value.dtype).removeprefix('torch.')}\0{tuple(value.shape)}\0".encode()
@@ -68,26 +68,26 @@ def core_hash(model: nn.Module) -> str:
 
 def freeze(model: nn.Module) -> str:
     """Train no part of the core; returns its hash, to be compared when training is over. `select(model, "modules")` with a proof."""
-    select(model, "modules")
-    return core_hash(model)
+    select_trainable(model, "modules")
+    return base_model_hash(model)
 
 
-def select(model: nn.Module, what: str) -> list[nn.Parameter]:
+def select_trainable(model: nn.Module, what: str) -> list[nn.Parameter]:
     """Say what is trained by `requires_grad`, and return it: one of `TRAIN`. Raises ConfigError for anything else."""
-    if what not in TRAIN:
+    if what not in TRAIN_MODES:
         raise ConfigError(
-            "modular.train", what, f"must be one of {', '.join(TRAIN)}", "use modules"
+            "modular.train", what, f"must be one of {', '.join(TRAIN_MODES)}", "use modules"
         )
     for parameter in model.parameters():
         parameter.requires_grad_(what == "joint")
-    chosen = list(model.parameters()) if what == "joint" else list(_of_modules(model, what))
+    chosen = list(model.parameters()) if what == "joint" else list(_module_parameters(model, what))
     for parameter in chosen:
         parameter.requires_grad_(True)
     return chosen
 
 
-def _of_modules(model: nn.Module, what: str) -> Iterator[nn.Parameter]:
-    for layer in layers(model).values():
+def _module_parameters(model: nn.Module, what: str) -> Iterator[nn.Parameter]:
+    for layer in adapter_layers(model).values():
         if what != "router":
             yield from layer.experts.parameters()
         if what != "one_module":
@@ -95,14 +95,14 @@ def _of_modules(model: nn.Module, what: str) -> Iterator[nn.Parameter]:
             yield from layer.aggregation.parameters()
 
 
-def grow(model: nn.Module, count: int = 1, *, seed: int = 0) -> range:
+def add_modules(model: nn.Module, count: int = 1, *, seed: int = 0) -> range:
     """Add `count` fresh modules to every bank and tell the routers; returns their ids.
 
     Module m has the weights it would have had in a bank that was made with it. Before sharding, before the optimizer.
     Raises: ConfigError where a bank is sharded, banks differ in size, or a router or an aggregation cannot grow; then nothing is
     changed.
     """
-    found = layers(model)
+    found = adapter_layers(model)
     sizes = {layer.experts.num_modules for layer in found.values()}
     if len(sizes) != 1:
         raise ConfigError(
@@ -112,7 +112,7 @@ def grow(model: nn.Module, count: int = 1, *, seed: int = 0) -> range:
             "attach banks of one size",
         )
     for name, layer in found.items():
-        if not layer.experts.whole:
+        if not layer.experts.holds_all_modules:
             raise ConfigError(
                 "modules", name, "holds a part of its modules only", "grow it before sharding"
             )
@@ -124,16 +124,16 @@ def grow(model: nn.Module, count: int = 1, *, seed: int = 0) -> range:
                 "has parameters for each of the modules there are",
                 "use weighted_sum or attention",
             )
-        check_grows(layer.router)
+        check_can_grow(layer.router)
     for layer in found.values():
         grow_router(layer.router, count, seed)
     before = sizes.pop()
     for layer in found.values():
-        layer.experts.grow(count)
+        layer.experts.add_modules(count)
     return range(before, before + count)
 
 
-def train_one(
+def freeze_all_but(
     model: nn.Module, module: int, optimizer: torch.optim.Optimizer
 ) -> Callable[[], None]:
     """From now on steps of `optimizer` change module `module` (its global id) of every bank, and nothing else.
@@ -141,22 +141,22 @@ def train_one(
     Everything but the banks is frozen (`select(model, "one_module")`). After sharding, on every rank; `optimizer` holds the banks'
     parameters. Returns what ends it. Raises ConfigError for a module that is not there, or that FSDP2 has split.
     """
-    for name, layer in layers(model).items():
+    for name, layer in adapter_layers(model).items():
         if not 0 <= module < layer.experts.num_modules:
             allowed = f"{name} has the modules 0 to {layer.experts.num_modules - 1}"
             raise ConfigError("module", module, allowed, "name one of them, or grow the bank")
         if any(type(parameter.data) is not Tensor for parameter in layer.experts.parameters()):
             allowed = f"splits the modules at {name} among the ranks, and the bits of whole ones are put back here"
             raise ConfigError("parallel.mode", "fsdp", allowed, "use ddp")
-    select(model, "one_module")
+    select_trainable(model, "one_module")
     handles: list[Any] = []
     kept: list[tuple[nn.Parameter, Tensor, Tensor]] = []
-    for layer in layers(model).values():
+    for layer in adapter_layers(model).values():
         bank = layer.experts
         for parameter in bank.parameters():
             others_e = torch.arange(len(parameter), device=parameter.device) + bank.first != module
             kept.append((parameter, others_e, parameter.detach()[others_e].clone()))
-            handles.append(parameter.register_hook(_without(others_e)))  # type: ignore[no-untyped-call]
+            handles.append(parameter.register_hook(_zero_gradient_of(others_e)))  # type: ignore[no-untyped-call]
 
     def put_back(*_: object) -> None:
         with torch.no_grad():
@@ -172,20 +172,20 @@ def train_one(
     return end
 
 
-def _without(others_e: Tensor) -> Callable[[Tensor], Tensor]:
+def _zero_gradient_of(others_e: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda gradient: gradient.masked_fill(
         others_e.view(-1, *[1] * (gradient.dim() - 1)), 0.0
     )
 
 
-LEARNED = TopKRouter | AdaptiveRouter | DenseRouter
+GROWABLE = TopKRouter | AdaptiveRouter | DenseRouter
 
 
-def check_grows(router: RouterModule) -> None:
+def check_can_grow(router: RouterModule) -> None:
     """Raises ConfigError for a router whose old choices would become others (hash, group_limited, expert_choice, noisy)."""
     if isinstance(router, PerSequence | PerTask):
-        check_grows(router.router)
-    elif not isinstance(router, LEARNED | ConstantRouter | TableRouter | FixedRouter):
+        check_can_grow(router.router)
+    elif not isinstance(router, GROWABLE | ConstantRouter | TableRouter | FixedRouter):
         allowed = "would send old tokens to other modules if it grew"
         raise ConfigError(
             "router",
@@ -204,13 +204,13 @@ def grow_router(router: RouterModule, count: int, seed: int, *, std: float = 0.0
 
     Raises: ConfigError for a router that cannot grow (`check_grows`); it is as it was then.
     """
-    check_grows(router)
+    check_can_grow(router)
     if isinstance(router, PerSequence | PerTask):
         grow_router(router.router, count, seed, std=std)
         router.num_experts, router.top_k = router.router.num_experts, router.router.top_k
         return
     first = router.num_experts
-    if isinstance(router, LEARNED):
+    if isinstance(router, GROWABLE):
         new_ED = router.weight.new_empty(count, router.weight.shape[1])
         for row, new_D in enumerate(new_ED):
             normal_(new_D, std, seed, "router", router.layer, "grown", first + row)

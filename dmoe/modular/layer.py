@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import BalanceConfig
-from dmoe.modular.aggregation.base import Aggregation, Choice, kept
+from dmoe.modular.aggregation.base import Aggregation, ModuleChoice, keep_mask
 from dmoe.modular.aggregation.fixed import ParameterMean, sequence_weights
 from dmoe.modular.banks.base import AdapterBank
-from dmoe.modular.routing.learned import by_sequence, sequence_mean
+from dmoe.modular.routing.learned import sequence_context, sequence_mean
 from dmoe.moe.comm import DataParallelComm, NoComm
 from dmoe.moe.dispatch import Dispatcher, PackedLocal
 from dmoe.moe.layer import MoEOutput, expert_dtype
@@ -35,10 +35,10 @@ from dmoe.moe.profiling import profiled
 from dmoe.moe.routers.base import RouterModule
 from dmoe.moe.routing import Routing, TokenContext
 
-NOTHING_KNOWN = TokenContext()
+EMPTY_CONTEXT = TokenContext()
 
 
-class Modular(nn.Module):
+class AdapterLayer(nn.Module):
     """The modules of one place. `attach` makes it, and calls it after the frozen module.
 
     `context` is what is known of the tokens of the coming forward (labels, padding): set by `attach.given`, or read from the arguments
@@ -56,13 +56,13 @@ class Modular(nn.Module):
         self.comm: DataParallelComm = NoComm()
         self.virtual_ranks = 1
         """Groups of tokens that losses of level `micro_batch` treat as ranks of their own."""
-        self.context = NOTHING_KNOWN
-        self.chosen: Routing | None = None
-        self.asked = NOTHING_KNOWN
+        self.context = EMPTY_CONTEXT
+        self.last_routing: Routing | None = None
+        self.last_context = EMPTY_CONTEXT
 
     def __getstate__(self) -> dict[str, Any]:
         """For `copy.deepcopy`, without the latest forward: a tensor that a graph made cannot be copied."""
-        return {**self.__dict__, "chosen": None, "asked": NOTHING_KNOWN}
+        return {**self.__dict__, "last_routing": None, "last_context": EMPTY_CONTEXT}
 
     def initialize(self, seed: int, std: float = 0.02) -> None:
         """Draw router, modules and aggregation anew, keyed by (seed, layer)."""
@@ -86,25 +86,25 @@ class Modular(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x, what the frozen module was given, [..., S, D] (any ids for a prompt); y, what it made of it, [..., S, O]."""
         sequences, tokens = math.prod(y.shape[:-2]), math.prod(y.shape[:-1])
-        context = self.complete(sequences, tokens)
-        if self.experts.reads == "sequence":
-            rows_TD, seen_TQ = y.new_ones(sequences, 1), behind(y, context, self.experts.room)
-            context = replace(by_sequence(context), sequences=sequences)
+        context = self.with_shapes(sequences, tokens)
+        if self.experts.input_kind == "sequence":
+            rows_TD, router_input_TQ = y.new_ones(sequences, 1), mean_after_prefix(y, context, self.experts.num_prefix_tokens)
+            context = replace(sequence_context(context), sequences=sequences)
         else:
-            rows_TD = (x if self.experts.reads == "input" else y).flatten(0, -2)
-            seen_TQ = rows_TD
+            rows_TD = (x if self.experts.input_kind == "input" else y).flatten(0, -2)
+            router_input_TQ = rows_TD
         with profiled("route"):
-            routing: Routing = self.router(seen_TQ, context)
-        self.chosen, self.asked = routing, context
+            routing: Routing = self.router(router_input_TQ, context)
+        self.last_routing, self.last_context = routing, context
         rows_TD = rows_TD.to(expert_dtype(rows_TD))
-        contribution_TW: Tensor = self.aggregation(self, rows_TD, seen_TQ, routing, sequences)
-        return self.experts.join(y, contribution_TW.to(y.dtype))
+        contribution_TW: Tensor = self.aggregation(self, rows_TD, router_input_TQ, routing, sequences)
+        return self.experts.add_to_output(y, contribution_TW.to(y.dtype))
 
-    def mix(self, rows_TD: Tensor, routing: Routing) -> Tensor:
+    def dispatch_and_combine(self, rows_TD: Tensor, routing: Routing) -> Tensor:
         with profiled("dispatch"):
-            rows_RD, per_module, ticket = self.packed.dispatch(rows_TD, routing)
+            rows_RD, tokens_per_module, ticket = self.packed.dispatch(rows_TD, routing)
         with profiled("experts"):
-            rows_RW = self.experts(rows_RD, per_module)
+            rows_RW = self.experts(rows_RD, tokens_per_module)
         with profiled("combine"):
             return self.packed.combine(rows_RW, routing.weight_TK, ticket)
 
@@ -113,12 +113,12 @@ class Modular(nn.Module):
 
         `switch_level=global` takes this micro-batch alone, and costs one all-reduce.
         """
-        if self.chosen is None or not any(True for _ in self.router.parameters()):
+        if self.last_routing is None or not any(True for _ in self.router.parameters()):
             return {}
         return auxiliary_losses(
-            self.chosen,
+            self.last_routing,
             balance,
-            self.asked,
+            self.last_context,
             self.comm,
             layer=self.layer,
             micro_batches=self.virtual_ranks,
@@ -126,10 +126,10 @@ class Modular(nn.Module):
 
     def stats(self) -> LayerStats:
         """What the latest forward counted. No host sync."""
-        assert self.chosen is not None, "nothing was counted: the layer was not called"
-        return layer_stats(self.chosen, self.chosen)
+        assert self.last_routing is not None, "nothing was counted: the layer was not called"
+        return layer_stats(self.last_routing, self.last_routing)
 
-    def slots(self, rows_TD: Tensor, routing: Routing) -> Tensor:
+    def per_choice_outputs(self, rows_TD: Tensor, routing: Routing) -> Tensor:
         """Each of the N choices travels as a token with one choice of its own: the same rows on the wire, and nothing is summed."""
         tokens, top_k = routing.expert_TK.shape
         each_N1 = replace(
@@ -142,9 +142,9 @@ class Modular(nn.Module):
             keep_TK=None if routing.keep_TK is None else routing.keep_TK.reshape(-1, 1),
         )
         rows_ND = rows_TD.unsqueeze(1).expand(-1, top_k, -1).flatten(0, 1)
-        return self.mix(rows_ND, each_N1).view(tokens, top_k, self.experts.width)
+        return self.dispatch_and_combine(rows_ND, each_N1).view(tokens, top_k, self.experts.width)
 
-    def complete(self, sequences: int, tokens: int) -> TokenContext:
+    def with_shapes(self, sequences: int, tokens: int) -> TokenContext:
         """The context with what follows from the shapes. Labels may be given one for each sequence."""
         label_T = self.context.label_T
         if label_T is not None and len(label_T) == sequences != tokens:
@@ -159,21 +159,21 @@ class Modular(nn.Module):
         )
 
 
-def behind(y: Tensor, context: TokenContext, room: int) -> Tensor:
+def mean_after_prefix(y: Tensor, context: TokenContext, num_prefix_tokens: int) -> Tensor:
     """[B, O]: the mean of the frozen output behind the first `room` positions of each sequence."""
-    if y.shape[-2] <= room:
+    if y.shape[-2] <= num_prefix_tokens:
         raise ValueError(
-            f"{y.shape[-2]} positions leave no room for a prompt of {room}: put {room} tokens in front (with_room)"
+            f"{y.shape[-2]} positions leave no room for a prompt of {num_prefix_tokens}: put {num_prefix_tokens} tokens in front (with_room)"
         )
     y_BSO = y.reshape(context.sequences, *y.shape[-2:])
     valid_T = context.valid_T
     if valid_T is not None:
-        valid_T = valid_T.view(y_BSO.shape[:2])[:, room:].flatten()
-    return sequence_mean(y_BSO[:, room:].flatten(0, 1), valid_T, context.sequences)
+        valid_T = valid_T.view(y_BSO.shape[:2])[:, num_prefix_tokens:].flatten()
+    return sequence_mean(y_BSO[:, num_prefix_tokens:].flatten(0, 1), valid_T, context.sequences)
 
 
-def _hook(model: nn.Module, name: str, place: nn.Module, layer: Modular) -> None:
-    watch = _Watch(layer, name)
+def register_hooks(model: nn.Module, name: str, place: nn.Module, layer: AdapterLayer) -> None:
+    watch = _ForwardHooks(layer, name)
     handles = [place.register_forward_hook(watch.beside, with_kwargs=True)]
     if place is not model:
         handles += [
@@ -185,10 +185,10 @@ def _hook(model: nn.Module, name: str, place: nn.Module, layer: Modular) -> None
     )
 
 
-class _Watch:
+class _ForwardHooks:
     """The hooks of one place: bound methods, so that a deep copy of the model calls the copy's modules."""
 
-    def __init__(self, layer: Modular, name: str) -> None:
+    def __init__(self, layer: AdapterLayer, name: str) -> None:
         self.layer, self.name, self.called = layer, name, False
         self.heard: TokenContext | None = None
 
@@ -200,7 +200,7 @@ class _Watch:
             (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None
         )
         assert given_x is not None, f"{self.name} was called without a tensor"
-        return _with_y(output, self.layer(given_x, _y(output, self.name)))
+        return _with_output_tensor(output, self.layer(given_x, _output_tensor(output, self.name)))
 
     def listen(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A `TokenContext` among the arguments of the model is what its modules know of the tokens.
@@ -214,7 +214,7 @@ class _Watch:
         if self.heard is not None:
             self.layer.context = self.heard
         elif before is not None and self.layer.context is before:
-            self.layer.context = NOTHING_KNOWN
+            self.layer.context = EMPTY_CONTEXT
 
     def reached(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self.called:
@@ -224,7 +224,7 @@ class _Watch:
             )
 
 
-def _y(output: Any, name: str) -> Tensor:
+def _output_tensor(output: Any, name: str) -> Tensor:
     y = (
         output.y
         if isinstance(output, MoEOutput)
@@ -239,7 +239,7 @@ def _y(output: Any, name: str) -> Tensor:
     return y
 
 
-def _with_y(output: Any, y: Tensor) -> Any:
+def _with_output_tensor(output: Any, y: Tensor) -> Any:
     """The output with another tensor in it."""
     if isinstance(output, MoEOutput):
         return replace(output, y=y)
@@ -250,26 +250,26 @@ def _with_y(output: Any, y: Tensor) -> Any:
 
 
 def contribution_reference(
-    layer: Modular, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int
+    layer: AdapterLayer, rows_TD: Tensor, router_input_TQ: Tensor, routing: Routing, sequences: int
 ) -> Tensor:
     """[T, W]: what `layer.aggregation` returns, given the routing."""
     each = len(rows_TD) // sequences
     totals = []
     for t in range(len(rows_TD)):
         choices = [
-            Choice(k, int(routing.expert_TK[t, k]), routing.weight_TK[t, k])
+            ModuleChoice(k, int(routing.expert_TK[t, k]), routing.weight_TK[t, k])
             for k in range(routing.expert_TK.shape[1])
-            if bool(kept(routing)[t, k])
+            if bool(keep_mask(routing)[t, k])
         ]
         if isinstance(layer.aggregation, ParameterMean):
             weight_BM = sequence_weights(routing, sequences, layer.experts.num_modules)
             choices = (
-                [Choice(0, m, weight) for m, weight in enumerate(weight_BM[t // each])]
+                [ModuleChoice(0, m, weight) for m, weight in enumerate(weight_BM[t // each])]
                 if choices
                 else []
             )
         if choices:
-            totals.append(layer.aggregation.one(layer.experts, rows_TD[t], seen_TQ[t], choices))
+            totals.append(layer.aggregation.reference(layer.experts, rows_TD[t], router_input_TQ[t], choices))
         else:
             totals.append(rows_TD.new_zeros(layer.experts.width))
     return torch.stack(totals)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
 from dmoe.modular.aggregation import WeightedSum
-from dmoe.modular.attach import detach, layers
+from dmoe.modular.attach import detach, adapter_layers
 from dmoe.modular.banks import Scale, SparseDelta
 from dmoe.modular.banks.base import AdapterBank
-from dmoe.modular.layer import Modular
+from dmoe.modular.layer import AdapterLayer
 from dmoe.modular.routing import ConstantRouter
 
 
@@ -29,8 +29,8 @@ def merge(model: nn.Module, weights: Sequence[float]) -> None:
     Works for LowRank, SparseDelta and Scale beside a Linear. The core is another one afterwards, with another hash.
     Raises: ConfigError where a place cannot be merged; then nothing has changed.
     """
-    found = layers(model)
-    merged = {name: _merged(model, name, layer, weights) for name, layer in found.items()}
+    found = adapter_layers(model)
+    merged = {name: _merged_weight(model, name, layer, weights) for name, layer in found.items()}
     with torch.no_grad():
         for name, (weight, bias) in merged.items():
             place = model.get_submodule(name)
@@ -41,11 +41,11 @@ def merge(model: nn.Module, weights: Sequence[float]) -> None:
     detach(model)
 
 
-def _merged(
-    model: nn.Module, name: str, layer: Modular, weights: Sequence[float]
+def _merged_weight(
+    model: nn.Module, name: str, layer: AdapterLayer, weights: Sequence[float]
 ) -> tuple[Tensor, Tensor | None]:
     place, bank = model.get_submodule(name), layer.experts
-    _check(name, bank, weights)
+    _check_weights(name, bank, weights)
     if not isinstance(place, nn.Linear):
         raise ConfigError(
             "merge",
@@ -53,7 +53,7 @@ def _merged(
             f"is a {type(place).__name__}, no Linear",
             "keep its modules, or average them",
         )
-    if also := [other for other in _holders(model, place.weight) if other is not place]:
+    if also := [other for other in _modules_with_weight(model, place.weight) if other is not place]:
         allowed = f"shares its weight with a {type(also[0]).__name__}, which would be changed too"
         raise ConfigError("merge", name, allowed, "untie them, or keep its modules")
     wide = torch.promote_types(place.weight.dtype, torch.float32)
@@ -64,11 +64,11 @@ def _merged(
         ).sum(0)
         return weight_OI * factor_O.unsqueeze(1), None if bias is None else bias.detach() * factor_O
     for m, w in enumerate(weights):
-        weight_OI = weight_OI + w * bank.delta(m).t().to(wide)
+        weight_OI = weight_OI + w * bank.weight_delta(m).t().to(wide)
     return weight_OI, None
 
 
-def _holders(model: nn.Module, weight: Tensor) -> list[nn.Module]:
+def _modules_with_weight(model: nn.Module, weight: Tensor) -> list[nn.Module]:
     """The modules whose parameter it is: several, where weights are tied."""
     return [
         module
@@ -83,8 +83,8 @@ def average(model: nn.Module, weights: Sequence[float]) -> None:
     Works for every bank but SparseDelta with random places. Parameter averaging: modules without a common start do not fit each other.
     Raises: ConfigError where a bank cannot be averaged; then nothing has changed.
     """
-    for name, layer in layers(model).items():
-        _check(name, layer.experts, weights)
+    for name, layer in adapter_layers(model).items():
+        _check_weights(name, layer.experts, weights)
         if isinstance(layer.experts, SparseDelta) and layer.experts.mask == "random":
             raise ConfigError(
                 "average",
@@ -92,26 +92,26 @@ def average(model: nn.Module, weights: Sequence[float]) -> None:
                 "has its numbers at other places in every module",
                 "merge it, or use mask=magnitude",
             )
-    for layer in layers(model).values():
+    for layer in adapter_layers(model).values():
         bank = layer.experts
-        mean = {name: _mean(value.detach(), weights) for name, value in bank.named_parameters()}
-        bank.put({name: mean.get(name, value[:1].clone()) for name, value in bank.stacks().items()})
+        mean = {name: _weighted_mean(value.detach(), weights) for name, value in bank.named_parameters()}
+        bank.replace_tensors({name: mean.get(name, value[:1].clone()) for name, value in bank.stacked_tensors().items()})
         bank.num_experts = 1
         layer.router = ConstantRouter([1.0], layer.layer).to(next(bank.parameters()).device)
-        layer.aggregation = WeightedSum(bank.width, layer.aggregation.query, 1)
+        layer.aggregation = WeightedSum(bank.width, layer.aggregation.router_dim, 1)
 
 
-def _mean(stack_MX: Tensor, weights: Sequence[float]) -> Tensor:
+def _weighted_mean(stack_MX: Tensor, weights: Sequence[float]) -> Tensor:
     weight_M = torch.tensor(weights, dtype=stack_MX.dtype, device=stack_MX.device)
     mean_X: Tensor = torch.tensordot(weight_M, stack_MX, dims=1)
     return mean_X.unsqueeze(0)
 
 
-def _check(name: str, bank: AdapterBank, weights: Sequence[float]) -> None:
+def _check_weights(name: str, bank: AdapterBank, weights: Sequence[float]) -> None:
     if len(weights) != bank.num_modules:
         allowed = f"must have one weight for each of the {bank.num_modules} modules at {name}"
         raise ConfigError("weights", list(weights), allowed, f"give {bank.num_modules} numbers")
-    if not bank.whole:
+    if not bank.holds_all_modules:
         raise ConfigError(
             "weights",
             list(weights),

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from dmoe.config.errors import CheckpointError, ConfigError
 from dmoe.modular.aggregation import WeightedSum
-from dmoe.modular.attach import AggregationMaker, attach, layers
+from dmoe.modular.attach import AggregationMaker, attach, adapter_layers
 from dmoe.modular.banks.weight_delta import LowRank
-from dmoe.modular.layer import Modular
+from dmoe.modular.layer import AdapterLayer
 from dmoe.modular.routing import RouterMaker, constant
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-KEY = re.compile(r"base_model\.model\.(?P<place>.+)\.lora_(?P<side>[AB])\.weight")
-UNKNOWN = (
+TENSOR_NAME = re.compile(r"base_model\.model\.(?P<place>.+)\.lora_(?P<side>[AB])\.weight")
+UNSUPPORTED = (
     "use_dora",
     "lora_bias",
     "fan_in_fan_out",
@@ -47,7 +47,7 @@ UNKNOWN = (
     "use_qalora",
 )
 """Settings that change what an adapter computes and that `LowRank` has no counterpart of: they must be off."""
-KEEP_THE_CORE = (True, False, None, "gaussian", "eva", "orthogonal")
+SAFE_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Of `init_lora_weights`, what draws the factors alone. The others (pissa, olora, loftq, corda, ...) subtract their product from the
 core's weights when peft makes or loads the adapter, so it belongs to another core than the one it names."""
 
@@ -75,7 +75,7 @@ def export_peft(
     module to every token. Raises: ConfigError where a bank is not LowRank or not beside a Linear, or ranks or alphas
     differ between places.
     """
-    found = layers(model)
+    found = adapter_layers(model)
     banks = {name: layer.experts for name, layer in found.items()}
     kinds = {type(bank).__name__ for bank in banks.values()}
     if kinds != {"LowRank"}:
@@ -105,7 +105,7 @@ def export_peft(
                 f"{what}, and peft finds Linear modules by name",
                 "attach LowRank to such ones",
             )
-        if not 0 <= module < bank.num_modules or not bank.whole:
+        if not 0 <= module < bank.num_modules or not bank.holds_all_modules:
             raise ConfigError(
                 "module",
                 module,
@@ -126,7 +126,7 @@ def export_peft(
         "r": rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": 0.0,
-        "target_modules": _targets(model, sorted(banks)),
+        "target_modules": _target_modules(model, sorted(banks)),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -136,7 +136,7 @@ def export_peft(
     (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _targets(model: nn.Module, places: list[str]) -> list[str] | str:
+def _target_modules(model: nn.Module, places: list[str]) -> list[str] | str:
     """What peft finds these places by, and no others: their names, or a pattern where a name ends another one's too."""
     endings = tuple(f".{place}" for place in places)
     if any(name.endswith(endings) and name not in places for name, _ in model.named_modules()):
@@ -157,11 +157,11 @@ def read_peft(folder: str | Path) -> PeftAdapter:
         raise CheckpointError(
             f"{folder}: is an adapter of type {config.get('peft_type')}; LORA can be read"
         )
-    if wrong := [name for name in UNKNOWN if config.get(name)]:
+    if wrong := [name for name in UNSUPPORTED if config.get(name)]:
         raise CheckpointError(
             f"{folder}: {wrong[0]}={config[wrong[0]]} changes what the adapter computes and has no counterpart here"
         )
-    if config.get("init_lora_weights", True) not in KEEP_THE_CORE:
+    if config.get("init_lora_weights", True) not in SAFE_INITS:
         raise CheckpointError(
             f"{folder}: init_lora_weights={config['init_lora_weights']} has changed the core it was trained on; "
             "save it with peft's path_initial_model_for_weight_conversion"
@@ -172,7 +172,7 @@ def read_peft(folder: str | Path) -> PeftAdapter:
         )
     sides: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        match = KEY.fullmatch(key)
+        match = TENSOR_NAME.fullmatch(key)
         if match is None:
             raise CheckpointError(f"{folder}: {key} is no factor of a low-rank module")
         sides.setdefault(match["place"], {})[match["side"]] = value.t()
@@ -198,7 +198,7 @@ def import_peft(
     folders: Sequence[str | Path],
     router: RouterMaker | None = None,
     aggregation: AggregationMaker = WeightedSum,
-) -> dict[str, Modular]:
+) -> dict[str, AdapterLayer]:
     """Attach adapters that peft saved as the modules of one bank a place, in the order of the folders.
 
     `router` chooses among them; for one folder the default applies it to every token, as peft does.
@@ -226,7 +226,7 @@ def import_peft(
             )
         router = constant(1.0)
     first = adapters[0]
-    _fit(model, folders[0], first)
+    _check_fits(model, folders[0], first)
     pattern = re.compile("|".join(map(re.escape, first.factors)))
     bank = partial(LowRank, len(folders), rank=first.rank, alpha=first.alpha)
     made = attach(model, pattern, bank, router, aggregation)
@@ -240,7 +240,7 @@ def import_peft(
     return made
 
 
-def _fit(model: nn.Module, folder: str | Path, adapter: PeftAdapter) -> None:
+def _check_fits(model: nn.Module, folder: str | Path, adapter: PeftAdapter) -> None:
     places = dict(model.named_modules())
     for name, (a, b) in adapter.factors.items():
         place = places.get(name)

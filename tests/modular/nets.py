@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.models.transformer import Transformer
-from dmoe.modular import Adapter, LowRank, Prefix, Prompt, Scale, SparseDelta, layers
+from dmoe.modular import Adapter, LowRank, Prefix, Prompt, Scale, SparseDelta, adapter_layers
 from dmoe.modular.banks.base import AdapterBank
 from tests.tiny import VOCAB, tiny
 
-__all__ = ["D", "M", "O", "banks", "drawn", "hugging_face", "mlp", "stir", "transformer"]
+__all__ = ["D", "M", "O", "banks", "drawn", "hugging_face", "mlp", "randomize", "transformer"]
 
 M, D, O = 4, 6, 5  # noqa: E741 (the width out, as everywhere)
 
@@ -20,24 +20,24 @@ def banks(in_dim: int = D, out_dim: int = O) -> dict[str, AdapterBank]:
     made = {
         "low_rank": LowRank(M, in_dim, out_dim, rank=3, alpha=5.0),
         "adapter": Adapter(M, in_dim, out_dim, hidden=3),
-        "parallel_adapter": Adapter(M, in_dim, out_dim, hidden=3, activation="gelu", reads="input"),
+        "parallel_adapter": Adapter(M, in_dim, out_dim, hidden=3, activation="gelu", input_kind="input"),
         "scale": Scale(M, in_dim, out_dim),
         "sparse_delta": SparseDelta(M, in_dim, out_dim, density=0.3),
         "prompt": Prompt(M, in_dim, out_dim, length=2),
         "prefix": Prefix(M, in_dim, out_dim, length=2, columns=(1, 3)),
     }
     for bank in made.values():
-        stir_bank(bank.double())
+        randomize_bank(bank.double())
     return made
 
 
-def stir(model: nn.Module) -> None:
+def randomize(model: nn.Module) -> None:
     """Draw every weight of every module, router and aggregation anew."""
-    for layer in layers(model).values():
-        stir_bank(layer)
+    for layer in adapter_layers(model).values():
+        randomize_bank(layer)
 
 
-def stir_bank(module: nn.Module) -> None:
+def randomize_bank(module: nn.Module) -> None:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in module.parameters():

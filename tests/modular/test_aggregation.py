@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from dmoe.modular import AGGREGATIONS, BANKS, attach, constant, given, layers, routed, table
+from dmoe.modular import AGGREGATIONS, BANKS, attach, constant, adapter_context, adapter_layers, routed, table
 from dmoe.modular.aggregation import Attention, Concat, Gated, Mean
 from dmoe.modular.aggregation.fixed import sequence_weights
 from dmoe.modular.layer import contribution_reference
 from dmoe.moe.routing import TokenContext
-from tests.modular.nets import D, M, O, drawn, stir
+from tests.modular.nets import D, M, O, drawn, randomize
 
 ROUTERS = {
     "top_k": routed("top_k", M, 2),
@@ -54,18 +54,18 @@ def test_each_way_equals_one_token_at_a_time(kind: str, aggregation: str, router
         ROUTERS[router],
         AGGREGATIONS[aggregation],
     )[""]
-    stir(linear)
+    randomize(linear)
     results = []
     for fast in (True, False):
         linear.zero_grad()
         x = drawn(2, 4, D).requires_grad_()
-        with given(linear, KNOWN):
+        with adapter_context(linear, KNOWN):
             if fast:
                 contribution = linear(x) - nn.functional.linear(x, linear.weight, linear.bias)
             else:
                 y = nn.functional.linear(x, linear.weight, linear.bias)
-                rows = (x if layer.experts.reads == "input" else y).flatten(0, 1)
-                routing = layer.router(rows, layer.complete(2, 8))
+                rows = (x if layer.experts.input_kind == "input" else y).flatten(0, 1)
+                routing = layer.router(rows, layer.with_shapes(2, 8))
                 contribution = contribution_reference(layer, rows, rows, routing, 2).view(2, 4, O)
         (contribution.sin().sum() + 0 * sum(p.sum() for p in linear.parameters())).backward()
         results.append(
@@ -90,9 +90,9 @@ def test_each_way_equals_one_token_at_a_time(kind: str, aggregation: str, router
 def test_padding_gets_nothing_and_gives_no_nan(aggregation: type[nn.Module]) -> None:
     linear = nn.Linear(D, O).double()
     attach(linear, "", partial(BANKS["low_rank"], M), ROUTERS["table"], aggregation)
-    stir(linear)
+    randomize(linear)
     x = drawn(2, 4, D).requires_grad_()
-    with given(linear, KNOWN):
+    with adapter_context(linear, KNOWN):
         contribution = (linear(x) - nn.functional.linear(x, linear.weight, linear.bias)).flatten(
             0, 1
         )
@@ -106,9 +106,9 @@ def test_two_streams_are_a_sigmoid_gate() -> None:
     """y = g a + (1 - g) b, g = sigmoid([a | b] G + c): the softmax over two streams must be exactly that."""
     linear = nn.Linear(D, O).double()
     layer = attach(linear, "", partial(BANKS["low_rank"], 2), constant(1.0, 1.0), Gated)[""]
-    stir(linear)
+    randomize(linear)
     x = drawn(5, D)
-    a, b = layer.slots(x, layer.router(x, TokenContext())).unbind(1)
+    a, b = layer.per_choice_outputs(x, layer.router(x, TokenContext())).unbind(1)
     gate = torch.sigmoid(torch.cat([a, b], 1) @ layer.aggregation.gate + layer.aggregation.bias)
     expected = gate * a + (1 - gate) * b
     torch.testing.assert_close(
@@ -132,7 +132,7 @@ def test_fresh_aggregations_are_plain() -> None:
                 AGGREGATIONS[name],
             )
             with torch.no_grad():
-                layers(linear)[""].experts.b.copy_(drawn(M, 8, O, seed=5))
+                adapter_layers(linear)[""].experts.b.copy_(drawn(M, 8, O, seed=5))
             outputs.append(linear(drawn(3, D)))
         torch.testing.assert_close(*outputs)
 

@@ -20,16 +20,16 @@ from dmoe.modular import (
     attach,
     constant,
     detach,
-    given,
+    adapter_context,
     initialize,
-    layers,
+    adapter_layers,
     module_losses,
     routed,
     table,
 )
 from dmoe.modular.aggregation import Gated, Mean, Stacked, WeightedSum
 from dmoe.moe.routing import TokenContext
-from tests.modular.nets import D, M, O, drawn, hugging_face, mlp, stir, transformer
+from tests.modular.nets import D, M, O, drawn, hugging_face, mlp, randomize, transformer
 
 LOW = partial(LowRank, M, rank=2)
 TOP = routed("top_k", M, 2)
@@ -57,10 +57,10 @@ def test_on_and_off_leaves_every_bit(make: object, pattern: str, count: int, ban
     names, before = list(model.state_dict()), copy.deepcopy(model.state_dict())
     plain = logits(model)
     made = attach(model, pattern, bank, TOP)  # type: ignore[arg-type]
-    assert list(made) == list(layers(model))
+    assert list(made) == list(adapter_layers(model))
     assert len(made) == count
     assert torch.equal(logits(model), plain), "fresh modules changed the network"
-    stir(model)
+    randomize(model)
     changed = logits(model)
     assert (changed - plain).abs().max() > 1e-3
     changed.sum().backward()
@@ -80,8 +80,8 @@ def test_a_place_computes_the_formula() -> None:
     """One module for every token: y = f(x) + scale x A B, in the middle of a network."""
     model = mlp()
     attach(model, "2", partial(LowRank, 1, rank=2, alpha=6.0), constant(1.0))
-    stir(model)
-    x, bank = drawn(3, D), layers(model)["2"].experts
+    randomize(model)
+    x, bank = drawn(3, D), adapter_layers(model)["2"].experts
     hidden = model[0](x).relu()
     expected = hidden @ model[2].weight.t() + model[2].bias + 3.0 * (hidden @ bank.a[0] @ bank.b[0])
     torch.testing.assert_close(model(x), expected)
@@ -91,14 +91,14 @@ def test_labels_reach_the_modules_through_the_model_or_around_it() -> None:
     """The reference transformer is handed a TokenContext; other models are run inside `given`, with a label a token or a sequence."""
     model = transformer()
     attach(model, "*.attention.w_out", LOW, table([[0], [1, 2], [3]], M))
-    stir(model)
+    randomize(model)
     by_token = torch.tensor([2, 1]).repeat_interleave(16)
     handed = model(TOKENS, context=TokenContext(label_T=by_token)).logits
     detach(model)
     attach(model, "*.attention.w_out", LOW, table([[0], [1, 2], [3]], M))
-    stir(model)
+    randomize(model)
     for labels in (by_token, torch.tensor([2, 1])):
-        with given(model, label_T=labels):
+        with adapter_context(model, label_T=labels):
             assert torch.equal(model(TOKENS).logits, handed)
     with pytest.raises(ValueError, match="label_T"):
         model(TOKENS)
@@ -107,7 +107,7 @@ def test_labels_reach_the_modules_through_the_model_or_around_it() -> None:
 def test_a_model_that_is_handed_its_context_keeps_none_from_before() -> None:
     model = transformer()
     attach(model, "*.attention.w_out", LOW, table([[0], [1]], M))
-    stir(model)
+    randomize(model)
     out = [
         model(TOKENS, context=TokenContext(label_T=torch.full((32,), label))).logits
         for label in (0, 1, 0)
@@ -119,11 +119,11 @@ def test_a_model_that_is_handed_its_context_keeps_none_from_before() -> None:
 def test_a_copy_calls_its_own_modules() -> None:
     model = mlp()
     attach(model, "0", LOW, TOP)
-    stir(model)
+    randomize(model)
     twin, x = copy.deepcopy(model), drawn(3, D)
     before = model(x)
     with torch.no_grad():
-        layers(twin)["0"].experts.b.zero_()
+        adapter_layers(twin)["0"].experts.b.zero_()
     assert torch.equal(model(x), before)
     assert not torch.equal(twin(x), before)
 
@@ -131,7 +131,7 @@ def test_a_copy_calls_its_own_modules() -> None:
 def test_modules_of_a_bfloat16_network_are_float32() -> None:
     model = mlp(torch.bfloat16)
     layer = attach(model, "0", LOW, TOP)["0"]
-    stir(model)
+    randomize(model)
     y = model(drawn(3, D, dtype=torch.bfloat16))
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
@@ -181,7 +181,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_attached(
     model = transformer("model.moe_every=0")
     with pytest.raises(ConfigError, match=re.escape(word)):
         attach(model, pattern, bank, router, aggregation)  # type: ignore[arg-type]
-    assert layers(model) == {}
+    assert adapter_layers(model) == {}
 
 
 def test_a_place_takes_one_bank() -> None:
@@ -189,22 +189,22 @@ def test_a_place_takes_one_bank() -> None:
     attach(model, "0", LOW, TOP)
     with pytest.raises(ConfigError, match="has modules already"):
         attach(model, "[02]", partial(Scale, M), TOP)
-    assert list(layers(model)) == ["0"]
+    assert list(adapter_layers(model)) == ["0"]
 
 
 def test_balance_losses_of_the_modules_are_those_of_the_layer() -> None:
     """E * sum f_e P_e of the latest routing, and the gradient reaches the router."""
     model = mlp()
     layer = attach(model, "0", LOW, TOP)["0"]
-    stir(model)
+    randomize(model)
     model(drawn(12, D))
     loss = module_losses(model, BalanceConfig(switch=0.01, z=0.0))["0"]["switch"]
     share_E = (
-        torch.bincount(layer.chosen.expert_TK.flatten(), minlength=M)
-        / layer.chosen.expert_TK.numel()
+        torch.bincount(layer.last_routing.expert_TK.flatten(), minlength=M)
+        / layer.last_routing.expert_TK.numel()
     )
     torch.testing.assert_close(
-        loss, (M * share_E * layer.chosen.score_TE.mean(0)).sum(), check_dtype=False
+        loss, (M * share_E * layer.last_routing.score_TE.mean(0)).sum(), check_dtype=False
     )
     loss.backward()
     assert layer.router.weight.grad.any()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
 from dmoe.modular import BANKS, Adapter, LowRank, Prompt, SparseDelta
-from dmoe.modular.banks.base import padded_product
+from dmoe.modular.banks.base import padded_grouped_product
 from dmoe.moe.experts.grouped_mlp import grouped_linear
 from tests.modular.nets import D, M, O, banks, drawn
 
@@ -22,7 +22,7 @@ def rows_of(kind: str, count: int, seed: int = 0) -> Tensor:
     bank = banks()[kind]
     return (
         torch.ones(count, 1, dtype=torch.float64)
-        if bank.reads == "sequence"
+        if bank.input_kind == "sequence"
         else drawn(count, bank.row_dim, seed=seed)
     )
 
@@ -65,7 +65,7 @@ def test_a_shard_computes_what_the_whole_bank_computes(kind: str) -> None:
     whole, part, counts = banks()[kind], banks()[kind], torch.tensor([2, 1, 3, 2])
     rows = rows_of(kind, 8)
     part.shard(2, 2)
-    assert (part.first, part.local_modules, part.num_modules, part.whole) == (2, 2, M, False)
+    assert (part.first, part.local_modules, part.num_modules, part.holds_all_modules) == (2, 2, M, False)
     torch.testing.assert_close(part(rows[3:], counts[2:]), whole(rows, counts)[3:], rtol=0, atol=0)
 
 
@@ -75,16 +75,16 @@ def test_a_module_is_drawn_by_its_id_alone(kind: str) -> None:
     large, small = BANKS[kind](6, D, O), BANKS[kind](4, D, O)
     for bank in (large, small):
         bank.initialize(11, 2)
-    before = {name: value.detach().clone() for name, value in small.stacks().items()}
-    assert small.grow(2) == range(4, 6)
-    for name, value in small.stacks().items():
+    before = {name: value.detach().clone() for name, value in small.stacked_tensors().items()}
+    assert small.add_modules(2) == range(4, 6)
+    for name, value in small.stacked_tensors().items():
         assert torch.equal(value[:4], before[name])
-        assert torch.equal(value, large.stacks()[name])
+        assert torch.equal(value, large.stacked_tensors()[name])
     part = BANKS[kind](6, D, O)
     part.shard(3, 2)
     part.initialize(11, 2)
-    for name, value in part.stacks().items():
-        assert torch.equal(value, large.stacks()[name][3:5])
+    for name, value in part.stacked_tensors().items():
+        assert torch.equal(value, large.stacked_tensors()[name][3:5])
 
 
 @pytest.mark.parametrize("kind", NEUTRAL)
@@ -100,11 +100,11 @@ def test_averaged_parameters_are_those_of_one_module_with_the_sum(kind: str) -> 
     bank, rows = banks()[kind], rows_of(kind, 6)
     alone_BM = torch.eye(M, dtype=torch.float64)[[2, 0]]
     expected = torch.cat([reference_of(bank, rows[:3], 2), reference_of(bank, rows[3:], 0)])
-    torch.testing.assert_close(bank.averaged(alone_BM, rows, 3), expected)
+    torch.testing.assert_close(bank.forward_averaged(alone_BM, rows, 3), expected)
     mixed_BM = torch.tensor([[0.5, -1.0, 2.0, 0.25]], dtype=torch.float64)
     filled = banks()[kind]
     if isinstance(bank, SparseDelta):
-        expected = rows @ sum(w * bank.delta(m) for m, w in enumerate(mixed_BM[0].tolist()))
+        expected = rows @ sum(w * bank.weight_delta(m) for m, w in enumerate(mixed_BM[0].tolist()))
     else:
         with torch.no_grad():
             for name, value in filled.named_parameters():
@@ -112,17 +112,17 @@ def test_averaged_parameters_are_those_of_one_module_with_the_sum(kind: str) -> 
                     w * bank.get_parameter(name)[m] for m, w in enumerate(mixed_BM[0].tolist())
                 )
         expected = reference_of(filled, rows, 0)
-    torch.testing.assert_close(bank.averaged(mixed_BM, rows, 6), expected)
+    torch.testing.assert_close(bank.forward_averaged(mixed_BM, rows, 6), expected)
 
 
 def reference_of(bank: nn.Module, rows: Tensor, module: int) -> Tensor:
-    return torch.stack([bank.one(row, module) for row in rows])
+    return torch.stack([bank.reference(row, module) for row in rows])
 
 
 def test_magnitude_places_are_where_the_frozen_weight_is_largest() -> None:
     frozen = nn.Linear(D, O).double()
     bank = SparseDelta(M, D, O, density=0.2, mask="magnitude")
-    bank.meet(frozen)
+    bank.bind(frozen)
     chosen = {(int(i) // O, int(i) % O) for i in bank.index[1]}
     ranked = sorted(
         ((d, o) for d in range(D) for o in range(O)),
@@ -132,17 +132,17 @@ def test_magnitude_places_are_where_the_frozen_weight_is_largest() -> None:
     assert len(chosen) == 6
 
 
-@pytest.mark.parametrize("per_module", [torch.tensor([2, 0, 3, 1]), 2])
+@pytest.mark.parametrize("tokens_per_module", [torch.tensor([2, 0, 3, 1]), 2])
 @pytest.mark.parametrize(("width", "out"), [(6, 5), (1, 8), (8, 3), (16, 8)])
 def test_the_product_with_filled_up_widths_is_the_product(
-    width: int, out: int, per_module: Tensor | int
+    width: int, out: int, tokens_per_module: Tensor | int
 ) -> None:
     """What CUDA runs for narrow modules, whose rows would not start at multiples of 16 bytes."""
     results = []
-    for function in (padded_product, grouped_linear):
-        rows = drawn(8 if isinstance(per_module, int) else 6, width).requires_grad_()
+    for function in (padded_grouped_product, grouped_linear):
+        rows = drawn(8 if isinstance(tokens_per_module, int) else 6, width).requires_grad_()
         weight = drawn(M, width, out, seed=1).requires_grad_()
-        result = function(rows, weight, per_module)
+        result = function(rows, weight, tokens_per_module)
         result.sin().sum().backward()
         results.append((result, rows.grad, weight.grad))
     for got, expected in zip(*results, strict=True):
@@ -155,13 +155,13 @@ def test_the_product_with_filled_up_widths_is_the_product(
         (lambda: LowRank(0, D, O), "modules"),
         (lambda: LowRank(2, D, O, rank=0), "rank"),
         (lambda: Adapter(2, D, O, activation="swiglu"), "activation"),
-        (lambda: Adapter(2, D, O, reads="sequence"), "reads"),
+        (lambda: Adapter(2, D, O, input_kind="sequence"), "reads"),
         (lambda: SparseDelta(2, D, O, density=0.0), "density"),
         (lambda: SparseDelta(2, D, O, mask="lottery"), "mask"),
-        (lambda: SparseDelta(2, D, O, mask="magnitude").meet(nn.ReLU()), "magnitude"),
+        (lambda: SparseDelta(2, D, O, mask="magnitude").bind(nn.ReLU()), "magnitude"),
         (lambda: Prompt(2, D, O, length=0), "length"),
         (lambda: Prompt(2, D, O, columns=(3, O + 1)), "columns"),
-        (lambda: Adapter(2, D, O).delta(0), "adds no matrix"),
+        (lambda: Adapter(2, D, O).weight_delta(0), "adds no matrix"),
     ],
 )
 def test_what_means_nothing_is_refused(make: object, word: str) -> None:

@@ -14,19 +14,19 @@ from dmoe.modular import (
     Adapter,
     LowRank,
     attach,
-    core_hash,
+    base_model_hash,
     detach,
     freeze,
-    given,
-    grow,
-    layers,
+    adapter_context,
+    add_modules,
+    adapter_layers,
     routed,
-    select,
+    select_trainable,
     table,
-    train_one,
+    freeze_all_but,
 )
 from dmoe.modular.aggregation import Concat
-from tests.modular.nets import D, M, O, drawn, mlp, stir
+from tests.modular.nets import D, M, O, drawn, mlp, randomize
 
 
 def train(
@@ -35,26 +35,26 @@ def train(
     for step in range(3):
         optimizer.zero_grad()
         x = drawn(6, D, seed=step)
-        with given(model, label_T=labels) if labels is not None else given(model):
+        with adapter_context(model, label_T=labels) if labels is not None else adapter_context(model):
             model(x).square().sum().backward()
         optimizer.step()
 
 
 def test_the_hash_is_of_the_core_alone() -> None:
     model = mlp()
-    before = core_hash(model)
+    before = base_model_hash(model)
     attach(model, "0", partial(LowRank, M), routed("top_k", M, 2))
-    stir(model)
-    assert core_hash(model) == before
+    randomize(model)
+    assert base_model_hash(model) == before
     detach(model)
-    assert core_hash(model) == before == core_hash(mlp())
+    assert base_model_hash(model) == before == base_model_hash(mlp())
 
 
 @pytest.mark.parametrize("change", ["a bit", "the dtype", "a shape", "a name", "a buffer"])
 def test_the_hash_sees(change: str) -> None:
     model = mlp()
     model.register_buffer("mean", torch.zeros(3))
-    before = core_hash(model)
+    before = base_model_hash(model)
     if change == "a bit":
         bits = model[2].bias.data.view(torch.int64)
         bits[0] ^= 1
@@ -67,17 +67,17 @@ def test_the_hash_sees(change: str) -> None:
         del model[2].weight
     else:
         model.mean += 1
-    assert core_hash(model) != before
+    assert base_model_hash(model) != before
 
 
 def test_training_modules_leaves_the_core_alone() -> None:
     model = mlp()
     attach(model, "[02]", partial(LowRank, M), routed("top_k", M, 2))
     before = freeze(model)
-    bank = layers(model)["0"].experts
+    bank = adapter_layers(model)["0"].experts
     start = bank.b.detach().clone()
     train(model, torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.1))
-    assert core_hash(model) == before
+    assert base_model_hash(model) == before
     assert not torch.equal(bank.b, start)
 
 
@@ -93,7 +93,7 @@ def test_training_modules_leaves_the_core_alone() -> None:
 def test_what_is_trained(what: str, core: bool, bank: bool, router: bool) -> None:
     model = mlp()
     layer = attach(model, "0", partial(LowRank, M), routed("top_k", M, 2))["0"]
-    chosen = {id(parameter) for parameter in select(model, what)}
+    chosen = {id(parameter) for parameter in select_trainable(model, what)}
     assert (
         model[0].weight.requires_grad,
         layer.experts.a.requires_grad,
@@ -108,7 +108,7 @@ def test_what_is_trained(what: str, core: bool, bank: bool, router: bool) -> Non
 
 def test_another_word_for_what_is_trained_is_refused() -> None:
     with pytest.raises(ConfigError, match="joint, modules, one_module, router"):
-        select(mlp(), "everything")
+        select_trainable(mlp(), "everything")
 
 
 @pytest.mark.parametrize("kind", ["low_rank", "adapter", "scale", "sparse_delta"])
@@ -116,54 +116,54 @@ def test_one_module_is_trained_and_the_others_keep_their_bits(kind: str) -> None
     """A zero gradient is not enough: AdamW's weight decay and old moments move a slice without one. Every label is in the batch."""
     model = mlp()
     attach(model, "[02]", partial(BANKS[kind], M), table([[0], [1], [2], [3]], M))
-    stir(model)
-    select(model, "modules")
+    randomize(model)
+    select_trainable(model, "modules")
     labels = torch.tensor([0, 1, 2, 3, 2, 2])
     optimizer = torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.1)
     train(model, optimizer, labels)  # moments are there for every module
-    before, core = {n: p.detach().clone() for n, p in model.named_parameters()}, core_hash(model)
-    end = train_one(model, 2, optimizer)
+    before, core = {n: p.detach().clone() for n, p in model.named_parameters()}, base_model_hash(model)
+    end = freeze_all_but(model, 2, optimizer)
     train(model, optimizer, labels)
-    for name, layer in layers(model).items():
+    for name, layer in adapter_layers(model).items():
         for parameter_name, parameter in layer.experts.named_parameters():
             old = before[f"{name}.modular.experts.{parameter_name}"]
             assert torch.equal(parameter[[0, 1, 3]], old[[0, 1, 3]])
             assert not torch.equal(parameter[2], old[2])
             assert not parameter.grad[[0, 1, 3]].any()
-    assert core_hash(model) == core
+    assert base_model_hash(model) == core
     end()
     train(model, optimizer, labels)
-    name, parameter = next(iter(layers(model)["0"].experts.named_parameters()))
+    name, parameter = next(iter(adapter_layers(model)["0"].experts.named_parameters()))
     assert not torch.equal(parameter[0], before[f"0.modular.experts.{name}"][0])
-    assert core_hash(model) == core
+    assert base_model_hash(model) == core
 
 
 def test_a_module_that_is_not_there_cannot_be_trained() -> None:
     model = mlp()
     attach(model, "0", partial(LowRank, M), routed("top_k", M, 2))
     with pytest.raises(ConfigError, match="0 to 3"):
-        train_one(model, M, torch.optim.SGD(model.parameters(), 0.1))
+        freeze_all_but(model, M, torch.optim.SGD(model.parameters(), 0.1))
 
 
 def test_adding_a_language_leaves_the_others_outputs_alone() -> None:
     """Grow, give the new module a label, train it alone: what the old labels compute is bit-identical."""
     model = mlp()
     attach(model, "[02]", partial(Adapter, 2, hidden=3), table([[0], [1]], 2))
-    stir(model)
+    randomize(model)
     x, old = drawn(6, D), torch.tensor([0, 1, 0, 1, 0, 1])
-    with given(model, label_T=old):
+    with adapter_context(model, label_T=old):
         before = model(x)
-    assert grow(model) == range(2, 3)
-    assert [layer.router.add_row([2]) for layer in layers(model).values()] == [2, 2]
+    assert add_modules(model) == range(2, 3)
+    assert [layer.router.add_row([2]) for layer in adapter_layers(model).values()] == [2, 2]
     optimizer = torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.1)
-    train_one(model, 2, optimizer)
+    freeze_all_but(model, 2, optimizer)
     new = torch.full((6,), 2)
-    with given(model, label_T=new):
+    with adapter_context(model, label_T=new):
         untrained = model(x)
     train(model, optimizer, new)
-    with given(model, label_T=old):
+    with adapter_context(model, label_T=old):
         assert torch.equal(model(x), before)
-    with given(model, label_T=new):
+    with adapter_context(model, label_T=new):
         assert not torch.equal(model(x), untrained)
 
 
@@ -171,7 +171,7 @@ def test_what_cannot_grow_says_so_before_anything_changes() -> None:
     model = mlp()
     attach(model, "[02]", partial(LowRank, M), routed("soft", M, M), Concat)
     with pytest.raises(ConfigError, match="Concat"):
-        grow(model)
-    assert all(layer.experts.num_modules == M for layer in layers(model).values())
+        add_modules(model)
+    assert all(layer.experts.num_modules == M for layer in adapter_layers(model).values())
     with pytest.raises(ConfigError, match="there must be a bank"):
-        grow(mlp())
+        add_modules(mlp())

@@ -19,21 +19,21 @@ from dmoe.modular import (
     SparseDelta,
     attach,
     constant,
-    core_hash,
+    base_model_hash,
     detach,
     export_peft,
-    given,
-    layers,
-    load,
+    adapter_context,
+    adapter_layers,
+    load_modules,
     merge,
     routed,
-    save,
+    save_modules,
     table,
-    train_one,
+    freeze_all_but,
 )
 from dmoe.modular.peft import read_peft
 from dmoe.moe.routing import TokenContext
-from tests.modular.nets import D, M, O, drawn, mlp, stir
+from tests.modular.nets import D, M, O, drawn, mlp, randomize
 
 LOW, TOP = partial(LowRank, M, rank=2), routed("top_k", M, 2)
 
@@ -72,7 +72,7 @@ class Tied(nn.Module):
 def test_a_refusal_at_the_second_place_leaves_nothing_at_the_first() -> None:
     """`magnitude` asks the place for its weight; it did so when half of the places had their modules already."""
     model = nn.Sequential(nn.Linear(D, D), nn.Tanh())
-    core = core_hash(model)
+    core = base_model_hash(model)
     with pytest.raises(ConfigError, match="reads the weight of a Linear"):
         attach(
             model,
@@ -81,8 +81,8 @@ def test_a_refusal_at_the_second_place_leaves_nothing_at_the_first() -> None:
             constant(*[1.0] * M),
             width=(D, D),
         )
-    assert not layers(model)
-    assert core_hash(model) == core
+    assert not adapter_layers(model)
+    assert base_model_hash(model) == core
 
 
 def test_ids_are_no_vectors() -> None:
@@ -106,13 +106,13 @@ def test_a_context_of_one_forward_is_forgotten_in_the_next() -> None:
     """A model that was handed labels once used them in the next forward, which was given none."""
     model = Handed(nn.Linear(D, O)).double()
     attach(model, "0", LOW, table([[0], [1]], M))
-    stir(model)
+    randomize(model)
     x = drawn(3, D)
     model(x, context=TokenContext(label_T=torch.tensor([0, 1, 1])))
     with pytest.raises(ValueError, match="label_T"):
         model(x)
     handed = model(x, context=TokenContext(label_T=torch.tensor([0, 1, 1])))
-    with given(
+    with adapter_context(
         model, label_T=torch.tensor([1, 1, 1])
     ):  # what the caller gives is not the model's to forget
         assert not torch.equal(model(x), handed)
@@ -123,11 +123,11 @@ def test_a_model_can_be_copied_after_a_forward() -> None:
     """The latest routing hung on the layer, and torch refuses to copy a tensor that a graph made."""
     model, x = mlp(), drawn(3, D)
     attach(model, "[02]", LOW, TOP)
-    stir(model)
+    randomize(model)
     y = model(x)
     twin = copy.deepcopy(model)
     assert torch.equal(twin(x), y)
-    assert layers(model)["0"].chosen is not None
+    assert adapter_layers(model)["0"].last_routing is not None
     detach(twin)
     assert torch.equal(twin(x), mlp()(x))
     assert torch.equal(model(x), y)
@@ -139,9 +139,9 @@ def test_a_part_used_in_two_places_is_saved_once_and_comes_back(tmp_path: Path) 
     other.load_state_dict(model.state_dict())
     for net in (model, other):
         attach(net, "first", LOW, TOP)
-    stir(model)
-    save(model, tmp_path / "m")
-    load(other, tmp_path / "m")
+    randomize(model)
+    save_modules(model, tmp_path / "m")
+    load_modules(other, tmp_path / "m")
     assert torch.equal(other(drawn(3, D)), model(drawn(3, D)))
 
 
@@ -152,14 +152,14 @@ def test_a_file_that_cannot_be_written_leaves_nothing(
     model = mlp()
     attach(model, "0", LOW, TOP)
     with pytest.raises(CheckpointError, match="cannot be written"):
-        save(model, tmp_path / "no folder" / "m")
+        save_modules(model, tmp_path / "no folder" / "m")
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(CheckpointError, match="No space left"):
-        save(model, tmp_path / "m")
+        save_modules(model, tmp_path / "m")
     assert not list(tmp_path.iterdir())
 
 
@@ -167,12 +167,12 @@ def test_a_tied_weight_is_not_merged_into() -> None:
     """The embedding was changed with the head, silently."""
     model = Tied()
     attach(model, "head", partial(LowRank, 1), constant(1.0))
-    stir(model)
+    randomize(model)
     before = model.table.weight.clone()
     with pytest.raises(ConfigError, match="shares its weight with a Embedding"):
         merge(model, [1.0])
     assert torch.equal(model.table.weight, before)
-    assert layers(model)
+    assert adapter_layers(model)
     shared = Twice()
     attach(shared, "first", partial(LowRank, 1), constant(1.0))
     merge(shared, [1.0])  # one part, one weight, whatever its names
@@ -190,15 +190,15 @@ class Block(nn.Module):
 def test_places_within_places() -> None:
     """A block and a part of it: each has its modules, and off they are as they came."""
     model, x = nn.Sequential(Block(), nn.Linear(O, O).double()), drawn(4, D)
-    bare, core = model(x), core_hash(model)
+    bare, core = model(x), base_model_hash(model)
     attach(model, "0.parts.2", LOW, TOP)
     attach(model, "0", partial(Adapter, M), TOP, width=(D, O))
-    stir(model)
+    randomize(model)
     with_both = model(x)
-    assert sorted(layers(model)) == ["0", "0.parts.2"]
-    assert core_hash(model) == core
+    assert sorted(adapter_layers(model)) == ["0", "0.parts.2"]
+    assert base_model_hash(model) == core
     assert (with_both - bare).abs().max() > 1e-3
-    assert all(layer.chosen is not None for layer in layers(model).values())
+    assert all(layer.last_routing is not None for layer in adapter_layers(model).values())
     detach(model)
     assert torch.equal(model(x), bare)
 
@@ -213,7 +213,7 @@ def test_a_bank_that_is_split_trains_all_its_modules_or_none() -> None:
     bank = attach(model, "0", LOW, TOP)["0"].experts
     bank.a = nn.Parameter(bank.a.data.as_subclass(Part))
     with pytest.raises(ConfigError, match=r"parallel\.mode=fsdp: splits the modules at 0"):
-        train_one(model, 1, torch.optim.AdamW(bank.parameters()))
+        freeze_all_but(model, 1, torch.optim.AdamW(bank.parameters()))
     assert model[0].weight.requires_grad
 
 
@@ -241,7 +241,7 @@ def test_an_export_names_its_places_and_no_others(tmp_path: Path) -> None:
     model = Named()
     bare = copy.deepcopy(model)
     attach(model, "head", partial(LowRank, 1, rank=2, alpha=5.0), constant(1.0))
-    stir(model)
+    randomize(model)
     export_peft(model, 0, tmp_path)
     x = torch.randn(3, D)
     expected = model(x)
@@ -275,4 +275,4 @@ def test_the_hash_sees_what_the_bytes_mean() -> None:
     model, other = nn.Module(), nn.Module()
     model.register_buffer("count", torch.zeros(3, dtype=torch.float32))
     other.register_buffer("count", torch.zeros(3, dtype=torch.int32))
-    assert core_hash(model) != core_hash(other)
+    assert base_model_hash(model) != base_model_hash(other)

@@ -17,18 +17,18 @@ from dmoe.modular import (
     SparseDelta,
     attach,
     constant,
-    given,
-    grow,
-    layers,
-    load,
+    adapter_context,
+    add_modules,
+    adapter_layers,
+    load_modules,
     routed,
-    save,
+    save_modules,
     table,
 )
 from dmoe.modular.aggregation.fixed import sequence_weights
-from dmoe.modular.aggregation.learned import shares
+from dmoe.modular.aggregation.learned import attention_shares
 from dmoe.modular.routing import TableRouter
-from dmoe.modular.routing.learned import by_sequence, sequence_mean
+from dmoe.modular.routing.learned import sequence_context, sequence_mean
 from dmoe.moe.routing import Routing, TokenContext
 from tests.modular.nets import D, M, O, drawn, mlp
 
@@ -41,16 +41,16 @@ def test_growing_is_all_or_nothing_and_can_be_done_twice() -> None:
     attach(model, "0", LOW, TOP)
     attach(model, "2", LOW, routed("hash", M, 1))
     with pytest.raises(ConfigError, match="HashRouter"):
-        grow(model)
-    assert layers(model)["0"].router.num_experts == M
+        add_modules(model)
+    assert adapter_layers(model)["0"].router.num_experts == M
     model, once = mlp(), mlp()
     for net in (model, once):
         attach(
             net, "[02]", partial(SparseDelta, M, density=0.3), routed("soft", M, M, per="sequence")
         )
-    grow(model)
-    assert list(grow(model)) == [M + 1]
-    grow(once, 2)
+    add_modules(model)
+    assert list(add_modules(model)) == [M + 1]
+    add_modules(once, 2)
     for name, value in model.state_dict().items():
         assert torch.equal(value, once.state_dict()[name]), name
     assert model(drawn(2, 3, D)).shape == (2, 3, O)
@@ -61,9 +61,9 @@ def test_a_loaded_table_keeps_its_rows_when_it_gets_one_more(tmp_path: Path) -> 
     model, other = mlp(), mlp()
     attach(model, "0", LOW, table([[3], [2]], M))
     attach(other, "0", LOW, table([[0], [1]], M))
-    save(model, tmp_path / "m")
-    load(other, tmp_path / "m")
-    router = layers(other)["0"].router
+    save_modules(model, tmp_path / "m")
+    load_modules(other, tmp_path / "m")
+    router = adapter_layers(other)["0"].router
     assert isinstance(router, TableRouter)
     router.add_row([1])
     assert router.module_LK.tolist() == [[3], [2], [1]]
@@ -88,13 +88,13 @@ def test_padding_in_front_of_a_sequence_is_not_its_first_token() -> None:
     context = TokenContext(
         label_T=torch.tensor([-1, -1, 3, 3, 5, 5, -1, -1]), valid_T=valid, sequences=2
     )
-    assert by_sequence(context).label_T.tolist() == [3, 5]
+    assert sequence_context(context).label_T.tolist() == [3, 5]
 
 
 def test_a_choice_without_a_prior_does_not_silence_the_others() -> None:
     """Its score was the largest: what the others have of the whole was lost in float32, and the token got nothing."""
     score, prior = torch.tensor([[0.0, 80.0, 1.0]]), torch.tensor([[1.0, 0.0, 1.0]])
-    got = shares(score, prior, torch.ones(1, 3, dtype=torch.bool))
+    got = attention_shares(score, prior, torch.ones(1, 3, dtype=torch.bool))
     e = 1 / (1 + torch.tensor(1.0).exp())
     torch.testing.assert_close(got, torch.tensor([[float(e), 0.0, 1 - float(e)]]))
 
@@ -123,7 +123,7 @@ def test_no_sequences_at_all(aggregation: str, bank: str) -> None:
             valid_T=torch.zeros(0, dtype=torch.bool), label_T=torch.zeros(0, dtype=torch.int64)
         ),
     ):
-        with given(model, context):
+        with adapter_context(model, context):
             assert model(x).shape == (0, 5, O)
 
 

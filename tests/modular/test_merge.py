@@ -18,12 +18,12 @@ from dmoe.modular import (
     attach,
     average,
     constant,
-    core_hash,
-    layers,
+    base_model_hash,
+    adapter_layers,
     merge,
     routed,
 )
-from tests.modular.nets import D, M, drawn, hugging_face, mlp, stir
+from tests.modular.nets import D, M, drawn, hugging_face, mlp, randomize
 
 MERGEABLE = ("low_rank", "sparse_delta", "scale")
 
@@ -37,11 +37,11 @@ def test_merged_weights_equal_the_mixture_with_constant_weights(
     """Task arithmetic, in float32 and for any signs; the bias too, which a rescaling multiplies."""
     model = mlp(torch.float32)
     attach(model, "[02]", partial(BANKS[kind], M), constant(*weights))
-    stir(model)
+    randomize(model)
     x = drawn(9, D, dtype=torch.float32)
     mixture = model(x)
     merge(model, weights)
-    assert layers(model) == {}
+    assert adapter_layers(model) == {}
     torch.testing.assert_close(
         model(x), mixture, rtol=1e-5, atol=1e-6 * max(1.0, float(mixture.detach().abs().max()))
     )
@@ -50,7 +50,7 @@ def test_merged_weights_equal_the_mixture_with_constant_weights(
 def test_a_hugging_face_model_merges() -> None:
     model, tokens = hugging_face(), torch.arange(8).view(1, 8)
     attach(model, "*_proj", partial(LowRank, 2, rank=2), constant(0.7, 0.3))
-    stir(model)
+    randomize(model)
     mixture = model(tokens).logits
     merge(model, [0.7, 0.3])
     torch.testing.assert_close(model(tokens).logits, mixture, rtol=1e-4, atol=1e-5)
@@ -61,25 +61,25 @@ def test_an_average_is_one_module_of_averaged_parameters(kind: str) -> None:
     model = mlp()
     options = {"length": 2} if kind == "prompt" else {}
     attach(model, "[02]", partial(BANKS[kind], M, **options), routed("top_k", M, 2))
-    stir(model)
-    weights, core = [0.5, 0.25, 0.25, 0.0], core_hash(model)
+    randomize(model)
+    weights, core = [0.5, 0.25, 0.25, 0.0], base_model_hash(model)
     expected = {
         n: sum(w * p[m] for m, w in enumerate(weights))
-        for n, p in layers(model)["2"].experts.named_parameters()
+        for n, p in adapter_layers(model)["2"].experts.named_parameters()
     }
     average(model, weights)
-    bank = layers(model)["2"].experts
+    bank = adapter_layers(model)["2"].experts
     assert bank.num_modules == 1
     for name, value in bank.named_parameters():
         torch.testing.assert_close(value[0], expected[name])
     assert model(drawn(2, 5, D)).isfinite().all()
-    assert core_hash(model) == core
+    assert base_model_hash(model) == core
 
 
 def test_modules_of_one_start_average_to_themselves() -> None:
     model, x = mlp(), drawn(4, D)
     attach(model, "0", partial(Adapter, 2, hidden=3), constant(1.0, 0.0))
-    stir(model)
+    randomize(model)
     before = model(x)
     average(model, [1.0, 0.0])
     torch.testing.assert_close(model(x), before)
@@ -99,8 +99,8 @@ def test_what_cannot_be_merged_is_refused_and_nothing_changes(
 ) -> None:
     model = mlp()
     attach(model, "[02]", bank, routed("top_k", M, 2))  # type: ignore[arg-type]
-    before = core_hash(model)
+    before = base_model_hash(model)
     with pytest.raises(ConfigError, match=word):
         act(model, weights)  # type: ignore[operator]
-    assert core_hash(model) == before
-    assert len(layers(model)) == 2
+    assert base_model_hash(model) == before
+    assert len(adapter_layers(model)) == 2

@@ -26,12 +26,12 @@ from dmoe.modular import (
     attach,
     constant,
     freeze,
-    given,
-    layers,
+    adapter_context,
+    adapter_layers,
     routed,
     table,
 )
-from tests.modular.nets import D, M, O, drawn, mlp, stir
+from tests.modular.nets import D, M, O, drawn, mlp, randomize
 from tests.ranks import run_ranks
 
 OPTIONS = {
@@ -68,7 +68,7 @@ def model_of(bank: str, aggregation: str, router: str, dtype: torch.dtype) -> nn
         ROUTERS[router],
         AGGREGATIONS[aggregation],
     )
-    stir(model)
+    randomize(model)
     return model
 
 
@@ -81,10 +81,10 @@ def numbers(
     freeze(model)
     shard_experts(model, groups)
     experts = expert_parameters(model)
-    assert len(experts) == len(layers(model)) * len(list(model[0].modular.experts.parameters()))
+    assert len(experts) == len(adapter_layers(model)) * len(list(model[0].modular.experts.parameters()))
     each = 8 // world
     x = drawn(8, 4, D, dtype=dtype)[rank * each : (rank + 1) * each].clone().requires_grad_()
-    with given(
+    with adapter_context(
         model, label_T=torch.zeros(each, dtype=torch.int64)
     ):  # for "lonely": the second rank's modules get no row at all
         y = model(x)

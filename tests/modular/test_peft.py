@@ -21,11 +21,11 @@ from dmoe.modular import (
     export_peft,
     freeze,
     import_peft,
-    layers,
+    adapter_layers,
     routed,
 )
 from dmoe.modular.peft import read_peft
-from tests.modular.nets import hugging_face, stir
+from tests.modular.nets import hugging_face, randomize
 
 peft = pytest.importorskip(
     "peft", reason="peft is not installed: it is what these tests compare with"
@@ -75,7 +75,7 @@ def test_one_module_equals_pefts_lora_forward_and_backward() -> None:
 def test_what_is_exported_peft_loads(tmp_path: Path) -> None:
     model = hugging_face()
     attach(model, PATTERN, partial(LowRank, 2, rank=3, alpha=8.0), constant(0.0, 1.0))
-    stir(model)
+    randomize(model)
     export_peft(model, 1, tmp_path, base_model="tiny", task_type="CAUSAL_LM")
     theirs = peft.PeftModel.from_pretrained(hugging_face(), tmp_path)
     assert (logits(model) - logits(hugging_face())).abs().max() > 1e-2
@@ -97,14 +97,14 @@ def test_what_peft_saved_is_imported(options: dict[str, bool], tmp_path: Path) -
 def test_out_and_in_again_is_bit_identical_and_several_make_a_mixture(tmp_path: Path) -> None:
     model = hugging_face()
     attach(model, PATTERN, partial(LowRank, 2, rank=3, alpha=8.0), constant(0.25, 0.75))
-    stir(model)
-    mixture, before = logits(model), copy.deepcopy(layers(model))
+    randomize(model)
+    mixture, before = logits(model), copy.deepcopy(adapter_layers(model))
     for module in range(2):
         export_peft(model, module, tmp_path / str(module))
     detach(model)
     import_peft(model, [tmp_path / "0", tmp_path / "1"], constant(0.25, 0.75))
     assert torch.equal(logits(model), mixture)
-    for name, layer in layers(model).items():
+    for name, layer in adapter_layers(model).items():
         assert torch.equal(layer.experts.a, before[name].experts.a)
         assert torch.equal(layer.experts.b, before[name].experts.b)
 
@@ -130,7 +130,7 @@ def test_what_low_rank_cannot_mean_is_refused(field: str, value: object, tmp_pat
         match="r=5" if field == "r" else str(value if field == "peft_type" else field),
     ):
         import_peft(model, [tmp_path])
-    assert layers(model) == {}
+    assert adapter_layers(model) == {}
 
 
 def test_another_model_and_another_kind_are_refused(tmp_path: Path) -> None:

@@ -14,28 +14,28 @@ from dmoe.modular import (
     attach,
     constant,
     detach,
-    given,
-    layers,
+    adapter_context,
+    adapter_layers,
     routed,
     table,
-    with_room,
+    with_prefix_tokens,
 )
 from dmoe.modular.aggregation import Attention, Concat, ParameterMean
-from tests.modular.nets import M, hugging_face, stir, transformer
+from tests.modular.nets import M, hugging_face, randomize, transformer
 
 P = 3
 TOKENS = torch.arange(20).view(2, 10)
-ROOMY = with_room(TOKENS, P)
+ROOMY = with_prefix_tokens(TOKENS, P)
 
 
 def test_a_prompt_is_what_the_model_computes_for_these_embeddings() -> None:
     """Hugging Face models take embeddings: the prompt in front of the tokens' own must give the same logits."""
     model = hugging_face()
     attach(model, "model.embed_tokens", partial(Prompt, 1, length=P), constant(1.0))
-    stir(model)
+    randomize(model)
     got, prompt = (
         model(ROOMY).logits,
-        layers(model)["model.embed_tokens"].experts.vector[0].detach(),
+        adapter_layers(model)["model.embed_tokens"].experts.vector[0].detach(),
     )
     detach(model)
     embedded = torch.cat([prompt.expand(2, P, -1), model.model.embed_tokens(TOKENS)], 1)
@@ -49,9 +49,9 @@ def test_a_prefix_is_a_cache_of_keys_and_values() -> None:
 
     model = hugging_face()
     attach(model, "*.[kv]_proj", partial(Prefix, 1, length=P), constant(1.0))
-    stir(model)
+    randomize(model)
     got = model(ROOMY).logits[:, P:]
-    learned = {name: layer.experts.vector[0].detach() for name, layer in layers(model).items()}
+    learned = {name: layer.experts.vector[0].detach() for name, layer in adapter_layers(model).items()}
     detach(model)
     cache, positions = DynamicCache(config=model.config), torch.arange(P).unsqueeze(0)
     for index in range(2):
@@ -72,13 +72,13 @@ def test_the_reference_transformer_takes_a_prefix_on_a_part_of_a_projection() ->
     attach(
         model, "*.w_qkv", partial(Prefix, M, length=P, columns=(dim, 3 * dim)), table([[0], [1]], M)
     )
-    stir(model)
+    randomize(model)
     outputs = []
     for fill in (0, 7):
-        with given(model, label_T=torch.tensor([0, 1])):
-            outputs.append(model(with_room(TOKENS, P, fill)).logits[:, P:])
+        with adapter_context(model, label_T=torch.tensor([0, 1])):
+            outputs.append(model(with_prefix_tokens(TOKENS, P, fill)).logits[:, P:])
     torch.testing.assert_close(*outputs)
-    with given(model, label_T=torch.tensor([1, 1])):
+    with adapter_context(model, label_T=torch.tensor([1, 1])):
         other = model(ROOMY).logits[:, P:]
     torch.testing.assert_close(other[1], outputs[0][1])
     assert (other[0] - outputs[0][0]).abs().max() > 1e-3
@@ -95,17 +95,17 @@ def test_a_learned_router_mixes_prompts_by_sequence(aggregation: object) -> None
         routed("top_k", M, 2),
         *([aggregation] if aggregation else []),
     )["model.embed_tokens"]
-    stir(model)
+    randomize(model)
     model(ROOMY).logits.square().sum().backward()
-    assert layer.chosen.expert_TK.shape == (2, 2)
+    assert layer.last_routing.expert_TK.shape == (2, 2)
     assert layer.router.weight.grad.any()
     means = model.model.embed_tokens.weight[TOKENS].mean(1)
-    torch.testing.assert_close(layer.chosen.logit_TE, means @ layer.router.weight.t())
+    torch.testing.assert_close(layer.last_routing.logit_TE, means @ layer.router.weight.t())
     if aggregation in (None, ParameterMean):
-        weight = layer.chosen.weight_TK
+        weight = layer.last_routing.weight_TK
         mixed = torch.stack(
             [
-                weight[b] @ layer.experts.vector[layer.chosen.expert_TK[b]].flatten(1)
+                weight[b] @ layer.experts.vector[layer.last_routing.expert_TK[b]].flatten(1)
                 for b in range(2)
             ]
         )

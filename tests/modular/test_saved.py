@@ -16,17 +16,17 @@ from dmoe.modular import (
     LowRank,
     SparseDelta,
     attach,
-    core_hash,
-    inspect,
-    layers,
-    load,
+    base_model_hash,
+    inspect_modules,
+    adapter_layers,
+    load_modules,
     routed,
-    save,
+    save_modules,
     table,
 )
 from dmoe.modular.aggregation import Attention
 from dmoe.modular.files import module_state
-from tests.modular.nets import M, drawn, mlp, stir
+from tests.modular.nets import M, drawn, mlp, randomize
 
 TABLE = table([[0], [1, 2]], M)
 
@@ -49,9 +49,9 @@ def attached(
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     for bank in (partial(LowRank, M, rank=2), partial(SparseDelta, M, density=0.2)):
         one, other = attached(bank), attached(bank, seed=9)
-        stir(one)
-        save(one, tmp_path / "modules.safetensors")
-        load(other, tmp_path / "modules.safetensors")
+        randomize(one)
+        save_modules(one, tmp_path / "modules.safetensors")
+        load_modules(other, tmp_path / "modules.safetensors")
         x = drawn(5, 6)
         assert torch.equal(one(x), other(x))
         assert all(
@@ -63,15 +63,15 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 def test_a_file_says_what_it_holds_without_a_model(tmp_path: Path) -> None:
     model = attached(router=TABLE)
-    save(model, tmp_path / "m")
-    saved = inspect(tmp_path / "m")
-    assert saved.core == core_hash(model)
-    assert saved.places["0"] == {
+    save_modules(model, tmp_path / "m")
+    saved = inspect_modules(tmp_path / "m")
+    assert saved.base_model == base_model_hash(model)
+    assert saved.targets["0"] == {
         "bank": "LowRank",
         "router": "TableRouter",
         "aggregation": "Attention",
         "modules": M,
-        "parameters": sum(p.numel() for p in layers(model)["0"].experts.parameters()),
+        "parameters": sum(p.numel() for p in adapter_layers(model)["0"].experts.parameters()),
     }
     with safe_open(tmp_path / "m", framework="pt") as file:
         assert all(".modular." in name for name in file.keys())  # noqa: SIM118 (not a dict)
@@ -99,19 +99,19 @@ def test_what_does_not_fit_is_refused_in_one_sentence(
     make: object, word: str, tmp_path: Path
 ) -> None:
     model = attached()
-    stir(model)
-    save(model, tmp_path / "m")
+    randomize(model)
+    save_modules(model, tmp_path / "m")
     other = make(tmp_path)  # type: ignore[operator]
     before = {name: value.clone() for name, value in module_state(other).items()}
     with pytest.raises(CheckpointError, match=word) as refusal:
-        load(other, tmp_path / "m")
+        load_modules(other, tmp_path / "m")
     assert "\n" not in str(refusal.value)
     assert all(torch.equal(value, before[name]) for name, value in module_state(other).items())
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     model = attached()
-    save(model, tmp_path / "m")
+    save_modules(model, tmp_path / "m")
     content = (tmp_path / "m").read_bytes()
     (tmp_path / "cut").write_bytes(content[: len(content) // 2])
     (tmp_path / "text").write_text("no tensors")
@@ -120,24 +120,24 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign")
     for name in ("cut", "text", "foreign", "missing"):
         with pytest.raises(CheckpointError, match=name):
-            load(model, tmp_path / name)
+            load_modules(model, tmp_path / name)
 
 
 def test_a_part_of_a_bank_is_loaded_and_never_saved(tmp_path: Path) -> None:
     whole, part = attached(), attached(seed=9)
-    stir(whole)
-    core = core_hash(part)
-    save(whole, tmp_path / "m")
-    for layer in layers(part).values():
+    randomize(whole)
+    core = base_model_hash(part)
+    save_modules(whole, tmp_path / "m")
+    for layer in adapter_layers(part).values():
         layer.shard(2, 1)
-    load(part, tmp_path / "m", core=core)
-    for name, layer in layers(part).items():
-        for stack, value in layer.experts.stacks().items():
-            assert torch.equal(value, layers(whole)[name].experts.stacks()[stack][2:])
+    load_modules(part, tmp_path / "m", base_model=core)
+    for name, layer in adapter_layers(part).items():
+        for stack, value in layer.experts.stacked_tensors().items():
+            assert torch.equal(value, adapter_layers(whole)[name].experts.stacked_tensors()[stack][2:])
     with pytest.raises(CheckpointError, match="part of the modules"):
-        save(part, tmp_path / "other")
+        save_modules(part, tmp_path / "other")
 
 
 def test_a_model_without_modules_has_nothing_to_save(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no modules"):
-        save(mlp(), tmp_path / "m")
+        save_modules(mlp(), tmp_path / "m")

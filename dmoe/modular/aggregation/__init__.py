@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dmoe.modular.aggregation.base import Aggregation, Modules
+from dmoe.modular.aggregation.base import Aggregation, DispatchedModules
 from dmoe.modular.aggregation.fixed import Mean, ParameterMean, Stacked, WeightedSum
 from dmoe.modular.aggregation.learned import Attention, Concat, Gated
 
@@ -13,7 +13,7 @@ __all__ = [
     "Concat",
     "Gated",
     "Mean",
-    "Modules",
+    "DispatchedModules",
     "ParameterMean",
     "Stacked",
     "WeightedSum",

@@ -17,26 +17,26 @@ from dmoe.modular.banks.base import AdapterBank
 from dmoe.moe.routing import Routing
 
 
-class Choice(NamedTuple):
+class ModuleChoice(NamedTuple):
     """One choice that a token made."""
 
-    place: int
+    position: int
     """k: which of its K choices it is."""
     module: int
     weight: Tensor
 
 
-class Modules(Protocol):
+class DispatchedModules(Protocol):
     """The bank behind its dispatcher: where the modules are is not the aggregation's business."""
 
     @property
     def experts(self) -> AdapterBank: ...
 
-    def mix(self, rows_TD: Tensor, routing: Routing) -> Tensor:
+    def dispatch_and_combine(self, rows_TD: Tensor, routing: Routing) -> Tensor:
         """[T, W]: the sum over a token's kept choices of weight times output. One dispatch and one combine."""
         ...
 
-    def slots(self, rows_TD: Tensor, routing: Routing) -> Tensor:
+    def per_choice_outputs(self, rows_TD: Tensor, routing: Routing) -> Tensor:
         """[T, K, W]: the output of each choice, unweighted; zero where it was not kept. One dispatch and one combine."""
         ...
 
@@ -48,32 +48,32 @@ class Aggregation(nn.Module):
     """
 
     per_choice = False
-    weighs = True
+    uses_weights = True
     """Whether the router's weights enter; else they only choose, and a learned router would get no gradient."""
-    in_sequence = False
+    sequential = False
     """Whether each module reads what the one before it made: only for modules that read and write one width."""
 
-    def __init__(self, width: int, query: int, top_k: int) -> None:
+    def __init__(self, width: int, router_dim: int, top_k: int) -> None:
         super().__init__()
-        self.width, self.query, self.top_k = width, query, top_k
+        self.width, self.router_dim, self.top_k = width, router_dim, top_k
 
     def initialize(self, seed: int, layer: int) -> None:
         """Draw the weights anew; most aggregations have none."""
 
     def forward(
-        self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int
+        self, modules: DispatchedModules, rows_TD: Tensor, router_input_TQ: Tensor, routing: Routing, sequences: int
     ) -> Tensor:
         """[T, W]: the contribution of the modules together."""
         raise NotImplementedError
 
-    def one(
-        self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]
+    def reference(
+        self, bank: AdapterBank, row_D: Tensor, router_input_Q: Tensor, choices: list[ModuleChoice]
     ) -> Tensor:
         """[W]: the formula for one token and the choices it made. The naive reference, for tests."""
         raise NotImplementedError
 
 
-def kept(routing: Routing) -> Tensor:
+def keep_mask(routing: Routing) -> Tensor:
     """bool [T, K]: which choices were made."""
     return (
         torch.ones_like(routing.expert_TK, dtype=torch.bool)

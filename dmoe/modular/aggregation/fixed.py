@@ -40,66 +40,66 @@ from torch import Tensor
 from torch.func import functional_call
 
 from dmoe.config.errors import ConfigError
-from dmoe.modular.aggregation.base import Aggregation, Choice, Modules, kept
+from dmoe.modular.aggregation.base import Aggregation, ModuleChoice, DispatchedModules, keep_mask
 from dmoe.modular.banks.base import AdapterBank
 from dmoe.moe.routing import Routing
 
 
 class WeightedSum(Aggregation):
     def forward(
-        self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int
+        self, modules: DispatchedModules, rows_TD: Tensor, router_input_TQ: Tensor, routing: Routing, sequences: int
     ) -> Tensor:
-        return modules.mix(rows_TD, routing)
+        return modules.dispatch_and_combine(rows_TD, routing)
 
-    def one(
-        self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]
+    def reference(
+        self, bank: AdapterBank, row_D: Tensor, router_input_Q: Tensor, choices: list[ModuleChoice]
     ) -> Tensor:
         total_W = row_D.new_zeros(bank.width)
         for choice in choices:
-            total_W = total_W + choice.weight * bank.one(row_D, choice.module)
+            total_W = total_W + choice.weight * bank.reference(row_D, choice.module)
         return total_W
 
 
 class Mean(Aggregation):
-    weighs = False
+    uses_weights = False
 
     def forward(
-        self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int
+        self, modules: DispatchedModules, rows_TD: Tensor, router_input_TQ: Tensor, routing: Routing, sequences: int
     ) -> Tensor:
-        made_TK = kept(routing).to(routing.weight_TK.dtype)
-        return modules.mix(
+        made_TK = keep_mask(routing).to(routing.weight_TK.dtype)
+        return modules.dispatch_and_combine(
             rows_TD,
             replace(routing, weight_TK=made_TK / made_TK.sum(-1, keepdim=True).clamp(min=1)),
         )
 
-    def one(
-        self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]
+    def reference(
+        self, bank: AdapterBank, row_D: Tensor, router_input_Q: Tensor, choices: list[ModuleChoice]
     ) -> Tensor:
-        outputs = [bank.one(row_D, choice.module) for choice in choices]
+        outputs = [bank.reference(row_D, choice.module) for choice in choices]
         return torch.stack(outputs).mean(0) if outputs else row_D.new_zeros(bank.width)
 
 
 class Stacked(Aggregation):
-    in_sequence = True
+    sequential = True
 
     def forward(
-        self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int
+        self, modules: DispatchedModules, rows_TD: Tensor, router_input_TQ: Tensor, routing: Routing, sequences: int
     ) -> Tensor:
-        total_TW = modules.mix(rows_TD, choice(routing, 0))
+        total_TW = modules.dispatch_and_combine(rows_TD, kth_choice(routing, 0))
         for k in range(1, routing.expert_TK.shape[1]):
-            total_TW = total_TW + modules.mix(rows_TD + total_TW, choice(routing, k))
+            total_TW = total_TW + modules.dispatch_and_combine(rows_TD + total_TW, kth_choice(routing, k))
         return total_TW
 
-    def one(
-        self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]
+    def reference(
+        self, bank: AdapterBank, row_D: Tensor, router_input_Q: Tensor, choices: list[ModuleChoice]
     ) -> Tensor:
         state_W = row_D
         for choice in choices:
-            state_W = state_W + choice.weight * bank.one(state_W, choice.module)
+            state_W = state_W + choice.weight * bank.reference(state_W, choice.module)
         return state_W - row_D
 
 
-def choice(routing: Routing, k: int) -> Routing:
+def kth_choice(routing: Routing, k: int) -> Routing:
     """The routing that makes each token's k-th choice only."""
     keep_TK, one = routing.keep_TK, slice(k, k + 1)
     return replace(
@@ -112,10 +112,10 @@ def choice(routing: Routing, k: int) -> Routing:
 
 class ParameterMean(Aggregation):
     def forward(
-        self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int
+        self, modules: DispatchedModules, rows_TD: Tensor, router_input_TQ: Tensor, routing: Routing, sequences: int
     ) -> Tensor:
         bank = modules.experts
-        if not bank.whole:
+        if not bank.holds_all_modules:
             raise ConfigError(
                 "aggregation",
                 "parameter_mean",
@@ -123,11 +123,11 @@ class ParameterMean(Aggregation):
                 "use parallel.ep=1, or weighted_sum",
             )
         weight_BM = sequence_weights(routing, sequences, bank.num_modules)
-        made_T1 = kept(routing).any(-1, keepdim=True)
-        return bank.averaged(weight_BM, rows_TD, len(rows_TD) // max(1, sequences)) * made_T1
+        made_T1 = keep_mask(routing).any(-1, keepdim=True)
+        return bank.forward_averaged(weight_BM, rows_TD, len(rows_TD) // max(1, sequences)) * made_T1
 
-    def one(
-        self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]
+    def reference(
+        self, bank: AdapterBank, row_D: Tensor, router_input_Q: Tensor, choices: list[ModuleChoice]
     ) -> Tensor:
         """`choices` are those of the token's whole sequence, with their mean weights."""
         mixed = {
@@ -142,7 +142,7 @@ class ParameterMean(Aggregation):
 
 def sequence_weights(routing: Routing, sequences: int, num_modules: int) -> Tensor:
     """[B, M]: the mean of the weights of a sequence's tokens, over those that were routed at all."""
-    made_TK = kept(routing)
+    made_TK = keep_mask(routing)
     weight_TK = routing.weight_TK.masked_fill(~made_TK, 0.0)
     weight_TM = weight_TK.new_zeros(len(weight_TK), num_modules).scatter_add(
         1, routing.expert_TK, weight_TK

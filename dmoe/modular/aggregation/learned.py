@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dmoe.modular.aggregation.base import Aggregation, Choice, Modules, kept
+from dmoe.modular.aggregation.base import Aggregation, ModuleChoice, DispatchedModules, keep_mask
 from dmoe.modular.banks.base import AdapterBank
 from dmoe.moe.gated_fusion import gated_sum, gated_sum_reference
 from dmoe.moe.rng import normal_
@@ -25,8 +25,8 @@ from dmoe.moe.routing import Routing
 
 
 class Attention(Aggregation):
-    def __init__(self, width: int, query: int, top_k: int, *, key_dim: int | None = None) -> None:
-        super().__init__(width, query, top_k)
+    def __init__(self, width: int, router_dim: int, top_k: int, *, key_dim: int | None = None) -> None:
+        super().__init__(width, router_dim, top_k)
         self.key_dim = min(width, 64) if key_dim is None else key_dim
         self.query_weight = nn.Parameter(torch.empty(query, self.key_dim))
         self.key_weight = nn.Parameter(torch.empty(width, self.key_dim))
@@ -34,33 +34,33 @@ class Attention(Aggregation):
         self.initialize(0, 0)
 
     def initialize(self, seed: int, layer: int) -> None:
-        normal_(self.query_weight, 1 / math.sqrt(self.query), seed, "aggregation", layer, "query")
+        normal_(self.query_weight, 1 / math.sqrt(self.router_dim), seed, "aggregation", layer, "query")
         normal_(self.key_weight, 1 / math.sqrt(self.width), seed, "aggregation", layer, "key")
         with torch.no_grad():
             self.value_weight.copy_(torch.eye(self.width, device=self.value_weight.device))
 
     def forward(
-        self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int
+        self, modules: DispatchedModules, rows_TD: Tensor, router_input_TQ: Tensor, routing: Routing, sequences: int
     ) -> Tensor:
-        slot_TKW = modules.slots(rows_TD, routing)
+        slot_TKW = modules.per_choice_outputs(rows_TD, routing)
         dtype = slot_TKW.dtype
-        query_TA = seen_TQ.to(dtype) @ self.query_weight.to(dtype)
+        query_TA = router_input_TQ.to(dtype) @ self.query_weight.to(dtype)
         score_TK = torch.einsum(
             "ta,tka->tk", query_TA, slot_TKW @ self.key_weight.to(dtype)
         ) / math.sqrt(self.key_dim)
-        share_TK = shares(
-            score_TK.to(routing.weight_TK.dtype), routing.weight_TK, kept(routing)
+        share_TK = attention_shares(
+            score_TK.to(routing.weight_TK.dtype), routing.weight_TK, keep_mask(routing)
         ).to(dtype)
         return torch.einsum("tk,tkw->tw", share_TK, slot_TKW) @ self.value_weight.to(dtype)
 
-    def one(
-        self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]
+    def reference(
+        self, bank: AdapterBank, row_D: Tensor, router_input_Q: Tensor, choices: list[ModuleChoice]
     ) -> Tensor:
         total_W, mass = row_D.new_zeros(bank.width), row_D.new_zeros(())
         for choice in choices:
-            output_W = bank.one(row_D, choice.module)
+            output_W = bank.reference(row_D, choice.module)
             score = (
-                (seen_Q @ self.query_weight)
+                (router_input_Q @ self.query_weight)
                 @ (output_W @ self.key_weight)
                 / math.sqrt(self.key_dim)
             )
@@ -69,7 +69,7 @@ class Attention(Aggregation):
         return total_W / mass @ self.value_weight if choices else total_W
 
 
-def shares(score_TK: Tensor, prior_TK: Tensor, made_TK: Tensor) -> Tensor:
+def attention_shares(score_TK: Tensor, prior_TK: Tensor, made_TK: Tensor) -> Tensor:
     """`prior * exp(score)` over the made choices, summing to 1; zeros for a token without any.
 
     A choice whose prior is 0 has no share, so its score must not be the largest that the others are measured by.
@@ -90,8 +90,8 @@ def shares(score_TK: Tensor, prior_TK: Tensor, made_TK: Tensor) -> Tensor:
 class Concat(Aggregation):
     per_choice = True
 
-    def __init__(self, width: int, query: int, top_k: int) -> None:
-        super().__init__(width, query, top_k)
+    def __init__(self, width: int, router_dim: int, top_k: int) -> None:
+        super().__init__(width, router_dim, top_k)
         self.projection = nn.Parameter(torch.eye(width).repeat(top_k, 1))
 
     def initialize(self, seed: int, layer: int) -> None:
@@ -101,27 +101,27 @@ class Concat(Aggregation):
             )
 
     def forward(
-        self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int
+        self, modules: DispatchedModules, rows_TD: Tensor, router_input_TQ: Tensor, routing: Routing, sequences: int
     ) -> Tensor:
-        slot_TKW = modules.slots(rows_TD, routing)
+        slot_TKW = modules.per_choice_outputs(rows_TD, routing)
         weighed_TKW = slot_TKW * routing.weight_TK.to(slot_TKW.dtype).unsqueeze(-1)
         return weighed_TKW.flatten(1) @ self.projection.to(slot_TKW.dtype)
 
-    def one(
-        self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]
+    def reference(
+        self, bank: AdapterBank, row_D: Tensor, router_input_Q: Tensor, choices: list[ModuleChoice]
     ) -> Tensor:
         parts = [row_D.new_zeros(bank.width) for _ in range(self.top_k)]
         for choice in choices:
-            parts[choice.place] = choice.weight * bank.one(row_D, choice.module)
+            parts[choice.position] = choice.weight * bank.reference(row_D, choice.module)
         return torch.cat(parts) @ self.projection
 
 
 class Gated(Aggregation):
     per_choice = True
-    weighs = False
+    uses_weights = False
 
-    def __init__(self, width: int, query: int, top_k: int) -> None:
-        super().__init__(width, query, top_k)
+    def __init__(self, width: int, router_dim: int, top_k: int) -> None:
+        super().__init__(width, router_dim, top_k)
         self.gate = nn.Parameter(torch.zeros(top_k * width, (top_k - 1) * width))
         self.bias = nn.Parameter(torch.zeros((top_k - 1) * width))
 
@@ -131,14 +131,14 @@ class Gated(Aggregation):
             self.bias.zero_()
 
     def forward(
-        self, modules: Modules, rows_TD: Tensor, seen_TQ: Tensor, routing: Routing, sequences: int
+        self, modules: DispatchedModules, rows_TD: Tensor, router_input_TQ: Tensor, routing: Routing, sequences: int
     ) -> Tensor:
-        return gated_sum(modules.slots(rows_TD, routing), kept(routing), self.gate, self.bias)
+        return gated_sum(modules.per_choice_outputs(rows_TD, routing), keep_mask(routing), self.gate, self.bias)
 
-    def one(
-        self, bank: AdapterBank, row_D: Tensor, seen_Q: Tensor, choices: list[Choice]
+    def reference(
+        self, bank: AdapterBank, row_D: Tensor, router_input_Q: Tensor, choices: list[ModuleChoice]
     ) -> Tensor:
         streams: list[Tensor | None] = [None] * self.top_k
         for choice in choices:
-            streams[choice.place] = bank.one(row_D, choice.module)
+            streams[choice.position] = bank.reference(row_D, choice.module)
         return gated_sum_reference(streams, self.gate, self.bias)

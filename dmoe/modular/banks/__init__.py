@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dmoe.modular.banks.adapter import Adapter, Scale
 from dmoe.modular.banks.base import AdapterBank
-from dmoe.modular.banks.prompt import Prefix, Prompt, with_room
+from dmoe.modular.banks.prompt import Prefix, Prompt, with_prefix_tokens
 from dmoe.modular.banks.weight_delta import LowRank, SparseDelta
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
     "Prompt",
     "Scale",
     "SparseDelta",
-    "with_room",
+    "with_prefix_tokens",
 ]
 
 BANKS: dict[str, type[AdapterBank]] = {

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
-from dmoe.modular.banks.base import AdapterBank, product
+from dmoe.modular.banks.base import AdapterBank, grouped_product
 from dmoe.moe.dispatch import TokensPerExpert
 from dmoe.moe.rng import normal_
 
@@ -41,7 +41,7 @@ class Prompt(AdapterBank):
     """
 
     composition = "input"
-    reads = "sequence"
+    input_kind = "sequence"
 
     def __init__(
         self,
@@ -65,29 +65,29 @@ class Prompt(AdapterBank):
                 "give (start, stop) of the keys and values",
             )
         self.length, self.std, self.columns = length, std, slice(start, stop)
-        self.room = length
+        self.num_prefix_tokens = length
         self.width = length * (stop - start)
         self.vector = nn.Parameter(torch.empty(num_modules, length, stop - start))
         self.initialize(0, 0)
 
-    def forward(self, rows_RD: Tensor, per_module: TokensPerExpert) -> Tensor:
+    def forward(self, rows_RD: Tensor, tokens_per_module: TokensPerExpert) -> Tensor:
         """rows [R, 1] hold a one for each sequence, and a zero in an empty slot."""
-        return product(rows_RD, self.vector.flatten(1).unsqueeze(1), per_module)
+        return grouped_product(rows_RD, self.vector.flatten(1).unsqueeze(1), tokens_per_module)
 
-    def one(self, row_D: Tensor, module: int) -> Tensor:
+    def reference(self, row_D: Tensor, module: int) -> Tensor:
         return row_D * self.vector[module].flatten()
 
-    def draw(self, local: int, seed: int, layer: int, module: int) -> None:
+    def init_module(self, local: int, seed: int, layer: int, module: int) -> None:
         normal_(self.vector[local], self.std, seed, "module", layer, module, "vector")
 
-    def join(self, y: Tensor, contribution: Tensor) -> Tensor:
+    def add_to_output(self, y: Tensor, contribution: Tensor) -> Tensor:
         head, tail = y[..., : self.length, :], y[..., self.length :, :]
         written = contribution.view(*head.shape[:-1], self.columns.stop - self.columns.start)
         left, right = head[..., : self.columns.start], head[..., self.columns.stop :]
         return torch.cat([torch.cat([left, written, right], -1), tail], -2)
 
 
-def with_room(token_BS: Tensor, length: int, fill: int = 0) -> Tensor:
+def with_prefix_tokens(token_BS: Tensor, length: int, fill: int = 0) -> Tensor:
     """[B, P+S]: `length` placeholders in front of each sequence. For targets, `fill` is the id that the loss ignores."""
     return torch.cat([token_BS.new_full((len(token_BS), length), fill), token_BS], 1)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
-from dmoe.modular.banks.base import AdapterBank, product
+from dmoe.modular.banks.base import AdapterBank, grouped_product
 from dmoe.moe.dispatch import TokensPerExpert
 from dmoe.moe.rng import generator, normal_
 
@@ -29,7 +29,7 @@ class SparseDelta(AdapterBank):
     """
 
     composition = "parameter"
-    reads = "input"
+    input_kind = "input"
 
     index: Tensor
     """int64 [M, n]: places in the flattened [D, O], in ascending order."""
@@ -54,7 +54,7 @@ class SparseDelta(AdapterBank):
         self.register_buffer("index", torch.arange(places).repeat(num_modules, 1))
         self.initialize(0, 0)
 
-    def meet(self, frozen: nn.Module) -> None:
+    def bind(self, frozen: nn.Module) -> None:
         if self.mask == "random":
             return
         if not isinstance(frozen, nn.Linear):
@@ -70,17 +70,17 @@ class SparseDelta(AdapterBank):
         )
         self.index.copy_(largest_n.expand_as(self.index))
 
-    def forward(self, rows_RD: Tensor, per_module: TokensPerExpert) -> Tensor:
-        return product(rows_RD, self.dense(), per_module)
+    def forward(self, rows_RD: Tensor, tokens_per_module: TokensPerExpert) -> Tensor:
+        return grouped_product(rows_RD, self.dense_deltas(), tokens_per_module)
 
-    def dense(self) -> Tensor:
+    def dense_deltas(self) -> Tensor:
         """[e, D, O]: the modules as matrices."""
         flat = self.value.new_zeros(len(self.value), self.in_dim * self.out_dim).scatter(
             1, self.index, self.value
         )
         return flat.view(-1, self.in_dim, self.out_dim)
 
-    def one(self, row_D: Tensor, module: int) -> Tensor:
+    def reference(self, row_D: Tensor, module: int) -> Tensor:
         out_O = [row_D.new_zeros(()) for _ in range(self.out_dim)]
         for place, value in zip(self.index[module].tolist(), self.value[module], strict=True):
             out_O[place % self.out_dim] = (
@@ -88,7 +88,7 @@ class SparseDelta(AdapterBank):
             )
         return torch.stack(out_O)
 
-    def draw(self, local: int, seed: int, layer: int, module: int) -> None:
+    def init_module(self, local: int, seed: int, layer: int, module: int) -> None:
         with torch.no_grad():
             self.value[local].zero_()
         if self.mask == "random" and not self.index.is_meta:
@@ -98,13 +98,13 @@ class SparseDelta(AdapterBank):
             )
             self.index[local] = drawn_N[: self.index.shape[1]].sort().values
 
-    def delta(self, local: int) -> Tensor:
-        return self.dense()[local].detach()
+    def weight_delta(self, local: int) -> Tensor:
+        return self.dense_deltas()[local].detach()
 
-    def averaged(self, weight_BM: Tensor, rows_RD: Tensor, per_module: int) -> Tensor:
+    def forward_averaged(self, weight_BM: Tensor, rows_RD: Tensor, tokens_per_module: int) -> Tensor:
         """The matrices are averaged: values at different places have no mean of their own."""
-        matrix_BDO = torch.tensordot(weight_BM.to(self.value.dtype), self.dense(), dims=1)
-        return product(rows_RD, matrix_BDO, per_module)
+        matrix_BDO = torch.tensordot(weight_BM.to(self.value.dtype), self.dense_deltas(), dims=1)
+        return grouped_product(rows_RD, matrix_BDO, tokens_per_module)
 
 
 class LowRank(AdapterBank):
@@ -114,7 +114,7 @@ class LowRank(AdapterBank):
     """
 
     composition = "parameter"
-    reads = "input"
+    input_kind = "input"
 
     def __init__(
         self,
@@ -137,16 +137,16 @@ class LowRank(AdapterBank):
     def scale(self) -> float:
         return self.alpha / self.rank
 
-    def forward(self, rows_RD: Tensor, per_module: TokensPerExpert) -> Tensor:
-        return product(product(rows_RD, self.a, per_module), self.b, per_module) * self.scale
+    def forward(self, rows_RD: Tensor, tokens_per_module: TokensPerExpert) -> Tensor:
+        return grouped_product(grouped_product(rows_RD, self.a, tokens_per_module), self.b, tokens_per_module) * self.scale
 
-    def one(self, row_D: Tensor, module: int) -> Tensor:
+    def reference(self, row_D: Tensor, module: int) -> Tensor:
         return self.scale * (row_D @ self.a[module] @ self.b[module])
 
-    def draw(self, local: int, seed: int, layer: int, module: int) -> None:
+    def init_module(self, local: int, seed: int, layer: int, module: int) -> None:
         normal_(self.a[local], 1 / math.sqrt(self.in_dim), seed, "module", layer, module, "a")
         with torch.no_grad():
             self.b[local].zero_()
 
-    def delta(self, local: int) -> Tensor:
+    def weight_delta(self, local: int) -> Tensor:
         return (self.a[local] @ self.b[local]).detach() * self.scale

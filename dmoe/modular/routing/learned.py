@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmoe.config.errors import ConfigError
-from dmoe.modular.routing.tables import labels
+from dmoe.modular.routing.tables import token_labels
 from dmoe.moe.routers.base import RouterModule, router_dtype, valid_choices
 from dmoe.moe.routing import Routing, TokenContext
 
@@ -41,7 +41,7 @@ class PerSequence(RouterModule):
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
         mean_BD = sequence_mean(x_TD, context.valid_T, context.sequences, self.first)
-        routing: Routing = self.router(mean_BD, by_sequence(context))
+        routing: Routing = self.router(mean_BD, sequence_context(context))
         each = len(x_TD) // max(1, context.sequences)
         expert_TK, keep_TK = routing.expert_TK.repeat_interleave(each, 0), routing.keep_TK
         made_TK = valid_choices(expert_TK, context)
@@ -51,9 +51,9 @@ class PerSequence(RouterModule):
         return replace(
             routing,
             expert_TK=expert_TK,
-            weight_TK=_repeat(routing.weight_TK, each),
-            score_TE=_repeat(routing.score_TE, each),
-            logit_TE=_repeat(routing.logit_TE, each),
+            weight_TK=_repeat_per_token(routing.weight_TK, each),
+            score_TE=_repeat_per_token(routing.score_TE, each),
+            logit_TE=_repeat_per_token(routing.logit_TE, each),
             keep_TK=made_TK,
             next_expert_TS=None,
             next_weight_TS=None,
@@ -72,7 +72,7 @@ class PerTask(RouterModule):
         self.router.initialize(seed, layer, std)
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
-        label_T = labels(context, x_TD, "per task")
+        label_T = token_labels(context, x_TD, "per task")
         routing: Routing = self.router(
             F.one_hot(label_T, self.labels).to(router_dtype(x_TD)), context
         )
@@ -93,7 +93,7 @@ def sequence_mean(
     return x_BSD.masked_fill(~valid_BS1, 0.0).sum(1) / valid_BS1.sum(1).clamp(min=1)
 
 
-def by_sequence(context: TokenContext) -> TokenContext:
+def sequence_context(context: TokenContext) -> TokenContext:
     """What is known of the sequences: the label of the first valid token; valid where any is. Every sequence is a "token" here."""
     sequences, valid_T = context.sequences, context.valid_T
 
@@ -119,7 +119,7 @@ def by_sequence(context: TokenContext) -> TokenContext:
     )
 
 
-def _repeat(value_BX: Tensor, each: int) -> Tensor:
+def _repeat_per_token(value_BX: Tensor, each: int) -> Tensor:
     """`repeat_interleave` as a view and a copy: its backward is a sum, in a fixed order."""
     return value_BX.unsqueeze(1).expand(-1, each, -1).flatten(0, 1)
 

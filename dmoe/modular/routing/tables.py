@@ -39,7 +39,7 @@ class ConstantRouter(RouterModule):
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
         expert_TM = torch.arange(self.num_experts, device=x_TD.device).repeat(len(x_TD), 1)
-        return weighted(
+        return fixed_routing(
             expert_TM,
             self.weight_M.to(router_dtype(x_TD)).expand(expert_TM.shape),
             self.num_experts,
@@ -79,9 +79,9 @@ class TableRouter(RouterModule):
 
     def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
         """Raises ValueError without `context.label_T`; a label without a row, negative ones too, is an IndexError of torch."""
-        module_TK = self.module_LK.index_select(0, labels(context, x_TD, "table"))
+        module_TK = self.module_LK.index_select(0, token_labels(context, x_TD, "table"))
         weight_TK = x_TD.new_full(module_TK.shape, self.weight, dtype=router_dtype(x_TD))
-        return weighted(
+        return fixed_routing(
             module_TK.clamp(min=0), weight_TK, self.num_experts, context, there_TK=module_TK >= 0
         )
 
@@ -103,7 +103,7 @@ class TableRouter(RouterModule):
         return len(self.module_LK) - 1
 
 
-def labels(context: TokenContext, x_TD: Tensor, kind: str) -> Tensor:
+def token_labels(context: TokenContext, x_TD: Tensor, kind: str) -> Tensor:
     """int64 [T]: each token's label; 0 for padding, whose own may be any number (-100 marks what a loss ignores)."""
     label_T = per_token_input(
         context.label_T, x_TD, kind, "label_T", "label (task, language or domain)"
@@ -125,7 +125,7 @@ def check_rows(rows: Sequence[Sequence[int]], num_modules: int) -> None:
         )
 
 
-def weighted(
+def fixed_routing(
     expert_TK: Tensor,
     weight_TK: Tensor,
     num_modules: int,

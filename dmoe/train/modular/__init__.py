@@ -13,6 +13,6 @@ commands   what `dmoe modules` does
 
 from __future__ import annotations
 
-from dmoe.train.modular.attach import attach_modules, draw_modules, module_lines, select_trained
+from dmoe.train.modular.attach import attach_modules, initialize_modules, module_metrics, select_trainable_parameters
 
-__all__ = ["attach_modules", "draw_modules", "module_lines", "select_trained"]
+__all__ = ["attach_modules", "initialize_modules", "module_metrics", "select_trainable_parameters"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dmoe.config.errors import ConfigError
 from dmoe.config.rules.modular import DEFAULT_PLACES, choices, is_learned, router_of
 from dmoe.config.schema import BalanceConfig, Config, ModelConfig, ModularConfig
-from dmoe.models.base import IGNORE, Model, ModelOutput
+from dmoe.models.base import IGNORE_INDEX, Model, ModelOutput
 from dmoe.models.transformer import Transformer
 from dmoe.modular import (
     AGGREGATIONS,
@@ -30,7 +30,7 @@ from dmoe.modular import (
     routed,
     select_trainable,
     table,
-    with_room,
+    with_prefix_tokens,
 )
 from dmoe.modular.attach import BankMaker
 from dmoe.modular.routing import PerSequence, PerTask, RouterMaker
@@ -39,7 +39,7 @@ from dmoe.moe.routers.base import RouterModule
 from dmoe.moe.routing import TokenContext
 from dmoe.train.reduction import LayerTotals, ReducedStep
 
-OPTIONS: dict[str, tuple[str, ...]] = {
+BANK_FIELDS: dict[str, tuple[str, ...]] = {
     "low_rank": ("rank", "alpha"),
     "adapter": ("hidden", "reads"),
     "prompt": ("length",),
@@ -61,39 +61,39 @@ def attach_modules(model: nn.Module, config: Config, virtual_ranks: int = 1) -> 
     bank, router = _bank(modular, config.model), _router(modular)
     try:
         made = attach(
-            model, place_pattern(modular), bank, router, AGGREGATIONS[modular.aggregation]
+            model, target_pattern(modular), bank, router, AGGREGATIONS[modular.aggregation]
         )
     except ConfigError as error:
-        raise _of_config(error, modular) from None
+        raise _config_error(error, modular) from None
     for layer in made.values():
         layer.virtual_ranks = virtual_ranks
-    if room := max(layer.experts.room for layer in made.values()):
-        make_room(model, room)
-    tell_of_modules(model, config.moe.balance)
+    if room := max(layer.experts.num_prefix_tokens for layer in made.values()):
+        add_prefix_positions(model, room)
+    collect_module_outputs(model, config.moe.balance)
 
 
-def place_pattern(modular: ModularConfig) -> str:
+def target_pattern(modular: ModularConfig) -> str:
     return DEFAULT_PLACES[modular.bank] if modular.at is None else modular.at
 
 
-def draw_modules(model: nn.Module, config: Config) -> None:
+def initialize_modules(model: nn.Module, config: Config) -> None:
     """The first weights of modules, routers and aggregations, as a function of the seed; after `to_empty`."""
     if config.modular.bank != "none":
         initialize(model, config.train.seed)
 
 
-def select_trained(model: nn.Module, config: Config) -> None:
+def select_trainable_parameters(model: nn.Module, config: Config) -> None:
     """Say by `requires_grad` what is trained. Before DDP or FSDP2 sees the model, and before the optimizer."""
     if config.modular.bank != "none":
         select_trainable(model, config.modular.train)
 
 
-def frozen_core(config: Config) -> bool:
+def freezes_base_model(config: Config) -> bool:
     return config.modular.bank != "none" and config.modular.train != "joint"
 
 
 def _bank(modular: ModularConfig, model: ModelConfig) -> BankMaker:
-    options: dict[str, Any] = {name: getattr(modular, name) for name in OPTIONS[modular.bank]}
+    options: dict[str, Any] = {name: getattr(modular, name) for name in BANK_FIELDS[modular.bank]}
     kind = BANKS[modular.bank]
 
     def make(in_dim: int, out_dim: int) -> Any:
@@ -126,25 +126,25 @@ def _router(modular: ModularConfig) -> RouterMaker:
     )
 
 
-def _of_config(error: ConfigError, modular: ModularConfig) -> ConfigError:
+def _config_error(error: ConfigError, modular: ModularConfig) -> ConfigError:
     """The library names its arguments; a user knows fields."""
     if error.field == "pattern":
-        pattern = place_pattern(modular)
+        pattern = target_pattern(modular)
         allowed = error.allowed
         if error.value != pattern:
             allowed = f"names {error.value}, which {allowed}"
         return ConfigError("modular.at", pattern, allowed, error.fix)
     if error.field == "width":
         allowed = f"names a place whose width {error.allowed}"
-        return ConfigError("modular.at", place_pattern(modular), allowed, "name Linear layers")
+        return ConfigError("modular.at", target_pattern(modular), allowed, "name Linear layers")
     return ConfigError(f"modular.{error.field}", error.value, error.allowed, error.fix)
 
 
-def moved_routers(
+def bias_balanced_routers(
     model: Model, config: Config, totals: ReducedStep
 ) -> Iterator[tuple[RouterModule, LayerTotals]]:
     """The routers whose bias the controller moves, with what their layers counted: none of a frozen core, none beside one module."""
-    if not frozen_core(config):
+    if not freezes_base_model(config):
         yield from zip((layer.router for layer in model.moe_layers()), totals.layers, strict=True)
     if is_learned(config.modular) and config.modular.train != "one_module":
         for layer, seen in zip(adapter_layers(model).values(), totals.modules, strict=True):
@@ -152,7 +152,7 @@ def moved_routers(
             yield (router.router if isinstance(router, PerSequence | PerTask) else router), seen
 
 
-def module_lines(model: nn.Module, totals: ReducedStep) -> dict[str, Any]:
+def module_metrics(model: nn.Module, totals: ReducedStep) -> dict[str, Any]:
     """`modules`: for each place how often each module was chosen, and the losses of its router. Empty without modules."""
     if not totals.modules:
         return {}
@@ -170,12 +170,12 @@ def module_lines(model: nn.Module, totals: ReducedStep) -> dict[str, Any]:
     }
 
 
-def tell_of_modules(model: nn.Module, balance: BalanceConfig) -> None:
+def collect_module_outputs(model: nn.Module, balance: BalanceConfig) -> None:
     """From now on the outputs of `model` have `module_aux` and `module_stats`. After `attach`, before the model is wrapped."""
-    model.register_forward_hook(partial(_tell, balance))
+    model.register_forward_hook(partial(_append_module_outputs, balance))
 
 
-def _tell(
+def _append_module_outputs(
     balance: BalanceConfig, model: nn.Module, args: tuple[Any, ...], output: ModelOutput
 ) -> None:
     if model.training:
@@ -184,7 +184,7 @@ def _tell(
             output.module_stats.append(layer.stats())
 
 
-def make_room(model: nn.Module, length: int) -> None:
+def add_prefix_positions(model: nn.Module, length: int) -> None:
     """From now on every forward of `model` has `length` positions more in front. After `attach`, before the model is wrapped.
 
     Raises: ConfigError for a model that reads no tokens.
@@ -195,25 +195,25 @@ def make_room(model: nn.Module, length: int) -> None:
             "modular.bank", "prompt", allowed, "use low_rank, adapter, scale or sparse_delta"
         )
     # in front of the hooks of `attach`, which are to hear of the longer sequences
-    model.register_forward_pre_hook(partial(_longer, length), with_kwargs=True, prepend=True)
-    model.register_forward_hook(partial(_shorter, length), with_kwargs=True)
+    model.register_forward_pre_hook(partial(_prepend_prefix, length), with_kwargs=True, prepend=True)
+    model.register_forward_hook(partial(_strip_prefix, length), with_kwargs=True)
 
 
-def _longer(
+def _prepend_prefix(
     length: int, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     names = ("input", "target", "context")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     sequences = len(given["input"])
-    given["input"] = with_room(given["input"], length)
+    given["input"] = with_prefix_tokens(given["input"], length)
     if given.get("target") is not None:
-        given["target"] = with_room(given["target"], length, IGNORE)
+        given["target"] = with_prefix_tokens(given["target"], length, IGNORE_INDEX)
     if given.get("context") is not None:
-        given["context"] = _context(given["context"], sequences, length)
+        given["context"] = _context_with_prefix(given["context"], sequences, length)
     return (), given
 
 
-def _context(context: TokenContext, sequences: int, length: int) -> TokenContext:
+def _context_with_prefix(context: TokenContext, sequences: int, length: int) -> TokenContext:
     """What holds for the first token of a sequence holds for the positions in front of it."""
 
     def longer(value_T: Tensor | None) -> Tensor | None:
@@ -225,7 +225,7 @@ def _context(context: TokenContext, sequences: int, length: int) -> TokenContext
     return replace(context, label_T=longer(context.label_T), valid_T=longer(context.valid_T))
 
 
-def _shorter(
+def _strip_prefix(
     length: int, model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: ModelOutput
 ) -> ModelOutput:
     sequences = len(kwargs["input"])

@@ -32,14 +32,14 @@ from dmoe.modular.attach import CHILD
 from dmoe.moe.rng import normal_
 from dmoe.train.engine import Engine
 
-ANY = ("moe.exchange",)
+IGNORED_FIELDS = ("moe.exchange",)
 """What a core may have been trained with otherwise: it changes no number."""
-SAME = ("bank", "at", "rank", "alpha", "hidden", "reads", "length", "density")
+SHARED_MODULE_FIELDS = ("bank", "at", "rank", "alpha", "hidden", "reads", "length", "density")
 """What modules are: those of the core are of no use to others."""
 ROUTER_STD = 0.02
 
 
-def find_core(path: str, engine: Engine) -> Path:
+def find_base_model(path: str, engine: Engine) -> Path:
     """The checkpoint at `path`, or the newest whole one of the run at `path`, which is one or the other (`stages.check_stages`).
 
     Collective. Raises: CheckpointError for a run without a whole checkpoint.
@@ -55,18 +55,18 @@ def find_core(path: str, engine: Engine) -> Path:
     return newest
 
 
-def check_core(config: Config, core: Mapping[str, Any], name: str) -> None:
+def check_base_model(config: Config, core: Mapping[str, Any], name: str) -> None:
     """Refuse a core, given by the config it was trained with, that is another network. Raises ConfigError naming the field."""
     now = asdict(config)
     for section in ("model", "moe"):
         for field, mine, theirs in _differences(now[section], core.get(section, {}), f"{section}."):
-            if field not in ANY:
+            if field not in IGNORED_FIELDS:
                 allowed = f"the core {name} has {theirs}"
                 raise ConfigError(field, mine, allowed, "use that, or another modular.core")
     theirs = core.get("modular", {"bank": "none"})
     if theirs["bank"] == "none":
         return
-    for field in SAME:
+    for field in SHARED_MODULE_FIELDS:
         mine = getattr(config.modular, field)
         if theirs.get(field, getattr(ModularConfig(), field)) != mine:
             allowed = f"the modules of the core {name} have {theirs.get(field)}"
@@ -80,7 +80,7 @@ def check_core(config: Config, core: Mapping[str, Any], name: str) -> None:
         )
 
 
-def start_from(engine: Engine, path: Path) -> None:
+def load_base_model(engine: Engine, path: Path) -> None:
     """Give the engine's model the weights of the checkpoint at `path`; what is new keeps those of the seed. Collective.
 
     Cost: the core's tensors are read by the ranks that hold them; its modules whole by every rank, which are a few percent of them.
@@ -90,18 +90,18 @@ def start_from(engine: Engine, path: Path) -> None:
     found = save_load.read_manifest_on_all(path, group=group)
     if not isinstance(found.extra.get("config"), dict):
         raise CheckpointError(f"modular.core={path}: does not say what it was trained with")
-    check_core(engine.config, found.extra["config"], str(path))
+    check_base_model(engine.config, found.extra["config"], str(path))
     mine = model_state(engine.model, engine.mesh)
-    modules = _empty(found)
+    modules = _empty_module_tensors(found)
     core = {name: value for name, value in mine.items() if CHILD not in name.split(".")}
     save_load.load(path, core | modules, prefix="model.", group=group)
     theirs = found.extra["config"].get("modular", {})
     for name in sorted(modules):
-        if _comes_along(name, theirs, engine.config.modular):
-            _fill(name, mine.get(name), modules[name], engine.config)
+        if _is_reused(name, theirs, engine.config.modular):
+            _copy_modules(name, mine.get(name), modules[name], engine.config)
 
 
-def _empty(found: Manifest) -> dict[str, Tensor]:
+def _empty_module_tensors(found: Manifest) -> dict[str, Tensor]:
     """Tensors to read the core's modules into."""
     return {
         name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
@@ -110,7 +110,7 @@ def _empty(found: Manifest) -> dict[str, Tensor]:
     }
 
 
-def _comes_along(name: str, core: Mapping[str, Any], now: ModularConfig) -> bool:
+def _is_reused(name: str, core: Mapping[str, Any], now: ModularConfig) -> bool:
     part = name.split(f".{CHILD}.")[1].split(".")[0]
     if part == "experts":
         return True
@@ -120,7 +120,7 @@ def _comes_along(name: str, core: Mapping[str, Any], now: ModularConfig) -> bool
     return alike and is_learned(now)
 
 
-def _fill(name: str, mine: Tensor | None, theirs: Tensor, config: Config) -> None:
+def _copy_modules(name: str, mine: Tensor | None, theirs: Tensor, config: Config) -> None:
     """The core's modules first; those it does not have keep their draw, and get rows of their own in a router."""
     whole = None if mine is None else full_tensor(mine)
     if (

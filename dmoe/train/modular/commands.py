@@ -28,7 +28,7 @@ from dmoe.train.restore import Restored, restore
 
 
 @dataclass(frozen=True)
-class Place:
+class TargetSummary:
     place: str
     bank: str
     router: str
@@ -38,13 +38,13 @@ class Place:
     """Of the bank."""
 
 
-def places(source: Path) -> list[Place]:
+def list_modules(source: Path) -> list[TargetSummary]:
     """The modules of a run, or of a file of modules. Raises ConfigError for a run without any, CheckpointError for no such file."""
     if source.is_file():
-        return [Place(name, **{**fields}) for name, fields in inspect_modules(source).targets.items()]  # type: ignore[arg-type]
-    found = _with_modules(RunDir(source))
+        return [TargetSummary(name, **{**fields}) for name, fields in inspect_modules(source).targets.items()]  # type: ignore[arg-type]
+    found = _restore_with_modules(RunDir(source))
     return [
-        Place(
+        TargetSummary(
             name,
             type(layer.experts).__name__,
             type(layer.router).__name__,
@@ -58,31 +58,31 @@ def places(source: Path) -> list[Place]:
 
 def export_modules(run: RunDir, to: Path) -> str:
     """Write the modules alone into a file; the hash of the core they belong to."""
-    found = _with_modules(run)
+    found = _restore_with_modules(run)
     core = base_model_hash(found.model)
-    _writable("--to", to, lambda: save_modules(found.model, to, base_model=core))
+    _report_write_errors("--to", to, lambda: save_modules(found.model, to, base_model=core))
     return core
 
 
-def export_to_peft(run: RunDir, module: int, folder: Path) -> None:
+def export_module_to_peft(run: RunDir, module: int, folder: Path) -> None:
     """Write one low-rank module of every place in peft's format. Raises ConfigError for another bank, or no such module."""
-    found = _with_modules(run)
+    found = _restore_with_modules(run)
     _check_module(found.config.modular, module)
-    _writable("--peft", folder, lambda: export_peft(found.model, module, folder))
+    _report_write_errors("--peft", folder, lambda: export_peft(found.model, module, folder))
 
 
-def merge_modules(run: RunDir, weights: Sequence[float], to: Path) -> None:
+def merge_run(run: RunDir, weights: Sequence[float], to: Path) -> None:
     """A run directory with the plain network into whose weights the modules are written.
 
     Raises: ConfigError where there is not one weight a module, or a place cannot be merged; then nothing is written.
     """
-    found = _with_modules(run)
+    found = _restore_with_modules(run)
     if len(weights) != found.config.modular.modules:
         allowed = f"must be one number for each of the {found.config.modular.modules} modules"
         raise ConfigError("--weights", ",".join(map(str, weights)), allowed, "e.g. 0.5,0.5 for two")
-    _new(to)
+    _check_new_directory(to)
     merge(found.model, weights)
-    _write(found, ModularConfig(), to)
+    _write_run(found, ModularConfig(), to)
 
 
 def add_modules_to_run(run: RunDir, files: Sequence[Path], to: Path) -> int:
@@ -91,8 +91,8 @@ def add_modules_to_run(run: RunDir, files: Sequence[Path], to: Path) -> int:
     Routers do not know the new ones yet: a learned one gets fresh rows, constant weights are 0, a table names them when it is changed.
     Raises: CheckpointError for a file of another core, or of modules that do not fit; then nothing is written.
     """
-    found = _with_modules(run)
-    _new(to)
+    found = _restore_with_modules(run)
+    _check_new_directory(to)
     core, count = base_model_hash(found.model), 0
     for file in files:
         count += _check_file(found, file, core)
@@ -100,16 +100,16 @@ def add_modules_to_run(run: RunDir, files: Sequence[Path], to: Path) -> int:
     add_modules(found.model, count, seed=found.config.train.seed)
     first = before
     for file in files:
-        first += _put(found, file, first)
+        first += _copy_file(found, file, first)
     modular = found.config.modular
     weights = modular.weights or [1.0 / before] * before
     if modular.routing == "constant":
         modular = replace(modular, weights=[*weights, *[0.0] * count])
-    _write(found, replace(modular, modules=first), to)
+    _write_run(found, replace(modular, modules=first), to)
     return first
 
 
-def _with_modules(run: RunDir) -> Restored:
+def _restore_with_modules(run: RunDir) -> Restored:
     found = restore(run)
     if found.config.modular.bank == "none":
         raise ConfigError(
@@ -148,8 +148,8 @@ def _check_file(found: Restored, file: Path, core: str) -> int:
                 raise CheckpointError(
                     f"{file}: {place} has modules of kind {saved.targets[place]['bank']} there"
                 )
-            for name, stack in layer.experts.stacks().items():
-                shape = content.get_slice(_name(place, name)).get_shape()
+            for name, stack in layer.experts.stacked_tensors().items():
+                shape = content.get_slice(_tensor_name(place, name)).get_shape()
                 if shape[1:] != list(stack.shape[1:]):
                     raise CheckpointError(
                         f"{file}: {place} has {name} of {shape[1:]} there, and {list(stack.shape[1:])} in the run"
@@ -160,28 +160,28 @@ def _check_file(found: Restored, file: Path, core: str) -> int:
     return counts.pop()
 
 
-def _put(found: Restored, file: Path, first: int) -> int:
+def _copy_file(found: Restored, file: Path, first: int) -> int:
     """The file's modules become those from `first` on; how many they are."""
     count = 0
     with safe_open(file, framework="pt") as content, torch.no_grad():
         for place, layer in adapter_layers(found.model).items():
-            for name, stack in layer.experts.stacks().items():
-                value = content.get_tensor(_name(place, name))
+            for name, stack in layer.experts.stacked_tensors().items():
+                value = content.get_tensor(_tensor_name(place, name))
                 stack[first : first + len(value)] = value.to(stack)
                 count = len(value)
     return count
 
 
-def _name(place: str, stack: str) -> str:
+def _tensor_name(place: str, stack: str) -> str:
     return f"{place}.{CHILD}.experts.{stack}".removeprefix(".")
 
 
-def _new(to: Path) -> None:
+def _check_new_directory(to: Path) -> None:
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError("--to", to, "is there already and not empty", "name a new directory")
 
 
-def _write(found: Restored, modular: ModularConfig, to: Path) -> None:
+def _write_run(found: Restored, modular: ModularConfig, to: Path) -> None:
     config: Config = replace(
         found.config, modular=modular, train=replace(found.config.train, run_dir=None)
     )
@@ -199,10 +199,10 @@ def _write(found: Restored, modular: ModularConfig, to: Path) -> None:
         for name in ("config.yaml", "resolved.yaml"):
             (to / name).write_text(to_yaml(config), encoding="utf-8")
 
-    _writable("--to", to, write)
+    _report_write_errors("--to", to, write)
 
 
-def _writable(option: str, to: Path, write: Any) -> None:
+def _report_write_errors(option: str, to: Path, write: Any) -> None:
     try:
         write()
     except OSError as error:

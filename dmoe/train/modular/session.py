@@ -28,13 +28,13 @@ from dmoe.modular.attach import CHILD
 from dmoe.modular.routing.tables import TableRouter
 from dmoe.train.engine import Engine
 from dmoe.train.evaluation import evaluate
-from dmoe.train.modular.attach import frozen_core
-from dmoe.train.modular.base_model import find_core, start_from
-from dmoe.train.modular.stages import CORE, is_config_file
+from dmoe.train.modular.attach import freezes_base_model
+from dmoe.train.modular.base_model import find_base_model, load_base_model
+from dmoe.train.modular.stages import BASE_MODEL_DIR, is_config_file
 from dmoe.train.tasks import Data
 
 
-class Session:
+class ModularSession:
     """Made after the run's own checkpoint was taken up, if there is one: `fresh` says that there is none. Collective.
 
     Raises: ConfigError and CheckpointError for a core that cannot be taken.
@@ -43,7 +43,7 @@ class Session:
     def __init__(self, engine: Engine, run: Path, *, fresh: bool) -> None:
         self.engine, core = engine, engine.config.modular.core
         if fresh and core is not None:
-            start_from(engine, find_core(str(run / CORE) if is_config_file(core) else core, engine))
+            load_base_model(engine, find_base_model(str(run / BASE_MODEL_DIR) if is_config_file(core) else core, engine))
         self.proof = FrozenProof(engine)
         if self.proof.module is not None:
             optimizer = getattr(
@@ -51,7 +51,7 @@ class Session:
             )  # accelerate's has no hooks
             freeze_all_but(engine.model, self.proof.module, optimizer)
 
-    def trained(self, parameters: int) -> int:
+    def num_trained(self, parameters: int) -> int:
         """Of so many parameters that are not frozen, those that training changes: under one_module these are the banks, of which one
         module in M moves."""
         return (
@@ -60,9 +60,9 @@ class Session:
             else parameters // self.engine.config.modular.modules
         )
 
-    def compositions(self, data: Data, stop: Callable[[], bool]) -> list[dict[str, Any]] | None:
+    def evaluate_compositions(self, data: Data, stop: Callable[[], bool]) -> list[dict[str, Any]] | None:
         """Evaluations with each of `modular.compositions`; None if some rank was told to stop. Collective."""
-        return compositions(self.engine, data, stop)
+        return evaluate_compositions(self.engine, data, stop)
 
     def finish(self) -> tuple[dict[str, bool], str | None]:
         """For the `end` line, and in words. Collective. Raises NumbersError where something frozen has changed."""
@@ -93,7 +93,7 @@ def check_domains(config: Config, domains: Sequence[str]) -> None:
         )
 
 
-def compositions(
+def evaluate_compositions(
     engine: Engine, data: Data, stop: Callable[[], bool]
 ) -> list[dict[str, Any]] | None:
     """An evaluation for each set: its modules, and what `by_domain` of an `eval` line says. Collective.
@@ -102,7 +102,7 @@ def compositions(
     """
     found = []
     for modules in engine.config.modular.compositions:
-        with every_row(engine.model, modules):
+        with fixed_table_row(engine.model, modules):
             result = evaluate(engine, data, stop)
         if result is None:
             return None
@@ -112,7 +112,7 @@ def compositions(
 
 
 @contextmanager
-def every_row(model: nn.Module, modules: Sequence[int]) -> Iterator[None]:
+def fixed_table_row(model: nn.Module, modules: Sequence[int]) -> Iterator[None]:
     """Every domain visits these modules, whatever the table says."""
     routers = [
         layer.router for layer in adapter_layers(model).values() if isinstance(layer.router, TableRouter)
@@ -151,7 +151,7 @@ class FrozenProof:
 
     def _hashes(self) -> dict[str, str]:
         found = {}
-        if frozen_core(self.engine.config):
+        if freezes_base_model(self.engine.config):
             found["core"] = self._digest(self._core())
             if self.module is not None or self.engine.config.modular.train == "router":
                 found["others"] = self._digest(self._others())
@@ -166,7 +166,7 @@ class FrozenProof:
         """All modules but the one that is trained; and routers and aggregations, where one is."""
         for place, layer in adapter_layers(self.engine.model).items():
             bank = layer.experts
-            for name, stack in bank.stacks().items():
+            for name, stack in bank.stacked_tensors().items():
                 others_e = (
                     torch.arange(bank.local_modules, device=stack.device) + bank.first
                     != self.module

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dmoe.config.schema import BalanceConfig, CapacityConfig, Config
 from dmoe.distributed.full_tensors import copy_full_into_shard, full_tensor
 from dmoe.distributed.state_dict import model_state
-from dmoe.modular import Modular, layers
+from dmoe.modular import AdapterLayer, adapter_layers
 from dmoe.modular.attach import CHILD
 from dmoe.modular.layer import contribution_reference
 from dmoe.modular.routing import ConstantRouter, PerSequence, PerTask, TableRouter
@@ -36,7 +36,7 @@ from dmoe.verify.naive.losses import auxiliary
 from dmoe.verify.naive.queue import Choices
 from dmoe.verify.naive.routing import decide
 
-STIRRED = 0.05
+RANDOMIZE_SCALE = 0.05
 
 
 def domains(config: Config, most: int) -> int:
@@ -46,7 +46,7 @@ def domains(config: Config, most: int) -> int:
     return min(most, known)
 
 
-def stir(engine: Engine) -> None:
+def randomize(engine: Engine) -> None:
     """Add small keyed numbers to the parameters of all modules and aggregations. Collective."""
     moved = {
         f"model.{name}"
@@ -57,12 +57,12 @@ def stir(engine: Engine) -> None:
         if name in moved:
             whole = full_tensor(value)
             drawn = torch.randn(whole.shape, generator=generator("stir", name), dtype=torch.float64)
-            copy_full_into_shard(value, whole + STIRRED * drawn.to(whole))
+            copy_full_into_shard(value, whole + RANDOMIZE_SCALE * drawn.to(whole))
 
 
 def install(model: nn.Module) -> None:
     """Give every layer of modules the naive forward, losses and counts. One process that holds all modules."""
-    for layer in layers(model).values():
+    for layer in adapter_layers(model).values():
         for name, method in (("forward", forward), ("losses", losses), ("stats", stats)):
             setattr(layer, name, MethodType(method, layer))
 
@@ -94,28 +94,28 @@ class View:
         return cast(MoE, self)
 
 
-def forward(layer: Modular, x: Tensor, y: Tensor) -> Tensor:
+def forward(layer: AdapterLayer, x: Tensor, y: Tensor) -> Tensor:
     """`y + sum_m weight[t, m] * module_m(x_t)`, or what the aggregation makes of it."""
     sequences = math.prod(y.shape[:-2])
     each = y.shape[-2]
     label_T = layer.context.label_T
     bank = layer.experts
-    if bank.reads == "sequence":
+    if bank.input_kind == "sequence":
         rows_TD = torch.ones(sequences, 1, dtype=y.dtype)
-        seen_TQ = y.reshape(sequences, each, -1)[:, bank.room :].mean(1)
+        router_input_TQ = y.reshape(sequences, each, -1)[:, bank.num_prefix_tokens :].mean(1)
         label_T = None if label_T is None else label_T.view(sequences, -1)[:, 0]
     else:
-        rows_TD = (x if bank.reads == "input" else y).flatten(0, -2)
-        seen_TQ = rows_TD
+        rows_TD = (x if bank.input_kind == "input" else y).flatten(0, -2)
+        router_input_TQ = rows_TD
     context = replace(layer.context, label_T=label_T, sequences=sequences, prior_count_LE=None)
-    choices = _decide(layer, layer.router, seen_TQ, context)
+    choices = _decide(layer, layer.router, router_input_TQ, context)
     layer.__dict__["decided"] = Decided(_view(layer, _inner(layer.router)), choices, context)
     routing = _as_routing(choices, layer.router.top_k)
-    contribution_TW = contribution_reference(layer, rows_TD, seen_TQ, routing, sequences)
-    return bank.join(y, contribution_TW)
+    contribution_TW = contribution_reference(layer, rows_TD, router_input_TQ, routing, sequences)
+    return bank.add_to_output(y, contribution_TW)
 
 
-def losses(layer: Modular, balance: BalanceConfig) -> dict[str, Tensor]:
+def losses(layer: AdapterLayer, balance: BalanceConfig) -> dict[str, Tensor]:
     if not any(True for _ in layer.router.parameters()):
         return {}
     decided: Decided = layer.__dict__["decided"]
@@ -124,7 +124,7 @@ def losses(layer: Modular, balance: BalanceConfig) -> dict[str, Tensor]:
     )
 
 
-def stats(layer: Modular) -> LayerStats:
+def stats(layer: AdapterLayer) -> LayerStats:
     decided: Decided = layer.__dict__["decided"]
     counts = [0] * decided.view.num_experts
     weight = 0.0
@@ -139,7 +139,7 @@ def stats(layer: Modular) -> LayerStats:
     )
 
 
-def _decide(layer: Modular, router: RouterModule, x_TD: Tensor, context: TokenContext) -> Choices:
+def _decide(layer: AdapterLayer, router: RouterModule, x_TD: Tensor, context: TokenContext) -> Choices:
     if isinstance(router, PerSequence):
         each = len(x_TD) // context.sequences
         starts = x_TD.view(context.sequences, each, -1)[:, : router.first or each]
@@ -167,7 +167,7 @@ def _inner(router: RouterModule) -> RouterModule:
     return _inner(router.router) if isinstance(router, PerSequence | PerTask) else router
 
 
-def _view(layer: Modular, router: RouterModule) -> View:
+def _view(layer: AdapterLayer, router: RouterModule) -> View:
     return View(
         router, layer.training, layer.virtual_ranks, layer.layer, router.num_experts, router.top_k
     )
