@@ -12,13 +12,13 @@ stream.py     open_data: all of it together      table.py       no text: vectors
 
 from __future__ import annotations
 
-from dmoe.data.dataset import Data, Stream, open_data, prepare_shards
+from dmoe.data.dataset import DatasetSplits, TokenDataset, open_data, prepare_shards
 from dmoe.data.mixture import task_weights, tasks_of_step
 from dmoe.data.tokenizers import Tokenizer, open_tokenizer
 
 __all__ = [
-    "Data",
-    "Stream",
+    "DatasetSplits",
+    "TokenDataset",
     "Tokenizer",
     "open_data",
     "open_tokenizer",

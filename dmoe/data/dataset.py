@@ -18,27 +18,27 @@ import numpy as np
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data.corpus import Corpus, Document, split_corpus
-from dmoe.data.mixture import MixedStream, mixed
+from dmoe.data.mixture import MixtureDataset, mix_domains
 from dmoe.data.packing import (
-    HeldOutStream,
-    PackedStream,
-    Runs,
+    HeldOutDataset,
+    PackedDataset,
+    DomainRuns,
     domain_runs,
-    stream_hash,
+    token_hash,
     token_chunks,
 )
 from dmoe.data.shard_index import INDEX, SPLITS, ShardIndex, read_index
 from dmoe.data.shards import SplitContent, map_shards, write_shards
-from dmoe.data.sources import Evaluated, read_corpus, read_evaluated
-from dmoe.data.synthetic import SyntheticStream
-from dmoe.data.tokenizers import Tokenizer, open_tokenizer, text_of
+from dmoe.data.sources import EvalOnlyText, read_corpus, read_eval_only
+from dmoe.data.synthetic import SyntheticDataset
+from dmoe.data.tokenizers import Tokenizer, open_tokenizer, decode_utf8
 
 
-class Stream(Protocol):
+class TokenDataset(Protocol):
     """Sequences of seq_len + 1 tokens: seq_len inputs and, shifted by one, seq_len targets."""
 
     @property
-    def sequences(self) -> int | None:
+    def num_sequences(self) -> int | None:
         """How many there are; None if the stream is endless."""
 
     @property
@@ -51,7 +51,7 @@ class Stream(Protocol):
         A function of its arguments and the seed alone: ranks ask for disjoint ranges of the same global batch.
         """
 
-    def rows(self, first: int, count: int) -> np.ndarray:
+    def samples(self, first: int, count: int) -> np.ndarray:
         """Sequences first .. first + count - 1, held-out ones one of each domain in turn: int64 [count, seq_len + 1].
 
         Never wraps: the caller keeps first + count within `sequences` (an assert).
@@ -60,16 +60,16 @@ class Stream(Protocol):
     def labels(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
         """For each sequence of `batch`, the index in `Data.domains` of the document it starts in: int64 [count]."""
 
-    def row_labels(self, first: int, count: int) -> np.ndarray:
+    def sample_labels(self, first: int, count: int) -> np.ndarray:
         """The same for `rows`: int64 [count]."""
 
 
 @dataclass(frozen=True)
-class Data:
+class DatasetSplits:
     """Both splits, the tokenizer, and a SHA-256 (hex) over the token streams, the tokenizer, seq_len and the hold-out."""
 
-    train: Stream
-    held_out: Stream
+    train: TokenDataset
+    held_out: TokenDataset
     tokenizer: Tokenizer
     fingerprint: str
     summary: str
@@ -78,12 +78,12 @@ class Data:
     eval_only: tuple[str, ...] = ()
     """The domains that training never sees: the last ones of `domains`."""
 
-    def counts(self) -> dict[str, tuple[int, int]]:
+    def sequences_per_domain(self) -> dict[str, tuple[int, int]]:
         """For each domain its (training, held-out) sequences. ValueError for endless streams."""
-        if self.train.sequences is None or self.held_out.sequences is None:
+        if self.train.num_sequences is None or self.held_out.num_sequences is None:
             raise ValueError("an endless stream has no number of sequences")
         sides = [
-            np.bincount(side.row_labels(0, side.sequences or 0), minlength=len(self.domains))
+            np.bincount(side.sample_labels(0, side.num_sequences or 0), minlength=len(self.domains))
             for side in (self.train, self.held_out)
         ]
         return {
@@ -96,7 +96,7 @@ class Data:
         return f"{self.summary}; fingerprint {self.fingerprint[:12]}"
 
 
-def open_data(config: DataConfig, seed: int) -> Data:
+def open_data(config: DataConfig, seed: int) -> DatasetSplits:
     """Open `data.source`: synthetic:KIND, a directory of shards (one with an index.json), or text.
 
     `seed` decides the order of training sequences (and the content of synthetic ones). Raises ConfigError on the field of
@@ -127,14 +127,14 @@ def prepare_shards(config: DataConfig, directory: Path, shard_tokens: int = 2**2
     train, held_out = split_corpus(read_corpus(config.source), config.holdout)
     splits = {
         name: SplitContent(
-            _chunks(corpus, tokenizer), len(corpus.documents), corpus.size, _domains(corpus)
+            _chunks(corpus, tokenizer), len(corpus.documents), corpus.num_bytes, _domains(corpus)
         )
         for name, corpus in (("train", train), ("held_out", held_out))
     }
     return write_shards(directory, tokenizer, config.holdout, splits, shard_tokens)
 
 
-def _open_text(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data:
+def _open_text(config: DataConfig, seed: int, tokenizer: Tokenizer) -> DatasetSplits:
     train, held_out = split_corpus(read_corpus(config.source), config.holdout)
     names = tuple(sorted({*_domains(train), *_domains(held_out)}))
     chunks = [list(_chunks(side, tokenizer)) for side in (train, held_out)]
@@ -144,15 +144,16 @@ def _open_text(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data:
         for side, documents in zip(chunks, (train, held_out), strict=True)
     ]
     documents = (*train.documents, *held_out.documents)
-    origin = f"{config.source}: {len(documents)} files, {(train.size + held_out.size) / 1e6:.1f} MB"
-    if len(train.domains) > 1:
+    origin = f"{config.source}: {len(documents)} files, {(train.num_bytes + held_out.num_bytes) / 1e6:.1f} MB"
+    if len(train.bytes_per_domain) > 1:
         shares = ", ".join(
-            f"{domain} {size / train.size:.0%}" for domain, size in train.domains.items()
+            f"{domain} {size / train.num_bytes:.0%}"
+            for domain, size in train.bytes_per_domain.items()
         )
         origin += f" ({shares})"
     notes = (*train.notes, *_content_notes(documents, tokenizer))
-    hashes = (stream_hash(parts[0]), stream_hash(parts[1]))
-    more = read_evaluated(config.eval_source, train.documents, held_out.documents, tokenizer, names)
+    hashes = (token_hash(parts[0]), token_hash(parts[1]))
+    more = read_eval_only(config.eval_source, train.documents, held_out.documents, tokenizer, names)
     return _packed(
         config,
         seed,
@@ -166,7 +167,7 @@ def _open_text(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data:
     )
 
 
-def _open_shards(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data:
+def _open_shards(config: DataConfig, seed: int, tokenizer: Tokenizer) -> DatasetSplits:
     directory = Path(config.source).expanduser()
     index = read_index(directory)
     if index.tokenizer["fingerprint"] != tokenizer.fingerprint:
@@ -183,11 +184,11 @@ def _open_shards(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data:
     # The split was made when the shards were written: their hold-out counts, not data.holdout.
     origin = f"{directory}: {files} files, {size:.1f} MB in {count} shards, holdout {index.holdout}"
     runs = [index.splits[split].runs for split in SPLITS]
-    more = read_evaluated(config.eval_source, (), (), tokenizer, index.domains)
+    more = read_eval_only(config.eval_source, (), (), tokenizer, index.domains)
     return _packed(config, seed, tokenizer, index.holdout, parts, hashes, origin, runs, more)
 
 
-def _open_synthetic(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data:
+def _open_synthetic(config: DataConfig, seed: int, tokenizer: Tokenizer) -> DatasetSplits:
     if config.tokenizer != "bytes":
         raise ConfigError(
             "data.tokenizer",
@@ -207,10 +208,10 @@ def _open_synthetic(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data
                 f"leave {field} out",
             )
     kind = config.source.removeprefix("synthetic:")
-    train, held_out = (SyntheticStream(kind, config.seq_len, seed, split) for split in SPLITS)
+    train, held_out = (SyntheticDataset(kind, config.seq_len, seed, split) for split in SPLITS)
     fingerprint = _sha256("synthetic", kind, config.seq_len, seed)
     summary = f"{config.source}: endless sequences of {config.seq_len} tokens"
-    return Data(train, held_out, tokenizer, fingerprint, summary, (kind,))
+    return DatasetSplits(train, held_out, tokenizer, fingerprint, summary, (kind,))
 
 
 def _packed(
@@ -221,24 +222,24 @@ def _packed(
     parts: Sequence[Sequence[np.ndarray]],
     hashes: tuple[str, str],
     origin: str,
-    runs: Sequence[Runs],
-    more: Evaluated,
-) -> Data:
-    train = PackedStream(parts[0], config.seq_len, seed, tokenizer.vocab_size, "train", runs[0])
-    held_parts, held_runs = more.after(parts[1], runs[1])
-    held_out = HeldOutStream(
-        PackedStream(held_parts, config.seq_len, seed, tokenizer.vocab_size, "held_out", held_runs)
+    runs: Sequence[DomainRuns],
+    more: EvalOnlyText,
+) -> DatasetSplits:
+    train = PackedDataset(parts[0], config.seq_len, seed, tokenizer.vocab_size, "train", runs[0])
+    held_parts, held_runs = more.append_to(parts[1], runs[1])
+    held_out = HeldOutDataset(
+        PackedDataset(held_parts, config.seq_len, seed, tokenizer.vocab_size, "held_out", held_runs)
     )
-    stream: PackedStream | MixedStream = (
-        train if config.temperature is None else mixed(train, config.temperature)
+    stream: PackedDataset | MixtureDataset = (
+        train if config.temperature is None else mix_domains(train, config.temperature)
     )
     summary = (
-        f"{origin}; {train.tokens + held_out.text.tokens:,} tokens ({tokenizer.name}, vocabulary {tokenizer.vocab_size:,}); "
-        f"{train.sequences:,} training and {held_out.sequences:,} held-out sequences of {config.seq_len}"
+        f"{origin}; {train.num_tokens + held_out.packed.num_tokens:,} tokens ({tokenizer.name}, vocabulary {tokenizer.vocab_size:,}); "
+        f"{train.num_sequences:,} training and {held_out.num_sequences:,} held-out sequences of {config.seq_len}"
     )
     unseen = [name for label, name in enumerate(more.domains) if label not in held_out.label_N]
     notes = [summary, *more.notes]
-    if isinstance(stream, MixedStream):
+    if isinstance(stream, MixtureDataset):
         notes.append(
             "drawn: "
             + ", ".join(
@@ -252,7 +253,7 @@ def _packed(
     fingerprint = _sha256(
         "packed", *hashes, tokenizer.fingerprint, config.seq_len, holdout, *drawing
     )
-    return Data(
+    return DatasetSplits(
         stream, held_out, tokenizer, fingerprint, "; ".join(notes), more.domains, more.eval_only
     )
 
@@ -271,7 +272,7 @@ def _content_notes(documents: Sequence[Document], tokenizer: Tokenizer) -> list[
     if removed := sum(document.content.count(0) for document in documents):
         notes.append(f"{removed} NUL bytes removed")
     if tokenizer.name != "bytes":
-        damaged = sum("\ufffd" in text_of(document.content) for document in documents)
+        damaged = sum("\ufffd" in decode_utf8(document.content) for document in documents)
         if damaged:
             notes.append(
                 f"{damaged} files are not UTF-8 or hold U+FFFD (undecodable bytes become U+FFFD)"

@@ -64,7 +64,7 @@ def read_guide(language: str, field: str) -> list[Document]:
             else set()
         )
         return [_document(language, name, page, seen) for name, page in _pages(root, language)]
-    except Unavailable as error:
+    except GuideUnavailableError as error:
         fix = f"install that package (apt-get install {PACKAGE}), or name text files instead"
         raise ConfigError(
             field, entry, f"needs Debian's package {PACKAGE}, and {error}", fix
@@ -82,7 +82,7 @@ def _pages(root: Path, language: str) -> Iterator[tuple[str, list[str]]]:
     """(name, paragraphs) of each page."""
     paths = sorted((root / language).glob("*.html"))
     if not paths:
-        raise Unavailable(f"{root / language} holds no page of it")
+        raise GuideUnavailableError(f"{root / language} holds no page of it")
     for path in paths:
         yield path.name, html_paragraphs(path.read_text("utf-8", "replace"))
 
@@ -109,7 +109,7 @@ _DOWNLOAD_SECONDS = 180
 _UNPACK_SECONDS = 60
 
 
-class Unavailable(Exception):
+class GuideUnavailableError(Exception):
     """The guide is nowhere and cannot be fetched; the text says why."""
 
 
@@ -128,7 +128,7 @@ def guide_root() -> Path:
             if not _is_guide(cached):  # another process has fetched it while this one waited
                 _fetch(cached)
     except OSError as error:
-        raise Unavailable(
+        raise GuideUnavailableError(
             f"the cache {cached.parent} cannot be written ({error.strerror})"
         ) from error
     return cached
@@ -159,11 +159,11 @@ def _fetch(target: Path) -> None:
         _run(["apt-get", "download", PACKAGE], folder, _DOWNLOAD_SECONDS)
         packages = list(Path(folder).glob("*.deb"))
         if len(packages) != 1:
-            raise Unavailable(f"apt-get left {len(packages)} packages")
+            raise GuideUnavailableError(f"apt-get left {len(packages)} packages")
         _run(["dpkg-deb", "-x", packages[0].name, "unpacked"], folder, _UNPACK_SECONDS)
         pages = Path(folder, "unpacked", "usr", "share", "doc", PACKAGE)
         if not _is_guide(pages):
-            raise Unavailable(f"the package holds no page {pages.name}/en/index.html")
+            raise GuideUnavailableError(f"the package holds no page {pages.name}/en/index.html")
         if (
             target.exists()
         ):  # what a person has left of it: not whole, or _fetch would not have been called
@@ -184,14 +184,14 @@ def _run(command: list[str], folder: str, seconds: int) -> None:
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
         )  # fmt: skip
     except FileNotFoundError as error:
-        raise Unavailable(f"there is no {command[0]} here") from error
+        raise GuideUnavailableError(f"there is no {command[0]} here") from error
     except subprocess.TimeoutExpired as error:
-        raise Unavailable(f"`{' '.join(command)}` took more than {seconds} s") from error
+        raise GuideUnavailableError(f"`{' '.join(command)}` took more than {seconds} s") from error
     if done.returncode:
         said = done.stderr.decode("utf-8", "replace").strip().splitlines() or [
             f"exit code {done.returncode}"
         ]
-        raise Unavailable(f"`{' '.join(command)}` failed ({said[-1]})")
+        raise GuideUnavailableError(f"`{' '.join(command)}` failed ({said[-1]})")
 
 
 _DROPPED = frozenset({"head", "script", "style", "nav"})

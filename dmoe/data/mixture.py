@@ -1,25 +1,25 @@
-"""A training stream whose domains are drawn by weight (mixing.py) instead of each sequence once an epoch.
+"""Mixture of domains: training samples are drawn by domain, with a temperature.
 
-Each domain has epochs of its own: its sequences come in a shuffled order, all of them before any comes again. The small ones of a flat
-mixture are read many times while a large one is read in part.
+    p_i = n_i^(1/t) / sum_j n_j^(1/t)     t = 1: proportional to size;  t -> infinity: uniform
 
-Letters: N samples, U runs of one domain, D domains that have sequences, M sequences of one domain.
+The temperature is the one of multilingual models (Devlin 2018; Arivazhagan et al. 2019). Each
+domain has its own epochs: all of its sequences are read in a shuffled order before any is repeated.
+With a flat mixture, small domains are repeated many times while a large one is read in part.
 
-Which domain a sample is taken from, and which sample of that domain it is, where domains differ in size.
+Sample i of step s has the run-wide index n = s * global_batch + i, and its domain is a function of
+(seed, n) alone, as in order.py: a resumed run, or a run on another number of ranks, draws the same.
 
-    p_i = n_i^(1/t) / sum_j n_j^(1/t)        t = 1: in proportion to size;  t -> infinity: all alike
+"The next sequence of domain i" needs the number of its earlier draws. With independent draws it
+would have to be counted from the start of the run. Therefore samples are assigned in blocks of
+4096: each block holds domain i exactly c_i times, c_i being 4096 p_i rounded to a whole number (by
+largest remainders, at least 1), in a shuffled order. Before block b, domain i was then drawn
+b * c_i times, and only the block itself has to be counted. Within a block this is sampling without
+replacement, so batches vary less than with independent draws.
 
-The temperature is that of multilingual models (Devlin 2018; Arivazhagan et al. 2019). Sample i of step s is number
-n = s * global_batch + i, and what it is, is a function of (seed, n) alone, as the data order is: a resumed run and a run on another
-number of ranks draw the same.
+Cost: one permutation of 4096 numbers per block that a call touches, about a millisecond.
 
-"The next sample of domain i" needs the number of its earlier draws, which independent draws would have to count from the start of
-the run. So numbers are dealt in blocks of 4096, as from a shuffled deck: each block holds domain i the same c_i times, c_i the whole
-number nearest to 4096 p_i (by largest remainders, at least 1), in an order of its own. Before block b there were then b * c_i draws of
-it, and only the block is counted through. Within a block this is sampling without replacement: batches vary less than they would with
-independent draws.
-
-Cost: one permutation of 4096 numbers for each block a call touches, about a millisecond. Letters: N samples, D domains.
+Letters: N samples, U runs of one domain, D domains that have sequences, M samples of one domain,
+B samples of a block.
 """
 
 from __future__ import annotations
@@ -32,128 +32,136 @@ from itertools import pairwise
 import numpy as np
 
 from dmoe.config.errors import ConfigError
-from dmoe.data.order import counter_hash, permute, sample_numbers
-from dmoe.data.packing import PackedStream, Runs
+from dmoe.data.order import counter_hash, global_sample_indices, permute
+from dmoe.data.packing import DomainRuns, PackedDataset
+
+BLOCK_SIZE = 4096
+_BLOCK_SALT = 0x6D69786564
+"""Mixed into the seed, so that blocks and the sequences of a domain are shuffled differently."""
 
 
 @dataclass(frozen=True, eq=False)
-class Domain:
-    """The sequences that start in one domain: ranges of consecutive indices, one for each run."""
+class DomainSequences:
+    """Sequences that start in one domain: ranges of consecutive indices, one per run."""
 
     label: int
-    first_U: np.ndarray
-    before_U: np.ndarray
+    start_U: np.ndarray
+    """First sequence index of each range."""
+    offset_U: np.ndarray
     """Sequences in earlier ranges."""
     size: int
 
-    def index(self, place_N: np.ndarray) -> np.ndarray:
-        """The index in the stream of the domain's sequences at the given places: int64 [N]."""
-        run_N = np.searchsorted(self.before_U, place_N, side="right") - 1
-        return np.asarray(self.first_U[run_N] + place_N - self.before_U[run_N])
+    def sequence_index(self, position_N: np.ndarray) -> np.ndarray:
+        """Map positions within the domain to sequence indices of the dataset: int64 [N]."""
+        run_N = np.searchsorted(self.offset_U, position_N, side="right") - 1
+        return np.asarray(self.start_U[run_N] + position_N - self.offset_U[run_N])
 
 
-def sequences_of_domains(runs: Runs, sequences: int, seq_len: int) -> list[Domain]:
-    """The domains in which some of `sequences` consecutive sequences starts, by label."""
-    edges = [(min(sequences, -(-begin // seq_len)), label) for begin, label in runs]
+def sequences_of_domains(
+    runs: DomainRuns, num_sequences: int, seq_len: int
+) -> list[DomainSequences]:
+    """Return the domains in which at least one sequence starts, sorted by label."""
+    # -(-a // b) is a / b, rounded up.
+    edges = [(min(num_sequences, -(-start // seq_len)), label) for start, label in runs]
     ranges: dict[int, list[tuple[int, int]]] = {}
-    for (first, label), (end, _) in pairwise((*edges, (sequences, -1))):
-        if end > first:  # a run shorter than a sequence may have none
+    for (first, label), (end, _) in pairwise((*edges, (num_sequences, -1))):
+        # No sequence may start in a run that is shorter than a sequence.
+        if end > first:
             ranges.setdefault(label, []).append((first, end - first))
-    found = []
+    domains = []
     for label, parts in sorted(ranges.items()):
-        first_U, count_U = np.array(parts, dtype=np.int64).T
-        found.append(Domain(label, first_U, np.cumsum(count_U) - count_U, int(count_U.sum())))
-    return found
+        start_U, count_U = np.array(parts, dtype=np.int64).T
+        offset_U = np.cumsum(count_U) - count_U
+        domains.append(DomainSequences(label, start_U, offset_U, int(count_U.sum())))
+    return domains
 
 
-def mixed(text: PackedStream, temperature: float) -> MixedStream:
-    """The text with its domains drawn by p ~ n^(1/temperature), n their sequences. ConfigError on data.temperature."""
-    domains = sequences_of_domains(text.runs, text.sequences, text.seq_len)
-    if len(domains) > BLOCK:
+def mix_domains(packed: PackedDataset, temperature: float) -> MixtureDataset:
+    """Return a dataset that draws the domains of `packed` with p ~ num_sequences^(1/temperature).
+
+    Raises ConfigError on data.temperature: not positive, or more domains than a block has places.
+    """
+    domains = sequences_of_domains(packed.runs, packed.num_sequences, packed.seq_len)
+    if len(domains) > BLOCK_SIZE:
         raise ConfigError(
             "data.temperature",
             temperature,
-            f"works for up to {BLOCK} domains, not {len(domains)}",
+            f"works for up to {BLOCK_SIZE} domains, not {len(domains)}",
             "leave it out",
         )
-    return MixedStream(
-        text,
-        tuple(domains),
-        block_counts(task_weights([domain.size for domain in domains], temperature)),
-    )
+    weights = task_weights([domain.size for domain in domains], temperature)
+    return MixtureDataset(packed, tuple(domains), block_quotas(weights))
 
 
 @dataclass(frozen=True, eq=False)
-class MixedStream:
-    """Sequences of a text, drawn by domain; `rows` and `row_labels` are the text's."""
+class MixtureDataset:
+    """Sequences of a packed dataset, drawn by domain.
 
-    text: PackedStream
-    domains: tuple[Domain, ...]
-    count_D: np.ndarray
-    """Samples of each domain in a block of mixing.BLOCK."""
+    `samples` and `sample_labels` are those of the packed dataset.
+    """
+
+    packed: PackedDataset
+    domains: tuple[DomainSequences, ...]
+    quota_D: np.ndarray
+    """Samples of each domain per block of BLOCK_SIZE."""
 
     @property
-    def sequences(self) -> int:
-        """How many different ones there are."""
-        return self.text.sequences
+    def num_sequences(self) -> int:
+        """Number of different sequences."""
+        return self.packed.num_sequences
 
     @property
     def seq_len(self) -> int:
-        """Targets of one sequence."""
-        return self.text.seq_len
+        """Targets per sequence."""
+        return self.packed.seq_len
 
     @property
     def shares(self) -> dict[int, float]:
-        """The share of all samples that each label has."""
+        """Fraction of all samples by label."""
         return {
-            domain.label: int(count) / BLOCK
-            for domain, count in zip(self.domains, self.count_D, strict=True)
+            domain.label: int(quota) / BLOCK_SIZE
+            for domain, quota in zip(self.domains, self.quota_D, strict=True)
         }
 
     def batch(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
-        """Samples first .. first + count - 1 of a step: int64 [count, seq_len + 1]."""
-        return self.text.windows(self.indices(step, first, count, global_batch) * self.seq_len)
+        """Return samples of one step, drawn by domain: int64 [count, seq_len + 1]."""
+        index_N = self.sequence_indices(step, first, count, global_batch)
+        return self.packed.read_sequences(index_N * self.seq_len)
 
     def labels(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
-        """The domain each of them starts in: int64 [count]."""
-        domain_N, _ = drawn(
-            sample_numbers(step, first, count, global_batch), self.count_D, self.text.seed
-        )
+        """Return the label of each sample of `batch`: int64 [count]."""
+        sample_N = global_sample_indices(step, first, count, global_batch)
+        domain_N, _ = draw_domains(sample_N, self.quota_D, self.packed.seed)
         label_D = np.array([domain.label for domain in self.domains], dtype=np.int64)
         return np.asarray(label_D[domain_N])
 
-    def indices(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
-        """Which stored sequence each of them is: int64 [count]."""
-        domain_N, draw_N = drawn(
-            sample_numbers(step, first, count, global_batch), self.count_D, self.text.seed
-        )
+    def sequence_indices(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
+        """Return the sequence that each sample of one step reads: int64 [count]."""
+        sample_N = global_sample_indices(step, first, count, global_batch)
+        domain_N, draw_N = draw_domains(sample_N, self.quota_D, self.packed.seed)
         index_N = np.empty_like(draw_N)
         for number, domain in enumerate(self.domains):
-            here_N = domain_N == number
-            epoch_M, place_M = np.divmod(draw_N[here_N], domain.size)
-            # A seed of its own: domains of equal size (translations) must not be shuffled alike.
-            seed = int(counter_hash(self.text.seed, domain.label)[0])
-            index_N[here_N] = domain.index(permute(place_M, domain.size, seed, epoch_M))
+            in_domain_N = domain_N == number
+            epoch_M, position_M = np.divmod(draw_N[in_domain_N], domain.size)
+            # One seed per domain: domains of equal size (translations) must not share an order.
+            seed = int(counter_hash(self.packed.seed, domain.label)[0])
+            shuffled_M = permute(position_M, domain.size, seed, epoch_M)
+            index_N[in_domain_N] = domain.sequence_index(shuffled_M)
         return index_N
 
-    def rows(self, first: int, count: int) -> np.ndarray:
-        """Sequences as they are stored: int64 [count, seq_len + 1]."""
-        return self.text.rows(first, count)
+    def samples(self, first: int, count: int) -> np.ndarray:
+        """Return consecutive sequences in stored order: int64 [count, seq_len + 1]."""
+        return self.packed.samples(first, count)
 
-    def row_labels(self, first: int, count: int) -> np.ndarray:
-        """The domain each of `rows` starts in: int64 [count]."""
-        return self.text.row_labels(first, count)
-
-
-BLOCK = 4096
-_DECK = 0x6D69786564
-"""Mixed into the seed, so that a block is not shuffled as the sequences of a domain are."""
+    def sample_labels(self, first: int, count: int) -> np.ndarray:
+        """Return the label of each sequence of `samples`: int64 [count]."""
+        return self.packed.sample_labels(first, count)
 
 
 def task_weights(sizes: Sequence[float], temperature: float = 1.0) -> list[float]:
-    """The probability of each task; they sum to 1. `temperature=math.inf` gives each the same.
+    """Return the sampling probability of each task; `temperature=math.inf` makes them equal.
 
-    Raises: ConfigError for a size that is not positive, or a temperature below or at 0.
+    Raises ConfigError for a size that is not positive and finite, or a temperature of 0 or less.
     """
     if not sizes or not all(0 < size < math.inf for size in sizes):
         raise ConfigError(
@@ -164,56 +172,84 @@ def task_weights(sizes: Sequence[float], temperature: float = 1.0) -> list[float
             "data.temperature",
             temperature,
             "must be above 0",
-            "use 1 for proportional, 5 for a flatter choice",
+            "use 1 for proportional sampling, 5 for a flatter mixture",
         )
+    # Divided by the largest, so that no power overflows.
     largest = max(sizes)
     raised = [(size / largest) ** (1 / temperature) for size in sizes]
     return [value / sum(raised) for value in raised]
 
 
-def block_counts(weights: Sequence[float]) -> np.ndarray:
-    """How often each task comes in a block: int64 [D], at least 1 each, together BLOCK."""
-    assert 1 <= len(weights) <= BLOCK, f"{len(weights)} tasks do not fit into a block of {BLOCK}"
-    exact_D = np.asarray(weights, dtype=np.float64) / math.fsum(weights) * BLOCK
-    count_D = np.maximum(1, np.floor(exact_D)).astype(np.int64)
-    while (missing := BLOCK - int(count_D.sum())) != 0:
-        behind_D = exact_D - count_D
-        # argmax and argmin take the first of equals. What is taken back, because rare tasks were raised to 1, leaves 1 everywhere.
-        if missing > 0:
-            count_D[behind_D.argmax()] += 1
-        else:
-            count_D[np.where(count_D > 1, behind_D, np.inf).argmin()] -= 1
-    return count_D
-
-
-def drawn(number_N: np.ndarray, count_D: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The task of each sample number, and how many samples of that task came before it in the run: int64 [N] each."""
-    task_N, draw_N = np.empty_like(number_N), np.empty_like(number_N)
-    for block in np.unique(number_N // BLOCK).tolist():
-        task_B, earlier_B = _dealt(block, count_D, seed)
-        here_N = number_N // BLOCK == block
-        place_N = number_N[here_N] % BLOCK
-        task_N[here_N] = task_B[place_N]
-        draw_N[here_N] = block * count_D[task_B[place_N]] + earlier_B[place_N]
-    return task_N, draw_N
-
-
-def _dealt(block: int, count_D: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The task at each place of a block, and how often it stood at an earlier place: int64 [BLOCK] each."""
-    deck_B = np.repeat(np.arange(len(count_D)), count_D)
-    task_B = deck_B[permute(np.arange(BLOCK), BLOCK, seed ^ _DECK, block)]
-    earlier_B = np.empty(BLOCK, dtype=np.int64)
-    # A stable sort keeps the places of one task in order: its k-th place is its k-th draw in the block.
-    earlier_B[np.argsort(task_B, kind="stable")] = np.concatenate(
-        [np.arange(count) for count in count_D]
+def block_quotas(weights: Sequence[float]) -> np.ndarray:
+    """Return the samples of each task per block: int64 [D], each at least 1, sum BLOCK_SIZE."""
+    assert 1 <= len(weights) <= BLOCK_SIZE, (
+        f"{len(weights)} tasks do not fit into a block of {BLOCK_SIZE}"
     )
-    return task_B, earlier_B
+    exact_D = np.asarray(weights, dtype=np.float64) / math.fsum(weights) * BLOCK_SIZE
+    quota_D = np.maximum(1, np.floor(exact_D)).astype(np.int64)
+    while (missing := BLOCK_SIZE - int(quota_D.sum())) != 0:
+        remainder_D = exact_D - quota_D
+        # argmax and argmin take the first of equal values. Too many samples are assigned if rare
+        # tasks were raised to 1; they are taken back where more than 1 is left.
+        if missing > 0:
+            quota_D[remainder_D.argmax()] += 1
+        else:
+            quota_D[np.where(quota_D > 1, remainder_D, np.inf).argmin()] -= 1
+    return quota_D
+
+
+def draw_domains(
+    sample_N: np.ndarray, quota_D: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the domain of each sample and the number of earlier samples of that domain.
+
+    Args:
+        sample_N: int64 [N], run-wide sample indices.
+        quota_D: samples of each domain per block, see `block_quotas`.
+        seed: of the blocks' shuffles.
+
+    Returns:
+        (domain_N, draw_N), int64 [N] each.
+    """
+    domain_N, draw_N = np.empty_like(sample_N), np.empty_like(sample_N)
+    for block in np.unique(sample_N // BLOCK_SIZE).tolist():
+        domain_B, earlier_B = _shuffled_block(block, quota_D, seed)
+        in_block_N = sample_N // BLOCK_SIZE == block
+        position_N = sample_N[in_block_N] % BLOCK_SIZE
+        domain_N[in_block_N] = domain_B[position_N]
+        draw_N[in_block_N] = block * quota_D[domain_B[position_N]] + earlier_B[position_N]
+    return domain_N, draw_N
+
+
+def _shuffled_block(block: int, quota_D: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the domain at each position of a block and its earlier occurrences in the block.
+
+    Both are int64 [BLOCK_SIZE].
+    """
+    sorted_B = np.repeat(np.arange(len(quota_D)), quota_D)
+    domain_B = sorted_B[permute(np.arange(BLOCK_SIZE), BLOCK_SIZE, seed ^ _BLOCK_SALT, block)]
+    earlier_B = np.empty(BLOCK_SIZE, dtype=np.int64)
+    # A stable sort keeps the positions of one domain in order: the k-th one is its k-th draw.
+    earlier_B[np.argsort(domain_B, kind="stable")] = np.concatenate(
+        [np.arange(quota) for quota in quota_D]
+    )
+    return domain_B, earlier_B
 
 
 def tasks_of_step(
     step: int, first: int, count: int, global_batch: int, weights: Sequence[float], seed: int
 ) -> list[int]:
-    """The tasks of samples `first .. first+count-1` of a step."""
-    task_N, _ = drawn(sample_numbers(step, first, count, global_batch), block_counts(weights), seed)
-    found: list[int] = task_N.tolist()
-    return found
+    """Return the tasks of some samples of one step.
+
+    Args:
+        step: optimizer step, from 0.
+        first: index of the first sample in the global batch.
+        count: number of consecutive samples.
+        global_batch: samples per step, over all ranks.
+        weights: sampling probability of each task, see `task_weights`.
+        seed: of the draw.
+    """
+    sample_N = global_sample_indices(step, first, count, global_batch)
+    task_N, _ = draw_domains(sample_N, block_quotas(weights), seed)
+    tasks: list[int] = task_N.tolist()
+    return tasks

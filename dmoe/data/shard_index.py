@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from dmoe.config.errors import ConfigError
-from dmoe.data.packing import ONE_DOMAIN, Runs
+from dmoe.data.packing import ONE_DOMAIN, DomainRuns
 
 FORMAT = "dmoe-shards"
 INDEX = "index.json"
@@ -54,7 +54,7 @@ class Split:
     text_bytes: int
     sha256: str
     shards: tuple[Shard, ...]
-    runs: Runs = ONE_DOMAIN
+    runs: DomainRuns = ONE_DOMAIN
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def read_index(directory: Path) -> ShardIndex:
     try:
         body = json.loads((directory / INDEX).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise damaged(directory, f"{INDEX} cannot be read ({error})") from error
+        raise damaged_error(directory, f"{INDEX} cannot be read ({error})") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise ConfigError(
             "data.source", directory, f"has an {INDEX} that is not of format {FORMAT}",
@@ -102,10 +102,10 @@ def read_index(directory: Path) -> ShardIndex:
     try:
         return _parse(body)
     except (KeyError, TypeError, ValueError) as error:
-        raise damaged(directory, f"{INDEX} is wrong at {error}") from error
+        raise damaged_error(directory, f"{INDEX} is wrong at {error}") from error
 
 
-def damaged(directory: Path, reason: str) -> ConfigError:
+def damaged_error(directory: Path, reason: str) -> ConfigError:
     """The error for a shard directory that cannot be used."""
     return ConfigError(
         "data.source",
@@ -154,7 +154,7 @@ def _domains(names: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _runs(body: Any, domains: int) -> Runs:
+def _runs(body: Any, domains: int) -> DomainRuns:
     runs = tuple((begin, label) for begin, label in body)
     plain = all(type(number) is int for run in runs for number in run)
     if (

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from dmoe.config.errors import ConfigError
-from dmoe.data.packing import ONE_DOMAIN, count_lengths, domain_runs, stored_dtype
-from dmoe.data.shard_index import INDEX, SPLITS, Shard, ShardIndex, Split, damaged, read_index
+from dmoe.data.packing import ONE_DOMAIN, record_lengths, domain_runs, token_dtype
+from dmoe.data.shard_index import INDEX, SPLITS, Shard, ShardIndex, Split, damaged_error, read_index
 from dmoe.data.tokenizers import Tokenizer
 
 _READ = 2**22
@@ -63,7 +63,7 @@ def write_shards(
         "vocab_size": tokenizer.vocab_size,
         "separator": tokenizer.separator,
     }
-    dtype = stored_dtype(tokenizer.vocab_size)
+    dtype = token_dtype(tokenizer.vocab_size)
     domains = tuple(
         sorted({domain for content in splits.values() for domain in content.domains})
     ) or ("text",)
@@ -101,18 +101,20 @@ def verify_shards(directory: Path) -> ShardIndex:
                     digest.update(block)
                     whole.update(block)
             if digest.hexdigest() != shard.sha256:
-                raise damaged(directory, f"the content of {shard.file} has changed (SHA-256)")
+                raise damaged_error(directory, f"the content of {shard.file} has changed (SHA-256)")
         if whole.hexdigest() != split.sha256:
-            raise damaged(directory, "a split is not what was written (SHA-256 of its stream)")
+            raise damaged_error(
+                directory, "a split is not what was written (SHA-256 of its stream)"
+            )
     return index
 
 
 def _checked_file(directory: Path, shard: Shard) -> Path:
     path = directory / shard.file
     if path.is_symlink() or not path.is_file():
-        raise damaged(directory, f"{shard.file} is missing or not a plain file")
+        raise damaged_error(directory, f"{shard.file} is missing or not a plain file")
     if path.stat().st_size != shard.bytes:
-        raise damaged(
+        raise damaged_error(
             directory, f"{shard.file} has {path.stat().st_size} bytes instead of {shard.bytes}"
         )
     return path
@@ -129,7 +131,9 @@ def _write_split(
     whole = hashlib.sha256()
     shards = []
     lengths: list[int] = []
-    for number, tokens in enumerate(_regroup(count_lengths(content.chunks, lengths), shard_tokens)):
+    for number, tokens in enumerate(
+        _regroup(record_lengths(content.chunks, lengths), shard_tokens)
+    ):
         assert tokens.dtype == dtype, f"chunks of {tokens.dtype} instead of {dtype}"
         data = tokens.tobytes()
         whole.update(data)

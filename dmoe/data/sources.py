@@ -1,8 +1,14 @@
-"""Where documents come from: Python's own library, the installation guide, text files, globs, directories.
+"""Sources of text: the standard library, the Debian guide, text files, globs, directories.
 
-`data.source` and `data.eval_source` hold entries separated by commas. The domain of a document is the entry it came from, by name:
-`python` for the standard library, the language for the guide, else the last part of the entry before any wildcard (`texts/de/**/*.txt`
-gives `de`, `a/kjv.txt` gives `kjv`); a transformation stands before it (`upper:a/kjv.txt` gives `upper-kjv`).
+`data.source` and `data.eval_source` are lists of entries separated by commas. The domain of a
+document is named after its entry: `python` for the standard library, the language for the guide,
+else the last part of the entry before any wildcard (`texts/de/**/*.txt` gives `de`, `a/kjv.txt`
+gives `kjv`). A transformation is prefixed (`upper:a/kjv.txt` gives `upper-kjv`).
+
+`data.eval_source` names documents that are only evaluated: a language without a module, or two
+transformations at once. Documents that are in data.source, or share a group key with one that is
+trained on (corpus.py), are left out. A domain that training has too keeps its label and gets more
+held-out text; labels of other domains come after those of training, which do not change.
 """
 
 from __future__ import annotations
@@ -14,108 +20,109 @@ import logging
 import os
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from dmoe.config.errors import ConfigError
-from dmoe.data.corpus import Corpus, Document, split_transform, transformed, unique_documents
+from dmoe.data.corpus import Corpus, Document, apply_transform, split_transform, unique_documents
 from dmoe.data.debian_guide import read_guide
-from dmoe.data.packing import Runs, domain_runs, token_chunks
+from dmoe.data.packing import DomainRuns, domain_runs, token_chunks
 from dmoe.data.tokenizers import Tokenizer
 
 _log = logging.getLogger(__name__)
 _ALLOWED = (
-    "must be stdlib, guide:LANG, text files, globs or directories separated by commas (upper: before one gives capitals), "
-    "a directory of shards, or synthetic:KIND"
+    "must be stdlib, guide:LANG, text files, globs or directories separated by commas "
+    "(upper: before one gives capitals), a directory of shards, or synthetic:KIND"
 )
-# Tests are left out because they are long, repetitive tables; packages because they depend on what is installed.
-_NOT_LIBRARY = frozenset(
+# Tests are long, repetitive tables; packages depend on what is installed.
+_EXCLUDED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 )
-_BINARY_PROBE = 8192
+_BINARY_PROBE_BYTES = 8192
 
 
 @dataclasses.dataclass(frozen=True)
-class _Given:
-    """The field that is read, for errors, and the notes it leads to."""
+class _SourceField:
+    """The config field that is read, for error messages, and notes for the user."""
 
     field: str
     value: str
     notes: list[str] = dataclasses.field(default_factory=list)
 
-    def refused(self, value: object, allowed: str, fix: str) -> ConfigError:
+    def error(self, value: object, allowed: str, fix: str) -> ConfigError:
         return ConfigError(self.field, value, allowed, fix)
 
 
 def read_corpus(source: str, field: str = "data.source") -> Corpus:
-    """All documents of `data.source`, duplicates removed, in the order of the entries and of the paths within an entry.
+    """Read all documents of `source`, without duplicates, ordered by entry and then by path.
 
-    Contents are raw bytes. A file that an entry names, or a glob matches, is always taken; of a directory, hidden files and
-    binary ones (a NUL in the first 8 KiB) are left out and counted in the notes. Raises ConfigError on `field`: nothing
-    found, a missing or unreadable file, only empty files.
+    Contents are raw bytes. A file that an entry names, or a glob matches, is always read. From a
+    directory, hidden files are left out, and so are binary ones (a NUL in the first 8 KiB), which
+    the notes count. Raises ConfigError on `field`: nothing found, a missing or unreadable file,
+    only empty files.
     """
-    given = _Given(field, source)
+    origin = _SourceField(field, source)
     documents = [
         document
         for entry in source.split(",")
         if entry.strip()
-        for document in _read_entry(given, entry.strip())
+        for document in _read_entry(origin, entry.strip())
     ]
     unique, removed = unique_documents(documents)
     if removed:
-        given.notes.append(f"{removed} duplicate or empty files left out")
+        origin.notes.append(f"{removed} duplicate or empty files left out")
     if not unique:
-        raise given.refused(
+        raise origin.error(
             source or "''", f"{_ALLOWED}, and hold at least one byte of text", "name a text"
         )
-    return Corpus(unique, tuple(given.notes))
+    return Corpus(unique, tuple(origin.notes))
 
 
-def _read_entry(given: _Given, entry: str) -> list[Document]:
+def _read_entry(origin: _SourceField, entry: str) -> list[Document]:
     transform, rest = split_transform(entry)
     if transform is not None:
         if not rest:
-            raise given.refused(
+            raise origin.error(
                 entry,
                 f"{_ALLOWED}, and {transform}: needs one of them behind it",
                 f"use {transform}:stdlib",
             )
-        return transformed(transform, _read_entry(given, rest))
+        return apply_transform(transform, _read_entry(origin, rest))
     if entry.startswith("guide:"):
-        return read_guide(entry.removeprefix("guide:"), given.field)
-    return _read_library(given) if entry == "stdlib" else _read_files(given, entry)
+        return read_guide(entry.removeprefix("guide:"), origin.field)
+    return _read_library(origin) if entry == "stdlib" else _read_files(origin, entry)
 
 
-def _read_library(given: _Given) -> list[Document]:
-    """Python's standard library; torch's Python files where the library is zipped."""
+def _read_library(origin: _SourceField) -> list[Document]:
+    """Read Python's standard library, or torch's Python files if the library is zipped."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = list(_walk(root, _is_library_file, _is_library_directory))
     if not paths:
         # find_spec of a top-level name locates the package without importing it.
         spec = importlib.util.find_spec("torch")
         if spec is None or not spec.submodule_search_locations:
-            raise given.refused(
-                given.value,
+            raise origin.error(
+                origin.value,
                 f"found no .py file of the standard library in {root}, nor torch's",
                 "name a text file",
             )
         root = Path(spec.submodule_search_locations[0])
-        given.notes.append(
-            f"no standard library source in {sysconfig.get_paths()['stdlib']}: torch's own source is used instead"
+        origin.notes.append(
+            f"no standard library source in {sysconfig.get_paths()['stdlib']}: "
+            "torch's own source is used instead"
         )
-        _log.warning("%s=stdlib: %s", given.field, given.notes[-1])
+        _log.warning("%s=stdlib: %s", origin.field, origin.notes[-1])
         paths = list(_walk(root, _is_library_file, _is_library_directory))
     return [
-        _read(given, path, f"python/{path.relative_to(root).as_posix()}", "python")
+        _read(origin, path, f"python/{path.relative_to(root).as_posix()}", "python")
         for path in paths
     ]
 
 
 def _is_library_directory(name: str) -> bool:
     # config-3.11-x86_64-linux-gnu and the like describe the machine this Python was built on.
-    return name not in _NOT_LIBRARY and not name.startswith((".", "config-"))
+    return name not in _EXCLUDED_FOLDERS and not name.startswith((".", "config-"))
 
 
 def _is_library_file(name: str) -> bool:
@@ -126,14 +133,14 @@ def _is_library_file(name: str) -> bool:
     )
 
 
-def _read_files(given: _Given, entry: str) -> list[Document]:
+def _read_files(origin: _SourceField, entry: str) -> list[Document]:
     path = Path(entry).expanduser()
     if path.is_dir():
-        return _read_directory(given, path)
+        return _read_directory(origin, path)
     if path.is_file():
-        return [_read(given, path, f"{path.stem}/{path.name}", path.stem)]
+        return [_read(origin, path, f"{path.stem}/{path.name}", path.stem)]
     if not glob.has_magic(entry):
-        raise given.refused(entry, f"{_ALLOWED}, and there is no such file", "check the path")
+        raise origin.error(entry, f"{_ALLOWED}, and there is no such file", "check the path")
     root = _literal_root(path)
     matches = sorted(
         (Path(match) for match in glob.glob(str(path), recursive=True)),
@@ -141,27 +148,29 @@ def _read_files(given: _Given, entry: str) -> list[Document]:
     )
     files = [match for match in matches if match.is_file()]
     if not files:
-        raise given.refused(
+        raise origin.error(
             entry, f"{_ALLOWED}, and no file matches this glob", "check it with ls, and quote it"
         )
     domain = root.resolve().name
     return [
-        _read(given, match, f"{domain}/{match.relative_to(root).as_posix()}", domain)
+        _read(origin, match, f"{domain}/{match.relative_to(root).as_posix()}", domain)
         for match in files
     ]
 
 
-def _read_directory(given: _Given, root: Path) -> list[Document]:
+def _read_directory(origin: _SourceField, root: Path) -> list[Document]:
     domain = root.resolve().name
     documents = [
-        _read(given, path, f"{domain}/{path.relative_to(root).as_posix()}", domain)
+        _read(origin, path, f"{domain}/{path.relative_to(root).as_posix()}", domain)
         for path in _walk(root, _is_visible, _is_visible)
     ]
-    text = [document for document in documents if b"\0" not in document.content[:_BINARY_PROBE]]
+    text = [
+        document for document in documents if b"\0" not in document.content[:_BINARY_PROBE_BYTES]
+    ]
     if len(text) < len(documents):
-        given.notes.append(f"{len(documents) - len(text)} binary files of {root} left out")
+        origin.notes.append(f"{len(documents) - len(text)} binary files of {root} left out")
     if not text:
-        raise given.refused(
+        raise origin.error(
             root, f"{_ALLOWED}, and this directory holds no text file", "check the path"
         )
     return text
@@ -172,7 +181,7 @@ def _is_visible(name: str) -> bool:
 
 
 def _literal_root(path: Path) -> Path:
-    """The part of a glob before its first wildcard."""
+    """Return the part of a glob before its first wildcard."""
     root = Path(path.anchor)
     for part in path.parts[len(root.parts) : -1]:
         if glob.has_magic(part):
@@ -182,79 +191,89 @@ def _literal_root(path: Path) -> Path:
 
 
 def _walk(
-    root: Path, wanted: Callable[[str], bool], entered: Callable[[str], bool]
+    root: Path, takes_file: Callable[[str], bool], enters_directory: Callable[[str], bool]
 ) -> Iterator[Path]:
-    """Regular files below root with a wanted name, ordered by their path's parts; links are not followed."""
+    """Yield regular files below `root` by name, ordered by path parts; links are not followed."""
     found = []
     for directory, names, files in os.walk(root):
-        names[:] = [name for name in names if entered(name)]
-        found += [Path(directory, name) for name in files if wanted(name)]
+        names[:] = [name for name in names if enters_directory(name)]
+        found += [Path(directory, name) for name in files if takes_file(name)]
     yield from sorted(
         (path for path in found if path.is_file() and not path.is_symlink()),
         key=lambda path: path.parts,
     )
 
 
-def _read(given: _Given, path: Path, name: str, domain: str) -> Document:
+def _read(origin: _SourceField, path: Path, name: str, domain: str) -> Document:
     try:
         return Document(path.read_bytes(), name, domain)
     except OSError as error:
-        raise given.refused(
-            given.value, f"must be readable, but {path} is not ({error.strerror})", "check the file"
+        raise origin.error(
+            origin.value,
+            f"must be readable, but {path} is not ({error.strerror})",
+            "check the file",
         ) from error
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """The token stream of these documents, without the separator that opens it; empty if there are none."""
+@dataclasses.dataclass(frozen=True)
+class EvalOnlyText:
+    """Token stream of the documents that are only evaluated; empty if there are none."""
 
-    part: np.ndarray
-    runs: Runs
+    token_N: np.ndarray
+    """Without the separator that opens a stream."""
+    runs: DomainRuns
     domains: tuple[str, ...]
-    """All that labels number, the training's first."""
+    """All domains by label; those of training come first."""
     eval_only: tuple[str, ...]
+    """The domains that training does not have."""
     notes: tuple[str, ...]
 
-    def after(self, parts: Sequence[np.ndarray], runs: Runs) -> tuple[list[np.ndarray], Runs]:
-        """A held-out stream and its runs, with this behind it."""
-        if not len(self.part):
-            return list(parts), runs
-        # The last separator of the stream before is the one that opens this one.
-        opening = sum(len(part) for part in parts) - 1
-        return [*parts, self.part], (
-            *runs,
-            *((opening + begin, label) for begin, label in self.runs),
-        )
+    def append_to(
+        self, arrays: Sequence[np.ndarray], runs: DomainRuns
+    ) -> tuple[list[np.ndarray], DomainRuns]:
+        """Append this token stream and its runs to those of a held-out split."""
+        if not len(self.token_N):
+            return list(arrays), runs
+        # The last separator of the stream so far opens this one, so positions count from there.
+        offset = sum(len(array) for array in arrays) - 1
+        shifted = tuple((offset + start, label) for start, label in self.runs)
+        return [*arrays, self.token_N], (*runs, *shifted)
 
 
-def read_evaluated(
+def read_eval_only(
     source: str | None,
-    trained: Sequence[Document],
+    train: Sequence[Document],
     held_out: Sequence[Document],
     tokenizer: Tokenizer,
     domains: tuple[str, ...],
-) -> Evaluated:
-    """Read `data.eval_source`. `trained` and `held_out` are the documents of data.source, `domains` theirs, in order.
+) -> EvalOnlyText:
+    """Read and tokenize `data.eval_source`.
 
-    Raises ConfigError on data.eval_source: what read_corpus refuses, or nothing that may be evaluated and was not already.
+    Args:
+        source: data.eval_source; None gives no text.
+        train: training documents of data.source.
+        held_out: held-out documents of data.source.
+        tokenizer: of the run.
+        domains: domains of data.source, by label.
+
+    Raises:
+        ConfigError: on data.eval_source: what `read_corpus` refuses, or no document is left.
     """
     if source is None:
-        return Evaluated(np.zeros(0, dtype=np.int64), (), domains, (), ())
+        return EvalOnlyText(np.zeros(0, dtype=np.int64), (), domains, (), ())
     corpus = read_corpus(source, "data.eval_source")
-    keys, contents = (
-        {document.key for document in trained},
-        {document.content for document in held_out},
-    )
+    train_keys = {document.split_key for document in train}
+    held_out_contents = {document.content for document in held_out}
     documents = [
         document
         for document in corpus.documents
-        if document.key not in keys and document.content not in contents
+        if document.split_key not in train_keys and document.content not in held_out_contents
     ]
     if not documents:
         raise ConfigError(
             "data.eval_source",
             source,
-            "must hold text that data.source has not, nor the like of it",
+            "must hold text that is not in data.source, nor a translation or transform of it",
             "name other text, or leave it out",
         )
     names = [document.domain for document in documents]
@@ -262,9 +281,8 @@ def read_evaluated(
     chunks = list(token_chunks((document.content for document in documents), tokenizer))[1:]
     runs = domain_runs([len(chunk) for chunk in chunks], names, (*domains, *eval_only))
     size = sum(len(document.content) for document in documents) / 1e6
-    notes = [f"only evaluated: {source}, {len(documents)} files, {size:.2f} MB", *corpus.notes]
-    if left := len(corpus.documents) - len(documents):
-        notes.append(
-            f"{left} of its files left out, since data.source has them or the like of them"
-        )
-    return Evaluated(np.concatenate(chunks), runs, (*domains, *eval_only), eval_only, tuple(notes))
+    notes = [f"evaluation only: {source}, {len(documents)} files, {size:.2f} MB", *corpus.notes]
+    if excluded := len(corpus.documents) - len(documents):
+        notes.append(f"{excluded} of its files left out: data.source has them or a version of them")
+    token_N = np.concatenate(chunks)
+    return EvalOnlyText(token_N, runs, (*domains, *eval_only), eval_only, tuple(notes))

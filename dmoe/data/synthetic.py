@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dmoe.config.errors import ConfigError
-from dmoe.data.order import counter_hash, sample_numbers
+from dmoe.data.order import counter_hash, global_sample_indices
 
 KINDS = ("uniform", "zipf", "copy")
 _TOKENS = 255
@@ -38,7 +38,7 @@ def zipf_probability() -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class SyntheticStream:
+class SyntheticDataset:
     """An endless stream of one kind; `split` is train or held_out, which share no sequence."""
 
     kind: str
@@ -53,15 +53,15 @@ class SyntheticStream:
         assert self.seq_len >= 1
 
     @property
-    def sequences(self) -> int | None:
+    def num_sequences(self) -> int | None:
         """None: there is no end."""
         return None
 
     def batch(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
         """Samples first .. first + count - 1 of a step: int64 [count, seq_len + 1]."""
-        return self._draw(sample_numbers(step, first, count, global_batch))
+        return self._draw(global_sample_indices(step, first, count, global_batch))
 
-    def rows(self, first: int, count: int) -> np.ndarray:
+    def samples(self, first: int, count: int) -> np.ndarray:
         """Sequences first .. first + count - 1: int64 [count, seq_len + 1]."""
         assert min(first, count) >= 0, f"rows {first}+{count}"
         return self._draw(np.arange(first, first + count, dtype=np.int64))
@@ -70,7 +70,7 @@ class SyntheticStream:
         """int64 [count]: one domain, 0."""
         return np.zeros(count, dtype=np.int64)
 
-    def row_labels(self, first: int, count: int) -> np.ndarray:
+    def sample_labels(self, first: int, count: int) -> np.ndarray:
         """int64 [count]: one domain, 0."""
         return np.zeros(count, dtype=np.int64)
 
@@ -95,7 +95,7 @@ _CENTRE, _CLASS, _NOISE = 0, 1, 2
 
 
 @dataclass(frozen=True)
-class ClusterStream:
+class ClusterDataset:
     """An endless stream; train and held_out share their centres and no sample. `columns`: which numbers of a sample are wanted."""
 
     columns: tuple[int, ...]
@@ -104,7 +104,7 @@ class ClusterStream:
     split: str
 
     @property
-    def sequences(self) -> int | None:
+    def num_sequences(self) -> int | None:
         """None: there is no end."""
         return None
 
@@ -112,9 +112,9 @@ class ClusterStream:
         self, step: int, first: int, count: int, global_batch: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Samples first .. first + count - 1 of a step: float32 [count, W], int64 [count]."""
-        return self._draw(sample_numbers(step, first, count, global_batch))
+        return self._draw(global_sample_indices(step, first, count, global_batch))
 
-    def rows(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def samples(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Samples first .. first + count - 1: float32 [count, W], int64 [count]."""
         assert min(first, count) >= 0, f"rows {first}+{count}"
         return self._draw(np.arange(first, first + count, dtype=np.int64))

@@ -31,16 +31,16 @@ import numpy as np
 from dmoe.config.datasets import chosen_streams, columns_of
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
-from dmoe.data.corpus import held_out_fraction
+from dmoe.data.corpus import holdout_hash
 from dmoe.data.order import sequence_indices
-from dmoe.data.synthetic import ClusterStream
+from dmoe.data.synthetic import ClusterDataset
 
 
-class SampleStream(Protocol):
+class SampleDataset(Protocol):
     """One split of a table."""
 
     @property
-    def sequences(self) -> int | None:
+    def num_sequences(self) -> int | None:
         """How many samples there are; None if the stream is endless."""
 
     def batch(
@@ -51,18 +51,18 @@ class SampleStream(Protocol):
         A function of its arguments and the seed alone: ranks ask for disjoint ranges of the same global batch.
         """
 
-    def rows(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def samples(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Samples first .. first + count - 1 as stored, for evaluation: float32 [count, W], int64 [count]. Never wraps."""
 
 
 @dataclass(frozen=True)
-class TableStream:
+class TableDataset:
     value_NW: np.ndarray
     class_N: np.ndarray
     seed: int
 
     @property
-    def sequences(self) -> int | None:
+    def num_sequences(self) -> int | None:
         return len(self.class_N)
 
     def batch(
@@ -71,7 +71,7 @@ class TableStream:
         index_B = sequence_indices(step, first, count, global_batch, len(self.class_N), self.seed)
         return self.value_NW[index_B], self.class_N[index_B]
 
-    def rows(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def samples(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         assert 0 <= first <= first + count <= len(self.class_N), (
             f"rows {first}+{count} of {len(self.class_N)}"
         )
@@ -79,11 +79,11 @@ class TableStream:
 
 
 @dataclass(frozen=True)
-class Table:
+class TableSplits:
     """Both splits, and a SHA-256 (hex) over the samples, the chosen streams and the hold-out."""
 
-    train: SampleStream
-    held_out: SampleStream
+    train: SampleDataset
+    held_out: SampleDataset
     widths: dict[str, int]
     """Of the chosen streams, in the order in which they stand side by side."""
     domains: tuple[str, ...]
@@ -100,34 +100,34 @@ class Table:
         return f"{self.summary}; fingerprint {self.fingerprint[:12]}"
 
 
-def widths_of(config: DataConfig) -> dict[str, int]:
+def stream_widths(config: DataConfig) -> dict[str, int]:
     """The width of each chosen stream, without reading data. Raises ConfigError on data.source and data.streams."""
     return chosen_streams(config)
 
 
-def classes_of(config: DataConfig) -> int:
+def num_classes(config: DataConfig) -> int:
     """The number of classes, without reading data. Raises ConfigError on data.source."""
     return len(columns_of(config).classes)
 
 
-def open_table(config: DataConfig, seed: int) -> Table:
+def open_table(config: DataConfig, seed: int) -> TableSplits:
     """Read the table that `data.source` names. `seed` decides the order of training samples (and what synthetic ones are).
 
     Raises ConfigError on the field of data.* that cannot work; for sklearn:NAME also where scikit-learn is not installed.
     """
     widths, names = chosen_streams(config), columns_of(config).classes
     if config.source == "synthetic:clusters":
-        return _clusters(config, seed, widths, names)
+        return _open_clusters(config, seed, widths, names)
     raw_NW, class_N, streams = _read(config.source)
-    kept_N = _first_of_each(raw_NW)
+    kept_N = _unique_indices(raw_NW)
     removed = len(raw_NW) - len(kept_N)
     raw_NW, class_N = raw_NW[kept_N], class_N[kept_N].astype(np.int64)
-    train_N = _training(raw_NW, config.holdout)
+    train_N = _train_mask(raw_NW, config.holdout)
     value_NW = np.concatenate(
-        [_scaled(streams, name, kept_N, train_N) for name in widths], 1
+        [_standardize(streams, name, kept_N, train_N) for name in widths], 1
     ).astype(np.float32)
     train, held_out = (
-        TableStream(value_NW[side], class_N[side], seed) for side in (train_N, ~train_N)
+        TableDataset(value_NW[side], class_N[side], seed) for side in (train_N, ~train_N)
     )
     fingerprint = _sha256(
         config.source,
@@ -137,22 +137,22 @@ def open_table(config: DataConfig, seed: int) -> Table:
         _bytes(class_N.astype(np.float64)),
     )
     duplicates = f"; {removed} exact duplicates removed" if removed else ""
-    summary = f"{_said(config.source, widths, names)}; {train_N.sum():,} training and {(~train_N).sum():,} held-out samples{duplicates}"
-    return Table(train, held_out, widths, names, fingerprint, summary)
+    summary = f"{_describe_source(config.source, widths, names)}; {train_N.sum():,} training and {(~train_N).sum():,} held-out samples{duplicates}"
+    return TableSplits(train, held_out, widths, names, fingerprint, summary)
 
 
-def _clusters(
+def _open_clusters(
     config: DataConfig, seed: int, widths: dict[str, int], names: tuple[str, ...]
-) -> Table:
+) -> TableSplits:
     there = [name for name, width in columns_of(config).streams.items() for _ in range(width)]
     columns = tuple(
         column for name in widths for column, owner in enumerate(there) if owner == name
     )
     train, held_out = (
-        ClusterStream(columns, len(names), seed, split) for split in ("train", "held_out")
+        ClusterDataset(columns, len(names), seed, split) for split in ("train", "held_out")
     )
-    summary = f"{_said(config.source, widths, names)}, endless"
-    return Table(
+    summary = f"{_describe_source(config.source, widths, names)}, endless"
+    return TableSplits(
         train, held_out, widths, names, _sha256(config.source, list(widths), seed), summary
     )
 
@@ -171,13 +171,13 @@ def _read(source: str) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     found = getattr(datasets, f"load_{source.removeprefix('sklearn:')}")()
     raw_NW = np.asarray(found.data, dtype=np.float64)
     if source == "sklearn:digits":
-        streams = {name: feature(found.images) for name, feature in DIGITS.items()}
+        streams = {name: feature(found.images) for name, feature in DIGIT_FEATURES.items()}
     else:
         streams = {"features": raw_NW}
     return raw_NW, found.target, streams
 
 
-def _first_of_each(raw_NW: np.ndarray) -> np.ndarray:
+def _unique_indices(raw_NW: np.ndarray) -> np.ndarray:
     """int64: the places of the first of each content."""
     first: dict[bytes, int] = {}
     for place, row in enumerate(raw_NW):
@@ -185,9 +185,9 @@ def _first_of_each(raw_NW: np.ndarray) -> np.ndarray:
     return np.array(list(first.values()), dtype=np.int64)
 
 
-def _training(raw_NW: np.ndarray, holdout: float) -> np.ndarray:
+def _train_mask(raw_NW: np.ndarray, holdout: float) -> np.ndarray:
     """bool [N]: which samples are not held out."""
-    train_N = np.array([held_out_fraction(_bytes(row)) >= holdout for row in raw_NW])
+    train_N = np.array([holdout_hash(_bytes(row)) >= holdout for row in raw_NW])
     if train_N.all() or not train_N.any():
         side = "no" if train_N.all() else "every"
         allowed = f"must leave samples to both sides, but by its hash {side} one of {len(train_N)} is held out"
@@ -195,7 +195,7 @@ def _training(raw_NW: np.ndarray, holdout: float) -> np.ndarray:
     return train_N
 
 
-def _scaled(
+def _standardize(
     streams: dict[str, np.ndarray], name: str, kept_N: np.ndarray, train_N: np.ndarray
 ) -> np.ndarray:
     """The stream, `features` with the mean and the deviation of the training split taken out; the others have a scale of their own."""
@@ -206,7 +206,7 @@ def _scaled(
     return np.asarray((value_NW - mean_W) / deviation_W)
 
 
-def _said(source: str, widths: dict[str, int], names: tuple[str, ...]) -> str:
+def _describe_source(source: str, widths: dict[str, int], names: tuple[str, ...]) -> str:
     streams = " + ".join(f"{name} ({width})" for name, width in widths.items())
     return f"{source}: {streams}, {len(names)} classes"
 
@@ -261,7 +261,7 @@ def _direction(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.asarray(2 * upper + (y >= x))
 
 
-DIGITS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+DIGIT_FEATURES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "pixels": pixels,
     "profiles": profiles,
     "strokes": strokes,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dmoe.config.errors import ConfigError
-from dmoe.data.corpus import Corpus, Document, held_out_fraction, split_corpus
+from dmoe.data.corpus import Corpus, Document, holdout_hash, split_corpus
 from dmoe.data.sources import read_corpus
 
 
@@ -23,7 +23,7 @@ def test_stdlib_is_source_without_tests() -> None:
     corpus = read_corpus("stdlib")
     assert len(corpus.documents) > 300
     assert names(corpus) == sorted(names(corpus), key=lambda name: name.split("/"))
-    assert corpus.domains.keys() == {"python"}
+    assert corpus.bytes_per_domain.keys() == {"python"}
     for name in names(corpus):
         parts = name.split("/")
         assert name.endswith(".py")
@@ -147,7 +147,7 @@ def suggested(error: ConfigError) -> float:
 
 def test_a_one_sided_split_is_refused_and_the_fix_works() -> None:
     corpus = made(b"one", b"two", b"three")
-    fractions = sorted(held_out_fraction(document.content) for document in corpus.documents)
+    fractions = sorted(holdout_hash(document.content) for document in corpus.documents)
     with pytest.raises(ConfigError, match="no one of 3") as none_out:
         split_corpus(corpus, fractions[0] / 2)
     assert len(split_corpus(corpus, suggested(none_out.value))[1].documents) >= 1

@@ -26,7 +26,7 @@ def test_a_page_is_a_document(guide: Path) -> None:
     assert text.startswith("Wörter 1\nWörter31 Wörter32 Wörter35")
     assert text.endswith(" & more.\n")
     assert "navigation" not in text
-    assert corpus.domains.keys() == {"de"}
+    assert corpus.bytes_per_domain.keys() == {"de"}
 
 
 def test_what_was_left_in_english_is_english(guide: Path) -> None:
@@ -55,7 +55,7 @@ def test_a_page_is_held_out_in_all_languages_or_in_none(guide: Path) -> None:
     _, held_out = split_corpus(read_corpus("guide:de,guide:el,upper:guide:en"), 0.2)
     pages = {
         domain: [d.name.split("/")[1] for d in held_out.documents if d.domain == domain]
-        for domain in held_out.domains
+        for domain in held_out.bytes_per_domain
     }
     assert pages["de"] == pages["el"] == pages["upper-en"]
     assert 2 < len(pages["de"]) < 20
@@ -69,7 +69,7 @@ def test_capitals_are_a_domain(guide: Path, tmp_path: Path) -> None:
     )
     data = open_data(DataConfig(source="guide:de,upper:guide:de", holdout=0.2, seq_len=32), 0)
     assert data.domains == ("de", "upper-de")
-    rows, label_B = data.held_out.rows(0, 60), data.held_out.row_labels(0, 60)
+    rows, label_B = data.held_out.samples(0, 60), data.held_out.sample_labels(0, 60)
     texts = [data.tokenizer.decode(row) for row in rows]
     assert all(
         (text == text.upper()) == bool(label) for text, label in zip(texts, label_B, strict=True)
@@ -119,16 +119,16 @@ def test_what_is_only_evaluated_is_never_trained_on(guide: Path) -> None:
     assert before.eval_only == ()
     assert data.fingerprint == before.fingerprint, "a run may go on and be evaluated on more"
     assert np.array_equal(data.train.batch(3, 0, 50, 50), before.train.batch(3, 0, 50, 50))
-    assert {name: train for name, (train, _) in data.counts().items() if train} == {
-        name: train for name, (train, _) in before.counts().items()
+    assert {name: train for name, (train, _) in data.sequences_per_domain().items() if train} == {
+        name: train for name, (train, _) in before.sequences_per_domain().items()
     }
-    for name, (_, held_out) in before.counts().items():
-        assert data.counts()[name][1] == held_out, (
+    for name, (_, held_out) in before.sequences_per_domain().items():
+        assert data.sequences_per_domain()[name][1] == held_out, (
             f"the held-out pages of {name} are not there twice"
         )
-    assert "only evaluated: guide:el,upper:guide:de,guide:en" in data.describe()
+    assert "evaluation only: guide:el,upper:guide:de,guide:en" in data.describe()
     trained = "".join(
-        data.tokenizer.decode(row) for row in data.train.rows(0, data.train.sequences or 0)
+        data.tokenizer.decode(row) for row in data.train.samples(0, data.train.num_sequences or 0)
     )
     assert "λέξη" not in trained
     assert "WÖRTER" not in trained
@@ -138,10 +138,10 @@ def test_pages_whose_twins_are_trained_on_are_not_evaluated(guide: Path) -> None
     config = DataConfig(source="guide:en", eval_source="upper:guide:de", holdout=0.2, seq_len=32)
     data = open_data(config, 0)
     held_out = len(split_corpus(read_corpus("guide:en"), 0.2)[1].documents)
-    assert f"{held_out} files" in data.describe().split("only evaluated")[1]
+    assert f"{held_out} files" in data.describe().split("evaluation only")[1]
     with pytest.raises(
         ConfigError,
-        match=r"data.eval_source=.*must hold text that data.source has not, nor the like of it",
+        match=r"data.eval_source=.*must hold text that is not in data.source, nor a translation",
     ):
         open_data(DataConfig(source="guide:en", eval_source="guide:en"), 0)
 
@@ -156,8 +156,8 @@ def test_a_domain_of_both_keeps_its_label(guide: Path, tmp_path: Path) -> None:
     )
     assert more.domains == ("de", "el")
     assert more.eval_only == ()
-    assert more.counts()["de"][1] > open_data(config, 0).counts()["de"][1]
-    assert more.counts()["el"] == open_data(config, 0).counts()["el"]
+    assert more.sequences_per_domain()["de"][1] > open_data(config, 0).sequences_per_domain()["de"][1]
+    assert more.sequences_per_domain()["el"] == open_data(config, 0).sequences_per_domain()["el"]
 
 
 def test_synthetic_streams_have_neither() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from dmoe.cli.main import dispatch_command
 from dmoe.data import debian_guide
-from dmoe.data.debian_guide import PACKAGE, Unavailable, guide_root
+from dmoe.data.debian_guide import PACKAGE, GuideUnavailableError, guide_root
 from tests.data.conftest import write_guide
 
 NOT_INSTALLED = "from pathlib import Path; from dmoe.data import debian_guide; debian_guide.INSTALLED = Path('absent')"
@@ -132,14 +132,14 @@ def test_what_fails_is_said_and_leaves_nothing(
     for name, script in (("apt-get", apt), ("dpkg-deb", dpkg)):
         if script is not None:
             command(archive, name, script)
-    with pytest.raises(Unavailable, match=message):
+    with pytest.raises(GuideUnavailableError, match=message):
         guide_root()
     assert left(archive) == [f"{PACKAGE}.lock"]
 
 
 def test_without_apt_it_says_so(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(archive))
-    with pytest.raises(Unavailable, match="there is no apt-get here"):
+    with pytest.raises(GuideUnavailableError, match="there is no apt-get here"):
         guide_root()
 
 
@@ -149,7 +149,7 @@ def test_a_cache_that_cannot_be_written_is_said(
     (archive / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(archive / "file"))
     with pytest.raises(
-        Unavailable, match=r"the cache .*file/dmoe cannot be written \(Not a directory\)"
+        GuideUnavailableError, match=r"the cache .*file/dmoe cannot be written \(Not a directory\)"
     ):
         guide_root()
 

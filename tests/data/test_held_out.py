@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data import open_data, prepare_shards
-from dmoe.data.packing import HeldOutStream, PackedStream, interleaved
+from dmoe.data.packing import HeldOutDataset, PackedDataset, interleave_domains
 
 RUNS = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40)), min_size=1, max_size=6)
 """(domain, tokens)."""
@@ -41,16 +41,16 @@ def test_one_of_each_domain_in_turn(drawn: list[tuple[int, int]], seq_len: int) 
     runs = [item for i, item in enumerate(drawn) if i == 0 or drawn[i - 1][0] != item[0]]
     edges = np.cumsum([0, *(tokens for _, tokens in runs)]).tolist()
     marks = tuple((begin, label) for begin, (label, _) in zip(edges, runs, strict=False))
-    begin_N, label_N = interleaved(marks, edges[-1] + 1, seq_len)
+    begin_N, label_N = interleave_domains(marks, edges[-1] + 1, seq_len)
     assert list(zip(begin_N.tolist(), label_N.tolist(), strict=True)) == naive(runs, seq_len)
 
 
 def test_one_domain_is_read_as_it_is_stored() -> None:
     """What a run with one domain measured before the order changed, it still measures."""
-    text = PackedStream([np.arange(500, dtype="<u4")], 7, 0, 500, "held_out")
-    held_out = HeldOutStream(text)
-    assert held_out.sequences == text.sequences
-    assert np.array_equal(held_out.rows(0, 71), text.rows(0, 71))
+    text = PackedDataset([np.arange(500, dtype="<u4")], 7, 0, 500, "held_out")
+    held_out = HeldOutDataset(text)
+    assert held_out.num_sequences == text.num_sequences
+    assert np.array_equal(held_out.samples(0, 71), text.samples(0, 71))
 
 
 @pytest.fixture
@@ -72,19 +72,19 @@ def test_a_few_sequences_reach_every_domain(config: DataConfig) -> None:
     data = open_data(config, 0)
     assert data.domains == ("a", "g", "m")
     for count in (3, 12, 60):
-        assert np.bincount(data.held_out.row_labels(0, count)).tolist() == [count // 3] * 3
-    _, of_each = zip(*data.counts().values(), strict=True)
+        assert np.bincount(data.held_out.sample_labels(0, count)).tolist() == [count // 3] * 3
+    _, of_each = zip(*data.sequences_per_domain().values(), strict=True)
     assert of_each[0] > 3 * of_each[1]
-    assert np.bincount(data.held_out.row_labels(0, data.held_out.sequences or 0)).tolist() == list(
+    assert np.bincount(data.held_out.sample_labels(0, data.held_out.num_sequences or 0)).tolist() == list(
         of_each
     )
 
 
 def test_a_sequence_is_of_one_domain(config: DataConfig) -> None:
     data = open_data(config, 0)
-    count = data.held_out.sequences or 0
+    count = data.held_out.num_sequences or 0
     for row, label in zip(
-        data.held_out.rows(0, count), data.held_out.row_labels(0, count), strict=True
+        data.held_out.samples(0, count), data.held_out.sample_labels(0, count), strict=True
     ):
         letters = {letter for letter in data.tokenizer.decode(row) if letter.isalpha()}
         assert letters <= set(("abcdef", "ghijkl", "mnopqr")[label])
@@ -92,7 +92,7 @@ def test_a_sequence_is_of_one_domain(config: DataConfig) -> None:
 
 def test_the_order_does_not_depend_on_the_seed(config: DataConfig) -> None:
     one, other = open_data(config, 0), open_data(config, 1)
-    assert np.array_equal(one.held_out.rows(0, 40), other.held_out.rows(0, 40))
+    assert np.array_equal(one.held_out.samples(0, 40), other.held_out.samples(0, 40))
 
 
 def test_shards_are_evaluated_in_the_same_order(config: DataConfig, tmp_path: Path) -> None:
@@ -104,13 +104,13 @@ def test_shards_are_evaluated_in_the_same_order(config: DataConfig, tmp_path: Pa
         shards = open_data(
             replace(config, source=str(tmp_path / "shards"), eval_source=evaluated), 3
         )
-        count = text.held_out.sequences or 0
-        assert shards.held_out.sequences == count
+        count = text.held_out.num_sequences or 0
+        assert shards.held_out.num_sequences == count
         assert shards.domains == text.domains == ("a", "g", "m", *(("more",) if evaluated else ()))
         assert shards.eval_only == text.eval_only
-        assert np.array_equal(shards.held_out.rows(0, count), text.held_out.rows(0, count))
+        assert np.array_equal(shards.held_out.samples(0, count), text.held_out.samples(0, count))
         assert np.array_equal(
-            shards.held_out.row_labels(0, count), text.held_out.row_labels(0, count)
+            shards.held_out.sample_labels(0, count), text.held_out.sample_labels(0, count)
         )
         assert shards.fingerprint == text.fingerprint
 
@@ -118,9 +118,9 @@ def test_shards_are_evaluated_in_the_same_order(config: DataConfig, tmp_path: Pa
 def test_text_that_is_only_evaluated_comes_back_whole(config: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "s.txt").write_text("stuvwx" * 50)
     data = open_data(replace(config, eval_source=str(tmp_path / "s.txt")), 0)
-    count = data.held_out.sequences or 0
-    rows = data.held_out.rows(0, count)[
-        data.held_out.row_labels(0, count) == data.domains.index("s")
+    count = data.held_out.num_sequences or 0
+    rows = data.held_out.samples(0, count)[
+        data.held_out.sample_labels(0, count) == data.domains.index("s")
     ]
     assert data.tokenizer.decode(rows[:, 1:].ravel()) == ("stuvwx" * 50)[: 300 // 32 * 32]
     assert rows[0, 0] == data.tokenizer.separator
@@ -130,13 +130,13 @@ def test_a_domain_with_too_little_text_is_named(config: DataConfig, tmp_path: Pa
     (tmp_path / "tiny.txt").write_text("tiny")
     data = open_data(replace(config, eval_source=str(tmp_path / "tiny.txt")), 0)
     assert "too little held-out text to evaluate tiny" in data.describe()
-    assert data.counts()["tiny"] == (0, 0)
+    assert data.sequences_per_domain()["tiny"] == (0, 0)
 
 
 def test_held_out_text_without_a_whole_sequence_is_refused() -> None:
-    text = PackedStream([np.arange(20, dtype="<u4")], 12, 0, 20, "held_out", ((0, 0), (10, 1)))
+    text = PackedDataset([np.arange(20, dtype="<u4")], 12, 0, 20, "held_out", ((0, 0), (10, 1)))
     with pytest.raises(
         ConfigError,
         match=r"data.seq_len=12: must be less than the tokens of some domain of the held_out split",
     ):
-        HeldOutStream(text)
+        HeldOutDataset(text)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
-from dmoe.data import Data, open_data, prepare_shards
-from dmoe.data.packing import HeldOutStream, PackedStream, domain_runs, label_at, token_chunks
+from dmoe.data import DatasetSplits, open_data, prepare_shards
+from dmoe.data.packing import HeldOutDataset, PackedDataset, domain_runs, domain_labels, token_chunks
 from dmoe.data.tokenizers import byte_tokenizer
 
 
@@ -26,9 +26,9 @@ def config(texts: Path) -> DataConfig:
     return DataConfig(source=f"{texts}/odd,{texts}/even", seq_len=16, holdout=0.3)
 
 
-def labels_from_text(data: Data, texts: Path) -> list[int]:
+def labels_from_text(data: DatasetSplits, texts: Path) -> list[int]:
     """Of the held-out text as it is stored: where each file stands in it says where its label begins."""
-    rows = stored(data).rows(0, stored(data).sequences)
+    rows = stored(data).samples(0, stored(data).num_sequences)
     tokens = np.append(rows[:, :-1].ravel(), rows[-1, -1]).astype(np.uint8).tobytes()
     begins = {}
     for path in texts.rglob("*.txt"):
@@ -41,33 +41,33 @@ def labels_from_text(data: Data, texts: Path) -> list[int]:
     ]
 
 
-def stored(data: Data) -> PackedStream:
-    assert isinstance(data.held_out, HeldOutStream)
-    return data.held_out.text
+def stored(data: DatasetSplits) -> PackedDataset:
+    assert isinstance(data.held_out, HeldOutDataset)
+    return data.held_out.packed
 
 
 def test_a_row_has_the_domain_of_its_document(config: DataConfig, texts: Path) -> None:
     data = open_data(config, 0)
     assert data.domains == ("even", "odd")
-    label_B = stored(data).row_labels(0, stored(data).sequences)
+    label_B = stored(data).sample_labels(0, stored(data).num_sequences)
     assert label_B.dtype == np.int64
     assert label_B[0] == 1, "odd is the first entry"
     assert set(label_B.tolist()) == {0, 1}
     assert label_B.tolist() == labels_from_text(data, texts)
-    assert stored(data).row_labels(3, 4).tolist() == label_B[3:7].tolist()
+    assert stored(data).sample_labels(3, 4).tolist() == label_B[3:7].tolist()
 
 
 def test_a_batch_has_the_labels_of_its_rows() -> None:
     """Token j of the stream is j, so a row's first token is where it starts."""
     runs = ((0, 1), (350, 0), (777, 2))
-    train = PackedStream(
+    train = PackedDataset(
         [np.arange(500, dtype="<u4"), np.arange(500, 1000, dtype="<u4")], 16, 5, 1000, "train", runs
     )
     for step in (0, 7, 60):
         got_B = train.labels(step, 2, 30, 40)
         assert got_B.shape == (30,)
         assert got_B.dtype == np.int64
-        assert got_B.tolist() == label_at(train.batch(step, 2, 30, 40)[:, 0], runs).tolist()
+        assert got_B.tolist() == domain_labels(train.batch(step, 2, 30, 40)[:, 0], runs).tolist()
         assert set(got_B.tolist()) == {0, 1, 2}
     assert train.labels(0, 4, 0, 4).shape == (0,)
 
@@ -94,12 +94,12 @@ def test_labels_equal_the_walk_along_the_stream(
     runs = domain_runs([len(chunk) for chunk in chunks[1:]], domains, names)
     stream = np.concatenate(chunks)
     assert len(owner) == len(stream)
-    assert label_at(np.arange(len(stream) - 1), runs).tolist() == owner[:-1]
+    assert domain_labels(np.arange(len(stream) - 1), runs).tolist() == owner[:-1]
     if len(stream) > seq_len:
-        packed = PackedStream([stream], seq_len, 0, 256, "train", runs)
+        packed = PackedDataset([stream], seq_len, 0, 256, "train", runs)
         assert (
-            packed.row_labels(0, packed.sequences).tolist()
-            == owner[:-1][::seq_len][: packed.sequences]
+            packed.sample_labels(0, packed.num_sequences).tolist()
+            == owner[:-1][::seq_len][: packed.num_sequences]
         )
 
 
@@ -112,7 +112,7 @@ def test_shards_keep_the_labels(config: DataConfig, tmp_path: Path) -> None:
     assert shards.fingerprint == text.fingerprint
     assert shards.domains == text.domains
     assert np.array_equal(shards.train.labels(5, 0, 64, 64), text.train.labels(5, 0, 64, 64))
-    assert np.array_equal(shards.held_out.row_labels(0, 40), text.held_out.row_labels(0, 40))
+    assert np.array_equal(shards.held_out.sample_labels(0, 40), text.held_out.sample_labels(0, 40))
 
 
 def damage(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -164,7 +164,7 @@ def test_synthetic_streams_have_one_domain() -> None:
     data = open_data(DataConfig(source="synthetic:zipf", seq_len=8), 0)
     assert data.domains == ("zipf",)
     assert data.train.labels(3, 2, 4, 8).tolist() == [0] * 4
-    assert data.held_out.row_labels(9, 2).tolist() == [0] * 2
+    assert data.held_out.sample_labels(9, 2).tolist() == [0] * 2
 
 
 def test_the_default_corpus_has_one_domain() -> None:

@@ -32,7 +32,7 @@ def test_huge_sizes_stay_in_range_and_distinct(size: int, seed: int, data: st.Da
 def test_the_numbers_are_fixed() -> None:
     """A change of the order breaks every resume of a run begun before it: change the checkpoint's format with it."""
     assert permute(np.arange(10), 10, seed=0, epoch_N=0).tolist() == FIXED_10
-    assert sequence_indices(7, 2, 4, 8, sequences=10**6, seed=1).tolist() == FIXED_MILLION
+    assert sequence_indices(7, 2, 4, 8, num_sequences=10**6, seed=1).tolist() == FIXED_MILLION
 
 
 def test_epochs_and_seeds_differ() -> None:

@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmoe.config.errors import ConfigError
-from dmoe.data.packing import PackedStream, stored_dtype, stream_hash, token_chunks
+from dmoe.data.packing import PackedDataset, token_dtype, token_hash, token_chunks
 from dmoe.data.tokenizers import byte_tokenizer
 
 
-def stream(parts: list[np.ndarray], seq_len: int, seed: int = 0) -> PackedStream:
-    return PackedStream(parts, seq_len, seed, 256, "train")
+def stream(parts: list[np.ndarray], seq_len: int, seed: int = 0) -> PackedDataset:
+    return PackedDataset(parts, seq_len, seed, 256, "train")
 
 
 @settings(max_examples=80, deadline=None)
@@ -25,15 +25,15 @@ def test_every_token_is_a_target_once(documents: list[bytes], seq_len: int) -> N
     position = np.arange(length, dtype=np.uint32)
     if length <= seq_len:
         return
-    packed = PackedStream([position], seq_len, 0, length, "train")
-    row_BS = packed.rows(0, packed.sequences)
+    packed = PackedDataset([position], seq_len, 0, length, "train")
+    row_BS = packed.samples(0, packed.num_sequences)
     targets = row_BS[:, 1:].ravel()
-    assert np.array_equal(targets, np.arange(1, 1 + packed.sequences * seq_len))
+    assert np.array_equal(targets, np.arange(1, 1 + packed.num_sequences * seq_len))
     assert length - 1 - len(targets) < seq_len, "the tail left out is shorter than a sequence"
     assert np.array_equal(row_BS[:, :-1].ravel(), targets - 1), (
         "the input of each target is the token before it"
     )
-    shuffled = packed.batch(0, 0, packed.sequences, packed.sequences)[:, 1:].ravel()
+    shuffled = packed.batch(0, 0, packed.num_sequences, packed.num_sequences)[:, 1:].ravel()
     assert np.array_equal(np.sort(shuffled), targets), "an epoch has the same targets"
 
 
@@ -55,10 +55,10 @@ def test_cutting_the_stream_changes_nothing(length: int, cuts: list[int], seq_le
     if length <= seq_len:
         return
     whole, cut = stream([token_N], seq_len, 5), stream(parts, seq_len, 5)
-    assert whole.sequences == cut.sequences == (length - 1) // seq_len
-    assert np.array_equal(whole.rows(0, whole.sequences), cut.rows(0, whole.sequences))
+    assert whole.num_sequences == cut.num_sequences == (length - 1) // seq_len
+    assert np.array_equal(whole.samples(0, whole.num_sequences), cut.samples(0, whole.num_sequences))
     assert np.array_equal(whole.batch(3, 0, 7, 7), cut.batch(3, 0, 7, 7))
-    assert stream_hash([token_N]) == stream_hash(parts)
+    assert token_hash([token_N]) == token_hash(parts)
 
 
 def test_ranks_read_slices_of_the_same_batch() -> None:
@@ -76,13 +76,13 @@ def test_ranks_read_slices_of_the_same_batch() -> None:
 
 def test_rows_do_not_wrap() -> None:
     packed = stream([np.arange(21, dtype="<u2")], seq_len=4)
-    assert packed.rows(4, 1).tolist() == [[16, 17, 18, 19, 20]]
+    assert packed.samples(4, 1).tolist() == [[16, 17, 18, 19, 20]]
     with pytest.raises(AssertionError):
-        packed.rows(4, 2)
+        packed.samples(4, 2)
 
 
 def test_a_corpus_shorter_than_a_sequence_is_refused() -> None:
-    assert stream([np.arange(10, dtype="<u2")], seq_len=9).sequences == 1
+    assert stream([np.arange(10, dtype="<u2")], seq_len=9).num_sequences == 1
     with pytest.raises(
         ConfigError,
         match=r"data.seq_len=10: must be less than the 10 tokens of the train split; set data.seq_len=9",
@@ -93,10 +93,10 @@ def test_a_corpus_shorter_than_a_sequence_is_refused() -> None:
 def test_a_token_outside_the_vocabulary_is_refused() -> None:
     packed = stream([np.array([1, 2, 300, 4, 5, 6], dtype="<u2")], seq_len=2)
     with pytest.raises(ConfigError, match=r"the train split: must hold tokens below 256, not 300"):
-        packed.rows(0, 1)
-    assert packed.rows(0, 0).shape == (0, 3)
+        packed.samples(0, 1)
+    assert packed.samples(0, 0).shape == (0, 3)
 
 
 def test_the_stored_type_fits_the_vocabulary() -> None:
-    assert stored_dtype(65_536) == np.dtype("<u2")
-    assert stored_dtype(65_537) == np.dtype("<u4")
+    assert token_dtype(65_536) == np.dtype("<u2")
+    assert token_dtype(65_537) == np.dtype("<u4")

@@ -58,9 +58,9 @@ def test_shards_give_exactly_the_data_of_the_text(config: DataConfig, shards: Pa
     text, mapped = open_data(config, 3), open_data(replace(config, source=str(shards)), 3)
     assert len(list(shards.glob("train-*.bin"))) > 3
     assert mapped.fingerprint == text.fingerprint
-    assert mapped.train.sequences == text.train.sequences
+    assert mapped.train.num_sequences == text.train.num_sequences
     assert np.array_equal(mapped.train.batch(5, 0, 64, 64), text.train.batch(5, 0, 64, 64))
-    assert np.array_equal(mapped.held_out.rows(0, 10), text.held_out.rows(0, 10))
+    assert np.array_equal(mapped.held_out.samples(0, 10), text.held_out.samples(0, 10))
     assert "40 files" in mapped.describe()
     assert "holdout 0.2" in mapped.describe()
 

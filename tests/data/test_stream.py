@@ -20,10 +20,10 @@ def config(texts: Path) -> DataConfig:
 
 def test_the_default_corpus_opens() -> None:
     data = open_data(DataConfig(), 0)
-    assert data.train.sequences is not None
-    assert data.held_out.sequences is not None
-    assert data.train.sequences > 20_000
-    assert 0.01 < data.held_out.sequences / data.train.sequences < 0.15
+    assert data.train.num_sequences is not None
+    assert data.held_out.num_sequences is not None
+    assert data.train.num_sequences > 20_000
+    assert 0.01 < data.held_out.num_sequences / data.train.num_sequences < 0.15
     line = data.describe()
     assert "\n" not in line
     assert "stdlib:" in line
@@ -40,8 +40,8 @@ def test_opening_needs_no_torch() -> None:
 
 def test_text_comes_back_in_stored_order(config: DataConfig, texts: Path) -> None:
     data = open_data(config, 0)
-    assert data.held_out.sequences is not None
-    row_BS = data.held_out.rows(0, data.held_out.sequences)
+    assert data.held_out.num_sequences is not None
+    row_BS = data.held_out.samples(0, data.held_out.num_sequences)
     text = data.tokenizer.decode(row_BS[:, 1:].ravel())
     held_out = [
         path.read_text() for path in sorted(texts.rglob("*.txt")) if path.read_text() in text
@@ -54,8 +54,8 @@ def test_a_single_text_file_simply_works(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_text("In the beginning was the word. " * 200)
     data = open_data(DataConfig(source=str(path), seq_len=32), 0)
-    assert data.train.sequences == (5890 + 2 - 1) // 32
-    assert data.held_out.sequences == (310 + 2 - 1) // 32
+    assert data.train.num_sequences == (5890 + 2 - 1) // 32
+    assert data.held_out.num_sequences == (310 + 2 - 1) // 32
     assert "its last 5.00% held out" in data.describe()
 
 
@@ -87,10 +87,10 @@ def test_what_encoding_changes_is_said(tmp_path: Path, rank_file: Path) -> None:
     config = DataConfig(source=str(tmp_path / "a.txt"), seq_len=16)
     data = open_data(config, 0)
     assert "600 NUL bytes removed" in data.describe()
-    assert 0xE9 in data.train.rows(0, 1), "the byte tokenizer keeps bytes as they are"
+    assert 0xE9 in data.train.samples(0, 1), "the byte tokenizer keeps bytes as they are"
     described = open_data(replace(config, tokenizer=str(rank_file)), 0)
     assert "2 files are not UTF-8" in described.describe(), "both halves of the cut file"
-    assert "caf\ufffd" in described.tokenizer.decode(described.train.rows(0, 1)[0])
+    assert "caf\ufffd" in described.tokenizer.decode(described.train.samples(0, 1)[0])
 
 
 @pytest.mark.parametrize("seq_len", [0, -4])

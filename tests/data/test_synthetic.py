@@ -6,11 +6,11 @@ import pytest
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data import open_data
-from dmoe.data.synthetic import KINDS, SyntheticStream, zipf_probability
+from dmoe.data.synthetic import KINDS, SyntheticDataset, zipf_probability
 
 
-def train(kind: str, seq_len: int = 32, seed: int = 0) -> SyntheticStream:
-    return SyntheticStream(kind, seq_len, seed, "train")
+def train(kind: str, seq_len: int = 32, seed: int = 0) -> SyntheticDataset:
+    return SyntheticDataset(kind, seq_len, seed, "train")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -24,8 +24,8 @@ def test_a_sequence_is_a_function_of_seed_split_and_number(kind: str) -> None:
     assert np.array_equal(
         np.concatenate([data.train.batch(3, 0, 3, 8), data.train.batch(3, 3, 5, 8)]), whole_BS
     )
-    assert np.array_equal(data.train.rows(24, 8), whole_BS)
-    assert data.train.sequences is None
+    assert np.array_equal(data.train.samples(24, 8), whole_BS)
+    assert data.train.num_sequences is None
     others = [
         data.held_out.batch(3, 0, 8, 8),
         data.train.batch(4, 0, 8, 8),
@@ -37,20 +37,20 @@ def test_a_sequence_is_a_function_of_seed_split_and_number(kind: str) -> None:
 
 
 def test_uniform_is_uniform() -> None:
-    count = np.bincount(train("uniform", 255).rows(0, 1000).ravel(), minlength=256)[1:]
+    count = np.bincount(train("uniform", 255).samples(0, 1000).ravel(), minlength=256)[1:]
     expected = 256_000 / 255
     assert ((count - expected) ** 2 / expected).sum() < 254 + 5 * np.sqrt(2 * 254)
 
 
 def test_zipf_has_its_law() -> None:
-    count = np.bincount(train("zipf", 255).rows(0, 1000).ravel(), minlength=256)[1:]
+    count = np.bincount(train("zipf", 255).samples(0, 1000).ravel(), minlength=256)[1:]
     expected = 256_000 * zipf_probability()
     assert ((count - expected) ** 2 / expected).sum() < 254 + 5 * np.sqrt(2 * 254)
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 7, 32])
 def test_copy_repeats_its_first_half(seq_len: int) -> None:
-    token_BS = train("copy", seq_len).rows(0, 5)
+    token_BS = train("copy", seq_len).samples(0, 5)
     half = (seq_len + 2) // 2
     assert np.array_equal(token_BS[:, half:], token_BS[:, : seq_len + 1 - half])
 

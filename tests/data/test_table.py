@@ -16,14 +16,14 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data import tables
 from dmoe.data.order import sequence_indices
-from dmoe.data.tables import Table, TableStream, classes_of, open_table, widths_of
+from dmoe.data.tables import TableSplits, TableDataset, num_classes, open_table, stream_widths
 
 SKLEARN = [source for source in CATALOGUE if source.startswith("sklearn:")]
 FIXED_FEATURES = "76535dc00de35ade"
 CLUSTERS = DataConfig(source="synthetic:clusters", streams=["a", "b"])
 
 
-def opened(source: str, holdout: float = 0.2, seed: int = 0, **options: object) -> Table:
+def opened(source: str, holdout: float = 0.2, seed: int = 0, **options: object) -> TableSplits:
     if source.startswith("sklearn:"):
         pytest.importorskip(
             "sklearn", reason="scikit-learn, an optional dependency, is not installed"
@@ -37,14 +37,14 @@ def test_what_is_known_beforehand_is_what_is_found(source: str) -> None:
     for streams in ([], every, every[::-1], every[-1:]):
         config = DataConfig(source=source, streams=streams, holdout=0.2)
         found = opened(source, streams=streams)
-        x_BW, class_B = found.train.rows(0, found.train.sequences or 100)
+        x_BW, class_B = found.train.samples(0, found.train.num_sequences or 100)
         assert list(found.widths) == (streams or every[:1])
-        assert found.widths == widths_of(config)
-        assert x_BW.shape == (len(class_B), sum(widths_of(config).values()))
+        assert found.widths == stream_widths(config)
+        assert x_BW.shape == (len(class_B), sum(stream_widths(config).values()))
         assert x_BW.dtype == np.float32
         assert class_B.dtype == np.int64
-        assert set(class_B.tolist()) == set(range(classes_of(config)))
-        assert found.classes == len(found.domains) == classes_of(config)
+        assert set(class_B.tolist()) == set(range(num_classes(config)))
+        assert found.classes == len(found.domains) == num_classes(config)
 
 
 @pytest.mark.parametrize("source", SKLEARN)
@@ -96,7 +96,7 @@ def test_features_need_no_fitting_and_stay_as_they_are() -> None:
     """A change of a formula makes every trained model wrong without a word: here is what they were."""
     image_NHW = (np.arange(192) * 7 % 17).reshape(3, 8, 8).astype(np.float64)
     found = b"".join(
-        feature(image_NHW).astype("<f8").tobytes() for feature in tables.DIGITS.values()
+        feature(image_NHW).astype("<f8").tobytes() for feature in tables.DIGIT_FEATURES.values()
     )
     assert hashlib.sha256(found).hexdigest()[:16] == FIXED_FEATURES
 
@@ -108,7 +108,7 @@ def test_digits_are_read_as_they_are() -> None:
     digits, found = datasets.load_digits(), opened("sklearn:digits", streams=["pixels", "strokes"])
     x_NW, class_N = (
         np.concatenate(parts)
-        for parts in zip(found.train.rows(0, 1438), found.held_out.rows(0, 359), strict=True)
+        for parts in zip(found.train.samples(0, 1438), found.held_out.samples(0, 359), strict=True)
     )
     theirs = Counter(
         (row.tobytes(), label) for row, label in zip(digits.data, digits.target, strict=True)
@@ -125,10 +125,10 @@ def test_digits_are_read_as_they_are() -> None:
 @pytest.mark.parametrize("source", ["sklearn:wine", "sklearn:breast_cancer"])
 def test_measurements_are_standardised_by_the_training_split(source: str) -> None:
     found = opened(source)
-    x_NW, _ = found.train.rows(0, found.train.sequences or 0)
+    x_NW, _ = found.train.samples(0, found.train.num_sequences or 0)
     assert np.abs(x_NW.mean(0)).max() < 1e-5
     assert np.abs(x_NW.std(0) - 1).max() < 1e-5
-    held_NW, _ = found.held_out.rows(0, found.held_out.sequences or 0)
+    held_NW, _ = found.held_out.samples(0, found.held_out.num_sequences or 0)
     assert np.abs(held_NW.mean(0)).max() > 0.01, "the held-out samples were read to find the scale"
 
 
@@ -138,7 +138,7 @@ def stub(monkeypatch: pytest.MonkeyPatch, rows: list[list[float]], labels: list[
         tables, "_read", lambda source: (raw_NW, np.array(labels), {"features": raw_NW})
     )
     monkeypatch.setattr(
-        tables, "_scaled", lambda streams, name, kept_N, train_N: streams[name][kept_N]
+        tables, "_standardize", lambda streams, name, kept_N, train_N: streams[name][kept_N]
     )
 
 
@@ -151,7 +151,7 @@ def test_the_split_follows_content_and_duplicates_go(monkeypatch: pytest.MonkeyP
     stub(monkeypatch, rows, labels)
     whole = open_table(WINE, 0)
     sides = [
-        {tuple(row) for row in side.rows(0, side.sequences or 0)[0].tolist()}
+        {tuple(row) for row in side.samples(0, side.num_sequences or 0)[0].tolist()}
         for side in (whole.train, whole.held_out)
     ]
     assert len(sides[0]) + len(sides[1]) == 60
@@ -163,7 +163,7 @@ def test_the_split_follows_content_and_duplicates_go(monkeypatch: pytest.MonkeyP
     )
     other = open_table(WINE, 0)
     for side, before in zip((other.train, other.held_out), sides, strict=True):
-        values_NW, class_N = side.rows(0, side.sequences or 0)
+        values_NW, class_N = side.samples(0, side.num_sequences or 0)
         now = list(map(tuple, values_NW.tolist()))
         assert len(set(now)) == len(now)
         assert {row for row in now if row[0] >= 0} == {row for row in before if row[0] > 20}
@@ -197,7 +197,7 @@ def test_a_fingerprint_is_of_contents_streams_and_split(monkeypatch: pytest.Monk
 
 
 def test_the_order_is_a_function_of_seed_step_and_index() -> None:
-    stream = TableStream(np.arange(37, dtype=np.float32)[:, None], np.arange(37), seed=3)
+    stream = TableDataset(np.arange(37, dtype=np.float32)[:, None], np.arange(37), seed=3)
     x_BW, class_B = stream.batch(11, 0, 24, 24)
     assert np.array_equal(x_BW[:, 0], class_B)
     assert np.array_equal(class_B, sequence_indices(11, 0, 24, 24, 37, 3))
@@ -207,30 +207,30 @@ def test_the_order_is_a_function_of_seed_step_and_index() -> None:
     assert sorted(epoch[:37]) == sorted(epoch[37:]) == list(range(37))
     assert not np.array_equal(epoch[:37], epoch[37:])
     with pytest.raises(AssertionError):
-        stream.rows(30, 8)
+        stream.samples(30, 8)
 
 
 def test_clusters_are_a_function_of_seed_split_and_number() -> None:
     found = open_table(CLUSTERS, 5)
     x_BW, class_B = found.train.batch(3, 0, 8, 8)
-    assert found.train.sequences is None
+    assert found.train.num_sequences is None
     assert np.array_equal(
         np.concatenate([found.train.batch(3, first, 4, 8)[0] for first in (0, 4)]), x_BW
     )
-    assert np.array_equal(found.train.rows(24, 8)[0], x_BW)
-    assert np.array_equal(found.train.rows(24, 8)[1], class_B)
+    assert np.array_equal(found.train.samples(24, 8)[0], x_BW)
+    assert np.array_equal(found.train.samples(24, 8)[1], class_B)
     for other in (
-        found.held_out.rows(24, 8)[0],
-        found.train.rows(32, 8)[0],
-        open_table(CLUSTERS, 6).train.rows(24, 8)[0],
+        found.held_out.samples(24, 8)[0],
+        found.train.samples(32, 8)[0],
+        open_table(CLUSTERS, 6).train.samples(24, 8)[0],
     ):
         assert not (other == x_BW).any()
-    turned = open_table(replace(CLUSTERS, streams=["b", "a"]), 5).train.rows(24, 8)[0]
+    turned = open_table(replace(CLUSTERS, streams=["b", "a"]), 5).train.samples(24, 8)[0]
     assert np.array_equal(np.concatenate([turned[:, 7:], turned[:, :7]], 1), x_BW)
 
 
 def test_clusters_are_normal_around_their_centres() -> None:
-    x_NW, class_N = open_table(CLUSTERS, 0).train.rows(0, 20_000)
+    x_NW, class_N = open_table(CLUSTERS, 0).train.samples(0, 20_000)
     assert np.abs(np.bincount(class_N) / 4000 - 1).max() < 0.06
     noise_NW = np.concatenate([x_NW[class_N == c] - x_NW[class_N == c].mean(0) for c in range(5)])
     assert np.abs(noise_NW.std(0) - 1).max() < 0.03
@@ -247,7 +247,7 @@ def test_without_scikit_learn_there_is_one_sentence(monkeypatch: pytest.MonkeyPa
         match=r"data\.source=sklearn:digits: needs scikit-learn.*; pip install scikit-learn$",
     ):
         open_table(DataConfig(source="sklearn:digits"), 0)
-    assert widths_of(DataConfig(source="sklearn:digits")) == {"pixels": 64}
+    assert stream_widths(DataConfig(source="sklearn:digits")) == {"pixels": 64}
 
 
 @pytest.mark.parametrize("holdout", [1e-9, 1 - 1e-9])

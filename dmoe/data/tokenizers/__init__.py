@@ -48,7 +48,7 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class PieceTokenizer:
+class ByteLevelTokenizer:
     """A byte-level tokenizer, given by the bytes of each token and a function from bytes to ids.
 
     `pieces[i]` is what token i stands for, b"" for a special token. `encoder` is called with bytes that hold no NUL.
@@ -84,9 +84,9 @@ class PieceTokenizer:
         ).decode("utf-8", "replace")
 
 
-def byte_tokenizer() -> PieceTokenizer:
+def byte_tokenizer() -> ByteLevelTokenizer:
     """Every byte is a token; the vocabulary is exactly 256, the separator is 0. Text that is not UTF-8 is kept as it is."""
-    return PieceTokenizer(
+    return ByteLevelTokenizer(
         name="bytes",
         pieces=(b"", *(bytes([value]) for value in range(1, 256))),
         separator=0,
@@ -135,6 +135,6 @@ def read_tokenizer_file(path: str) -> bytes:
         ) from error
 
 
-def text_of(data: bytes) -> str:
+def decode_utf8(data: bytes) -> str:
     """The text that a tokenizer which works on characters sees: bytes that are not UTF-8 become U+FFFD (3 bytes each)."""
     return data.decode("utf-8", "replace")

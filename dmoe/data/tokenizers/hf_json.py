@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dmoe.config.errors import ConfigError
-from dmoe.data.tokenizers import PieceTokenizer, read_tokenizer_file, text_of
+from dmoe.data.tokenizers import ByteLevelTokenizer, read_tokenizer_file, decode_utf8
 
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>")
 _PROBE = (
@@ -37,7 +37,7 @@ def byte_alphabet() -> dict[str, int]:
     }
 
 
-def open_tokenizers_json(path: str) -> PieceTokenizer:
+def open_tokenizers_json(path: str) -> ByteLevelTokenizer:
     """A tokenizer from a byte-level tokenizer.json.
 
     The separator is the file's end-of-text token, or one more id after the last when it has none. Special tokens written out
@@ -49,10 +49,10 @@ def open_tokenizers_json(path: str) -> PieceTokenizer:
 
     def encode(data: bytes) -> np.ndarray:
         return np.array(
-            tokenizer.encode(text_of(data), add_special_tokens=False).ids, dtype=np.int64
+            tokenizer.encode(decode_utf8(data), add_special_tokens=False).ids, dtype=np.int64
         )
 
-    result = PieceTokenizer(
+    result = ByteLevelTokenizer(
         name=Path(path).name,
         pieces=pieces,
         separator=separator,

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from dmoe.config.errors import ConfigError
-from dmoe.data.tokenizers import PieceTokenizer, read_tokenizer_file, text_of
+from dmoe.data.tokenizers import ByteLevelTokenizer, read_tokenizer_file, decode_utf8
 
 _WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CL100K = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
@@ -41,7 +41,7 @@ _LONGEST_RUN = 10_000
 _LONG_RUN = re.compile(rf"\s{{{_LONGEST_RUN}}}|\S{{{_LONGEST_RUN}}}")
 
 
-def open_rank_file(path: str, vocab: int | None) -> PieceTokenizer:
+def open_rank_file(path: str, vocab: int | None) -> ByteLevelTokenizer:
     """A tokenizer from a .tiktoken file (base64 and rank a line) or a tekken.json.
 
     `vocab` keeps the first so many ranks; None keeps all of a .tiktoken file, and the number a tekken.json declares. A
@@ -57,7 +57,7 @@ def open_rank_file(path: str, vocab: int | None) -> PieceTokenizer:
         ranks, pattern, default = _parse_tekken(path, content)
         split = "its own"
     kept = _first_ranks(path, ranks, vocab, default)
-    return PieceTokenizer(
+    return ByteLevelTokenizer(
         name=f"{Path(path).name} ({len(kept)} ranks, {split} word pattern)",
         pieces=tuple(piece if piece != b"\0" else b"" for piece in kept),
         separator=kept.index(b"\0"),
@@ -142,7 +142,7 @@ def _encoder(path: str, kept: list[bytes], pattern: str) -> Callable[[bytes], np
 
     def encode(data: bytes) -> np.ndarray:
         return np.array(
-            [i for piece in _cut_runs(text_of(data)) for i in encoding.encode_ordinary(piece)],
+            [i for piece in _cut_runs(decode_utf8(data)) for i in encoding.encode_ordinary(piece)],
             dtype=np.int64,
         )
 

@@ -15,16 +15,16 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data import open_data, prepare_shards
 from dmoe.data.mixture import (
-    BLOCK,
-    MixedStream,
-    block_counts,
-    drawn,
-    mixed,
+    BLOCK_SIZE,
+    MixtureDataset,
+    block_quotas,
+    draw_domains,
+    mix_domains,
     sequences_of_domains,
     task_weights,
     tasks_of_step,
 )
-from dmoe.data.packing import PackedStream
+from dmoe.data.packing import PackedDataset
 
 SIZES = st.lists(st.floats(1.0, 1e9), min_size=1, max_size=6)
 WEIGHTS = st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=8)
@@ -61,30 +61,30 @@ def test_what_means_nothing_is_refused(sizes: list[float], temperature: float) -
 
 @given(WEIGHTS)
 def test_a_block_holds_each_task_as_often_as_its_weight_says(weights: list[float]) -> None:
-    count_D = block_counts(weights)
-    exact_D = np.array(weights) / sum(weights) * BLOCK
-    assert count_D.sum() == BLOCK
+    count_D = block_quotas(weights)
+    exact_D = np.array(weights) / sum(weights) * BLOCK_SIZE
+    assert count_D.sum() == BLOCK_SIZE
     assert count_D.min() >= 1
     # Without rare tasks, which are raised to 1, whole numbers nearest to the weights; each of those costs the others at most one.
     assert np.abs(count_D - exact_D).max() < 1 + (exact_D < 1).sum()
 
 
 def test_as_many_tasks_as_a_block_has_places_come_once_each() -> None:
-    assert block_counts([1.0, *([1e-9] * (BLOCK - 1))]).tolist() == [1] * BLOCK
+    assert block_quotas([1.0, *([1e-9] * (BLOCK_SIZE - 1))]).tolist() == [1] * BLOCK_SIZE
 
 
 @settings(max_examples=25, deadline=None)
-@given(WEIGHTS, st.integers(0, 2**63), st.integers(0, 3 * BLOCK))
+@given(WEIGHTS, st.integers(0, 2**63), st.integers(0, 3 * BLOCK_SIZE))
 def test_each_draw_of_a_task_comes_once_and_in_order(
     weights: list[float], seed: int, begin: int
 ) -> None:
     """What "the next sample of its domain" means: the walk from the start of the run counts what arithmetic says."""
-    number_N = np.arange(begin, begin + 2 * BLOCK)
-    task_N, draw_N = drawn(number_N, block_counts(weights), seed)
+    number_N = np.arange(begin, begin + 2 * BLOCK_SIZE)
+    task_N, draw_N = draw_domains(number_N, block_quotas(weights), seed)
     before_D = np.zeros(len(weights), dtype=np.int64)
     if begin:
         before_D += np.bincount(
-            drawn(np.arange(begin), block_counts(weights), seed)[0], minlength=len(weights)
+            draw_domains(np.arange(begin), block_quotas(weights), seed)[0], minlength=len(weights)
         )
     for task in range(len(weights)):
         mine_N = draw_N[task_N == task]
@@ -101,7 +101,7 @@ def test_fractions_converge_and_batches_vary() -> None:
         len({tuple(np.bincount(found[i : i + 24], minlength=3)) for i in range(0, 2400, 24)}) > 20
     )
     assert tasks_of_step(0, 0, 500, 500, weights, 1) != tasks_of_step(0, 0, 500, 500, weights, 2)
-    assert found[:BLOCK].tolist() != found[BLOCK : 2 * BLOCK].tolist(), (
+    assert found[:BLOCK_SIZE].tolist() != found[BLOCK_SIZE : 2 * BLOCK_SIZE].tolist(), (
         "each block is shuffled anew"
     )
 
@@ -127,9 +127,9 @@ def test_any_split_of_a_batch_draws_the_same(
 RUNS = ((0, 1), (350, 0), (390, 2), (391, 1), (777, 3))
 
 
-def text(seed: int = 5) -> PackedStream:
+def text(seed: int = 5) -> PackedDataset:
     """Token j of the stream is j, so a row's first token is where it starts. Domain 2 is one token, in which no sequence starts."""
-    return PackedStream(
+    return PackedDataset(
         [np.arange(600, dtype="<u4"), np.arange(600, 1000, dtype="<u4")],
         7,
         seed,
@@ -141,18 +141,18 @@ def text(seed: int = 5) -> PackedStream:
 
 def test_the_sequences_of_a_domain_are_those_that_start_in_it() -> None:
     stream = text()
-    label_N = stream.row_labels(0, stream.sequences)
-    found = sequences_of_domains(RUNS, stream.sequences, stream.seq_len)
+    label_N = stream.sample_labels(0, stream.num_sequences)
+    found = sequences_of_domains(RUNS, stream.num_sequences, stream.seq_len)
     assert [domain.label for domain in found] == [0, 1, 3]
     for domain in found:
         assert (
-            domain.index(np.arange(domain.size)).tolist()
+            domain.sequence_index(np.arange(domain.size)).tolist()
             == np.flatnonzero(label_N == domain.label).tolist()
         )
 
 
 def test_a_domain_is_read_whole_before_any_of_it_comes_again() -> None:
-    stream, batch = mixed(text(), 3.0), 160
+    stream, batch = mix_domains(text(), 3.0), 160
     steps = range(30)
     begin_N = np.concatenate([stream.batch(step, 0, batch, batch)[:, 0] for step in steps])
     label_N = np.concatenate([stream.labels(step, 0, batch, batch) for step in steps])
@@ -171,12 +171,12 @@ def test_a_domain_is_read_whole_before_any_of_it_comes_again() -> None:
     weights = task_weights(list(sizes.values()), 3.0)
     for label, weight in zip(sizes, weights, strict=True):
         assert abs((label_N == label).mean() - weight) < 0.02
-        assert abs(stream.shares[label] - weight) < 1 / BLOCK
+        assert abs(stream.shares[label] - weight) < 1 / BLOCK_SIZE
 
 
 def test_translations_are_not_shuffled_alike() -> None:
     """Domains of equal size would otherwise read page after page in step."""
-    stream = mixed(PackedStream([np.arange(701)], 7, 5, 701, "train", ((0, 0), (350, 1))), 1.0)
+    stream = mix_domains(PackedDataset([np.arange(701)], 7, 5, 701, "train", ((0, 0), (350, 1))), 1.0)
     assert [domain.size for domain in stream.domains] == [50, 50]
     begin_N, label_N = stream.batch(0, 0, 60, 60)[:, 0], stream.labels(0, 0, 60, 60)
     shorter = min((label_N == 0).sum(), (label_N == 1).sum())
@@ -187,7 +187,7 @@ def test_translations_are_not_shuffled_alike() -> None:
 
 
 def test_a_sample_depends_on_seed_and_number_alone() -> None:
-    stream, whole = mixed(text(), 2.0), mixed(text(), 2.0).batch(700, 0, 24, 24)
+    stream, whole = mix_domains(text(), 2.0), mix_domains(text(), 2.0).batch(700, 0, 24, 24)
     for ranks in (1, 2, 3, 8, 24):
         share = 24 // ranks
         parts = [stream.batch(700, rank * share, share, 24) for rank in range(ranks)]
@@ -195,15 +195,15 @@ def test_a_sample_depends_on_seed_and_number_alone() -> None:
     assert np.array_equal(stream.batch(350, 0, 48, 48)[:24], whole), (
         "number 16,800 on, in other batches"
     )
-    assert not np.array_equal(mixed(text(seed=6), 2.0).batch(700, 0, 24, 24), whole)
+    assert not np.array_equal(mix_domains(text(seed=6), 2.0).batch(700, 0, 24, 24), whole)
     assert stream.batch(0, 3, 0, 8).shape == (0, 8)
 
 
 def test_the_temperature_is_read_from_the_config(texts: Path, tmp_path: Path) -> None:
     config = DataConfig(source=f"{texts}/odd,{texts}/even", seq_len=16, holdout=0.3)
     plain, flat = open_data(config, 3), open_data(replace(config, temperature=1e9), 3)
-    assert isinstance(flat.train, MixedStream)
-    assert not isinstance(plain.train, MixedStream)
+    assert isinstance(flat.train, MixtureDataset)
+    assert not isinstance(plain.train, MixtureDataset)
     assert "drawn: even 50.0%, odd 50.0%" in flat.describe()
     prints = {open_data(replace(config, temperature=t), 3).fingerprint for t in (None, 1.0, 1e9)}
     assert len(prints) == 3, "a resumed run must not draw otherwise"
@@ -212,7 +212,7 @@ def test_the_temperature_is_read_from_the_config(texts: Path, tmp_path: Path) ->
     assert shards.fingerprint == flat.fingerprint
     assert np.array_equal(shards.train.batch(9, 0, 64, 64), flat.train.batch(9, 0, 64, 64))
     assert np.array_equal(shards.train.labels(9, 0, 64, 64), flat.train.labels(9, 0, 64, 64))
-    assert flat.counts() == plain.counts()
+    assert flat.sequences_per_domain() == plain.sequences_per_domain()
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
