@@ -99,7 +99,7 @@ class Faults:
         from dmoe.train import trainer
 
         self._wrap(trainer, "training_batches", before=self._at_batches)
-        steps.square_sums = self._after(steps.square_sums, lambda: self._reach("step"))  # type: ignore[attr-defined]
+        steps.squared_grad_norms = self._after(steps.squared_grad_norms, lambda: self._reach("step"))  # type: ignore[attr-defined]
         forward = steps.forward
         steps.forward = lambda engine, batch, prior: self._spoil(forward(engine, batch, prior))  # type: ignore[assignment]
         ExpertGroup.all_to_all = self._exchange(ExpertGroup.all_to_all)  # type: ignore[method-assign]

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from dmoe.checkpoint import latest, list_steps, load
 from dmoe.checkpoint.async_saver import AsyncSaver
-from dmoe.checkpoint.save_load import discard_partials
+from dmoe.checkpoint.save_load import remove_partials
 from dmoe.distributed.local_ranks import RankError
 from tests.checkpoint.experts import blank, sharded, whole
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 OLD, NEW, NEVER = 100, 200, (-1, -1)
 
@@ -133,7 +133,7 @@ def test_death_at_any_call_of_a_save_leaves_the_old_or_the_new_step(tmp_path: Pa
             ):
                 run_ranks(2, save, root, NEW, (rank, call))
             assert assert_whole(root) == (NEW if rank == 0 and call > committed else OLD), root.name
-            discard_partials(root)
+            remove_partials(root)
             assert len(list(root.iterdir())) == len(list_steps(root)), (
                 f"{root.name}: something is left that is no checkpoint"
             )

@@ -26,7 +26,7 @@ from tests.checkpoint.saving import patched
 from tests.drills.worker import digest_of, run_ranks
 from tests.tiny import tiny
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 BAD, LAST, RATE = 2, 4, 1e-2
 """The step whose numbers are spoilt, and the last one; the learning rate."""
@@ -86,7 +86,7 @@ def train_through(
     Without a spoiler step `BAD` is left out all the same: that is what a run which has skipped it must be equal to.
     """
     here, data = worlds.init_distributed("cpu"), open_data(config.data, config.train.seed)
-    engine = engines.build(config, here, data.tokenizer.vocab_size)
+    engine = engines.build_engine(config, here, data.tokenizer.vocab_size)
     guard, seen = StepGuard(config.guard), []
     for step in range(LAST + 1):
         bad = step == BAD
@@ -95,7 +95,7 @@ def train_through(
         kind, action = guard.check(step, totals.loss_sum, steps.grad_norm(totals))
         before = digest_of(engine)
         result = steps.update(
-            engine, totals, RATE, take=action is StepAction.APPLY and not (bad and spoil is None)
+            engine, totals, RATE, apply=action is StepAction.APPLY and not (bad and spoil is None)
         )
         assert result.updated is (not bad)
         assert (digest_of(engine) == before) is bad, (

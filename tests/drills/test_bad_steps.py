@@ -16,7 +16,7 @@ from dmoe.runs.metrics_log import read_metrics
 from tests.drills.jobs import Outcome, events, start
 from tests.drills.worker import Ending, alerts, run_ranks, train_inside
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 LONG = ("train.steps=30", "guard.spike_window=8", "guard.patience=5")
 """Spikes are judged from the third good loss on."""

@@ -16,7 +16,7 @@ from tests.drills.two_ranks import NEW, OLD, Resumer, copied, original
 from tests.drills.worker import digest_of
 
 __all__ = ["original"]
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 FLIPS = 200
 

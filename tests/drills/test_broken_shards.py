@@ -13,7 +13,7 @@ from dmoe.checkpoint.manifest import step_name
 from tests.drills.two_ranks import NEW, OLD, Resumer, copied, original, trained
 
 __all__ = ["original"]
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 SHARD = "shard-00002-model-00001-of-00001.safetensors"
 """What rank 1 wrote."""

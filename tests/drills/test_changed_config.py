@@ -14,7 +14,7 @@ import torch
 
 from dmoe.checkpoint import read_manifest, save
 from dmoe.checkpoint.manifest import step_name
-from dmoe.checkpoint.rng_state import gather_random_state
+from dmoe.checkpoint.rng_state import gather_rng_state
 from dmoe.config.load import load
 from dmoe.data import open_data
 from dmoe.distributed import init as worlds
@@ -27,7 +27,7 @@ from tests.drills.jobs import DRILL
 from tests.drills.two_ranks import STEPS, trained
 from tests.drills.worker import Ending, run_ranks, train_inside
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 CHECKPOINT = 3
 
@@ -176,10 +176,10 @@ def rewritten(
     """The state of step 4 with one tensor more or less, whole and well hashed, as step 5; the tensor's name."""
     config = load(None, [*DRILL, *STEPS, *overrides])
     data = open_data(config.data, config.train.seed)
-    engine = engines.build(config, worlds.init_distributed("cpu"), data.tokenizer.vocab_size)
+    engine = engines.build_engine(config, worlds.init_distributed("cpu"), data.tokenizer.vocab_size)
     checkpoints = Checkpointer(engine, data, RunDir(run), StepGuard(config.guard))
     assert checkpoints.resume() == 4
-    state = training_state(engine) | gather_random_state(None)
+    state = training_state(engine) | gather_rng_state(None)
     found = next(given for given in state if name in given)
     if extra:
         state[f"{found}.more"] = torch.zeros(3)

@@ -15,7 +15,7 @@ from dmoe.checkpoint import latest
 from tests.drills.conftest import Unbroken
 from tests.drills.jobs import events
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 HOUR = 3600.0
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.cli.commands import dmoe, environment, refused
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n"

@@ -11,7 +11,7 @@ import pytest
 from dmoe.checkpoint import verify
 from tests.drills.jobs import Outcome, events, finish, footprint, job, losses, start, until
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 BACKGROUND = "checkpoint.asynchronous=true"
 FULL = "No space left on device"

@@ -24,7 +24,7 @@ from dmoe.train.step import compute_gradients, grad_norm, training_batches
 from tests.drills.worker import run_ranks
 from tests.tiny import tiny
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 W, S, D, E = 4, 6, 8, 4
 Arrays = dict[str, np.ndarray]
@@ -35,12 +35,12 @@ def gradients_of(
 ) -> tuple[Arrays, float, float, list[list[int]]]:
     """Of the first step: every gradient, whole, the loss, the norm, and each layer's choices by expert."""
     here, data = worlds.init_distributed("cpu"), open_data(config.data, config.train.seed)
-    engine = engines.build(config, here, data.tokenizer.vocab_size, torch.float64)
+    engine = engines.build_engine(config, here, data.tokenizer.vocab_size, torch.float64)
     totals = compute_gradients(engine, training_batches(data.train, engine, 0))
     values = {name: p.grad for name, p in engine.model.named_parameters() if p.grad is not None}
     whole = gather_full(values, set(expert_parameters(engine.model)), engine.mesh)
     found = {name: value.numpy().copy() for name, value in whole.items()}
-    return found, totals.loss_sum, grad_norm(totals), [layer.choices for layer in totals.layers]
+    return found, totals.loss_sum, grad_norm(totals), [layer.choice_counts for layer in totals.layers]
 
 
 @pytest.mark.parametrize(

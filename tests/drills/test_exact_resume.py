@@ -18,7 +18,7 @@ from tests.drills.conftest import EPOCH, Reference
 from tests.drills.driver import digest
 from tests.drills.jobs import events, trace
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 KILLS = {
     "in the middle of the epoch": ("kill@step rank=1 step=7", [5]),
@@ -57,8 +57,8 @@ def stored(reference: Reference) -> list[str]:
         source=given["data.source"], holdout=float(given["data.holdout"]), seq_len=16
     )
     data = open_data(config, seed=0)
-    assert data.train.sequences is not None
-    return [digest(row) for row in data.train.rows(0, data.train.sequences)]
+    assert data.train.num_sequences is not None
+    return [digest(row) for row in data.train.samples(0, data.train.num_sequences)]
 
 
 def test_no_sample_twice_and_none_skipped(resumed: Path, two_ranks: Reference) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from tests.drills.jobs import Outcome, finish, footprint, job, losses, start, state_of, until
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 TIMEOUT, SLACK = 3.0, 1.0 + 4.0
 SHORT = (f"parallel.timeout={TIMEOUT}", "checkpoint.every=4")

@@ -18,7 +18,7 @@ from dmoe.checkpoint.manifest import MANIFEST, Manifest, hash_file, write
 from dmoe.config.errors import CheckpointError
 from tests.checkpoint.experts import blank, same, whole
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 HEADERS = 3000
 SHARD = "shard-00001-model-00001-of-00001.safetensors"

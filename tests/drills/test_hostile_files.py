@@ -17,7 +17,7 @@ from dmoe.checkpoint.manifest import MANIFEST, step_name
 from tests.drills.two_ranks import NEW, OLD, Resumer, copied, original
 
 __all__ = ["original"]
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 

@@ -23,7 +23,7 @@ import pytest
 from tests.drills.conftest import Reference
 from tests.drills.jobs import Job, events, finish, job, processes_of, until
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 TIMEOUT = 6
 """Seconds, `parallel.timeout`."""

@@ -13,7 +13,7 @@ from dmoe.checkpoint import verify
 from dmoe.runs.metrics_log import read_metrics
 from tests.drills.worker import alerts, run_ranks, train_inside
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 KEEP = ("checkpoint.keep=2", "checkpoint.every=4", "checkpoint.on_error=continue", "train.steps=22")
 

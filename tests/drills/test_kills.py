@@ -9,7 +9,7 @@ import pytest
 from tests.drills.conftest import Reference, Unbroken
 from tests.drills.jobs import events, finish, job, processes_of, until
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 
 def resumed(run: Path) -> list[int]:

@@ -11,7 +11,7 @@ import pytest
 from tests.drills.conftest import Unbroken
 from tests.drills.jobs import events, job, processes_of, state_of, until
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 RUN = ("train.steps=80", "checkpoint.every=10")
 PROMISED = 2.0

@@ -71,7 +71,7 @@ def test_the_table_of_the_documentation_names_each_drill_where_it_is() -> None:
 def test_every_file_with_a_drill_is_marked() -> None:
     """Without the marker a drill would run in the ordinary suite, and for minutes."""
     for name in {name for names in drills().values() for name in names} - {SOAK}:
-        assert "pytest.mark.faults" in (HERE / name).read_text(encoding="utf-8"), name
+        assert "pytest.mark.drills" in (HERE / name).read_text(encoding="utf-8"), name
 
 
 def test_the_numbers_are_read_as_people_write_them() -> None:

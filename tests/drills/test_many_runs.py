@@ -8,7 +8,7 @@ import pytest
 
 from tests.drills.jobs import losses, processes_of, start
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.drills, pytest.mark.timeout(1200)]
 
 RUNS = 20
 

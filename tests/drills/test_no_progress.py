@@ -10,7 +10,7 @@ import pytest
 from tests.drills.conftest import Reference
 from tests.drills.jobs import events, processes_of, trace
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 NO_PROGRESS = 5
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.commands import SMALL, dmoe
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 TOKEN = "correct-horse-battery-staple"
 KEY = "ab12cd34" * 5

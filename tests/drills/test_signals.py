@@ -30,7 +30,7 @@ from tests.drills.jobs import (
     until,
 )
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 RUN = ("train.steps=80", "checkpoint.every=10")
 """About three seconds of training on a quiet machine: a signal in the first 1.5 comes before the end."""

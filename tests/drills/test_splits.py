@@ -17,7 +17,7 @@ from dmoe.distributed.all_to_all import ExpertGroup
 from dmoe.runs.metrics_log import read_metrics
 from tests.drills.worker import run_ranks, train_inside
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 STEP, LAYER = 6, 1
 """The step, from 0, and the MoE layer in which rank 1 miscounts."""

@@ -21,7 +21,7 @@ from tests.drills.driver import digest
 from tests.drills.worker import run_ranks
 from tests.tiny import tiny
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 STEPS, RATE = 3, 1e-2
 SETTINGS = (
@@ -46,7 +46,7 @@ class Part:
 def carried(rank: int, world: int, config: Config, source: Path | None, target: Path) -> Part:
     """Take up `source` (or train `STEPS` steps), save what is there under `target`, and do the next step."""
     here, data = worlds.init_distributed("cpu"), open_data(config.data, config.train.seed)
-    engine = engines.build(config, here, data.tokenizer.vocab_size)
+    engine = engines.build_engine(config, here, data.tokenizer.vocab_size)
     if source is None:
         for step in range(STEPS):
             train_step(engine, training_batches(data.train, engine, step), RATE)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.drills.jobs import events, finish, job, losses, start, state_of, until
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 
 def test_the_second_job_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:

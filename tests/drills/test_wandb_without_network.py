@@ -16,7 +16,7 @@ import pytest
 
 from tests.cli.commands import SMALL, dmoe, metrics, train_lines
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.drills
 
 KEY = "ab12cd34" * 5
 BOUND = 15.0
@@ -96,7 +96,7 @@ CASES = {
     "never answers": (silent(), "does not answer within"),
     "falls silent": (serving(Falls), "resume status"),
     "takes no key": (serving(Refuses), "401"),
-    "not wandb": (serving(Another), "is no wandb server"),
+    "not wandb": (serving(Another), "is not a wandb server"),
 }
 
 

@@ -56,7 +56,7 @@ class Resumer:
     def __init__(self) -> None:
         config = load(None, [*DRILL, *STEPS])
         self.data = open_data(config.data, config.train.seed)
-        self.engine = engines.build(
+        self.engine = engines.build_engine(
             config, worlds.init_distributed("cpu"), self.data.tokenizer.vocab_size
         )
 

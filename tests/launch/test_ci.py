@@ -52,12 +52,13 @@ def test_the_stages_and_their_headings(tmp_path: Path) -> None:
     assert status == 0
     install = "pip install -c constraints.txt -e .[test]"
     assert [command.strip() for command in commands] == [
-        install, "ruff check", "ruff format --check", "mypy", install, "pytest", "pytest -m slow", "pytest -m faults",
+        install, "ruff check", "ruff format --check", "mypy",
+        "pytest", "pytest -m ranks", "pytest -m slow", "pytest -m drills",
     ]  # fmt: skip
-    assert len(re.findall(r"^== .* \(\d+ s\)$", stdout, re.M)) == 10
-    assert "pip install -c constraints.txt -e '.[test]' && pytest" in (
-        ROOT / ".ci" / "run"
-    ).read_text(encoding="utf-8")
+    assert len(re.findall(r"^== .* \(\d+ s\)$", stdout, re.M)) == 11
+    line = "pip install -c constraints.txt -e '.[test]' && pytest\n"
+    assert line in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert line.split(" && ")[0] in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -67,9 +68,9 @@ def test_the_stages_and_their_headings(tmp_path: Path) -> None:
         ("[[ $name == pytest ]] && exit 5 || exit 0", 5, "pytest"),
         ('[[ $name == pytest && \\"\\$*\\" == *slow* ]] && exit 1 || exit 0', 1, "pytest -m slow"),
         (
-            '[[ $name == pytest && \\"\\$*\\" == *faults* ]] && exit 5 || exit 0',
+            '[[ $name == pytest && \\"\\$*\\" == *drills* ]] && exit 5 || exit 0',
             5,
-            "pytest -m faults",
+            "pytest -m drills",
         ),
     ],
     ids=["types", "nothing collected in the main run", "slow", "no drill collected"],

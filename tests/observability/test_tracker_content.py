@@ -18,8 +18,13 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dmoe.observability.trackers.load_history import COLUMNS, LoadHistory
-from dmoe.observability.trackers.names import MOST_ITEMS, MOST_LISTED, scalars
+from dmoe.observability.trackers.content import (
+    MAX_COLUMNS,
+    MAX_LIST_ITEMS,
+    MAX_LISTED_SCALARS,
+    LoadHistory,
+    scalars,
+)
 from dmoe.runs.metrics_log import read_metrics
 from tests.cli.commands import SMALL, dmoe, environment, metrics
 from tests.drills.jobs import events, start
@@ -303,9 +308,12 @@ def test_long_lists_are_pictures_and_no_scalars() -> None:
         "layer_00/load/expert_01",
         "layer_00/drop_rate",
     }
-    assert set(scalars({"layers": [layer(MOST_ITEMS + 1)]}, "train")) == {"layer_00/drop_rate"}
-    assert len(scalars({"layers": [layer(MOST_ITEMS)] * 1}, "train")) == MOST_ITEMS + 1
-    many = [{**layer(MOST_ITEMS), "layer": index} for index in range(MOST_LISTED // MOST_ITEMS + 1)]
+    assert set(scalars({"layers": [layer(MAX_LIST_ITEMS + 1)]}, "train")) == {"layer_00/drop_rate"}
+    assert len(scalars({"layers": [layer(MAX_LIST_ITEMS)] * 1}, "train")) == MAX_LIST_ITEMS + 1
+    many = [
+        {**layer(MAX_LIST_ITEMS), "layer": index}
+        for index in range(MAX_LISTED_SCALARS // MAX_LIST_ITEMS + 1)
+    ]
     assert len(scalars({"layers": many}, "train")) == len(many), "one a layer"
     assert scalars(
         {"loss": float("nan"), "split": "held_out", "layers": [{"layer": 3, "stability": 0.1}]},
@@ -325,7 +333,7 @@ def test_a_long_run_stays_small_and_hides_no_collapse() -> None:
         for step in range(1, steps + 1)
     ]
     drawn, rows = LoadHistory(lines).by_step()[2]
-    assert COLUMNS[1] / 2 <= len(drawn) <= COLUMNS[1] + 1
+    assert MAX_COLUMNS / 2 <= len(drawn) <= MAX_COLUMNS + 1
     assert drawn == sorted(set(drawn))
     assert drawn[-1] == steps
     assert {
@@ -346,7 +354,7 @@ def each_step_once(told: Told, steps: int) -> None:
     ]
 
 
-@pytest.mark.faults
+@pytest.mark.drills
 @pytest.mark.parametrize("fault", ["kill@step rank=0 step=7", "term@step rank=any step=6"])
 def test_a_run_that_was_killed_or_stopped_has_no_gap(tmp_path: Path, fault: str) -> None:
     """The rank that speaks is killed in step 7, three steps after the last checkpoint, and torchrun starts again; or all are told to
