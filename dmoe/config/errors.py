@@ -1,24 +1,44 @@
-"""The errors a user can cause, and the exit code each ends with."""
+"""Errors that a user can cause, and the exit code of each."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class DmoeError(Exception):
-    """An error with a message meant for the user: printed as one line, never as a traceback."""
+    """An error whose message is meant for the user: printed as one line, without a traceback."""
 
     exit_code = 1
     every_rank = False
-    """Whether each rank has something of its own to say; else all ranks find the same mistake, and one of them says it."""
+    """True if each rank prints its own message; False if one rank prints it for all."""
 
 
 class ConfigError(DmoeError, ValueError):
-    """A value that cannot work. The message names the field, its value, what is allowed and the fix."""
+    """A value that cannot work. The message is `field=value: allowed; fix`."""
 
     exit_code = 2
 
     def __init__(self, field: str, value: object, allowed: str, fix: str) -> None:
-        self.field = field
+        """Keep the parts of the message.
+
+        Args:
+            field: dotted name of the field, or of the option or environment variable.
+            value: its value.
+            allowed: what is allowed, or why the value is not.
+            fix: what to do.
+        """
+        self.field, self.value, self.allowed, self.fix = field, value, allowed, fix
         super().__init__(f"{field}={value}: {allowed}; {fix}")
+
+    def renamed(self, names: Mapping[str, str]) -> ConfigError:
+        """Return the same error with other field names: each key replaced by its value, in order.
+
+        For rules that are checked on a section built from another one.
+        """
+        field, allowed, fix = self.field, self.allowed, self.fix
+        for old, new in names.items():
+            field, allowed, fix = (text.replace(old, new) for text in (field, allowed, fix))
+        return ConfigError(field, self.value, allowed, fix)
 
 
 class CheckpointError(DmoeError):
@@ -28,19 +48,19 @@ class CheckpointError(DmoeError):
 
 
 class NumbersError(DmoeError):
-    """Training produced numbers that cannot be trained on (NaN, Inf, a router that learns nothing)."""
+    """Training gave numbers that cannot be used: NaN, Inf, a router without gradient."""
 
     exit_code = 4
 
 
 class NoProgressError(DmoeError):
-    """The launcher starts the job again and again from one step, and it never gets to the next checkpoint."""
+    """The launcher restarts the job from the same step again and again without a new checkpoint."""
 
     exit_code = 5
 
 
 class LostRankError(DmoeError):
-    """A collective failed because a rank is gone; the message names the rank, as this one sees it."""
+    """A collective failed because a rank is unreachable; the message names it as this rank sees it."""
 
     exit_code = 1
     every_rank = True

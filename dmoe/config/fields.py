@@ -1,9 +1,8 @@
-"""Every field of the schema with its type, default and docstring, read from the source of schema/: the text is written once, there.
+"""Every field of the schema with its type, default and docstring; checks of given values.
 
-What a user gave, as plain values, held against the schema: unknown keys, sections that are none, values of another type.
-
-OmegaConf checks types too, but turns the number 83 (YAML's reading of 0123) into the text "83", and its words name neither the
-file nor the nearest field.
+The table is read from the source of `schema/`, so that a description is written once, there.
+Given values are checked before OmegaConf sees them: it turns the number 83 (YAML's reading of 0123)
+into the text "83", and its messages name neither the file nor the nearest field.
 """
 
 from __future__ import annotations
@@ -11,8 +10,9 @@ from __future__ import annotations
 import ast
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,21 @@ from dmoe.config.secrets import REDACTED, names_secret
 from dmoe.config.yaml_guard import short
 
 SCHEMA = Path(__file__).with_name("schema")
-WORDS = {"None": "null", "True": "true", "False": "false"}
-"""As they are written in YAML."""
+YAML_WORDS = {"None": "null", "True": "true", "False": "false"}
+TEXT = ("str", "str | null")
+LARGEST_INTEGER = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
 class Field:
+    """One field of the schema."""
+
     name: str
     """Dotted, as in an override: `moe.router.kind`."""
     type: str
     """`int`, `float | null`, or the allowed words: `packed | padded`."""
     default: str
-    """As it would be written in YAML."""
+    """In YAML."""
     doc: str
 
     @property
@@ -40,13 +43,17 @@ class Field:
         return self.name.rpartition(".")[0]
 
 
-def list_fields() -> list[Field]:
-    """All fields, in the order of the schema, a section's own fields before its subsections. Imports neither torch nor OmegaConf."""
+@cache
+def list_fields() -> tuple[Field, ...]:
+    """List all fields in schema order, a section's own fields before its subsections.
+
+    Imports neither torch nor OmegaConf. The schema is parsed once per process.
+    """
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SCHEMA.glob("*.py"))]
     classes = {
         node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)
     }
-    return list(_walk(classes, "Config", ""))
+    return tuple(_walk(classes, "Config", ""))
 
 
 def _walk(classes: dict[str, ast.ClassDef], name: str, prefix: str) -> Iterator[Field]:
@@ -76,11 +83,13 @@ def _docstring(node: ast.stmt | None) -> str:
 
 
 def _type(node: ast.expr) -> str:
-    """`Optional[int]` -> `int | null`; `Literal["a", "b"]` -> `a | b`."""
+    """Spell a type: `Optional[int]` -> `int | null`; `Literal["a", "b"]` -> `a | b`."""
     if not isinstance(node, ast.Subscript):
         return ast.unparse(node)
     inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
     outer = ast.unparse(node.value)
+    if outer == "Annotated":
+        return _type(inner[0])
     if outer == "Optional":
         return f"{_type(inner[0])} | null"
     if outer == "Union":
@@ -105,123 +114,116 @@ def _word(node: ast.expr) -> str:
         plain = node.value == node.value.strip() != ""
         return node.value if plain else f'"{node.value}"'
     text = ast.unparse(node)
-    return WORDS.get(text, text)
-
-
-TEXT = ("str", "str | null")
-LARGEST = (1 << 63) - 1
+    return YAML_WORDS.get(text, text)
 
 
 def field_named(name: str) -> Field | None:
+    """Return the field with this dotted name, or None."""
     return next((field for field in list_fields() if field.name == name), None)
 
 
-def refuse_wrong(given: Mapping[Any, Any], source: str = "") -> None:
-    """Raises ConfigError for the first key or value of `given` that the schema does not have.
+def check_given(given: Mapping[Any, Any], source: str = "") -> None:
+    """Refuse the first key or value of `given` that the schema does not have.
 
-    source: the file it is from; empty for the command line.
+    Args:
+        given: nested plain values, as read from YAML.
+        source: the file they are from; empty for the command line.
+
+    Raises:
+        ConfigError: an unknown key, or a value of another type.
     """
-    _refuse_section(
-        given,
-        "",
-        {field.name: field for field in list_fields()},
-        f" (in {source})" if source else "",
-    )
+    known = {field.name: field for field in list_fields()}
+    _check_section(given, "", known, f" (in {source})" if source else "")
 
 
-def _refuse_section(
+def _check_section(
     given: Mapping[Any, Any], prefix: str, known: dict[str, Field], source: str
 ) -> None:
-    here = _below(prefix, known)
+    """Check one section; `prefix` is its dotted name and a dot."""
+    children = _children(prefix, known)
     for key, value in given.items():
         name = f"{prefix}{key}"
-        if key not in here:
-            near = difflib.get_close_matches(str(key), here, n=1)
-            fix = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(here)}"
+        if key not in children:
+            near = difflib.get_close_matches(str(key), children, n=1)
+            names = ", ".join(children)
+            fix = f"did you mean {prefix}{near[0]}?" if near else f"known here: {names}"
             shown = REDACTED if names_secret(name) else short(value)
             raise ConfigError(short(name), shown, f"there is no such field{source}", fix)
         if name in known:
-            _refuse_value(known[name], value, source)
+            _check_value(known[name], value, source)
         elif isinstance(value, Mapping):
-            _refuse_section(value, f"{name}.", known, source)
+            _check_section(value, f"{name}.", known, source)
         else:
-            fix = f"set one of its fields: {', '.join(_below(f'{name}.', known))}"
+            fix = f"set one of its fields: {', '.join(_children(f'{name}.', known))}"
             raise ConfigError(name, short(value), f"is a section, not a value{source}", fix)
 
 
-def _below(prefix: str, known: dict[str, Field]) -> list[str]:
-    """Fields and sections right below a section, in the order of the schema."""
-    return list(
-        dict.fromkeys(
-            name[len(prefix) :].split(".")[0] for name in known if name.startswith(prefix)
-        )
-    )
+def _children(prefix: str, known: dict[str, Field]) -> list[str]:
+    """List the fields and sections directly in a section, in schema order."""
+    names = (name.removeprefix(prefix) for name in known if name.startswith(prefix))
+    return list(dict.fromkeys(name.split(".")[0] for name in names))
 
 
-def _refuse_value(field: Field, value: Any, source: str) -> None:
-    for text in value if isinstance(value, list) else [value]:
-        if text == "???":
-            raise ConfigError(
-                field.name, text, f"stands for a value that is missing{source}", "write a value"
-            )
+def _check_value(field: Field, value: Any, source: str) -> None:
+    """Refuse a value of the wrong type. What is left to OmegaConf: words, and text as a number."""
     if value is None and field.type.endswith("| null"):
         return
-    if field.type in TEXT and not isinstance(value, str):
-        raise ConfigError(
-            field.name,
-            short(value),
-            f"must be text, and YAML reads it as {_kind(value)}{source}",
-            "quote it",
-        )
-    if field.type == "list[str]" and isinstance(value, list):
-        wrong = next((item for item in value if not isinstance(item, str)), None)
-        if wrong is not None:
-            raise ConfigError(
-                field.name,
-                short(wrong),
-                f"must be text, and YAML reads it as {_kind(wrong)}{source}",
-                "quote it",
-            )
+    for wrong, allowed, fix in _type_errors(field, value):
+        raise ConfigError(field.name, short(wrong), f"{allowed}{source}", fix)
+
+
+def _type_errors(field: Field, value: Any) -> Iterator[tuple[Any, str, str]]:
+    """Yield the part of the value that is wrong, what is allowed, and the fix."""
+    items = value if isinstance(value, list) else [value]
+    default = f"the default is {field.default}"
+    if "???" in items:
+        yield "???", "stands for a value that is missing", "write a value"
+    if field.type in TEXT or (field.type == "list[str]" and isinstance(value, list)):
+        for text in items if field.type == "list[str]" else [value]:
+            if not isinstance(text, str):
+                yield text, f"must be text, and YAML reads it as {_kind(text)}", "quote it"
     if field.type == "list[list[int]]" and not _lists_of_integers(value):
-        raise ConfigError(
-            field.name,
-            short(value),
-            f"must be a list of lists of whole numbers{source}",
-            "e.g. [[], [50], [64, 32]]",
-        )
+        yield value, "must be a list of lists of whole numbers", "e.g. [[], [50], [64, 32]]"
     if field.type == "bool" and not isinstance(value, str | bool) and value not in (0, 1):
-        raise ConfigError(
-            field.name,
-            short(value),
-            f"must be true or false{source}",
-            f"the default is {field.default}",
-        )
-    if isinstance(value, int) and abs(value) > LARGEST:
-        raise ConfigError(
-            field.name,
-            short(value),
-            f"does not fit in 64 bits{source}",
-            f"the default is {field.default}",
-        )
-    if field.type.startswith("float") and not _finite(value):
-        raise ConfigError(
-            field.name, value, f"must be a finite number{source}", f"the default is {field.default}"
-        )
+        yield value, "must be true or false", default
+    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        yield value, "does not fit in 64 bits", default
+    if field.type.startswith("float") and not _is_finite(value):
+        yield value, "must be a finite number", default
+
+
+def check_accept_changes(names: Sequence[str]) -> None:
+    """Refuse a name in `checkpoint.accept_changes` that is neither a field nor a section.
+
+    A typo would accept nothing, and would be noticed only when the run is resumed.
+
+    Raises:
+        ConfigError: for the first such name.
+    """
+    fields = [field.name for field in list_fields()]
+    sections = {name[:end] for name in fields for end, letter in enumerate(name) if letter == "."}
+    known = [*fields, *sorted(sections)]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            fix = f"did you mean {near[0]}?" if near else "see `dmoe explain --fields`"
+            allowed = "is neither a field nor a section of the config"
+            raise ConfigError("checkpoint.accept_changes", name, allowed, fix)
 
 
 def _lists_of_integers(value: Any) -> bool:
     lists = value if isinstance(value, list) else [None]
     return all(
-        isinstance(one, list) and all(type(number) is int for number in one) for one in lists
+        isinstance(item, list) and all(type(number) is int for number in item) for item in lists
     )
 
 
-def _finite(value: Any) -> bool:
-    """Text is a number to OmegaConf if it can be read as one: `nan` without a dot too."""
+def _is_finite(value: Any) -> bool:
+    """Return whether OmegaConf would read a finite number; it reads the text `nan` as one too."""
     try:
         return math.isfinite(float(value))
     except (TypeError, ValueError):
-        return True  # no number at all: OmegaConf refuses it
+        return True  # not a number at all: OmegaConf refuses it
 
 
 def _kind(value: Any) -> str:

@@ -1,9 +1,8 @@
-"""YAML file + `key=value` overrides -> a frozen `Config`, or one sentence that says what is wrong.
+"""Load a YAML file and `section.field=value` overrides into a frozen `Config`.
 
-`section.field=value` from a command line -> a nested mapping of plain values.
-
-The value of a text field is taken as it stands: through YAML, `data.source=0123` was 83, a glob with a star in front an alias,
-and `train.sample_prompt=def f(x):` a mapping. Everything else is YAML.
+The value of a text field in an override is taken literally: as YAML, `data.source=0123` would be
+83, a glob that begins with a star an alias, and `train.sample_prompt=def f(x):` a mapping. All
+other values are YAML.
 """
 
 from __future__ import annotations
@@ -17,23 +16,26 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dmoe.config.errors import ConfigError
-from dmoe.config.fields import TEXT, field_named, refuse_wrong
+from dmoe.config.fields import TEXT, check_given, field_named
 from dmoe.config.schema import Config
-from dmoe.config.yaml_guard import parse, quoted, read_text, refuse_interpolation, short
+from dmoe.config.yaml_guard import check_interpolation, parse, quoted, read_text, short
+
+KEY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*){0,15}")
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then the file, then the dotlist overrides, e.g. `moe.top_k=1`; no torch, well under a second.
+    """Load the defaults, then the file, then the overrides, e.g. `moe.top_k=1`. Imports no torch.
+
+    `dmoe.config.rules.check` checks that the values fit together.
 
     Raises:
-        ConfigError: an unknown key, a wrong type, NaN, a file that is not a plain mapping. Values that do not fit together are
-            `config.check`'s business.
+        ConfigError: an unknown key, a wrong type, NaN, a file that is not a plain mapping.
     """
     return load_text("" if path is None else read_text(path), str(path), overrides)
 
 
 def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
-    """`load` of a file that was read already; `source` is its name in errors."""
+    """Load from the text of a file; `source` is its name in errors."""
     merged = _writable(OmegaConf.structured(Config))
     merged = _merge(merged, _mapping(text, source), source)
     for override in overrides:
@@ -42,12 +44,12 @@ def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole config, defaults included, as YAML that `load` reads back."""
+    """Format the whole config, defaults included, as YAML that `load` reads back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def _writable(config: DictConfig) -> DictConfig:
-    """Frozen dataclasses make read-only nodes; only the result has to be frozen."""
+    """Clear the read-only flags that frozen dataclasses set; only the result has to be frozen."""
     OmegaConf.set_readonly(config, False)
     for key in config:
         node = config._get_node(key)
@@ -68,7 +70,7 @@ def _mapping(text: str, source: str) -> dict[Any, Any]:
 
 
 def _merge(base: DictConfig, given: dict[Any, Any], source: str = "") -> DictConfig:
-    refuse_wrong(given, source)
+    check_given(given, source)
     try:
         return cast(DictConfig, OmegaConf.merge(base, OmegaConf.create(given)))
     except OmegaConfBaseException as error:
@@ -76,20 +78,17 @@ def _merge(base: DictConfig, given: dict[Any, Any], source: str = "") -> DictCon
         if field is None:
             raise
         value = short(OmegaConf.select(OmegaConf.create(given), field.name))
-        place = f" (in {source})" if source else ""
-        raise ConfigError(
-            field.name,
-            value,
-            f"must be {field.type.replace(' | ', ' or ')}{place}",
-            f"the default is {field.default}",
-        ) from None
-
-
-KEY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*){0,15}")
+        where = f" (in {source})" if source else ""
+        allowed = f"must be {field.type.replace(' | ', ' or ')}{where}"
+        raise ConfigError(field.name, value, allowed, f"the default is {field.default}") from None
 
 
 def parse_override(override: str) -> dict[str, Any]:
-    """Raises: ConfigError."""
+    """Turn `section.field=value` into a nested mapping.
+
+    Raises:
+        ConfigError: not of that form, or a value that is not YAML.
+    """
     key, equals, text = override.partition("=")
     if not equals or not KEY.fullmatch(key):
         raise ConfigError(
@@ -102,7 +101,7 @@ def parse_override(override: str) -> dict[str, Any]:
 
 
 def _value(key: str, text: str) -> Any:
-    refuse_interpolation(key, text)
+    check_interpolation(key, text)
     field = field_named(key)
     if field is None or field.type not in TEXT:
         return parse(text, key, short(text))

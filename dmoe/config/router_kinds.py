@@ -33,6 +33,8 @@ class RouterSpec:
     """Whether `renormalize` and `weights_from` decide if a token's weights sum to `scale`."""
     weights_sum_to_scale: bool = False
     """Whether a token's weights sum to `scale` whatever the config says."""
+    all_experts: bool = False
+    """Whether every token goes to every expert, so that `moe.top_k` is the number of experts."""
     zero_cost_experts: bool = False
     """Whether zero-cost experts can be among the choices."""
     has_noise: bool = False
@@ -89,6 +91,7 @@ ROUTERS: dict[str, RouterSpec] = {
         "all experts",
         ranks_experts=False,
         ordered_choices=False,
+        all_experts=True,
         weights_sum_to_scale=True,
     ),
     "expert_choice": RouterSpec(

@@ -1,14 +1,13 @@
-"""YAML text -> plain values, or one sentence that says what is wrong with it. Only what a config needs of YAML is let through.
+"""Parse YAML text into plain values, with only what a config needs of YAML.
 
-The text is first looked at event by event, which costs no memory and runs no constructor: no tags (`!!python/object/apply` asks
-for a call), no aliases (ten lines of them unfold to gigabytes), no depth that ends in a RecursionError, no numbers of a thousand
-digits, and no `${...}`: OmegaConf would put environment variables, secrets among them, into the files of the run.
+Refused before any value is constructed: tags (`!!python/object/apply` calls a function), aliases
+(ten lines of them expand to gigabytes), deep nesting (RecursionError), numbers of hundreds of
+digits, and `${...}`: OmegaConf would write environment variables into the files of the run.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,50 @@ from dmoe.config.secrets import redact
 
 MAX_BYTES = 1 << 16
 MAX_DEPTH = 16
-"""Of mappings and lists in each other; a config needs four."""
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-LIST = ""
-"""In the place of a list's key."""
-ENDLESS = re.compile(r"[-+]?[0-9][0-9a-fA-FxX_:.]{300,}")
-"""A number that Python takes quadratic time to read, or refuses to."""
+"""Nesting of mappings and lists; a config needs four."""
+LONG_NUMBER = re.compile(r"[-+]?[0-9][0-9a-fA-FxX_:.]{300,}")
+"""A number that Python parses in quadratic time, or refuses."""
+
+
+class StrictLoader(yaml.SafeLoader):  # type: ignore[misc]
+    """Composes YAML nodes and refuses the first dangerous one, with its line and dotted key."""
+
+    def __init__(self, text: str, field: str, shown: object) -> None:
+        """Start to read `text`; `field` and `shown` are what an error names."""
+        super().__init__(text)
+        self.text, self.field, self.shown = text, field, shown
+        self.path: list[str] = []
+        """Keys of the node and of those around it; empty for a list item, a key, the document."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Check the next event, then compose its node.
+
+        Args:
+            parent: the list or mapping around it, or None.
+            index: the node of its key, or its position in a list; None for a key or the document.
+        """
+        event = self.peek_event()
+        self.path.append(short(index.value) if isinstance(index, yaml.ScalarNode) else "")
+        if reason := _forbidden(event):
+            where = _where(event.start_mark, self.text, ".".join(filter(None, self.path)))
+            raise ConfigError(self.field, self.shown, f"{reason}{where}", "write the value out")
+        if isinstance(event, yaml.CollectionStartEvent):
+            problem = "a key must be a name"
+            if len(self.path) > MAX_DEPTH:
+                problem = f"nested more than {MAX_DEPTH} deep"
+            if len(self.path) > MAX_DEPTH or (parent and index is None):
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        node = super().compose_node(parent, index)
+        self.path.pop()
+        return node
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a config file, read once: it may be a pipe. Raises: ConfigError."""
+    """Read a config file, once: it may be a pipe.
+
+    Raises:
+        ConfigError: it cannot be read, is not UTF-8, or is longer than `MAX_BYTES`.
+    """
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -40,128 +73,88 @@ def read_text(path: str | Path) -> str:
         fix = "give the path of a YAML file, e.g. configs/quickstart.yaml"
         raise ConfigError("CONFIG", path, f"cannot be read ({reason})", fix) from None
     if len(content) > MAX_BYTES:
-        raise ConfigError(
-            "CONFIG",
-            path,
-            f"a config file has at most {MAX_BYTES} bytes",
-            "give the YAML config, not the data",
-        )
+        allowed = f"a config file has at most {MAX_BYTES} bytes"
+        raise ConfigError("CONFIG", path, allowed, "give the YAML config, not the data")
     return text
 
 
 def parse(text: str, field: str, shown: object) -> Any:
-    """What the YAML in `text` says; None for an empty one.
+    """Parse YAML into plain values; None for an empty text. Parses the text twice.
 
-    field, shown: how an error names the text: `CONFIG` and the file, or a field and the value of its override.
-    Raises: ConfigError. Cost: the text is parsed twice.
+    Args:
+        text: the YAML.
+        field: what an error names: `CONFIG`, or the field of an override.
+        shown: its value in the error: the file, or the value of the override.
+
+    Raises:
+        ConfigError: not YAML, or YAML that a config must not use.
     """
     try:
-        for place, event in _events(text):
-            if reason := _refused(event):
-                raise ConfigError(
-                    field,
-                    shown,
-                    f"{reason}{_where(event.start_mark, text, place)}",
-                    "write the value out",
-                )
+        StrictLoader(text, field, shown).get_single_node()
+        # OmegaConf's own reading of YAML: no duplicate keys, no dates, and 1e-3 is a number.
         plain = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
         return plain["value"]  # type: ignore[call-overload, index]
-    except yaml.MarkedYAMLError as error:
-        problem = error.problem or "not valid YAML"
-        raise ConfigError(
-            field, shown, f"{problem}{_where(error.problem_mark, text)}", "correct or quote it"
-        ) from None
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeError) as error:
-        raise ConfigError(
-            field, shown, f"is not valid YAML ({_first_line(error)})", "correct or quote it"
-        ) from None
     except ConfigError:
         raise
-    except (
-        ValueError
-    ) as error:  # of the constructors of int and float: `0x_` looks like a number and is none
-        raise ConfigError(
-            field, shown, f"holds a value that cannot be read ({_first_line(error)})", "correct it"
-        ) from None
+    except yaml.MarkedYAMLError as error:
+        allowed = (error.problem or "not valid YAML") + _where(error.problem_mark, text)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeError) as error:
+        allowed = f"is not valid YAML ({_first_line(error)})"
+    except ValueError as error:
+        # From the constructors of int and float: `0x_` looks like a number and is none.
+        allowed = f"holds a value that cannot be read ({_first_line(error)})"
+        raise ConfigError(field, shown, allowed, "correct it") from None
+    raise ConfigError(field, shown, allowed, "correct or quote it")
 
 
 def quoted(text: str) -> str | None:
-    """The text inside the quotes, if `text` is one quoted YAML scalar and nothing else."""
+    """Return the text inside the quotes if `text` is one quoted YAML scalar, else None."""
     if len(text) < 2 or text[0] not in "'\"" or text[-1] != text[0]:
         return None
     try:
-        found = [
-            event for event in yaml.parse(text, Loader=LOADER) if isinstance(event, yaml.NodeEvent)
-        ]
-    except (yaml.YAMLError, UnicodeError):
+        node = StrictLoader(text, "", "").get_single_node()
+    except (yaml.YAMLError, UnicodeError, ConfigError):
         return None
-    return found[0].value if len(found) == 1 and isinstance(found[0], yaml.ScalarEvent) else None
+    return str(node.value) if isinstance(node, yaml.ScalarNode) else None
 
 
-def refuse_interpolation(field: str, value: str) -> None:
-    """Raises: ConfigError."""
+def check_interpolation(field: str, value: str) -> None:
+    """Refuse `${` in a text.
+
+    Raises:
+        ConfigError: there is one.
+    """
     if "${" in value:
-        raise ConfigError(
-            field,
-            short(value),
-            "must not hold ${, which would be replaced by a value from elsewhere",
-            "write it out",
-        )
+        allowed = "must not hold ${, which would be replaced by a value from elsewhere"
+        raise ConfigError(field, short(value), allowed, "write it out")
 
 
 def short(value: object) -> str:
-    """As a sentence can hold it: on one line, and not the whole of a long one."""
-    text = redact(str(value))  # before it is cut: a piece of a secret is a secret
+    """Format a value for an error: on one line, without secrets, at most 40 characters."""
+    # Redacted before it is cut: a part of a secret would not be recognized.
+    text = redact(str(value))
     text = text if text.isprintable() else ascii(text)[1:-1]
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _events(text: str) -> Iterator[tuple[str, yaml.Event]]:
-    """Each event that is a key or a value, with the dotted key it belongs to."""
-    keys: list[
-        str | None
-    ] = []  # of each open mapping, outermost first: its key, None while one is awaited; of a list LIST
-    for event in yaml.parse(text, Loader=LOADER):
-        opens = isinstance(event, yaml.CollectionStartEvent)
-        if isinstance(event, yaml.CollectionEndEvent):
-            keys.pop()
-        is_key = isinstance(event, yaml.NodeEvent) and bool(keys) and keys[-1] is None
-        if is_key:
-            keys[-1] = short(getattr(event, "value", "?"))
-        if isinstance(event, yaml.NodeEvent):
-            yield ".".join(key for key in keys if key not in (None, LIST)), event
-        if is_key and opens:
-            raise yaml.MarkedYAMLError(
-                problem="a key must be a name", problem_mark=event.start_mark
-            )
-        if opens:
-            keys.append(None if isinstance(event, yaml.MappingStartEvent) else LIST)
-        elif keys and keys[-1] != LIST and not is_key:
-            keys[-1] = None
-        if len(keys) > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(
-                problem=f"nested more than {MAX_DEPTH} deep", problem_mark=event.start_mark
-            )
-
-
-def _refused(event: yaml.Event) -> str | None:
+def _forbidden(event: yaml.Event) -> str | None:
+    """Return why a config must not have this event, or None."""
     if isinstance(event, yaml.AliasEvent):
         return "YAML aliases are not allowed (a few of them can fill the memory)"
     if getattr(event, "tag", None) is not None:
-        return (
-            f"YAML tags like {short(event.tag.replace('tag:yaml.org,2002:', '!!'))} are not allowed"
-        )
+        tag = short(event.tag.replace("tag:yaml.org,2002:", "!!"))
+        return f"YAML tags like {tag} are not allowed"
     if isinstance(event, yaml.ScalarEvent):
         if "${" in event.value:
             return "${ is not allowed, which would be replaced by a value from elsewhere"
-        if not event.style and ENDLESS.match(event.value):
+        if not event.style and LONG_NUMBER.match(event.value):
             return f"a number of {len(event.value)} digits is not allowed"
     return None
 
 
-def _where(mark: yaml.Mark | None, text: str, place: str = "") -> str:
+def _where(mark: yaml.Mark | None, text: str, keys: str = "") -> str:
     line = f" in line {mark.line + 1}" if mark is not None and "\n" in text.strip() else ""
-    return f"{line} ({place})" if place else line
+    return f"{line} ({keys})" if keys else line
 
 
 def _first_line(error: Exception) -> str:

@@ -1,32 +1,38 @@
-"""Values that do not fit together, refused before torch starts. Each rule names the field, what is allowed, and the fix.
+"""Rules about values that do not fit together, checked before torch is imported.
 
-ranges: each value by itself. classifier, model, router, experts, moe, parallel, run: values together. size: what a machine can hold.
+Bounds of single values stand beside their fields (`dmoe/config/schema`). model: the network and its
+task. moe: routers, experts and the layer around them. modular: modules. parallel: ranks, batches
+and memory.
 """
 
 from __future__ import annotations
 
-from dmoe.config.rules.classification import check_task
-from dmoe.config.rules.model import check_model, head_dim, moe_blocks, moe_widths
-from dmoe.config.rules.modular import check_modular
-from dmoe.config.rules.moe import check_moe, check_shapes, check_zero_cost
+from dmoe.config.fields import check_accept_changes
+from dmoe.config.rules.model import check_model, check_task, head_dim, moe_blocks, moe_widths
+from dmoe.config.rules.modular import check_modular, check_modules_used
+from dmoe.config.rules.moe import (
+    check_fields_read,
+    check_moe,
+    check_router,
+    check_shapes,
+    check_zero_cost,
+)
 from dmoe.config.rules.parallel import (
     Batching,
     batching,
     can_share,
     check_memory,
+    check_profile,
     check_size,
     check_world,
     expert_parallel,
     shares_something,
 )
-from dmoe.config.rules.router import READ_BY, WITHOUT_ORDER, check_router
-from dmoe.config.rules.run import check_ranges, check_run
 from dmoe.config.schema import Config
+from dmoe.config.schema.constraints import check_bounds, check_only_for
 from dmoe.config.secrets import refuse_secrets
 
 __all__ = [
-    "READ_BY",
-    "WITHOUT_ORDER",
     "Batching",
     "batching",
     "can_share",
@@ -44,9 +50,17 @@ __all__ = [
 
 
 def check(config: Config, world: int = 1) -> None:
-    """Refuse what cannot work on `world` ranks. Raises ConfigError with the first reason found."""
+    """Refuse what cannot work on `world` ranks.
+
+    Raises:
+        ConfigError: the first reason found.
+    """
     refuse_secrets(config)
-    check_ranges(config)
+    # Fields that nothing reads come before their values: the fix is to leave them out.
+    check_only_for(config)
+    check_fields_read(config.moe.router)
+    check_modules_used(config.modular)
+    check_bounds(config)
     check_world(world)
     check_task(config)
     check_model(config)
@@ -55,4 +69,5 @@ def check(config: Config, world: int = 1) -> None:
     check_size(config)
     expert_parallel(config, world)
     batching(config, world)
-    check_run(config, world)
+    check_profile(config.train, world)
+    check_accept_changes(config.checkpoint.accept_changes)

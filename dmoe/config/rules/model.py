@@ -1,32 +1,30 @@
-"""The network: widths that divide, and where it has mixtures of experts.
-
-How large a model is at the least, and whether this machine could hold it: before torch is asked to, and the kernel ends the process.
-
-Letters: D model width, F expert hidden width, E experts, A width of a head. The token embedding is left out (it needs the
-tokenizer), and so are norms, routers and activations: what is computed here is a lower bound.
-"""
+"""The network and its task: widths that divide, positions of MoE layers, classification."""
 
 from __future__ import annotations
 
-from dmoe.config.datasets import chosen_streams, columns_of
+from dmoe.config.datasets import CATALOGUE, chosen_streams, columns_of
 from dmoe.config.errors import ConfigError
-from dmoe.config.schema import Config
+from dmoe.config.router_kinds import ROUTERS, kinds_where
+from dmoe.config.schema import Config, ModelConfig
+
+ROUTED_BY = {
+    "label_T": "a label of the sample, which is the answer",
+    "token_id_T": "the ids of tokens",
+}
+"""Inputs of routers without a gate that a sample of a table cannot give."""
 
 
 def moe_blocks(config: Config) -> list[int]:
-    """Indices of the blocks whose feed-forward is a mixture of experts."""
+    """List the indices of the blocks whose feed-forward is a MoE layer."""
     model = config.model
     if model.moe_every == 0 or (config.train.task == "classification" and model.fusion == "gated"):
         return []
-    return [
-        i
-        for i in range(model.dense_first, model.layers)
-        if (i - model.dense_first + 1) % model.moe_every == 0
-    ]
+    blocks = range(model.dense_first, model.layers)
+    return [i for i in blocks if (i - model.dense_first + 1) % model.moe_every == 0]
 
 
 def moe_widths(config: Config) -> list[tuple[int, int]]:
-    """Width in and width out of every mixture layer of the network, first to last: in blocks, and a classifier's others."""
+    """List input and output width of every MoE layer: encoders, blocks, head of a classifier."""
     model = config.model
     blocks = [(model.dim, model.dim)] * len(moe_blocks(config))
     if config.train.task != "classification":
@@ -38,41 +36,97 @@ def moe_widths(config: Config) -> list[tuple[int, int]]:
     return [*encoders, *blocks, (width, len(columns_of(config.data).classes))]
 
 
-def head_dim(config: Config) -> int:
-    return config.model.head_dim or config.model.dim // config.model.heads
+def head_dim(model: ModelConfig) -> int:
+    """Return the width of one attention head."""
+    return model.head_dim or model.dim // model.heads
 
 
 def check_model(config: Config) -> None:
+    """Refuse widths and numbers of blocks that do not fit.
+
+    Raises:
+        ConfigError: the first reason found.
+    """
     model = config.model
     if model.dense_first > model.layers:
-        raise ConfigError(
-            "model.dense_first",
-            model.dense_first,
-            f"must be at most model.layers={model.layers}",
-            "lower it",
-        )
-    if config.train.task == "classification":  # no attention
+        allowed = f"must be at most model.layers={model.layers}"
+        raise ConfigError("model.dense_first", model.dense_first, allowed, "lower it")
+    if config.train.task == "classification":  # it has no attention
         return
     if model.layers < 1:
         raise ConfigError("model.layers", model.layers, "must be 1 or more", "use 1")
     if model.head_dim is None and model.dim % model.heads:
-        raise ConfigError(
-            "model.dim",
-            model.dim,
-            f"must be divisible by model.heads={model.heads}",
-            "or set model.head_dim",
-        )
-    if head_dim(config) % 2:
-        raise ConfigError(
-            "model.head_dim",
-            head_dim(config),
-            "must be even for rotary positions",
-            "use an even width per head",
-        )
+        allowed = f"must be divisible by model.heads={model.heads}"
+        raise ConfigError("model.dim", model.dim, allowed, "or set model.head_dim")
+    if (width := head_dim(model)) % 2:
+        allowed = "must be even for rotary positions"
+        raise ConfigError("model.head_dim", width, allowed, "use an even width per head")
     if model.kv_heads is not None and model.heads % model.kv_heads:
-        raise ConfigError(
-            "model.kv_heads",
-            model.kv_heads,
-            f"must divide model.heads={model.heads}",
-            f"use {model.heads}",
+        allowed = f"must divide model.heads={model.heads}"
+        raise ConfigError("model.kv_heads", model.kv_heads, allowed, f"use {model.heads}")
+
+
+def check_task(config: Config) -> None:
+    """Refuse a source that the task cannot read; for classification, streams that do not fit.
+
+    Comes before every rule that needs the shape of the network.
+
+    Raises:
+        ConfigError: the first reason found.
+    """
+    if config.train.task == "classification":
+        _check_classification(config)
+    elif config.data.source in CATALOGUE or config.data.source.startswith("sklearn:"):
+        allowed, fix = "is a table of labelled samples and no text", "set train.task=classification"
+        raise ConfigError("data.source", config.data.source, allowed, fix)
+
+
+def _check_classification(config: Config) -> None:
+    streams, model = chosen_streams(config.data), config.model
+    if model.stream_dropout and len(streams) < 2:
+        names = ", ".join(streams)
+        allowed = f"needs two streams, and {names} is one: a sample never loses its last"
+        fix = "set it to 0, or name more in data.streams"
+        raise ConfigError("model.stream_dropout", model.stream_dropout, allowed, fix)
+    if model.fusion == "gated":
+        _check_gated_fusion(config, list(streams))
+    else:
+        _check_classifier_routers(config)
+
+
+def _check_gated_fusion(config: Config, streams: list[str]) -> None:
+    """Each stream's encoder is one expert, chosen by the stream's index as a label."""
+    moe, head = config.moe, config.model.head
+    if len(streams) < 2:
+        allowed = f"joins two streams or more, and {streams[0]} is one"
+        fix = "use concat, or name more in data.streams"
+        raise ConfigError("model.fusion", "gated", allowed, fix)
+    if head != "linear":
+        allowed = "must be linear for model.fusion=gated, whose router is fixed by the stream"
+        raise ConfigError("model.head", head, allowed, "use linear")
+    why = "for model.fusion=gated, where the encoder of a stream is its expert"
+    if ROUTERS[moe.router.kind].needs != "label_T":
+        kinds = " or ".join(kinds_where(needs="label_T"))
+        allowed = f"must be {kinds} {why}"
+        raise ConfigError("moe.router.kind", moe.router.kind, allowed, f"use {kinds}")
+    if moe.top_k != 1:
+        raise ConfigError("moe.top_k", moe.top_k, f"must be 1 {why}", "use 1")
+    if moe.num_experts != len(streams):
+        allowed = f"must be the number of data.streams, {len(streams)}, {why}"
+        raise ConfigError("moe.num_experts", moe.num_experts, allowed, f"use {len(streams)}")
+
+
+def _check_classifier_routers(config: Config) -> None:
+    moe, widths = config.moe, moe_widths(config)
+    needs = ROUTERS[moe.router.kind].needs
+    if widths and needs in ROUTED_BY:
+        allowed = (
+            f"routes by {ROUTED_BY[needs]}; samples have no such thing to go by with "
+            "model.fusion=concat"
         )
+        fix = "use top_k, or another router that reads its input"
+        raise ConfigError("moe.router.kind", moe.router.kind, allowed, fix)
+    changed = next(((i, o) for i, o in widths if i != o), None)
+    if moe.experts.copy and changed:
+        allowed = f"cannot return an input of width {changed[0]} as logits of width {changed[1]}"
+        raise ConfigError("moe.experts.copy", moe.experts.copy, allowed, "use 0")

@@ -1,6 +1,9 @@
-"""Who shares what: EP from the world, and how a global batch is cut.
+"""Parallelism: expert-parallel size, batch sizes per rank, lower bounds of size and memory.
 
-Letters: W world size, EP expert-parallel degree, V virtual ranks.
+Sizes leave out the token embedding (it needs the tokenizer), norms, routers and activations: what
+is computed here is a lower bound.
+
+Letters: W world size, EP expert-parallel size, V virtual ranks.
 """
 
 from __future__ import annotations
@@ -11,10 +14,16 @@ from dataclasses import dataclass
 from dmoe.config.errors import ConfigError
 from dmoe.config.expert_shapes import GATED, multiply_adds
 from dmoe.config.rules.model import head_dim, moe_blocks, moe_widths
-from dmoe.config.schema import Config, MoEConfig
+from dmoe.config.schema import Config, MoEConfig, TrainConfig
 
-LARGEST_WORLD = 1 << 20
-"""Ten times the largest job anyone has run; beyond it the number is a slip, and what divides it would take minutes to list."""
+MAX_WORLD = 1 << 20
+"""Ten times the largest known job; the divisors of a larger number would take minutes to list."""
+MAX_PARAMETERS = 10**15
+MAX_TOKENS = 10**12
+"""Tokens per step."""
+BYTES_PER_PARAMETER = 16
+"""In training: weight, gradient and AdamW's two moments, in float32 each."""
+TYPO = "is there a digit too many?"
 
 
 @dataclass(frozen=True)
@@ -22,208 +31,207 @@ class Batching:
     """How a global batch is cut: `global_batch = W * V * micro_batch * accumulation`."""
 
     micro_batch: int
-    """Sequences of one virtual rank's micro-batch."""
+    """Sequences in a virtual rank's micro-batch."""
     accumulation: int
-    """Micro-batches a virtual rank takes one after the other in an optimizer step."""
+    """Micro-batches per virtual rank and optimizer step."""
 
 
 def check_world(world: int) -> None:
-    if not 1 <= world <= LARGEST_WORLD:
-        raise ConfigError(
-            "world",
-            world,
-            f"must be a number of ranks from 1 to {LARGEST_WORLD}",
-            "start fewer ranks",
-        )
+    """Refuse a world size out of range.
+
+    Raises:
+        ConfigError: below 1 or above `MAX_WORLD`.
+    """
+    if not 1 <= world <= MAX_WORLD:
+        allowed = f"must be a number of ranks from 1 to {MAX_WORLD}"
+        raise ConfigError("world", world, allowed, "start fewer ranks")
+
+
+def check_profile(train: TrainConfig, world: int) -> None:
+    """Refuse a step or a rank to profile that there is not: no trace would be written.
+
+    Raises:
+        ConfigError: for the first such number.
+    """
+    limits = (("profile_steps", 1, train.steps), ("profile_ranks", 0, world - 1))
+    for field, first, last in limits:
+        for number in getattr(train, field):
+            if not first <= number <= last:
+                allowed = f"must be from {first} to {last}"
+                raise ConfigError(f"train.{field}", number, allowed, "name one that there is")
 
 
 def can_share(config: Config, ep: int) -> bool:
-    """Whether so many ranks can share one copy of the experts: uniform ones in equal numbers, those of different shape at least one
-    each (which rank has which: moe/ownership.py). And the modules, in equal numbers."""
-    return _share_experts(config, ep) and _share_modules(config, ep)
+    """Return whether `ep` ranks can share one copy of the experts, and of the modules.
+
+    Uniform experts and modules must divide evenly; of experts of different shapes each rank needs
+    at least one (`dmoe/moe/placement.py` assigns them).
+    """
+    return _can_share_experts(config, ep) and _can_share_modules(config, ep)
 
 
 def shares_something(config: Config) -> bool:
-    """Whether there is anything that EP ranks could divide: experts or modules."""
+    """Return whether there is anything that expert-parallel ranks could share."""
     return bool(moe_widths(config)) or config.modular.bank != "none"
 
 
-def _share_experts(config: Config, ep: int) -> bool:
+def _can_share_experts(config: Config, ep: int) -> bool:
     experts = config.moe.num_experts
     if not moe_widths(config) and config.modular.bank != "none":
         return True
     return ep <= experts if config.moe.experts.shapes else experts % ep == 0
 
 
-def _share_modules(config: Config, ep: int) -> bool:
-    """parameter_mean adds up the parameters of all modules, so each rank needs all of them."""
+def _can_share_modules(config: Config, ep: int) -> bool:
+    """parameter_mean sums the parameters of all modules, so each rank needs all of them."""
     modular = config.modular
-    return (
-        modular.bank == "none"
-        or ep == 1
-        or (modular.modules % ep == 0 and modular.aggregation != "parameter_mean")
-    )
+    if modular.bank == "none" or ep == 1:
+        return True
+    return modular.modules % ep == 0 and modular.aggregation != "parameter_mean"
 
 
 def expert_parallel(config: Config, world: int) -> int:
-    """EP: the number given, or for `auto` the largest one that divides the world and that the experts can be shared by."""
+    """Return the expert-parallel size.
+
+    For `auto`, the largest one that divides the world and by which the experts can be shared.
+
+    Raises:
+        ConfigError: a size that does not fit the world, the experts or the modules.
+    """
     ep, experts = config.parallel.ep, config.moe.num_experts
-    fits = [
-        n
-        for n in range(1, min(world, _most(config)) + 1)
-        if world % n == 0 and can_share(config, n)
-    ]
+    modules = config.modular.modules if config.modular.bank != "none" else 1
+    # With more ranks than experts and modules some would have none.
+    most = min(world, max(experts, modules))
+    fits = [n for n in range(1, most + 1) if world % n == 0 and can_share(config, n)]
     if ep == "auto":
         return max(fits) if shares_something(config) else 1
     if not isinstance(ep, int) or ep < 1:
-        raise ConfigError(
-            "parallel.ep", ep, "must be auto or a number of ranks from 1 up", "use parallel.ep=auto"
-        )
+        allowed = "must be auto or a number of ranks from 1 up"
+        raise ConfigError("parallel.ep", ep, allowed, "use parallel.ep=auto")
     if world % ep:
-        raise ConfigError(
-            "parallel.ep", ep, f"must divide the world of {world} ranks", f"use one of {fits}"
-        )
-    if _share_experts(config, ep) and not _share_modules(config, ep):
-        _refuse_modules(config, ep, fits)
-    if config.moe.experts.shapes and ep > experts:
-        allowed = f"leaves some of the parallel.ep={ep} ranks without an expert"
-        raise ConfigError("moe.num_experts", experts, allowed, f"use parallel.ep from {fits}")
+        allowed = f"must divide the world of {world} ranks"
+        raise ConfigError("parallel.ep", ep, allowed, f"use one of {fits}")
+    if _can_share_experts(config, ep) and not _can_share_modules(config, ep):
+        raise _unshared_modules(config, ep, fits)
     if not can_share(config, ep):
-        raise ConfigError(
-            "moe.num_experts",
-            experts,
-            f"must be divisible by parallel.ep={ep}",
-            f"use parallel.ep from {fits}",
-        )
+        allowed = f"must be divisible by parallel.ep={ep}"
+        if config.moe.experts.shapes:
+            allowed = f"leaves some of the parallel.ep={ep} ranks without an expert"
+        raise ConfigError("moe.num_experts", experts, allowed, f"use parallel.ep from {fits}")
     return ep
 
 
-def _most(config: Config) -> int:
-    """No more ranks than this can have something each: what divides a larger world need not be listed."""
-    return max(
-        config.moe.num_experts, config.modular.modules if config.modular.bank != "none" else 1
-    )
-
-
-def _refuse_modules(config: Config, ep: int, fits: list[int]) -> None:
-    if config.modular.aggregation == "parameter_mean":
+def _unshared_modules(config: Config, ep: int, fits: list[int]) -> ConfigError:
+    modular = config.modular
+    if modular.aggregation == "parameter_mean":
         allowed = f"needs all modules on every rank, and parallel.ep={ep} divides them"
-        raise ConfigError(
-            "modular.aggregation", "parameter_mean", allowed, "use parallel.ep=1, or weighted_sum"
-        )
+        fix = "use parallel.ep=1, or weighted_sum"
+        return ConfigError("modular.aggregation", "parameter_mean", allowed, fix)
     allowed = f"must be divisible by parallel.ep={ep}"
-    raise ConfigError(
-        "modular.modules", config.modular.modules, allowed, f"use parallel.ep from {fits}"
-    )
+    return ConfigError("modular.modules", modular.modules, allowed, f"use parallel.ep from {fits}")
 
 
 def batching(config: Config, world: int) -> Batching:
-    """Micro-batch and accumulation from the global batch; the global batch never depends on the world."""
+    """Return micro-batch and accumulation; the global batch never depends on the world size.
+
+    Raises:
+        ConfigError: a batch that does not divide evenly.
+    """
     ranks = world * config.parallel.virtual_ranks
     batch, micro = config.train.global_batch, config.train.micro_batch
     if batch % ranks:
+        allowed = f"must be a multiple of the {ranks} (virtual) ranks that share it"
         nearest = max(1, round(batch / ranks)) * ranks
-        raise ConfigError(
-            "train.global_batch",
-            batch,
-            f"must be a multiple of the {ranks} (virtual) ranks that share it",
-            f"use {nearest}",
-        )
+        raise ConfigError("train.global_batch", batch, allowed, f"use {nearest}")
     share = batch // ranks
     micro = share if micro is None else micro
     if share % micro:
-        fits = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)
-        raise ConfigError(
-            "train.micro_batch",
-            micro,
-            f"must divide the {share} sequences of one (virtual) rank",
-            f"use {fits}",
-        )
+        allowed = f"must divide the {share} sequences of one (virtual) rank"
+        divisor = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)
+        raise ConfigError("train.micro_batch", micro, allowed, f"use {divisor}")
     return Batching(micro, share // micro)
-
-
-MOST_PARAMETERS = 10**15
-
-
-MOST_TOKENS = 10**12
-
-
-BYTES = 16
-"""Of a parameter in training: weight, gradient and AdamW's two moments, in float32 each."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters that every rank has under DDP, and those of the routed experts of all ranks."""
+    """Numbers of parameters."""
 
     dense: int
+    """Those that every rank has under DDP."""
     experts: int
+    """Those of the routed experts, over all ranks."""
 
     def largest(self, config: Config) -> tuple[str, int]:
-        """The field to name: most of the parameters depend on it."""
+        """Return the field on which most of the parameters depend, and its value."""
         if self.experts > self.dense:
             return "moe.num_experts", config.moe.num_experts
         return "model.dim", config.model.dim
 
 
 def check_size(config: Config) -> None:
-    """Refuse what no machine can hold."""
+    """Refuse more parameters, or tokens per step, than any cluster can hold.
+
+    Raises:
+        ConfigError: the number that is too large.
+    """
     size = _size(config)
-    if size.dense + size.experts > MOST_PARAMETERS:
-        allowed = (
-            f"gives {size.dense + size.experts:.0e} parameters, more than any cluster can hold"
-        )
-        raise ConfigError(*size.largest(config), allowed, "is there a digit too many?")
-    tokens = config.train.global_batch * (
-        1 if config.train.task == "classification" else config.data.seq_len
-    )
-    if tokens > MOST_TOKENS:
-        allowed = f"times data.seq_len={config.data.seq_len} gives {tokens:.0e} tokens a step"
-        raise ConfigError(
-            "train.global_batch", config.train.global_batch, allowed, "is there a digit too many?"
-        )
+    total = size.dense + size.experts
+    if total > MAX_PARAMETERS:
+        allowed = f"gives {total:.0e} parameters, more than any cluster can hold"
+        raise ConfigError(*size.largest(config), allowed, TYPO)
+    batch, seq_len = config.train.global_batch, config.data.seq_len
+    tokens = batch * (1 if config.train.task == "classification" else seq_len)
+    if tokens > MAX_TOKENS:
+        allowed = f"times data.seq_len={seq_len} gives {tokens:.0e} tokens a step"
+        raise ConfigError("train.global_batch", batch, allowed, TYPO)
 
 
 def check_memory(config: Config, world: int, local: int, memory: int) -> None:
-    """Refuse a model whose training state is larger than a machine that trains `local` of `world` ranks in its main memory.
+    """Refuse a model whose training state does not fit into the main memory of this machine.
 
-    memory: bytes of this machine.
+    Args:
+        config: the whole config.
+        world: number of ranks.
+        local: ranks on this machine.
+        memory: bytes of this machine.
+
+    Raises:
+        ConfigError: it does not fit.
     """
-    size = _size(config)
-    dense = size.dense // (world if config.parallel.mode == "fsdp" else 1)
-    experts = size.experts // (
-        world if config.parallel.mode == "fsdp" else expert_parallel(config, world)
-    )
-    needed = BYTES * local * (dense + experts)
+    size, fsdp = _size(config), config.parallel.mode == "fsdp"
+    dense = size.dense // (world if fsdp else 1)
+    experts = size.experts // (world if fsdp else expert_parallel(config, world))
+    needed = BYTES_PER_PARAMETER * local * (dense + experts)
     if needed > memory:
         allowed = (
-            f"gives {size.dense + size.experts:,} parameters, whose training takes at least {needed / 2**30:,.0f} GiB "
-            f"on this machine of {memory / 2**30:,.0f} GiB"
+            f"gives {size.dense + size.experts:,} parameters, whose training takes at least "
+            f"{needed / 2**30:,.0f} GiB on this machine of {memory / 2**30:,.0f} GiB"
         )
-        raise ConfigError(
-            *size.largest(config), allowed, "make the model smaller, or train it on more machines"
-        )
+        fix = "make the model smaller, or train it on more machines"
+        raise ConfigError(*size.largest(config), allowed, fix)
 
 
 def _size(config: Config) -> Size:
     model, moe = config.model, config.moe
-    mixtures = len(moe_blocks(config))
+    num_moe = len(moe_blocks(config))
     matrices = 3 if moe.experts.kind in GATED else 2
-    attention = model.dim * head_dim(config) * 2 * (model.heads + (model.kv_heads or model.heads))
+    heads = 2 * (model.heads + (model.kv_heads or model.heads))
+    attention = model.dim * head_dim(model) * heads
     if config.train.task == "classification":
         attention = 0
     shared = moe.experts.shared * (moe.experts.shared_dim or moe.expert_dim)
     active = moe.top_k * moe.expert_dim + shared
-    widths = (model.layers - mixtures) * (model.dense_dim or active) + mixtures * shared
-    dense = model.layers * attention + matrices * model.dim * widths
+    widths = (model.layers - num_moe) * (model.dense_dim or active) + num_moe * shared
+    layers = Counter(moe_widths(config))
     return Size(
-        dense,
-        sum(layers * _experts(moe, *one) for one, layers in Counter(moe_widths(config)).items()),
+        model.layers * attention + matrices * model.dim * widths,
+        sum(count * _expert_parameters(moe, *width) for width, count in layers.items()),
     )
 
 
-def _experts(moe: MoEConfig, dim: int, out_dim: int) -> int:
-    """Parameters of the routed experts of one layer."""
+def _expert_parameters(moe: MoEConfig, dim: int, out_dim: int) -> int:
+    """Count the parameters of the routed experts of one layer."""
+    kind = moe.experts.kind
     if not moe.experts.shapes:
-        return moe.num_experts * multiply_adds([moe.expert_dim], dim, out_dim, moe.experts.kind)
-    return sum(multiply_adds(shape, dim, out_dim, moe.experts.kind) for shape in moe.experts.shapes)
+        return moe.num_experts * multiply_adds([moe.expert_dim], dim, out_dim, kind)
+    return sum(multiply_adds(shape, dim, out_dim, kind) for shape in moe.experts.shapes)

@@ -1,9 +1,11 @@
-"""Every knob of dmoe, with its default and one sentence of meaning under it.
+"""Every field of the config, with its default and a description under it.
 
-The defaults *are* the quickstart: `dmoe train` without a file trains exactly this. A YAML file holds only what differs.
-The docstrings under the fields are not decoration: `dmoe explain --fields` prints them.
+The defaults are the quickstart: `dmoe train` without a file trains exactly this. A YAML file holds
+only what differs. `dmoe explain --fields` prints the descriptions. Constraints on one field stand
+beside it (`constraints.py`).
 
-model: what is trained. modular: modules on it. run: how. care: what is kept, watched and told.
+model: the network. modular: modules on it. run: parallelism, data, steps, optimizer. observability:
+checkpoints, alerts, trackers.
 """
 
 from __future__ import annotations
@@ -51,6 +53,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Config:
+    """The whole config, in sections."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

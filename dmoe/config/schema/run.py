@@ -1,114 +1,144 @@
-"""How it is trained: ranks, data, steps, optimizer.
+"""The run: parallelism, data, steps, optimizer.
 
-Letters: W world size, EP expert-parallel degree.
+Letters: W world size, V virtual ranks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Optional, Union
+from typing import Annotated, Literal, Optional, Union
 
-# OmegaConf reads these annotations at run time and knows Optional and Union, not the `X | Y` of strings: hence typing's names.
+from dmoe.config.schema.constraints import (
+    above,
+    at_least,
+    at_most,
+    below,
+    fraction,
+    only_for,
+)
+
+# OmegaConf evaluates these annotations and accepts Optional and Union, not `X | Y`.
+
+YEAR = 365 * 24 * 3600
+"""In seconds: torch takes timeouts as 64-bit nanoseconds."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    ep: Union[int, str] = "auto"
-    """Ranks that share one copy of the experts; must divide the world and num_experts (experts of different shape: at most so many
-    ranks). auto: the largest number that does."""
+    ep: Annotated[Union[int, str], at_most(1 << 20)] = "auto"
+    """Expert-parallel size: ranks that share one copy of the experts. Must divide the world size and
+    num_experts (experts of different shapes: at most num_experts). auto: the largest such number."""
     mode: Literal["ddp", "fsdp"] = "ddp"
-    """ddp keeps a copy of everything but the experts on every rank; fsdp (FSDP2) shards it over all ranks, and the experts over
-    their copies."""
-    virtual_ranks: int = 1
-    """Routing groups inside each process: W processes with V virtual ranks train exactly as W*V processes with one."""
+    """ddp replicates everything but the experts on every rank; fsdp (FSDP2) shards it over all
+    ranks, and the experts over their replicas."""
+    virtual_ranks: Annotated[int, at_least(1), at_most(1 << 16)] = 1
+    """Routing groups per process: W processes with V virtual ranks train exactly as W*V processes
+    with one."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Communication library; auto is nccl on CUDA and gloo on CPU."""
-    start_timeout: float = 600.0
-    """Seconds a rank waits for the others until the first step is done."""
-    timeout: float = 120.0
-    """Seconds a rank waits for the others afterwards."""
+    start_timeout: Annotated[float, at_most(YEAR, " seconds, a year", "use 600"), above(0)] = 600.0
+    """Seconds that a rank waits for the others until the first step is done."""
+    timeout: Annotated[float, at_most(YEAR, " seconds, a year", "use 600"), above(0)] = 120.0
+    """Seconds that a rank waits for the others after the first step."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
     source: str = "stdlib"
-    """stdlib (Python's own source), guide:LANG (Debian's installation guide in one language), text files or globs, separated by
-    commas; upper:ENTRY is one of these in capitals. Or a directory of shards, or synthetic:KIND. For
-    train.task=classification: sklearn:digits, sklearn:wine, sklearn:breast_cancer or synthetic:clusters."""
-    streams: list[str] = field(default_factory=list)
-    """classification: streams of the source that are read, in this order, e.g. [pixels, strokes]. Default: its first one."""
-    seq_len: int = 128
-    """Tokens a sequence; each token predicts the next one."""
-    tokenizer: str = "bytes"
-    """bytes, a tokenizers .json file, or a tiktoken rank file (.tiktoken, or Mistral's tekken.json)."""
-    tokenizer_vocab: Optional[int] = None
-    """Keep only the first n entries of a tiktoken vocabulary (any n >= 256 is a valid byte-pair encoding)."""
-    holdout: float = 0.05
-    """Share of the files (samples, of a table), chosen by a hash of their content, that training never sees."""
-    temperature: Optional[float] = None
-    """Draw each sample's domain with p ~ n^(1/t), n its sequences: 1 in proportion to size, larger flatter. Default: every sequence
-    is read once an epoch."""
-    eval_source: Optional[str] = None
-    """Further entries, as in source, whose text is only evaluated, never trained on."""
+    """stdlib (the source of Python's standard library), guide:LANG (Debian's installation guide in
+    one language), text files or globs, separated by commas; upper:ENTRY is one of these in upper
+    case. Or a directory of shards, or synthetic:KIND. For train.task=classification:
+    sklearn:digits, sklearn:wine, sklearn:breast_cancer or synthetic:clusters."""
+    streams: Annotated[list[str], only_for("train.task", "classification")] = field(
+        default_factory=list
+    )
+    """classification: streams of the source to read, in this order, e.g. [pixels, strokes]. Default:
+    its first one."""
+    seq_len: Annotated[int, at_least(1), at_most(1 << 27)] = 128
+    """Tokens per sequence; each token predicts the next one."""
+    tokenizer: Annotated[str, only_for("train.task", "language_modelling")] = "bytes"
+    """bytes, a tokenizers .json file, or a tiktoken rank file (.tiktoken, or Mistral's
+    tekken.json)."""
+    tokenizer_vocab: Annotated[
+        Optional[int], only_for("train.task", "language_modelling"), above(0), at_most(1 << 24)
+    ] = None
+    """Keep only the first n entries of a tiktoken vocabulary (any n >= 256 is a valid byte-pair
+    encoding)."""
+    holdout: Annotated[float, fraction("()", fix="use 0.05")] = 0.05
+    """Share of the files (of a table: samples) that is held out from training, chosen by a hash of
+    their content."""
+    temperature: Annotated[
+        Optional[float], only_for("train.task", "language_modelling"), above(0)
+    ] = None
+    """Draw each sample's domain with p ~ n^(1/t), where n is its number of sequences: 1 is
+    proportional to size, larger is flatter. Default: every sequence is read once per epoch."""
+    eval_source: Annotated[Optional[str], only_for("train.task", "language_modelling")] = None
+    """Further entries, as in source, used only for evaluation."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     task: Literal["language_modelling", "classification"] = "language_modelling"
-    """What is learned: to predict the next token, or the class of a sample (data.source=sklearn:digits, synthetic:clusters)."""
-    steps: int = 600
+    """The task: predict the next token, or the class of a sample (data.source=sklearn:digits,
+    synthetic:clusters)."""
+    steps: Annotated[int, at_least(1)] = 600
     """Optimizer steps."""
-    global_batch: int = 24
-    """Sequences an optimizer step, over all ranks and accumulation steps; never depends on the world size."""
-    micro_batch: Optional[int] = None
-    """Sequences a (virtual) rank takes at once. Default: all of its share; smaller ones are accumulated."""
-    seed: int = 0
-    """Seed of initialisation, data order and noise."""
+    global_batch: Annotated[int, at_least(1), at_most(1 << 30)] = 24
+    """Sequences per optimizer step, over all ranks and accumulation steps; independent of the world
+    size."""
+    micro_batch: Annotated[Optional[int], above(0), at_most(1 << 30)] = None
+    """Sequences per forward pass of a (virtual) rank. Default: all of its share; with fewer,
+    gradients are accumulated."""
+    seed: Annotated[int, at_least(0), at_most((1 << 63) - 1)] = 0
+    """Seed of initialization, data order and noise."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto is bf16 where the hardware has it and it pays (CUDA; avx512_bf16 or amx on CPUs from model.dim=512 on), fp32 elsewhere."""
+    """auto is bf16 where the hardware has it and it is faster (CUDA; CPUs with avx512_bf16 or amx
+    from model.dim=512 on), else fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto is cuda where a GPU is visible."""
+    """auto is cuda if a GPU is visible."""
     run_dir: Optional[str] = None
-    """Where the run is kept. Default: a new directory under runs/. A directory with a checkpoint is resumed."""
+    """Directory of the run. Default: a new directory under runs/. A run in a directory with a
+    checkpoint is resumed."""
     recompute: bool = False
-    """Recompute each block in backward instead of keeping its activations."""
-    log_every: int = 10
+    """Activation checkpointing: recompute each block in the backward pass."""
+    log_every: Annotated[int, at_least(1)] = 10
     """Steps between two metric lines."""
-    eval_every: int = 300
+    eval_every: Annotated[int, at_least(0)] = 300
     """Steps between two evaluations; one more at the end. 0: only at the end."""
     eval_first: bool = False
-    """Evaluate before the first step too: what a frozen core knew without its modules, for one."""
-    eval_sequences: int = 512
-    """Held-out sequences an evaluation reads."""
-    sample_prompt: str = "def "
-    """Text the sample at the end of a run starts with."""
-    sample_tokens: int = 160
-    """Tokens of that sample; 0 for none."""
+    """Evaluate before the first step too, e.g. a frozen base model without trained modules."""
+    eval_sequences: Annotated[int, at_least(1), at_most(1 << 30)] = 512
+    """Held-out sequences per evaluation."""
+    sample_prompt: Annotated[str, only_for("train.task", "language_modelling")] = "def "
+    """Prompt of the text that is generated at the end of a run."""
+    sample_tokens: Annotated[int, at_least(0), at_most(1 << 20)] = 160
+    """Tokens of that text; 0: none."""
     profile_steps: list[int] = field(default_factory=list)
-    """Steps, counted from 1, of which a torch profiler trace is written into logs/, e.g. [20]."""
+    """Steps, counted from 1, of which a torch profiler trace is written to logs/, e.g. [20]."""
     profile_ranks: list[int] = field(default_factory=list)
-    """Ranks that write one. Default: all."""
+    """Ranks that write a trace. Default: all."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    lr: float = 0.004
+    lr: Annotated[float, above(0)] = 0.004
     """Peak learning rate of AdamW."""
-    beta1: float = 0.9
+    beta1: Annotated[float, fraction(), below(1)] = 0.9
     """Decay of AdamW's first moment."""
-    beta2: float = 0.95
+    beta2: Annotated[float, fraction(), below(1)] = 0.95
     """Decay of AdamW's second moment."""
-    eps: float = 1e-8
+    eps: Annotated[float, above(0)] = 1e-8
     """AdamW's epsilon."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay on matrices; norms, routers and embeddings have none."""
-    clip: Optional[float] = 1.0
-    """Largest global gradient norm; null for no clipping."""
+    weight_decay: Annotated[float, at_least(0)] = 0.1
+    """Decoupled weight decay of matrices; norms, routers and embeddings have none."""
+    clip: Annotated[Optional[float], above(0)] = 1.0
+    """Maximum global gradient norm; null: no clipping."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """Learning rate after the warm-up; wsd stays at the peak and decays over the last decay_fraction of the steps."""
-    warmup: int = 50
-    """Steps of linear warm-up."""
-    min_lr_ratio: float = 0.05
-    """The learning rate ends at this share of its peak."""
-    decay_fraction: float = 0.2
+    """Learning rate after the warmup; wsd stays at the peak and decays over the last decay_fraction
+    of the steps."""
+    warmup: Annotated[int, at_least(0)] = 50
+    """Steps of linear warmup."""
+    min_lr_ratio: Annotated[float, fraction()] = 0.05
+    """Final learning rate, as a share of the peak."""
+    decay_fraction: Annotated[float, fraction()] = 0.2
     """Share of the steps in which wsd decays."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
-from dmoe.config.rules.modular import DEFAULT_PLACES, choices, is_learned, router_of
+from dmoe.config.rules.modular import DEFAULT_TARGETS, choices, is_learned, router_of
 from dmoe.config.schema import BalanceConfig, Config, ModelConfig, ModularConfig
 from dmoe.models.base import IGNORE_INDEX, Model, ModelOutput
 from dmoe.models.transformer import Transformer
@@ -73,7 +73,7 @@ def attach_modules(model: nn.Module, config: Config, virtual_ranks: int = 1) -> 
 
 
 def target_pattern(modular: ModularConfig) -> str:
-    return DEFAULT_PLACES[modular.bank] if modular.at is None else modular.at
+    return DEFAULT_TARGETS[modular.bank] if modular.at is None else modular.at
 
 
 def initialize_modules(model: nn.Module, config: Config) -> None:
@@ -161,7 +161,7 @@ def module_metrics(model: nn.Module, totals: ReducedStep) -> dict[str, Any]:
         "modules": [
             {
                 "place": place,
-                "load": seen.choices,
+                "load": seen.choice_counts,
                 "load_max_over_mean": seen.load_max_over_mean,
                 "aux": seen.aux,
             }

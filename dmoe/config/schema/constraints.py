@@ -1,0 +1,161 @@
+"""Constraints beside their field: `top_p: Annotated[float, between(0, 1)] = 0.6`.
+
+`check_bounds` and `check_only_for` check them. Rules about several fields are in
+`dmoe/config/rules`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, is_dataclass
+from functools import cache
+from typing import Any, get_type_hints
+
+from dmoe.config.errors import ConfigError
+
+LARGEST = 10**12
+"""Upper bound of an integer without a bound of its own: steps, intervals, counts."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A condition on a number, and the last two parts of the error when it fails."""
+
+    holds: Callable[[float], bool]
+    allowed: str
+    fix: str
+    replaces_largest: bool = False
+    """Whether `LARGEST` does not apply to a field with this bound."""
+
+
+@dataclass(frozen=True)
+class OnlyFor:
+    """The field is read only if the field `name` of the config has one of `values`."""
+
+    name: str
+    """Dotted, e.g. `train.task`."""
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ItemsFrom:
+    """Each item of the list is one of `values`."""
+
+    values: tuple[str, ...]
+    fix: str
+
+
+def only_for(name: str, *values: str) -> OnlyFor:
+    return OnlyFor(name, values)
+
+
+def items_from(*values: str, fix: str) -> ItemsFrom:
+    return ItemsFrom(values, fix)
+
+
+def at_least(low: int) -> Bound:
+    allowed = f"must be {low} or more" if low else "must not be negative"
+    return Bound(lambda value: value >= low, allowed, f"use {low}")
+
+
+def above(low: int, allowed: str = "", fix: str = "use a positive number or leave it out") -> Bound:
+    return Bound(lambda value: value > low, allowed or f"must be greater than {low}", fix)
+
+
+def below(high: int) -> Bound:
+    return Bound(lambda value: value < high, f"must be below {high}", "use the default")
+
+
+def at_most(high: int, unit: str = "", fix: str = "is there a digit too many?") -> Bound:
+    """An upper bound far above any useful value: it catches typos before they exhaust memory."""
+    allowed = f"must be at most {high}{unit}"
+    return Bound(lambda value: value <= high, allowed, fix, replaces_largest=True)
+
+
+def from_to(low: int, high: int) -> Bound:
+    """An integer from `low` to `high`, both included."""
+    allowed = f"must be from {low} to {high}"
+    return Bound(lambda value: low <= value <= high, allowed, "use the default")
+
+
+def fraction(ends: str = "[]", fix: str = "use the default") -> Bound:
+    """A number from 0 to 1. `ends`: `[` and `]` include the end, `(` and `)` exclude it."""
+    allowed = {
+        "[]": "must be between 0 and 1",
+        "()": "must be between 0 and 1, both excluded",
+        "[)": "must be at least 0 and less than 1",
+        "(]": "must be greater than 0 and at most 1",
+    }
+    low = operator.ge if ends[0] == "[" else operator.gt
+    high = operator.le if ends[1] == "]" else operator.lt
+    return Bound(lambda value: low(value, 0) and high(value, 1), allowed[ends], fix)
+
+
+def check_only_for(config: Any) -> None:
+    """Refuse a field that differs from its default although this config does not read it.
+
+    Args:
+        config: the whole config.
+
+    Raises:
+        ConfigError: for the first such field.
+    """
+    for name, value, default, constraints in _fields(config, ""):
+        for constraint in constraints:
+            if not isinstance(constraint, OnlyFor) or value == default:
+                continue
+            setting: Any = config
+            for part in constraint.name.split("."):
+                setting = getattr(setting, part)
+            if setting not in constraint.values:
+                read = ", ".join(constraint.values)
+                allowed = f"has no meaning for {constraint.name}={setting}, only for {read}"
+                raise ConfigError(name, value, allowed, f"leave {name} out")
+
+
+def check_bounds(section: Any, prefix: str = "") -> None:
+    """Refuse a number outside its bounds, and a list item that is not allowed.
+
+    Args:
+        section: the whole config, or one section.
+        prefix: the section's dotted name and a dot; empty for the whole config.
+
+    Raises:
+        ConfigError: for the first such field.
+    """
+    for name, value, _, constraints in _fields(section, prefix):
+        for constraint in constraints:
+            if isinstance(constraint, ItemsFrom) and (unknown := {*value} - {*constraint.values}):
+                allowed = f"must be {' or '.join(constraint.values)}"
+                raise ConfigError(name, min(unknown), allowed, constraint.fix)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        bounds = [constraint for constraint in constraints if isinstance(constraint, Bound)]
+        if isinstance(value, int) and not any(bound.replaces_largest for bound in bounds):
+            bounds.append(at_most(LARGEST))
+        for bound in bounds:
+            if not bound.holds(value):
+                raise ConfigError(name, _short(value), bound.allowed, bound.fix)
+
+
+def _fields(section: Any, prefix: str) -> Iterator[tuple[str, Any, Any, tuple[Any, ...]]]:
+    """Yield dotted name, value, default and constraints of each field, subsections included."""
+    hints, defaults = _schema(type(section))  # type: ignore[arg-type]
+    for name, value in vars(section).items():
+        if is_dataclass(value):
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            constraints = getattr(hints[name], "__metadata__", ())
+            yield f"{prefix}{name}", value, defaults[name], constraints
+
+
+@cache
+def _schema(section: type) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the annotated types and the defaults of a section's class."""
+    return get_type_hints(section, include_extras=True), vars(section())
+
+
+def _short(number: float) -> object:
+    text = str(number)
+    return number if len(text) <= 30 else f"{text[:12]}... ({len(text)} digits)"
