@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from dmoe.config.errors import ConfigError
@@ -45,6 +45,11 @@ class Corpus:
     notes: tuple[str, ...] = ()
 
     @property
+    def document_domains(self) -> tuple[str, ...]:
+        """The domain of each document."""
+        return tuple(document.domain for document in self.documents)
+
+    @property
     def bytes_per_domain(self) -> dict[str, int]:
         """Bytes by domain."""
         size: dict[str, int] = {}
@@ -56,6 +61,10 @@ class Corpus:
     def num_bytes(self) -> int:
         """Bytes of all documents."""
         return sum(len(document.content) for document in self.documents)
+
+    def contents(self) -> Iterator[bytes]:
+        """Yield the bytes of each document."""
+        return (document.content for document in self.documents)
 
 
 def unique_documents(documents: list[Document]) -> tuple[tuple[Document, ...], int]:

@@ -1,4 +1,4 @@
-"""From `data.*` to batches: what a trainer needs to know of its data.
+"""Open the datasets that `data.*` names: both splits, the tokenizer and the domains.
 
 data = open_data(config.data, config.train.seed)
 token_BS = data.train.batch(step, first, count, global_batch)      # int64 [count, seq_len + 1]
@@ -8,7 +8,7 @@ input_BS, target_BS = token_BS[:, :-1], token_BS[:, 1:]
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,20 +18,20 @@ import numpy as np
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data.corpus import Corpus, Document, split_corpus
-from dmoe.data.mixture import MixtureDataset, mix_domains
+from dmoe.data.mixture import mix_domains
 from dmoe.data.packing import (
+    DomainRuns,
     HeldOutDataset,
     PackedDataset,
-    DomainRuns,
     domain_runs,
-    token_hash,
     token_chunks,
+    token_hash,
 )
-from dmoe.data.shard_index import INDEX, SPLITS, ShardIndex, read_index
-from dmoe.data.shards import SplitContent, map_shards, write_shards
+from dmoe.data.shard_index import SPLITS, is_shard_directory, read_index
+from dmoe.data.shards import map_shards
 from dmoe.data.sources import EvalOnlyText, read_corpus, read_eval_only
 from dmoe.data.synthetic import SyntheticDataset
-from dmoe.data.tokenizers import Tokenizer, open_tokenizer, decode_utf8
+from dmoe.data.tokenizers import Tokenizer, decode_utf8, open_tokenizer
 
 
 class TokenDataset(Protocol):
@@ -39,68 +39,87 @@ class TokenDataset(Protocol):
 
     @property
     def num_sequences(self) -> int | None:
-        """How many there are; None if the stream is endless."""
+        """Number of different sequences; None if the dataset is endless."""
 
     @property
     def seq_len(self) -> int:
-        """Targets of one sequence."""
+        """Targets per sequence."""
 
     def batch(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
-        """Samples first .. first + count - 1 of a step, in the shuffled order, epoch after epoch: int64 [count, seq_len + 1].
+        """Return consecutive samples of one step, in shuffled order, epoch after epoch.
 
-        A function of its arguments and the seed alone: ranks ask for disjoint ranges of the same global batch.
-        """
+        A function of its arguments and the seed alone: ranks read disjoint ranges of the same
+        global batch.
 
-    def samples(self, first: int, count: int) -> np.ndarray:
-        """Sequences first .. first + count - 1, held-out ones one of each domain in turn: int64 [count, seq_len + 1].
+        Args:
+            step: optimizer step, from 0.
+            first: index of the first sample in the global batch.
+            count: number of samples.
+            global_batch: samples per step, over all ranks.
 
-        Never wraps: the caller keeps first + count within `sequences` (an assert).
+        Returns:
+            int64 [count, seq_len + 1].
         """
 
     def labels(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
-        """For each sequence of `batch`, the index in `Data.domains` of the document it starts in: int64 [count]."""
+        """Return the label of each sample of `batch`: int64 [count].
+
+        A label is an index into `DatasetSplits.domains`: the domain of the document in which the
+        sequence starts. Arguments as in `batch`.
+        """
+
+    def samples(self, first: int, count: int) -> np.ndarray:
+        """Return sequences first .. first + count - 1 for evaluation: int64 [count, seq_len + 1].
+
+        In stored order; held-out sequences alternate between the domains. Never wraps: the caller
+        keeps first + count within `num_sequences` (an assertion).
+        """
 
     def sample_labels(self, first: int, count: int) -> np.ndarray:
-        """The same for `rows`: int64 [count]."""
+        """Return the label of each sequence of `samples`: int64 [count]."""
 
 
 @dataclass(frozen=True)
 class DatasetSplits:
-    """Both splits, the tokenizer, and a SHA-256 (hex) over the token streams, the tokenizer, seq_len and the hold-out."""
+    """The training and the held-out dataset of a run, and their tokenizer."""
 
     train: TokenDataset
     held_out: TokenDataset
     tokenizer: Tokenizer
     fingerprint: str
+    """SHA-256 (hex) of the token streams, the tokenizer, seq_len and the hold-out."""
     summary: str
     domains: tuple[str, ...]
-    """What the labels number: those of data.source sorted by name, then those that only data.eval_source has, sorted by name."""
+    """Domain names by label: those of data.source, sorted, then those that only data.eval_source
+    has, sorted."""
     eval_only: tuple[str, ...] = ()
-    """The domains that training never sees: the last ones of `domains`."""
+    """Domains that training does not have: the last ones of `domains`."""
 
     def sequences_per_domain(self) -> dict[str, tuple[int, int]]:
-        """For each domain its (training, held-out) sequences. ValueError for endless streams."""
+        """Return (training, held-out) sequences by domain; ValueError for endless datasets."""
         if self.train.num_sequences is None or self.held_out.num_sequences is None:
-            raise ValueError("an endless stream has no number of sequences")
-        sides = [
-            np.bincount(side.sample_labels(0, side.num_sequences or 0), minlength=len(self.domains))
-            for side in (self.train, self.held_out)
-        ]
+            raise ValueError("an endless dataset has no number of sequences")
+        train_D, held_out_D = (
+            np.bincount(
+                split.sample_labels(0, split.num_sequences or 0), minlength=len(self.domains)
+            )
+            for split in (self.train, self.held_out)
+        )
         return {
-            name: (int(sides[0][label]), int(sides[1][label]))
+            name: (int(train_D[label]), int(held_out_D[label]))
             for label, name in enumerate(self.domains)
         }
 
     def describe(self) -> str:
-        """One line: where the data is from, files, bytes, tokens, sequences, the fingerprint's first 12 digits, and remarks."""
+        """Return one line: source, files, bytes, tokens, sequences, fingerprint (12 digits)."""
         return f"{self.summary}; fingerprint {self.fingerprint[:12]}"
 
 
 def open_data(config: DataConfig, seed: int) -> DatasetSplits:
-    """Open `data.source`: synthetic:KIND, a directory of shards (one with an index.json), or text.
+    """Open `data.source`: synthetic:KIND, a directory of shards (with an index.json), or text.
 
-    `seed` decides the order of training sequences (and the content of synthetic ones). Raises ConfigError on the field of
-    data.* that cannot work.
+    `seed` decides the order of training sequences, and the content of synthetic ones. Raises
+    ConfigError on the field of data.* that cannot work.
     """
     if config.seq_len < 1:
         raise ConfigError(
@@ -109,62 +128,56 @@ def open_data(config: DataConfig, seed: int) -> DatasetSplits:
     tokenizer = open_tokenizer(config)
     if config.source.startswith("synthetic:"):
         return _open_synthetic(config, seed, tokenizer)
-    if _is_shard_directory(config.source):
+    if is_shard_directory(config.source):
         return _open_shards(config, seed, tokenizer)
     return _open_text(config, seed, tokenizer)
 
 
-def prepare_shards(config: DataConfig, directory: Path, shard_tokens: int = 2**27) -> ShardIndex:
-    """Tokenize the text of `data.source` into a directory of shards that, as `data.source`, gives exactly the same data."""
-    if config.source.startswith("synthetic:") or _is_shard_directory(config.source):
-        raise ConfigError(
-            "data.source",
-            config.source,
-            "must be text to be prepared",
-            "name text files, a glob or stdlib",
-        )
-    tokenizer = open_tokenizer(config)
-    train, held_out = split_corpus(read_corpus(config.source), config.holdout)
-    splits = {
-        name: SplitContent(
-            _chunks(corpus, tokenizer), len(corpus.documents), corpus.num_bytes, _domains(corpus)
-        )
-        for name, corpus in (("train", train), ("held_out", held_out))
-    }
-    return write_shards(directory, tokenizer, config.holdout, splits, shard_tokens)
+@dataclass(frozen=True)
+class _TokenStreams:
+    """Token streams of both splits, before they are packed. Pairs are (train, held out)."""
+
+    arrays: tuple[Sequence[np.ndarray], Sequence[np.ndarray]]
+    runs: tuple[DomainRuns, DomainRuns]
+    hashes: tuple[str, str]
+    holdout: float
+    summary: str
 
 
 def _open_text(config: DataConfig, seed: int, tokenizer: Tokenizer) -> DatasetSplits:
     train, held_out = split_corpus(read_corpus(config.source), config.holdout)
-    names = tuple(sorted({*_domains(train), *_domains(held_out)}))
-    chunks = [list(_chunks(side, tokenizer)) for side in (train, held_out)]
-    parts = [[np.concatenate(side)] for side in chunks]
-    runs = [
-        domain_runs([len(chunk) for chunk in side[1:]], _domains(documents), names)
-        for side, documents in zip(chunks, (train, held_out), strict=True)
-    ]
+    names = tuple(sorted({*train.document_domains, *held_out.document_domains}))
+    train_N, train_runs = _tokenize(train, tokenizer, names)
+    held_out_N, held_out_runs = _tokenize(held_out, tokenizer, names)
     documents = (*train.documents, *held_out.documents)
-    origin = f"{config.source}: {len(documents)} files, {(train.num_bytes + held_out.num_bytes) / 1e6:.1f} MB"
+    size = (train.num_bytes + held_out.num_bytes) / 1e6
+    origin = f"{config.source}: {len(documents)} files, {size:.1f} MB"
     if len(train.bytes_per_domain) > 1:
         shares = ", ".join(
-            f"{domain} {size / train.num_bytes:.0%}"
-            for domain, size in train.bytes_per_domain.items()
+            f"{domain} {num_bytes / train.num_bytes:.0%}"
+            for domain, num_bytes in train.bytes_per_domain.items()
         )
         origin += f" ({shares})"
-    notes = (*train.notes, *_content_notes(documents, tokenizer))
-    hashes = (token_hash(parts[0]), token_hash(parts[1]))
-    more = read_eval_only(config.eval_source, train.documents, held_out.documents, tokenizer, names)
-    return _packed(
-        config,
-        seed,
-        tokenizer,
+    streams = _TokenStreams(
+        ([train_N], [held_out_N]),
+        (train_runs, held_out_runs),
+        (token_hash([train_N]), token_hash([held_out_N])),
         config.holdout,
-        parts,
-        hashes,
-        "; ".join((origin, *notes)),
-        runs,
-        more,
+        "; ".join((origin, *train.notes, *_encoding_notes(documents, tokenizer))),
     )
+    eval_only = read_eval_only(
+        config.eval_source, train.documents, held_out.documents, tokenizer, names
+    )
+    return _pack(config, seed, tokenizer, streams, eval_only)
+
+
+def _tokenize(
+    corpus: Corpus, tokenizer: Tokenizer, names: Sequence[str]
+) -> tuple[np.ndarray, DomainRuns]:
+    chunks = list(token_chunks(corpus.contents(), tokenizer))
+    # The first chunk is the opening separator, which belongs to no document.
+    runs = domain_runs([len(chunk) for chunk in chunks[1:]], corpus.document_domains, names)
+    return np.concatenate(chunks), runs
 
 
 def _open_shards(config: DataConfig, seed: int, tokenizer: Tokenizer) -> DatasetSplits:
@@ -172,20 +185,29 @@ def _open_shards(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Dataset
     index = read_index(directory)
     if index.tokenizer["fingerprint"] != tokenizer.fingerprint:
         raise ConfigError(
-            "data.tokenizer", f"{config.tokenizer} ({tokenizer.name})",
-            f"must be the tokenizer the shards in {directory} were made with, {index.tokenizer['name']}",
+            "data.tokenizer",
+            f"{config.tokenizer} ({tokenizer.name})",
+            f"must be the tokenizer of the shards in {directory}, {index.tokenizer['name']}",
             "name that one (with the same data.tokenizer_vocab), or prepare the shards again",
-        )  # fmt: skip
-    parts = [map_shards(directory, index, split) for split in SPLITS]
-    hashes = (index.splits["train"].sha256, index.splits["held_out"].sha256)
-    size = sum(split.text_bytes for split in index.splits.values()) / 1e6
-    files = sum(split.documents for split in index.splits.values())
-    count = sum(len(arrays) for arrays in parts)
-    # The split was made when the shards were written: their hold-out counts, not data.holdout.
-    origin = f"{directory}: {files} files, {size:.1f} MB in {count} shards, holdout {index.holdout}"
-    runs = [index.splits[split].runs for split in SPLITS]
-    more = read_eval_only(config.eval_source, (), (), tokenizer, index.domains)
-    return _packed(config, seed, tokenizer, index.holdout, parts, hashes, origin, runs, more)
+        )
+    train, held_out = (index.splits[split] for split in SPLITS)
+    arrays = (map_shards(directory, index, "train"), map_shards(directory, index, "held_out"))
+    files, size = train.documents + held_out.documents, train.text_bytes + held_out.text_bytes
+    count = len(arrays[0]) + len(arrays[1])
+    summary = (
+        f"{directory}: {files} files, {size / 1e6:.1f} MB in {count} shards, "
+        f"holdout {index.holdout}"
+    )
+    streams = _TokenStreams(
+        arrays,
+        (train.runs, held_out.runs),
+        (train.sha256, held_out.sha256),
+        # The split was made when the shards were written, so data.holdout is not used.
+        index.holdout,
+        summary,
+    )
+    eval_only = read_eval_only(config.eval_source, (), (), tokenizer, index.domains)
+    return _pack(config, seed, tokenizer, streams, eval_only)
 
 
 def _open_synthetic(config: DataConfig, seed: int, tokenizer: Tokenizer) -> DatasetSplits:
@@ -214,60 +236,46 @@ def _open_synthetic(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data
     return DatasetSplits(train, held_out, tokenizer, fingerprint, summary, (kind,))
 
 
-def _packed(
+def _pack(
     config: DataConfig,
     seed: int,
     tokenizer: Tokenizer,
-    holdout: float,
-    parts: Sequence[Sequence[np.ndarray]],
-    hashes: tuple[str, str],
-    origin: str,
-    runs: Sequence[DomainRuns],
-    more: EvalOnlyText,
+    streams: _TokenStreams,
+    eval_only: EvalOnlyText,
 ) -> DatasetSplits:
-    train = PackedDataset(parts[0], config.seq_len, seed, tokenizer.vocab_size, "train", runs[0])
-    held_parts, held_runs = more.append_to(parts[1], runs[1])
-    held_out = HeldOutDataset(
-        PackedDataset(held_parts, config.seq_len, seed, tokenizer.vocab_size, "held_out", held_runs)
-    )
-    stream: PackedDataset | MixtureDataset = (
-        train if config.temperature is None else mix_domains(train, config.temperature)
-    )
-    summary = (
-        f"{origin}; {train.num_tokens + held_out.packed.num_tokens:,} tokens ({tokenizer.name}, vocabulary {tokenizer.vocab_size:,}); "
-        f"{train.num_sequences:,} training and {held_out.num_sequences:,} held-out sequences of {config.seq_len}"
-    )
-    unseen = [name for label, name in enumerate(more.domains) if label not in held_out.label_N]
-    notes = [summary, *more.notes]
-    if isinstance(stream, MixtureDataset):
-        notes.append(
-            "drawn: "
-            + ", ".join(
-                f"{more.domains[label]} {share:.1%}" for label, share in stream.shares.items()
-            )
-        )
-    if unseen:
-        notes.append(f"too little held-out text to evaluate {', '.join(unseen)}")
-    # What is only evaluated may change between a run's parts; which sequences are drawn may not.
-    drawing = () if config.temperature is None else ("temperature", float(config.temperature))
+    """Cut both token streams into sequences."""
+    seq_len, vocab_size, domains = config.seq_len, tokenizer.vocab_size, eval_only.domains
+    packed = PackedDataset(streams.arrays[0], seq_len, seed, vocab_size, "train", streams.runs[0])
+    arrays, runs = eval_only.append_to(streams.arrays[1], streams.runs[1])
+    held_out = HeldOutDataset(PackedDataset(arrays, seq_len, seed, vocab_size, "held_out", runs))
+    notes = [
+        f"{streams.summary}; {packed.num_tokens + held_out.packed.num_tokens:,} tokens "
+        f"({tokenizer.name}, vocabulary {vocab_size:,}); {packed.num_sequences:,} training and "
+        f"{held_out.num_sequences:,} held-out sequences of {seq_len}",
+        *eval_only.notes,
+    ]
+    train: TokenDataset = packed
+    # The text that is only evaluated may change when a run is resumed; which sequences are drawn
+    # may not, so the temperature is part of the fingerprint.
+    sampling: tuple[object, ...] = ()
+    if config.temperature is not None:
+        train = mixture = mix_domains(packed, config.temperature)
+        shares = [f"{domains[label]} {share:.1%}" for label, share in mixture.shares.items()]
+        notes.append(f"drawn: {', '.join(shares)}")
+        sampling = ("temperature", float(config.temperature))
+    missing = [name for label, name in enumerate(domains) if label not in held_out.label_N]
+    if missing:
+        notes.append(f"too little held-out text to evaluate {', '.join(missing)}")
     fingerprint = _sha256(
-        "packed", *hashes, tokenizer.fingerprint, config.seq_len, holdout, *drawing
+        "packed", *streams.hashes, tokenizer.fingerprint, seq_len, streams.holdout, *sampling
     )
     return DatasetSplits(
-        stream, held_out, tokenizer, fingerprint, "; ".join(notes), more.domains, more.eval_only
+        train, held_out, tokenizer, fingerprint, "; ".join(notes), domains, eval_only.eval_only
     )
 
 
-def _chunks(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    return token_chunks((document.content for document in corpus.documents), tokenizer)
-
-
-def _domains(corpus: Corpus) -> tuple[str, ...]:
-    return tuple(document.domain for document in corpus.documents)
-
-
-def _content_notes(documents: Sequence[Document], tokenizer: Tokenizer) -> list[str]:
-    """What encoding changes in the text, so that nothing is lost silently."""
+def _encoding_notes(documents: Sequence[Document], tokenizer: Tokenizer) -> list[str]:
+    """Describe what encoding changes in the text, so that nothing is lost silently."""
     notes = []
     if removed := sum(document.content.count(0) for document in documents):
         notes.append(f"{removed} NUL bytes removed")
@@ -278,10 +286,6 @@ def _content_notes(documents: Sequence[Document], tokenizer: Tokenizer) -> list[
                 f"{damaged} files are not UTF-8 or hold U+FFFD (undecodable bytes become U+FFFD)"
             )
     return notes
-
-
-def _is_shard_directory(source: str) -> bool:
-    return Path(source).expanduser().joinpath(INDEX).is_file()
 
 
 def _sha256(*parts: object) -> str:

@@ -1,15 +1,18 @@
-"""index.json of a shard directory: what is in it, checked field by field before any file is opened.
+"""index.json of a shard directory, validated field by field before any shard is opened.
 
-{"format": "dmoe-shards", "version": 1, "dtype": "uint16",
- "tokenizer": {"name": "bytes", "fingerprint": "...", "vocab_size": 256, "separator": 0},
- "holdout": 0.05,
- "domains": ["de", "python"],
- "splits": {"train": {"documents": 700, "text_bytes": 11500000, "sha256": "<of the whole token stream>",
-                      "runs": [[0, 1], [7000, 0]],
-                      "shards": [{"file": "train-00000.bin", "tokens": 8000, "bytes": 16000, "sha256": "..."}]},
-            "held_out": {...}}}
+    {"format": "dmoe-shards", "version": 1, "dtype": "uint16",
+     "tokenizer": {"name": "bytes", "fingerprint": "...", "vocab_size": 256, "separator": 0},
+     "holdout": 0.05,
+     "domains": ["de", "python"],
+     "splits": {"train": {"documents": 700, "text_bytes": 11500000,
+                          "sha256": "<of the whole token stream>",
+                          "runs": [[0, 1], [7000, 0]],
+                          "shards": [{"file": "train-00000.bin", "tokens": 8000, "bytes": 16000,
+                                      "sha256": "..."}]},
+                "held_out": {...}}}
 
-"runs" is where the domain changes (labels.py). Shards written before there were domains have neither it nor "domains": one domain.
+"runs" says where the domain changes (`packing.DomainRuns`). Without "runs" and "domains" (shards of
+an older version) there is one domain.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ INDEX = "index.json"
 SPLITS = ("train", "held_out")
 _VERSION = 1
 _DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.bin")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.bin")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -48,7 +51,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """One side of the corpus; its shards, in order, are one token stream."""
+    """One split of the corpus; its shards, in order, are one token stream."""
 
     documents: int
     text_bytes: int
@@ -59,7 +62,7 @@ class Split:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The whole of index.json."""
+    """Content of index.json."""
 
     dtype: np.dtype
     tokenizer: Mapping[str, Any]
@@ -68,7 +71,7 @@ class ShardIndex:
     domains: tuple[str, ...] = ("text",)
 
     def to_json(self) -> str:
-        """The text of index.json."""
+        """Return the text of index.json."""
         body = {
             "format": FORMAT,
             "version": _VERSION,
@@ -81,17 +84,25 @@ class ShardIndex:
         return json.dumps(body, indent=1) + "\n"
 
 
+def is_shard_directory(source: str) -> bool:
+    """Return whether `data.source` names a directory that holds an index.json."""
+    return Path(source).expanduser().joinpath(INDEX).is_file()
+
+
 def read_index(directory: Path) -> ShardIndex:
-    """index.json of a directory, every field checked; a ConfigError on data.source if it cannot be used."""
+    """Read and validate index.json; ConfigError on data.source if it cannot be used."""
     try:
         body = json.loads((directory / INDEX).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise damaged_error(directory, f"{INDEX} cannot be read ({error})") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise ConfigError(
-            "data.source", directory, f"has an {INDEX} that is not of format {FORMAT}",
-            f"name a directory written by `dmoe data prepare`, or for text use the glob {directory}/**",
-        )  # fmt: skip
+            "data.source",
+            directory,
+            f"has an {INDEX} that is not of format {FORMAT}",
+            "name a directory written by dmoe.data.prepare_shards, "
+            f"or for text use the glob {directory}/**",
+        )
     if body.get("version") != _VERSION:
         raise ConfigError(
             "data.source",
@@ -106,7 +117,7 @@ def read_index(directory: Path) -> ShardIndex:
 
 
 def damaged_error(directory: Path, reason: str) -> ConfigError:
-    """The error for a shard directory that cannot be used."""
+    """Return the error for a shard directory that cannot be used."""
     return ConfigError(
         "data.source",
         directory,
@@ -134,9 +145,9 @@ def _parse(body: dict[str, Any]) -> ShardIndex:
     return ShardIndex(dtype, header, holdout, splits, domains)
 
 
-def _split(body: dict[str, Any], dtype: np.dtype, domains: int) -> Split:
+def _split(body: dict[str, Any], dtype: np.dtype, num_domains: int) -> Split:
     shards = tuple(_shard(entry, dtype) for entry in body["shards"])
-    runs = _runs(body.get("runs", ONE_DOMAIN), domains)
+    runs = _runs(body.get("runs", ONE_DOMAIN), num_domains)
     return Split(
         _count(body, "documents", 1),
         _count(body, "text_bytes", 1),
@@ -154,24 +165,22 @@ def _domains(names: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _runs(body: Any, domains: int) -> DomainRuns:
-    runs = tuple((begin, label) for begin, label in body)
-    plain = all(type(number) is int for run in runs for number in run)
-    if (
-        not plain
-        or not runs
-        or runs[0][0] != 0
-        or any(not 0 <= label < domains for _, label in runs)
-    ):
+def _runs(body: Any, num_domains: int) -> DomainRuns:
+    runs = tuple((start, label) for start, label in body)
+    # `type` and not isinstance: True is an int.
+    all_integers = all(type(number) is int for run in runs for number in run)
+    if not all_integers or not runs or runs[0][0] != 0:
         raise ValueError(f"runs {body!r}")
-    if any(one[0] >= two[0] for one, two in pairwise(runs)):
+    if any(not 0 <= label < num_domains for _, label in runs):
+        raise ValueError(f"runs {body!r}")
+    if any(before[0] >= after[0] for before, after in pairwise(runs)):
         raise ValueError("runs, whose positions must ascend")
     return runs
 
 
 def _shard(entry: dict[str, Any], dtype: np.dtype) -> Shard:
-    # A file name comes from outside: a plain name only, so that an index cannot point anywhere else.
-    if not isinstance(entry["file"], str) or not _FILE.fullmatch(entry["file"]):
+    # Untrusted input: only a plain file name, so that an index cannot point outside its directory.
+    if not isinstance(entry["file"], str) or not _FILE_NAME.fullmatch(entry["file"]):
         raise ValueError(f"file name {entry['file']!r}, which must be a plain name ending in .bin")
     shard = Shard(
         entry["file"], _count(entry, "tokens", 1), _count(entry, "bytes", 1), _hash(entry, "sha256")
@@ -181,9 +190,9 @@ def _shard(entry: dict[str, Any], dtype: np.dtype) -> Shard:
     return shard
 
 
-def _count(body: dict[str, Any], key: str, least: int) -> int:
+def _count(body: dict[str, Any], key: str, minimum: int) -> int:
     value = body[key]
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{key} {value!r}")
     return value
 

@@ -1,9 +1,9 @@
-"""Token streams on disk: a corpus tokenized once, memory-mapped ever after.
+"""Shards: a corpus tokenized once, stored on disk and memory-mapped.
 
-A shard directory holds raw little-endian token files and index.json (see shard_index.py). The shards of a split are one
-stream: a sequence may cross from one to the next, so the shard size changes no sequence, and training from shards reads
-exactly what training from the same text reads. index.json is written last and renamed into place: a directory that has one is
-whole.
+A shard directory holds raw little-endian token files and index.json (see shard_index.py). The
+shards of a split form one token stream: a sequence may continue in the next shard, so the shard
+size changes no sequence, and training from shards reads exactly what training from the same text
+reads. index.json is written last and renamed into place, so a directory with one is complete.
 """
 
 from __future__ import annotations
@@ -17,22 +17,59 @@ from pathlib import Path
 import numpy as np
 
 from dmoe.config.errors import ConfigError
-from dmoe.data.packing import ONE_DOMAIN, record_lengths, domain_runs, token_dtype
-from dmoe.data.shard_index import INDEX, SPLITS, Shard, ShardIndex, Split, damaged_error, read_index
-from dmoe.data.tokenizers import Tokenizer
+from dmoe.config.schema import DataConfig
+from dmoe.data.corpus import split_corpus
+from dmoe.data.packing import ONE_DOMAIN, domain_runs, record_lengths, token_chunks, token_dtype
+from dmoe.data.shard_index import (
+    INDEX,
+    SPLITS,
+    Shard,
+    ShardIndex,
+    Split,
+    damaged_error,
+    is_shard_directory,
+    read_index,
+)
+from dmoe.data.sources import read_corpus
+from dmoe.data.tokenizers import Tokenizer, open_tokenizer
 
-_READ = 2**22
+_BLOCK_BYTES = 2**22
+"""Bytes per read when a file is hashed."""
 
 
 @dataclass(frozen=True)
 class SplitContent:
-    """One split to be written: its token stream in chunks (packing.token_chunks), and its size as text."""
+    """One split to be written: its token stream in chunks, and its size as text."""
 
     chunks: Iterable[np.ndarray]
+    """See `packing.token_chunks`."""
     documents: int
     text_bytes: int
     domains: tuple[str, ...] = ()
-    """The domain of each document, i.e. of each chunk but the first; empty if nothing is known of them."""
+    """The domain of each document, i.e. of each chunk but the first; empty if unknown."""
+
+
+def prepare_shards(config: DataConfig, directory: Path, shard_tokens: int = 2**27) -> ShardIndex:
+    """Tokenize the text of `data.source` into shards, which give exactly the same sequences."""
+    if config.source.startswith("synthetic:") or is_shard_directory(config.source):
+        raise ConfigError(
+            "data.source",
+            config.source,
+            "must be text to be prepared",
+            "name text files, a glob or stdlib",
+        )
+    tokenizer = open_tokenizer(config)
+    train, held_out = split_corpus(read_corpus(config.source), config.holdout)
+    splits = {
+        name: SplitContent(
+            token_chunks(corpus.contents(), tokenizer),
+            len(corpus.documents),
+            corpus.num_bytes,
+            corpus.document_domains,
+        )
+        for name, corpus in (("train", train), ("held_out", held_out))
+    }
+    return write_shards(directory, tokenizer, config.holdout, splits, shard_tokens)
 
 
 def write_shards(
@@ -42,10 +79,19 @@ def write_shards(
     splits: Mapping[str, SplitContent],
     shard_tokens: int = 2**27,
 ) -> ShardIndex:
-    """Write both splits (train, held_out) as files of `shard_tokens` tokens, the last one shorter, and the index.
+    """Write both splits as shards, then the index.
 
-    The directory is made if need be and must be empty: a ConfigError on `directory` otherwise. Memory: one shard plus one
-    chunk.
+    Args:
+        directory: created if missing; must be empty.
+        tokenizer: of the token streams; recorded in the index.
+        holdout: data.holdout of the split; recorded in the index.
+        splits: `train` and `held_out`.
+        shard_tokens: tokens per shard; the last shard of a split is shorter.
+
+    Raises:
+        ConfigError: on `directory`, if it is not empty.
+
+    Memory: one shard plus one chunk.
     """
     assert set(splits) == set(SPLITS)
     assert shard_tokens > 0
@@ -79,9 +125,10 @@ def write_shards(
 
 
 def map_shards(directory: Path, index: ShardIndex, split: str) -> list[np.ndarray]:
-    """The shards of a split as read-only memory maps, in order.
+    """Return the shards of a split as read-only memory maps, in order.
 
-    A ConfigError on data.source for a missing, linked or wrong-sized file. Contents are not read here: verify_shards does that.
+    Raises ConfigError on data.source for a missing, linked or wrong-sized file. Contents are not
+    read here; `verify_shards` does that.
     """
     return [
         np.memmap(_checked_file(directory, shard), dtype=index.dtype, mode="r")
@@ -90,19 +137,22 @@ def map_shards(directory: Path, index: ShardIndex, split: str) -> list[np.ndarra
 
 
 def verify_shards(directory: Path) -> ShardIndex:
-    """Read everything and compare each hash with the index; a ConfigError on data.source names the first file that differs."""
+    """Read every byte and compare all hashes with the index.
+
+    Raises ConfigError on data.source that names the first file that differs.
+    """
     index = read_index(directory)
     for split in index.splits.values():
-        whole = hashlib.sha256()
+        split_digest = hashlib.sha256()
         for shard in split.shards:
             digest = hashlib.sha256()
             with _checked_file(directory, shard).open("rb") as file:
-                while block := file.read(_READ):
+                while block := file.read(_BLOCK_BYTES):
                     digest.update(block)
-                    whole.update(block)
+                    split_digest.update(block)
             if digest.hexdigest() != shard.sha256:
                 raise damaged_error(directory, f"the content of {shard.file} has changed (SHA-256)")
-        if whole.hexdigest() != split.sha256:
+        if split_digest.hexdigest() != split.sha256:
             raise damaged_error(
                 directory, "a split is not what was written (SHA-256 of its stream)"
             )
@@ -128,20 +178,22 @@ def _write_split(
     shard_tokens: int,
     domains: tuple[str, ...],
 ) -> Split:
-    whole = hashlib.sha256()
+    split_digest = hashlib.sha256()
     shards = []
     lengths: list[int] = []
     for number, tokens in enumerate(
-        _regroup(record_lengths(content.chunks, lengths), shard_tokens)
+        _rechunk(record_lengths(content.chunks, lengths), shard_tokens)
     ):
         assert tokens.dtype == dtype, f"chunks of {tokens.dtype} instead of {dtype}"
         data = tokens.tobytes()
-        whole.update(data)
+        split_digest.update(data)
         file = f"{name}-{number:05d}.bin"
         _write_durably(directory / file, data)
         shards.append(Shard(file, len(tokens), len(data), hashlib.sha256(data).hexdigest()))
     runs = domain_runs(lengths[1:], content.domains, domains) if content.domains else ONE_DOMAIN
-    return Split(content.documents, content.text_bytes, whole.hexdigest(), tuple(shards), runs)
+    return Split(
+        content.documents, content.text_bytes, split_digest.hexdigest(), tuple(shards), runs
+    )
 
 
 def _write_durably(path: Path, data: bytes) -> None:
@@ -151,17 +203,17 @@ def _write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _regroup(chunks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """The same tokens in arrays of exactly `size`, the last one shorter."""
-    waiting: list[np.ndarray] = []
-    held = 0
+def _rechunk(chunks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Yield the same tokens in arrays of exactly `size`, the last one shorter."""
+    pending: list[np.ndarray] = []
+    num_pending = 0
     for chunk in chunks:
-        waiting.append(chunk)
-        held += len(chunk)
-        if held >= size:
-            joined = np.concatenate(waiting)
-            whole = held // size * size
-            yield from np.split(joined[:whole], range(size, whole, size))
-            waiting, held = [joined[whole:]], held - whole
-    if held:
-        yield np.concatenate(waiting)
+        pending.append(chunk)
+        num_pending += len(chunk)
+        if num_pending >= size:
+            joined = np.concatenate(pending)
+            complete = num_pending // size * size
+            yield from np.split(joined[:complete], range(size, complete, size))
+            pending, num_pending = [joined[complete:]], num_pending - complete
+    if num_pending:
+        yield np.concatenate(pending)

@@ -28,7 +28,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dmoe.config.datasets import chosen_streams, columns_of
+from dmoe.config.datasets import selected_streams, table_spec
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data.corpus import holdout_hash
@@ -102,12 +102,12 @@ class TableSplits:
 
 def stream_widths(config: DataConfig) -> dict[str, int]:
     """The width of each chosen stream, without reading data. Raises ConfigError on data.source and data.streams."""
-    return chosen_streams(config)
+    return selected_streams(config)
 
 
 def num_classes(config: DataConfig) -> int:
     """The number of classes, without reading data. Raises ConfigError on data.source."""
-    return len(columns_of(config).classes)
+    return len(table_spec(config).classes)
 
 
 def open_table(config: DataConfig, seed: int) -> TableSplits:
@@ -115,7 +115,7 @@ def open_table(config: DataConfig, seed: int) -> TableSplits:
 
     Raises ConfigError on the field of data.* that cannot work; for sklearn:NAME also where scikit-learn is not installed.
     """
-    widths, names = chosen_streams(config), columns_of(config).classes
+    widths, names = selected_streams(config), table_spec(config).classes
     if config.source == "synthetic:clusters":
         return _open_clusters(config, seed, widths, names)
     raw_NW, class_N, streams = _read(config.source)
@@ -144,7 +144,7 @@ def open_table(config: DataConfig, seed: int) -> TableSplits:
 def _open_clusters(
     config: DataConfig, seed: int, widths: dict[str, int], names: tuple[str, ...]
 ) -> TableSplits:
-    there = [name for name, width in columns_of(config).streams.items() for _ in range(width)]
+    there = [name for name, width in table_spec(config).streams.items() for _ in range(width)]
     columns = tuple(
         column for name in widths for column, owner in enumerate(there) if owner == name
     )

@@ -68,7 +68,7 @@ def test_shards_give_exactly_the_data_of_the_text(config: DataConfig, shards: Pa
 def test_another_tokenizer_is_refused(config: DataConfig, shards: Path, rank_file: Path) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"data.tokenizer=.*must be the tokenizer the shards in .* were made with, bytes",
+        match=r"data.tokenizer=.*must be the tokenizer of the shards in .*, bytes",
     ):
         open_data(replace(config, source=str(shards), tokenizer=str(rank_file)), 0)
 

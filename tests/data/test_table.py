@@ -11,14 +11,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dmoe.config.datasets import CATALOGUE
+from dmoe.config.datasets import DATASETS
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data import tables
 from dmoe.data.order import sequence_indices
 from dmoe.data.tables import TableSplits, TableDataset, num_classes, open_table, stream_widths
 
-SKLEARN = [source for source in CATALOGUE if source.startswith("sklearn:")]
+SKLEARN = [source for source in DATASETS if source.startswith("sklearn:")]
 FIXED_FEATURES = "76535dc00de35ade"
 CLUSTERS = DataConfig(source="synthetic:clusters", streams=["a", "b"])
 
@@ -31,9 +31,9 @@ def opened(source: str, holdout: float = 0.2, seed: int = 0, **options: object) 
     return open_table(DataConfig(source=source, holdout=holdout, **options), seed)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("source", CATALOGUE)
+@pytest.mark.parametrize("source", DATASETS)
 def test_what_is_known_beforehand_is_what_is_found(source: str) -> None:
-    every = list(CATALOGUE[source].streams)
+    every = list(DATASETS[source].streams)
     for streams in ([], every, every[::-1], every[-1:]):
         config = DataConfig(source=source, streams=streams, holdout=0.2)
         found = opened(source, streams=streams)
@@ -53,7 +53,7 @@ def test_classes_have_their_names(source: str) -> None:
         "sklearn.datasets", reason="scikit-learn, an optional dependency, is not installed"
     )
     names = getattr(datasets, f"load_{source.removeprefix('sklearn:')}")().target_names
-    assert tuple(map(str, names)) == CATALOGUE[source].classes
+    assert tuple(map(str, names)) == DATASETS[source].classes
 
 
 def strokes_of_one(image: np.ndarray) -> list[float]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dmoe.config.errors import ConfigError
-from dmoe.data.tokenizers import ByteLevelTokenizer, read_tokenizer_file, decode_utf8
+from dmoe.data.tokenizers import ByteLevelTokenizer, decode_utf8, read_tokenizer_file
 
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>")
 _PROBE = (

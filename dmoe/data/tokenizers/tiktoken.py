@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from dmoe.config.errors import ConfigError
-from dmoe.data.tokenizers import ByteLevelTokenizer, read_tokenizer_file, decode_utf8
+from dmoe.data.tokenizers import ByteLevelTokenizer, decode_utf8, read_tokenizer_file
 
 _WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CL100K = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
