@@ -1,13 +1,13 @@
 """Adapter modules on any network: modular deep learning (Pfeiffer et al. 2023) with MoE parts.
 
-    banks        what a module computes: a change of parameters, input or function
-    routing      which modules a token is sent to: fixed or learned, per token, sequence or task
-    aggregation  how the outputs of a token's modules are combined
-    layer        bank, router and aggregation beside one frozen target module
-    attach       layers on the target modules of a network, and their removal
-    base_model   freezing, its hash, adding modules, training one module of a bank
-    merge        modules merged into the weights of the base model, or averaged
-    files, peft  modules in safetensors files of their own, and in the format of `peft`
+banks        what a module computes: a change of parameters, input or function
+routing      which modules a token is sent to: fixed or learned, per token, sequence or task
+aggregation  how the outputs of a token's modules are combined
+layer        bank, router and aggregation beside one frozen target module
+attach       layers on the target modules of a network, and their removal
+base_model   freezing, its hash, adding modules, training one module of a bank
+merge        modules merged into the weights of the base model, or averaged
+files, peft  modules in safetensors files of their own, and in the format of `peft`
 """
 
 from __future__ import annotations

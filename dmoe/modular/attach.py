@@ -1,9 +1,11 @@
-"""Modules beside the parts of any network, and off again.
+"""Attach adapter layers to the submodules of any network, and detach them.
 
-A place is a submodule, named by a pattern. Its modules become its child `modular`, and a forward hook on it calls them: nothing of the
-network is replaced, so every name, weight and attribute of it stays what it was, and `detach` leaves it bit for bit as it came. A hook
-is passed by where a parent reads a child's weight and does not call it: known cases are refused, and any other is told by the first
-forward, instead of training modules that change nothing.
+A target module is a submodule whose name matches a pattern. Its adapter layer becomes its child
+`modular`, called by a forward hook on the target. No part of the network is replaced: names,
+weights and attributes stay, and `detach` restores the network bit for bit.
+
+A hook is not called where a parent reads a child's weight without calling the child. Known cases
+are refused; any other raises an error in the first forward.
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ from dmoe.moe.layer import MoE
 from dmoe.moe.routing import TokenContext
 
 CHILD = "modular"
-"""The name under which a place holds its modules; what has it in its path is no part of the core."""
+"""Name of the child that holds the adapter layer. Paths that contain it are not base model."""
 BankMaker = Callable[[int, int], AdapterBank]
 """(in_dim, out_dim) -> bank, e.g. `partial(LowRank, 4, rank=8)`."""
 AggregationMaker = Callable[[int, int, int], Aggregation]
-"""(width, query, top_k) -> aggregation: one of the classes, or a partial of it."""
+"""(width, router_dim, top_k) -> aggregation: a class, or a partial of it."""
 
 
 def attach(
@@ -45,59 +47,75 @@ def attach(
     width: tuple[int, int] | None = None,
     seed: int = 0,
 ) -> dict[str, AdapterLayer]:
-    """Put a bank of modules, with a router of its own, beside every submodule whose name the pattern matches.
+    """Attach an adapter layer to every submodule whose name matches the pattern.
+
+    Call it before `shard_experts` and before the optimizer is created.
 
     Args:
-        pattern: of submodule names, e.g. `*.attention.w_out`: shell-like, or a compiled regular expression that matches the whole name.
-        bank, router, aggregation: what makes them for the widths of a place.
-        width: (in, out) of the places; read from Linear, Embedding and dmoe's feed-forwards, needed for any other module.
-        seed: of the draws, which are keyed by the order of the places too.
+        model: any network; changed in place.
+        pattern: pattern of submodule names, e.g. `*.attention.w_out`: shell-like, or a compiled
+            regular expression that matches the whole name.
+        bank: creates the bank of modules of a target, given its widths.
+        router: creates the router of a target.
+        aggregation: creates the aggregation of a target.
+        width: (in, out) of the targets. Read from Linear, Embedding and dmoe's feed-forward
+            modules; required for any other module.
+        seed: seed of the initial weights, which are keyed by the index of the target too.
 
-    Returns the new layers by the name of their place. Before `shard_experts` and before the optimizer.
-    Raises: ConfigError where nothing matches, something cannot be attached to, or the parts do not fit each other; then nothing is
-    attached.
+    Returns:
+        The new layers by the name of their target.
+
+    Raises:
+        ConfigError: if nothing matches, a target is not supported, or bank, router and aggregation
+            do not fit each other. Then nothing is attached.
     """
-    number = len(adapter_layers(model))
-    made: dict[str, AdapterLayer] = {}
-    for name, place in matching_modules(model, pattern).items():
-        _check_target(model, name, place)
-        layer = _build_layer(place, name, bank, router, aggregation, width, number + len(made))
-        device, dtype = _device_and_dtype(place, model)
+    first = len(adapter_layers(model))
+    attached: dict[str, AdapterLayer] = {}
+    for name, target in matching_modules(model, pattern).items():
+        _check_target(model, name, target)
+        index = first + len(attached)
+        layer = _build_layer(target, name, bank, router, aggregation, width, index)
+        device, dtype = _device_and_dtype(target, model)
         layer.to(device=device, dtype=dtype).train(model.training)
-        _initialize_layer(
-            place, layer, seed
-        )  # it looks at the place, and may refuse it: so before anything is attached
-        made[name] = layer
-    for name, layer in made.items():
-        place = model.get_submodule(name)
-        place.add_module(CHILD, layer)
-        register_hooks(model, name, place, layer)
-    return made
+        # `bind` reads the target and may raise, so it is called before anything is attached
+        _initialize_layer(target, layer, seed)
+        attached[name] = layer
+    for name, layer in attached.items():
+        target = model.get_submodule(name)
+        target.add_module(CHILD, layer)
+        register_hooks(model, name, target, layer)
+    return attached
 
 
 def initialize(model: nn.Module, seed: int) -> None:
-    """Draw all modules, routers and aggregations anew, as `attach` did; after `to_empty`, when the core has its weights."""
+    """Initialize all modules, routers and aggregations as `attach` does.
+
+    After `to_empty`, and after the weights of the base model are initialized.
+    """
     for name, layer in adapter_layers(model).items():
         _initialize_layer(model.get_submodule(name), layer, seed)
 
 
-def _initialize_layer(place: nn.Module, layer: AdapterLayer, seed: int) -> None:
-    layer.experts.bind(place)
+def _initialize_layer(target: nn.Module, layer: AdapterLayer, seed: int) -> None:
+    layer.experts.bind(target)
     layer.initialize(seed)
 
 
 def detach(model: nn.Module) -> dict[str, AdapterLayer]:
-    """Take all modules off; returns them by the name of their place. The model is what it was before, bit for bit."""
-    taken = adapter_layers(model)
-    for name, layer in taken.items():
+    """Remove all adapter layers and return them by target name.
+
+    The model is bit for bit what it was before `attach`.
+    """
+    detached = adapter_layers(model)
+    for name, layer in detached.items():
         for handle in layer.__dict__.pop("handles"):
             handle.remove()
         delattr(model.get_submodule(name), CHILD)
-    return taken
+    return detached
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
-    """All attached layers by the name of their place, in the model's order."""
+    """Return all attached layers by target name, in the model's order."""
     ending = f".{CHILD}"
     return {
         f".{name}".removesuffix(ending).removeprefix("."): module
@@ -106,29 +124,50 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     }
 
 
+def module_losses(model: nn.Module, balance: BalanceConfig) -> dict[str, dict[str, Tensor]]:
+    """Return the load-balancing losses of the learned routers in the latest forward.
+
+    Args:
+        model: a network with adapter layers.
+        balance: enabled losses and their coefficients.
+
+    Returns:
+        For each target that was called, this rank's unweighted share of each enabled loss by name
+        (see `AdapterLayer.losses`). The sum of the shares over all ranks is the loss.
+    """
+    return {
+        name: layer.losses(balance)
+        for name, layer in adapter_layers(model).items()
+        if layer.last_routing is not None
+    }
+
+
 @contextmanager
 def adapter_context(
     model: nn.Module, context: TokenContext | None = None, **fields: Tensor
 ) -> Iterator[None]:
-    """What the modules may know of the tokens inside: `with given(model, label_T=labels): model(...)`.
+    """Set the token context of all adapter layers: `with adapter_context(model, label_T=labels):`.
 
-    Labels are int64, one for each token or one for each sequence. For models that are not handed a `TokenContext` themselves. Backward
-    belongs inside where blocks are recomputed.
+    For models whose forward takes no `TokenContext`. Labels are int64, one per token or one per
+    sequence. Where blocks are recomputed, the backward belongs inside too.
     """
     context = replace(EMPTY_CONTEXT if context is None else context, **fields)  # type: ignore[arg-type]
-    here = adapter_layers(model).values()
-    before = [layer.context for layer in here]
-    for layer in here:
+    layers = adapter_layers(model).values()
+    before = [layer.context for layer in layers]
+    for layer in layers:
         layer.context = context
     try:
         yield
     finally:
-        for layer, old in zip(here, before, strict=True):
+        for layer, old in zip(layers, before, strict=True):
             layer.context = old
 
 
 def matching_modules(model: nn.Module, pattern: str | re.Pattern[str]) -> dict[str, nn.Module]:
-    """The submodules a pattern names, in the model's order, without what is attached. Raises ConfigError where there is none."""
+    """Return the submodules whose names match, in the model's order, without attached ones.
+
+    Raises: ConfigError if there is none.
+    """
     found = {
         name: module
         for name, module in model.named_modules()
@@ -140,28 +179,31 @@ def matching_modules(model: nn.Module, pattern: str | re.Pattern[str]) -> dict[s
         )
     }
     if not found:
-        some = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][:3]
-        shown = pattern if isinstance(pattern, str) else pattern.pattern
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        examples = ", ".join(linear[:3]) or "those of named_modules()"
         raise ConfigError(
             "pattern",
-            shown,
+            pattern if isinstance(pattern, str) else pattern.pattern,
             "matches no submodule",
-            f"submodules have names like {', '.join(some) or 'those of named_modules()'}",
+            f"submodules have names like {examples}",
         )
     return found
 
 
-def _check_target(model: nn.Module, name: str, place: nn.Module) -> None:
-    if hasattr(place, CHILD):
-        raise ConfigError(
-            "pattern", name, f"{name} has modules already", "detach them, or name other places"
-        )
+def _check_target(model: nn.Module, name: str, target: nn.Module) -> None:
+    """Raise ConfigError for a target whose hook would not be called, or not have the effect."""
+    if hasattr(target, CHILD):
+        allowed = f"{name} has modules already"
+        raise ConfigError("pattern", name, allowed, "detach them, or match other modules")
     for path, module in model.named_modules():
         if path.rpartition(".")[2] == CHILD and not isinstance(module, AdapterLayer):
-            allowed = f"is a name the model uses itself, at {path}: that part would be left out of the core's hash"
+            allowed = (
+                f"is a name the model uses itself, at {path}: "
+                "that part would be left out of the base model's hash"
+            )
             raise ConfigError("pattern", CHILD, allowed, "rename it in the model")
-    if isinstance(place, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        why = f"is a {type(place).__name__}, which would take its modules for one more member"
+    if isinstance(target, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        why = f"is a {type(target).__name__}, which would treat the adapter layer as a member"
         raise ConfigError("pattern", name, why, "attach to one of its members, or wrap it")
     parent = model.get_submodule(name.rpartition(".")[0]) if name else None
     if isinstance(parent, FeedForward | nn.MultiheadAttention):
@@ -170,88 +212,57 @@ def _check_target(model: nn.Module, name: str, place: nn.Module) -> None:
 
 
 def _build_layer(
-    place: nn.Module,
+    target: nn.Module,
     name: str,
-    bank: BankMaker,
-    router: RouterMaker,
-    aggregation: AggregationMaker,
+    bank_maker: BankMaker,
+    router_maker: RouterMaker,
+    aggregation_maker: AggregationMaker,
     width: tuple[int, int] | None,
-    number: int,
+    index: int,
 ) -> AdapterLayer:
-    in_dim, out_dim = _target_widths(place, name) if width is None else width
-    made = bank(in_dim, out_dim)
-    if isinstance(place, nn.Embedding) and made.input_kind == "input":
-        allowed = f"reads what {name or 'the model'} is given, which are ids and no vectors"
-        raise ConfigError(
-            "bank",
-            type(made).__name__,
-            allowed,
-            "use Prompt, or what reads the output: Adapter, Scale",
-        )
-    query = out_dim if made.input_kind == "sequence" else made.row_dim
-    chooses = router(query, number)
-    if chooses.num_experts != made.num_modules:
-        allowed = f"must be the {made.num_modules} modules of the bank"
-        raise ConfigError(
-            "router.num_experts",
-            chooses.num_experts,
-            allowed,
-            "give both the same number of modules",
-        )
-    joins = aggregation(made.width, query, chooses.top_k)
-    if joins.sequential and made.input_kind != "output":
-        allowed = f"needs modules that read the frozen output, not the {made.input_kind}"
-        raise ConfigError(
-            "aggregation",
-            type(joins).__name__,
-            allowed,
-            "use Adapter or Scale, or another aggregation",
-        )
-    if not joins.uses_weights and any(True for _ in chooses.parameters()):
-        allowed = f"does not use the weights of {type(chooses).__name__}, which would learn nothing"
-        raise ConfigError(
-            "aggregation",
-            type(joins).__name__,
-            allowed,
-            "use weighted_sum, or a router without parameters",
-        )
-    return AdapterLayer(made, chooses, joins, number)
+    """Build the layer of one target. Raises ConfigError if its parts do not fit each other."""
+    in_dim, out_dim = _target_widths(target, name) if width is None else width
+    bank = bank_maker(in_dim, out_dim)
+    if isinstance(target, nn.Embedding) and bank.input_kind == "input":
+        allowed = f"reads the input of {name or 'the model'}, which is ids, not vectors"
+        fix = "use Prompt, or a bank that reads the output: Adapter, Scale"
+        raise ConfigError("bank", type(bank).__name__, allowed, fix)
+    router_dim = out_dim if bank.input_kind == "sequence" else bank.row_dim
+    router = router_maker(router_dim, index)
+    if router.num_experts != bank.num_modules:
+        allowed = f"must be the {bank.num_modules} modules of the bank"
+        fix = "give both the same number of modules"
+        raise ConfigError("router.num_experts", router.num_experts, allowed, fix)
+    aggregation = aggregation_maker(bank.width, router_dim, router.top_k)
+    kind = type(aggregation).__name__
+    if aggregation.sequential and bank.input_kind != "output":
+        allowed = f"needs modules that read the frozen output, not the {bank.input_kind}"
+        raise ConfigError("aggregation", kind, allowed, "use Adapter or Scale, or another one")
+    if not aggregation.uses_weights and any(True for _ in router.parameters()):
+        allowed = f"ignores the weights of {type(router).__name__}, which would not be trained"
+        fix = "use weighted_sum, or a router without parameters"
+        raise ConfigError("aggregation", kind, allowed, fix)
+    return AdapterLayer(bank, router, aggregation, index)
 
 
-def _target_widths(place: nn.Module, name: str) -> tuple[int, int]:
-    if isinstance(place, nn.Linear):
-        return place.in_features, place.out_features
-    if isinstance(place, nn.Embedding):
-        return 1, place.embedding_dim
-    if isinstance(place, FeedForward):
-        return place.w_in.in_features, place.w_out.out_features
-    if isinstance(place, MoE):
-        matrices = place.experts.matrices[0]
+def _target_widths(target: nn.Module, name: str) -> tuple[int, int]:
+    if isinstance(target, nn.Linear):
+        return target.in_features, target.out_features
+    if isinstance(target, nn.Embedding):
+        return 1, target.embedding_dim
+    if isinstance(target, FeedForward):
+        return target.w_in.in_features, target.w_out.out_features
+    if isinstance(target, MoE):
+        matrices = target.experts.matrices[0]
         return matrices[0][0], matrices[-1][1]
-    raise ConfigError(
-        "width",
-        None,
-        f"is not known for {name or 'the model'}, a {type(place).__name__}",
-        "give width=(in, out)",
-    )
+    allowed = f"is not known for {name or 'the model'}, a {type(target).__name__}"
+    raise ConfigError("width", None, allowed, "give width=(in, out)")
 
 
-def _device_and_dtype(place: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where, and in what, the modules of a place live: as the first floating weight of the place or of the model, at least float32."""
-    for module in (place, model):
+def _device_and_dtype(target: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Return those of the first floating-point weight of target or model; at least float32."""
+    for module in (target, model):
         for parameter in module.parameters():
             if parameter.is_floating_point():
                 return parameter.device, torch.promote_types(parameter.dtype, torch.float32)
     return torch.device("cpu"), torch.get_default_dtype()
-
-
-def module_losses(model: nn.Module, balance: BalanceConfig) -> dict[str, dict[str, Tensor]]:
-    """For each place that took part in the latest forward, this rank's share of each loss in force, unweighted, by name.
-
-    Summed over the ranks, the shares are the loss. A place with a given routing has none. See `Modular.losses`.
-    """
-    return {
-        name: layer.losses(balance)
-        for name, layer in adapter_layers(model).items()
-        if layer.last_routing is not None
-    }

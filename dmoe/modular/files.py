@@ -1,7 +1,8 @@
-"""Modules in a file of their own: safetensors, a few percent of the model, with the hash of the core they belong to.
+"""Module files: adapter layers in safetensors, a few percent of the model, without the base model.
 
-Names are `PLACE.modular.experts.a` and so on, as in the model's own state; the metadata holds the format, the core's hash and what each
-place holds, so that a file can be listed without a model. Written whole or not at all. No pickle.
+Tensor names are `TARGET.modular.experts.a` and so on, as in the model's state. The metadata holds
+the format, the hash of the base model and a summary of each layer, so a file can be listed without
+a model. Files are written to a temporary name and renamed. No pickle.
 """
 
 from __future__ import annotations
@@ -25,39 +26,46 @@ FORMAT = "dmoe modules 1"
 
 @dataclass(frozen=True)
 class SavedModules:
-    """What a file says of itself."""
+    """The header of a module file."""
 
     base_model: str
-    """SHA-256 of the core (`core_hash`)."""
+    """SHA-256 of the base model (`base_model_hash`)."""
     targets: dict[str, dict[str, str | int]]
-    """For each place: `bank`, `router`, `aggregation` (their classes), `modules` (M), `parameters` of the bank."""
+    """Per target module: `bank`, `router`, `aggregation` (class names), `modules` (M) and
+    `parameters` of the bank."""
 
 
 def module_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer of the modules, routers and aggregations, by name; detached, sharing memory."""
+    """Return parameters and persistent buffers of all adapter layers by name; detached views."""
+    # built from the layers, because `model.state_dict()` lists a target used twice under two names
     return {
-        f"{place}.{CHILD}.{name}".removeprefix("."): value.detach()
-        for place, layer in adapter_layers(
-            model
-        ).items()  # not by the model's own names: a part used in two places has two there
+        f"{target}.{CHILD}.{name}".removeprefix("."): value.detach()
+        for target, layer in adapter_layers(model).items()
         for name, value in layer.state_dict().items()
     }
 
 
 def save_modules(model: nn.Module, path: str | Path, *, base_model: str | None = None) -> None:
-    """Write the modules of a model that holds all of them. `core` is its hash, where that is known already.
+    """Write the modules of a model into a file.
 
-    Raises: CheckpointError for a model without modules, or one that holds a part of them only, and where nothing can be written.
+    Args:
+        model: a network with adapter layers that are not sharded.
+        path: the file.
+        base_model: hash of the base model, if it is known already.
+
+    Raises:
+        CheckpointError: for a model without modules or with sharded ones, or if the file cannot be
+            written.
     """
-    found = adapter_layers(model)
-    if not found:
+    layers = adapter_layers(model)
+    if not layers:
         raise CheckpointError(f"{path}: the model has no modules to save; attach some first")
-    for name, layer in found.items():
+    for name, layer in layers.items():
         if not layer.experts.holds_all_modules:
             raise CheckpointError(
-                f"{path}: this rank holds a part of the modules at {name} only; gather them first"
+                f"{path}: this rank holds only part of the modules at {name}; gather them first"
             )
-    places = {
+    targets = {
         name: {
             "bank": type(layer.experts).__name__,
             "router": type(layer.router).__name__,
@@ -65,9 +73,13 @@ def save_modules(model: nn.Module, path: str | Path, *, base_model: str | None =
             "modules": layer.experts.num_modules,
             "parameters": sum(parameter.numel() for parameter in layer.experts.parameters()),
         }
-        for name, layer in found.items()
+        for name, layer in layers.items()
     }
-    metadata = {"format": FORMAT, "core": base_model or base_model_hash(model), "places": json.dumps(places)}
+    metadata = {
+        "format": FORMAT,
+        "core": base_model or base_model_hash(model),
+        "places": json.dumps(targets),
+    }
     state = {name: value.cpu().contiguous() for name, value in module_state(model).items()}
     part = Path(f"{path}.part")
     try:
@@ -81,71 +93,85 @@ def save_modules(model: nn.Module, path: str | Path, *, base_model: str | None =
 
 
 def inspect_modules(path: str | Path) -> SavedModules:
-    """What a file holds, from its header alone. Raises CheckpointError where it is no file of modules."""
+    """Read the header of a module file. Raises CheckpointError if it is not one."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a file of modules ({error})") from None
-    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: cannot be read as a module file ({error})") from None
+    if (found := metadata.get("format")) != FORMAT:
         raise CheckpointError(
-            f"{path}: is no file of modules (its format is {metadata.get('format')!r}, not {FORMAT!r})"
+            f"{path}: is not a module file (its format is {found!r}, not {FORMAT!r})"
         )
     return SavedModules(metadata["core"], json.loads(metadata["places"]))
 
 
 def load_modules(model: nn.Module, path: str | Path, *, base_model: str | None = None) -> None:
-    """Read modules into those that are attached to the model, in place; a rank that holds a part of a bank takes its part.
+    """Load a module file into the attached adapter layers; a sharded bank loads its shard.
 
-    `core` is the hash of the model's core, where it was taken before sharding.
-    Raises: CheckpointError for another core, other places, other kinds or shapes; then nothing was read.
+    Args:
+        model: a network with adapter layers; changed in place.
+        path: the file.
+        base_model: hash of the model's base model, if it was taken before sharding.
+
+    Raises:
+        CheckpointError: for another base model, or other targets, kinds or shapes. Then nothing is
+            loaded.
     """
     saved = inspect_modules(path)
-    mine = base_model or base_model_hash(model)
-    if mine != saved.base_model:
+    own_hash = base_model or base_model_hash(model)
+    if own_hash != saved.base_model:
         raise CheckpointError(
-            f"{path}: belongs to another core ({saved.base_model[:12]}, this one is {mine[:12]}); attach it to the model it was trained on"
+            f"{path}: belongs to another base model ({saved.base_model[:12]}, this one is "
+            f"{own_hash[:12]}); attach it to the model it was trained on"
         )
     state = module_state(model)
     _check_same_layers(model, path, saved)
     with safe_open(path, framework="pt") as file:
-        if missing := sorted(set(file.keys()) ^ set(state)):
+        if different := sorted(set(file.keys()) ^ set(state)):
             raise CheckpointError(
-                f"{path}: {missing[0]} is in the file or in the model but not in both ({len(missing)} such names)"
+                f"{path}: {different[0]} is in the file or in the model but not in both "
+                f"({len(different)} such names)"
             )
-        read = {name: _local_part(model, name, file.get_tensor(name)) for name in state}
-    for name, value in read.items():
+        loaded = {name: _local_part(model, name, file.get_tensor(name)) for name in state}
+    for name, value in loaded.items():
         if value.shape != state[name].shape or value.dtype != state[name].dtype:
-            one, other = (
+            in_file, in_model = (
                 f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}"
                 for t in (value, state[name])
             )
-            raise CheckpointError(f"{path}: {name} is {one} in the file and {other} in the model")
+            raise CheckpointError(
+                f"{path}: {name} is {in_file} in the file and {in_model} in the model"
+            )
     with torch.no_grad():
-        for name, value in read.items():
+        for name, value in loaded.items():
             state[name].copy_(value)
 
 
 def _check_same_layers(model: nn.Module, path: str | Path, saved: SavedModules) -> None:
-    found = adapter_layers(model)
-    if sorted(found) != sorted(saved.targets):
+    layers = adapter_layers(model)
+    if sorted(layers) != sorted(saved.targets):
         raise CheckpointError(
-            f"{path}: has modules at {', '.join(sorted(saved.targets))}, the model at {', '.join(sorted(found)) or 'no place'}"
+            f"{path}: has modules at {', '.join(sorted(saved.targets))}, "
+            f"the model at {', '.join(sorted(layers)) or 'no target'}"
         )
-    for name, place in saved.targets.items():
-        layer = found[name]
+    for name, target in saved.targets.items():
+        layer = layers[name]
         kinds = [type(part).__name__ for part in (layer.experts, layer.router, layer.aggregation)]
         if (
-            kinds != [place["bank"], place["router"], place["aggregation"]]
-            or place["modules"] != layer.experts.num_modules
+            kinds != [target["bank"], target["router"], target["aggregation"]]
+            or target["modules"] != layer.experts.num_modules
         ):
-            here = f"{layer.experts.num_modules} of {' with '.join(kinds)}"
-            there = f"{place['modules']} of {place['bank']} with {place['router']} with {place['aggregation']}"
-            raise CheckpointError(f"{path}: at {name} it has {there}, the model {here}")
+            in_model = f"{layer.experts.num_modules} of {' with '.join(kinds)}"
+            in_file = (
+                f"{target['modules']} of {target['bank']} with {target['router']} "
+                f"with {target['aggregation']}"
+            )
+            raise CheckpointError(f"{path}: at {name} it has {in_file}, the model {in_model}")
 
 
 def _local_part(model: nn.Module, name: str, value: Tensor) -> Tensor:
-    """This rank's modules of a stacked tensor; anything else as it is."""
+    """Return this rank's modules of a stacked tensor; other tensors unchanged."""
     before, _, after = name.rpartition(f"{CHILD}.")
     if not after.startswith("experts."):
         return value

@@ -1,10 +1,11 @@
-"""Modules become weights: one vector over the modules, written into the frozen matrices (task arithmetic), or averaged among
-themselves.
+"""Merge modules into the weights of the base model (task arithmetic), or average their parameters.
 
-    merge:    W <- W + sum over m of weight[m] * delta_m        (Ilharco et al. 2023; LoRA's own merge for one module)
-    average:  theta <- sum over m of weight[m] * theta_m        (model soups, Wortsman et al. 2022; AdaMix, Wang et al. 2022)
+    merge:    W <- W + sum over m of weight[m] * delta_m        (Ilharco et al. 2023; LoRA's merge)
+    average:  theta <- sum over m of weight[m] * theta_m        (model soups, Wortsman et al. 2022;
+                                                                 AdaMix, Wang et al. 2022)
 
-A merged network costs what the bare one does, and computes what the mixture with these constant weights computed.
+A merged network costs what the network without modules costs, and computes what the mixture with
+these constant weights computed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
 from dmoe.modular.aggregation import WeightedSum
-from dmoe.modular.attach import detach, adapter_layers
+from dmoe.modular.attach import adapter_layers, detach
 from dmoe.modular.banks import Scale, SparseDelta
 from dmoe.modular.banks.base import AdapterBank
 from dmoe.modular.layer import AdapterLayer
@@ -24,52 +25,51 @@ from dmoe.modular.routing import ConstantRouter
 
 
 def merge(model: nn.Module, weights: Sequence[float]) -> None:
-    """Write all modules into the core with these weights, one for each module, and take them off.
+    """Merge all modules into the base model with one weight per module, and detach them.
 
-    Works for LowRank, SparseDelta and Scale beside a Linear. The core is another one afterwards, with another hash.
-    Raises: ConfigError where a place cannot be merged; then nothing has changed.
+    Works for LowRank, SparseDelta and Scale beside a Linear. The hash of the base model changes.
+
+    Raises: ConfigError if a target cannot be merged. Then nothing is changed.
     """
-    found = adapter_layers(model)
-    merged = {name: _merged_weight(model, name, layer, weights) for name, layer in found.items()}
+    layers = adapter_layers(model)
+    merged = {name: _merged_weight(model, name, layer, weights) for name, layer in layers.items()}
     with torch.no_grad():
         for name, (weight, bias) in merged.items():
-            place = model.get_submodule(name)
-            assert isinstance(place, nn.Linear)
-            place.weight.copy_(weight)
+            target = model.get_submodule(name)
+            assert isinstance(target, nn.Linear)
+            target.weight.copy_(weight)
             if bias is not None:
-                place.bias.copy_(bias)
+                target.bias.copy_(bias)
     detach(model)
 
 
 def _merged_weight(
     model: nn.Module, name: str, layer: AdapterLayer, weights: Sequence[float]
 ) -> tuple[Tensor, Tensor | None]:
-    place, bank = model.get_submodule(name), layer.experts
+    """Return the weight [O, I] and, if it changes, the bias [O] of one target; at least float32."""
+    target, bank = model.get_submodule(name), layer.experts
     _check_weights(name, bank, weights)
-    if not isinstance(place, nn.Linear):
-        raise ConfigError(
-            "merge",
-            name,
-            f"is a {type(place).__name__}, no Linear",
-            "keep its modules, or average them",
-        )
-    if also := [other for other in _modules_with_weight(model, place.weight) if other is not place]:
-        allowed = f"shares its weight with a {type(also[0]).__name__}, which would be changed too"
+    if not isinstance(target, nn.Linear):
+        allowed = f"is a {type(target).__name__}, not a Linear"
+        raise ConfigError("merge", name, allowed, "keep its modules, or average them")
+    tied = [m for m in _modules_with_weight(model, target.weight) if m is not target]
+    if tied:
+        allowed = f"shares its weight with a {type(tied[0]).__name__}, which would be changed too"
         raise ConfigError("merge", name, allowed, "untie them, or keep its modules")
-    wide = torch.promote_types(place.weight.dtype, torch.float32)
-    weight_OI, bias = place.weight.detach().to(wide), place.bias
+    dtype = torch.promote_types(target.weight.dtype, torch.float32)
+    weight_OI, bias = target.weight.detach().to(dtype), target.bias
     if isinstance(bank, Scale):
         factor_O = 1 + torch.stack(
-            [w * (bank.l[m].detach().to(wide) - 1) for m, w in enumerate(weights)]
+            [w * (bank.l[m].detach().to(dtype) - 1) for m, w in enumerate(weights)]
         ).sum(0)
         return weight_OI * factor_O.unsqueeze(1), None if bias is None else bias.detach() * factor_O
     for m, w in enumerate(weights):
-        weight_OI = weight_OI + w * bank.weight_delta(m).t().to(wide)
+        weight_OI = weight_OI + w * bank.weight_delta(m).t().to(dtype)
     return weight_OI, None
 
 
 def _modules_with_weight(model: nn.Module, weight: Tensor) -> list[nn.Module]:
-    """The modules whose parameter it is: several, where weights are tied."""
+    """Return the modules that own this parameter; several if weights are tied."""
     return [
         module
         for module in model.modules()
@@ -78,32 +78,38 @@ def _modules_with_weight(model: nn.Module, weight: Tensor) -> list[nn.Module]:
 
 
 def average(model: nn.Module, weights: Sequence[float]) -> None:
-    """Leave one module in every bank, the weighted sum of the parameters of all, which every token visits with weight 1.
+    """Replace the modules of every bank by one, the weighted sum of their parameters.
 
-    Works for every bank but SparseDelta with random places. Parameter averaging: modules without a common start do not fit each other.
-    Raises: ConfigError where a bank cannot be averaged; then nothing has changed.
+    Every token uses it with weight 1. Works for every bank except SparseDelta with random
+    positions. Averaging is meaningful only for modules that were trained from a common start.
+
+    Raises: ConfigError if a bank cannot be averaged. Then nothing is changed.
     """
-    for name, layer in adapter_layers(model).items():
+    layers = adapter_layers(model)
+    for name, layer in layers.items():
         _check_weights(name, layer.experts, weights)
         if isinstance(layer.experts, SparseDelta) and layer.experts.mask == "random":
-            raise ConfigError(
-                "average",
-                name,
-                "has its numbers at other places in every module",
-                "merge it, or use mask=magnitude",
-            )
-    for layer in adapter_layers(model).values():
+            allowed = "has its numbers at different positions in every module"
+            raise ConfigError("average", name, allowed, "merge it, or use mask=magnitude")
+    for layer in layers.values():
         bank = layer.experts
-        mean = {name: _weighted_mean(value.detach(), weights) for name, value in bank.named_parameters()}
-        bank.replace_tensors({name: mean.get(name, value[:1].clone()) for name, value in bank.stacked_tensors().items()})
+        means = {
+            name: _weighted_mean(value.detach(), weights) for name, value in bank.named_parameters()
+        }
+        # buffers are equal in all modules (the positions of mask=magnitude): the first one is kept
+        averaged = {
+            name: means.get(name, value[:1].clone())
+            for name, value in bank.stacked_tensors().items()
+        }
+        bank.replace_tensors(averaged)
         bank.num_experts = 1
         layer.router = ConstantRouter([1.0], layer.layer).to(next(bank.parameters()).device)
         layer.aggregation = WeightedSum(bank.width, layer.aggregation.router_dim, 1)
 
 
-def _weighted_mean(stack_MX: Tensor, weights: Sequence[float]) -> Tensor:
-    weight_M = torch.tensor(weights, dtype=stack_MX.dtype, device=stack_MX.device)
-    mean_X: Tensor = torch.tensordot(weight_M, stack_MX, dims=1)
+def _weighted_mean(value_MX: Tensor, weights: Sequence[float]) -> Tensor:
+    weight_M = torch.tensor(weights, dtype=value_MX.dtype, device=value_MX.device)
+    mean_X: Tensor = torch.tensordot(weight_M, value_MX, dims=1)
     return mean_X.unsqueeze(0)
 
 
@@ -112,9 +118,5 @@ def _check_weights(name: str, bank: AdapterBank, weights: Sequence[float]) -> No
         allowed = f"must have one weight for each of the {bank.num_modules} modules at {name}"
         raise ConfigError("weights", list(weights), allowed, f"give {bank.num_modules} numbers")
     if not bank.holds_all_modules:
-        raise ConfigError(
-            "weights",
-            list(weights),
-            f"{name} holds a part of its modules only",
-            "merge before sharding",
-        )
+        allowed = f"{name} holds only a shard of its modules"
+        raise ConfigError("weights", list(weights), allowed, "merge before sharding")

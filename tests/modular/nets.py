@@ -20,7 +20,9 @@ def banks(in_dim: int = D, out_dim: int = O) -> dict[str, AdapterBank]:
     made = {
         "low_rank": LowRank(M, in_dim, out_dim, rank=3, alpha=5.0),
         "adapter": Adapter(M, in_dim, out_dim, hidden=3),
-        "parallel_adapter": Adapter(M, in_dim, out_dim, hidden=3, activation="gelu", input_kind="input"),
+        "parallel_adapter": Adapter(
+            M, in_dim, out_dim, hidden=3, activation="gelu", input_kind="input"
+        ),
         "scale": Scale(M, in_dim, out_dim),
         "sparse_delta": SparseDelta(M, in_dim, out_dim, density=0.3),
         "prompt": Prompt(M, in_dim, out_dim, length=2),

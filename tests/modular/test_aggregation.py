@@ -9,11 +9,20 @@ import pytest
 import torch
 from torch import nn
 
-from dmoe.modular import AGGREGATIONS, BANKS, attach, constant, adapter_context, adapter_layers, routed, table
+from dmoe.modular import (
+    AGGREGATIONS,
+    BANKS,
+    adapter_context,
+    adapter_layers,
+    attach,
+    constant,
+    routed,
+    table,
+)
 from dmoe.modular.aggregation import Attention, Concat, Gated, Mean
 from dmoe.modular.aggregation.fixed import sequence_weights
-from dmoe.modular.layer import contribution_reference
 from dmoe.moe.routing import TokenContext
+from dmoe.verify.naive.modular import contribution_reference
 from tests.modular.nets import D, M, O, drawn, randomize
 
 ROUTERS = {

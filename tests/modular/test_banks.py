@@ -13,6 +13,7 @@ from dmoe.modular import BANKS, Adapter, LowRank, Prompt, SparseDelta
 from dmoe.modular.banks.base import padded_grouped_product
 from dmoe.moe.experts.grouped_mlp import grouped_linear
 from tests.modular.nets import D, M, O, banks, drawn
+from tests.references.modular import bank_reference
 
 KINDS = sorted(banks())
 NEUTRAL = ["adapter", "low_rank", "parallel_adapter", "scale", "sparse_delta"]
@@ -35,7 +36,10 @@ def test_a_bank_equals_one_row_at_a_time(kind: str, counts: list[int]) -> None:
     for fast in (True, False):
         bank = banks()[kind]
         rows = rows_of(kind, sum(counts)).requires_grad_()
-        out = (bank if fast else bank.forward_reference)(rows, torch.tensor(counts))
+        tokens_per_module = torch.tensor(counts)
+        out = (
+            bank(rows, tokens_per_module) if fast else bank_reference(bank, rows, tokens_per_module)
+        )
         (out.sin().sum() + 0 * sum(p.sum() for p in bank.parameters()) + 0 * rows.sum()).backward()
         results.append([out, rows.grad, *(p.grad for p in bank.parameters())])
     for got, expected in zip(*results, strict=True):
@@ -65,7 +69,12 @@ def test_a_shard_computes_what_the_whole_bank_computes(kind: str) -> None:
     whole, part, counts = banks()[kind], banks()[kind], torch.tensor([2, 1, 3, 2])
     rows = rows_of(kind, 8)
     part.shard(2, 2)
-    assert (part.first, part.local_modules, part.num_modules, part.holds_all_modules) == (2, 2, M, False)
+    assert (part.first, part.local_modules, part.num_modules, part.holds_all_modules) == (
+        2,
+        2,
+        M,
+        False,
+    )
     torch.testing.assert_close(part(rows[3:], counts[2:]), whole(rows, counts)[3:], rtol=0, atol=0)
 
 

@@ -13,17 +13,17 @@ from dmoe.modular import (
     BANKS,
     Adapter,
     LowRank,
+    adapter_context,
+    adapter_layers,
+    add_modules,
     attach,
     base_model_hash,
     detach,
     freeze,
-    adapter_context,
-    add_modules,
-    adapter_layers,
+    freeze_all_but,
     routed,
     select_trainable,
     table,
-    freeze_all_but,
 )
 from dmoe.modular.aggregation import Concat
 from tests.modular.nets import D, M, O, drawn, mlp, randomize
@@ -35,7 +35,9 @@ def train(
     for step in range(3):
         optimizer.zero_grad()
         x = drawn(6, D, seed=step)
-        with adapter_context(model, label_T=labels) if labels is not None else adapter_context(model):
+        with (
+            adapter_context(model, label_T=labels) if labels is not None else adapter_context(model)
+        ):
             model(x).square().sum().backward()
         optimizer.step()
 
@@ -121,7 +123,10 @@ def test_one_module_is_trained_and_the_others_keep_their_bits(kind: str) -> None
     labels = torch.tensor([0, 1, 2, 3, 2, 2])
     optimizer = torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.1)
     train(model, optimizer, labels)  # moments are there for every module
-    before, core = {n: p.detach().clone() for n, p in model.named_parameters()}, base_model_hash(model)
+    before, core = (
+        {n: p.detach().clone() for n, p in model.named_parameters()},
+        base_model_hash(model),
+    )
     end = freeze_all_but(model, 2, optimizer)
     train(model, optimizer, labels)
     for name, layer in adapter_layers(model).items():

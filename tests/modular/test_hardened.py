@@ -17,19 +17,19 @@ from dmoe.modular import (
     LowRank,
     Scale,
     SparseDelta,
-    attach,
-    constant,
-    base_model_hash,
-    detach,
-    export_peft,
     adapter_context,
     adapter_layers,
+    attach,
+    base_model_hash,
+    constant,
+    detach,
+    export_peft,
+    freeze_all_but,
     load_modules,
     merge,
     routed,
     save_modules,
     table,
-    freeze_all_but,
 )
 from dmoe.modular.peft import read_peft
 from dmoe.moe.routing import TokenContext
@@ -219,7 +219,7 @@ def test_a_bank_that_is_split_trains_all_its_modules_or_none() -> None:
 
 def test_a_row_of_parts_takes_no_modules() -> None:
     """A Sequential calls all of its children: the modules were called as one more of them, with one argument too few."""
-    with pytest.raises(ConfigError, match="take its modules for one more member"):
+    with pytest.raises(ConfigError, match="treat the adapter layer as a member"):
         attach(mlp(), "", partial(Adapter, M), TOP, width=(D, O))
 
 

@@ -15,18 +15,18 @@ from dmoe.modular import (
     LowRank,
     Prompt,
     SparseDelta,
+    adapter_context,
+    adapter_layers,
+    add_modules,
     attach,
     constant,
-    adapter_context,
-    add_modules,
-    adapter_layers,
     load_modules,
     routed,
     save_modules,
     table,
 )
 from dmoe.modular.aggregation.fixed import sequence_weights
-from dmoe.modular.aggregation.learned import attention_shares
+from dmoe.modular.aggregation.learned import attention_weights
 from dmoe.modular.routing import TableRouter
 from dmoe.modular.routing.learned import sequence_context, sequence_mean
 from dmoe.moe.routing import Routing, TokenContext
@@ -94,7 +94,7 @@ def test_padding_in_front_of_a_sequence_is_not_its_first_token() -> None:
 def test_a_choice_without_a_prior_does_not_silence_the_others() -> None:
     """Its score was the largest: what the others have of the whole was lost in float32, and the token got nothing."""
     score, prior = torch.tensor([[0.0, 80.0, 1.0]]), torch.tensor([[1.0, 0.0, 1.0]])
-    got = attention_shares(score, prior, torch.ones(1, 3, dtype=torch.bool))
+    got = attention_weights(score, prior, torch.ones(1, 3, dtype=torch.bool))
     e = 1 / (1 + torch.tensor(1.0).exp())
     torch.testing.assert_close(got, torch.tensor([[float(e), 0.0, 1 - float(e)]]))
 

@@ -15,11 +15,11 @@ from dmoe.modular import (
     Adapter,
     LowRank,
     SparseDelta,
+    adapter_layers,
     attach,
     average,
-    constant,
     base_model_hash,
-    adapter_layers,
+    constant,
     merge,
     routed,
 )

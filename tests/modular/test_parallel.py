@@ -23,11 +23,11 @@ from dmoe.modular import (
     LowRank,
     Prompt,
     SparseDelta,
+    adapter_context,
+    adapter_layers,
     attach,
     constant,
     freeze,
-    adapter_context,
-    adapter_layers,
     routed,
     table,
 )
@@ -81,7 +81,9 @@ def numbers(
     freeze(model)
     shard_experts(model, groups)
     experts = expert_parameters(model)
-    assert len(experts) == len(adapter_layers(model)) * len(list(model[0].modular.experts.parameters()))
+    assert len(experts) == len(adapter_layers(model)) * len(
+        list(model[0].modular.experts.parameters())
+    )
     each = 8 // world
     x = drawn(8, 4, D, dtype=dtype)[rank * each : (rank + 1) * each].clone().requires_grad_()
     with adapter_context(

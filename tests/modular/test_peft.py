@@ -15,13 +15,13 @@ from dmoe.config.errors import CheckpointError, ConfigError
 from dmoe.modular import (
     Adapter,
     LowRank,
+    adapter_layers,
     attach,
     constant,
     detach,
     export_peft,
     freeze,
     import_peft,
-    adapter_layers,
     routed,
 )
 from dmoe.modular.peft import read_peft

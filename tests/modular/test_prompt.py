@@ -11,11 +11,11 @@ from torch import Tensor
 from dmoe.modular import (
     Prefix,
     Prompt,
+    adapter_context,
+    adapter_layers,
     attach,
     constant,
     detach,
-    adapter_context,
-    adapter_layers,
     routed,
     table,
     with_prefix_tokens,
@@ -51,7 +51,9 @@ def test_a_prefix_is_a_cache_of_keys_and_values() -> None:
     attach(model, "*.[kv]_proj", partial(Prefix, 1, length=P), constant(1.0))
     randomize(model)
     got = model(ROOMY).logits[:, P:]
-    learned = {name: layer.experts.vector[0].detach() for name, layer in adapter_layers(model).items()}
+    learned = {
+        name: layer.experts.vector[0].detach() for name, layer in adapter_layers(model).items()
+    }
     detach(model)
     cache, positions = DynamicCache(config=model.config), torch.arange(P).unsqueeze(0)
     for index in range(2):

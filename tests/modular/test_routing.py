@@ -9,10 +9,14 @@ from hypothesis import strategies as st
 
 from dmoe.config.errors import ConfigError
 from dmoe.modular.routing import ConstantRouter, TableRouter, constant, grow_router, routed, table
-from dmoe.modular.routing.learned import sequence_mean, sequence_mean_reference
-from dmoe.modular.routing.tables import constant_reference, table_reference
+from dmoe.modular.routing.learned import sequence_mean
 from dmoe.moe.routing import Routing, TokenContext
 from tests.modular.nets import D, drawn
+from tests.references.modular import (
+    constant_reference,
+    sequence_mean_reference,
+    table_reference,
+)
 
 ROWS = [[0], [3, 1], [2, 0], [1]]
 

@@ -15,10 +15,10 @@ from dmoe.modular import (
     Adapter,
     LowRank,
     SparseDelta,
+    adapter_layers,
     attach,
     base_model_hash,
     inspect_modules,
-    adapter_layers,
     load_modules,
     routed,
     save_modules,
@@ -87,12 +87,12 @@ def other_core(tmp_path: Path) -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "word"),
     [
-        (other_core, "belongs to another core"),
+        (other_core, "belongs to another base model"),
         (lambda _: attached(places="0"), "has modules at 0, 2, the model at 0"),
         (lambda _: attached(partial(Adapter, M)), "LowRank"),
         (lambda _: attached(router=TABLE), "TopKRouter"),
         (lambda _: attached(partial(LowRank, M, rank=3)), r"\[4, 6, 2\] in the file"),
-        (lambda _: mlp(), "no place"),
+        (lambda _: mlp(), "no target"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_sentence(
@@ -133,8 +133,10 @@ def test_a_part_of_a_bank_is_loaded_and_never_saved(tmp_path: Path) -> None:
     load_modules(part, tmp_path / "m", base_model=core)
     for name, layer in adapter_layers(part).items():
         for stack, value in layer.experts.stacked_tensors().items():
-            assert torch.equal(value, adapter_layers(whole)[name].experts.stacked_tensors()[stack][2:])
-    with pytest.raises(CheckpointError, match="part of the modules"):
+            assert torch.equal(
+                value, adapter_layers(whole)[name].experts.stacked_tensors()[stack][2:]
+            )
+    with pytest.raises(CheckpointError, match="only part of the modules"):
         save_modules(part, tmp_path / "other")
 
 

@@ -1,4 +1,4 @@
-"""How the outputs of a token's modules become one, one way a file, behind the protocol of base.py."""
+"""Aggregations: how the outputs of a token's modules are combined."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = [
     "Aggregation",
     "Attention",
     "Concat",
+    "DispatchedModules",
     "Gated",
     "Mean",
-    "DispatchedModules",
     "ParameterMean",
     "Stacked",
     "WeightedSum",
@@ -28,4 +28,4 @@ AGGREGATIONS: dict[str, type[Aggregation]] = {
     "parameter_mean": ParameterMean,
     "stacked": Stacked,
 }
-"""Each is made as `kind(width, query, top_k)`."""
+"""Aggregation classes by config name, constructed as `kind(width, router_dim, top_k)`."""

@@ -1,6 +1,8 @@
-"""Banks of modules, one kind a file.
+"""Banks of modules, by how a module changes the network (Pfeiffer et al. 2023, section 3).
 
-parameter composition: LowRank, SparseDelta       input composition: Prompt, Prefix       function composition: Adapter, Scale
+parameter composition  weight_delta  LowRank, SparseDelta
+input composition      prompt        Prompt, Prefix
+function composition   adapter       Adapter, Scale
 """
 
 from __future__ import annotations
@@ -30,4 +32,4 @@ BANKS: dict[str, type[AdapterBank]] = {
     "scale": Scale,
     "sparse_delta": SparseDelta,
 }
-"""Each is made as `kind(num_modules, in_dim, out_dim, **options)`."""
+"""Bank classes by config name, constructed as `kind(num_modules, in_dim, out_dim, **options)`."""

@@ -1,25 +1,11 @@
-"""Soft prompts (Lester et al. 2021). Input composition: P learned vectors stand at the first P positions of a sequence.
+"""Input composition: soft prompts and prefixes, learned vectors at the first positions.
 
-    y[b, s] = sum over the chosen m of weight[b, m] * p_m[s]   for s < P;      y[b, s] = frozen output[b, s]   behind them
+The caller prepends P tokens of any id to each sequence (`with_prefix_tokens`) and ignores their
+targets. So positions, masks and output length need no change in the model. A call with no more than
+P positions is refused: step-by-step decoding with a key/value cache is not supported.
 
-Attached to the token embedding. The caller makes room: P tokens, of any id, in front of each sequence (`with_room`), whose targets are
-ignored; so positions, masks and the length of the output stay what the model thinks they are. Routing is by sequence: a learned router
-sees the mean of the frozen output behind the prompt. A fresh prompt is random, not neutral: there is no neutral one.
-
-Not for decoding step by step with a key/value cache, where the first position of a call is not that of the sequence; a call with no
-more than P positions is refused. Cost: B * P * O numbers a call; under EP a sequence's row travels with width 1 there and P * O back.
-
-Letters: M modules, R rows, B sequences, P positions, O width of the frozen output, S positions of a sequence with its room.
-
-Prefixes (Li and Liang 2021). Input composition at every layer: P learned keys and values that every later position attends to.
-
-    k[b, s] = sum over the chosen m of weight[b, m] * key_m[s],   v alike,   for s < P
-
-Attached to what computes keys and values, by layer: for a Hugging Face model a bank on each `k_proj` and `v_proj`; for the reference
-transformer, whose `w_qkv` stacks queries, keys and values, with `columns=(first, last + 1)` of the keys and values. Room is made as
-for a prompt (`prompt.py`), whose rules and costs these are. What stands at the placeholders' positions is read by nobody, since
-their keys and values are overwritten in every layer. Keys are written before the rotation, which at a fixed position is a fixed turn
-of the learned key.
+Letters: M modules, R rows, B sequences, P prefix positions, O width of the frozen output,
+S positions of a sequence including its prefix.
 """
 
 from __future__ import annotations
@@ -29,15 +15,18 @@ from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
 from dmoe.modular.banks.base import AdapterBank, grouped_product
-from dmoe.moe.dispatch import TokensPerExpert
+from dmoe.moe.interfaces import TokensPerExpert
 from dmoe.moe.rng import normal_
 
 
 class Prompt(AdapterBank):
-    """Args:
-    length: P.
-    columns: (start, stop) of the frozen output that are written; None, all.
-    std: of the initial vectors.
+    """Soft prompts (Lester et al. 2021), attached to the token embedding.
+
+    y[b, s] = sum over the selected m of weight[b, m] * p_m[s]  for s < P;  frozen output otherwise
+
+    Routing is per sequence: a learned router reads the mean of the frozen output after the prefix.
+    A new prompt is random: no prompt is neutral. Cost: B * P * O numbers per call. Under EP a
+    sequence's row is sent with width 1 and returned with width P * O.
     """
 
     composition = "input"
@@ -53,6 +42,15 @@ class Prompt(AdapterBank):
         columns: tuple[int, int] | None = None,
         std: float = 0.02,
     ) -> None:
+        """Create the bank.
+
+        Args:
+            num_modules: M.
+            in_dim, out_dim: widths of the target module.
+            length: P.
+            columns: (start, stop) of the frozen output's columns that are overwritten. None: all.
+            std: standard deviation of the initial vectors.
+        """
         super().__init__(num_modules, in_dim, out_dim)
         start, stop = (0, out_dim) if columns is None else columns
         if length < 1:
@@ -71,7 +69,7 @@ class Prompt(AdapterBank):
         self.initialize(0, 0)
 
     def forward(self, rows_RD: Tensor, tokens_per_module: TokensPerExpert) -> Tensor:
-        """rows [R, 1] hold a one for each sequence, and a zero in an empty slot."""
+        """Return the vectors [R, P * columns]; rows [R, 1] are 1 per sequence, 0 in empty slots."""
         return grouped_product(rows_RD, self.vector.flatten(1).unsqueeze(1), tokens_per_module)
 
     def reference(self, row_D: Tensor, module: int) -> Tensor:
@@ -81,16 +79,36 @@ class Prompt(AdapterBank):
         normal_(self.vector[local], self.std, seed, "module", layer, module, "vector")
 
     def add_to_output(self, y: Tensor, contribution: Tensor) -> Tensor:
+        """Overwrite the first P positions of y [..., S, O] with the contribution."""
         head, tail = y[..., : self.length, :], y[..., self.length :, :]
-        written = contribution.view(*head.shape[:-1], self.columns.stop - self.columns.start)
-        left, right = head[..., : self.columns.start], head[..., self.columns.stop :]
-        return torch.cat([torch.cat([left, written, right], -1), tail], -2)
-
-
-def with_prefix_tokens(token_BS: Tensor, length: int, fill: int = 0) -> Tensor:
-    """[B, P+S]: `length` placeholders in front of each sequence. For targets, `fill` is the id that the loss ignores."""
-    return torch.cat([token_BS.new_full((len(token_BS), length), fill), token_BS], 1)
+        start, stop = self.columns.start, self.columns.stop
+        written = contribution.view(*head.shape[:-1], stop - start)
+        return torch.cat([torch.cat([head[..., :start], written, head[..., stop:]], -1), tail], -2)
 
 
 class Prefix(Prompt):
-    """A prompt that is written into keys and values: attach it to what computes them, in every layer. Arguments as `Prompt`."""
+    """Prefixes (Li and Liang 2021): learned keys and values in every layer.
+
+    k[b, s] = sum over the selected m of weight[b, m] * key_m[s],  v likewise,  for s < P
+
+    Attach it to the modules that compute keys and values, in each layer: `k_proj` and `v_proj` of a
+    Hugging Face model. The reference transformer's `w_qkv` stacks queries, keys and values, so give
+    it `columns`, the range of the keys and values. The vectors at the placeholders are not read by
+    later positions, because their keys and values are overwritten in every layer. Keys are written
+    before the rotation, which at a fixed position is a fixed rotation of the learned key.
+    """
+
+
+def with_prefix_tokens(token_BS: Tensor, num_prefix_tokens: int, fill: int = 0) -> Tensor:
+    """Prepend placeholder tokens to each sequence, for prompts and prefixes.
+
+    Args:
+        token_BS: int64 [B, S]: token ids or targets.
+        num_prefix_tokens: P.
+        fill: id of the placeholders; for targets the id that the loss ignores.
+
+    Returns:
+        int64 [B, P + S].
+    """
+    prefix_BP = token_BS.new_full((len(token_BS), num_prefix_tokens), fill)
+    return torch.cat([prefix_BP, token_BS], 1)

@@ -1,7 +1,7 @@
-"""Who visits which module: fixed or learned, hard or soft, by token, by sequence or by task.
+"""Routing to modules: fixed or learned, discrete or soft, per token, sequence or task.
 
-Learned routers are those of `dmoe.moe.routers`; here are only the tables, and the wrappers that ask a router about a sequence or a
-task. A `RouterMaker` makes the router of one place, for the width its modules read and the index of the layer.
+Learned routers are those of `dmoe.moe.routers`. This package adds fixed routing (tables, constant
+weights) and wrappers that route per sequence or per task.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ __all__ = [
 ]
 
 RouterMaker = Callable[[int, int], RouterModule]
-"""(width, layer) -> router."""
+"""(input width, layer index) -> router of one target module."""
 
 
 def constant(*weights: float) -> RouterMaker:
-    """The same weights for every token, one for each module; `constant(1.0)` for one module alone."""
+    """Route every token to all modules with these weights; `constant(1.0)` for a single module."""
     return lambda width, layer: ConstantRouter(weights, layer)
 
 
 def table(rows: Sequence[Sequence[int]], num_modules: int, *, weight: float = 1.0) -> RouterMaker:
-    """The modules of each label, in order."""
+    """Route each token to the modules of its label; see `TableRouter`."""
     return lambda width, layer: TableRouter(rows, num_modules, weight=weight, layer=layer)
 
 
@@ -51,15 +51,20 @@ def routed(
     labels: int | None = None,
     **options: Any,
 ) -> RouterMaker:
-    """A router of `dmoe.moe.routers`, by its kind, and what it is asked about.
+    """Route by a router of `dmoe.moe.routers`.
 
     Args:
         kind: `RouterConfig.kind`: top_k, soft (needs top_k = num_modules), adaptive, fixed, ...
-        per: `token`; `sequence`, by the mean of its tokens, of the `first` ones if that is given; `task`, by the label, of which there
-            are `labels`.
-        options: the other fields of `RouterConfig`. Scores that are not normalised are `score="sigmoid", renormalize=False`.
+        num_modules: M.
+        top_k: modules per token.
+        per: `token`, `sequence` (from the mean of its tokens) or `task` (from the label).
+        first: for `per=sequence`: number of tokens that are averaged. None: all.
+        labels: for `per=task`: number of labels.
+        options: other fields of `RouterConfig`, e.g. `score="sigmoid", renormalize=False` for
+            weights that are not normalized.
 
-    Raises: ConfigError for settings that mean nothing.
+    Raises:
+        ConfigError: for settings without meaning.
     """
     if per not in ("token", "sequence", "task"):
         raise ConfigError("per", per, "must be token, sequence or task", "use token")
@@ -75,7 +80,7 @@ def routed(
     config = RouterConfig(kind=kind, **options)  # type: ignore[arg-type]
 
     def make(width: int, layer: int) -> RouterModule:
-        router = routers.build(
+        router = routers.build_router(
             config, width if labels is None else labels, num_modules, top_k, layer
         )
         if labels is not None:

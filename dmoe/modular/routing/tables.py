@@ -1,13 +1,15 @@
-"""Fixed routing: which modules, and with which weights, is given and never learned.
+"""Fixed routing: modules and weights are given, not learned.
 
-    constant:  every token visits module m with weight[m];  what `merge` writes into a matrix, and what one module alone needs
-    table:     a token with label l visits the modules rows[l], in this order, each with the same weight
+    constant:  every token uses module m with weight[m]; what `merge` computes, and what a single
+               module needs
+    table:     a token with label l uses the modules rows[l], in this order, with equal weights
 
-A table composes modules the network was never trained with together: the row (language, task) of MAD-X (Pfeiffer et al. 2020), or task
-arithmetic (Ilharco et al. 2023) by weighted sum. `dmoe.moe.routers.FixedRouter` is the table whose label l has modules lK .. lK+K-1.
-The scores are the weights, divided by their sum where they are positive; a balance loss of them trains nothing. No host sync.
+A table combines modules that were never trained together: the row (language, task) of MAD-X
+(Pfeiffer et al. 2020), or task arithmetic (Ilharco et al. 2023) by a weighted sum.
+`dmoe.moe.routers.FixedRouter` is the table whose label l has the modules lK to lK+K-1. The scores
+are the positive weights, normalized; load-balancing losses of them train nothing. No host sync.
 
-Letters: T tokens, M modules, K modules of a token, L labels.
+Letters: T tokens, M modules, K modules per token, L labels.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ from torch import Tensor
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.routers.base import RouterModule, per_token_input, router_dtype, valid_choices
-from dmoe.moe.routing import Routing, TokenContext
+from dmoe.moe.routing import ONE_SEQUENCE, BatchShape, Routing, TokenContext
 
 
 class ConstantRouter(RouterModule):
-    """Every token visits every module, with one weight vector over the modules; it may hold any numbers, also negative ones."""
+    """Every token uses every module, with one vector of weights, which may be negative."""
 
     weight_M: Tensor
 
@@ -37,7 +39,9 @@ class ConstantRouter(RouterModule):
     def initialize(self, seed: int, layer: int, std: float) -> None:
         self.weight_M.copy_(self.weight_M.new_tensor(self.weights))
 
-    def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
+    def forward(
+        self, x_TD: Tensor, context: TokenContext, shape: BatchShape = ONE_SEQUENCE
+    ) -> Routing:
         expert_TM = torch.arange(self.num_experts, device=x_TD.device).repeat(len(x_TD), 1)
         return fixed_routing(
             expert_TM,
@@ -48,16 +52,13 @@ class ConstantRouter(RouterModule):
 
 
 class TableRouter(RouterModule):
-    """The modules of each label. Rows may differ in length; a label with none has the frozen network alone.
+    """The modules of each label.
 
-    Args:
-        rows: for each label its modules, in order.
-        num_modules: M.
-        weight: of each visit.
+    Rows may differ in length. A token whose label has none gets the frozen output.
     """
 
     module_LK: Tensor
-    """int64; -1 where a row is shorter than the longest."""
+    """int64; -1 pads rows that are shorter than the longest."""
 
     def __init__(
         self,
@@ -67,6 +68,14 @@ class TableRouter(RouterModule):
         weight: float = 1.0,
         layer: int = 0,
     ) -> None:
+        """Create the router.
+
+        Args:
+            rows: the modules of each label, in order.
+            num_modules: M.
+            weight: weight of each choice.
+            layer: index of the layer.
+        """
         check_rows(rows, num_modules)
         longest = max(len(row) for row in rows)
         super().__init__(RouterConfig(kind="fixed"), num_modules, longest, layer)
@@ -77,16 +86,21 @@ class TableRouter(RouterModule):
     def initialize(self, seed: int, layer: int, std: float) -> None:
         self.module_LK.copy_(self.module_LK.new_tensor(self.rows))
 
-    def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
-        """Raises ValueError without `context.label_T`; a label without a row, negative ones too, is an IndexError of torch."""
+    def forward(
+        self, x_TD: Tensor, context: TokenContext, shape: BatchShape = ONE_SEQUENCE
+    ) -> Routing:
+        """Look up each token's modules.
+
+        Raises: ValueError without `context.label_T`; IndexError of torch for a label without a row.
+        """
         module_TK = self.module_LK.index_select(0, token_labels(context, x_TD, "table"))
         weight_TK = x_TD.new_full(module_TK.shape, self.weight, dtype=router_dtype(x_TD))
         return fixed_routing(
-            module_TK.clamp(min=0), weight_TK, self.num_experts, context, there_TK=module_TK >= 0
+            module_TK.clamp(min=0), weight_TK, self.num_experts, context, present_TK=module_TK >= 0
         )
 
     def add_row(self, row: Sequence[int]) -> int:
-        """The modules of one more label, no more than the longest row has; returns the label."""
+        """Append a row of at most the longest row's length; returns its label."""
         check_rows([row], self.num_experts)
         if len(row) > self.top_k:
             raise ConfigError(
@@ -95,16 +109,17 @@ class TableRouter(RouterModule):
                 f"must have at most {self.top_k} modules",
                 "make the table with a longer row",
             )
-        self.rows = [
-            *self.module_LK.tolist(),
-            [*row, *[-1] * (self.top_k - len(row))],
-        ]  # a loaded table is in the buffer alone
+        # from the buffer, because a loaded table is there only
+        self.rows = [*self.module_LK.tolist(), [*row, *[-1] * (self.top_k - len(row))]]
         self.module_LK = self.module_LK.new_tensor(self.rows)
         return len(self.module_LK) - 1
 
 
 def token_labels(context: TokenContext, x_TD: Tensor, kind: str) -> Tensor:
-    """int64 [T]: each token's label; 0 for padding, whose own may be any number (-100 marks what a loss ignores)."""
+    """Return each token's label, int64 [T]; 0 for padding.
+
+    Labels of padding may be any number: -100 marks targets that a loss ignores.
+    """
     label_T = per_token_input(
         context.label_T, x_TD, kind, "label_T", "label (task, language or domain)"
     )
@@ -112,6 +127,7 @@ def token_labels(context: TokenContext, x_TD: Tensor, kind: str) -> Tensor:
 
 
 def check_rows(rows: Sequence[Sequence[int]], num_modules: int) -> None:
+    """Raise ConfigError for unknown or repeated modules, or if no row has any."""
     for row in rows:
         if len(set(row)) < len(row) or not all(0 <= module < num_modules for module in row):
             allowed = f"must name modules from 0 to {num_modules - 1}, each at most once"
@@ -131,12 +147,21 @@ def fixed_routing(
     num_modules: int,
     context: TokenContext,
     *,
-    there_TK: Tensor | None = None,
+    present_TK: Tensor | None = None,
 ) -> Routing:
-    made_TK = valid_choices(expert_TK, context)
-    if there_TK is not None:
-        made_TK = there_TK if made_TK is None else made_TK & there_TK
-        weight_TK = weight_TK.masked_fill(~there_TK, 0.0)
+    """Build the routing of given modules and weights.
+
+    Args:
+        expert_TK: int64 module ids; any valid id where `present_TK` is False.
+        weight_TK: float32 or float64.
+        num_modules: M.
+        context: `valid_T`.
+        present_TK: bool; False pads tokens with fewer than K modules. None: all True.
+    """
+    selected_TK = valid_choices(expert_TK, context)
+    if present_TK is not None:
+        selected_TK = present_TK if selected_TK is None else selected_TK & present_TK
+        weight_TK = weight_TK.masked_fill(~present_TK, 0.0)
     positive_TK = weight_TK.clamp(min=0)
     share_TK = positive_TK / (positive_TK.sum(-1, keepdim=True) + 1e-20)
     score_TM = weight_TK.new_zeros(len(expert_TK), num_modules).scatter_add(1, expert_TK, share_TK)
@@ -145,17 +170,5 @@ def fixed_routing(
         weight_TK,
         score_TM,
         torch.full_like(score_TM, -math.log(num_modules)),
-        keep_TK=made_TK,
+        selected_TK=selected_TK,
     )
-
-
-def constant_reference(weights: Sequence[float]) -> tuple[list[int], list[float]]:
-    """One token's modules and weights. For tests."""
-    return list(range(len(weights))), list(weights)
-
-
-def table_reference(
-    rows: Sequence[Sequence[int]], label: int, weight: float
-) -> tuple[list[int], list[float]]:
-    """One token's modules and weights. For tests."""
-    return list(rows[label]), [weight] * len(rows[label])

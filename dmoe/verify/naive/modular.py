@@ -23,14 +23,15 @@ from dmoe.config.schema import BalanceConfig, CapacityConfig, Config
 from dmoe.distributed.full_tensors import copy_full_into_shard, full_tensor
 from dmoe.distributed.state_dict import model_state
 from dmoe.modular import AdapterLayer, adapter_layers
+from dmoe.modular.aggregation.base import ModuleChoice
+from dmoe.modular.aggregation.fixed import ParameterMean, sequence_weights
 from dmoe.modular.attach import CHILD
-from dmoe.modular.layer import contribution_reference
 from dmoe.modular.routing import ConstantRouter, PerSequence, PerTask, TableRouter
 from dmoe.moe.layer import MoE
 from dmoe.moe.metrics import LayerStats
 from dmoe.moe.rng import generator
 from dmoe.moe.routers.base import RouterModule
-from dmoe.moe.routing import Routing, TokenContext
+from dmoe.moe.routing import DispatchPlan, Routing, TokenContext, dropless_plan
 from dmoe.train.engine import Engine
 from dmoe.verify.naive.losses import auxiliary
 from dmoe.verify.naive.queue import Choices
@@ -74,6 +75,7 @@ class Decided:
     view: View
     choices: Choices
     context: TokenContext
+    sequences: int
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,41 @@ def forward(layer: AdapterLayer, x: Tensor, y: Tensor) -> Tensor:
     else:
         rows_TD = (x if bank.input_kind == "input" else y).flatten(0, -2)
         router_input_TQ = rows_TD
-    context = replace(layer.context, label_T=label_T, sequences=sequences, prior_count_LE=None)
-    choices = _decide(layer, layer.router, router_input_TQ, context)
-    layer.__dict__["decided"] = Decided(_view(layer, _inner(layer.router)), choices, context)
+    context = replace(layer.context, label_T=label_T, prior_count_LE=None)
+    choices = _decide(layer, layer.router, router_input_TQ, context, sequences)
+    layer.__dict__["decided"] = Decided(_view(layer, _inner(layer.router)), choices, context, sequences)
     routing = _as_routing(choices, layer.router.top_k)
-    contribution_TW = contribution_reference(layer, rows_TD, router_input_TQ, routing, sequences)
+    contribution_TW = contribution_reference(
+        layer, rows_TD, router_input_TQ, dropless_plan(routing), sequences
+    )
     return bank.add_to_output(y, contribution_TW)
+
+
+def contribution_reference(
+    layer: AdapterLayer,
+    rows_TD: Tensor,
+    router_input_TQ: Tensor,
+    plan: DispatchPlan,
+    sequences: int,
+) -> Tensor:
+    """Compute the result [T, W] of `layer.aggregation` one token at a time."""
+    tokens_per_sequence = len(rows_TD) // sequences
+    contributions = []
+    for t in range(len(rows_TD)):
+        choices = [
+            ModuleChoice(k, int(plan.expert_TK[t, k]), plan.weight_TK[t, k])
+            for k in range(plan.expert_TK.shape[1])
+            if bool(plan.is_kept_TK[t, k])
+        ]
+        if choices and isinstance(layer.aggregation, ParameterMean):
+            weight_M = sequence_weights(plan, sequences)[t // tokens_per_sequence]
+            choices = [ModuleChoice(0, m, weight) for m, weight in enumerate(weight_M)]
+        if choices:
+            reference = layer.aggregation.reference
+            contributions.append(reference(layer.experts, rows_TD[t], router_input_TQ[t], choices))
+        else:
+            contributions.append(rows_TD.new_zeros(layer.experts.width))
+    return torch.stack(contributions)
 
 
 def losses(layer: AdapterLayer, balance: BalanceConfig) -> dict[str, Tensor]:
@@ -120,7 +151,7 @@ def losses(layer: AdapterLayer, balance: BalanceConfig) -> dict[str, Tensor]:
         return {}
     decided: Decided = layer.__dict__["decided"]
     return auxiliary(
-        replace(decided.view, balance=balance).as_layer, decided.choices, decided.context
+        replace(decided.view, balance=balance).as_layer, decided.choices, decided.context, decided.sequences
     )
 
 
@@ -139,17 +170,20 @@ def stats(layer: AdapterLayer) -> LayerStats:
     )
 
 
-def _decide(layer: AdapterLayer, router: RouterModule, x_TD: Tensor, context: TokenContext) -> Choices:
+def _decide(
+    layer: AdapterLayer, router: RouterModule, x_TD: Tensor, context: TokenContext, sequences: int
+) -> Choices:
     if isinstance(router, PerSequence):
-        each = len(x_TD) // context.sequences
-        starts = x_TD.view(context.sequences, each, -1)[:, : router.first or each]
+        each = len(x_TD) // sequences
+        starts = x_TD.view(sequences, each, -1)[:, : router.first or each]
+        context = _of_sequences(context, each)
         return _repeated(
-            _decide(layer, router.router, starts.mean(1), _of_sequences(context, each)), each
+            _decide(layer, router.router, starts.mean(1), context, sequences), each
         )
     if isinstance(router, PerTask):
         assert context.label_T is not None
         one_hot_TL = F.one_hot(context.label_T, router.labels).to(x_TD.dtype)
-        return _decide(layer, router.router, one_hot_TL, context)
+        return _decide(layer, router.router, one_hot_TL, context, sequences)
     if isinstance(router, ConstantRouter):
         return _given(
             x_TD,
@@ -160,7 +194,7 @@ def _decide(layer: AdapterLayer, router: RouterModule, x_TD: Tensor, context: To
         assert context.label_T is not None
         rows = [[m for m in router.rows[int(label)] if m >= 0] for label in context.label_T]
         return _given(x_TD, [(row, [router.weight] * len(row)) for row in rows], router.num_experts)
-    return decide(_view(layer, router).as_layer, x_TD, context)
+    return decide(_view(layer, router).as_layer, x_TD, context, sequences)
 
 
 def _inner(router: RouterModule) -> RouterModule:
@@ -228,5 +262,5 @@ def _as_routing(choices: Choices, top_k: int) -> Routing:
         choices.weight_TE.gather(1, expert_TK),
         choices.score_TE,
         choices.logit_TE,
-        keep_TK=torch.tensor(made),
+        selected_TK=torch.tensor(made),
     )
