@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from dmoe.config.errors import ConfigError
-from dmoe.observability.display.bars import charset_for
+from dmoe.observability.display.layer_table import charset_for
 from dmoe.observability.display.watch import RunWatcher
 
 
@@ -44,7 +44,7 @@ def command(
                 "is not a run directory yet",
                 "give one, or leave --once out to wait for it",
             )
-        print(watch.once(Console().width, charset_for(sys.stdout.encoding, os.environ)))
+        print(watch.snapshot(Console().width, charset_for(sys.stdout.encoding, os.environ)))
         return
     signal.signal(signal.SIGTERM, leave)
     watch.follow()

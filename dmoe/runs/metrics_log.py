@@ -1,4 +1,4 @@
-"""Writer and readers of `metrics.jsonl`: one JSON object per line, the source of truth for trackers.
+"""Writer and readers of `metrics.jsonl`: one JSON object per line, the source of the trackers.
 
 The file is append-only. A run resumed after step s repeats the later steps: a line with
 `resumed_from: s` (event `restart`, `rollback` or `start`) makes earlier measurements beyond s void.
@@ -25,7 +25,7 @@ from dmoe.config.secrets import redact_json
 
 Line = dict[str, Any]
 REPEATED_EVENTS = ("train", "eval", "checkpoint", "end")
-"""Events that a resumed run writes again; the others (`alert`, `start`, `restart`) stay in force."""
+"""Events that a resumed run writes again; others (`alert`, `start`, `restart`) stay in force."""
 START_EVENTS = ("start", "restart")
 BLOCK_BYTES = 1 << 16
 """Block size of reads from the end of a file."""
@@ -92,7 +92,7 @@ def read_metrics(path: Path, *, include_void: bool = False) -> list[Line]:
 
 
 def read_metrics_tolerant(path: Path) -> Metrics:
-    """Read all valid lines; no lines for a missing file. Costs one pass and memory for all lines."""
+    """Read all valid lines; none for a missing file. Costs one pass and memory for all lines."""
     texts = path.read_bytes().split(b"\n") if path.is_file() else []
     parsed = [parse_line(text) for text in texts if text.strip()]
     lines, void = _split_void(line for line in parsed if line is not None)
@@ -100,7 +100,7 @@ def read_metrics_tolerant(path: Path) -> Metrics:
 
 
 def last_logged_step(path: Path) -> int:
-    """Return the step of the last valid line, 0 if there is none. Reads the end of the file only."""
+    """Return the step of the last valid line, 0 if there is none. Reads the end of the file."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)

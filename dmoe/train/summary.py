@@ -1,33 +1,91 @@
-"""The result table at the end of a run, from the lines that the run has written: `dmoe compare --full` shows the same later."""
+"""The summary at the start of a run, and the result table at its end."""
 
 from __future__ import annotations
 
+from dmoe.observability import run_with_timeout
 from dmoe.observability.logger import RunLogger
-from dmoe.observability.trackers.time_limit import bounded
+from dmoe.train.checkpointer import Checkpointer
+from dmoe.train.engine import Engine
+from dmoe.train.modular.session import ModularSession
+from dmoe.train.run_session import RunSession
+from dmoe.train.tasks import Dataset
 
-SECONDS = 10.0
-"""Reading the lines may take: other ranks wait meanwhile."""
+MAX_SECONDS = 10.0
+"""Time limit of reading the metrics for the result table: the other ranks wait meanwhile."""
+
+
+def log_start(
+    logger: RunLogger,
+    engine: Engine,
+    data: Dataset,
+    session: RunSession,
+    checkpointer: Checkpointer,
+    modular: ModularSession,
+) -> None:
+    """Print what is trained, on what and where, and log the `start` or `restart` event.
+
+    Args:
+        logger: where to.
+        engine: model, ranks and config.
+        data: described in one line.
+        session: the run directory, and a warning about its lock.
+        checkpointer: notes on what was resumed.
+        modular: the number of parameters that training changes.
+    """
+    counts, process = engine.model.num_parameters(), engine.process
+    start_step = max(0, checkpointer.last_saved_step)
+    logger.print(f"data: {data.describe()}")
+    logger.print(
+        f"model: {counts.total / 1e6:.2f} M parameters, "
+        f"{counts.active / 1e6:.2f} M active per token; "
+        f"{engine.precision} on {process.device.type}"
+    )
+    logger.print(
+        f"ranks: {engine.mesh}; {engine.config.train.global_batch} sequences per step = "
+        f"{process.world_size} x {engine.sequences_per_forward} x "
+        f"{engine.batching.accumulation} accumulated"
+    )
+    for note in filter(None, (session.lock_warning, *checkpointer.notes)):
+        logger.note(start_step, note)
+    resumed = f"resumed after step {start_step}; " if start_step else ""
+    logger.print(f"{resumed}run directory: {session}")
+    values = {
+        "parameters": counts.total,
+        "active_parameters": counts.active,
+        "trainable_parameters": modular.num_trained(counts.trainable),
+        "flops_per_token": engine.model.flops_per_token(engine.task.targets_per_sample),
+        "task": engine.task.name,
+        "world": process.world_size,
+        "ep": engine.mesh.ep,
+        "precision": engine.precision,
+        "data": data.fingerprint,
+        "resumed_from": start_step,
+        "attempt": process.restart_count,
+    }
+    event = "restart" if start_step or process.restart_count else "start"
+    logger.log_event(event, start_step, values)
 
 
 def print_summary(logger: RunLogger) -> None:
-    """Print it, where there is somebody to read it. A table that cannot be made is a note: the run is trained and saved."""
+    """Print the result table, which `dmoe compare --full` prints later too.
+
+    A table that cannot be made is a note: the run is trained and saved.
+    """
     if logger.metrics is None:
         return
     lines: list[str] = []
-    problem = bounded(
-        lambda: _read(logger, lines), SECONDS, f"it takes more than {SECONDS:g} seconds"
+    problem = run_with_timeout(
+        lambda: _read_results(logger, lines), MAX_SECONDS, f"it takes more than {MAX_SECONDS:g} seconds"
     )
-    logger.print(
-        f"note: no result table: {problem}; see dmoe compare --full"
-        if problem
-        else "\n".join(["", *lines])
-    )
+    note = f"note: no result table: {problem}; see dmoe compare --full"
+    logger.print(note if problem else "\n".join(["", *lines]))
 
 
-def _read(logger: RunLogger, lines: list[str]) -> str | None:
-    """Fill `lines`; why that was not possible, or None."""
+def _read_results(logger: RunLogger, lines: list[str]) -> str | None:
+    """Append the table to `lines`; return why that failed, or None."""
+    # Imported here: only the end of a run needs them.
     from dmoe.report.results import result_lines
-    from dmoe.runs.metrics_log import read_metrics_tolerant  # what only the end of a run needs
+    from dmoe.runs.metrics_log import read_metrics_tolerant
 
     try:
         lines += result_lines(read_metrics_tolerant(logger.run.metrics))

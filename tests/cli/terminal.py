@@ -1,4 +1,4 @@
-"""A command in a pseudo-terminal, and what stands on the screen (pyte emulates the terminal)."""
+"""A command in a pseudo-terminal emulated by pyte."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ import pyte
 
 from tests.cli.commands import environment
 
-__all__ = ["Terminal", "rows_of"]
 
-
-def rows_of(screen: pyte.HistoryScreen) -> list[str]:
-    """All lines, those that have scrolled away first."""
+def screen_lines(screen: pyte.HistoryScreen) -> list[str]:
+    """Return all lines, first those that have scrolled out of the screen."""
     gone = [
         "".join(row[column].data for column in range(screen.columns)) for row in screen.history.top
     ]
@@ -30,14 +28,14 @@ def rows_of(screen: pyte.HistoryScreen) -> list[str]:
 
 
 class Terminal:
-    """`python -m dmoe ARGUMENTS` on a terminal of its own, in a session of its own, as a shell starts it."""
+    """`python -m dmoe ARGUMENTS` on its own terminal and session, as a shell starts it."""
 
     def __init__(
         self, *arguments: str, cwd: Path, columns: int = 100, rows: int = 30, **env: str
     ) -> None:
         self.screen = pyte.HistoryScreen(columns, rows, history=2000)
         self.stream, self.raw = pyte.ByteStream(self.screen), b""
-        self.ours, theirs = os.openpty()
+        self.master, slave = os.openpty()
         self._size(columns, rows)
         kept = {
             name: value
@@ -48,13 +46,13 @@ class Terminal:
             [sys.executable, "-m", "dmoe", *arguments],
             cwd=cwd,
             env=kept | {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"} | env,
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0) and None,
         )
-        os.close(theirs)
+        os.close(slave)
 
     def __enter__(self) -> Terminal:
         return self
@@ -63,11 +61,11 @@ class Terminal:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        os.close(self.ours)
+        os.close(self.master)
 
     @property
     def text(self) -> str:
-        return "\n".join(rows_of(self.screen))
+        return "\n".join(screen_lines(self.screen))
 
     def read_until(self, holds: Callable[[str], bool], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
@@ -76,7 +74,7 @@ class Terminal:
             assert self._read() or self.process.poll() is None, f"not seen to the end:\n{self.text}"
 
     def finish(self, seconds: float = 60) -> int:
-        """Read to the end; the exit code."""
+        """Read to the end; return the exit code."""
         deadline = time.monotonic() + seconds
         while self.process.poll() is None:
             assert time.monotonic() < deadline, f"did not end:\n{self.text}"
@@ -86,7 +84,7 @@ class Terminal:
         return self.process.returncode
 
     def narrow(self, columns: int) -> None:
-        """The window gets another width. A terminal that does not rewrap: pyte cuts what is beyond."""
+        """Change the width. pyte does not rewrap: it cuts longer lines."""
         self._size(columns, self.screen.lines)
         self.screen.resize(self.screen.lines, columns)
 
@@ -94,14 +92,14 @@ class Terminal:
         self.process.send_signal(number)
 
     def _size(self, columns: int, rows: int) -> None:
-        fcntl.ioctl(self.ours, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def _read(self) -> bool:
-        if not select.select([self.ours], [], [], 0.1)[0]:
+        if not select.select([self.master], [], [], 0.1)[0]:
             return False
         try:
-            data = os.read(self.ours, 1 << 16)
-        except OSError:  # Linux's word for: the other side is gone
+            data = os.read(self.master, 1 << 16)
+        except OSError:  # EIO on Linux: the other side is closed
             return False
         self.raw += data
         self.stream.feed(data)

@@ -1,4 +1,4 @@
-"""`dmoe train --quiet`: notes, alerts, and where the run is."""
+"""`dmoe train --quiet`: notes, alerts, and the run directory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from tests.cli.terminal import Terminal
 ARGUMENTS = (*SMALL, "data.source=synthetic:zipf", "train.run_dir=run")
 
 
-@pytest.mark.parametrize("ranks", [(), ("--ranks", "2")], ids=["alone", "two ranks"])
-def test_nothing_is_said_but_what_matters(tmp_path: Path, ranks: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("ranks", [(), ("--ranks", "2")], ids=["one rank", "two ranks"])
+def test_quiet_prints_only_notes_alerts_and_run_directory(
+    tmp_path: Path, ranks: tuple[str, ...]
+) -> None:
     result = dmoe("train", "--quiet", *ARGUMENTS, *ranks, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     *remarks, last = result.stdout.splitlines()
@@ -22,15 +24,15 @@ def test_nothing_is_said_but_what_matters(tmp_path: Path, ranks: tuple[str, ...]
     assert len(remarks) == sum(line["event"] == "alert" for line in metrics(tmp_path / "run"))
 
 
-def test_an_alert_is_said(tmp_path: Path) -> None:
-    """With slots for a quarter of the choices, most are dropped."""
+def test_quiet_prints_alerts(tmp_path: Path) -> None:
+    """With capacity for a quarter of the choices, most are dropped."""
     result = dmoe("train", "--quiet", *ARGUMENTS, "moe.capacity.factor=0.25", cwd=tmp_path)
     assert any(
         line.startswith("alert: ") and "dropped" in line for line in result.stdout.splitlines()
     ), result.stdout
 
 
-def test_a_terminal_shows_no_panel(tmp_path: Path) -> None:
+def test_quiet_shows_no_panel(tmp_path: Path) -> None:
     with Terminal("train", "--quiet", *ARGUMENTS, cwd=tmp_path) as terminal:
         assert terminal.finish() == 0
         assert "run directory: run" in terminal.text

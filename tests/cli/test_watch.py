@@ -1,4 +1,4 @@
-"""`dmoe watch`: a run that somebody else trains, and the panel of one's own, on a real pseudo-terminal."""
+"""`dmoe watch`, and the live panel of a run, on a pseudo-terminal."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tests.cli.terminal import Terminal
 LOAD = [30, 2, 16, 16]
 
 
-def written(event: str, step: int, at: float = 0.0, **values: Any) -> str:
+def metrics_line(event: str, step: int, at: float = 0.0, **values: Any) -> str:
     return json.dumps({"event": event, "step": step, "time": at or time.time(), **values}) + "\n"
 
 
 def train_line(step: int, at: float = 0.0) -> str:
     layers = [{"layer": 0, "load": LOAD, "drop_rate": 0.25}]
-    return written(
+    return metrics_line(
         "train",
         step,
         at,
@@ -42,7 +42,7 @@ def train_line(step: int, at: float = 0.0) -> str:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run directory as it is before the first line."""
+    """Create a run directory without metrics."""
     path = tmp_path / "run"
     path.mkdir()
     (path / "resolved.yaml").write_text("train:\n  steps: 40\n", encoding="utf-8")
@@ -57,7 +57,7 @@ def writer(run: Path) -> Iterator[TextIO]:
 
 @pytest.fixture
 def watcher(run: Path) -> Iterator[subprocess.Popen[str]]:
-    """`dmoe watch run | ...`"""
+    """Start `dmoe watch` with its output in a pipe."""
     command = [sys.executable, "-m", "dmoe", "watch", str(run)]
     env = environment() | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
@@ -68,8 +68,8 @@ def watcher(run: Path) -> Iterator[subprocess.Popen[str]]:
     process.communicate()
 
 
-def until(process: subprocess.Popen[str], words: str) -> list[str]:
-    """What is printed up to the line with `words`."""
+def read_until_line(process: subprocess.Popen[str], words: str) -> list[str]:
+    """Return the lines printed up to the one with `words`."""
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
@@ -80,44 +80,42 @@ def until(process: subprocess.Popen[str], words: str) -> list[str]:
 
 
 @pytest.mark.timeout(60)
-def test_lines_are_followed_from_before_the_start_to_the_end(
+def test_run_is_followed_from_before_its_start_to_its_end(
     writer: TextIO, watcher: subprocess.Popen[str]
 ) -> None:
-    until(watcher, "has told nothing yet; waiting")
-    writer.write(written("start", 0, resumed_from=0) + train_line(1))
-    assert until(watcher, "step 1/40  loss 10.000")[0] == "the run has started"
-    writer.write(train_line(2) + written("alert", 2, title="routing", text="dead experts"))
-    assert until(watcher, "alert: dead experts")[0].startswith("step 2/40  loss 5.000")
-    writer.write(written("eval", 2, loss=5.5, bits_per_byte=7.0, split="held_out"))
-    until(watcher, "step 2: held-out loss 5.500, 7.000 bits/byte")
-    writer.write(written("end", 2))
-    assert until(watcher, "the run has ended after step 2")
+    read_until_line(watcher, "has logged nothing yet; waiting")
+    writer.write(metrics_line("start", 0, resumed_from=0) + train_line(1))
+    assert read_until_line(watcher, "step 1/40  loss 10.000")[0] == "the run has started"
+    writer.write(train_line(2) + metrics_line("alert", 2, title="routing", text="dead experts"))
+    assert read_until_line(watcher, "alert: dead experts")[0].startswith("step 2/40  loss 5.000")
+    writer.write(metrics_line("eval", 2, loss=5.5, bits_per_byte=7.0, split="held_out"))
+    read_until_line(watcher, "step 2: validation loss 5.500, 7.000 bits/byte")
+    writer.write(metrics_line("end", 2))
+    assert read_until_line(watcher, "the run has ended after step 2")
     assert watcher.wait(timeout=20) == 0
 
 
 @pytest.mark.timeout(60)
-def test_a_killed_run_is_followed_into_the_next_attempt(
+def test_killed_run_is_followed_into_the_next_attempt(
     run: Path, writer: TextIO, watcher: subprocess.Popen[str]
 ) -> None:
-    until(watcher, "waiting")
+    read_until_line(watcher, "waiting")
     torn = train_line(10)
-    writer.write(written("start", 0, resumed_from=0) + train_line(5) + torn[:40])
-    until(watcher, "step 5/40")
+    writer.write(metrics_line("start", 0, resumed_from=0) + train_line(5) + torn[:40])
+    read_until_line(watcher, "step 5/40")
     whole = (run / "metrics.jsonl").read_text(encoding="utf-8")
-    with (run / "metrics.jsonl").open(
-        "r+", encoding="utf-8"
-    ) as file:  # as the next attempt does before it writes
+    with (run / "metrics.jsonl").open("r+", encoding="utf-8") as file:  # as the next attempt does
         file.truncate(len(whole) - 40)
     (run / "resolved.yaml").write_text("train:\n  steps: 60\n", encoding="utf-8")
-    writer.write(written("restart", 4, resumed_from=4) + train_line(6))
-    said = until(watcher, "step 6/60")
-    assert "the run was resumed after step 4" in said
+    writer.write(metrics_line("restart", 4, resumed_from=4) + train_line(6))
+    printed = read_until_line(watcher, "step 6/60")
+    assert "the run was resumed after step 4" in printed
     watcher.send_signal(signal.SIGINT)
     _, errors = watcher.communicate(timeout=20)
     assert (watcher.returncode, errors) == (130, "")
 
 
-def test_a_line_counts_when_it_is_whole(tmp_path: Path) -> None:
+def test_follower_returns_complete_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     follower = MetricsFollower(path)
     assert follower.poll() == ([], False)
@@ -129,14 +127,14 @@ def test_a_line_counts_when_it_is_whole(tmp_path: Path) -> None:
     assert [found["step"] for found in follower.poll()[0]] == [1, 2]
     assert follower.unreadable == 1
     path.write_text(train_line(3), encoding="utf-8")
-    lines, again = follower.poll()
-    assert again, "a shorter file is another one"
+    lines, replaced = follower.poll()
+    assert replaced, "a shorter file is a new one"
     assert [found["step"] for found in lines] == [3]
 
 
-def test_the_present_state_is_printed_once(run: Path, writer: TextIO) -> None:
-    writer.write(written("start", 0, resumed_from=0) + train_line(5) + train_line(10))
-    writer.write(written("restart", 5, resumed_from=5, attempt=1) + train_line(6))
+def test_once_prints_the_current_state(run: Path, writer: TextIO) -> None:
+    writer.write(metrics_line("start", 0, resumed_from=0) + train_line(5) + train_line(10))
+    writer.write(metrics_line("restart", 5, resumed_from=5, attempt=1) + train_line(6))
     result = dmoe("watch", str(run), "--once", cwd=run)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
@@ -147,14 +145,14 @@ def test_the_present_state_is_printed_once(run: Path, writer: TextIO) -> None:
     assert "\x1b" not in result.stdout
 
 
-def test_a_real_run_is_read_whole(alone: Run, place: Path) -> None:
+def test_once_on_a_real_run(alone: Run, place: Path) -> None:
     result = dmoe("watch", str(alone.path), "--once", cwd=place)
     assert result.returncode == 0, result.stderr
     for words in (
         "step 6/6",
         "100%",
         "has ended after step 6",
-        "held out",
+        "validation",
         "forward",
         "max/mean",
         "saved step 6",
@@ -166,20 +164,20 @@ def test_a_real_run_is_read_whole(alone: Run, place: Path) -> None:
     assert piped.stdout.splitlines()[1].startswith("step 6/6  loss ")
 
 
-def test_a_path_that_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_path_without_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused(dmoe("watch", "file", cwd=tmp_path), "RUN", "not a directory")
     refused(dmoe("watch", "nothing", "--once", cwd=tmp_path), "RUN", "not a run directory yet")
 
 
-def test_the_latest_run_stays_the_one_that_was_latest(tmp_path: Path) -> None:
+def test_latest_is_resolved_once(tmp_path: Path) -> None:
     latest = tmp_path / "latest"
     watch = RunWatcher(latest)
-    assert "there is no such directory yet" in watch.state.status
+    assert "the directory does not exist yet" in watch.state.status
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text(
-            written("start", 0) + train_line(1 if name == "first" else 2)
+            metrics_line("start", 0) + train_line(1 if name == "first" else 2)
         )
     latest.symlink_to("first")
     assert [line["step"] for line in watch._poll()[0]] == [0, 1]
@@ -188,76 +186,80 @@ def test_the_latest_run_stays_the_one_that_was_latest(tmp_path: Path) -> None:
     assert watch._poll() == ([], False)
 
 
-class Clocks:
-    """Two clocks that the test sets: the time of day here, and the one that only runs."""
+class FakeClocks:
+    """Two clocks set by the test: time of day, and monotonic."""
 
     def __init__(self) -> None:
-        self.day, self.running = 5000.0, 0.0
+        self.wall, self.monotonic = 5000.0, 0.0
 
 
 @pytest.fixture
-def clocks() -> Clocks:
-    return Clocks()
+def clocks() -> FakeClocks:
+    return FakeClocks()
 
 
 @pytest.fixture
-def silence(clocks: Clocks) -> StallDetector:
+def stall_detector(clocks: FakeClocks) -> StallDetector:
     return StallDetector(
-        minimum=30, factor=3, monotonic=lambda: clocks.running, wall=lambda: clocks.day
+        minimum=30, factor=3, monotonic=lambda: clocks.monotonic, wall=lambda: clocks.wall
     )
 
 
-def test_silence_is_long_against_the_pauses_before(clocks: Clocks, silence: StallDetector) -> None:
+def test_stall_is_relative_to_earlier_pauses(
+    clocks: FakeClocks, stall_detector: StallDetector
+) -> None:
     for at in (0.0, 20.0, 40.0, 45.0):
-        silence.heard({"event": "train", "time": 1000 + at}, fresh=True)
-    clocks.running = 60
-    assert not silence.message
-    clocks.running, clocks.day = 61, 9e9  # a clock that was set tells nothing
-    assert "no line for 1:01, and the longest pause before was 0:20" in silence.message
-    assert silence.clock() == 1045 + 61
-    silence.heard({"event": "train", "time": 1110.0}, fresh=True)
-    assert not silence.message
+        stall_detector.on_line({"event": "train", "time": 1000 + at}, fresh=True)
+    clocks.monotonic = 60
+    assert not stall_detector.message
+    clocks.monotonic, clocks.wall = 61, 9e9  # a change of the wall clock has no effect
+    assert "no line for 1:01; the longest pause before was 0:20" in stall_detector.message
+    assert stall_detector.clock() == 1045 + 61
+    stall_detector.on_line({"event": "train", "time": 1110.0}, fresh=True)
+    assert not stall_detector.message
 
 
-def test_short_pauses_do_not_make_a_short_silence_long(
-    clocks: Clocks, silence: StallDetector
+def test_stall_needs_a_minimum_of_seconds(
+    clocks: FakeClocks, stall_detector: StallDetector
 ) -> None:
     for at in range(10):
-        silence.heard({"event": "train", "time": 1000 + at / 10}, fresh=True)
-    clocks.running = 29
-    assert not silence.message
-    clocks.running = 31
-    assert silence.message
+        stall_detector.on_line({"event": "train", "time": 1000 + at / 10}, fresh=True)
+    clocks.monotonic = 29
+    assert not stall_detector.message
+    clocks.monotonic = 31
+    assert stall_detector.message
 
 
-def test_nothing_is_claimed_without_a_pause_to_compare_with(
-    clocks: Clocks, silence: StallDetector
+def test_no_stall_without_an_earlier_pause(
+    clocks: FakeClocks, stall_detector: StallDetector
 ) -> None:
     for event, at in (("start", 100), ("train", 110), ("restart", 120)):
-        silence.heard({"event": event, "time": at}, fresh=True)
-    clocks.running = 3600
-    assert not silence.message, (
-        "the pauses of the attempt before are none of this one, whose first step may take an hour"
+        stall_detector.on_line({"event": event, "time": at}, fresh=True)
+    clocks.monotonic = 3600
+    assert not stall_detector.message, (
+        "pauses of an earlier attempt do not count: the first step may take an hour"
     )
-    assert silence.words == "last line 1:00:00 ago"
+    assert stall_detector.age_text == "last line 1:00:00 ago"
 
 
-def test_an_old_line_is_as_old_as_two_clocks_say(clocks: Clocks, silence: StallDetector) -> None:
-    silence.heard({"event": "train", "time": 4000.0}, fresh=False)
-    clocks.running = 5
-    assert silence.words == "last line 16:45 ago, if its clock and this one agree"
-    silence.heard({"event": "train"}, fresh=False)
-    assert silence.words == ""
-    assert silence.clock() is None
+def test_age_of_an_old_line_uses_the_wall_clock(
+    clocks: FakeClocks, stall_detector: StallDetector
+) -> None:
+    stall_detector.on_line({"event": "train", "time": 4000.0}, fresh=False)
+    clocks.monotonic = 5
+    assert stall_detector.age_text == "last line 16:45 ago, if the clocks of both machines agree"
+    stall_detector.on_line({"event": "train"}, fresh=False)
+    assert stall_detector.age_text == ""
+    assert stall_detector.clock() is None
 
 
-def test_watching_needs_no_torch() -> None:
+def test_watch_does_not_import_torch() -> None:
     code = "import sys, dmoe.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
 @pytest.mark.timeout(120)
-def test_a_terminal_shows_a_panel_and_what_was_said_above_it(tmp_path: Path) -> None:
+def test_terminal_shows_panel_below_printed_lines(tmp_path: Path) -> None:
     with Terminal(
         "train", *SMALL, "data.source=synthetic:zipf", "train.run_dir=run", cwd=tmp_path, rows=40
     ) as terminal:
@@ -284,8 +286,8 @@ def test_a_terminal_shows_a_panel_and_what_was_said_above_it(tmp_path: Path) -> 
 
 
 @pytest.mark.timeout(120)
-def test_the_panel_of_a_run_is_watched_narrowed_and_left(run: Path, writer: TextIO) -> None:
-    writer.write(written("start", 0, resumed_from=0) + train_line(1))
+def test_watch_panel_survives_resize_and_interrupt(run: Path, writer: TextIO) -> None:
+    writer.write(metrics_line("start", 0, resumed_from=0) + train_line(1))
     with Terminal("watch", str(run), cwd=run, columns=100) as terminal:
         terminal.read_until(lambda text: "step 1/40" in text and "1.88 e0" in text)
         terminal.narrow(60)
@@ -304,9 +306,12 @@ def test_the_panel_of_a_run_is_watched_narrowed_and_left(run: Path, writer: Text
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("term", ["dumb", "linux"])
-def test_poor_terminals(run: Path, writer: TextIO, term: str) -> None:
+def test_dumb_and_linux_terminals(run: Path, writer: TextIO, term: str) -> None:
     writer.write(
-        written("start", 0, resumed_from=0) + train_line(1) + train_line(2) + written("end", 2)
+        metrics_line("start", 0, resumed_from=0)
+        + train_line(1)
+        + train_line(2)
+        + metrics_line("end", 2)
     )
     with Terminal("watch", str(run), cwd=run, TERM=term, NO_COLOR="1") as terminal:
         assert terminal.finish() == 0

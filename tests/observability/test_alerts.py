@@ -1,4 +1,4 @@
-"""Alerts are said once, name the layer and the cure, and come again only after the number was well inside its limit."""
+"""Routing alerts: raised once, with layer and advice, and again only after they have cleared."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ EVEN = [8] * 8
 COLLAPSED = [64, 0, 0, 0, 0, 0, 0, 0]
 
 
-def test_a_good_line_says_nothing() -> None:
+def test_good_line_raises_no_alert() -> None:
     alerts = Alerts(AlertsConfig(), top_k=2)
-    assert [alerts.judge(line(EVEN)) for _ in range(5)] == [[]] * 5
+    assert [alerts.check(line(EVEN)) for _ in range(5)] == [[]] * 5
 
 
 @pytest.mark.parametrize(
-    ("bad", "says", "cure"),
+    ("bad", "message", "advice"),
     [
         (
             line([20] + [1] * 7, top1=None),
@@ -57,25 +57,25 @@ def test_a_good_line_says_nothing() -> None:
     ],
     ids=["collapse", "dead", "drops", "saturation", "straggler"],
 )
-def test_each_trouble_is_said_once(bad: dict[str, Any], says: str, cure: str) -> None:
+def test_each_alert_is_raised_once(bad: dict[str, Any], message: str, advice: str) -> None:
     alerts = Alerts(AlertsConfig(patience=1), top_k=1)
-    (text,) = alerts.judge(bad)
-    assert text.startswith(says)
-    assert cure in text.split("what usually helps: ")[1]
-    assert [alerts.judge(bad) for _ in range(3)] == [[]] * 3
+    (text,) = alerts.check(bad)
+    assert text.startswith(message)
+    assert advice in text.split("what usually helps: ")[1]
+    assert [alerts.check(bad) for _ in range(3)] == [[]] * 3
 
 
-def test_low_entropy_is_saturation_too() -> None:
+def test_low_entropy_is_saturation() -> None:
     almost = line(EVEN, top1=0.98)
     almost["layers"][0]["router_entropy"] = 0.001
-    (text,) = Alerts(AlertsConfig(patience=1), top_k=1).judge(almost)
+    (text,) = Alerts(AlertsConfig(patience=1), top_k=1).check(almost)
     assert text.startswith("router saturation")
 
 
-def test_patience_counts_lines_in_a_row() -> None:
+def test_patience_counts_consecutive_lines() -> None:
     alerts = Alerts(AlertsConfig(patience=2), top_k=1)
     bad = line(EVEN, drop=0.5)
-    assert [len(alerts.judge(values)) for values in (bad, line(EVEN), bad, bad, bad)] == [
+    assert [len(alerts.check(values)) for values in (bad, line(EVEN), bad, bad, bad)] == [
         0,
         0,
         0,
@@ -84,36 +84,36 @@ def test_patience_counts_lines_in_a_row() -> None:
     ]
 
 
-def test_it_comes_again_only_after_it_has_cleared() -> None:
-    """A drop rate that wanders around the limit of 20% is said once; below 18% it has cleared."""
+def test_alert_repeats_only_after_it_has_cleared() -> None:
+    """A drop rate around the limit of 20% raises one alert; below 18% it has cleared."""
     alerts = Alerts(AlertsConfig(patience=1), top_k=1)
-    said = [
-        len(alerts.judge(line(EVEN, drop=drop))) for drop in (0.21, 0.19, 0.21, 0.19, 0.17, 0.21)
+    alerted = [
+        len(alerts.check(line(EVEN, drop=drop))) for drop in (0.21, 0.19, 0.21, 0.19, 0.17, 0.21)
     ]
-    assert said == [1, 0, 0, 0, 0, 1]
+    assert alerted == [1, 0, 0, 0, 0, 1]
 
 
-def test_layers_share_a_text() -> None:
-    (text,) = Alerts(AlertsConfig(patience=1), top_k=1).judge(line(EVEN, drop=0.4, layers=3))
+def test_layers_share_one_alert() -> None:
+    (text,) = Alerts(AlertsConfig(patience=1), top_k=1).check(line(EVEN, drop=0.4, layers=3))
     assert "40% of the choices are dropped (at the worst) in layers 0, 1, 2;" in text
 
 
-def test_collapse_scales_with_what_is_possible() -> None:
-    """With K = 2 of 8 experts the worst is 4 times the mean: a fixed limit of 4 would never speak. With K = E nothing can be uneven."""
+def test_collapse_limit_depends_on_top_k() -> None:
+    """With K = 2 of 8 experts max/mean is at most 4, a fixed limit would miss it; K = E is even."""
     worst = line([32, 32, 0, 0, 0, 0, 0, 0], top1=None)
     config = AlertsConfig(patience=1, dead_share=None)
-    assert len(Alerts(config, top_k=2).judge(worst)) == 1
-    assert Alerts(config, top_k=8).judge(line(EVEN)) == []
+    assert len(Alerts(config, top_k=2).check(worst)) == 1
+    assert Alerts(config, top_k=8).check(line(EVEN)) == []
 
 
-def test_null_turns_one_off() -> None:
+def test_null_disables_an_alert() -> None:
     off = AlertsConfig(
         load=None, dead_share=None, drop_rate=None, certainty=None, straggler=None, patience=1
     )
-    assert Alerts(off, top_k=1).judge(line(COLLAPSED, drop=1.0, top1=1.0, straggler=9.0)) == []
+    assert Alerts(off, top_k=1).check(line(COLLAPSED, drop=1.0, top1=1.0, straggler=9.0)) == []
 
 
-def test_a_missing_or_broken_number_is_no_alert() -> None:
+def test_missing_or_nan_value_is_no_alert() -> None:
     broken = line(EVEN, top1=math.nan, drop=math.nan)
     del broken["straggler"]
-    assert Alerts(AlertsConfig(patience=1), top_k=1).judge(broken) == []
+    assert Alerts(AlertsConfig(patience=1), top_k=1).check(broken) == []

@@ -12,21 +12,11 @@ import pyte
 import pytest
 from rich.console import Console
 
-from dmoe.observability.display import open_display
-from dmoe.observability.display.bars import (
-    ASCII,
-    UNICODE,
-    CharSet,
-    charset_for,
-    load_strip,
-    parts_bar,
-    sparkline,
-)
-from dmoe.observability.display.format import event_words
-from dmoe.observability.display.live import Live
-from dmoe.observability.display.panel import panel_lines
-from dmoe.observability.display.plain import Plain, Quiet, Silent
-from dmoe.observability.display.state import DisplayState
+from dmoe.observability.display import NullDisplay, PlainDisplay, QuietDisplay, open_display
+from dmoe.observability.display.layer_table import ASCII, UNICODE, CharSet, charset_for, load_bars
+from dmoe.observability.display.live import LiveDisplay
+from dmoe.observability.display.panel import panel_lines, sparkline, stacked_bar
+from dmoe.observability.display.state import DisplayState, event_text
 
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-7]|9[0-7])")
 NOT_NUMBERS = (None, math.nan, math.inf)
@@ -85,18 +75,16 @@ def state_of(values: dict[str, Any], step: int = 10, steps: int | None = 200) ->
 
 
 def panel(
-    state: DisplayState, width: int = 100, height: int = 40, glyphs: CharSet = UNICODE
+    state: DisplayState, width: int = 100, height: int = 40, charset: CharSet = UNICODE
 ) -> list[str]:
-    return [line.plain for line in panel_lines(state, 10.0, width, height, glyphs)]
+    return [line.plain for line in panel_lines(state, 10.0, width, height, charset)]
 
 
 @pytest.mark.parametrize("width", [20, 60, 100, 200])
 @pytest.mark.parametrize("height", [1, 6, 12, 40])
 @pytest.mark.parametrize("experts", [1, 8, 128])
 @pytest.mark.parametrize("layers", [0, 2, 60])
-def test_the_panel_fits_into_any_terminal(
-    width: int, height: int, experts: int, layers: int
-) -> None:
+def test_panel_fits_any_terminal(width: int, height: int, experts: int, layers: int) -> None:
     state = state_of(
         train_values(
             [
@@ -105,17 +93,17 @@ def test_the_panel_fits_into_any_terminal(
             ]
         )
     )
-    for glyphs in (UNICODE, ASCII):
-        lines = panel_lines(state, 10.0, width, height, glyphs)
+    for charset in (UNICODE, ASCII):
+        lines = panel_lines(state, 10.0, width, height, charset)
         assert 0 < len(lines) <= height
         assert max(line.cell_len for line in lines) <= width
         assert lines[0].plain.startswith("step 10/200")
-        if glyphs is ASCII:
+        if charset is ASCII:
             assert all(line.plain.isascii() for line in lines)
 
 
 @pytest.mark.parametrize("width", [60, 100, 200])
-def test_a_terminal_shows_the_lines_as_they_were_made(width: int) -> None:
+def test_terminal_shows_panel_lines_unchanged(width: int) -> None:
     """Through rich and the emulated terminal: no line is wrapped, none is lost."""
     state = state_of(
         train_values([layer(index, [expert + 1 for expert in range(128)]) for index in range(3)])
@@ -128,12 +116,12 @@ def test_a_terminal_shows_the_lines_as_they_were_made(width: int) -> None:
         color_system="256",
         highlight=False,
     )
-    live = Live(console, state, UNICODE, lambda: 10.0)
-    live.region.size = lambda: (width, 30)  # type: ignore[method-assign]
+    live = LiveDisplay(console, state, UNICODE, lambda: 10.0)
+    live.bottom.terminal_size = lambda: (width, 30)  # type: ignore[method-assign]
     screen = pyte.Screen(width, 30)
-    live.region.file = io.StringIO()
-    live.region.draw(live._frame())
-    pyte.Stream(screen).feed(live.region.file.getvalue().replace("\n", "\r\n"))
+    live.bottom.file = io.StringIO()
+    live.bottom.draw(live._frame())
+    pyte.Stream(screen).feed(live.bottom.file.getvalue().replace("\n", "\r\n"))
     shown = [line.rstrip() for line in screen.display]
     wanted = [line.rstrip() for line in panel(state, width - 1, 27)]
     assert shown[1 : 1 + len(wanted)] == wanted
@@ -141,7 +129,7 @@ def test_a_terminal_shows_the_lines_as_they_were_made(width: int) -> None:
     assert (screen.cursor.y, screen.cursor.x) == (0, 0)
 
 
-def test_a_layer_names_its_hottest_and_coldest_expert() -> None:
+def test_layer_row_names_hottest_and_coldest_expert() -> None:
     rows = panel(state_of(train_values([layer(3, [10, 40, 0, 30])])))
     row = next(line for line in rows if line.startswith("    3  "))
     assert re.search(r"2\.00 e1 +12\.5% +1 +0\.00 e2 +1\.50$", row)
@@ -160,19 +148,19 @@ def test_a_layer_names_its_hottest_and_coldest_expert() -> None:
         ([3], "▄"),
     ],
 )
-def test_a_bar_is_the_load_over_the_mean(load: list[float], bars: str) -> None:
-    assert load_strip(load, len(load), UNICODE).plain == bars
+def test_bar_height_is_load_over_mean(load: list[float], bars: str) -> None:
+    assert load_bars(load, len(load), UNICODE).plain == bars
 
 
-def test_bars_that_several_experts_share_show_the_busiest() -> None:
+def test_shared_bar_shows_highest_load() -> None:
     load = [10.0] * 128
     load[77] = 40.0
-    strip = load_strip(load, 32, UNICODE).plain
+    strip = load_bars(load, 32, UNICODE).plain
     assert len(strip) == 32
     assert [place for place, bar in enumerate(strip) if bar == "█"] == [77 // 4]
 
 
-def test_layers_without_room_are_summed_up_and_the_worst_stay() -> None:
+def test_omitted_layers_are_summarised_and_worst_are_kept() -> None:
     layers = [layer(index, [10, 10, 10, 10 + (index == 20) * 60]) for index in range(40)]
     rows = panel(state_of(train_values(layers)), height=12)
     assert any(line.startswith("   20  ") for line in rows)
@@ -180,7 +168,7 @@ def test_layers_without_room_are_summed_up_and_the_worst_stay() -> None:
     assert any(re.match(r"and \d+ more: max/mean at most 1\.00", line) for line in rows)
 
 
-def test_the_time_of_a_step_is_split() -> None:
+def test_step_time_is_split() -> None:
     line = next(
         line for line in panel(state_of(train_values([])), width=140) if line.startswith("time ")
     )
@@ -199,14 +187,14 @@ def test_the_time_of_a_step_is_split() -> None:
     assert "other" not in narrow
 
 
-def test_a_dense_model_has_no_table() -> None:
+def test_dense_model_has_no_table() -> None:
     text = "\n".join(panel(state_of(train_values([]))))
     assert "loss 2.500" in text
     assert "layer" not in text
 
 
 @pytest.mark.parametrize("value", NOT_NUMBERS)
-def test_numbers_that_are_none_are_said_to_be(value: float | None) -> None:
+def test_numbers_that_are_not_finite(value: float | None) -> None:
     broken = dict.fromkeys(
         ("loss", "bits_per_byte", "grad_norm", "tokens_per_second", "drop_rate", "mfu", "memory"),
         value,
@@ -217,20 +205,20 @@ def test_numbers_that_are_none_are_said_to_be(value: float | None) -> None:
     assert "loss not finite" in text
     assert "nan" not in text
     assert "forward" not in text
-    display = Plain(state, lambda: 10.0)
+    display = PlainDisplay(state, lambda: 10.0)
     display.log_event("train", 11, {"loss": value, "drop_rate": value})
 
 
-def test_every_number_may_be_absent() -> None:
+def test_every_value_may_be_absent() -> None:
     assert panel(state_of({}))[0].startswith("step 10/200")
     assert panel(DisplayState(None))[0] == "step 0"
 
 
-def test_colour_is_left_out_where_it_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_color_disables_colour(monkeypatch: pytest.MonkeyPatch) -> None:
     def frame() -> str:
         console = Console(file=io.StringIO(), force_terminal=True, color_system="standard")
         state = state_of(train_values([layer(0, [1, 9, 0, 2])]))
-        return "\n".join(Live(console, state, UNICODE, lambda: 10.0)._frame())
+        return "\n".join(LiveDisplay(console, state, UNICODE, lambda: 10.0)._frame())
 
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert COLOUR.search(frame())
@@ -239,7 +227,7 @@ def test_colour_is_left_out_where_it_is_not_wanted(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("encoding", "environment", "glyphs"),
+    ("encoding", "environment", "charset"),
     [
         ("utf-8", {}, UNICODE),
         ("UTF8", {"TERM": "xterm", "LC_ALL": "C.UTF-8"}, UNICODE),
@@ -250,13 +238,13 @@ def test_colour_is_left_out_where_it_is_not_wanted(monkeypatch: pytest.MonkeyPat
         ("utf-8", {"TERM": "linux"}, ASCII),
     ],
 )
-def test_letters_are_those_the_terminal_has(
-    encoding: str | None, environment: dict[str, str], glyphs: CharSet
+def test_charset_depends_on_terminal(
+    encoding: str | None, environment: dict[str, str], charset: CharSet
 ) -> None:
-    assert charset_for(encoding, environment) is glyphs
+    assert charset_for(encoding, environment) is charset
 
 
-def test_the_curve_spans_lowest_to_highest() -> None:
+def test_sparkline_spans_lowest_to_highest() -> None:
     assert sparkline([8.0, 1.0, None, 4.5], 10, UNICODE) == "█▁ ▅"
     assert sparkline([3.0, 3.0], 10, UNICODE) == "▄▄"
     assert sparkline([None, None], 10, UNICODE) == sparkline([], 10, UNICODE) == ""
@@ -265,13 +253,15 @@ def test_the_curve_spans_lowest_to_highest() -> None:
 
 @pytest.mark.parametrize("parts", [[1.0], [0.5, 0.25, 0.25], [1e-6, 1, 1e-6, 3, 0.7, 0.1]])
 @pytest.mark.parametrize("width", [1, 7, 40])
-def test_the_parts_of_a_bar_fill_it(parts: list[float], width: int) -> None:
-    assert len(parts_bar(parts, width, ASCII)) == width
+def test_stacked_bar_fills_its_width(parts: list[float], width: int) -> None:
+    assert len(stacked_bar(parts, width, ASCII)) == width
 
 
-def test_what_a_model_writes_cannot_command_the_terminal() -> None:
+def test_control_characters_do_not_reach_the_terminal() -> None:
     file = io.StringIO()
-    live = Live(Console(file=file, force_terminal=True), DisplayState(10), UNICODE, time.monotonic)
+    live = LiveDisplay(
+        Console(file=file, force_terminal=True), DisplayState(10), UNICODE, time.monotonic
+    )
     live.print("sample:\n\x1b]0;owned\x07\x1b[2Jtext\r\u202e")
     live.state.on_event("alert", 1, {"text": "\x1b[2J"}, None)
     assert not set("\x07\u202e") & set(file.getvalue())
@@ -279,17 +269,17 @@ def test_what_a_model_writes_cannot_command_the_terminal() -> None:
     assert "\x1b[2J" not in "\n".join(live._frame())
 
 
-def test_a_terminal_that_fails_is_told_to_the_one_who_trains(
+def test_terminal_failure_is_raised_in_the_training_thread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    live = Live(
+    live = LiveDisplay(
         Console(file=io.StringIO(), force_terminal=True), DisplayState(10), UNICODE, time.monotonic
     )
 
     def fail(lines: list[str]) -> None:
         raise OSError("the terminal is gone")
 
-    monkeypatch.setattr(live.region, "draw", fail)
+    monkeypatch.setattr(live.bottom, "draw", fail)
     live.step(1)
     live._thread.join(timeout=10)  # type: ignore[union-attr]
     with pytest.raises(OSError, match="the terminal is gone"):
@@ -297,16 +287,16 @@ def test_a_terminal_that_fails_is_told_to_the_one_who_trains(
     live.close()
 
 
-def test_the_display_suits_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FORCE_COLOR, which CI systems set, makes rich take a file for a terminal."""
+def test_display_kind_depends_on_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With FORCE_COLOR, which CI systems set, rich takes a file for a terminal."""
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert type(open_display(10, 0, speaks=True)) is Plain
-    assert type(open_display(10, 0, speaks=True, quiet=True)) is Quiet
-    assert type(open_display(10, 0, speaks=False)) is Silent
+    assert type(open_display(10, 0, is_main=True)) is PlainDisplay
+    assert type(open_display(10, 0, is_main=True, quiet=True)) is QuietDisplay
+    assert type(open_display(10, 0, is_main=False)) is NullDisplay
 
 
-def test_plain_lines_say_what_was_told(capsys: pytest.CaptureFixture[str]) -> None:
-    display = Plain(DisplayState(4), iter([0.0, 0.0, 2.0, 2.0, 3.0, 3.0]).__next__)
+def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    display = PlainDisplay(DisplayState(4), iter([0.0, 0.0, 2.0, 2.0, 3.0, 3.0]).__next__)
     display.log_event("train", 1, {"loss": 2.0})
     display.log_event("train", 2, train_values([]))
     display.log_event("eval", 2, {"loss": 2.0}, "held out")
@@ -317,33 +307,33 @@ def test_plain_lines_say_what_was_told(capsys: pytest.CaptureFixture[str]) -> No
     ]
 
 
-def test_quiet_says_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
-    display = Quiet()
-    display.print("a greeting")
+def test_quiet_prints_alerts_rollbacks_and_end(capsys: pytest.CaptureFixture[str]) -> None:
+    display = QuietDisplay()
+    display.print("a line")
     display.step(1)
     for event in ("start", "train", "eval", "checkpoint", "alert", "rollback", "end"):
-        display.log_event(event, 1, {}, f"said at {event}")
+        display.log_event(event, 1, {}, f"line of {event}")
     display.log_event("alert", 1, {})
     assert capsys.readouterr().out.splitlines() == [
-        "said at alert",
-        "said at rollback",
-        "said at end",
+        "line of alert",
+        "line of rollback",
+        "line of end",
     ]
 
 
-def test_a_classifier_is_told_by_its_accuracy() -> None:
-    """It has no bits per byte, and was told as `not finite bits/byte`."""
+def test_classifier_shows_accuracy() -> None:
+    """A classifier has no bits per byte, which was shown as `not finite bits/byte`."""
     values = {key: value for key, value in train_values([]).items() if key != "bits_per_byte"}
     state = state_of(values)
     state.on_event("eval", 10, {"loss": 0.25, "accuracy": 0.9512}, 10.0)
     lines = "\n".join(panel(state))
-    assert "held out 95.12% right at 10" in lines
+    assert "validation 95.12% accuracy at 10" in lines
     assert "byte" not in lines
     assert (
-        event_words("eval", 10, {"loss": 0.25, "accuracy": 0.9512})
-        == "step 10: held-out loss 0.250, 95.12% right"
+        event_text("eval", 10, {"loss": 0.25, "accuracy": 0.9512})
+        == "step 10: validation loss 0.250, 95.12% accuracy"
     )
     assert (
-        event_words("eval", 10, {"loss": 0.25, "bits_per_byte": None})
-        == "step 10: held-out loss 0.250, not finite"
+        event_text("eval", 10, {"loss": 0.25, "bits_per_byte": None})
+        == "step 10: validation loss 0.250, not finite"
     )

@@ -1,4 +1,4 @@
-"""The lines at the foot of a terminal, among what others write."""
+"""Lines at the bottom of a terminal that other processes write to."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import pyte
 from dmoe.observability.display.live import BottomLines
 
 
-def test_what_others_write_to_the_terminal_stays() -> None:
-    """rich's Live goes up by the lines it has drawn and erases the error message another rank wrote below them."""
+def test_output_of_other_processes_stays() -> None:
+    """rich's Live moves up by its own lines and erases another rank's error message below them."""
     screen = pyte.Screen(40, 12)
-    stream, region = pyte.Stream(screen), BottomLines(io.StringIO())
+    stream, bottom = pyte.Stream(screen), BottomLines(io.StringIO())
 
-    def show() -> None:
-        stream.feed(region.file.getvalue().replace("\n", "\r\n"))  # type: ignore[attr-defined]
-        region.file = io.StringIO()
+    def feed_screen() -> None:
+        stream.feed(bottom.file.getvalue().replace("\n", "\r\n"))  # type: ignore[attr-defined]
+        bottom.file = io.StringIO()
 
-    region.say("first", ["panel 1", "panel 2"])
-    show()
+    bottom.print_above("first", ["panel 1", "panel 2"])
+    feed_screen()
     stream.feed("rank 1: an error\r\nof two lines\r\n")
-    region.draw(["panel 3", "panel 4"])
-    region.say("second", ["panel 5", "panel 6"])
-    region.leave(["panel 7", "panel 8"])
-    show()
+    bottom.draw(["panel 3", "panel 4"])
+    bottom.print_above("second", ["panel 5", "panel 6"])
+    bottom.finish(["panel 7", "panel 8"])
+    feed_screen()
     assert [line.rstrip() for line in screen.display if line.strip()] == [
         "first",
         "rank 1: an error",
@@ -36,10 +36,10 @@ def test_what_others_write_to_the_terminal_stays() -> None:
     assert screen.cursor.y == 6
 
 
-def test_a_panel_that_became_shorter_leaves_nothing() -> None:
+def test_shorter_panel_leaves_no_old_lines() -> None:
     screen, file = pyte.Screen(40, 12), io.StringIO()
-    region = BottomLines(file)
+    bottom = BottomLines(file)
     for lines in (["one", "two", "three"], ["a longer line", "four", "more"], ["five", "six"]):
-        region.draw(lines)
+        bottom.draw(lines)
     pyte.Stream(screen).feed(file.getvalue().replace("\n", "\r\n"))
     assert [line.rstrip() for line in screen.display if line.strip()] == ["five", "six"]

@@ -1,4 +1,4 @@
-"""What the trackers and the report show: one run whose router is forced onto one expert, read back from all four places."""
+"""Values in metrics.jsonl, TensorBoard, wandb and the report, of a run forced onto one expert."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FORCED, EXPERTS, STEPS = 5, 8, 6
 COMMAND = f"""
 import torch
 from dmoe.cli.main import run
-from dmoe.moe.routers.learned import LearnedRouter
+from dmoe.moe.routers.base import LearnedRouter
 
 own = LearnedRouter.logits
 push_E = torch.zeros({EXPERTS}).index_fill(0, torch.tensor({FORCED}), 50.0)
@@ -48,8 +48,8 @@ SIX_DIGITS = 1e-5
 
 
 @dataclass
-class Told:
-    """One run, as each of the four places tells it."""
+class RunOutputs:
+    """One run, read from each of the four outputs."""
 
     run: Path
 
@@ -62,21 +62,21 @@ class Told:
         return {line["step"]: line for line in self.lines if line["event"] == "train"}
 
     @cached_property
-    def board(self) -> EventAccumulator:
+    def tensorboard(self) -> EventAccumulator:
         sizes = {"scalars": 0, "images": 0, "tensors": 0}
         return EventAccumulator(str(self.run / "logs/tensorboard"), size_guidance=sizes).Reload()
 
     @cached_property
     def scalars(self) -> dict[str, list[tuple[int, float]]]:
-        """Of TensorBoard."""
+        """Scalars of TensorBoard."""
         return {
-            tag: [(event.step, event.value) for event in self.board.Scalars(tag)]
-            for tag in self.board.Tags()["scalars"]
+            tag: [(event.step, event.value) for event in self.tensorboard.Scalars(tag)]
+            for tag in self.tensorboard.Tags()["scalars"]
         }
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """Of wandb."""
+        """Rows of wandb."""
         return read_rows(self.run / "logs/wandb")
 
     def in_wandb(self, name: str) -> list[tuple[int, float]]:
@@ -86,15 +86,15 @@ class Told:
     def page(self) -> Page:
         return read_page(self.run / "report.html")
 
-    def picture(self, name: str) -> Any:
-        """The newest of wandb's files of this name."""
+    def figure(self, name: str) -> Any:
+        """Read wandb's newest file of this name."""
         path = next(row[f"{name}/path"] for row in reversed(self.rows) if f"{name}/path" in row)
         (folder,) = (self.run / "logs/wandb").glob("offline-run-*")
         return json.loads((folder / "files" / path).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> RunOutputs:
     place = tmp_path_factory.mktemp("forced")
     options = [
         "data.source=synthetic:zipf",
@@ -114,11 +114,11 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
         check=False,
     )
     assert outcome.returncode == 0, outcome.stderr[-3000:]
-    return Told(place / "run")
+    return RunOutputs(place / "run")
 
 
 def numbers_of(line: dict[str, Any]) -> dict[str, float]:
-    """By name, as a person would look for them."""
+    """Return the expected scalars by name."""
     found = {
         f"train/{key}": line[key]
         for key in ("loss", "bits_per_byte", "grad_norm", "drop_rate", "lr", "tokens", "mfu")
@@ -157,27 +157,29 @@ def leaves(value: Any) -> int:
     return sum(map(leaves, value)) if isinstance(value, list) else 1
 
 
-def test_the_figures_agree_at_every_step(told: Told) -> None:
+def test_values_agree_at_every_step(outputs: RunOutputs) -> None:
     """JSONL, TensorBoard, wandb: the same numbers under names that group by layer."""
-    assert sorted(told.train) == list(range(1, STEPS + 1))
-    for name in numbers_of(told.train[1]):
-        written = [(step, numbers_of(line)[name]) for step, line in told.train.items()]
-        assert told.in_wandb(name) == written, name
-        assert told.scalars[name] == [
+    assert sorted(outputs.train) == list(range(1, STEPS + 1))
+    for name in numbers_of(outputs.train[1]):
+        written = [(step, numbers_of(line)[name]) for step, line in outputs.train.items()]
+        assert outputs.in_wandb(name) == written, name
+        assert outputs.scalars[name] == [
             (step, pytest.approx(value, rel=FLOAT32)) for step, value in written
         ], name
-    for line in (line for line in told.lines if line["event"] == "eval"):
-        assert (line["step"], line["loss"]) in told.in_wandb("eval/loss")
-        assert (line["step"], pytest.approx(line["loss"], rel=FLOAT32)) in told.scalars["eval/loss"]
+    for line in (line for line in outputs.lines if line["event"] == "eval"):
+        assert (line["step"], line["loss"]) in outputs.in_wandb("eval/loss")
+        assert (line["step"], pytest.approx(line["loss"], rel=FLOAT32)) in outputs.scalars[
+            "eval/loss"
+        ]
 
 
-def test_no_number_is_left_out(told: Told) -> None:
+def test_no_number_is_missing(outputs: RunOutputs) -> None:
     first = {
         key
-        for key, value in told.rows[0].items()
+        for key, value in outputs.rows[0].items()
         if not key.startswith("_") and isinstance(value, int | float)
     }
-    assert len(first) == leaves(told.train[1])
+    assert len(first) == leaves(outputs.train[1])
     media = (
         "_",
         "experts/hottest_and_coldest/",
@@ -186,65 +188,66 @@ def test_no_number_is_left_out(told: Told) -> None:
         "layer_01/load_expert_by",
     )
     in_wandb = {
-        key for row in told.rows for key, value in row.items() if isinstance(value, int | float)
+        key for row in outputs.rows for key, value in row.items() if isinstance(value, int | float)
     }
-    assert {key for key in in_wandb if not key.startswith(media)} == set(told.scalars)
+    assert {key for key in in_wandb if not key.startswith(media)} == set(outputs.scalars)
 
 
-def test_the_report_has_the_same_figures(told: Told) -> None:
+def test_report_has_the_same_values(outputs: RunOutputs) -> None:
     for chart, curve, key in (
         ("loss", "training", "loss"),
         ("drop-rate", "Drop rate", "drop_rate"),
     ):
         expected = {
-            step: pytest.approx(line[key], rel=SIX_DIGITS) for step, line in told.train.items()
+            step: pytest.approx(line[key], rel=SIX_DIGITS) for step, line in outputs.train.items()
         }
-        assert told.page.curve(chart, curve) == expected
+        assert outputs.page.curve(chart, curve) == expected
     for layer in range(2):
-        view = told.page.view("load", f"0|{layer}")
-        assert view["x"] == list(told.train)
-        loads = [line["layers"][layer]["load"] for line in told.train.values()]
+        view = outputs.page.view("load", f"0|{layer}")
+        assert view["x"] == list(outputs.train)
+        loads = [line["layers"][layer]["load"] for line in outputs.train.values()]
         assert view["z"] == [list(row) for row in zip(*loads, strict=True)]
 
 
-def test_the_collapse_is_seen_in_every_place(told: Told) -> None:
+def test_collapse_is_visible_everywhere(outputs: RunOutputs) -> None:
     alone = [float(EXPERTS) if expert == FORCED else 0.0 for expert in range(EXPERTS)]
-    for line in told.train.values():
+    for line in outputs.train.values():
         for layer in line["layers"]:
             assert layer["load"] == [128 * share / EXPERTS for share in alone]
             assert layer["dead_experts"] == EXPERTS - 1
-    said = [line["text"] for line in told.lines if line["event"] == "alert"]
-    assert any("expert collapse" in text for text in said)
-    assert told.scalars["layer_01/load/expert_05"] == [(step, 128.0) for step in told.train]
+    alerts = [line["text"] for line in outputs.lines if line["event"] == "alert"]
+    assert any("expert collapse" in text for text in alerts)
+    assert outputs.scalars["layer_01/load/expert_05"] == [(step, 128.0) for step in outputs.train]
     assert [
-        (alert.title, alert.text) for alert in all_records(told.run / "logs/wandb", "alert")
-    ] == [("routing", text) for text in said]
-    assert any("expert collapse" in text for text in board_texts(told, "alert/routing"))
-    assert "expert collapse" in told.page.text
-    assert told.picture("layer_00/load_expert_by_step")["data"][0]["z"] == [
+        (alert.title, alert.text) for alert in all_records(outputs.run / "logs/wandb", "alert")
+    ] == [("routing", text) for text in alerts]
+    assert any("expert collapse" in text for text in tensorboard_texts(outputs, "alert/routing"))
+    assert "expert collapse" in outputs.page.text
+    assert outputs.figure("layer_00/load_expert_by_step")["data"][0]["z"] == [
         [share] * STEPS for share in alone
     ]
-    last = told.picture("experts/load_layer_by_expert")["data"][0]
+    last = outputs.figure("experts/load_layer_by_expert")["data"][0]
     assert (last["y"], last["x"], last["z"]) == ([0, 1], list(range(EXPERTS)), [alone, alone])
-    table = told.picture("experts/hottest_and_coldest")
+    table = outputs.figure("experts/hottest_and_coldest")
     assert table["columns"] == ["layer", "place", "expert", "choices", "share"]
     assert [1, "hottest 1", FORCED, 128, float(EXPERTS)] in table["data"]
-    assert "| 1 | hottest 1 | 5 | 128 | 8 |" in board_texts(told, "experts/hottest_and_coldest")[-1]
+    assert (
+        "| 1 | hottest 1 | 5 | 128 | 8 |"
+        in tensorboard_texts(outputs, "experts/hottest_and_coldest")[-1]
+    )
 
 
-def board_texts(told: Told, name: str) -> list[str]:
+def tensorboard_texts(outputs: RunOutputs, name: str) -> list[str]:
     return [
         event.tensor_proto.string_val[0].decode()
-        for event in told.board.Tensors(f"{name}/text_summary")
+        for event in outputs.tensorboard.Tensors(f"{name}/text_summary")
     ]
 
 
-def test_the_heat_maps_of_tensorboard(told: Told) -> None:
-    """A row is an expert, a column a step: red where all went, dark blue where nothing did."""
-    events = told.board.Images("layer_00/load_expert_by_step")
-    assert [event.step for event in events] == [3, 6], (
-        "at the evaluation and at the end, not every step"
-    )
+def test_tensorboard_heat_maps(outputs: RunOutputs) -> None:
+    """A row per expert, a column per step: red for all tokens, dark blue for none."""
+    events = outputs.tensorboard.Images("layer_00/load_expert_by_step")
+    assert [event.step for event in events] == [3, 6], "at the evaluation and at the end only"
     image = np.asarray(Image.open(io.BytesIO(events[-1].encoded_image_string)))
     rows, columns = image.shape[0] // EXPERTS, image.shape[1] // STEPS
     cells = image[rows // 2 :: rows, columns // 2 :: columns]
@@ -253,29 +256,34 @@ def test_the_heat_maps_of_tensorboard(told: Told) -> None:
         assert (cells[expert] == ((178, 16, 30) if expert == FORCED else (24, 55, 115))).all(), (
             expert
         )
-    assert [event.step for event in told.board.Images("experts/load_layer_by_expert")] == [3, 6]
+    assert [event.step for event in outputs.tensorboard.Images("experts/load_layer_by_expert")] == [
+        3,
+        6,
+    ]
 
 
-def test_the_report_is_an_artifact_of_the_run(told: Told) -> None:
+def test_report_is_a_wandb_artifact(outputs: RunOutputs) -> None:
     (report,) = [
-        item for item in all_records(told.run / "logs/wandb", "artifact") if item.type == "report"
+        item
+        for item in all_records(outputs.run / "logs/wandb", "artifact")
+        if item.type == "report"
     ]
     (file,) = report.manifest.contents
-    written = (told.run / "report.html").read_bytes()
+    written = (outputs.run / "report.html").read_bytes()
     assert file.path == "report.html"
     assert file.digest == base64.b64encode(hashlib.md5(written).digest()).decode()
     assert Path(file.local_path).read_bytes() == written
     staged = [
         item.local_path
-        for record in all_records(told.run / "logs/wandb", "artifact")
+        for record in all_records(outputs.run / "logs/wandb", "artifact")
         for item in record.manifest.contents
     ]
-    assert all(Path(path).is_relative_to(told.run) for path in staged), (
-        "the home directory may not be there at `wandb sync`"
+    assert all(Path(path).is_relative_to(outputs.run) for path in staged), (
+        "the home directory may be missing at `wandb sync`"
     )
 
 
-def test_a_report_that_cannot_be_written_is_a_note(tmp_path: Path) -> None:
+def test_failed_report_is_a_note(tmp_path: Path) -> None:
     (tmp_path / "run/report.html/in-the-way").mkdir(parents=True)
     result = dmoe(
         "train",
@@ -289,11 +297,11 @@ def test_a_report_that_cannot_be_written_is_a_note(tmp_path: Path) -> None:
     assert "note: there is no report at the end of this run" in result.stdout
     *_, end, note = metrics(tmp_path / "run")
     assert end["event"] == "end"
-    assert "irectory" in note["text"], "it says why"
+    assert "irectory" in note["text"], "the reason"
     assert not list((tmp_path / "run").glob(".report*"))
 
 
-def test_long_lists_are_pictures_and_no_scalars() -> None:
+def test_long_lists_are_not_sent_as_scalars() -> None:
     def layer(experts: int) -> dict[str, Any]:
         return {
             "layer": 0,
@@ -314,15 +322,15 @@ def test_long_lists_are_pictures_and_no_scalars() -> None:
         {**layer(MAX_LIST_ITEMS), "layer": index}
         for index in range(MAX_LISTED_SCALARS // MAX_LIST_ITEMS + 1)
     ]
-    assert len(scalars({"layers": many}, "train")) == len(many), "one a layer"
+    assert len(scalars({"layers": many}, "train")) == len(many), "one per layer"
     assert scalars(
         {"loss": float("nan"), "split": "held_out", "layers": [{"layer": 3, "stability": 0.1}]},
         "eval",
     ) == {"layer_03/eval/stability": 0.1}
 
 
-def test_a_long_run_stays_small_and_hides_no_collapse() -> None:
-    """One step of ten thousand in which one expert takes everything, and the newest step, are in the heat-map."""
+def test_thinned_history_keeps_a_collapse() -> None:
+    """The heat map has the newest of 10,000 steps, and the one where one expert gets all tokens."""
     steps, worst = 10_000, 4330
     lines = [
         {
@@ -341,24 +349,26 @@ def test_a_long_run_stays_small_and_hides_no_collapse() -> None:
     } == {worst: (2.0, 0.0)}
 
 
-def each_step_once(told: Told, steps: int) -> None:
-    expected = [(step, line["loss"]) for step, line in told.train.items()]
+def each_step_once(outputs: RunOutputs, steps: int) -> None:
+    expected = [(step, line["loss"]) for step, line in outputs.train.items()]
     assert [step for step, _ in expected] == list(range(1, steps + 1))
-    assert told.in_wandb("train/loss") == expected
-    assert told.scalars["train/loss"] == [
+    assert outputs.in_wandb("train/loss") == expected
+    assert outputs.scalars["train/loss"] == [
         (step, pytest.approx(value, rel=FLOAT32)) for step, value in expected
     ]
-    assert told.page.view("load", "0|0")["x"] == [step for step, _ in expected]
-    assert told.picture("layer_00/load_expert_by_step")["data"][0]["x"] == [
+    assert outputs.page.view("load", "0|0")["x"] == [step for step, _ in expected]
+    assert outputs.figure("layer_00/load_expert_by_step")["data"][0]["x"] == [
         step for step, _ in expected
     ]
 
 
 @pytest.mark.drills
 @pytest.mark.parametrize("fault", ["kill@step rank=0 step=7", "term@step rank=any step=6"])
-def test_a_run_that_was_killed_or_stopped_has_no_gap(tmp_path: Path, fault: str) -> None:
-    """The rank that speaks is killed in step 7, three steps after the last checkpoint, and torchrun starts again; or all are told to
-    stop, so there is a report of seven steps, and the job is started a second time."""
+def test_killed_or_stopped_run_has_no_gap(tmp_path: Path, fault: str) -> None:
+    """Rank 0 is killed in step 7, three steps after a checkpoint, and torchrun restarts.
+
+    Or all ranks are stopped, so there is a report of seven steps, and the job is started again.
+    """
     run, killed = tmp_path / "run", fault.startswith("kill")
     outcome = start(
         run,
@@ -372,8 +382,8 @@ def test_a_run_that_was_killed_or_stopped_has_no_gap(tmp_path: Path, fault: str)
     if not killed:
         assert outcome.code != 0
         assert events(run, "end")[-1]["stopped"], outcome.errors[-3000:]
-        each_step_once(Told(run), 7)
+        each_step_once(RunOutputs(run), 7)
         outcome = start(run, BOTH, "train.eval_every=4", ranks=2, HOME=str(tmp_path))
     assert outcome.code == 0, outcome.errors[-3000:]
     assert [line["resumed_from"] for line in events(run, "restart")] == [4 if killed else 7]
-    each_step_once(Told(run), 12)
+    each_step_once(RunOutputs(run), 12)

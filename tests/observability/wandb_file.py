@@ -1,6 +1,7 @@
-"""What a `.wandb` file holds, with wandb's own record types. The Python reader was removed from wandb (0.31 reads in wandb-core only).
+"""Reader of `.wandb` files with wandb's own record types.
 
-The framing is LevelDB's log format after a header of 7 bytes: blocks of 32 KiB, each record with checksum (4), length (2), type (1).
+wandb removed its Python reader (0.31 reads in wandb-core only). The framing is LevelDB's log format
+after a header of 7 bytes: blocks of 32 KiB, each record with checksum (4), length (2), type (1).
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from typing import Any
 
 from wandb.proto import wandb_internal_pb2
 
-__all__ = ["all_records", "read_rows", "records"]
-
 BLOCK, HEADER = 32768, 7
 FULL, LAST = 1, 4
 
@@ -23,7 +22,7 @@ def records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
     data, position, parts = path.read_bytes(), HEADER, b""
     assert data[:4] == b":W&B"
     while position + HEADER <= len(data):
-        if BLOCK - position % BLOCK < HEADER:  # what is left of a block and too small for a record
+        if BLOCK - position % BLOCK < HEADER:  # rest of a block, too small
             position += BLOCK - position % BLOCK
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)
@@ -37,14 +36,14 @@ def records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
 
 
 def all_records(folder: Path, kind: str) -> list[Any]:
-    """The records of one kind (history, alert, artifact) of all runs in a wandb directory, in the order `wandb sync` takes them."""
+    """Read the records of one kind (history, alert, artifact) of all runs, as `wandb sync` does."""
     files = sorted(folder.glob("*run-*/run-*.wandb"))
     found = (record for file in files for record in records(file))
     return [getattr(record, kind) for record in found if record.WhichOneof("record_type") == kind]
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The history rows; the parts of a picture or a table are `NAME/path`, `NAME/_type`."""
+    """Read the history rows; a figure or table has the keys `NAME/path` and `NAME/_type`."""
     return [
         {
             (item.key or "/".join(item.nested_key)): json.loads(item.value_json)

@@ -1,4 +1,4 @@
-"""`metrics.jsonl` after kills and resumes: no gap, no duplicate, and always whole lines."""
+"""`metrics.jsonl` after kills and resumes: no gap, no duplicate, only complete lines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def steps(path: Path, event: str = "train") -> list[int]:
 
 
 def test_steps_beyond_the_checkpoint_are_void_after_a_resume(tmp_path: Path) -> None:
-    """A run killed at step 5 and resumed after step 3 had steps 4 and 5 twice, and every plot a zigzag."""
+    """A run killed at step 5 and resumed after step 3 had steps 4 and 5 twice in every plot."""
     path = tmp_path / "metrics.jsonl"
     first = [("train", step, {"loss": -step}) for step in range(1, 6)]
     write(
@@ -51,11 +51,14 @@ def test_steps_beyond_the_checkpoint_are_void_after_a_resume(tmp_path: Path) -> 
     ]
     assert steps(path, "eval") == []
     assert steps(path, "checkpoint") == [3]
-    assert steps(path, "alert") == [5], "what was said stays"
-    assert len([line for line in read_metrics(path, include_void=True) if line["event"] == "train"]) == 8
+    assert steps(path, "alert") == [5], "alerts stay"
+    assert (
+        len([line for line in read_metrics(path, include_void=True) if line["event"] == "train"])
+        == 8
+    )
 
 
-def test_two_resumes_the_second_further_back(tmp_path: Path) -> None:
+def test_second_resume_further_back(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, *[("train", step, {"loss": 1}) for step in range(1, 7)])
     write(
@@ -81,8 +84,8 @@ def test_two_resumes_the_second_further_back(tmp_path: Path) -> None:
     assert steps(path) == list(range(1, 9))
 
 
-def test_what_starts_from_nothing_measures_step_0_anew(tmp_path: Path) -> None:
-    """Killed after the evaluation before the first step and begun again with another seed: the other weights' stayed in force."""
+def test_new_start_voids_step_0(tmp_path: Path) -> None:
+    """The evaluation at step 0 of a killed start with another seed stayed in force."""
     path = tmp_path / "metrics.jsonl"
     for loss in (1, 2):
         write(
@@ -90,7 +93,7 @@ def test_what_starts_from_nothing_measures_step_0_anew(tmp_path: Path) -> None:
         )
     write(path, ("rollback", 0, {"resumed_from": 0}))
     assert [line["loss"] for line in read_metrics(path) if line["event"] == "eval"] == [2], (
-        "a rollback measures nothing again"
+        "a rollback does not void step 0"
     )
     assert steps(path) == []
 
@@ -99,8 +102,8 @@ def test_what_starts_from_nothing_measures_step_0_anew(tmp_path: Path) -> None:
     "torn",
     ['{"event": "train", "st', '{"event": "train", "step": 3}', "{", '{"x": "' + "y" * 200_000],
 )
-def test_a_writer_killed_in_the_middle_of_a_line(torn: str, tmp_path: Path) -> None:
-    """The next writer's first line was glued to the torn one, and no reader of JSON lines could open the file again."""
+def test_incomplete_last_line_is_removed(torn: str, tmp_path: Path) -> None:
+    """The next writer appended to the incomplete line, which made the file invalid."""
     path = tmp_path / "metrics.jsonl"
     write(path, ("train", 1, {}), ("train", 2, {}))
     with path.open("a", encoding="utf-8") as file:
@@ -113,7 +116,7 @@ def test_a_writer_killed_in_the_middle_of_a_line(torn: str, tmp_path: Path) -> N
     ] == ["restart", "train"]
 
 
-def test_a_file_that_is_one_torn_line(tmp_path: Path) -> None:
+def test_file_with_one_incomplete_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"eve', encoding="utf-8")
     assert read_metrics(path) == []
@@ -122,7 +125,7 @@ def test_a_file_that_is_one_torn_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["not json", "[1]", '{"event": "train"}', '"text"'])
-def test_another_line_that_is_none_is_named(line: str, tmp_path: Path) -> None:
+def test_invalid_line_is_refused_with_its_number(line: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(
         f'{{"event": "train", "step": 1}}\n{line}\n{{"event": "train", "step": 2}}\n',

@@ -1,12 +1,11 @@
-"""The panel on a terminal: drawn when something was told, when the terminal has changed its size, and once a second for the clock.
+"""Status panel at the bottom of a terminal, redrawn on events, on resize, and every second.
 
-Lines at the foot of a terminal that are drawn again and again, below lines that scroll.
-
-Between two frames the cursor waits on an empty line above the panel, and a frame is drawn from there downwards. So nothing ever has to
-be counted upwards: what others write (another rank's error, a key that is pressed) lands above the panel and stays; a terminal that
-rewraps its lines when it is made narrower takes the cursor along; and the cursor is never hidden, so that no end of the process, not
-even SIGKILL, leaves a terminal without one. `rich.live.Live` waits below its lines and counts them upwards, so it erases what another
-process has written in between.
+Between two frames the cursor waits on an empty line above the panel, and a frame is drawn from
+there downwards. So no line has to be counted upwards: output of other processes (another rank's
+error, an echoed key) lands above the panel and stays, and a terminal that rewraps its lines when
+it becomes narrower takes the cursor along. The cursor is never hidden: no end of the process, not
+even SIGKILL, leaves a terminal without one. `rich.live.Live` waits below its lines, counts them
+upwards and so erases what another process has written in between; and it hides the cursor.
 """
 
 from __future__ import annotations
@@ -20,34 +19,47 @@ from typing import IO, Any
 
 from rich.console import Console
 
-from dmoe.observability.display.bars import CharSet
+from dmoe.observability.display.layer_table import CharSet
 from dmoe.observability.display.panel import panel_lines
 from dmoe.observability.display.state import DisplayState
 
 INTERVAL = 0.5
-"""Seconds between looks; a frame takes 1 ms, or 5 with 24 layers of 128 experts, and is made only where it would differ."""
-CLOCK = 2
-"""Looks after which a frame is made anyway."""
+"""Seconds between checks. A frame takes 1 ms, or 5 ms with 24 layers of 128 experts."""
+CLOCK_INTERVALS = 2
+"""Checks after which a frame is drawn even without a change, for the clock."""
+TO_LINE_END, TO_SCREEN_END = "\x1b[K", "\x1b[J"
+"""Terminal codes that erase from the cursor on."""
 
 
-class Live:
-    """A thread draws; what is told only changes the state, so that a terminal that is held (Ctrl-S) holds no step."""
+class LiveDisplay:
+    """Panel drawn by its own thread.
+
+    Events only change the state, so a terminal that is paused (Ctrl-S) blocks no training step.
+    """
 
     def __init__(
         self,
         console: Console,
         state: DisplayState,
-        glyphs: CharSet,
+        charset: CharSet,
         clock: Callable[[], float | None],
     ) -> None:
-        self.console, self.state, self.glyphs, self.clock = console, state, glyphs, clock
-        self.region = BottomLines(console.file)
-        self._ended, self._changed = threading.Event(), False
+        """Create the display; nothing is drawn before the first event.
+
+        Args:
+            console: renders styles, and has the file to write to.
+            state: the run.
+            charset: characters of the terminal.
+            clock: current time in seconds by the clock of the events; None if unknown.
+        """
+        self.console, self.state, self.charset, self.clock = console, state, charset, clock
+        self.bottom = BottomLines(console.file)
+        self._closed, self._changed = threading.Event(), False
         self._failure: Exception | None = None
         self._thread: threading.Thread | None = None
 
     def step(self, step: int) -> None:
-        self.state.reached(step, self.clock())
+        self.state.on_step(step, self.clock())
         self.refresh()
 
     def log_event(self, event: str, step: int, values: dict[str, Any], line: str = "") -> None:
@@ -57,53 +69,62 @@ class Live:
             self.print(line)
 
     def print(self, text: str) -> None:
-        """Above the panel. Control characters, which a model may write as well, do not reach the terminal."""
-        lines = "\n".join(self.glyphs.spelled(line) for line in text.split("\n"))
-        self.region.say(lines, self._frame() if self._shown else ())
+        """Print above the panel, without control characters, which a model may write too."""
+        lines = "\n".join(self.charset.printable(line) for line in text.split("\n"))
+        self.bottom.print_above(lines, self._frame() if self._shown else ())
 
     def refresh(self) -> None:
-        """The state has changed: show it soon. The first call brings up the panel. Raises what kept the thread from drawing."""
+        """Request a new frame. The first call shows the panel.
+
+        Raises the exception that stopped the drawing thread, once.
+        """
         self._changed = True
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
-        if self._thread is None and not self._ended.is_set():
+        if self._thread is None and not self._closed.is_set():
             self._thread = threading.Thread(target=self._draw, name="display", daemon=True)
             self._thread.start()
-            atexit.register(self.close)  # where an error finds nobody to close it
+            # For an exception that reaches no caller of `close`.
+            atexit.register(self.close)
 
     def close(self) -> None:
+        """Draw the last frame and leave the cursor below it. May be called again."""
         shown = self._shown
-        self._ended.set()
+        self._closed.set()
         atexit.unregister(self.close)
         if shown and self._thread is not None:
             self._thread.join(timeout=2)
-            self.region.leave(self._frame())
+            self.bottom.finish(self._frame())
 
     @property
     def _shown(self) -> bool:
-        return self._thread is not None and not self._ended.is_set()
+        return self._thread is not None and not self._closed.is_set()
 
     def _draw(self) -> None:
-        size, looks = (0, 0), 0
+        size, checks = (0, 0), 0
         try:
             while True:
-                looks += 1
-                if self._changed or self.region.size() != size or looks % CLOCK == 0:
-                    self._changed, size = False, self.region.size()
-                    self.region.draw(self._frame())
-                if self._ended.wait(INTERVAL):
+                checks += 1
+                resized = self.bottom.terminal_size() != size
+                if self._changed or resized or checks % CLOCK_INTERVALS == 0:
+                    self._changed, size = False, self.bottom.terminal_size()
+                    self.bottom.draw(self._frame())
+                if self._closed.wait(INTERVAL):
                     return
-        except Exception as error:  # of the terminal: told to the thread that trains, which knows what to do about it
+        # A failure of the terminal. The training thread raises it in `refresh`.
+        except Exception as error:
             self._failure = error
 
     def _frame(self) -> list[str]:
-        """Lines with their colours; narrower than the terminal, and two rows for what is said and for the cursor."""
-        columns, rows = self.region.size()
+        """Lines with colour codes, narrower than the terminal.
+
+        Two rows of the terminal stay free: for printed text and for the cursor.
+        """
+        columns, rows = self.bottom.terminal_size()
+        height = max(1, rows - 3)
         with self.state.lock:
-            lines = panel_lines(
-                self.state, self.clock(), columns - 1, max(1, rows - 3), self.glyphs
-            )
+            lines = panel_lines(self.state, self.clock(), columns - 1, height, self.charset)
         with self.console.capture() as captured:
             for line in lines:
                 self.console.print(
@@ -112,17 +133,17 @@ class Live:
         return captured.get().splitlines()
 
 
-TO_LINE_END, TO_SCREEN_END = "\x1b[K", "\x1b[J"
-
-
 class BottomLines:
-    """The foot of the terminal that `file` writes to."""
+    """Lines at the bottom of the terminal that `file` writes to, below lines that scroll."""
 
     def __init__(self, file: IO[str]) -> None:
         self.file, self.lock = file, threading.Lock()
 
-    def size(self) -> tuple[int, int]:
-        """Columns and rows now. Asked for each frame: SIGWINCH reaches neither another thread nor a rank in a session of its own."""
+    def terminal_size(self) -> tuple[int, int]:
+        """Return columns and rows.
+
+        Read for each frame: SIGWINCH reaches neither another thread nor a rank in its own session.
+        """
         with suppress(OSError, ValueError):
             columns, rows = os.get_terminal_size(self.file.fileno())
             if columns and rows:
@@ -130,18 +151,22 @@ class BottomLines:
         return 80, 24
 
     def draw(self, lines: Sequence[str]) -> None:
-        """Show `lines`, each narrower than the terminal, fewer than it has rows. Does nothing in a background job."""
-        with self.lock:
-            if self._in_front():
-                self._write(_frame(lines))
+        """Show `lines`, each narrower than the terminal, fewer than its rows.
 
-    def say(self, text: str, lines: Sequence[str]) -> None:
-        """`text` above the panel, for good; then the panel again."""
+        Does nothing in a background job.
+        """
         with self.lock:
-            self._write(f"\r{TO_SCREEN_END}{text}\n{_frame(lines) if self._in_front() else ''}")
+            if self._in_foreground():
+                self._write(_frame_codes(lines))
 
-    def leave(self, lines: Sequence[str]) -> None:
-        """Show `lines` a last time; the cursor goes below them."""
+    def print_above(self, text: str, lines: Sequence[str]) -> None:
+        """Print `text` permanently above the panel, then redraw the panel as `lines`."""
+        with self.lock:
+            frame = _frame_codes(lines) if self._in_foreground() else ""
+            self._write(f"\r{TO_SCREEN_END}{text}\n{frame}")
+
+    def finish(self, lines: Sequence[str]) -> None:
+        """Show `lines` a last time and put the cursor below them."""
         with self.lock:
             self._write("\r" + "".join(f"{line}{TO_LINE_END}\n" for line in lines) + TO_SCREEN_END)
 
@@ -149,17 +174,19 @@ class BottomLines:
         self.file.write(text)
         self.file.flush()
 
-    def _in_front(self) -> bool:
-        """False after Ctrl-Z and `bg`, when the terminal is another's. A rank has no terminal to ask (its launcher gave it a session
-        of its own): then nobody knows, and it draws."""
+    def _in_foreground(self) -> bool:
+        """False after Ctrl-Z and `bg`, when the terminal belongs to another job.
+
+        True where this cannot be asked: a launcher gives each rank a session of its own.
+        """
         try:
             return os.tcgetpgrp(self.file.fileno()) == os.getpgrp()
         except (OSError, ValueError):
             return True
 
 
-def _frame(lines: Sequence[str]) -> str:
-    """Down from the waiting line and back to it."""
+def _frame_codes(lines: Sequence[str]) -> str:
+    """Text that draws `lines` below the waiting cursor and moves the cursor back."""
     if not lines:
         return ""
     drawn = "".join(f"\n{line}{TO_LINE_END}" for line in lines)

@@ -1,10 +1,10 @@
-"""wandb and TensorBoard, through accelerate. They repeat what metrics.jsonl holds, and a run does not depend on them.
+"""wandb and TensorBoard, through accelerate: copies of metrics.jsonl. A run does not need them.
 
-A run that goes on after step s does the steps beyond s again. TensorBoard is told that what it has beyond s is void. wandb cannot take
-a row back: `wandb_run.py` says how its rows stay single.
+A run resumed after step s repeats the later steps. TensorBoard marks its older values beyond s as
+void. wandb cannot take back a row: see `trackers/wandb.py`.
 
-Scalars go with every logged step. Heat-maps and tables of the experts' load go with an evaluation and the end, and at most `PICTURES`
-times a run: each shows the whole run so far, so a later one replaces those before it.
+Scalars are sent with every logged step. Heat maps and tables of the load per expert are sent with
+an evaluation and at the end, about `MAX_FIGURES` times per run: each shows the whole run so far.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from accelerate import Accelerator
 
 from dmoe.config.schema import Config
 from dmoe.config.secrets import redact
-from dmoe.observability.trackers.load_history import LoadHistory
-from dmoe.observability.trackers.names import scalars
-from dmoe.observability.trackers.tensorboard import TensorBoardRun
-from dmoe.observability.trackers.wandb import WandbRun
+from dmoe.observability import error_text
+from dmoe.observability.trackers.content import LoadHistory, scalars
+from dmoe.observability.trackers.tensorboard import TensorBoardTracker
+from dmoe.observability.trackers.wandb import WandbTracker
 from dmoe.runs.directory import RunDir
-from dmoe.runs.metrics_log import read_metrics
+from dmoe.runs.metrics_log import Line, read_metrics
 
 __all__ = ["Trackers"]
 
-PICTURES = 10
-Tracker = TensorBoardRun | WandbRun
+MAX_FIGURES = 10
+Tracker = TensorBoardTracker | WandbTracker
 
 
 class Trackers:
-    """The trackers that `tracking.trackers` names, on the main process only."""
+    """The trackers of `tracking.trackers`; none except on the main process."""
 
     def __init__(
         self,
@@ -41,106 +41,116 @@ class Trackers:
         run: RunDir,
         *,
         first_step: int = 0,
-        say: Callable[[str], None] | None = None,
+        notify: Callable[[str], None] | None = None,
     ) -> None:
-        """`first_step`: steps that are done, 0 for a new run. `say` gets one line where a tracker does other than the config says."""
+        """Open the trackers.
+
+        Args:
+            accelerator: gets the list of open trackers.
+            config: of the run; wandb records it.
+            run: run directory.
+            first_step: steps already done, 0 for a new run.
+            notify: receives one line where a tracker cannot do what the config says.
+        """
         self.accelerator, self.config, self.run = accelerator, config, run
-        self.say = say or _to_stderr
+        self.notify = notify or _print_to_stderr
         self._open(first_step)
 
     def log(self, values: dict[str, Any], step: int, event: str = "train") -> None:
-        """Hand the numbers of a `train` or `eval` line to every tracker. One that raises is left out from then on, with one line."""
+        """Send the numbers of a `train` or `eval` line to every tracker.
+
+        A tracker that raises is removed, with one line to `notify`.
+        """
         self.step = step
         if not self.accelerator.trackers:
             return
-        self._each(lambda tracker: tracker.log(scalars(values, event), step=step))
+        self._for_each(lambda tracker: tracker.log(scalars(values, event), step=step))
         if event == "train":
-            self.loads.add(step, values)
-        elif step - self.drawn >= self.config.train.steps / PICTURES:
-            self._draw()
+            self.load_history.add(step, values)
+        elif step - self.last_figures >= self.config.train.steps / MAX_FIGURES:
+            self._log_figures()
 
     def alert(self, title: str, text: str) -> None:
-        """Something a person should look at: a message from wandb, a text in TensorBoard."""
+        """Send an alert: a message from wandb, a text in TensorBoard."""
         title, text = redact(title), redact(text)
-        self._each(lambda tracker: tracker.alert(title, text, self.step))
+        self._for_each(lambda tracker: tracker.alert(title, text, self.step))
 
-    def rewind(self, step: int) -> None:
-        """The run went back to where it was after `step` steps, in this process: what was logged beyond is void."""
+    def rollback(self, step: int) -> None:
+        """Make void what was logged beyond `step`: this process rolled back the run."""
         self.close()
         self._open(step)
 
     def finish(self, report: Path | None) -> None:
-        """The run has ended: the last pictures, and the report for those that can hold a file. Seconds at most."""
-        if self.drawn != self.step:
-            self._draw()
+        """Send the last figures, and the report to wandb. Takes seconds at most."""
+        if self.last_figures != self.step:
+            self._log_figures()
         if report is not None:
-            self._each(lambda tracker: self._hand_over(tracker, report))
+            self._for_each(lambda tracker: self._upload_report(tracker, report))
 
     def close(self) -> None:
-        """Not `Accelerator.end_training`: it destroys the process group, which the last barrier still needs."""
-        self._each(lambda tracker: tracker.finish())
+        """Close all trackers.
+
+        Not by `Accelerator.end_training`: it destroys the process group, which the last barrier
+        still needs.
+        """
+        self._for_each(lambda tracker: tracker.finish())
 
     def _open(self, first_step: int) -> None:
-        self.step = self.drawn = first_step
-        wanted = self.config.tracking.trackers if self.accelerator.is_main_process else []
-        past = self._past(first_step) if wanted and first_step else []
-        self.loads = LoadHistory(past)
+        self.step = self.last_figures = first_step
+        names = self.config.tracking.trackers if self.accelerator.is_main_process else []
+        past = self._read_past(first_step) if names and first_step else []
+        self.load_history = LoadHistory(past)
         if self.accelerator.is_main_process:
-            opened = [self._open_one(name, first_step, past) for name in wanted]
+            opened = [self._open_tracker(name, first_step, past) for name in names]
             self.accelerator.trackers = [tracker for tracker in opened if tracker is not None]
 
-    def _past(self, first_step: int) -> list[dict[str, Any]]:
-        """The lines in force up to the step at which the run goes on."""
+    def _read_past(self, first_step: int) -> list[Line]:
+        """Valid lines up to `first_step`."""
         try:
             return [line for line in read_metrics(self.run.metrics) if line["step"] <= first_step]
         except Exception as error:
-            self.say(
-                f"{self.run.metrics.name} cannot be read back, and the trackers may miss what it holds: {_reason(error)}"
+            self.notify(
+                f"{self.run.metrics.name} cannot be read; the trackers may lack earlier steps: "
+                f"{redact(error_text(error))}"
             )
             return []
 
-    def _open_one(self, name: str, first_step: int, past: list[dict[str, Any]]) -> Tracker | None:
+    def _open_tracker(self, name: str, first_step: int, past: list[Line]) -> Tracker | None:
         try:
             if name == "tensorboard":
-                return TensorBoardRun.open(self.run, first_step)
+                return TensorBoardTracker.open(self.run, first_step)
             if self.config.tracking.wandb_mode != "disabled":
-                return WandbRun.open(self.config, self.run, past, self.say)
-        except Exception as error:  # whatever a tracker does, training goes on
-            self.say(
-                f"{name} could not be started, and the run goes on without it: {_reason(error)}"
-            )
+                return WandbTracker.open(self.config, self.run, past, self.notify)
+        # Training continues whatever a tracker raises.
+        except Exception as error:
+            reason = redact(error_text(error))
+            self.notify(f"{name} could not be started; the run continues without it: {reason}")
         return None
 
-    def _draw(self) -> None:
-        self.drawn = self.step
-        if self.loads.layers:
-            self._each(lambda tracker: tracker.draw(self.loads, self.step))
+    def _log_figures(self) -> None:
+        self.last_figures = self.step
+        if self.load_history.layers:
+            self._for_each(lambda tracker: tracker.log_figures(self.load_history, self.step))
 
-    def _hand_over(self, tracker: Tracker, report: Path) -> None:
-        problem = tracker.hand_over(report) if isinstance(tracker, WandbRun) else None
+    def _upload_report(self, tracker: Tracker, report: Path) -> None:
+        problem = tracker.upload_report(report) if isinstance(tracker, WandbTracker) else None
         if problem:
-            self.say(
-                f"{tracker.name} did not get the report, which is in {report}: {redact(problem)}"
-            )
+            self.notify(f"{tracker.name} did not receive the report {report}: {redact(problem)}")
 
-    def _each(self, do: Callable[[Tracker], None]) -> None:
+    def _for_each(self, action: Callable[[Tracker], None]) -> None:
         if not self.accelerator.is_main_process:
             return
         for tracker in list(self.accelerator.trackers):
             try:
-                do(tracker)
-            except (
-                Exception
-            ) as error:  # a full disk, a service that was killed: metrics.jsonl has every number
+                action(tracker)
+            # A full disk, a killed service: metrics.jsonl still has every number.
+            except Exception as error:
                 self.accelerator.trackers.remove(tracker)
-                self.say(
-                    f"{tracker.name} failed after step {self.step}, and the run goes on without it: {_reason(error)}"
+                self.notify(
+                    f"{tracker.name} failed after step {self.step}; the run continues without it: "
+                    f"{redact(error_text(error))}"
                 )
 
 
-def _reason(error: Exception) -> str:
-    return redact(" ".join(str(error).split()) or type(error).__name__)[:200]
-
-
-def _to_stderr(text: str) -> None:
+def _print_to_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

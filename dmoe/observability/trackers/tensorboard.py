@@ -1,9 +1,8 @@
-"""TensorBoard: an event file for each start of a run, in the run's directory.
+"""TensorBoard: one event file per start of a run. Heat maps of the load per expert.
 
-Loads as colours: an image for TensorBoard, and for wandb a Plotly figure, which its page draws with axes and values under the mouse.
-
-Neither needs matplotlib, or a panel made by hand. The scale is the same in every picture, so that two of them can be compared: white
-is the fair share, dark blue is nothing, red is four times the fair share and more.
+A heat map is an image for TensorBoard, and a Plotly figure for wandb, whose page draws it with
+axes and values. Neither needs matplotlib or a manual panel. The colour scale is fixed, so that
+heat maps can be compared: dark blue is 0, white the mean load, red 4 times the mean and more.
 """
 
 from __future__ import annotations
@@ -12,25 +11,38 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from accelerate.tracking import TensorBoardTracker
+from accelerate import tracking
 from numpy.typing import NDArray
 
-from dmoe.observability.trackers.load_history import Extreme, LoadHistory
-from dmoe.observability.trackers.names import layer_name
+from dmoe.observability.trackers.content import Extreme, LoadHistory, layer_name
 from dmoe.runs.directory import RunDir
 
+if TYPE_CHECKING:
+    import plotly.graph_objects
 
-class TensorBoardRun(TensorBoardTracker):  # type: ignore[misc]  # accelerate has no types
+MAX_LOAD = 4.0
+COLOUR_SCALE = ((0.0, (24, 55, 115)), (1.0, (247, 247, 247)), (MAX_LOAD, (178, 16, 30)))
+"""Relative load, and its red, green and blue."""
+MIN_HEIGHT, MIN_WIDTH = 256, 512
+"""Approximate lower limits of an image in pixels: cells are enlarged to reach them."""
+
+
+class TensorBoardTracker(tracking.TensorBoardTracker):  # type: ignore[misc]  # no types
+    """accelerate's tracker with alerts and heat maps."""
+
     @classmethod
-    def open(cls, run: RunDir, first_step: int) -> TensorBoardRun:
-        """A new event file, which says that steps after `first_step` in older files are void."""
+    def open(cls, run: RunDir, first_step: int) -> TensorBoardTracker:
+        """Open a new event file; it makes steps after `first_step` in older files void."""
         purge = first_step + 1 if any((run.logs / "tensorboard").glob("events.*")) else None
-        board = cls(run_name="tensorboard", logging_dir=run.logs, purge_step=purge)
-        board.start()
-        return board
+        tracker = cls(run_name="tensorboard", logging_dir=run.logs, purge_step=purge)
+        tracker.start()
+        return tracker
 
     def log(self, values: dict[str, float], step: int | None = None, **kwargs: Any) -> None:
-        """All numbers of a step in one record: five times as fast as accelerate's, which writes one for each."""
+        """Write all numbers of a step in one record.
+
+        Five times as fast as accelerate, which writes one record per number.
+        """
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         items = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
@@ -38,86 +50,78 @@ class TensorBoardRun(TensorBoardTracker):  # type: ignore[misc]  # accelerate ha
         self.writer.flush()
 
     def alert(self, title: str, text: str, step: int) -> None:
+        """Write a text."""
         self.writer.add_text(f"alert/{title}", text, step)
         self.writer.flush()
 
-    def draw(self, loads: LoadHistory, step: int) -> None:
-        """Heat-maps, the first expert or layer on top, and a table. `heatmap.py` says what the colours mean."""
-        for layer, (_, rows) in loads.by_step().items():
-            self._image(f"{layer_name(layer)}/load_expert_by_step", rows, step)
-        _, rows = loads.last()
-        self._image("experts/load_layer_by_expert", rows, step)
-        self.writer.add_text("experts/hottest_and_coldest", _markdown(loads.extremes()), step)
+    def log_figures(self, history: LoadHistory, step: int) -> None:
+        """Write heat maps, with the first expert or layer on top, and a table."""
+        for layer, (_, rows) in history.by_step().items():
+            self._add_image(f"{layer_name(layer)}/load_expert_by_step", rows, step)
+        _, rows = history.last()
+        self._add_image("experts/load_layer_by_expert", rows, step)
+        table = _markdown_table(history.extremes())
+        self.writer.add_text("experts/hottest_and_coldest", table, step)
         self.writer.flush()
 
-    def _image(self, name: str, rows: list[list[float]], step: int) -> None:
-        self.writer.add_image(name, colours(rows), step, dataformats="HWC")
+    def _add_image(self, name: str, rows: list[list[float]], step: int) -> None:
+        self.writer.add_image(name, heat_map_image(rows), step, dataformats="HWC")
 
 
-def _markdown(extremes: list[Extreme]) -> str:
-    head = "| layer | place | expert | choices | times the fair share |\n|---|---|---|---|---|"
-    return "\n".join(
-        [
-            head,
-            *(
-                f"| {e.layer} | {e.place} | {e.expert} | {e.choices:g} | {e.share:g} |"
-                for e in extremes
-            ),
-        ]
-    )
-
-
-if TYPE_CHECKING:
-    import plotly.graph_objects
-
-
-MOST_SHARE = 4.0
-SCALE = ((0.0, (24, 55, 115)), (1.0, (247, 247, 247)), (MOST_SHARE, (178, 16, 30)))
-"""A share of the load, and its red, green and blue."""
-HEIGHT, WIDTH = 256, 512
-"""Pixels an image has at least, about: cells are enlarged to that."""
-
-
-def colours(rows: Sequence[Sequence[float]]) -> NDArray[np.uint8]:
-    """[height, width, 3]: one cell a number, the first row on top. Rows of different length end in black."""
-    width = max(map(len, rows))
-    table = np.array([[*row, *[np.nan] * (width - len(row))] for row in rows], dtype=np.float64)
-    points, known = [share for share, _ in SCALE], ~np.isnan(table)
-    channels = [
-        np.interp(table, points, [colour[channel] for _, colour in SCALE]) for channel in range(3)
+def _markdown_table(extremes: list[Extreme]) -> str:
+    head = "| layer | place | expert | choices | times the mean load |\n|---|---|---|---|---|"
+    rows = [
+        f"| {e.layer} | {e.place} | {e.expert} | {e.choices:g} | {e.share:g} |" for e in extremes
     ]
-    image = (
-        np.stack([np.where(known, channel, 0.0) for channel in channels], axis=-1)
-        .round()
-        .astype(np.uint8)
-    )
-    return image.repeat(max(1, HEIGHT // len(rows)), axis=0).repeat(max(1, WIDTH // width), axis=1)
+    return "\n".join([head, *rows])
 
 
-def figure(
-    rows: Sequence[Sequence[float]],
-    across: Sequence[int],
-    along: str,
-    down: Sequence[int],
-    side: str,
+def heat_map_image(rows: Sequence[Sequence[float]]) -> NDArray[np.uint8]:
+    """Return a [height, width, 3] RGB image: one cell per number, the first row on top.
+
+    Shorter rows are filled with black.
+    """
+    width = max(map(len, rows))
+    padded = [[*row, *[np.nan] * (width - len(row))] for row in rows]
+    table = np.array(padded, dtype=np.float64)
+    points, known = [load for load, _ in COLOUR_SCALE], ~np.isnan(table)
+    channels = [
+        np.interp(table, points, [colour[channel] for _, colour in COLOUR_SCALE])
+        for channel in range(3)
+    ]
+    visible = [np.where(known, channel, 0.0) for channel in channels]
+    image = np.stack(visible, axis=-1).round().astype(np.uint8)
+    cell_height, cell_width = max(1, MIN_HEIGHT // len(rows)), max(1, MIN_WIDTH // width)
+    return image.repeat(cell_height, axis=0).repeat(cell_width, axis=1)
+
+
+def heat_map_figure(
+    rows: Sequence[Sequence[float]], x: tuple[str, Sequence[int]], y: tuple[str, Sequence[int]]
 ) -> plotly.graph_objects.Figure:
-    """One cell a number; the columns are `along` numbers `across`, the rows `side` numbers `down`, the first on top."""
-    import plotly.graph_objects as graph  # 0.1 s, and only where wandb is used
+    """Return a Plotly heat map: one cell per number, the first row on top.
 
+    `x` and `y` are the name and the values of each axis.
+    """
+    # Imported only for wandb: takes 0.1 s.
+    import plotly.graph_objects as graph
+
+    x_name, x_values = x
+    y_name, y_values = y
     cells = {
         "type": "heatmap",
         "z": [list(row) for row in rows],
-        "x": list(across),
-        "y": list(down),
+        "x": list(x_values),
+        "y": list(y_values),
         "zmin": 0.0,
-        "zmax": MOST_SHARE,
-        "colorscale": [[share / MOST_SHARE, f"rgb{colour}"] for share, colour in SCALE],
-        "colorbar": {"title": {"text": "times the fair share"}},
-        "hovertemplate": f"{along} %{{x}}<br>{side} %{{y}}<br>%{{z}} times the fair share<extra></extra>",
+        "zmax": MAX_LOAD,
+        "colorscale": [[load / MAX_LOAD, f"rgb{colour}"] for load, colour in COLOUR_SCALE],
+        "colorbar": {"title": {"text": "times the mean load"}},
+        "hovertemplate": f"{x_name} %{{x}}<br>{y_name} %{{y}}<br>"
+        "%{z} times the mean load<extra></extra>",
     }
     layout = {
         "template": "none",
-        "xaxis": {"title": {"text": along}},
-        "yaxis": {"title": {"text": side}, "autorange": "reversed"},
+        "xaxis": {"title": {"text": x_name}},
+        "yaxis": {"title": {"text": y_name}, "autorange": "reversed"},
     }
     return graph.Figure({"data": [cells], "layout": layout})

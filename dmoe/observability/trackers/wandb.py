@@ -1,17 +1,17 @@
-"""One wandb run for one run directory, however often it is killed, resumed or without network; never a question, never a long wait.
+"""wandb: one wandb run per run directory, however often it is killed, resumed or offline.
 
-Each step once. The rows of a wandb run are numbered by step and cannot be taken back; a row below the newest is dropped. So each start
-brings wandb up to date from metrics.jsonl, the lines in force up to the step it resumes at, and goes on from there:
+It never asks the user and never waits long. Each step is sent once: the rows of a wandb run are
+numbered by step, cannot be taken back, and a row below the newest is dropped. So each start sends
+the valid lines of metrics.jsonl up to the step it resumes at, and continues from there:
 
-- offline, a directory of an earlier start that was never uploaded holds nothing but rows of metrics.jsonl, some of them void: it is
-  replaced by one that has all rows in force. `wandb sync` then finds one directory a run.
-- where the server knows rows (it says so online; offline, an online or an uploaded directory is there), only later steps are sent.
-  The steps that a resumed run repeats are bit for bit those the server has; after a change of the config they are not, and it keeps
-  the first ones.
+- Offline directories of earlier starts that were never uploaded hold only rows of metrics.jsonl,
+  some of them void: they are replaced by one that has all valid rows. So `wandb sync` finds one
+  directory per run.
+- Where the server has rows (it says so online; offline, an online or uploaded directory exists),
+  only later steps are sent. Repeated steps of a resumed run are bit for bit the same; after a
+  change of the config they are not, and the server keeps the first ones.
 
-wandb's own record of the machine, the command line, the repository and the console is off: a secret may be in any of them.
-
-Whether a wandb server and a key are there, asked before a run is opened: wandb itself would ask the user, or wait for minutes.
+wandb's record of the machine, command line, repository and console is off: it may hold a secret.
 """
 
 from __future__ import annotations
@@ -27,71 +27,80 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.tracking import WandBTracker
+from accelerate import tracking
 
 from dmoe.config.load import to_yaml
 from dmoe.config.schema import Config
 from dmoe.config.secrets import redact
-from dmoe.observability.trackers.load_history import Extreme, LoadHistory
-from dmoe.observability.trackers.names import layer_name, scalars
-from dmoe.observability.trackers.tensorboard import figure
-from dmoe.observability.trackers.time_limit import bounded
+from dmoe.observability import error_text, run_with_timeout
+from dmoe.observability.trackers.content import Extreme, LoadHistory, layer_name, scalars
+from dmoe.observability.trackers.tensorboard import heat_map_figure
 from dmoe.runs.directory import RunDir
-from dmoe.runs.metrics_log import read_metrics
+from dmoe.runs.metrics_log import Line, read_metrics
 
 if TYPE_CHECKING:
     import wandb
 
+INIT_SECONDS, FINISH_SECONDS, REQUEST_SECONDS, PROBE_SECONDS = 4, 5, 4, 4
+"""Time limits. A server that stops answering costs one of them and the cleanup: under 15 s."""
+PROBE_QUERY = json.dumps({"query": "query { viewer { id } }"}).encode()
+MAX_PROBE_BYTES = 1 << 16
+SENT_EVENTS = ("train", "eval")
 
-INIT_SECONDS, FINISH_SECONDS, REQUEST_SECONDS = 4, 5, 4
-"""A server that falls silent costs one of these, or a question's time (wandb_server.py), and the clearing up: under 15 seconds."""
 
+class WandbTracker(tracking.WandBTracker):  # type: ignore[misc]  # no types
+    """accelerate's tracker for one wandb run."""
 
-class WandbRun(WandBTracker):  # type: ignore[misc]  # accelerate has no types
-    """An open wandb run. Steps below `sent` are known to the server and are not sent again."""
-
-    sent = 0
+    first_unsent = 0
+    """The server has the rows of the steps before."""
 
     @classmethod
     def open(
-        cls, config: Config, run: RunDir, past: list[dict[str, Any]], say: Callable[[str], None]
-    ) -> WandbRun:
-        """Online if the config says so and the server answers, else offline with one line of why. Raises what wandb raises offline.
+        cls, config: Config, run: RunDir, past: list[Line], notify: Callable[[str], None]
+    ) -> WandbTracker:
+        """Open the run, online if the config says so and the server answers, else offline.
 
-        `past`: the lines of metrics.jsonl in force up to the step where the run goes on.
+        Args:
+            config: of the run.
+            run: run directory.
+            past: valid lines of metrics.jsonl up to the step where the run continues.
+            notify: receives one line with the reason if an online run is opened offline.
+
+        Raises:
+            Exception: whatever wandb raises offline.
         """
-        keep_to_itself(run.logs / "wandb" / "staged")
+        _set_environment(run.logs / "wandb" / "staged")
         if config.tracking.wandb_mode == "online":
-            why = why_unreachable() or cls._try_online(config, run, past)
-            if not isinstance(why, str):
-                return why
-            say(f"wandb writes offline to {run.logs / 'wandb'}, for `wandb sync`: {redact(why)}")
+            opened = probe_server() or cls._try_online(config, run, past)
+            if not isinstance(opened, str):
+                return opened
+            notify(
+                f"wandb writes offline to {run.logs / 'wandb'}, for `wandb sync`: {redact(opened)}"
+            )
         return cls._start(config, run, past, "offline")
 
     @classmethod
-    def _try_online(cls, config: Config, run: RunDir, past: list[dict[str, Any]]) -> WandbRun | str:
-        """The run, or why not; then nothing is left of the attempt, neither its directory nor wandb's hold on the id."""
+    def _try_online(cls, config: Config, run: RunDir, past: list[Line]) -> WandbTracker | str:
+        """The run, or the reason of a failure; then its directory and wandb's state are removed."""
         before = set((run.logs / "wandb").glob("run-*"))
         try:
             return cls._start(config, run, past, "online")
-        except (
-            Exception
-        ) as error:  # a server that stops answering: several types, each with a sentence
+        # A server that stops answering: wandb has several exception types for it.
+        except Exception as error:
             import wandb
 
-            bounded(wandb.teardown, SECONDS, "")
+            run_with_timeout(wandb.teardown, PROBE_SECONDS)
             for failed in set((run.logs / "wandb").glob("run-*")) - before:
                 shutil.rmtree(failed, ignore_errors=True)
-            return " ".join(str(error).split())[:200] or type(error).__name__
+            return error_text(error)
 
     @classmethod
-    def _start(cls, config: Config, run: RunDir, past: list[dict[str, Any]], mode: str) -> WandbRun:
-        name, known = _run_id(run), 0
-        if mode == "offline":
-            known = _rows_known(run, name)
+    def _start(cls, config: Config, run: RunDir, past: list[Line], mode: str) -> WandbTracker:
+        run_id = _run_id(run)
+        first_unsent = _prepare_offline(run, run_id) if mode == "offline" else 0
         tracker = cls(
             config.tracking.project,
-            id=name,
+            id=run_id,
             name=redact(run.path.name),
             dir=str(run.logs),
             mode=mode,
@@ -99,101 +108,91 @@ class WandbRun(WandBTracker):  # type: ignore[misc]  # accelerate has no types
             settings=_settings(),
         )
         tracker.start()
-        tracker.sent = max(known, tracker.run.step)
+        tracker.first_unsent = max(first_unsent, tracker.run.step)
         tracker.store_init_configuration({"config": redact(to_yaml(config))})
         for line in past:
-            if line["event"] in ("train", "eval"):
+            if line["event"] in SENT_EVENTS:
                 tracker.log(scalars(line, line["event"]), step=line["step"])
         return tracker
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        if step is None or step >= self.sent:
+        """Send the row of `step`, unless the server has it."""
+        if step is None or step >= self.first_unsent:
             super().log(values, step=step, **kwargs)
 
     def alert(self, title: str, text: str, step: int) -> None:
+        """Send an alert, which wandb may forward to the user."""
         self.run.alert(title=title, text=text)
 
-    def draw(self, loads: LoadHistory, step: int) -> None:
-        """Heat-maps that wandb's page draws without a panel made by hand, and a table that it can sort."""
+    def log_figures(self, history: LoadHistory, step: int) -> None:
+        """Send heat maps that wandb's page shows without a manual panel, and a sortable table."""
         import wandb
 
-        pictures: dict[str, Any] = {}
-        for layer, (steps, rows) in loads.by_step().items():
-            pictures[f"{layer_name(layer)}/load_expert_by_step"] = figure(
-                rows, steps, "step", range(len(rows)), "expert"
+        figures = {
+            f"{layer_name(layer)}/load_expert_by_step": heat_map_figure(
+                rows, ("step", steps), ("expert", range(len(rows)))
             )
-        layers, rows = loads.last()
+            for layer, (steps, rows) in history.by_step().items()
+        }
+        layers, rows = history.last()
         experts = range(max(map(len, rows)))
-        pictures["experts/load_layer_by_expert"] = figure(rows, experts, "expert", layers, "layer")
-        table = wandb.Table(
-            columns=list(Extreme._fields), data=[list(extreme) for extreme in loads.extremes()]
+        figures["experts/load_layer_by_expert"] = heat_map_figure(
+            rows, ("expert", experts), ("layer", layers)
         )
-        plots = {name: wandb.Plotly(picture) for name, picture in pictures.items()}
+        table = wandb.Table(columns=list(Extreme._fields), data=list(map(list, history.extremes())))
+        plots = {name: wandb.Plotly(figure) for name, figure in figures.items()}
         self.log({**plots, "experts/hottest_and_coldest": table}, step=step)
 
-    def hand_over(self, report: Path) -> str | None:
-        """The report as an artifact of the run; why it could not be, or None. It may be written anew later, so wandb has a copy."""
+    def upload_report(self, report: Path) -> str | None:
+        """Send the report as an artifact; return None, or the reason of a failure.
 
-        def send() -> str | None:
+        Sends a copy: the report may be written again before `wandb sync`.
+        """
+
+        def upload() -> None:
             import wandb
 
-            try:
-                copy = shutil.copyfile(report, Path(self.run.dir).parent.absolute() / report.name)
-                artifact = wandb.Artifact(f"report-{self.run.id}", type="report")
-                artifact.add_file(str(copy), name=report.name, policy="immutable")
-                self.run.log_artifact(artifact)
-            except (
-                Exception
-            ) as error:  # online, it asks the server: several types, each with a sentence
-                return " ".join(str(error).split())[:200] or type(error).__name__
-            return None
+            copy = shutil.copyfile(report, Path(self.run.dir).parent.absolute() / report.name)
+            artifact = wandb.Artifact(f"report-{self.run.id}", type="report")
+            artifact.add_file(str(copy), name=report.name, policy="immutable")
+            self.run.log_artifact(artifact)
 
-        return bounded(
-            send, REQUEST_SECONDS, f"it does not answer within {REQUEST_SECONDS} seconds"
-        )
+        late = f"it does not answer within {REQUEST_SECONDS} seconds"
+        return run_with_timeout(upload, REQUEST_SECONDS, late)
 
 
 def _run_id(run: RunDir) -> str:
-    """The id of this run directory, made once and kept in a plain file."""
+    """Id of this run directory, created once and kept in a plain file."""
     file = run.logs / "wandb-run-id"
     if not file.exists():
         letters = string.ascii_lowercase + string.digits
-        fresh = file.with_suffix(f".{os.getpid()}")
-        fresh.write_text(
-            "".join(secrets.choice(letters) for _ in range(8)) + "\n", encoding="utf-8"
-        )
-        fresh.replace(file)
+        run_id = "".join(secrets.choice(letters) for _ in range(8))
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_text(run_id + "\n", encoding="utf-8")
+        partial.replace(file)
     return file.read_text(encoding="utf-8").strip()
 
 
-def _rows_known(run: RunDir, name: str) -> int:
-    """The first step that a server cannot know yet. Removes earlier offline directories if no server knows any of their rows."""
+def _prepare_offline(run: RunDir, run_id: str) -> int:
+    """First step that no server can have. Removes offline directories that were not uploaded."""
     folder = run.logs / "wandb"
-    offline = sorted(folder.glob(f"offline-run-*-{name}*"))
-    uploaded = [*folder.glob(f"run-*-{name}*"), *folder.glob(f"offline-run-*-{name}*/*.synced")]
-    if uploaded:
-        return 1 + _last_step(run.metrics)
-    for old in offline:
-        shutil.rmtree(old)
+    offline = sorted(folder.glob(f"offline-run-*-{run_id}*"))
+    if any(folder.glob(f"run-*-{run_id}*")) or any(
+        folder.glob(f"offline-run-*-{run_id}*/*.synced")
+    ):
+        # Void lines count too: they were sent.
+        lines = read_metrics(run.metrics, include_void=True) if run.metrics.exists() else []
+        return 1 + max((line["step"] for line in lines if line["event"] in SENT_EVENTS), default=0)
+    for directory in offline:
+        shutil.rmtree(directory)
     return 0
 
 
-def _last_step(metrics: Path) -> int:
-    """Of all rows ever written, also the void ones: they were sent."""
-    if not metrics.exists():
-        return 0
-    return max(
-        (
-            line["step"]
-            for line in read_metrics(metrics, include_void=True)
-            if line["event"] in ("train", "eval")
-        ),
-        default=0,
-    )
-
-
 def _settings() -> wandb.Settings:
-    """Nothing of the surroundings is recorded, nothing waits for long. The names with x_ are private to wandb: a test holds them."""
+    """Settings that record nothing of the machine and limit all waiting.
+
+    Names with `x_` are private to wandb: test_trackers.py checks their effect.
+    """
     import wandb
 
     return wandb.Settings(
@@ -214,55 +213,46 @@ def _settings() -> wandb.Settings:
     )
 
 
-SECONDS = 4.0
-"""For the question whether it is a wandb server. Whether it takes the key, opening the run shows: a refusal comes at once."""
-QUESTION = json.dumps({"query": "query { viewer { id } }"}).encode()
-MOST_BYTES = 1 << 16
+def _set_environment(folder: Path) -> None:
+    """Set what wandb reads only from the environment.
 
-
-def why_unreachable() -> str | None:
-    """One sentence why wandb cannot go online, or None if it can. Takes about `SECONDS` at most; asks nobody at the terminal."""
-    import wandb
-
-    settings = wandb.setup(settings=wandb.Settings(silent=True, x_disable_viewer=True)).settings
-    silence = f"{settings.base_url} does not answer within {SECONDS:g} seconds"
-    why = bounded(lambda: _ask(settings.base_url), SECONDS, silence)
-    if why is None and not wandb.login(prompt=False, verify=False):
-        why = "there is no API key (set WANDB_API_KEY, or use `wandb login`)"
-    return why
-
-
-def keep_to_itself(folder: Path) -> None:
-    """What only the environment can tell wandb.
-
-    It reports its own errors to its server, also offline, and waits for it at exit. And it keeps what waits for `wandb sync` in the
-    home directory, which may be full, read-only or on another machine by then: here it is `folder`, in the run's directory.
+    It reports its own errors to its server, also offline, and waits for that at exit. And it keeps
+    files for `wandb sync` in the home directory, which may be full, read-only or on another
+    machine by then: they go to `folder`, in the run directory.
     """
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_DATA_DIR", str(folder))
 
 
-def _ask(base_url: str) -> str | None:
-    """Without the key: a server answers anyone who it is, and a wrong one has no business with it."""
-    if not base_url.startswith(("http://", "https://")):
-        return f"{base_url} is no http address"
-    address = f"{base_url.rstrip('/')}/graphql"
-    request = urllib.request.Request(
-        address, data=QUESTION, headers={"Content-Type": "application/json"}
-    )
+def probe_server() -> str | None:
+    """Return None if a wandb server and an API key are there, else the reason.
+
+    wandb itself would ask the user, or wait for minutes. Takes at most `PROBE_SECONDS`. Opening
+    the run shows if the server accepts the key.
+    """
+    import wandb
+
+    settings = wandb.setup(settings=wandb.Settings(silent=True, x_disable_viewer=True)).settings
+    late = f"{settings.base_url} does not answer within {PROBE_SECONDS:g} seconds"
+    problem = run_with_timeout(lambda: _query_server(settings.base_url), PROBE_SECONDS, late)
+    if problem is None and not wandb.login(prompt=False, verify=False):
+        problem = "there is no API key (set WANDB_API_KEY, or use `wandb login`)"
+    return problem
+
+
+def _query_server(base_url: str) -> str | None:
+    """Query without the key, which another server must not get. None if wandb answers."""
+    headers = {"Content-Type": "application/json"}
     try:
-        with urllib.request.urlopen(request, timeout=SECONDS) as response:
-            text = response.read(MOST_BYTES)
+        request = urllib.request.Request(f"{base_url.rstrip('/')}/graphql", PROBE_QUERY, headers)
+        with urllib.request.urlopen(request, timeout=PROBE_SECONDS) as response:
+            is_wandb = "data" in json.loads(response.read(MAX_PROBE_BYTES))
     except urllib.error.HTTPError as error:
-        if error.code in (401, 403):  # it wants the key first: opening the run shows it
-            return None
-        return f"{base_url} answers with error {error.code}"
-    except (
-        Exception
-    ) as error:  # no network, no such host, no HTTP: OSError, ValueError, http.client.HTTPException
-        return f"{base_url} cannot be reached ({getattr(error, 'reason', error)})"
-    try:
-        known = "data" in json.loads(text)
+        # 401 and 403: the server wants the key first.
+        return None if error.code in (401, 403) else f"{base_url} answers with error {error.code}"
     except (ValueError, TypeError):
-        known = False
-    return None if known else f"{base_url} is no wandb server"
+        is_wandb = False
+    # No network, no such host, no HTTP: OSError, http.client.HTTPException and others.
+    except Exception as error:
+        return f"{base_url} cannot be reached ({getattr(error, 'reason', error)})"
+    return None if is_wandb else f"{base_url} is not a wandb server"
