@@ -47,6 +47,9 @@ class DisplayState:
         """Last planned step; None if unknown."""
         self.status = ""
         """Status line of `dmoe watch`; empty in the run itself."""
+        self._first_timed: tuple[int, float] | None = None
+        """First step with a known time in this attempt, and that time."""
+        self._last_timed: tuple[int, float] | None = None
         self.reset(start)
 
     def reset(self, start: int = 0) -> None:
@@ -131,9 +134,7 @@ class DisplayState:
 
     def _reset_pace(self) -> None:
         """Forget the pace: another process, perhaps another machine, trains now."""
-        self._first_timed: tuple[int, float] | None = None
-        """First step with a known time in this attempt, and that time."""
-        self._last_timed: tuple[int, float] | None = None
+        self._first_timed = self._last_timed = None
 
 
 def format_value(value: Any, template: str) -> str:
