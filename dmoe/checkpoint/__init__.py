@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be half right: no pickle, checksummed, atomic, loadable at any world and EP size."""
+"""Checkpoints: no pickle, checksummed, atomic, loadable at any world size and EP size."""
 
 from dmoe.checkpoint.async_saver import AsyncSaver, SavedCheckpoint
 from dmoe.checkpoint.directory import latest, list_steps, prune

@@ -1,19 +1,16 @@
-"""When a checkpoint is written: while the caller waits, or by a thread beside it, from a copy.
+"""Save checkpoints in the calling thread, or in a writer thread from a copy of the state.
 
-    save()   main thread:  wait for the last writer | copy the state | go on training, which may change every tensor at once
-             writer:                                                 | write | hash | commit | verify | prune
+    save()   main thread:  wait for the previous writer | copy the state | return to training
+             writer:                                                     | write | verify | prune
 
-The writer has a process group of its own (`Topology.checkpoint`), so its collectives cannot meet those of a step. One save is in
-flight at most. A failure in the writer is agreed between the writers of all ranks, stays until the trainer is told, and is told once.
+The writer has its own process group (`ParallelMesh.checkpoint_group`), so that its collectives
+cannot mix with those of a step. At most one save is in progress. The writers of all ranks agree on
+a failure, which is kept until the trainer asks and is reported once.
 
-The writer is a daemon thread: a run that ends well waits for it (`close`), but where the trainer dies of an error its peers may be
-dead or frozen, and an ordinary thread would then hold the process until the group's time-out, minutes after the error was printed.
-What such a thread leaves is a `.tmp` directory, which no run takes for a checkpoint and the next one deletes.
-
-A copy of the state on the CPU, which training cannot change while it is written.
-
-The copy lives in buffers that are kept from one save to the next: first writes to fresh pages cost the kernel more than the copy
-itself (0.17 s against 0.06 s for 400 MB, measured), and pinned memory for an accelerator is dearer still.
+The writer is a daemon thread. A run that ends normally waits for it (`close`). If the trainer
+fails, its peers may be dead or frozen, and an ordinary thread would keep the process until the
+group's time-out, minutes after the error was printed. Such a thread leaves a `.tmp` directory, which is
+not taken for a checkpoint and is deleted by the next run.
 """
 
 from __future__ import annotations
@@ -35,59 +32,71 @@ from torch.distributed.tensor import DTensor
 from dmoe.checkpoint import save_load
 from dmoe.checkpoint.consensus import RankGroup
 from dmoe.checkpoint.save_load import verify_and_prune
-from dmoe.checkpoint.tensor_entries import local_tensor
+from dmoe.checkpoint.validate import local_tensor
 
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """One checkpoint that is whole, verified, and after which older ones were forgotten."""
+    """A checkpoint that was written and verified, after which old ones were deleted."""
 
     step: int
     blocking_seconds: float
-    """How long `save` kept its caller: in the background the wait for the last writer and the copy, else everything."""
+    """Time in `save`: for a writer thread the wait for the previous one and the copy, else all."""
     seconds: float
-    """From the call to the end of the pruning."""
+    """Time from the call to the end of the pruning."""
     bytes: int
-    """Of all files, of all ranks."""
+    """Size of all files of all ranks."""
 
 
 class AsyncSaver:
-    """Saves one run's checkpoints under `root` and keeps the newest `keep`. All methods but `failed`, `finished` and `abandon` are
-    for all ranks together; nothing else may use `group` while the saver lives."""
+    """Saves one run's checkpoints under `root` and keeps the newest `max_kept`.
+
+    All methods except `failed`, `take_finished` and `drain` are collective. Nothing else may use
+    `group` while the saver exists.
+    """
 
     def __init__(
-        self, root: Path, keep: int, group: dist.ProcessGroup | None, asynchronous: bool
+        self, root: Path, max_kept: int, group: dist.ProcessGroup | None, asynchronous: bool
     ) -> None:
-        self.root, self.max_kept, self.group, self.asynchronous = Path(root), keep, group, asynchronous
+        self.root, self.max_kept, self.group = Path(root), max_kept, group
+        self.asynchronous = asynchronous
         self._staging = Staging()
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
         self._finished: list[SavedCheckpoint] = []
 
     def save(self, step: int, state: Mapping[str, Tensor], extra: dict[str, Any]) -> None:
-        """Write, verify and prune; in the background only the copy of this rank's tensors is made before it returns.
+        """Write, verify and prune; with a writer thread, copy this rank's tensors and return.
 
-        Raises: CheckpointError on every rank. In the background that is the previous save's, if nobody was told yet, and this
-            one is not started; its own comes out of `wait` or the next `save`. See `wait` for other errors.
-        Cost: `store.save` and one more read of every byte; in the background memory for a copy, kept until `close`.
+        Cost: `save_load.save` and one more read of every byte; with a writer thread also memory for
+        a copy, kept until `close`.
+
+        Args:
+            step: number of optimizer steps done.
+            state: tensors by name, as in `save_load.save`.
+            extra: plain JSON.
+
+        Raises:
+            CheckpointError: on every rank. With a writer thread it is the previous save's, unless
+                already reported, and this save is not started; its own error is raised by `wait`
+                or the next `save`. See `wait` for other errors.
         """
-        began = time.monotonic()
+        start = time.monotonic()
         self.wait()
         if not self.asynchronous:
             size = self._write(step, state, extra)
-            seconds = time.monotonic() - began
+            seconds = time.monotonic() - start
             self._finished.append(SavedCheckpoint(step, seconds, seconds, size))
             return
-        problem: Exception | None = None
+        copy_error: Exception | None = None
         copied: dict[str, Any] = {}
         try:
             copied, extra = self._staging.copy(state), copy.deepcopy(extra)
-        except (
-            Exception
-        ) as error:  # this rank's writer tells the others, whose writers would wait for it
-            problem = error
-        held = time.monotonic() - began
-        arguments = (step, copied, extra, problem, began, held)
+        # This rank's writer reports the error: the writers of the other ranks would wait for it.
+        except Exception as error:
+            copy_error = error
+        blocking_seconds = time.monotonic() - start
+        arguments = (step, copied, extra, copy_error, start, blocking_seconds)
         self._writer = threading.Thread(
             target=self._write_in_background, args=arguments, name=f"save-{step}", daemon=True
         )
@@ -95,15 +104,19 @@ class AsyncSaver:
 
     @property
     def failed(self) -> bool:
-        """Whether this rank's writer has ended with an error that nobody was told of. Local and free: any rank may see it a step
-        before another, so ranks agree on it before they call `wait`."""
+        """True if this rank's writer ended with an error that was not raised yet. Local.
+
+        One rank may see it a step before another, so ranks agree on it before they call `wait`.
+        """
         return self._error is not None
 
     def wait(self) -> None:
-        """Until the save in flight, if any, has ended.
+        """Wait until the save in progress, if any, has ended.
 
-        Raises: its CheckpointError, the same on every rank, once. Another error (a RuntimeError of torch for a dead peer or the
-            group's time-out) is no failed save but a broken group, and a run must not go on from it.
+        Raises:
+            CheckpointError: of that save, the same on every rank, once.
+            RuntimeError: torch's, for a dead peer or the group's time-out. The group is broken and
+                the run must end.
         """
         if self._writer is not None:
             self._writer.join()
@@ -113,22 +126,22 @@ class AsyncSaver:
             raise error
 
     def take_finished(self) -> list[SavedCheckpoint]:
-        """The saves that were completed since the last call. Local."""
-        done = len(self._finished)  # the writer may append meanwhile
-        found, self._finished[:done] = self._finished[:done], []
-        return found
+        """Return the saves completed since the last call. Local."""
+        count = len(self._finished)  # the writer may append meanwhile
+        finished, self._finished[:count] = self._finished[:count], []
+        return finished
 
     def close(self) -> None:
-        """The end of a run that ends well: `wait`, and give the copy's memory back. Call it before the groups are destroyed."""
+        """End a successful run: `wait`, free the copy. Call it before the groups are destroyed."""
         try:
             self.wait()
         finally:
             self._staging.clear()
 
     def drain(self, seconds: float = 10.0) -> None:
-        """The end of a run that failed: let the writer finish if it can within `seconds`, and leave it behind if not. Local.
+        """End a failed run: wait at most `seconds` for the writer, then leave it. Local.
 
-        Never raises, so that the error the run ends with stays the one that is told; what happens to the save is a warning.
+        Never raises, so that the run's own error is reported; a failed save is a warning.
         """
         if self._writer is not None:
             self._writer.join(seconds)
@@ -144,36 +157,43 @@ class AsyncSaver:
         step: int,
         copied: dict[str, Any],
         extra: dict[str, Any],
-        problem: Exception | None,
-        began: float,
-        held: float,
+        copy_error: Exception | None,
+        start: float,
+        blocking_seconds: float,
     ) -> None:
         try:
             with RankGroup(self.group).all_or_none(f"copying the state of step {step}"):
-                if problem is not None:
-                    raise problem
+                if copy_error is not None:
+                    raise copy_error
             size = self._write(step, copied, extra)
-            self._finished.append(SavedCheckpoint(step, held, time.monotonic() - began, size))
-        except BaseException as error:  # nothing above this frame would see it
+            seconds = time.monotonic() - start
+            self._finished.append(SavedCheckpoint(step, blocking_seconds, seconds, size))
+        # This is the thread's first frame: nothing above would see the error.
+        except BaseException as error:
             self._error = error
 
     def _write(self, step: int, state: Mapping[str, Tensor], extra: dict[str, Any]) -> int:
         path = save_load.save(self.root, step, state, extra, group=self.group)
-        found = verify_and_prune(path, self.max_kept, group=self.group)
-        return sum(entry.size for entry in found.files.values())
+        manifest = verify_and_prune(path, self.max_kept, group=self.group)
+        return sum(entry.size for entry in manifest.files.values())
 
 
 class Staging:
-    """One buffer a tensor, as large as this rank's part of it."""
+    """CPU buffers for a copy of this rank's part of every tensor.
+
+    They are kept from one save to the next: first writes to new pages cost more than the copy
+    itself (0.17 s against 0.06 s for 400 MB, measured), and pinned memory is more expensive still.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def copy(self, state: Mapping[str, object]) -> dict[str, object]:
-        """`state` with every tensor's local part copied to the CPU; what is no tensor is handed on, for `describe` to refuse.
+        """Copy every tensor's local part to the CPU.
 
-        The result is valid until the next call, which writes into the same memory. Errors: out of memory.
-        Cost: one pass over this rank's parts; from an accelerator all copies are queued, then waited for once.
+        Values that are not tensors pass through: `describe_tensors` refuses them. The result is
+        valid until the next call, which writes into the same memory. From an accelerator all copies
+        are queued, with one wait. Raises if memory runs out.
         """
         self._buffers = {
             name: self._buffer(name, value)
@@ -181,16 +201,16 @@ class Staging:
             if isinstance(value, Tensor)
         }
         for name, buffer in self._buffers.items():
-            buffer.copy_(_source(state[name]), non_blocking=True)
+            buffer.copy_(_local(state[name]), non_blocking=True)
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()
         return {
-            name: _like(value, self._buffers[name]) if name in self._buffers else value
+            name: _with_layout_of(value, self._buffers[name]) if name in self._buffers else value
             for name, value in state.items()
         }
 
     def clear(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._buffers = {}
 
     def _buffer(self, name: str, value: Tensor) -> Tensor:
@@ -200,16 +220,16 @@ class Staging:
         return torch.empty(part.shape, dtype=part.dtype, device="cpu", pin_memory=part.is_cuda)
 
 
-def _source(value: object) -> Tensor:
+def _local(value: object) -> Tensor:
     assert isinstance(value, Tensor)
     return local_tensor(value)
 
 
-def _like(value: object, buffer: Tensor) -> Tensor:
-    """`buffer` as the part of the DTensor it was copied from, or as it is.
+def _with_layout_of(value: object, buffer: Tensor) -> Tensor:
+    """Make `buffer` a DTensor like the one it was copied from; a plain tensor stays plain.
 
-    `DTensor.from_local` would move it to the device of the mesh; nothing but shapes, offsets and this rank's part is asked of
-    the result, so its constructor is enough.
+    `DTensor.from_local` would move it to the mesh's device. Saving only needs shapes, offsets and
+    the local part, so the constructor is enough.
     """
     if not isinstance(value, DTensor):
         return buffer

@@ -1,17 +1,18 @@
-"""The pieces of a state as safetensors files, through torch's DCP, the one place that knows it.
+"""Shards of a state as safetensors files, through torch's DCP; only this module uses DCP.
 
-Of DCP's storages the Hugging Face one alone writes no pickle (the default one pickles `.metadata` and the tensors), and DCP
-reshards DTensors over world and EP size. Between live ranks DCP sends its plans by object collectives, which pickle in
-memory; no such byte reaches a disk, and none is read from one.
+Of DCP's storages only the Hugging Face one writes no pickle (the default one pickles `.metadata`
+and the tensors). DCP reshards DTensors over world and EP size. Between live ranks it sends plans by
+object collectives, which pickle in memory; no pickle is written to disk or read from it.
 
-A safetensors file, written tensor by tensor.
+A safetensors file:
 
-    8 bytes: length of the header | header, JSON, padded with spaces to a multiple of 8 | the tensors' bytes, without gaps
+    8 bytes: length of the header | header, JSON, padded to a multiple of 8 | tensors without gaps
 
-`safetensors.torch.save` builds the whole file in memory and holds Python's lock meanwhile: 1.2 s of standstill per 400 MB, for the
-training thread too while another one writes (version 0.8, measured). Here the lock is free while the disk is busy, and beyond the
-state one tensor is in memory, of those on an accelerator. What is written is read back by the library itself: `shards.py`
-demands that of every file before a checkpoint exists.
+`safetensors.torch.save` builds the whole file in memory and holds Python's lock meanwhile: training
+stands still for 1.2 s per 400 MB, even if another thread writes (version 0.8, measured). Here files
+are written tensor by tensor, the lock is free during disk writes, and at most one tensor of an
+accelerator is in memory. `validate.check_shards` reads every file back with the library itself
+before a checkpoint exists.
 """
 
 from __future__ import annotations
@@ -40,28 +41,35 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from dmoe.checkpoint.tensor_entries import DTYPES
+from dmoe.checkpoint.validate import DTYPES
 from dmoe.config.errors import CheckpointError
 
 
 def write_shards(
     directory: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | None
 ) -> None:
-    """Write and fsync this rank's share of `state` as one file in `directory`; a piece held by several ranks is written by one.
+    """Write and fsync this rank's chunks of `state` as one file in `directory`. Collective.
 
-    Raises on every rank what any rank raised (torch's CheckpointException). Collective.
+    A chunk that several ranks hold is written by one of them.
+
+    Raises:
+        CheckpointException: torch's, on every rank, if any rank failed.
     """
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    _one_process_is_fine()
+    _ignore_single_process_warning()
     save(dict(state), storage_writer=_Writer(directory), planner=planner, process_group=group)
 
 
 def read_shards(
     directory: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | None
 ) -> None:
-    """Fill the tensors of `state` in place from the files of `directory`, each rank its own pieces. Raises as above. Collective."""
+    """Fill this rank's chunks of `state` in place from the files of `directory`. Collective.
+
+    Raises:
+        CheckpointException: torch's, on every rank, if any rank failed.
+    """
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    _one_process_is_fine()
+    _ignore_single_process_warning()
     load(
         dict(state),
         storage_reader=HuggingFaceStorageReader(str(directory)),
@@ -71,11 +79,11 @@ def read_shards(
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """One file a rank, written by the calling thread through `stream.py`, whose errors can be sent to the other ranks.
+    """Writes one file per rank in the calling thread, with errors that DCP can send to other ranks.
 
-    The calling thread is not a matter of speed: DCP's own writer threads raise exceptions that nobody reads, and a full disk gives
-    a checkpoint that lacks tensors. DCP also pickles an exception to send it to the coordinator, which fails for a class
-    whose constructor takes several arguments; a CheckpointError always survives.
+    DCP's own writer threads drop exceptions: a full disk gives a checkpoint that lacks tensors. DCP
+    also pickles an exception to send it, which fails for classes whose constructor takes several
+    arguments; a CheckpointError is always sent.
     """
 
     def __init__(self, path: Path) -> None:
@@ -83,7 +91,8 @@ class _Writer(HuggingFaceStorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         written: Future[list[WriteResult]] = Future()
-        written.set_result([])  # only DCP's own metadata would want to know more, and there is none
+        # The results are for DCP's own metadata file, which this storage does not write.
+        written.set_result([])
         if plan.items:
             try:
                 _write_plan(Path(self.path), plan, planner)
@@ -93,15 +102,15 @@ class _Writer(HuggingFaceStorageWriter):
 
 
 def _write_plan(directory: Path, plan: SavePlan, planner: SavePlanner) -> None:
-    chunks, pieces = {}, []
+    offsets, chunks = {}, []
     for item in plan.items:
         assert item.tensor_data is not None, "anything but a tensor would be pickled"
         name, data = item.index.fqn, item.tensor_data
-        assert name not in chunks, (
-            f"two pieces of {name!r} in one file: a safetensors file holds one tensor of a name"
+        assert name not in offsets, (
+            f"two chunks of {name!r} in one file: a safetensors file holds one tensor per name"
         )
-        chunks[name] = {"saved_offsets": list(data.chunk.offsets)}
-        pieces.append(
+        offsets[name] = {"saved_offsets": list(data.chunk.offsets)}
+        chunks.append(
             Chunk(
                 name,
                 data.properties.dtype,
@@ -109,13 +118,10 @@ def _write_plan(directory: Path, plan: SavePlan, planner: SavePlanner) -> None:
                 partial(_tensor_of, planner, item),
             )
         )
-    metadata = {"DCP_SHARDING_INFO": json.dumps(chunks), "DCP_VERSION": "1.0", "format": "pt"}
-    write_safetensors(
-        directory
-        / f"shard-{plan.storage_data['shard_index']:05d}-model-00001-of-00001.safetensors",
-        pieces,
-        metadata,
-    )
+    metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
+    shard_index = plan.storage_data["shard_index"]
+    file_name = f"shard-{shard_index:05d}-model-00001-of-00001.safetensors"
+    write_safetensors(directory / file_name, chunks, metadata)
 
 
 def _tensor_of(planner: SavePlanner, item: WriteItem) -> Tensor:
@@ -124,10 +130,11 @@ def _tensor_of(planner: SavePlanner, item: WriteItem) -> Tensor:
     return tensor
 
 
-def _one_process_is_fine() -> None:
-    """Without a process group DCP warns that it assumes a single process, which is what is meant.
+def _ignore_single_process_warning() -> None:
+    """Ignore DCP's warning that, without a process group, it assumes a single process.
 
-    The filter stays: `warnings.catch_warnings` swaps the filters of the whole process, and this may be a thread beside training.
+    The filter stays: `warnings.catch_warnings` replaces the filters of the whole process, and this
+    may run in a thread beside training.
     """
     if not dist.is_initialized():
         warnings.filterwarnings(
@@ -135,13 +142,13 @@ def _one_process_is_fine() -> None:
         )
 
 
-_NAMES = {getattr(torch, torch_name): name for name, torch_name in DTYPES.items()}
-_SLICE = 64 << 20  # bytes handed to the system at a time: it writes at most 2 GiB in one call
+_DTYPE_NAMES = {getattr(torch, torch_name): name for name, torch_name in DTYPES.items()}
+_MAX_WRITE_BYTES = 64 << 20  # per call: the system writes at most 2 GiB in one call
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What the header says of one tensor, and how to get at its numbers when their turn comes."""
+    """One tensor of a file: its header entry, and a function that reads its values later."""
 
     name: str
     dtype: torch.dtype
@@ -150,25 +157,28 @@ class Chunk:
 
     @property
     def size(self) -> int:
+        """Number of bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
-def write_safetensors(path: Path, pieces: Iterable[Chunk], metadata: Mapping[str, str]) -> None:
-    """Write and fsync a new file; `read` of each piece is called once, in the order of the file.
+def write_safetensors(path: Path, chunks: Iterable[Chunk], metadata: Mapping[str, str]) -> None:
+    """Write and fsync a new file; `read` of each chunk is called once, in the order of the file.
 
-    Errors: OSError (disk full, the file exists); what `read` raises. A file cut short is left where it is.
+    A truncated file is left in place.
+
+    Raises:
+        OSError: disk full, or the file exists; also whatever `read` raises.
     """
-    ordered = sorted(
-        pieces, key=lambda piece: (-piece.dtype.itemsize, piece.name)
-    )  # wide types first: all stay aligned
+    # Wide dtypes first: every tensor stays aligned to its dtype.
+    ordered = sorted(chunks, key=lambda chunk: (-chunk.dtype.itemsize, chunk.name))
     with open(path, "xb", buffering=0) as file:
         _write(file, memoryview(_header(ordered, metadata)))
-        for piece in ordered:
-            tensor = piece.read().detach().cpu().contiguous()
-            assert (tensor.dtype, tuple(tensor.shape)) == (piece.dtype, piece.shape), (
-                f"{piece.name!r} is not what was announced"
+        for chunk in ordered:
+            tensor = chunk.read().detach().cpu().contiguous()
+            assert (tensor.dtype, tuple(tensor.shape)) == (chunk.dtype, chunk.shape), (
+                f"{chunk.name!r} does not match its header entry"
             )
-            if piece.size:
+            if chunk.size:
                 _write(file, tensor.reshape(-1).view(torch.uint8).numpy().data)
         os.fsync(file.fileno())
 
@@ -176,11 +186,11 @@ def write_safetensors(path: Path, pieces: Iterable[Chunk], metadata: Mapping[str
 def _header(ordered: list[Chunk], metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
-    for piece in ordered:
-        start, end = end, end + piece.size
-        entries[piece.name] = {
-            "dtype": _NAMES[piece.dtype],
-            "shape": list(piece.shape),
+    for chunk in ordered:
+        start, end = end, end + chunk.size
+        entries[chunk.name] = {
+            "dtype": _DTYPE_NAMES[chunk.dtype],
+            "shape": list(chunk.shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
@@ -189,6 +199,6 @@ def _header(ordered: list[Chunk], metadata: Mapping[str, str]) -> bytes:
 
 
 def _write(file: io.FileIO, data: memoryview) -> None:
-    """All of it: one call may write less than it was given."""
+    """Write all of `data`: one call may write less than it was given."""
     while data:
-        data = data[file.write(data[:_SLICE]) :]
+        data = data[file.write(data[:_MAX_WRITE_BYTES]) :]

@@ -1,9 +1,8 @@
-"""A run's `checkpoints/` directory: which steps are there, which is the newest whole one, which may go.
+"""A run's `checkpoints/` directory: list steps, find the newest intact one, delete old ones.
 
-Order is by step number, never by a clock or a modification time: a clock set back must not make an old step the newest.
-Only directories with a checkpoint's exact name count; symbolic links are never followed, whatever they point to.
-
-Names inside `checkpoints/`: `step-00000100` is a checkpoint, `step-00000100.tmp` is one still being written.
+`step-00000100` is a checkpoint, `step-00000100.tmp` a partial one that is still being written.
+Order is by step number, never by modification time: a clock set back must not make an old step the
+newest. Only directories with a checkpoint's exact name count; symbolic links are never followed.
 """
 
 from __future__ import annotations
@@ -13,25 +12,28 @@ import shutil
 import warnings
 from pathlib import Path
 
-from dmoe.checkpoint.manifest import partial_name, parse_step, verify
+from dmoe.checkpoint.manifest import parse_step, partial_name, verify
 from dmoe.config.errors import CheckpointError
 
 
 def list_steps(root: Path) -> list[tuple[int, Path]]:
-    """`(step, path)` of every checkpoint directory under `root`, lowest step first; whole or damaged is not looked at.
+    """List `(step, path)` of every checkpoint under `root`, lowest step first, damaged ones too.
 
-    A root that does not exist holds none.
+    Empty if `root` does not exist.
     """
     return _scan(root, partial=False)
 
 
 def latest(root: Path) -> Path | None:
-    """The whole checkpoint with the highest step, or None where `root` holds none at all.
+    """Return the intact checkpoint with the highest step, or None if `root` has no checkpoint.
 
-    Damaged ones above it are skipped with one warning that names the bad file of each. Purely local: in a distributed run use
-    `store.find_latest`, which asks rank 0 only.
-    Raises: CheckpointError if there are checkpoints and none is whole: starting over in silence would overwrite the run.
-    Cost: hashes every byte of the newest checkpoint (and of each damaged one above the result).
+    Newer damaged ones are skipped with one warning that names the bad file of each. Local: a
+    distributed run uses `save_load.find_latest`, which asks rank 0 only.
+    Cost: hashes every byte of the newest checkpoint (and of each damaged one that is skipped).
+
+    Raises:
+        CheckpointError: there are checkpoints but none is intact (a fresh start would overwrite the
+            run).
     """
     problems: list[str] = []
     for _, path in reversed(list_steps(root)):
@@ -44,50 +46,63 @@ def latest(root: Path) -> Path | None:
             warnings.warn(f"falling back to {path.name}: {'; '.join(problems)}", stacklevel=2)
         return path
     if problems:
-        raise CheckpointError(f"no checkpoint under {root} is whole: {'; '.join(problems)}")
+        raise CheckpointError(f"no checkpoint under {root} is intact: {'; '.join(problems)}")
     return None
 
 
 def prune(root: Path, keep: int, verified: Path | None = None) -> list[Path]:
-    """Delete what is older than the newest `keep` complete checkpoints, and every partial one; returns what was deleted.
+    """Delete all but the newest `keep` complete checkpoints, and every partial one.
 
-    Only checkpoints whose files are all there with the right sizes count towards `keep`, so failed saves never push a good one
-    out (accelerate's `total_limit` deletes the old one before the new one exists). Before anything is deleted one of
-    those kept is proven whole by its hashes; if none is, nothing is deleted and one warning says so.
-    Call it on one rank only, and not while a save is running.
+    Only checkpoints with all files at the right sizes count towards `keep`, so failed saves never
+    displace a good one (accelerate's `total_limit` deletes the old one before the new one exists).
+    At least one of those kept must have correct hashes; otherwise nothing is deleted, with one
+    warning. Call it on one rank only, and not during a save.
 
-    proven: a checkpoint that the caller has verified just now: if it is among those kept, nothing is hashed again.
-    Errors: CheckpointError for keep < 1; OSError. Cost: without `proven`, reads one checkpoint if there is something to delete.
+    Args:
+        root: the `checkpoints/` directory.
+        keep: number of checkpoints to keep, at least 1.
+        verified: a checkpoint that the caller has just verified: if it is kept, nothing is hashed
+            again. Without it one checkpoint is read, if there is something to delete.
+
+    Returns:
+        The deleted paths.
+
+    Raises:
+        CheckpointError: `keep` is below 1.
+        OSError: a deletion failed.
     """
     if keep < 1:
         raise CheckpointError(f"keep={keep}: at least one checkpoint must be kept")
-    gone = remove_partials(root)
+    removed = remove_partials(root)
     steps = [path for _, path in reversed(list_steps(root))]
     kept = [path for path in steps if is_intact(path, contents=False)][:keep]
     if len(kept) < keep:
-        return gone
+        return removed
     old = steps[steps.index(kept[-1]) + 1 :]
     if old and verified not in kept and not any(is_intact(path, contents=True) for path in kept):
         warnings.warn(
-            f"nothing is pruned: none of the newest {keep} checkpoints under {root} is whole",
+            f"nothing is pruned: none of the newest {keep} checkpoints under {root} is intact",
             stacklevel=2,
         )
-        return gone
+        return removed
     for path in old:
         remove_checkpoint(path)
-    return gone + old
+    return removed + old
 
 
 def remove_partials(root: Path) -> list[Path]:
-    """Delete what saves that were killed have left, and return it. One rank only, while nobody saves under `root`. Errors: OSError."""
-    gone = [path for _, path in _scan(root, partial=True)]
-    for path in gone:
+    """Delete and return the partial checkpoints of killed saves.
+
+    Call it on one rank only, and not during a save. Raises OSError.
+    """
+    partials = [path for _, path in _scan(root, partial=True)]
+    for path in partials:
         remove_entry(path)
-    return gone
+    return partials
 
 
 def remove_entry(path: Path) -> None:
-    """Remove a partial checkpoint if it is there: a directory with its contents, of a link only the link. Errors: OSError."""
+    """Delete a file, a link (not its target) or a directory, if it exists. Raises OSError."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
@@ -95,7 +110,7 @@ def remove_entry(path: Path) -> None:
 
 
 def fsync_directory(path: Path) -> None:
-    """Make the names in a directory durable: without it a rename can be lost with the power. Errors: OSError."""
+    """Make the names in a directory durable, after a rename for example. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -104,17 +119,20 @@ def fsync_directory(path: Path) -> None:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Delete a checkpoint. It is renamed first: a deletion cut short must leave a stale partial, not a damaged one. Errors: OSError."""
-    named = parse_step(path.name)
-    assert named is not None
-    partial = path.with_name(partial_name(named[0]))
+    """Delete a checkpoint; rename it first, so that an interrupted deletion leaves a partial one.
+
+    Raises OSError.
+    """
+    parsed = parse_step(path.name)
+    assert parsed is not None
+    partial = path.with_name(partial_name(parsed[0]))
     remove_entry(partial)
     os.rename(path, partial)
     shutil.rmtree(partial)
 
 
 def is_intact(path: Path, *, contents: bool = True) -> bool:
-    """Whether `manifest.verify` accepts the checkpoint; without `contents`, by its names and sizes alone."""
+    """Return True if `manifest.verify` accepts it (without `contents`: names and sizes only)."""
     try:
         verify(path, contents=contents)
     except CheckpointError:
@@ -127,14 +145,12 @@ def _scan(root: Path, *, partial: bool) -> list[tuple[int, Path]]:
     try:
         with os.scandir(root) as entries:
             for entry in entries:
-                named = parse_step(entry.name)
-                # A partial one may be anything, also a link: `discard` removes the entry itself.
-                if (
-                    named is not None
-                    and named[1] is partial
-                    and (partial or entry.is_dir(follow_symlinks=False))
-                ):
-                    found.append((named[0], Path(root, entry.name)))
+                parsed = parse_step(entry.name)
+                if parsed is None or parsed[1] is not partial:
+                    continue
+                # A partial one may also be a file or a link: `remove_entry` deletes the entry.
+                if partial or entry.is_dir(follow_symlinks=False):
+                    found.append((parsed[0], Path(root, entry.name)))
     except FileNotFoundError:
         return []
     return sorted(found)

@@ -1,11 +1,13 @@
-"""`manifest.json`: what a checkpoint holds, and the proof that it still holds it.
+"""`manifest.json`: contents and checksums of a checkpoint.
 
-It is JSON, `{"sha256": ..., "manifest": {format, step, files, tensors, extra}}`. `files` gives the size and the SHA-256 of
-every other file, `tensors` the global shape and dtype of every tensor, `extra` is the caller's. `sha256` covers the manifest
-itself; reading also demands that the bytes are exactly the ones `write` would produce, so any flipped bit is seen, also in a
-number of `extra` or in white space.
+It is JSON, `{"sha256": ..., "manifest": {format, step, files, tensors, extra}}`. `files` has the
+size and SHA-256 of every other file, `tensors` the global shape and dtype of every tensor, `extra`
+is the caller's. `sha256` covers the manifest itself. A reader also requires that the bytes are
+exactly those that `write` would produce, so any flipped bit is detected, also in a number of
+`extra` or in white space.
 
-torch's own storages have no checksum: 198 of 200 random bit flips in a DCP checkpoint load without a word.
+torch's own storages have no checksum: 198 of 200 random bit flips in a DCP checkpoint load without
+an error.
 """
 
 from __future__ import annotations
@@ -24,9 +26,7 @@ from dmoe.config.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-_LARGEST = (
-    256 * 1024 * 1024
-)  # bytes: a manifest beyond this is damage, and must not be read into memory to find out
+_MAX_BYTES = 256 * 1024 * 1024  # a larger manifest is damaged and must not be read into memory
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -40,7 +40,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor: its global shape and its dtype as torch spells it, without `torch.` (`bfloat16`)."""
+    """One tensor: its global shape and torch's name of its dtype, without `torch.`."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -48,7 +48,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of one checkpoint; `extra` is plain JSON (config hash, topology, data position, versions ...)."""
+    """Contents of one checkpoint; `extra` is plain JSON (config, mesh, data position, versions)."""
 
     step: int
     files: Mapping[str, FileEntry]
@@ -57,9 +57,10 @@ class Manifest:
 
 
 def check_extra(extra: object) -> None:
-    """Refuse an `extra` that would not come back equal: keys that are no strings, tuples, NaN, objects.
+    """Refuse an `extra` that JSON would change: keys that are not strings, tuples, NaN, objects.
 
-    Raises: CheckpointError.
+    Raises:
+        CheckpointError: `extra` would not read back equal.
     """
     try:
         same = isinstance(extra, dict) and json.loads(json.dumps(extra, allow_nan=False)) == extra
@@ -67,12 +68,13 @@ def check_extra(extra: object) -> None:
         raise CheckpointError(f"extra must be plain JSON: {error}") from None
     if not same:
         raise CheckpointError(
-            "extra must be plain JSON that reads back equal: string keys, lists for tuples, no objects"
+            "extra must be plain JSON that reads back equal: string keys, lists for tuples,"
+            " no objects"
         )
 
 
 def write(directory: Path, manifest: Manifest) -> None:
-    """Write and fsync `manifest.json` in `directory`; the caller fsyncs the directory. Errors: OSError."""
+    """Write and fsync `manifest.json`; the caller fsyncs the directory. Raises OSError."""
     with open(directory / MANIFEST, "xb") as file:
         file.write(_encode(manifest))
         file.flush()
@@ -80,35 +82,37 @@ def write(directory: Path, manifest: Manifest) -> None:
 
 
 def read(directory: Path) -> Manifest:
-    """The manifest of a checkpoint, checked against its own digest and the directory's step; no other file is opened.
+    """Read the manifest, checked against its own digest and the step of the directory's name.
 
-    Raises: CheckpointError, naming what is wrong. Cost: one small read.
+    Opens no other file.
+
+    Raises:
+        CheckpointError: the manifest is missing, malformed, changed or of another step.
     """
-    where = directory / MANIFEST
+    path = directory / MANIFEST
     _check_directory(directory)
-    raw = _read_regular(where)
+    raw = _read_regular(path)
     try:
         document = json.loads(raw)
         manifest = _decode(document["manifest"])
-        whole = _encode(manifest) == raw
+        unchanged = _encode(manifest) == raw
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{where} is no manifest of this program: {_short(error)}") from None
-    if not whole:
+        raise CheckpointError(f"{path} is not a valid manifest: {_one_line(error)}") from None
+    if not unchanged:
+        raise CheckpointError(f"{path} was changed after it was written: its digest does not match")
+    parsed = parse_step(directory.name)
+    if parsed is not None and parsed[0] != manifest.step:
         raise CheckpointError(
-            f"{where} was changed after it was written: its digest does not match"
-        )
-    named = parse_step(directory.name)
-    if named is not None and named[0] != manifest.step:
-        raise CheckpointError(
-            f"{where} is of step {manifest.step}, not of the step its directory is named after"
+            f"{path} is of step {manifest.step}, not of the step in its directory's name"
         )
     return manifest
 
 
 def list_files(directory: Path) -> dict[str, int]:
-    """Name and size of every file of a checkpoint but the manifest; links, directories and odd names are refused.
+    """List name and size of every file of a checkpoint except the manifest.
 
-    Raises: CheckpointError, naming the entry.
+    Raises:
+        CheckpointError: an entry is a link, a directory, or has a name that no checkpoint uses.
     """
     _check_directory(directory)
     found: dict[str, int] = {}
@@ -116,25 +120,34 @@ def list_files(directory: Path) -> dict[str, int]:
         for entry in entries:
             if FILE_NAME.fullmatch(entry.name) is None:
                 raise CheckpointError(
-                    f"{directory} holds {entry.name!r}, which is no name of a checkpoint's file"
+                    f"{directory} holds {entry.name!r}, which is not a checkpoint's file name"
                 )
             status = entry.stat(follow_symlinks=False)
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(
-                    f"{entry.path} is no regular file (links and directories are not followed)"
+                    f"{entry.path} is not a regular file (links and directories are not followed)"
                 )
             if entry.name != MANIFEST:
                 found[entry.name] = status.st_size
     return found
 
 
-def verify(directory: Path, *, contents: bool = True, rank: int = 0, world_size: int = 1) -> Manifest:
-    """The manifest, after proving that the directory holds exactly its files, unchanged.
+def verify(
+    directory: Path, *, contents: bool = True, rank: int = 0, world_size: int = 1
+) -> Manifest:
+    """Verify that the directory holds exactly the manifest's files, unchanged. No collective.
 
-    contents: also hash the files; without it only their names and sizes are compared.
-    rank, world: names and sizes of all files are compared, but only every `world`-th file, from `rank` on, is hashed.
-    Raises: CheckpointError naming the first missing, extra, truncated, empty, changed or linked file.
-    Cost: reads every byte of the share once; no collective.
+    Args:
+        directory: the checkpoint.
+        contents: also hash the files; else compare only names and sizes.
+        rank: hash only every `world_size`-th file, from this one on (sizes: always all).
+        world_size: number of ranks that share the hashing.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CheckpointError: with the first missing, extra, truncated, changed or linked file.
     """
     manifest = read(directory)
     found = list_files(directory)
@@ -156,7 +169,7 @@ def verify(directory: Path, *, contents: bool = True, rank: int = 0, world_size:
 
 
 def hash_file(path: Path) -> FileEntry:
-    """Size and SHA-256 of a regular file. Raises: CheckpointError. Cost: one read of the file."""
+    """Compute size and SHA-256 of a regular file. Raises CheckpointError."""
     try:
         with open(path, "rb", opener=_open_regular) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -188,7 +201,7 @@ def _decode(body: dict[str, Any]) -> Manifest:
     }
     for name, entry in files.items():
         if FILE_NAME.fullmatch(name) is None or name == MANIFEST:
-            raise ValueError(f"{name!r} is no name of a checkpoint's file")
+            raise ValueError(f"{name!r} is not a checkpoint's file name")
         if (
             not isinstance(entry.sha256, str)
             or len(entry.sha256) != 64
@@ -200,19 +213,19 @@ def _decode(body: dict[str, Any]) -> Manifest:
         for name, entry in body["tensors"].items()
     }
     if not isinstance(body["extra"], dict):
-        raise ValueError("extra is no object")
+        raise ValueError("extra is not an object")
     return Manifest(_count(body["step"]), files, tensors, body["extra"])
 
 
 def _shape(sizes: object) -> tuple[int, ...]:
     if not isinstance(sizes, list):
-        raise ValueError(f"{sizes!r:.40} is no shape")
+        raise ValueError(f"{sizes!r:.40} is not a shape")
     return tuple(_count(size) for size in sizes)
 
 
 def _count(number: object) -> int:
     if type(number) is not int or not 0 <= number < 2**63:
-        raise ValueError(f"{number!r:.40} is no count")
+        raise ValueError(f"{number!r:.40} is not a count")
     return number
 
 
@@ -220,26 +233,26 @@ def _check_directory(directory: Path) -> None:
     try:
         mode = directory.lstat().st_mode
     except OSError as error:
-        raise CheckpointError(f"{directory} is no checkpoint: {error.strerror}") from None
+        raise CheckpointError(f"{directory} is not a checkpoint: {error.strerror}") from None
     if not stat.S_ISDIR(mode):
         raise CheckpointError(
-            f"{directory} is no checkpoint: not a directory (links are not followed)"
+            f"{directory} is not a checkpoint: not a directory (links are not followed)"
         )
 
 
 def _read_regular(path: Path) -> bytes:
     try:
         with open(path, "rb", opener=_open_regular) as file:
-            raw = file.read(_LARGEST + 1)
+            raw = file.read(_MAX_BYTES + 1)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-    if len(raw) > _LARGEST:
-        raise CheckpointError(f"{path} is larger than any manifest")
+    if len(raw) > _MAX_BYTES:
+        raise CheckpointError(f"{path} is too large for a manifest")
     return raw
 
 
 def _open_regular(path: str, flags: int) -> int:
-    """Open without following a link and without blocking on a pipe that someone put in the file's place."""
+    """Open a regular file only: follow no link, do not block on a pipe."""
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -247,34 +260,33 @@ def _open_regular(path: str, flags: int) -> int:
     return descriptor
 
 
-def _short(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
 
 
-# What a file of a checkpoint may be called: a base name, so that no manifest can point outside its directory.
+# Only base names, so that no manifest can point outside its directory.
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-
-
-_STEP = re.compile(r"step-([0-9]{8,18})(\.tmp)?")
+_STEP_NAME = re.compile(r"step-([0-9]{8,18})(\.tmp)?")
 
 
 def step_name(step: int) -> str:
-    """The directory name of the checkpoint taken after `step` optimizer steps."""
+    """Return the directory name of the checkpoint after `step` optimizer steps."""
     assert 0 <= step < 10**18, f"step {step} has no name"
     return f"step-{step:08d}"
 
 
 def partial_name(step: int) -> str:
-    """The name that a checkpoint has until its last byte is on disk."""
+    """Return the name of a checkpoint that is still being written."""
     return step_name(step) + ".tmp"
 
 
 def parse_step(name: str) -> tuple[int, bool] | None:
-    """`(step, is_partial)` of a directory name, or None where it is no checkpoint's name.
+    """Parse a directory name into `(step, is_partial)`; None if it is not a checkpoint's name.
 
-    The number must be written as `step_name` writes it: otherwise `step-000000007` and `step-00000007` would both be step 7.
+    The number must be as `step_name` writes it: otherwise both `step-000000007` and `step-00000007`
+    would be step 7.
     """
-    match = _STEP.fullmatch(name)
+    match = _STEP_NAME.fullmatch(name)
     if match is None:
         return None
     step, partial = int(match[1]), match[2] is not None

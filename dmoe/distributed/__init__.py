@@ -1,1 +1,1 @@
-"""Ranks, groups and collectives: the only package that imports torch.distributed."""
+"""Process groups, expert and data parallelism, launching of ranks."""

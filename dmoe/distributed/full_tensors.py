@@ -1,6 +1,7 @@
-"""A rank's values as the whole model's: for comparing runs, not for training.
+"""Full (unsharded) tensors of a distributed model, for comparing runs, not for training.
 
-Deliberately not by way of `state.py`: `verify` checks checkpoints with this, so it must not share their mistakes.
+Independent of `state_dict.py` on purpose: `dmoe verify` checks checkpoints with this module, so it
+must not share their mistakes.
 """
 
 from __future__ import annotations
@@ -23,23 +24,32 @@ def gather_full(
     mesh: ParallelMesh,
     locations: Mapping[str, ExpertLocation] | None = None,
 ) -> dict[str, Tensor]:
-    """`values` by name, each whole: shards put together, experts of all EP ranks in global order [E, ...]. On every rank.
+    """Gather every tensor in full, on every rank.
 
-    homes: `expert_homes` of the model, the matrices that one EP rank has alone; values must hold all of its own, or no tensor at all.
-    One all-gather an expert stack over the exchange group, one broadcast a matrix of `homes`, and what DTensor needs for sharded ones.
+    Cost: one all-gather per expert stack over the EP group, one broadcast per matrix of
+    `locations`, and DTensor's all-gather for each sharded tensor.
+
+    Args:
+        values: this rank's tensors by name, all of its own experts' among them, or none at all.
+        experts: names of the expert stacks [e, ...].
+        mesh: the ranks.
+        locations: `expert_locations` of the model: the matrices that exist on one EP rank only.
+
+    Returns:
+        Full tensors by name; expert stacks as [E, ...] in global order.
     """
     locations = locations or {}
-    whole = (
-        {name: broadcast_expert(values.get(name), home, mesh) for name, home in locations.items()}
-        if values
-        else {}
-    )
+    full = {}
+    if values:
+        full = {
+            name: broadcast_expert(values.get(name), location, mesh)
+            for name, location in locations.items()
+        }
     for name, value in values.items():
-        if name in locations:
-            continue
-        full = value.full_tensor() if isinstance(value, DTensor) else value
-        whole[name] = _all_experts(full.detach(), mesh) if name in experts else full.detach()
-    return whole
+        if name not in locations:
+            tensor = _unsharded(value).detach()
+            full[name] = _gather_experts(tensor, mesh) if name in experts else tensor
+    return full
 
 
 def broadcast_expert(
@@ -48,33 +58,41 @@ def broadcast_expert(
     mesh: ParallelMesh,
     shape: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """What the ranks of one column hold, on every rank. `value` is None on the others; `shape` where it is not the matrix's own."""
-    full = value.full_tensor() if isinstance(value, DTensor) else value
+    """Send one expert's tensor from its EP rank to all ranks.
+
+    Args:
+        value: the tensor on the EP rank that holds it, None on the others.
+        location: where the expert's matrix is.
+        mesh: the ranks.
+        shape: shape of the tensor, if it is not the matrix's own.
+
+    Returns:
+        The full tensor, on every rank.
+    """
+    full = None if value is None else _unsharded(value)
     if mesh.ep_group is None:
-        assert full is not None, "one rank of an EP group of one has every expert"
+        assert full is not None, "with EP = 1 every rank has every expert"
         return full.detach()
-    sent = (
-        torch.empty(location.shape if shape is None else shape, dtype=location.dtype)
-        if full is None
-        else full.detach().contiguous()
-    )
-    dist.broadcast(sent, group=mesh.ep_group, group_src=location.ep_rank)
-    return sent
+    if full is None:
+        buffer = torch.empty(location.shape if shape is None else shape, dtype=location.dtype)
+    else:
+        buffer = full.detach().contiguous()
+    dist.broadcast(buffer, group=mesh.ep_group, group_src=location.ep_rank)
+    return buffer
 
 
 def full_norm(value: Tensor) -> float:
-    """The 2-norm of the whole of `value`, on every rank; a collective if it is sharded."""
-    total = value.detach().norm()
-    return float(total.full_tensor() if isinstance(total, DTensor) else total)
+    """Compute the 2-norm of the full tensor, on every rank; a collective if it is sharded."""
+    return float(_unsharded(value.detach().norm()))
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """A copy of the whole of a tensor of `state.model_state`, on every rank. A collective if it is sharded."""
+    """Copy the full tensor of `state_dict.model_state`, on every rank; collective if sharded."""
     return value.full_tensor().detach() if isinstance(value, DTensor) else value.detach().clone()
 
 
 def copy_full_into_shard(value: Tensor, full: Tensor) -> None:
-    """Fill this rank's part of `value` from the whole, which every rank has. No collective."""
+    """Fill this rank's part of `value` from the full tensor of every rank. No collective."""
     if isinstance(value, DTensor):
         full = local_tensor(
             distribute_tensor(full, value.device_mesh, value.placements, src_data_rank=None)
@@ -83,11 +101,13 @@ def copy_full_into_shard(value: Tensor, full: Tensor) -> None:
         local_tensor(value).copy_(full)
 
 
-def _all_experts(local: Tensor, topology: ParallelMesh) -> Tensor:
-    if topology.ep_group is None:
+def _unsharded(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _gather_experts(local: Tensor, mesh: ParallelMesh) -> Tensor:
+    if mesh.ep_group is None:
         return local
-    parts = [
-        torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(topology.ep)
-    ]
-    dist.all_gather(parts, local.contiguous(), group=topology.ep_group)
+    parts = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(mesh.ep)]
+    dist.all_gather(parts, local.contiguous(), group=mesh.ep_group)
     return torch.cat(parts)

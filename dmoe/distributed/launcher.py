@@ -1,15 +1,17 @@
-"""N local ranks of this very command, by torch's elastic launcher: `dmoe train --ranks N` is `torchrun -m dmoe train`.
+"""Launch local ranks with torch's elastic launcher, and exit workers when their launcher dies.
 
-No orphans: a worker ends with the launcher that started it.
+`dmoe train --ranks N` is `torchrun --nproc-per-node N -m dmoe train`.
 
-torch's elastic agent starts each worker in a session of its own. Killed with SIGKILL it cannot stop them, and they train on, unseen,
-holding ports, memory and the run directory. Linux can send a process a signal when its parent dies (`man 2 prctl`,
-PR_SET_PDEATHSIG). The parent is the *thread* that forked: the agent starts and restarts workers in its main thread (torch 2.11 to
-2.13: LocalElasticAgent._start_workers, no thread in between), so that thread's end is the launcher's end. The signal survives exec
-and is not passed on to children of the worker.
+torch's elastic agent starts each worker in its own session. If the agent is killed with SIGKILL it
+cannot stop them, and they keep training, holding ports, memory and the run directory. Linux can
+send a process a signal when its parent dies (`man 2 prctl`, PR_SET_PDEATHSIG). The parent is the
+*thread* that forked: the agent starts and restarts workers in its main thread (torch 2.11 to 2.13,
+LocalElasticAgent._start_workers), so the end of that thread is the end of the launcher. The signal
+survives exec; children of the worker do not inherit it.
 
-Elsewhere than on Linux nothing is done, and nothing without the elastic agent: Slurm ends its own steps. The remaining hole: a
-launcher that dies before the worker gets here is noticed only if the orphan was handed to process 1 (and not to a "subreaper").
+Nothing is done outside Linux, nor without the elastic agent: Slurm ends its own steps. One gap
+remains: a launcher that dies before the worker calls `exit_with_launcher` is noticed only if
+the worker was reparented to process 1, not to a subreaper.
 """
 
 from __future__ import annotations
@@ -30,33 +32,44 @@ from torch.distributed.run import get_args_parser, run
 
 from dmoe.config.errors import ConfigError
 
+PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
+
 
 def launch(num_ranks: int, arguments: list[str], port: int | None = None) -> int:
-    """Run `python -m dmoe ARGUMENTS` on `ranks` local processes and return the exit code of the first that failed, or 0.
+    """Run `python -m dmoe ARGUMENTS` on local ranks.
 
-    The cores are shared out evenly unless OMP_NUM_THREADS says otherwise. `port`: of the rendezvous; default a free one.
+    The cores are divided equally between the ranks unless OMP_NUM_THREADS is set.
+
+    Args:
+        num_ranks: number of processes.
+        arguments: command line of dmoe.
+        port: rendezvous port; None takes a free one.
+
+    Returns:
+        0, or the exit code of the first rank that failed.
+
+    Raises:
+        ConfigError: the port is in use.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_ranks)))
-    logging.getLogger("torch.distributed").setLevel(
-        logging.CRITICAL
-    )  # the failing rank has said what is wrong, in one line
-    where = (
-        ["--standalone"]
-        if port is None
-        else ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    )
+    threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # The failing rank has already printed its error in one line.
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    rendezvous = ["--standalone"]
+    if port is not None:
+        rendezvous = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     options = get_args_parser().parse_args(
-        [*where, "--nproc-per-node", str(num_ranks), "-m", "dmoe", *arguments]
+        [*rendezvous, "--nproc-per-node", str(num_ranks), "-m", "dmoe", *arguments]
     )
-    signal.signal(
-        signal.SIGUSR1, _forward_signal
-    )  # torch's launcher passes on TERM, INT, HUP and QUIT, and would die of this one
+    # torch's launcher forwards TERM, INT, HUP and QUIT, and would die of USR1.
+    signal.signal(signal.SIGUSR1, _forward_signal)
     try:
         run(options)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return int(failure.exitcode) if failure.exitcode > 0 else 128 - int(failure.exitcode)
-    except SignalException as stop:  # passed on to the ranks, which have saved their step and left
+    # The signal was forwarded: the ranks have saved their step and ended.
+    except SignalException as stop:
         return 128 + int(stop.sigval)
     except DistNetworkError as error:
         if port is None or "EADDRINUSE" not in str(error):
@@ -68,42 +81,39 @@ def launch(num_ranks: int, arguments: list[str], port: int | None = None) -> int
             "leave --port out to get a free one, or name another",
         ) from None
     finally:
-        signal.signal(
-            signal.SIGUSR1, signal.SIG_IGN
-        )  # it holds to the end of the process, where Python's own handlers do not
-        if (
-            sys.stdout.isatty()
-        ):  # what is left of the live panel, where rank 0 was killed before it could clear it
+        # SIG_IGN stays in force until the process has ended; Python's own handlers do not.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        # Clear the live panel, if rank 0 was killed before it could do so.
+        if sys.stdout.isatty():
             print("\x1b[J", end="", flush=True)
     return 0
 
 
 def _forward_signal(number: int, frame: FrameType | None) -> None:
-    """Send the signal to the ranks: this process's children, but for those that do not run dmoe (torch's own helpers)."""
+    """Send the signal to the child processes that run dmoe (the others are torch's helpers)."""
     for task in Path("/proc/self/task").iterdir():
-        for child in (task / "children").read_text().split():
+        for pid in (task / "children").read_text().split():
             with suppress(OSError):
-                if b"\0dmoe\0" in Path(f"/proc/{child}/cmdline").read_bytes() and _handles_signal(
-                    child, number
-                ):
-                    os.kill(int(child), number)
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+                if b"\0dmoe\0" in command and _handles_signal(pid, number):
+                    os.kill(int(pid), number)
 
 
 def _handles_signal(pid: str, number: int) -> bool:
-    """Whether the process catches or ignores the signal: one that is starting still, or ending, would die of it."""
-    lines = dict(
-        line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
-    )
-    return bool((int(lines["SigCgt"], 16) | int(lines["SigIgn"], 16)) >> (number - 1) & 1)
+    """Return True if the process catches or ignores the signal.
 
-
-PR_SET_PDEATHSIG = 1
+    One that is still starting, or already ending, would die of it.
+    """
+    status = Path(f"/proc/{pid}/status").read_text()
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    return bool((int(fields["SigCgt"], 16) | int(fields["SigIgn"], 16)) >> (number - 1) & 1)
 
 
 def exit_with_launcher() -> None:
-    """Ask the kernel to kill this process with its launcher, if torch's elastic agent started it. One system call.
+    """Ask the kernel to kill this process with its launcher, if that is torch's elastic agent.
 
-    Early in the main program, before anything slow is imported. Does not return if the launcher is dead already.
+    One system call. Call it early in the main program, before slow imports. Does not return if the
+    launcher is already dead.
     """
     if not sys.platform.startswith("linux") or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
@@ -111,15 +121,14 @@ def exit_with_launcher() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != launcher or (
-        launcher == 1 and not _runs_python(1)
-    ):  # it died before the call: no signal will come
+    # If the launcher died before the call, no signal will come.
+    if os.getppid() != launcher or (launcher == 1 and not _runs_python(1)):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _runs_python(pid: int) -> bool:
-    """Whether that process is a Python program: in a container the launcher itself can be process 1."""
+    """Return True for a Python program: in a container the launcher itself can be process 1."""
     try:
         return "python" in Path(os.readlink(f"/proc/{pid}/exe")).name
-    except OSError:  # another user's process, so none that started us
+    except OSError:  # another user's process, so it did not start this one
         return False

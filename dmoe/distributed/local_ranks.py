@@ -1,6 +1,6 @@
-"""Real gloo ranks on this machine, for `dmoe verify` and the tests: N processes, one function, N results or the first error.
+"""Run a function on N local gloo ranks, for `dmoe verify` and the tests.
 
-A fork server that has imported torch once starts a rank in a tenth of a second, where a fresh interpreter takes three.
+A fork server that has imported torch once starts a rank in 0.1 s; a new interpreter needs 3 s.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PRELOAD = [
     "accelerate",
     "accelerate.tracking",
 ]
-"""What costs a second or more to import (device meshes import torch._dynamo): paid once, by the fork server."""
+"""Slow imports (a second or more; device meshes import torch._dynamo), done by the fork server."""
 
 
 class RankError(RuntimeError):
@@ -43,24 +43,32 @@ class _Rank:
 def run_ranks(
     world_size: int, function: Callable[..., Any], *args: object, timeout: float = 60.0
 ) -> list[Any]:
-    """`[function(rank, world, *args) for rank in range(world)]`, each in a process of its own, joined by gloo.
+    """Run `function(rank, world_size, *args)` on each rank, each in its own process, over gloo.
 
-    `function` must be importable by name, its arguments and result picklable, and without tensors: torch would pass on a
-    descriptor of memory that ends with the rank; give numpy arrays. The group's time-out is `timeout` too. One CPU
-    thread a rank. Nothing is left running, whatever happens.
+    One CPU thread per rank. All processes are gone when this returns or raises.
+
+    Args:
+        world_size: number of ranks.
+        function: importable by name; arguments and result picklable and without tensors (torch
+            would pass on a descriptor of memory that ends with the rank; use numpy arrays).
+        args: further arguments of `function`.
+        timeout: seconds for everything; also the time-out of the process group.
+
+    Returns:
+        The results in order of rank.
 
     Raises:
-        RankError: the first rank that failed, or that the time is over.
+        RankError: of the first rank that failed, or after the time-out.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            _start(context, Path(folder) / "store", rank, world_size, timeout, function, args)
+            _start_rank(context, Path(folder) / "store", rank, world_size, timeout, function, args)
             for rank in range(world_size)
         ]
         try:
-            return _collect(ranks, time.monotonic() + timeout)
+            return _collect_results(ranks, time.monotonic() + timeout)
         finally:
             for rank in ranks:
                 rank.process.kill()
@@ -68,44 +76,45 @@ def run_ranks(
                 rank.results.close()
 
 
-def _start(
+def _start_rank(
     context: ForkServerContext,
     store: Path,
     rank: int,
-    world: int,
+    world_size: int,
     timeout: float,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> _Rank:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(
-        target=_run, args=(sender, store, rank, world, timeout, function, args), daemon=True
+        target=_rank_main,
+        args=(sender, store, rank, world_size, timeout, function, args),
+        daemon=True,
     )
     process.start()
-    sender.close()  # so that a rank that dies is an end of file here
+    # With the sender closed here, a rank that dies is an end of file on the receiver.
+    sender.close()
     return _Rank(process, receiver)
 
 
-def _collect(ranks: list[_Rank], deadline: float) -> list[Any]:
+def _collect_results(ranks: list[_Rank], deadline: float) -> list[Any]:
     results: dict[int, Any] = {}
-    numbers = {id(rank.results): number for number, rank in enumerate(ranks)}
+    rank_of = {id(rank.results): number for number, rank in enumerate(ranks)}
     pending = [rank.results for rank in ranks]
     while pending:
         ready = wait(pending, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise RankError(
-                f"ranks {sorted(numbers[id(c)] for c in pending)} did not answer in time"
-            )
+            silent = sorted(rank_of[id(connection)] for connection in pending)
+            raise RankError(f"ranks {silent} did not answer in time")
         for connection in ready:
             assert isinstance(connection, Connection)
-            number = numbers[id(connection)]
+            number = rank_of[id(connection)]
             try:
                 failed, value = connection.recv()
             except EOFError:
                 ranks[number].process.join()
-                raise RankError(
-                    f"rank {number} died with exit code {ranks[number].process.exitcode}"
-                ) from None
+                exit_code = ranks[number].process.exitcode
+                raise RankError(f"rank {number} died with exit code {exit_code}") from None
             if failed:
                 raise RankError(f"rank {number} failed:\n{value}")
             results[number] = value
@@ -113,11 +122,11 @@ def _collect(ranks: list[_Rank], deadline: float) -> list[Any]:
     return [results[number] for number in range(len(ranks))]
 
 
-def _run(
+def _rank_main(
     sender: Connection,
     store: Path,
     rank: int,
-    world: int,
+    world_size: int,
     timeout: float,
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -127,28 +136,31 @@ def _run(
     from torch._C._distributed_c10d import FileStore
 
     torch.set_num_threads(1)
-    gc.freeze()  # what the imports left stays: each full collection walked it again, a fifth of a rank's time in `dmoe verify`
+    # Objects of the imports live to the end: without this each full collection visits them again,
+    # a fifth of a rank's time in `dmoe verify`.
+    gc.freeze()
     limit = timedelta(seconds=timeout)
     try:
-        if world > 1:  # what torchrun would set: accelerate reads it
-            here, size = str(rank), str(world)
+        if world_size > 1:
+            # The environment that torchrun would set; accelerate reads it.
             os.environ.update(
-                RANK=here,
-                WORLD_SIZE=size,
-                LOCAL_RANK=here,
-                LOCAL_WORLD_SIZE=size,
+                RANK=str(rank),
+                WORLD_SIZE=str(world_size),
+                LOCAL_RANK=str(rank),
+                LOCAL_WORLD_SIZE=str(world_size),
                 OMP_NUM_THREADS="1",
             )
             dist.init_process_group(
                 "gloo",
-                store=FileStore(str(store), world),
+                store=FileStore(str(store), world_size),
                 rank=rank,
-                world_size=world,
+                world_size=world_size,
                 timeout=limit,
             )
-        value = function(rank, world, *args)
-        if world > 1:
-            dist.barrier()  # a rank that leaves early closes sockets its peers still use
+        value = function(rank, world_size, *args)
+        if world_size > 1:
+            # A rank that leaves early closes sockets that its peers still use.
+            dist.barrier()
             dist.destroy_process_group()
         sender.send((False, value))
     except BaseException:

@@ -1,12 +1,14 @@
-"""A training state as named tensors: what a checkpoint holds, the same names at any world, EP size and mode.
+"""Training state as named tensors for checkpoints, independent of world size, EP size and mode.
 
-Dense parameters are plain tensors, equal on all ranks; under FSDP2, DTensors over all ranks. Experts are DTensors of global shape
-[E, ...], Shard(0) over the ranks of a row and, down the columns, replicated (DDP) or sharded once more (FSDP2), so that a checkpoint
-written by 4 ranks is read by 1 or 8, in either mode, and every expert finds itself by its global id. Names: `model.NAME`,
-`optim.exp_avg.NAME`, `optim.exp_avg_sq.NAME`, `optim.step`.
+Names: `model.NAME`, `optim.exp_avg.NAME`, `optim.exp_avg_sq.NAME`, `optim.step`.
 
-Experts of different shape cannot be stacked. Each of their matrices is a tensor of its own, named by the global id, on the column of
-ranks that have it; the other ranks know its name and shape and hold nothing of it.
+Dense parameters are plain tensors, equal on all ranks; under FSDP2, DTensors over all ranks.
+Expert stacks are DTensors of global shape [E, ...]: Shard(0) over the EP ranks of a row and, down
+the column, replicated (DDP) or sharded again (FSDP2). So a checkpoint of 4 ranks loads on 1 or 8,
+in either mode, and every expert is found by its global id.
+
+Heterogeneous experts cannot be stacked. Each of their matrices is a tensor named by the expert's
+global id, on the column of ranks that has it; other ranks know its name and shape but hold nothing.
 """
 
 from __future__ import annotations
@@ -30,66 +32,72 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def model_state(model: nn.Module, mesh: ParallelMesh) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer by name; the tensors share memory with the model, so loading into them loads the model."""
-    experts, homes = {*expert_parameters(model), *expert_buffers(model)}, expert_locations(model)
-    mesh = _mesh(mesh, _device_type(model))
-    own = {name: value.detach() for name, value in model.state_dict(keep_vars=True).items()}
-    whole = {
-        n: _whole(value, mesh) if n in experts else value
-        for n, value in own.items()
-        if n not in homes
+    """Collect every parameter and persistent buffer by name.
+
+    The tensors share memory with the model: loading into them loads the model. No collective.
+    """
+    experts = {*expert_parameters(model), *expert_buffers(model)}
+    locations, device_type = expert_locations(model), _device_type(model)
+    device_mesh = _expert_device_mesh(mesh, device_type)
+    local = {name: value.detach() for name, value in model.state_dict(keep_vars=True).items()}
+    state = {
+        name: _stacked_experts(value, device_mesh) if name in experts else value
+        for name, value in local.items()
+        if name not in locations
     }
-    whole |= {
-        name: _at_home(own.get(name), home, mesh, _device_type(model))
-        for name, home in homes.items()
+    state |= {
+        name: _single_expert(local.get(name), location, mesh, device_type)
+        for name, location in locations.items()
     }
-    return {f"model.{name}": value for name, value in whole.items()}
+    return {f"model.{name}": value for name, value in state.items()}
 
 
 def optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, mesh: ParallelMesh
 ) -> dict[str, Tensor]:
-    """AdamW's moments by parameter name, and the one step count all parameters share. Made (as zeros) where the optimizer has not
-    stepped yet, so that a checkpoint can be loaded into it."""
-    experts, homes, mesh = (
-        expert_parameters(model),
-        _trained_homes(model),
-        _mesh(mesh, _device_type(model)),
-    )
-    own: dict[str, dict[str, Tensor]] = {}
+    """Collect AdamW's moments by parameter name, and the step count that all parameters share.
+
+    Before the first step the state is created (zeros), so that a checkpoint can be loaded into it.
+    No collective.
+    """
+    experts, locations = expert_parameters(model), _trained_locations(model)
+    device_type = _device_type(model)
+    device_mesh = _expert_device_mesh(mesh, device_type)
+    local: dict[str, dict[str, Tensor]] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state: dict[str, Tensor] = {}
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         name, moments = names[id(parameter)], _moments(optimizer, parameter)
-        own[name] = moments
-        for moment in MOMENTS if name not in homes else ():
+        local[name] = moments
+        for moment in MOMENTS if name not in locations else ():
+            value = moments[moment]
             state[f"optim.{moment}.{name}"] = (
-                _whole(moments[moment], mesh) if name in experts else moments[moment]
+                _stacked_experts(value, device_mesh) if name in experts else value
             )
-        steps = state.setdefault("optim.step", moments["step"])
-        assert torch.equal(steps, moments["step"]), (
-            "parameters of one optimizer have stepped differently often"
+        step = state.setdefault("optim.step", moments["step"])
+        assert torch.equal(step, moments["step"]), (
+            "parameters of one optimizer have different step counts"
         )
-    for name, home in homes.items():
+    for name, location in locations.items():
         for moment in MOMENTS:
-            value = own[name][moment] if name in own else None
-            state[f"optim.{moment}.{name}"] = _at_home(value, home, mesh, _device_type(model))
+            own_value = local[name][moment] if name in local else None
+            state[f"optim.{moment}.{name}"] = _single_expert(own_value, location, mesh, device_type)
     return state
 
 
-def _trained_homes(model: nn.Module) -> dict[str, ExpertLocation]:
-    """Of a layer with experts of different shape either all are trained or none, and every rank has one of them."""
+def _trained_locations(model: nn.Module) -> dict[str, ExpertLocation]:
+    """Locate trained heterogeneous experts: a layer trains all or none, and every rank has one."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    layers = {name.rpartition(".experts.")[0] for name in frozen}
+    frozen_layers = {name.rpartition(".experts.")[0] for name in frozen}
     return {
-        name: home
-        for name, home in expert_locations(model).items()
-        if name.rpartition(".experts.")[0] not in layers
+        name: location
+        for name, location in expert_locations(model).items()
+        if name.rpartition(".experts.")[0] not in frozen_layers
     }
 
 
 def set_optimizer_step(optimizer: torch.optim.Optimizer, step: Tensor) -> None:
-    """Give every parameter the step count that was loaded into `optim.step`, each a tensor of its own."""
+    """Copy the loaded `optim.step` to every parameter, each as its own tensor."""
     for moments in optimizer.state.values():
         moments["step"] = step.detach().clone()
 
@@ -106,48 +114,54 @@ def _device_type(model: nn.Module) -> str:
     return next(model.parameters()).device.type
 
 
-def _mesh(topology: ParallelMesh, device: str) -> DeviceMesh | None:
-    """The picture of topology.py as torch's mesh, over the groups that are there already; turned, because experts are divided along
-    ep first and along edp after."""
-    if topology.ep_group is None:
+def _expert_device_mesh(mesh: ParallelMesh, device_type: str) -> DeviceMesh | None:
+    """The picture in mesh.py as torch's DeviceMesh, over the existing groups; None with EP = 1.
+
+    Transposed to (ep, edp), because experts are divided along ep first, then along edp.
+    """
+    if mesh.ep_group is None:
         return None
-    ranks = torch.arange(topology.world_size).view(topology.edp, topology.ep).T
-    if topology.edp_group is None:
+    ranks = torch.arange(mesh.world_size).view(mesh.edp, mesh.ep).T
+    if mesh.edp_group is None:
         return DeviceMesh.from_group(
-            topology.ep_group, device, ranks.flatten(), mesh_dim_names=("ep",)
+            mesh.ep_group, device_type, ranks.flatten(), mesh_dim_names=("ep",)
         )
     return DeviceMesh.from_group(
-        [topology.ep_group, topology.edp_group], device, ranks, mesh_dim_names=("ep", "edp")
+        [mesh.ep_group, mesh.edp_group], device_type, ranks, mesh_dim_names=("ep", "edp")
     )
 
 
-def _whole(experts: Tensor, mesh: DeviceMesh | None) -> Tensor:
-    """A rank's experts [e, ...] as their part of [E, ...]: split along ep; along edp as they are, equal or split."""
-    if mesh is None:
+def _stacked_experts(experts: Tensor, device_mesh: DeviceMesh | None) -> Tensor:
+    """A rank's experts [e, ...] as part of [E, ...]: sharded along ep, along edp as they are."""
+    if device_mesh is None:
         return experts
-    shape = torch.Size([experts.shape[0] * mesh.size(0), *experts.shape[1:]])
-    down = experts.placements if isinstance(experts, DTensor) else (Replicate(),)
-    placements = [Shard(0), *down][: mesh.ndim]
+    shape = torch.Size([experts.shape[0] * device_mesh.size(0), *experts.shape[1:]])
+    edp_placements = experts.placements if isinstance(experts, DTensor) else (Replicate(),)
+    placements = [Shard(0), *edp_placements][: device_mesh.ndim]
     stride = make_contiguous_strides_for(shape)
     return DTensor.from_local(
-        local_tensor(experts), mesh, placements, run_check=False, shape=shape, stride=stride
+        local_tensor(experts), device_mesh, placements, run_check=False, shape=shape, stride=stride
     )
 
 
-def _at_home(
-    value: Tensor | None, home: ExpertLocation, topology: ParallelMesh, device: str
+def _single_expert(
+    value: Tensor | None, location: ExpertLocation, mesh: ParallelMesh, device_type: str
 ) -> Tensor:
-    """One expert's matrix as it lies on its column of ranks: equal copies, or as FSDP2 has split it. `value` is None elsewhere.
+    """One expert's matrix on its column of ranks: replicated, or as FSDP2 has sharded it.
 
-    The mesh is a list of ranks and no communicator: where a checkpoint's pieces lie is all that is asked of it.
+    `value` is None on the other ranks. The mesh is a list of ranks without a communicator: a
+    checkpoint only asks which rank has which part.
     """
-    if topology.ep_group is None or isinstance(value, DTensor):
-        assert value is not None, "one rank of an EP group of one has every expert"
+    if mesh.ep_group is None or isinstance(value, DTensor):
+        assert value is not None, "with EP = 1 every rank has every expert"
         return value
-    column = list(range(home.ep_rank, topology.world_size, topology.ep))
-    mesh = DeviceMesh(device, column, mesh_dim_names=("edp",), _init_backend=False)
-    here = torch.empty(0, dtype=home.dtype, device=device) if value is None else local_tensor(value)
-    shape, stride = torch.Size(home.shape), make_contiguous_strides_for(home.shape)
+    column = list(range(location.ep_rank, mesh.world_size, mesh.ep))
+    device_mesh = DeviceMesh(device_type, column, mesh_dim_names=("edp",), _init_backend=False)
+    if value is None:
+        local = torch.empty(0, dtype=location.dtype, device=device_type)
+    else:
+        local = local_tensor(value)
+    shape, stride = torch.Size(location.shape), make_contiguous_strides_for(location.shape)
     return DTensor.from_local(
-        here, mesh, [Replicate()], run_check=False, shape=shape, stride=stride
+        local, device_mesh, [Replicate()], run_check=False, shape=shape, stride=stride
     )

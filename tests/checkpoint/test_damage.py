@@ -108,13 +108,13 @@ def pipe_shard(path: Path) -> None:
             lambda path: (path / "shard-00002-model-00001-of-00001.safetensors").write_bytes(b""),
             "shard-00002.* is extra",
         ),
-        (lambda path: (path / ".metadata").write_bytes(b"x"), r"'\.metadata', which is no name"),
-        (lambda path: (path / "sub").mkdir(), "sub is no regular file"),
+        (lambda path: (path / ".metadata").write_bytes(b"x"), r"'\.metadata', which is not a"),
+        (lambda path: (path / "sub").mkdir(), "sub is not a regular file"),
         (lambda path: (path / MANIFEST).write_bytes(b""), r"manifest\.json"),
         (remove_manifest, r"manifest\.json cannot be read"),
-        (link_shard, f"{SHARD} is no regular file"),
+        (link_shard, f"{SHARD} is not a regular file"),
         (link_manifest, r"manifest\.json"),
-        (pipe_shard, f"{SHARD} is no regular file"),
+        (pipe_shard, f"{SHARD} is not a regular file"),
         (pipe_manifest, r"manifest\.json"),
     ],
 )
@@ -143,7 +143,7 @@ def test_a_checkpoint_directory_that_is_a_link_or_was_renamed(path: Path) -> Non
     path.rename(path.with_name("step-00000300"))
     refused(
         path.with_name("step-00000300"),
-        "is of step 100, not of the step its directory is named after",
+        "is of step 100, not of the step in its directory's name",
     )
     path.symlink_to(path.with_name("step-00000300"))
     refused(path, "links are not followed")
@@ -281,7 +281,7 @@ def plant(
         (
             torch.ones(4, 3, dtype=torch.float64),
             [0, 0],
-            "'x' is F64 here and float32 in the manifest",
+            "'x' is float64 here and float32 in the manifest",
         ),
     ],
 )

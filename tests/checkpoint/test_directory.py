@@ -96,7 +96,7 @@ def test_checkpoints_of_which_none_is_whole_are_an_error(tmp_path: Path) -> None
     for path in make(tmp_path, 100, 200):
         flip(path)
     with pytest.raises(
-        CheckpointError, match=r"no checkpoint .* is whole: .*step-00000200.*step-00000100"
+        CheckpointError, match=r"no checkpoint .* is intact: .*step-00000200.*step-00000100"
     ):
         latest(tmp_path)
     with pytest.raises(CheckpointError, match="no checkpoint"):

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dmoe.checkpoint import dcp, find_latest, list_steps, load, save, verify
-from dmoe.checkpoint.validate import fingerprint
+from dmoe.checkpoint.consensus import fingerprint
 from dmoe.config.errors import CheckpointError
 from tests.checkpoint.experts import blank, mesh_of, same, sharded, whole
 from tests.ranks import run_ranks

@@ -64,7 +64,7 @@ def test_at_another_world_size_each_rank_keeps_its_own_and_says_so(tmp_path: Pat
     for world in (1, 3):
         for remark, untouched in run_ranks(world, elsewhere, tmp_path / "step-00000001"):
             assert untouched
-            assert f"random.cpu 2x{size} there, {world}x{size} here" in remark
+            assert f"random.cpu 2x{size} in the checkpoint, {world}x{size} here" in remark
 
 
 def test_a_checkpoint_without_random_state_is_no_error(tmp_path: Path) -> None:
@@ -83,6 +83,6 @@ def test_a_generator_that_one_of_the_two_lacks_is_named(tmp_path: Path) -> None:
     )
     expected = draw()
     remark = restore(path)
-    assert "random.cuda 1x16 there, not here" in remark
+    assert "random.cuda 1x16 in the checkpoint, absent here" in remark
     assert "random.cpu" not in remark
     assert (draw() == expected).all()

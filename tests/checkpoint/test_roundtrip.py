@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmoe.checkpoint import load, read_manifest, save
-from dmoe.checkpoint.tensor_entries import DTYPES
+from dmoe.checkpoint.validate import DTYPES
 from dmoe.config.errors import CheckpointError
 from tests.checkpoint.experts import blank, same, whole
 

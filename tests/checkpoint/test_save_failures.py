@@ -146,7 +146,7 @@ def test_a_writer_that_drops_a_tensor_without_an_error_is_caught(
 
 def test_a_whole_step_is_not_written_over_and_a_damaged_one_is(tmp_path: Path) -> None:
     path = save(tmp_path, 100, OLD, {})
-    with pytest.raises(CheckpointError, match="step-00000100 exists and is whole"):
+    with pytest.raises(CheckpointError, match="step-00000100 already exists and is intact"):
         save(tmp_path, 100, NEW, {})
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000100"]
     state = {"w": torch.zeros(6)}

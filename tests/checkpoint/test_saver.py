@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dmoe.checkpoint import AsyncSaver, list_steps, save_load, verify
-from dmoe.checkpoint.tensor_entries import local_tensor
+from dmoe.checkpoint.validate import local_tensor
 from dmoe.distributed import mesh
 from dmoe.distributed.init import set_timeouts
 from tests.checkpoint.experts import sharded, whole
@@ -126,7 +126,7 @@ def slow_disk(rank: int, world: int, root: Path) -> bool:
 
 
 def test_a_slow_disk_is_no_time_out(tmp_path: Path) -> None:
-    """`shorten_timeouts` is for the groups of a step: a rank that needs longer to write than that is not a dead one."""
+    """`set_timeouts` is for the groups of a step: a rank that needs longer to write is not dead."""
     assert run_ranks(2, slow_disk, tmp_path) == [True, True]
 
 
@@ -148,17 +148,17 @@ LEFT_BEHIND = """
 import sys, time, torch, torch.distributed as dist
 from pathlib import Path
 from datetime import timedelta
-from dmoe.distributed import topology
-from dmoe.checkpoint import Saver
+from dmoe.checkpoint import AsyncSaver
+from dmoe.distributed.mesh import build_mesh
 
 root, rank = Path(sys.argv[1]), int(sys.argv[2])
 dist.init_process_group("gloo", store=dist.FileStore(str(root / "store"), 2), rank=rank, world_size=2, timeout=timedelta(seconds=50))
-groups = topology.build(2, torch.device("cpu"), 50.0)
+mesh = build_mesh(2, torch.device("cpu"), 50.0)
 if rank == 1:
     time.sleep(60)
-saver = Saver(root / "checkpoints", 1, groups.checkpoint, True)
+saver = AsyncSaver(root / "checkpoints", 1, mesh.checkpoint_group, True)
 saver.save(1, {"w": torch.ones(3)}, {})
-saver.abandon(0.1)
+saver.drain(0.1)
 sys.exit(4)
 """
 

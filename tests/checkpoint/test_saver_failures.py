@@ -118,7 +118,7 @@ def test_a_broken_group_is_no_failed_save(tmp_path: Path, monkeypatch: pytest.Mo
 
     saver = AsyncSaver(tmp_path, 2, None, True)
     with monkeypatch.context() as patch:
-        patch.setattr(consensus.RankGroup, "_decide", broken)
+        patch.setattr(consensus.RankGroup, "_raise_if_any_failed", broken)
         saver.save(1, state_of(1.0), {})
         until_failed(saver)
         with pytest.raises(RuntimeError, match="closed by peer"):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dmoe.checkpoint import dcp
 from dmoe.checkpoint.dcp import Chunk, write_safetensors
-from dmoe.checkpoint.tensor_entries import DTYPES
+from dmoe.checkpoint.validate import DTYPES
 
 
 def every_kind() -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ def test_a_system_that_writes_less_than_it_was_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Linux writes at most 2 GiB in one call, a network file system often less."""
-    monkeypatch.setattr(dcp, "_SLICE", 7)
+    monkeypatch.setattr(dcp, "_MAX_WRITE_BYTES", 7)
     tensors = every_kind()
     write_safetensors(tmp_path / "file", pieces_of(tensors), {})
     assert all(

@@ -36,7 +36,7 @@ def trace(
     """Train `steps` steps and tell what was seen; the weights whole, gathered over the ranks."""
     here = worlds.init_distributed("cpu")
     data = open_data(config.data, config.train.seed)
-    engine = engines.build(config, here, data.tokenizer.vocab_size, dtype)
+    engine = engines.build_engine(config, here, data.tokenizer.vocab_size, dtype)
     seen = Trace([], [], [], [], [], [], {})
     for step in range(steps):
         rate = learning_rate(step, config.train.steps, config.optim)
@@ -46,8 +46,8 @@ def trace(
         seen.clips.append(result.clip_factor)
         for layer in result.totals.layers:
             seen.aux.append(layer.aux)
-            seen.choices.append(layer.choices)
-            seen.kept.append(layer.kept)
+            seen.choices.append(layer.choice_counts)
+            seen.kept.append(layer.kept_counts)
     for name, value in model_state(engine.model, engine.mesh).items():
         seen.weights[name] = (value.full_tensor() if isinstance(value, DTensor) else value).numpy()
     return seen

@@ -21,8 +21,8 @@ FAULTS = {
     "one row short": "sends",
     "one row long": "sends",
     "one exchange skipped": "rank 0 is at step 3, MoE layer 0",
-    "another width": "numbers of float",
-    "late": "has not come to step 3, MoE layer 0, dispatch",
+    "another width": "rows of 4 float32 values",
+    "late": "did not reach step 3, MoE layer 0, dispatch",
 }
 
 
@@ -46,7 +46,7 @@ def run_with(rank: int, world: int, fault: str) -> str:
 
 
 def _break(fault: str, layer: MoE) -> None:
-    route, move = layer.packed.route, ExpertGroup.all_to_all  # type: ignore[attr-defined]
+    route, move = layer.packed.expert_group, ExpertGroup.all_to_all  # type: ignore[attr-defined]
 
     def faulty(self: ExpertGroup, rows: Any, send: Any, receive: Any, operation: str) -> Any:
         if operation == "dispatch" and fault == "one exchange skipped":

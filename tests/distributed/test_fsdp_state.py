@@ -35,7 +35,7 @@ def continued(
 ) -> tuple[Arrays, Arrays]:
     """The state after loading `source`, and after `steps` more steps, which is saved at `target`."""
     here, data = worlds.init_distributed("cpu"), open_data(config.data, config.train.seed)
-    engine = engines.build(config, here, data.tokenizer.vocab_size, torch.float64)
+    engine = engines.build_engine(config, here, data.tokenizer.vocab_size, torch.float64)
     first = (
         0
         if source is None
@@ -114,7 +114,7 @@ class Seen:
 def between_steps(rank: int, world: int, config: Config) -> Seen:
     """Evaluate and generate before any step, train, evaluate and generate, train, evaluate."""
     here, data = worlds.init_distributed("cpu"), open_data(config.data, config.train.seed)
-    engine = engines.build(config, here, data.tokenizer.vocab_size, torch.float64)
+    engine = engines.build_engine(config, here, data.tokenizer.vocab_size, torch.float64)
     seen = Seen([], [], [])
     for step in range(3):
         seen.losses.append(evaluate(engine, data).loss)

@@ -16,7 +16,7 @@ from dmoe import MoE
 from dmoe.config.schema import BalanceConfig, CapacityConfig
 from dmoe.distributed import mesh as meshes
 from dmoe.distributed.expert_parallel import shard_experts
-from dmoe.moe.comm import NoComm
+from dmoe.moe.interfaces import NoComm
 from dmoe.moe.routing import TokenContext
 from tests.distributed.runs import trace
 from tests.distributed.test_equality import compare

@@ -22,7 +22,7 @@ from dmoe.distributed.expert_parallel import shard_experts
 from dmoe.moe.layer import MoE
 from dmoe.train import checkpointer
 from dmoe.train import engine as engines
-from dmoe.train.checkpoint_info import inspect
+from dmoe.train.checkpoint_info import inspect_checkpoint
 from dmoe.train.step import train_step, training_batches
 from dmoe.verify.capture import state_arrays
 from dmoe.verify.verify import Report, verify
@@ -131,7 +131,7 @@ def test_the_layer_alone(world: int, exchange: str) -> None:
 
 
 def engine_of(config: Config) -> engines.Engine:
-    return engines.build(config, worlds.init_distributed("cpu"), 256, torch.float64)
+    return engines.build_engine(config, worlds.init_distributed("cpu"), 256, torch.float64)
 
 
 def train_and_save(rank: int, world: int, config: Config, folder: Path) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def load_and_save(
     rank: int, world: int, config: Config, source: Path, folder: Path
 ) -> dict[str, Any]:
     engine = engine_of(config)
-    checkpointer.load(engine, source / "step-00000001")
+    checkpointer.load_training_state(engine, source / "step-00000001")
     save_load.save(
         folder, 1, checkpointer.training_state(engine), {}, group=engine.mesh.control_group
     )
@@ -176,7 +176,7 @@ def test_a_checkpoint_travels_from_two_ranks_to_one_to_three(tmp_path: Path, mod
         for name, value in written[0].items()
         if name.startswith("exp_avg.") and ".experts." in name
     )
-    found = inspect(tmp_path / "three" / "step-00000001")
+    found = inspect_checkpoint(tmp_path / "three" / "step-00000001")
     assert set(found.layers.values()) == {4}
     assert sorted(expert for shard in found.files for expert in shard.experts) == [0, 1, 2, 3], (
         "each on one rank alone"

@@ -31,14 +31,14 @@ from dmoe.distributed import init as worlds
 from dmoe.distributed.rank_failure import LivenessResponder, is_collective_failure, lost_rank_error
 
 operation, fault, victim, timeout = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-world = worlds.init_distributed("cpu", "gloo", 60.0)
+process = worlds.init_distributed("cpu", "gloo", 60.0)
 model = DistributedDataParallel(torch.nn.Linear(8, 8))
 
 def exchange():
     if operation == "all_reduce":
         dist.all_reduce(torch.ones(8))
     elif operation == "all_to_all":
-        dist.all_to_all_single(torch.empty(world.size), torch.ones(world.size))
+        dist.all_to_all_single(torch.empty(process.world_size), torch.ones(process.world_size))
     else:
         model(torch.ones(4, 8)).sum().backward()
 
@@ -46,11 +46,11 @@ exchange()
 worlds.set_timeouts([dist.group.WORLD], timeout)
 listener = LivenessResponder()
 dist.barrier()
-if world.rank == victim and fault == "late":
+if process.rank == victim and fault == "late":
     time.sleep(timeout + 2)
-elif world.rank == victim:
+elif process.rank == victim:
     os.kill(os.getpid(), getattr(signal, fault))
-elif world.rank == 2:
+elif process.rank == 2:
     time.sleep(0.9)
 began = time.monotonic()
 try:

@@ -40,7 +40,7 @@ def run_part(config: Config, folder: Path, resume: bool) -> tuple[Capture, list[
         open_data(config.data, config.train.seed),
         RunDir(folder),
     )
-    engine = engines.build(config, here, data.tokenizer.vocab_size)
+    engine = engines.build_engine(config, here, data.tokenizer.vocab_size)
     checkpoints = Checkpointer(engine, data, run, StepGuard(config.guard))
 
     def step(number: int) -> float:

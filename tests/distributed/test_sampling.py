@@ -13,7 +13,7 @@ from tests.tiny import VOCAB, tiny
 
 
 def sample(rank: int, world: int, config: Config) -> list[int]:
-    engine = engines.build(config, worlds.init_distributed("cpu"), VOCAB, torch.float64)
+    engine = engines.build_engine(config, worlds.init_distributed("cpu"), VOCAB, torch.float64)
     return generate(engine.model, [1, 2, 3, 4, 5, 6], 12, window=16, seed=3)
 
 
