@@ -1,24 +1,23 @@
-"""`guide:LANG`: Debian's installation guide in one of 19 languages: the same book, so what differs between two is the language.
+"""The Debian installation guide in 19 languages as a corpus: `guide:LANG`.
 
-The pages are those of the package installation-guide-amd64 (GPL-2): installed, or in the cache (guide_cache.py). A page is a
-document. A page that is held out in one language is held out in all, so that no model has read its translation, and all languages are
-tried on the same text.
+All editions are the same book, so two of them differ in the language only. The pages are those of
+the package installation-guide-amd64 (GPL-2), read from where the package is installed or from a
+cache. Each page is a document. A page that is held out in one language is held out in all of them,
+so no model has read its translation, and all languages are evaluated on the same text.
 
-Translations have gaps: up to a quarter of an edition's text is still English. A paragraph of more than 40 characters that the English
-edition has too is therefore left out of the others, and so is one that stood in the edition before (warnings that are repeated from
-chapter to chapter).
+Translations have gaps: up to a quarter of an edition is still English. A paragraph of more than 40
+characters that also occurs in the English edition is therefore left out of the others, and so is
+one that occurred earlier in the same edition (warnings repeated in each chapter).
 
-Where the installation guide lies: installed, in the cache, or fetched into the cache once.
+The cache is filled once, without root: `apt-get download` fetches the package from the configured
+archives, and `dpkg-deb -x` unpacks it. The complete pages are renamed into the cache, so a process
+that is killed before leaves no partial cache. Under torchrun every rank opens the data: the first
+one locks the cache and fetches, the others wait. On a file system without locks several ranks
+fetch, and the first rename counts.
 
-Fetching needs no root: `apt-get download` takes the package from the archives this machine is set up with, `dpkg-deb -x` unpacks it.
-The pages are renamed into the cache when they are whole, so a process that is killed on the way leaves nothing that looks like them.
-Under torchrun every rank opens the data: the first takes the cache's lock and fetches, the others wait for it. Where a file system has
-no locks, several fetch, and the first rename counts.
-
-HTML to paragraphs of plain text, with the standard library alone.
-
-What is no text of the page (head, scripts, styles, navigation) is dropped; a block tag ends a paragraph; white space is joined, except
-inside `pre`, where each line is a paragraph of its own.
+Pages are converted to paragraphs of plain text with the standard library: head, scripts, styles and
+navigation are dropped; a block tag ends a paragraph; white space is joined, except inside `pre`,
+where each line is a paragraph.
 """
 
 from __future__ import annotations
@@ -37,16 +36,26 @@ from dmoe.config.errors import ConfigError
 from dmoe.data.corpus import Document
 
 LANGUAGES = (
-    "ca", "cs", "da", "de", "el", "en", "es", "fr", "id", "it", "ja", "ko", "nl", "pt", "ro", "ru", "sv", "vi", "zh_CN",
+    "ca", "cs", "da", "de", "el", "en", "es", "fr", "id", "it",
+    "ja", "ko", "nl", "pt", "ro", "ru", "sv", "vi", "zh_CN",
 )  # fmt: skip
-_LONG = 40
-"""Characters up to which a paragraph may come again: headings, names of commands."""
+PACKAGE = "installation-guide-amd64"
+INSTALLED = Path("/usr/share/doc") / PACKAGE
+_MAX_REPEATED_CHARS = 40
+"""Longest paragraph that may be repeated: headings, names of commands."""
+_DOWNLOAD_SECONDS = 180
+_UNPACK_SECONDS = 60
+
+
+class GuideUnavailableError(Exception):
+    """The guide is not installed, not cached, and cannot be fetched; the text says why."""
 
 
 def read_guide(language: str, field: str) -> list[Document]:
-    """The pages of one language, in the order of their names; the domain is the language. A quarter of a second.
+    """Read the pages of one language, ordered by name; the domain is the language.
 
-    Raises ConfigError on `field`: no such language, or the guide is nowhere and cannot be fetched.
+    Takes a quarter of a second. Raises ConfigError on `field`: no such language, or the guide is
+    not available.
     """
     entry = f"guide:{language}"
     if language not in LANGUAGES:
@@ -59,7 +68,12 @@ def read_guide(language: str, field: str) -> list[Document]:
     try:
         root = guide_root()
         seen = (
-            {text for _, page in _pages(root, "en") for text in page if len(text) > _LONG}
+            {
+                text
+                for _, page in _pages(root, "en")
+                for text in page
+                if len(text) > _MAX_REPEATED_CHARS
+            }
             if language != "en"
             else set()
         )
@@ -79,7 +93,7 @@ def read_guide(language: str, field: str) -> list[Document]:
 
 
 def _pages(root: Path, language: str) -> Iterator[tuple[str, list[str]]]:
-    """(name, paragraphs) of each page."""
+    """Yield (name, paragraphs) of each page."""
     paths = sorted((root / language).glob("*.html"))
     if not paths:
         raise GuideUnavailableError(f"{root / language} holds no page of it")
@@ -88,12 +102,12 @@ def _pages(root: Path, language: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _document(language: str, name: str, page: list[str], seen: set[str]) -> Document:
-    """A page without the long paragraphs that were seen; its own are added to them."""
+    """Return a page without the long paragraphs in `seen`; add its own to them."""
     kept = []
     for text in page:
         if text not in seen:
             kept.append(text)
-        if len(text) > _LONG:
+        if len(text) > _MAX_REPEATED_CHARS:
             seen.add(text)
     return Document(
         "".join(f"{text}\n" for text in kept).encode(),
@@ -101,16 +115,6 @@ def _document(language: str, name: str, page: list[str], seen: set[str]) -> Docu
         language,
         f"guide:{name}".encode(),
     )
-
-
-PACKAGE = "installation-guide-amd64"
-INSTALLED = Path("/usr/share/doc") / PACKAGE
-_DOWNLOAD_SECONDS = 180
-_UNPACK_SECONDS = 60
-
-
-class GuideUnavailableError(Exception):
-    """The guide is nowhere and cannot be fetched; the text says why."""
 
 
 def guide_root() -> Path:
@@ -125,7 +129,8 @@ def guide_root() -> Path:
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with _locked(cached.parent / f"{PACKAGE}.lock"):
-            if not _is_guide(cached):  # another process has fetched it while this one waited
+            # Another process may have fetched it while this one waited.
+            if not _is_guide(cached):
                 _fetch(cached)
     except OSError as error:
         raise GuideUnavailableError(
@@ -135,10 +140,10 @@ def guide_root() -> Path:
 
 
 def cache_directory() -> Path:
-    """$XDG_CACHE_HOME/dmoe, or ~/.cache/dmoe."""
-    # The XDG specification: a relative path is invalid and is to be ignored.
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (given if given.is_absolute() else Path.home() / ".cache") / "dmoe"
+    """Return $XDG_CACHE_HOME/dmoe, or ~/.cache/dmoe."""
+    # XDG Base Directory specification: a relative path is invalid and must be ignored.
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "dmoe"
 
 
 def _is_guide(root: Path) -> bool:
@@ -147,9 +152,10 @@ def _is_guide(root: Path) -> bool:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the kernel's lock on a file; it ends with the process that holds it, however that process dies."""
+    """Hold an exclusive file lock; the kernel releases it when the process ends."""
     with path.open("a") as file:
-        with suppress(OSError):  # a file system without locks: see the module's docstring
+        # A file system without locks: see the module's docstring.
+        with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -164,61 +170,104 @@ def _fetch(target: Path) -> None:
         pages = Path(folder, "unpacked", "usr", "share", "doc", PACKAGE)
         if not _is_guide(pages):
             raise GuideUnavailableError(f"the package holds no page {pages.name}/en/index.html")
-        if (
-            target.exists()
-        ):  # what a person has left of it: not whole, or _fetch would not have been called
+        # An incomplete target: a complete one would not be fetched again.
+        if target.exists():
             shutil.rmtree(target)
         try:
             os.rename(pages, target)
         except OSError:
-            if not _is_guide(
-                target
-            ):  # else another process, on a file system without locks, was first
+            # On a file system without locks, another process may have been first.
+            if not _is_guide(target):
                 raise
 
 
 def _run(command: list[str], folder: str, seconds: int) -> None:
     try:
         done = subprocess.run(
-            command, cwd=folder, timeout=seconds, env={**os.environ, "LC_ALL": "C"}, stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
-        )  # fmt: skip
+            command,
+            cwd=folder,
+            timeout=seconds,
+            env={**os.environ, "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
     except FileNotFoundError as error:
         raise GuideUnavailableError(f"there is no {command[0]} here") from error
     except subprocess.TimeoutExpired as error:
         raise GuideUnavailableError(f"`{' '.join(command)}` took more than {seconds} s") from error
     if done.returncode:
-        said = done.stderr.decode("utf-8", "replace").strip().splitlines() or [
-            f"exit code {done.returncode}"
-        ]
-        raise GuideUnavailableError(f"`{' '.join(command)}` failed ({said[-1]})")
+        lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        reason = lines[-1] if lines else f"exit code {done.returncode}"
+        raise GuideUnavailableError(f"`{' '.join(command)}` failed ({reason})")
 
 
 _DROPPED = frozenset({"head", "script", "style", "nav"})
-_BLOCKS = frozenset((
-    "address", "article", "aside", "blockquote", "body", "br", "dd", "details", "div", "dl", "dt", "figcaption", "figure", "footer",
-    "form", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "html", "li", "main", "ol", "p", "pre", "section", "summary", "table",
-    "tbody", "td", "tfoot", "th", "thead", "tr", "ul",
-))  # fmt: skip
+_BLOCKS = frozenset(
+    [
+        "address",
+        "article",
+        "aside",
+        "blockquote",
+        "body",
+        "br",
+        "dd",
+        "details",
+        "div",
+        "dl",
+        "dt",
+        "figcaption",
+        "figure",
+        "footer",
+        "form",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "header",
+        "hr",
+        "html",
+        "li",
+        "main",
+        "ol",
+        "p",
+        "pre",
+        "section",
+        "summary",
+        "table",
+        "tbody",
+        "td",
+        "tfoot",
+        "th",
+        "thead",
+        "tr",
+        "ul",
+    ]
+)
 
 
 def html_paragraphs(html: str) -> list[str]:
-    """The paragraphs of a page, in order, none empty. Damaged HTML raises nothing: what can be read is read."""
-    reader = _Reader()
-    reader.feed(html)
-    reader.close()
-    reader.end_paragraph()
-    return reader.paragraphs
+    """Return the non-empty paragraphs of a page, in order. Damaged HTML raises no error."""
+    parser = _ParagraphParser()
+    parser.feed(html)
+    parser.close()
+    parser.end_paragraph()
+    return parser.paragraphs
 
 
-class _Reader(HTMLParser):
+class _ParagraphParser(HTMLParser):
+    """Collects the paragraphs of a page."""
+
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.paragraphs: list[str] = []
         self._open: list[str] = []
-        """The pieces of the paragraph that has not ended yet."""
+        """Text of the paragraph that has not ended yet."""
         self._dropping: list[str] = []
-        """The dropped element's tag, once for each element of that name that is open inside."""
+        """Tag of the dropped element, once per open element of that name inside it."""
         self._preformatted = False
 
     def end_paragraph(self) -> None:
@@ -231,7 +280,8 @@ class _Reader(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if self._dropping:
-            if tag == "body":  # a head may end without its end tag
+            # A head may end without its end tag.
+            if tag == "body":
                 self._dropping.clear()
             elif tag == self._dropping[0]:
                 self._dropping.append(tag)
@@ -259,5 +309,5 @@ class _Reader(HTMLParser):
 
 
 def _is_navigation(attrs: list[tuple[str, str | None]]) -> bool:
-    """DocBook's pages are older than the tag `nav`: theirs is a `div` of one of these classes."""
+    """Return whether a `div` is navigation: DocBook's pages do not use the tag `nav`."""
     return any(name == "class" and value in ("navheader", "navfooter") for name, value in attrs)

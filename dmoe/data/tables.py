@@ -1,28 +1,31 @@
-"""Tables of labelled samples in streams of their own width: what `train.task=classification` reads.
+"""Tables of labelled samples for `train.task=classification`.
 
-A sample is held out by a hash of its numbers, never by its place, and exact duplicates are removed first, as with documents
-(corpus.py). Its streams stand side by side in the order of `data.streams`. Order of training: order.py.
+A sample consists of streams (feature groups, `data.streams`) whose columns are concatenated in that
+order. A sample is held out by a hash of its values, never by its position, and exact duplicates are
+removed first, as with documents (corpus.py). The training order is that of order.py.
 
-Letters: N samples of a split, B of a batch, W width of all chosen streams.
+The streams of `sklearn:digits` (8 x 8 pixels, integers from 0 to 16) are fixed features; nothing is
+learned:
 
-Hand-made features of the digits of scikit-learn (8 x 8 pixels, whole numbers from 0 to 16): fixed formulas, nothing learned.
+- pixels   [64]  the pixels, row by row, over 16.
+- profiles [16]  the mean pixel of each row, then of each column, over 16.
+- strokes  [20]  per quadrant of 4 x 4 pixels (top left, top right, bottom left, bottom right) a
+  histogram of gradient directions (after Dalal and Triggs 2005). With gx = right - left neighbour
+  and gy = lower - upper neighbour (0 outside the image), and opposite directions being equal, bin
+  b = 0..3 sums |gx| + |gy| over the pixels whose gradient direction is between b * 45 and
+  (b + 1) * 45 degrees, over 64; the fifth bin counts the pixels without a gradient, over 16.
 
-pixels   [64]  the pixels, row by row, over 16.
-profiles [16]  the mean pixel of each row, then of each column, over 16.
-strokes  [20]  for each quadrant of 4 x 4 pixels (top left, top right, bottom left, bottom right) a histogram of gradient directions,
-               after Dalal and Triggs 2005. With gx = right - left neighbour and gy = lower - upper neighbour, 0 outside the image, and
-               a direction and its opposite being the same, bin b = 0..3 sums |gx| + |gy| over the quadrant's pixels whose gradient
-               points between b * 45 degrees and (b + 1) * 45, over 64; the fifth bin counts those without a gradient, over 16.
+Every sum is one of integers and every divisor a power of two, so the features have the same bits on
+every machine.
 
-Every sum is one of whole numbers and every divisor a power of two, so the features are the same bits on every machine.
-
-Letters: N samples, H height, W width.
+Letters: N samples of a split or images, B samples of a batch, W width of all chosen streams (of an
+image: its width), H height of an image.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,26 +40,34 @@ from dmoe.data.synthetic import ClusterDataset
 
 
 class SampleDataset(Protocol):
-    """One split of a table."""
+    """One split of a table: float features and a class per sample."""
 
     @property
     def num_sequences(self) -> int | None:
-        """How many samples there are; None if the stream is endless."""
+        """Number of samples; None if the dataset is endless."""
 
     def batch(
         self, step: int, first: int, count: int, global_batch: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Samples first .. first + count - 1 of a step, in the shuffled order, epoch after epoch: float32 [count, W], int64 [count].
+        """Return consecutive samples of one step, in shuffled order, epoch after epoch.
 
-        A function of its arguments and the seed alone: ranks ask for disjoint ranges of the same global batch.
+        A function of its arguments (those of `TokenDataset.batch`) and the seed alone.
+
+        Returns:
+            (features, classes): float32 [count, W], int64 [count].
         """
 
     def samples(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Samples first .. first + count - 1 as stored, for evaluation: float32 [count, W], int64 [count]. Never wraps."""
+        """Return samples in stored order, for evaluation: float32 [count, W], int64 [count].
+
+        Never wraps: the caller keeps first + count within `num_sequences`.
+        """
 
 
 @dataclass(frozen=True)
 class TableDataset:
+    """A `SampleDataset` in memory."""
+
     value_NW: np.ndarray
     class_N: np.ndarray
     seed: int
@@ -73,22 +84,23 @@ class TableDataset:
 
     def samples(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         assert 0 <= first <= first + count <= len(self.class_N), (
-            f"rows {first}+{count} of {len(self.class_N)}"
+            f"samples {first}+{count} of {len(self.class_N)}"
         )
         return self.value_NW[first : first + count], self.class_N[first : first + count]
 
 
 @dataclass(frozen=True)
 class TableSplits:
-    """Both splits, and a SHA-256 (hex) over the samples, the chosen streams and the hold-out."""
+    """The training and the held-out split of a table."""
 
     train: SampleDataset
     held_out: SampleDataset
     widths: dict[str, int]
-    """Of the chosen streams, in the order in which they stand side by side."""
+    """Width of each chosen stream, in the order of their columns."""
     domains: tuple[str, ...]
-    """Names of the classes."""
+    """Names of the classes: an evaluation reports each class as a domain."""
     fingerprint: str
+    """SHA-256 (hex) of the samples, the chosen streams and the hold-out."""
     summary: str
 
     @property
@@ -96,24 +108,25 @@ class TableSplits:
         return len(self.domains)
 
     def describe(self) -> str:
-        """One line: where the samples are from, how many, their streams, the fingerprint's first 12 digits."""
+        """Return one line: source, streams, samples, fingerprint (12 digits)."""
         return f"{self.summary}; fingerprint {self.fingerprint[:12]}"
 
 
 def stream_widths(config: DataConfig) -> dict[str, int]:
-    """The width of each chosen stream, without reading data. Raises ConfigError on data.source and data.streams."""
+    """Return the widths of the chosen streams by name; ConfigError on data.source, data.streams."""
     return selected_streams(config)
 
 
 def num_classes(config: DataConfig) -> int:
-    """The number of classes, without reading data. Raises ConfigError on data.source."""
+    """Return the number of classes, without reading data; ConfigError on data.source."""
     return len(table_spec(config).classes)
 
 
 def open_table(config: DataConfig, seed: int) -> TableSplits:
-    """Read the table that `data.source` names. `seed` decides the order of training samples (and what synthetic ones are).
+    """Read the table that `data.source` names.
 
-    Raises ConfigError on the field of data.* that cannot work; for sklearn:NAME also where scikit-learn is not installed.
+    `seed` decides the order of training samples, and the content of synthetic ones. Raises
+    ConfigError on the field of data.* that cannot work, and if scikit-learn is needed but missing.
     """
     widths, names = selected_streams(config), table_spec(config).classes
     if config.source == "synthetic:clusters":
@@ -129,24 +142,27 @@ def open_table(config: DataConfig, seed: int) -> TableSplits:
     train, held_out = (
         TableDataset(value_NW[side], class_N[side], seed) for side in (train_N, ~train_N)
     )
-    fingerprint = _sha256(
-        config.source,
-        list(widths),
-        config.holdout,
-        _bytes(raw_NW),
-        _bytes(class_N.astype(np.float64)),
-    )
+    content = _bytes(raw_NW), _bytes(class_N.astype(np.float64))
+    fingerprint = _sha256(config.source, list(widths), config.holdout, *content)
     duplicates = f"; {removed} exact duplicates removed" if removed else ""
-    summary = f"{_describe_source(config.source, widths, names)}; {train_N.sum():,} training and {(~train_N).sum():,} held-out samples{duplicates}"
+    summary = (
+        f"{_describe_source(config.source, widths, names)}; {train_N.sum():,} training and "
+        f"{(~train_N).sum():,} held-out samples{duplicates}"
+    )
     return TableSplits(train, held_out, widths, names, fingerprint, summary)
 
 
 def _open_clusters(
     config: DataConfig, seed: int, widths: dict[str, int], names: tuple[str, ...]
 ) -> TableSplits:
-    there = [name for name, width in table_spec(config).streams.items() for _ in range(width)]
+    stream_of_column = [
+        name for name, width in table_spec(config).streams.items() for _ in range(width)
+    ]
     columns = tuple(
-        column for name in widths for column, owner in enumerate(there) if owner == name
+        column
+        for name in widths
+        for column, stream in enumerate(stream_of_column)
+        if stream == name
     )
     train, held_out = (
         ClusterDataset(columns, len(names), seed, split) for split in ("train", "held_out")
@@ -158,7 +174,11 @@ def _open_clusters(
 
 
 def _read(source: str) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Numbers as they are [N, X], which say what is a duplicate and who is held out; classes [N]; and each stream [N, its width]."""
+    """Load a scikit-learn data set.
+
+    Returns the raw values [N, X], which decide duplicates and the split; the classes [N]; and each
+    stream by name [N, its width].
+    """
     try:
         from sklearn import datasets
     except ImportError as error:
@@ -168,29 +188,32 @@ def _read(source: str) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
             "needs scikit-learn, which is not installed",
             "pip install scikit-learn",
         ) from error
-    found = getattr(datasets, f"load_{source.removeprefix('sklearn:')}")()
-    raw_NW = np.asarray(found.data, dtype=np.float64)
+    loaded = getattr(datasets, f"load_{source.removeprefix('sklearn:')}")()
+    raw_NW = np.asarray(loaded.data, dtype=np.float64)
     if source == "sklearn:digits":
-        streams = {name: feature(found.images) for name, feature in DIGIT_FEATURES.items()}
+        streams = {name: feature(loaded.images) for name, feature in DIGIT_FEATURES.items()}
     else:
         streams = {"features": raw_NW}
-    return raw_NW, found.target, streams
+    return raw_NW, loaded.target, streams
 
 
 def _unique_indices(raw_NW: np.ndarray) -> np.ndarray:
-    """int64: the places of the first of each content."""
+    """Return the index of the first occurrence of each distinct row: int64."""
     first: dict[bytes, int] = {}
-    for place, row in enumerate(raw_NW):
-        first.setdefault(_bytes(row), place)
+    for index, row in enumerate(raw_NW):
+        first.setdefault(_bytes(row), index)
     return np.array(list(first.values()), dtype=np.int64)
 
 
 def _train_mask(raw_NW: np.ndarray, holdout: float) -> np.ndarray:
-    """bool [N]: which samples are not held out."""
+    """Return True for training samples, False for held-out ones: bool [N]."""
     train_N = np.array([holdout_hash(_bytes(row)) >= holdout for row in raw_NW])
     if train_N.all() or not train_N.any():
         side = "no" if train_N.all() else "every"
-        allowed = f"must leave samples to both sides, but by its hash {side} one of {len(train_N)} is held out"
+        allowed = (
+            "must leave samples to both sides, "
+            f"but by its hash {side} one of {len(train_N)} is held out"
+        )
         raise ConfigError("data.holdout", holdout, allowed, "set data.holdout=0.2")
     return train_N
 
@@ -198,7 +221,10 @@ def _train_mask(raw_NW: np.ndarray, holdout: float) -> np.ndarray:
 def _standardize(
     streams: dict[str, np.ndarray], name: str, kept_N: np.ndarray, train_N: np.ndarray
 ) -> np.ndarray:
-    """The stream, `features` with the mean and the deviation of the training split taken out; the others have a scale of their own."""
+    """Return a stream's values; `features` are standardized by the training split.
+
+    The features of digits have a fixed scale and are returned unchanged.
+    """
     value_NW: np.ndarray = streams[name][kept_N]
     if name != "features":
         return value_NW
@@ -212,50 +238,52 @@ def _describe_source(source: str, widths: dict[str, int], names: tuple[str, ...]
 
 
 def _bytes(value: np.ndarray) -> bytes:
-    """The same on every machine, whatever its byte order."""
+    """Return little-endian float64 bytes, the same on every machine."""
     content: bytes = value.astype("<f8").tobytes()
     return content
 
 
 def _sha256(*parts: object) -> str:
-    whole: Iterable[bytes] = (
-        part if isinstance(part, bytes) else str(part).encode() for part in parts
-    )
-    return hashlib.sha256(b"\0".join([b"dmoe table 1", *whole])).hexdigest()
+    encoded = (part if isinstance(part, bytes) else str(part).encode() for part in parts)
+    return hashlib.sha256(b"\0".join([b"dmoe table 1", *encoded])).hexdigest()
 
 
 SIDE, QUADRANT, BINS = 8, 4, 5
+"""Pixels per side of an image and of a quadrant; bins per histogram."""
 
 
 def pixels(image_NHW: np.ndarray) -> np.ndarray:
-    """float64 [N, 64]."""
+    """Return the pixels of images [N, 8, 8]: float64 [N, 64]."""
     return image_NHW.reshape(len(image_NHW), SIDE * SIDE) / 16.0
 
 
 def profiles(image_NHW: np.ndarray) -> np.ndarray:
-    """float64 [N, 16]."""
+    """Return the mean pixel of each row and column: float64 [N, 16]."""
     return np.concatenate([image_NHW.sum(2), image_NHW.sum(1)], 1) / (16.0 * SIDE)
 
 
 def strokes(image_NHW: np.ndarray) -> np.ndarray:
-    """float64 [N, 20]."""
-    edge_NHW = np.pad(image_NHW.astype(np.int64), ((0, 0), (1, 1), (1, 1)))
-    right_NHW = edge_NHW[:, 1:-1, 2:] - edge_NHW[:, 1:-1, :-2]
-    down_NHW = edge_NHW[:, 2:, 1:-1] - edge_NHW[:, :-2, 1:-1]
-    size_NHW = abs(right_NHW) + abs(down_NHW)
-    bin_NHW = _direction(right_NHW, down_NHW)
-    histogram = [np.where(bin_NHW == b, size_NHW, 0) / 64.0 for b in range(BINS - 1)]
-    histogram.append((size_NHW == 0) / 16.0)
-    each_NHWB = np.stack(histogram, -1)
+    """Return histograms of gradient directions by quadrant: float64 [N, 20]."""
+    padded_NHW = np.pad(image_NHW.astype(np.int64), ((0, 0), (1, 1), (1, 1)))
+    gx_NHW = padded_NHW[:, 1:-1, 2:] - padded_NHW[:, 1:-1, :-2]
+    gy_NHW = padded_NHW[:, 2:, 1:-1] - padded_NHW[:, :-2, 1:-1]
+    magnitude_NHW = abs(gx_NHW) + abs(gy_NHW)
+    bin_NHW = _direction(gx_NHW, gy_NHW)
+    histogram = [np.where(bin_NHW == b, magnitude_NHW, 0) / 64.0 for b in range(BINS - 1)]
+    histogram.append((magnitude_NHW == 0) / 16.0)
+    histogram_NHWB = np.stack(histogram, -1)
     parts = SIDE // QUADRANT
-    quadrant_NABB = each_NHWB.reshape(-1, parts, QUADRANT, parts, QUADRANT, BINS).sum((2, 4))
-    return np.asarray(quadrant_NABB.reshape(-1, parts * parts * BINS))
+    sum_NQQB = histogram_NHWB.reshape(-1, parts, QUADRANT, parts, QUADRANT, BINS).sum((2, 4))
+    return np.asarray(sum_NQQB.reshape(-1, parts * parts * BINS))
 
 
 def _direction(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """floor(angle / 45 degrees) of vectors of whole numbers, 0 to 3 after opposite ones are made one. No arctan2: it rounds."""
-    turned = (y < 0) | ((y == 0) & (x < 0))
-    x, y = np.where(turned, -x, x), np.where(turned, -y, y)
+    """Return floor(angle / 45 degrees) of integer vectors, 0 to 3; opposite vectors are equal.
+
+    Without arctan2, which rounds.
+    """
+    opposite = (y < 0) | ((y == 0) & (x < 0))
+    x, y = np.where(opposite, -x, x), np.where(opposite, -y, y)
     upper = x <= 0
     x, y = np.where(upper, y, x), np.where(upper, -x, y)
     return np.asarray(2 * upper + (y >= x))
@@ -266,4 +294,4 @@ DIGIT_FEATURES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "profiles": profiles,
     "strokes": strokes,
 }
-"""Each stream of sklearn:digits, from its images [N, 8, 8]."""
+"""Streams of sklearn:digits by name: functions of its images [N, 8, 8]."""

@@ -1,4 +1,12 @@
-"""."""
+"""Tokenizers: the protocol, the byte tokenizer, and the table of byte strings behind every kind.
+
+All kinds are byte-level: each token stands for a fixed byte string, and the strings of a text's
+tokens, concatenated, are the text. This makes bits per byte exact. A NUL byte in a text is removed
+before encoding; the place of NUL in a byte vocabulary is used for the document separator (kinds
+bytes and tiktoken), so a vocabulary of 256 entries really has 256 entries.
+"""
+
+from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
@@ -12,8 +20,6 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 
 _ALLOWED = "must be bytes, a tokenizers .json file, a .tiktoken rank file or Mistral's tekken.json"
-
-
 _REPLACEMENT = "\ufffd".encode()
 
 
@@ -22,7 +28,7 @@ class Tokenizer(Protocol):
 
     @property
     def name(self) -> str:
-        """For people: the kind, and the file it came from."""
+        """Name for messages: the kind, and the file it was read from."""
 
     @property
     def vocab_size(self) -> int:
@@ -30,28 +36,32 @@ class Tokenizer(Protocol):
 
     @property
     def separator(self) -> int:
-        """The id that stands between documents; encode never returns it."""
+        """Id between documents; `encode` never returns it."""
 
     @property
     def token_bytes(self) -> np.ndarray:
-        """int64 [vocab_size]: UTF-8 bytes each token stands for, 0 for special tokens and the separator."""
+        """UTF-8 bytes per token, 0 for special tokens and the separator: int64 [vocab_size]."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of everything that decides the ids."""
+        """SHA-256 (hex) of everything that determines the ids."""
 
     def encode(self, data: bytes) -> np.ndarray:
-        """The ids of a text, int64 [n], without separators. NUL bytes are removed first."""
+        """Return the ids of a text without separators: int64 [n]. NUL bytes are removed first."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; special tokens give nothing, what is not valid UTF-8 gives U+FFFD. Never raises."""
+        """Return the text of ids; special tokens give nothing, invalid UTF-8 gives U+FFFD.
+
+        Never raises.
+        """
 
 
 @dataclass(frozen=True, eq=False)
 class ByteLevelTokenizer:
-    """A byte-level tokenizer, given by the bytes of each token and a function from bytes to ids.
+    """A tokenizer defined by the bytes of each token and a function from bytes to ids.
 
-    `pieces[i]` is what token i stands for, b"" for a special token. `encoder` is called with bytes that hold no NUL.
+    `pieces[i]` are the bytes of token i, b"" for a special token. `encoder` is called with bytes
+    that contain no NUL.
     """
 
     name: str
@@ -73,11 +83,11 @@ class ByteLevelTokenizer:
         return len(self.pieces)
 
     def encode(self, data: bytes) -> np.ndarray:
-        """The ids of a text, int64 [n], without separators. NUL bytes are removed first."""
+        """Return the ids of a text without separators: int64 [n]. NUL bytes are removed first."""
         return self.encoder(data.replace(b"\0", b""))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; special tokens give nothing, invalid UTF-8 and unknown ids give U+FFFD."""
+        """Return the text of ids; invalid UTF-8 and unknown ids give U+FFFD."""
         size = len(self.pieces)
         return b"".join(
             self.pieces[i] if 0 <= i < size else _REPLACEMENT for i in map(int, ids)
@@ -85,7 +95,7 @@ class ByteLevelTokenizer:
 
 
 def byte_tokenizer() -> ByteLevelTokenizer:
-    """Every byte is a token; the vocabulary is exactly 256, the separator is 0. Text that is not UTF-8 is kept as it is."""
+    """Return the byte tokenizer: 256 ids, separator 0. Text that is not UTF-8 is preserved."""
     return ByteLevelTokenizer(
         name="bytes",
         pieces=(b"", *(bytes([value]) for value in range(1, 256))),
@@ -96,19 +106,21 @@ def byte_tokenizer() -> ByteLevelTokenizer:
 
 
 def open_tokenizer(config: DataConfig) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names.
+    """Open the tokenizer that `data.tokenizer` names.
 
-    Raises ConfigError on data.tokenizer (unknown, missing, damaged, or not byte-level) and on data.tokenizer_vocab (out of
-    range, or given for a kind whose vocabulary cannot be cut).
+    Raises ConfigError on data.tokenizer (unknown, missing, damaged, or not byte-level) and on
+    data.tokenizer_vocab (out of range, or set for a kind whose vocabulary cannot be reduced).
     """
     is_rank_file = config.tokenizer.endswith(".tiktoken") or Path(config.tokenizer).name.startswith(
         "tekken"
     )
     if config.tokenizer_vocab is not None and not is_rank_file:
         raise ConfigError(
-            "data.tokenizer_vocab", config.tokenizer_vocab, f"cannot cut the vocabulary of data.tokenizer={config.tokenizer}",
+            "data.tokenizer_vocab",
+            config.tokenizer_vocab,
+            f"cannot cut the vocabulary of data.tokenizer={config.tokenizer}",
             "set data.tokenizer_vocab=null, or use a tiktoken rank file",
-        )  # fmt: skip
+        )
     if config.tokenizer == "bytes":
         return byte_tokenizer()
     if is_rank_file:
@@ -123,7 +135,7 @@ def open_tokenizer(config: DataConfig) -> Tokenizer:
 
 
 def read_tokenizer_file(path: str) -> bytes:
-    """The content of a tokenizer file, or a ConfigError on data.tokenizer."""
+    """Return the content of a tokenizer file; ConfigError on data.tokenizer if unreadable."""
     try:
         return Path(path).expanduser().read_bytes()
     except OSError as error:
@@ -136,5 +148,5 @@ def read_tokenizer_file(path: str) -> bytes:
 
 
 def decode_utf8(data: bytes) -> str:
-    """The text that a tokenizer which works on characters sees: bytes that are not UTF-8 become U+FFFD (3 bytes each)."""
+    """Decode text for a tokenizer of characters; invalid bytes become U+FFFD (3 bytes each)."""
     return data.decode("utf-8", "replace")

@@ -1,9 +1,10 @@
-"""Tokenizers in Hugging Face's tokenizer.json form, as far as they are byte-level (GPT-2, Llama 3, Qwen, OLMo, SmolLM, ...).
+"""Byte-level tokenizers in Hugging Face's tokenizer.json format (GPT-2, Llama 3, Qwen, OLMo, ...).
 
-A byte-level vocabulary writes each byte as a printable character; undoing that alphabet gives the exact bytes of each token.
-Other kinds (WordPiece, Unigram or BPE on the metaspace character) normalise or pad the text, so their tokens have no fixed
-bytes and bits per byte would be wrong: they are refused. A probe text proves losslessness at start instead of trusting the
-file's settings.
+A byte-level vocabulary writes each byte as a printable character; inverting that alphabet gives the
+exact bytes of each token. Other kinds (WordPiece, Unigram, or BPE on the metaspace character)
+normalize or pad the text, so their tokens have no fixed bytes and bits per byte would be wrong:
+they are refused. A probe text verifies at start that encoding is lossless, instead of trusting the
+settings in the file.
 """
 
 from __future__ import annotations
@@ -19,29 +20,31 @@ from dmoe.data.tokenizers import ByteLevelTokenizer, decode_utf8, read_tokenizer
 
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>")
 _PROBE = (
-    "Probe: tabs\t\tand  spaces,\r\n\n    42 x 3.14 _CamelCase_ it's don't na\u00efve caf\u00e9 Gr\u00f6\u00dfe "
+    "Probe: tabs\t\tand  spaces,\r\n\n    42 x 3.14 _CamelCase_ it's don't "
+    "na\u00efve caf\u00e9 Gr\u00f6\u00dfe "
     "\u4e2d\u6587 \u0440\u0443 \u05d0 \U0001f600 \ufb01 \u00a0 end "
 )
 
 
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet: the printable character that stands for each of the 256 bytes."""
+    """Return GPT-2's alphabet: the byte of each of its 256 printable characters."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
         *range(ord("®"), ord("ÿ") + 1),
     ]
-    others = [value for value in range(256) if value not in set(printable)]
+    other = [value for value in range(256) if value not in set(printable)]
     return {chr(value): value for value in printable} | {
-        chr(256 + i): value for i, value in enumerate(others)
+        chr(256 + i): value for i, value in enumerate(other)
     }
 
 
 def open_tokenizers_json(path: str) -> ByteLevelTokenizer:
-    """A tokenizer from a byte-level tokenizer.json.
+    """Open a byte-level tokenizer.json.
 
-    The separator is the file's end-of-text token, or one more id after the last when it has none. Special tokens written out
-    in a text are encoded as that text, never as the special token. Raises ConfigError on data.tokenizer.
+    The separator is the file's end-of-text token, or an additional id after the last if there is
+    none. The name of a special token in a text is encoded as text, never as the special token.
+    Raises ConfigError on data.tokenizer.
     """
     content = read_tokenizer_file(path)
     tokenizer = _load(path, content)
@@ -76,15 +79,16 @@ def _load(path: str, content: bytes) -> Any:
         ) from error
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the package raises bare Exception on a bad file
+    # The package raises bare Exception on a bad file.
+    except Exception as error:
         raise _refused(path, f"the package tokenizers cannot read it ({error})") from error
     if getattr(tokenizer.model, "dropout", None):
         raise _refused(
             path,
             "it asks for dropout of merges, so the same text would give other tokens each time",
         )
-    # A file may ask for truncation to a model's context, padding, or recognition of special tokens inside text; a corpus wants
-    # none.
+    # A file may set truncation to a model's context, padding, or recognition of special tokens in
+    # the text. A corpus needs none of them.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -92,7 +96,7 @@ def _load(path: str, content: bytes) -> Any:
 
 
 def _pieces(path: str, tokenizer: Any) -> tuple[tuple[bytes, ...], int]:
-    """The bytes of each id, b"" for special tokens and unused ids; and the separator's id."""
+    """Return the bytes of each id, b"" for special tokens and unused ids; and the separator."""
     alphabet = byte_alphabet()
     vocab: dict[str, int] = tokenizer.get_vocab(with_added_tokens=False)
     added: dict[int, Any] = tokenizer.get_added_tokens_decoder()
@@ -122,6 +126,9 @@ def _pieces(path: str, tokenizer: Any) -> tuple[tuple[bytes, ...], int]:
 
 def _refused(path: str, reason: str) -> ConfigError:
     return ConfigError(
-        "data.tokenizer", path, f"must be a lossless byte-level BPE, but {reason}",
-        "use bytes, or train one with initial_alphabet=ByteLevel.alphabet() and add_prefix_space=False",
-    )  # fmt: skip
+        "data.tokenizer",
+        path,
+        f"must be a lossless byte-level BPE, but {reason}",
+        "use bytes, or train one with initial_alphabet=ByteLevel.alphabet() "
+        "and add_prefix_space=False",
+    )

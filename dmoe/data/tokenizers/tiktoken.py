@@ -1,8 +1,9 @@
-"""Byte-pair encodings in tiktoken's form: a list of byte strings in the order in which they were merged.
+"""Byte-pair encodings in tiktoken's format: a list of byte strings in the order of their merges.
 
-The first n ranks of such a list are themselves a valid encoding for any n that holds the 256 single bytes, because a merge only
-needs merges of lower rank. So `data.tokenizer_vocab` cuts a large vocabulary to one that fits a small model.
-The separator takes the place of the NUL byte, which is never encoded; vocab_size is exactly the number of ranks kept.
+The first n ranks of such a list are a valid encoding for any n that includes the 256 single bytes,
+because a merge only needs merges of lower rank. `data.tokenizer_vocab` therefore reduces a large
+vocabulary to one that fits a small model. The separator takes the place of the NUL byte, which is
+never encoded; vocab_size is exactly the number of ranks kept.
 """
 
 from __future__ import annotations
@@ -21,19 +22,24 @@ import numpy as np
 from dmoe.config.errors import ConfigError
 from dmoe.data.tokenizers import ByteLevelTokenizer, decode_utf8, read_tokenizer_file
 
-_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CL100K = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+# Patterns that split text into words before merging, of tiktoken's encodings.
+_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _O200K = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]*[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]+{_CONTRACTION}"
-    rf"|[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]+[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]*{_CONTRACTION}"
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# A .tiktoken file does not hold the pattern that cuts text into words before merging; the name of the file is all there is to
-# go by.
-_PATTERN_OF = {
-    "r50k_base": _WORDS,
-    "p50k_base": _WORDS,
+# A .tiktoken file does not contain its pattern; only the name of the file identifies it.
+_PATTERNS = {
+    "r50k_base": _GPT2,
+    "p50k_base": _GPT2,
     "cl100k_base": _CL100K,
     "o200k_base": _O200K,
 }
@@ -42,17 +48,18 @@ _LONG_RUN = re.compile(rf"\s{{{_LONGEST_RUN}}}|\S{{{_LONGEST_RUN}}}")
 
 
 def open_rank_file(path: str, vocab: int | None) -> ByteLevelTokenizer:
-    """A tokenizer from a .tiktoken file (base64 and rank a line) or a tekken.json.
+    """Open a .tiktoken file (base64 and rank per line) or a tekken.json.
 
-    `vocab` keeps the first so many ranks; None keeps all of a .tiktoken file, and the number a tekken.json declares. A
-    .tiktoken file of an unknown name is cut into words like cl100k (its `name` says so): lossless, but the tokens may differ
-    from those of the model it belongs to. Raises ConfigError on data.tokenizer and data.tokenizer_vocab.
+    `vocab` is the number of ranks kept; None keeps all ranks of a .tiktoken file, and the number
+    that a tekken.json declares. For a .tiktoken file of an unknown name, text is split into words
+    as in cl100k (its `name` says so): lossless, but the tokens may differ from those of the model
+    it belongs to. Raises ConfigError on data.tokenizer and data.tokenizer_vocab.
     """
     content = read_tokenizer_file(path)
     if path.endswith(".tiktoken"):
         stem = Path(path).stem
-        split = stem if stem in _PATTERN_OF else "cl100k_base"
-        ranks, pattern, default = _parse_tiktoken(path, content), _PATTERN_OF[split], None
+        split = stem if stem in _PATTERNS else "cl100k_base"
+        ranks, pattern, default = _parse_tiktoken(path, content), _PATTERNS[split], None
     else:
         ranks, pattern, default = _parse_tekken(path, content)
         split = "its own"
@@ -98,20 +105,21 @@ def _parse_tekken(path: str, content: bytes) -> tuple[dict[int, bytes], str, int
 def _first_ranks(
     path: str, ranks: dict[int, bytes], vocab: int | None, default: int | None
 ) -> list[bytes]:
-    """The tokens of rank 0 .. n - 1, after checking that they are an encoding of any text."""
+    """Return the tokens of rank 0 .. n - 1; check that they can encode any text."""
     available = next(rank for rank in range(len(ranks) + 1) if rank not in ranks)
-    size = (
-        vocab
-        if vocab is not None
-        else default
-        if default is not None
-        else max(available, len(ranks))
-    )
+    size = vocab if vocab is not None else default
+    if size is None:
+        size = max(available, len(ranks))
     if size > available or size < 256:
+        fix = "use a whole byte-level rank file"
+        if available >= 256:
+            fix = f"set data.tokenizer_vocab={available}"
         raise ConfigError(
-            "data.tokenizer_vocab", size, f"must be between 256 and the {available} consecutive ranks that {path} holds",
-            f"set data.tokenizer_vocab={available}" if available >= 256 else "use a whole byte-level rank file",
-        )  # fmt: skip
+            "data.tokenizer_vocab",
+            size,
+            f"must be between 256 and the {available} consecutive ranks that {path} holds",
+            fix,
+        )
     kept = [ranks[rank] for rank in range(size)]
     missing = {bytes([value]) for value in range(256)} - set(kept)
     if missing:
@@ -142,23 +150,28 @@ def _encoder(path: str, kept: list[bytes], pattern: str) -> Callable[[bytes], np
 
     def encode(data: bytes) -> np.ndarray:
         return np.array(
-            [i for piece in _cut_runs(decode_utf8(data)) for i in encoding.encode_ordinary(piece)],
+            [
+                i
+                for piece in _split_long_runs(decode_utf8(data))
+                for i in encoding.encode_ordinary(piece)
+            ],
             dtype=np.int64,
         )
 
     return encode
 
 
-def _cut_runs(text: str) -> Iterator[str]:
-    """The text, cut inside runs of white space or of anything else that are longer than _LONGEST_RUN characters.
+def _split_long_runs(text: str) -> Iterator[str]:
+    """Split the text inside runs of white space, or of other characters, over _LONGEST_RUN long.
 
-    tiktoken's regular expressions backtrack over such a run and overflow their stack at about a million characters.
+    tiktoken's regular expressions backtrack over such a run, and their stack overflows at about a
+    million characters.
     """
-    begin = 0
+    start = 0
     for run in _LONG_RUN.finditer(text):
-        yield text[begin : run.end()]
-        begin = run.end()
-    yield text[begin:]
+        yield text[start : run.end()]
+        start = run.end()
+    yield text[start:]
 
 
 def _fingerprint(kept: list[bytes], pattern: str) -> str:
