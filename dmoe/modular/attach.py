@@ -23,11 +23,11 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.schema import BalanceConfig
 from dmoe.modular.aggregation import Aggregation, WeightedSum
 from dmoe.modular.banks.base import AdapterBank
-from dmoe.modular.layer import EMPTY_CONTEXT, AdapterLayer, register_hooks
+from dmoe.modular.layer import AdapterLayer, register_hooks
 from dmoe.modular.routing import RouterMaker
 from dmoe.moe.experts import FeedForward
 from dmoe.moe.layer import MoE
-from dmoe.moe.routing import TokenContext
+from dmoe.moe.routing import EMPTY_CONTEXT, TokenContext
 
 CHILD = "modular"
 """Name of the child that holds the adapter layer. Paths that contain it are not base model."""

@@ -21,7 +21,7 @@ from dmoe.modular import (
 )
 from dmoe.modular.aggregation import Attention, Concat, Gated, Mean
 from dmoe.modular.aggregation.fixed import sequence_weights
-from dmoe.moe.routing import TokenContext
+from dmoe.moe.routing import BatchShape, TokenContext, dropless_plan
 from dmoe.verify.naive.modular import contribution_reference
 from tests.modular.nets import D, M, O, drawn, randomize
 
@@ -74,8 +74,9 @@ def test_each_way_equals_one_token_at_a_time(kind: str, aggregation: str, router
             else:
                 y = nn.functional.linear(x, linear.weight, linear.bias)
                 rows = (x if layer.experts.input_kind == "input" else y).flatten(0, 1)
-                routing = layer.router(rows, layer.with_shapes(2, 8))
-                contribution = contribution_reference(layer, rows, rows, routing, 2).view(2, 4, O)
+                routing = layer.router(rows, layer.per_token_context(2, 8), BatchShape(2))
+                plan = dropless_plan(routing)
+                contribution = contribution_reference(layer, rows, rows, plan, 2).view(2, 4, O)
         (contribution.sin().sum() + 0 * sum(p.sum() for p in linear.parameters())).backward()
         results.append(
             {
@@ -117,7 +118,8 @@ def test_two_streams_are_a_sigmoid_gate() -> None:
     layer = attach(linear, "", partial(BANKS["low_rank"], 2), constant(1.0, 1.0), Gated)[""]
     randomize(linear)
     x = drawn(5, D)
-    a, b = layer.per_choice_outputs(x, layer.router(x, TokenContext())).unbind(1)
+    plan = dropless_plan(layer.router(x, TokenContext()))
+    a, b = layer.per_choice_outputs(x, plan).unbind(1)
     gate = torch.sigmoid(torch.cat([a, b], 1) @ layer.aggregation.gate + layer.aggregation.bias)
     expected = gate * a + (1 - gate) * b
     torch.testing.assert_close(
@@ -159,4 +161,4 @@ def test_a_sequence_has_the_mean_weights_of_its_routed_tokens() -> None:
                 routing.expert_TK[t].tolist(), routing.weight_TK[t].tolist(), strict=True
             ):
                 totals[module] += weight / len(tokens)
-        assert sequence_weights(routing, 2, M)[b].tolist() == pytest.approx(totals)
+        assert sequence_weights(dropless_plan(routing), 2)[b].tolist() == pytest.approx(totals)

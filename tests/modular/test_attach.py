@@ -165,13 +165,13 @@ def test_modules_that_nobody_calls_are_told() -> None:
         ("*.attention_norm", LOW, TOP, WeightedSum, "width="),
         ("*.w_out", LOW, routed("top_k", M + 1, 2), WeightedSum, "4 modules of the bank"),
         ("*.attention.w_out", LOW, TOP, Stacked, "read the frozen output"),
-        ("*.attention.w_out", LOW, TOP, Mean, "would learn nothing"),
+        ("*.attention.w_out", LOW, TOP, Mean, "would not be trained"),
         (
             "*.attention.w_out",
             LOW,
             routed("top_k", M, 2, per="sequence"),
             Gated,
-            "would learn nothing",
+            "would not be trained",
         ),
     ],
 )

@@ -164,7 +164,7 @@ def test_the_product_with_filled_up_widths_is_the_product(
         (lambda: LowRank(0, D, O), "modules"),
         (lambda: LowRank(2, D, O, rank=0), "rank"),
         (lambda: Adapter(2, D, O, activation="swiglu"), "activation"),
-        (lambda: Adapter(2, D, O, input_kind="sequence"), "reads"),
+        (lambda: Adapter(2, D, O, input_kind="sequence"), "input_kind"),
         (lambda: SparseDelta(2, D, O, density=0.0), "density"),
         (lambda: SparseDelta(2, D, O, mask="lottery"), "mask"),
         (lambda: SparseDelta(2, D, O, mask="magnitude").bind(nn.ReLU()), "magnitude"),

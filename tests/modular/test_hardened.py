@@ -87,7 +87,7 @@ def test_a_refusal_at_the_second_place_leaves_nothing_at_the_first() -> None:
 
 def test_ids_are_no_vectors() -> None:
     """LowRank beside an embedding multiplied the ids themselves, and failed in the first forward with a shape."""
-    with pytest.raises(ConfigError, match="ids and no vectors"):
+    with pytest.raises(ConfigError, match="ids, not vectors"):
         attach(nn.Embedding(9, D), "", LOW, TOP)
     place = nn.Embedding(9, D)
     attach(place, "", partial(Scale, M), TOP)

@@ -29,7 +29,7 @@ from dmoe.modular.aggregation.fixed import sequence_weights
 from dmoe.modular.aggregation.learned import attention_weights
 from dmoe.modular.routing import TableRouter
 from dmoe.modular.routing.learned import sequence_context, sequence_mean
-from dmoe.moe.routing import Routing, TokenContext
+from dmoe.moe.routing import DispatchPlan, TokenContext
 from tests.modular.nets import D, M, O, drawn, mlp
 
 LOW, TOP = partial(LowRank, M, rank=2), routed("top_k", M, 2)
@@ -75,20 +75,18 @@ def test_a_label_below_zero_is_no_row_from_the_end() -> None:
     with pytest.raises(IndexError):
         router(drawn(2, D), TokenContext(label_T=torch.tensor([0, -1])))
     padded = TokenContext(label_T=torch.tensor([1, -100]), valid_T=torch.tensor([True, False]))
-    assert router(drawn(2, D), padded).keep_TK.tolist() == [[True], [False]]
+    assert router(drawn(2, D), padded).selected_TK.tolist() == [[True], [False]]
     by_task = routed("top_k", M, 2, per="task", labels=2)(D, 0)
     by_task.initialize(0, 0, 1.0)
-    assert by_task(drawn(2, D), padded).keep_TK.tolist() == [[True, True], [False, False]]
+    assert by_task(drawn(2, D), padded).selected_TK.tolist() == [[True, True], [False, False]]
 
 
 def test_padding_in_front_of_a_sequence_is_not_its_first_token() -> None:
     """Batches for generation are padded on the left: the first token was padding, its vector zero and its label any number."""
     x, valid = drawn(8, D), torch.tensor([False, False, True, True, True, True, False, False])
     assert torch.equal(sequence_mean(x, valid, 2, first=1), x[[2, 4]])
-    context = TokenContext(
-        label_T=torch.tensor([-1, -1, 3, 3, 5, 5, -1, -1]), valid_T=valid, sequences=2
-    )
-    assert sequence_context(context).label_T.tolist() == [3, 5]
+    context = TokenContext(label_T=torch.tensor([-1, -1, 3, 3, 5, 5, -1, -1]), valid_T=valid)
+    assert sequence_context(context, 2).label_T.tolist() == [3, 5]
 
 
 def test_a_choice_without_a_prior_does_not_silence_the_others() -> None:
@@ -132,6 +130,5 @@ def test_the_mean_of_weights_is_over_the_tokens_that_were_routed() -> None:
     expert = torch.tensor([[0], [2], [2], [1]])
     weight = torch.tensor([[0.5], [1.0], [0.25], [7.0]], dtype=torch.float64)
     keep = torch.tensor([[True], [True], [True], [False]])
-    logit = torch.zeros(4, 3, dtype=torch.float64)
-    got = sequence_weights(Routing(expert, weight, logit, logit, keep_TK=keep), 2, 3)
+    got = sequence_weights(DispatchPlan(expert, weight, keep, num_experts=3), 2)
     assert got.tolist() == [[0.25, 0.0, 0.5], [0.0, 0.0, 0.25]]

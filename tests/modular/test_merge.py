@@ -91,7 +91,7 @@ def test_modules_of_one_start_average_to_themselves() -> None:
         (partial(Adapter, M), merge, [1.0] * M, "adds no matrix"),
         (partial(LowRank, M), merge, [1.0], "one weight for each of the 4"),
         (partial(LowRank, M), average, [1.0], "one weight for each of the 4"),
-        (partial(SparseDelta, M), average, [1.0] * M, "other places"),
+        (partial(SparseDelta, M), average, [1.0] * M, "different positions"),
     ],
 )
 def test_what_cannot_be_merged_is_refused_and_nothing_changes(

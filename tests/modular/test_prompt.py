@@ -119,5 +119,5 @@ def test_a_learned_router_mixes_prompts_by_sequence(aggregation: object) -> None
 def test_a_call_without_room_is_refused() -> None:
     model = hugging_face()
     attach(model, "model.embed_tokens", partial(Prompt, 1, length=P), constant(1.0))
-    with pytest.raises(ValueError, match="with_room"):
+    with pytest.raises(ValueError, match="with_prefix_tokens"):
         model(TOKENS[:, :P])

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmoe.config.errors import ConfigError
-from dmoe.modular.routing import ConstantRouter, TableRouter, constant, grow_router, routed, table
+from dmoe.modular.base_model import grow_router
+from dmoe.modular.routing import ConstantRouter, TableRouter, constant, routed, table
 from dmoe.modular.routing.learned import sequence_mean
-from dmoe.moe.routing import Routing, TokenContext
+from dmoe.moe.routing import BatchShape, Routing, TokenContext
 from tests.modular.nets import D, drawn
 from tests.references.modular import (
     constant_reference,
@@ -22,12 +23,7 @@ ROWS = [[0], [3, 1], [2, 0], [1]]
 
 
 def choices(routing: Routing, t: int) -> tuple[list[int], list[float]]:
-    keep = (
-        [True] * routing.expert_TK.shape[1]
-        if routing.keep_TK is None
-        else routing.keep_TK[t].tolist()
-    )
-    kept = [k for k, there in enumerate(keep) if there]
+    kept = [k for k, selected in enumerate(routing.is_selected_TK[t].tolist()) if selected]
     return [int(routing.expert_TK[t, k]) for k in kept], [
         float(routing.weight_TK[t, k]) for k in kept
     ]
@@ -77,9 +73,9 @@ def test_by_sequence_all_tokens_go_where_their_mean_goes() -> None:
     ).double()
     router.initialize(1, 0, 1.0)
     x = drawn(12, D)
-    routing = router(x, TokenContext(sequences=3))
+    routing = router(x, TokenContext(), BatchShape(3))
     means = torch.stack([x[b * 4 : b * 4 + 4].mean(0) for b in range(3)])
-    inner = router.router(means, TokenContext(sequences=3))
+    inner = router.router(means, TokenContext(), BatchShape(3))
     for t in range(12):
         assert choices(routing, t) == choices(inner, t // 4)
     only = routed("top_k", 5, 2, per="sequence", first=1)(D, 0).double()
@@ -87,8 +83,8 @@ def test_by_sequence_all_tokens_go_where_their_mean_goes() -> None:
     moved = x.clone()
     moved[[1, 2, 3, 5, 6, 7, 9, 10, 11]] += 5.0
     assert torch.equal(
-        only(x, TokenContext(sequences=3)).weight_TK,
-        only(moved, TokenContext(sequences=3)).weight_TK,
+        only(x, TokenContext(), BatchShape(3)).weight_TK,
+        only(moved, TokenContext(), BatchShape(3)).weight_TK,
     )
 
 
@@ -127,7 +123,7 @@ def test_unnormalised_scores_do_not_sum_to_one() -> None:
 def test_a_router_grows_and_keeps_what_it_knew(make: object) -> None:
     router = make(D, 0).double()  # type: ignore[operator]
     router.initialize(3, 0, 1.0)
-    context, x = TokenContext(label_T=torch.tensor([0, 1, 2]), sequences=1), drawn(3, D)
+    context, x = TokenContext(label_T=torch.tensor([0, 1, 2])), drawn(3, D)
     before = router(x, context)
     grow_router(router, 2, seed=0)
     after = router(x, context)
