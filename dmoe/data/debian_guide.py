@@ -118,9 +118,9 @@ def _document(language: str, name: str, page: list[str], seen: set[str]) -> Docu
 
 
 def guide_root() -> Path:
-    """The directory with one directory of pages for each language; 18 MB are fetched if there is none.
+    """Return the directory that holds one directory of pages per language; fetch it if missing.
 
-    Raises Unavailable where that is not possible.
+    Fetches 18 MB. Raises GuideUnavailableError if that is not possible.
     """
     cached = cache_directory() / PACKAGE
     for root in (INSTALLED, cached):
@@ -204,49 +204,12 @@ def _run(command: list[str], folder: str, seconds: int) -> None:
 
 
 _DROPPED = frozenset({"head", "script", "style", "nav"})
-_BLOCKS = frozenset(
-    [
-        "address",
-        "article",
-        "aside",
-        "blockquote",
-        "body",
-        "br",
-        "dd",
-        "details",
-        "div",
-        "dl",
-        "dt",
-        "figcaption",
-        "figure",
-        "footer",
-        "form",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-        "header",
-        "hr",
-        "html",
-        "li",
-        "main",
-        "ol",
-        "p",
-        "pre",
-        "section",
-        "summary",
-        "table",
-        "tbody",
-        "td",
-        "tfoot",
-        "th",
-        "thead",
-        "tr",
-        "ul",
-    ]
-)
+_BLOCKS = frozenset((
+    "address", "article", "aside", "blockquote", "body", "br", "dd", "details", "div", "dl", "dt",
+    "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr",
+    "html", "li", "main", "ol", "p", "pre", "section", "summary", "table", "tbody", "td", "tfoot",
+    "th", "thead", "tr", "ul",
+))  # fmt: skip
 
 
 def html_paragraphs(html: str) -> list[str]:
