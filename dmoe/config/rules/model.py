@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dmoe.config.datasets import CATALOGUE, chosen_streams, columns_of
+from dmoe.config.datasets import DATASETS, selected_streams, table_spec
 from dmoe.config.errors import ConfigError
 from dmoe.config.router_kinds import ROUTERS, kinds_where
 from dmoe.config.schema import Config, ModelConfig
@@ -17,10 +17,16 @@ ROUTED_BY = {
 def moe_blocks(config: Config) -> list[int]:
     """List the indices of the blocks whose feed-forward is a MoE layer."""
     model = config.model
-    if model.moe_every == 0 or (config.train.task == "classification" and model.fusion == "gated"):
+    if config.train.task == "classification" and model.fusion == "gated":
         return []
-    blocks = range(model.dense_first, model.layers)
-    return [i for i in blocks if (i - model.dense_first + 1) % model.moe_every == 0]
+    return [index for index in range(model.layers) if is_moe_block(model, index)]
+
+
+def is_moe_block(model: ModelConfig, index: int) -> bool:
+    """Return whether a block is sparse: every `moe_every`-th one after the first `dense_first`."""
+    if model.moe_every <= 0 or index < model.dense_first:
+        return False
+    return (index - model.dense_first + 1) % model.moe_every == 0
 
 
 def moe_widths(config: Config) -> list[tuple[int, int]]:
@@ -32,8 +38,8 @@ def moe_widths(config: Config) -> list[tuple[int, int]]:
     encoders = [(model.dim, model.dim)] if model.fusion == "gated" else []
     if model.head != "experts":
         return encoders + blocks
-    width = model.dim if model.layers else sum(chosen_streams(config.data).values())
-    return [*encoders, *blocks, (width, len(columns_of(config.data).classes))]
+    width = model.dim if model.layers else sum(selected_streams(config.data).values())
+    return [*encoders, *blocks, (width, len(table_spec(config.data).classes))]
 
 
 def head_dim(model: ModelConfig) -> int:
@@ -55,6 +61,15 @@ def check_model(config: Config) -> None:
         return
     if model.layers < 1:
         raise ConfigError("model.layers", model.layers, "must be 1 or more", "use 1")
+    check_attention(model)
+
+
+def check_attention(model: ModelConfig) -> None:
+    """Refuse numbers of heads that do not divide, and heads that rotary positions cannot pair.
+
+    Raises:
+        ConfigError: the first reason found.
+    """
     if model.head_dim is None and model.dim % model.heads:
         allowed = f"must be divisible by model.heads={model.heads}"
         raise ConfigError("model.dim", model.dim, allowed, "or set model.head_dim")
@@ -76,13 +91,13 @@ def check_task(config: Config) -> None:
     """
     if config.train.task == "classification":
         _check_classification(config)
-    elif config.data.source in CATALOGUE or config.data.source.startswith("sklearn:"):
+    elif config.data.source in DATASETS or config.data.source.startswith("sklearn:"):
         allowed, fix = "is a table of labelled samples and no text", "set train.task=classification"
         raise ConfigError("data.source", config.data.source, allowed, fix)
 
 
 def _check_classification(config: Config) -> None:
-    streams, model = chosen_streams(config.data), config.model
+    streams, model = selected_streams(config.data), config.model
     if model.stream_dropout and len(streams) < 2:
         names = ", ".join(streams)
         allowed = f"needs two streams, and {names} is one: a sample never loses its last"
