@@ -1,4 +1,4 @@
-"""`dmoe compare`"""
+"""Command `dmoe compare`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from typing import Annotated
 import typer
 
 from dmoe.config.errors import ConfigError
-from dmoe.report.comparison import comparison_json, comparison_lines, unfinished
-from dmoe.report.figures import finished
-from dmoe.report.format import one_line
+from dmoe.report.comparison import comparison_json, comparison_lines, unfinished_remark
+from dmoe.report.format import single_line
 from dmoe.report.results import result_lines
-from dmoe.report.run import Run, load_runs
+from dmoe.report.run import Run, is_finished, load_runs
 
-NARROWEST, WIDEST = 80, 120
+MIN_WIDTH, MAX_WIDTH = 80, 120
 
 
 def command(
@@ -26,15 +25,17 @@ def command(
         typer.Argument(metavar="RUN [RUN ...]", help="Run directories, e.g. runs/latest."),
     ],
     full: Annotated[
-        bool, typer.Option("--full", help="Each run by itself, as it was told at its end.")
+        bool, typer.Option("--full", help="Print the results of each run, as at its end.")
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="The table as JSON on stdout, with every digit.")
+        bool, typer.Option("--json", help="Print the table as JSON on stdout, with all digits.")
     ] = False,
 ) -> None:
-    """One line a run: held-out measure, parameters, FLOPs, tokens, time, drops, balance, ranks; and what makes them no fair comparison.
+    """Compare runs in a table: held-out metric, parameters, FLOPs, tokens, time, drops, balance.
 
-    Reads metrics.jsonl of each run, never a checkpoint. What was not recorded is a dash, or left out if no run has it.
+    Below the table stand the reasons why runs may not be comparable. Reads metrics.jsonl of each
+    run, never a checkpoint. A quantity that was not recorded is a dash; if no run has it, it is
+    left out.
 
     Example: dmoe compare runs/latest runs/dense
     """
@@ -42,30 +43,31 @@ def command(
         raise ConfigError(
             "--json",
             True,
-            "has no tables by domain and layer: it does not go with --full",
+            "has no tables by domain and layer, so it does not go with --full",
             "leave one out",
         )
     loaded = load_runs(runs)
     if as_json:
         print(json.dumps(comparison_json(loaded), indent=2))
     else:
-        print("\n".join(full_lines(loaded) if full else comparison_lines(loaded, columns())))
+        lines = full_lines(loaded) if full else comparison_lines(loaded, terminal_width())
+        print("\n".join(lines))
 
 
 def full_lines(runs: Sequence[Run]) -> list[str]:
-    """The result of each run; its name above it where there are several, and a remark below if it has not finished."""
+    """Return the results of each run, with its name if there are several, and if unfinished."""
     lines: list[str] = []
     for run in runs:
-        title = [f"{one_line(run.name)}:"] if len(runs) > 1 else []
-        lines += [
-            *[""] * bool(lines),
-            *title,
-            *result_lines(run.metrics),
-            *([] if finished(run) else ["", unfinished(run)]),
-        ]
+        if lines:
+            lines.append("")
+        if len(runs) > 1:
+            lines.append(f"{single_line(run.name)}:")
+        lines += result_lines(run.metrics)
+        if not is_finished(run):
+            lines += ["", unfinished_remark(run)]
     return lines
 
 
-def columns() -> int:
-    """Of the terminal, or COLUMNS; as many as a page has where there is none."""
-    return max(NARROWEST, min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns))
+def terminal_width() -> int:
+    """Return the width of the terminal or COLUMNS, within limits; the maximum without one."""
+    return max(MIN_WIDTH, min(MAX_WIDTH, shutil.get_terminal_size((MAX_WIDTH, 24)).columns))

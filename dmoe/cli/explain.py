@@ -1,4 +1,4 @@
-"""`dmoe explain`"""
+"""Command `dmoe explain`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from dmoe.cli.common import ARGUMENTS_HELP, load_arguments
 from dmoe.config.fields import list_fields
 from dmoe.config.rules import check
 from dmoe.config.schema import Config
+from dmoe.report.format import plural
 
 if TYPE_CHECKING:
     from dmoe.explain import Section
 
-
-WIDEST = 100
+MAX_WIDTH = 100
+MIN_WIDTH = 40
 
 
 def command(
@@ -30,17 +31,19 @@ def command(
     world: Annotated[
         int | None,
         typer.Option(
-            help="Explain the run on this many ranks. Default: parallel.ep, or 1 where that is auto.",
+            help="Explain the run on this many ranks. Default: parallel.ep, or 1 if that is auto.",
             min=1,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON on stdout.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the same as JSON on stdout.")
+    ] = False,
     fields: Annotated[
         bool,
         typer.Option("--fields", help="List every config field with type, default and meaning."),
     ] = False,
 ) -> None:
-    """Say in words and numbers what a config means: who owns which expert, capacity, bytes, parameters, schedule.
+    """Explain a config: expert placement, capacity, bytes, parameters, schedule.
 
     Needs neither the ranks nor a GPU, and allocates no weights.
 
@@ -54,24 +57,24 @@ def command(
         )
         return
     config, _ = load_arguments(arguments or [])
-    ranks, why = world_of(config, world)
-    check(config, ranks)
+    world, origin = choose_world(config, world)
+    check(config, world)
 
     from dmoe.explain import explain
 
-    sections = explain(config, ranks)
+    sections = explain(config, world)
     if as_json:
         content = {
-            section.key: {"words": section.words, "numbers": section.numbers}
+            section.key: {"words": section.sentences, "numbers": section.numbers}
             for section in sections
         }
-        print(json.dumps({"world": ranks, "world_from": why, **content}, indent=2))
+        print(json.dumps({"world": world, "world_from": origin, **content}, indent=2))
     else:
-        print(as_text(ranks, why, sections))
+        print(as_text(world, origin, sections))
 
 
-def world_of(config: Config, given: int | None) -> tuple[int, str]:
-    """The world to explain, and where the number is from."""
+def choose_world(config: Config, given: int | None) -> tuple[int, str]:
+    """Return the number of ranks to explain, and the setting it comes from."""
     if given is not None:
         return given, "--world"
     if isinstance(config.parallel.ep, int) and config.parallel.ep > 0:
@@ -79,22 +82,19 @@ def world_of(config: Config, given: int | None) -> tuple[int, str]:
     return 1, "default"
 
 
-def as_text(ranks: int, why: str, sections: list[Section]) -> str:
-    hint = (
-        ""
-        if why == "--world"
-        else f" (from {why}; --world N explains another)"
-        if why != "default"
-        else " (--world N for more)"
-    )
-    lines = [f"On {ranks} rank{'s' * (ranks > 1)}{hint}:"]
+def as_text(world: int, origin: str, sections: list[Section]) -> str:
+    """Render the sections, wrapped to the terminal; `origin` says where `world` comes from."""
+    hints = {"--world": "", "default": " (--world N for more)"}
+    hint = hints.get(origin, f" (from {origin}; --world N explains another)")
+    lines = [f"On {plural(world, 'rank')}{hint}:"]
     for section in sections:
-        lines += ["", section.title, *(_wrap(sentence, "  ", "  - ") for sentence in section.words)]
+        sentences = (_wrap(sentence, "  ", "  - ") for sentence in section.sentences)
+        lines += ["", section.title, *sentences]
     return "\n".join(lines)
 
 
 def fields_as_text() -> str:
-    """Grouped by section; `name: type = default`, the meaning below."""
+    """Render all config fields by section: `name: type = default`, the meaning below."""
     lines: list[str] = []
     for section, items in itertools.groupby(list_fields(), key=lambda item: item.section):
         lines += ["", section, "-" * len(section)]
@@ -103,12 +103,12 @@ def fields_as_text() -> str:
     return "\n".join(lines[1:])
 
 
-def _wrap(text: str, indent: str, first: str | None = None) -> str:
-    width = min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns)
-    start = indent if first is None else first
+def _wrap(text: str, indent: str, first_indent: str | None = None) -> str:
+    width = min(MAX_WIDTH, shutil.get_terminal_size((MAX_WIDTH, 24)).columns)
+    start = indent if first_indent is None else first_indent
     return textwrap.fill(
         text,
-        max(40, width),
+        max(MIN_WIDTH, width),
         initial_indent=start,
         subsequent_indent=" " * len(start),
         break_on_hyphens=False,

@@ -1,4 +1,4 @@
-"""`dmoe report`"""
+"""Command `dmoe report`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from dmoe.config.errors import ConfigError
 from dmoe.report import write_report
 
-NAME = "report.html"
+FILE_NAME = "report.html"
 
 
 def command(
@@ -21,23 +21,24 @@ def command(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="The file to write. Default: report.html in RUN; for several runs, here.",
+            help="File to write. Default: report.html in RUN; for several runs, in the current "
+            "directory.",
             dir_okay=False,
         ),
     ] = None,
 ) -> None:
-    """Write what a run did as one HTML file that needs no network; several runs are drawn over each other.
+    """Write a report on one or several runs as one HTML file that needs no network.
 
-    Reads metrics.jsonl and resolved.yaml of each run, never a checkpoint. Runs that are still going, were killed or are of an older
-    version will do: what was not recorded is left out, and said to be.
+    Reads metrics.jsonl and resolved.yaml of each run, never a checkpoint. The runs may be running,
+    killed, or of an older version of dmoe: what was not recorded is left out and reported.
 
     Example: dmoe report runs/latest
     """
-    target = output or (runs[0] / NAME if len(runs) == 1 else Path(NAME))
+    target = output or (runs[0] / FILE_NAME if len(runs) == 1 else Path(FILE_NAME))
     try:
         write_report(runs, target)
     except OSError as error:
         raise ConfigError(
-            "--output", target, f"cannot be written ({error.strerror})", "give another file"
+            "--output", target, f"cannot be written ({error.strerror})", "choose another file"
         ) from None
     print(f"report: {target}")

@@ -1,42 +1,33 @@
-"""What a config means, in words and numbers: `dmoe explain`. Nothing is allocated, started or read but the tokenizer's file."""
+"""A config explained in sentences and numbers: `dmoe explain`.
+
+Allocates no weights, starts no process and reads no file but the tokenizer's.
+"""
 
 from __future__ import annotations
 
 from dmoe.config.schema import Config
-from dmoe.explain import (
-    balance,
-    batch,
-    capacity,
-    evaluation,
-    exchange,
-    modules,
-    optimization,
-    placement,
-    recommended,
-    routing,
-    size,
-)
-from dmoe.explain.section import Section
-from dmoe.explain.setting import Setting, resolve
+from dmoe.explain import capacity, cost, placement, routing
+from dmoe.explain.setting import Section, Setting, resolve
 
 __all__ = ["Section", "Setting", "explain"]
 
-PARTS = (
-    batch,
-    placement,
-    routing,
-    capacity,
-    balance,
-    modules,
-    recommended,
-    exchange,
-    size,
-    optimization,
-    evaluation,
+TOPICS = (
+    capacity.explain_batch,
+    placement.explain_placement,
+    routing.explain_routing,
+    capacity.explain_capacity,
+    routing.explain_balance,
+    placement.explain_modules,
+    routing.explain_recommended,
+    cost.explain_exchange,
+    cost.explain_size,
+    cost.explain_optimization,
+    capacity.explain_evaluation,
 )
 
 
 def explain(config: Config, world: int) -> list[Section]:
-    """The sections of the explanation of `config` on `world` ranks, which need not be there. Raises ConfigError."""
+    """Explain `config` on `world` ranks, which need not exist. Raises ConfigError."""
     setting = resolve(config, world)
-    return [section for part in PARTS if (section := part.describe(setting)) is not None]
+    sections = (topic(setting) for topic in TOPICS)
+    return [section for section in sections if section is not None]

@@ -1,82 +1,135 @@
-"""How many tokens an expert takes, who comes first, and what becomes of the others.
+"""How the batch is divided, and how many tokens an expert takes in training and in evaluation.
 
-Letters: T_g tokens of a group, E experts, K experts a token, G groups of one forward, C slots of one (group, expert).
+Letters: T_g tokens of a group, E experts, K experts per token, G groups of one forward, C slots of
+one (group, expert).
 """
 
 from __future__ import annotations
 
-from dmoe.config.expert_shapes import all_choices
+from dmoe.config.expert_shapes import count_choices
 from dmoe.config.schema import MoEConfig
-from dmoe.explain.section import Section, count
-from dmoe.explain.setting import Setting
-
-GROUP = {
-    "rank": "the tokens of one (virtual) rank in one micro-batch",
-    "sequence": "the tokens of one sequence",
-    "global": "the tokens of all ranks in one micro-batch",
-}
-PRIORITY = {
-    "position": "all first choices before all second ones, then in token order",
-    "score": "the higher router score first, ties in token order",
-}
+from dmoe.explain.setting import Section, Setting
+from dmoe.report.format import plural
+from dmoe.report.sentences import GROUP, batch_sentence, dropless_sentence, overflow_sentences
 
 
-def describe(setting: Setting) -> Section | None:
+def explain_batch(setting: Setting) -> Section:
+    """Explain how the global batch is divided over ranks and accumulation steps."""
+    train, task, batching = setting.config.train, setting.task, setting.batching
+    virtual = setting.config.parallel.virtual_ranks
+    step_tokens = train.global_batch * task.targets_per_sample
+    unit = task.unit if task.targets_per_sample == 1 else "sequence"
+    sentences = [
+        batch_sentence(setting.config),
+        f"Division: {plural(setting.world, 'rank')} x {plural(virtual, 'virtual rank')} x "
+        f"micro-batch {batching.micro_batch} x {plural(batching.accumulation, 'accumulation step')}"
+        f" = {plural(train.global_batch, unit)} per step.",
+        f"One forward of one process has {setting.tokens:,} {task.unit}s "
+        f"({plural(setting.sequences, unit)}). The {unit}s of a step depend on the seed and the "
+        "step alone, not on the number of ranks.",
+    ]
+    if task.targets_per_sample == 1:
+        sentences.append(
+            "For the layers, a sample is a sequence of one token, or of one token per stream with "
+            "model.fusion=gated."
+        )
+    numbers = {
+        "world": setting.world,
+        "virtual_ranks": virtual,
+        "micro_batch": batching.micro_batch,
+        "accumulation": batching.accumulation,
+        "global_batch": train.global_batch,
+        "seq_len": task.targets_per_sample,
+        "tokens_per_step": step_tokens,
+        "tokens_per_forward": setting.tokens,
+        "steps": train.steps,
+        "tokens": step_tokens * train.steps,
+    }
+    return Section("batch", "Batch", sentences, numbers)
+
+
+def explain_capacity(setting: Setting) -> Section | None:
+    """Explain expert capacity and overflow; None for a dense model."""
     if setting.layer is None:
         return None
-    slots, limits, moe = setting.slots(), setting.config.moe.capacity, setting.config.moe
+    slots, moe = setting.slots(), setting.config.moe
+    capacity = moe.capacity
     if slots.capacity is None:
-        words = [
-            "Dropless: an expert takes every token that chose it, so nothing is dropped and nothing padded."
-        ]
-        if moe.router.kind == "expert_choice":
-            words = [
-                f"None beside the router's own: an expert takes its fair share, {moe.top_k}/{moe.num_experts} of each group's tokens."
-            ]
-        return Section("capacity", "Capacity", words, {"factor": None, "slots": None})
-    tokens = group_tokens(setting)
-    fair = moe.top_k * tokens / all_choices(moe)
+        numbers = {"factor": None, "slots": None}
+        return Section("capacity", "Capacity", [dropless_sentence(moe)], numbers)
+    tokens = _group_tokens(setting)
+    fair_share = moe.top_k * tokens / count_choices(moe)
     total = slots.capacity * slots.groups * moe.num_experts
-    words = [
-        f"Group: {GROUP[limits.group]}; {count(slots.groups, 'group')} of {count(tokens, 'token')} "
-        f"{'over all ranks' if limits.group == 'global' else 'in one forward of one process'}.",
-        f"An expert has C = {count(slots.capacity, 'slot')} for a group: {_formula(moe, tokens)}. Its fair share is {fair:g} "
-        f"choices, so it drops beyond {slots.capacity / fair:.4g} times that. All experts and groups: {total:,} slots.",
-        f"Served first: {PRIORITY[limits.priority]}.",
-        _after(moe),
+    extent = "in one forward of one process"
+    if capacity.group == "global":
+        extent = "over all ranks"
+    sentences = [
+        f"Group: {GROUP[capacity.group]}; {plural(slots.groups, 'group')} of "
+        f"{plural(tokens, 'token')} {extent}.",
+        f"Capacity: {plural(slots.capacity, 'slot')} per expert and group: "
+        f"{_formula(moe, tokens)}. The fair share is {fair_share:g} assignments, so an expert "
+        f"drops those beyond {slots.capacity / fair_share:.4g} times the fair share. All experts "
+        f"and groups: {total:,} slots.",
+        *overflow_sentences(capacity),
     ]
     numbers = {
-        "factor": limits.factor,
-        "group": limits.group,
+        "factor": capacity.factor,
+        "group": capacity.group,
         "groups": slots.groups,
         "tokens_per_group": tokens,
         "slots": slots.capacity,
         "slots_total": total,
-        "fair_share": fair,
-        "load_over_fair_share": slots.capacity / fair,
+        "fair_share": fair_share,
+        "load_over_fair_share": slots.capacity / fair_share,
     }
-    return Section("capacity", "Capacity", words, numbers)
+    return Section("capacity", "Capacity", sentences, numbers)
 
 
-def group_tokens(setting: Setting) -> int:
-    """T_g."""
+def _group_tokens(setting: Setting) -> int:
+    """Return T_g."""
     if setting.config.moe.capacity.group == "global":
         return setting.tokens * setting.world
     return setting.tokens // setting.slots().groups
 
 
 def _formula(moe: MoEConfig, tokens: int) -> str:
-    limits = moe.capacity
-    wanted = f"ceil({limits.factor:g} x {moe.top_k} x {tokens} / {all_choices(moe)})"
-    return f"{wanted}, at least {limits.min_capacity} and at most {tokens}"
+    capacity = moe.capacity
+    unbounded = f"ceil({capacity.factor:g} x {moe.top_k} x {tokens} / {count_choices(moe)})"
+    return f"{unbounded}, at least {capacity.min_capacity} and at most {tokens}"
 
 
-def _after(moe: MoEConfig) -> str:
-    limits = moe.capacity
-    if limits.overflow == "next_choice":
-        first = "A choice without a slot is offered once to the token's next eligible expert, and dropped if that is full too"
-    else:
-        first = "A choice without a slot is dropped"
-    weights = "are divided by their sum" if limits.renormalize else "stay as they are"
-    lost = "A token with nothing left passes on the residual stream alone."
-    return f"{first}; the weights of a token's surviving choices {weights}. {lost}"
+def explain_evaluation(setting: Setting) -> Section:
+    """Explain what differs in evaluation and generation."""
+    train, data = setting.config.train, setting.config.data
+    unit, metric, whole = "sample", "the accuracy", "samples"
+    if setting.task.name == "language_modelling":
+        unit, metric, whole = "sequence", "bits per byte", "files"
+    schedule = "At the end"
+    if train.eval_every:
+        schedule = f"Every {plural(train.eval_every, 'step')} and at the end"
+    sentences = [
+        f"{schedule}: the mean loss over the first "
+        f"{plural(train.eval_sequences, f'held-out {unit}')}, and {metric}; equal on any number of "
+        f"ranks. Held out: {data.holdout:.0%} of the {whole}, by a hash of their content."
+    ]
+    numbers = {
+        "every": train.eval_every,
+        "sequences": train.eval_sequences,
+        "holdout": data.holdout,
+        "slots": None,
+    }
+    if setting.layer is not None:
+        slots = setting.slots(training=False).capacity
+        numbers["slots"] = slots
+        capacity = _evaluation_capacity(setting, slots)
+        sentences.append(f"Capacity: {capacity} No noise and no auxiliary loss.")
+    return Section("evaluation", "Evaluation", sentences, numbers)
+
+
+def _evaluation_capacity(setting: Setting, slots: int | None) -> str:
+    moe = setting.config.moe
+    if slots is not None:
+        return f"factor {moe.capacity.eval_factor:g}, {plural(slots, 'slot')} per group."
+    if moe.exchange == "padded" and setting.ep > 1:
+        return "dropless, and therefore with the packed exchange: padded slots need a capacity."
+    return "dropless."

@@ -1,17 +1,27 @@
-"""Which rank holds which experts."""
+"""Which rank has which experts, and which modules are attached to the network."""
 
 from __future__ import annotations
 
 from dmoe.config.rules import moe_blocks
-from dmoe.explain.section import Section, count, ranges
-from dmoe.explain.setting import Setting
+from dmoe.config.rules.modular import is_learned, modules_per_token
+from dmoe.config.schema import ModularConfig
+from dmoe.explain.setting import Section, Setting
+from dmoe.report.format import format_ranges, plural
+from dmoe.train.modular.attach import target_pattern
 
-MOST_LINES = 8
+MAX_LINES = 8
+TRAINED = {
+    "joint": "Everything is trained.",
+    "modules": "The base model is frozen; modules, routers and aggregations are trained.",
+    "one_module": "One module of every bank is trained; the base model, the other modules, routers "
+    "and aggregations are frozen.",
+    "router": "Routers and aggregations are trained; the base model and the modules are frozen.",
+}
 
 
-def describe(setting: Setting) -> Section:
+def explain_placement(setting: Setting) -> Section:
+    """Explain which blocks have experts, and which rank has which of them."""
     config, blocks = setting.config, moe_blocks(setting.config)
-    layers = len(setting.model.moe_layers())
     numbers = {
         "ep": setting.ep,
         "edp": setting.edp,
@@ -19,105 +29,133 @@ def describe(setting: Setting) -> Section:
         "blocks": config.model.layers,
         "owners": [],
     }
-    if not layers:
-        return Section(
-            "experts", "Experts and ranks", ["The model is dense: no block has experts."], numbers
-        )
-    assert setting.layer is not None
-    experts, cost = config.moe.num_experts, setting.layer.experts.cost
+    title = "Experts and ranks"
+    if setting.layer is None:
+        return Section("experts", title, ["The model is dense: no block has experts."], numbers)
+    cost = setting.layer.experts.cost
     owners = [
-        (list(range(first, setting.world, setting.ep)), setting.owned(first))
+        (list(range(first, setting.world, setting.ep)), setting.local_experts(first))
         for first in range(setting.ep)
     ]
     numbers |= {
-        "num_experts": experts,
-        "experts_per_rank": max(len(owned) for _, owned in owners),
+        "num_experts": config.moe.num_experts,
+        "experts_per_rank": max(len(experts) for _, experts in owners),
         "owners": [
-            {"ranks": ranks, "experts": list(owned), "expected_work": sum(cost[e] for e in owned)}
-            for ranks, owned in owners
+            {
+                "ranks": ranks,
+                "experts": list(experts),
+                "expected_work": sum(cost[e] for e in experts),
+            }
+            for ranks, experts in owners
         ],
         "cost": list(setting.layer.cost_E),
     }
-    largest = "divides both the ranks and the experts"
-    largest = (
-        "divides the ranks and leaves none without an expert"
-        if config.moe.experts.shapes
-        else largest
-    )
-    chosen = f"the largest number that {largest}" if config.parallel.ep == "auto" else "as set"
-    shared = (
-        f"{experts // setting.ep} on a rank"
-        if not config.moe.experts.shapes
-        else "shared by their cost"
-    )
-    words = [
-        f"{_which(blocks, config.model.layers, layers)}: {count(experts, 'expert')} each, "
-        f"{shared}: EP = {setting.ep} ({chosen}), {_copies(setting.edp)}.",
-        *_lines([_owner(setting, ranks, owned) for ranks, owned in owners]),
-        *_costs(setting),
-    ]
-    return Section("experts", "Experts and ranks", words, numbers)
+    lines = [_owner(setting, ranks, experts) for ranks, experts in owners]
+    if len(lines) > MAX_LINES:
+        lines = [*lines[:3], f"... {len(lines) - 4} more, in the same way", lines[-1]]
+    sentences = [_sizes(setting, blocks), *lines, *_costs(setting)]
+    return Section("experts", title, sentences, numbers)
 
 
-def _owner(setting: Setting, ranks: list[int], owned: tuple[int, ...]) -> str:
-    line = f"rank {ranges(ranks)}: experts {ranges(owned)}"
+def _sizes(setting: Setting, blocks: list[int]) -> str:
+    config, moe = setting.config, setting.config.moe
+    chosen = "as set"
+    if config.parallel.ep == "auto":
+        divided = "divides both the ranks and the experts"
+        if moe.experts.shapes:
+            divided = "divides the ranks and leaves none without an expert"
+        chosen = f"the largest number that {divided}"
+    share = f"{moe.num_experts // setting.ep} per rank"
+    if moe.experts.shapes:
+        share = "divided over the ranks by cost"
+    copies = "each expert exists once"
+    if setting.edp > 1:
+        copies = f"{setting.edp} copies of each expert (EDP), kept equal by summing their gradients"
+    which = _which_blocks(blocks, config.model.layers, len(setting.model.moe_layers()))
+    experts = plural(moe.num_experts, "expert")
+    return f"{which}: {experts} each, {share}: EP = {setting.ep} ({chosen}), {copies}."
+
+
+def _which_blocks(blocks: list[int], num_blocks: int, moe_layers: int) -> str:
+    # A classifier has MoE layers outside of its blocks.
+    if moe_layers != len(blocks):
+        return plural(moe_layers, "MoE layer")
+    if len(blocks) < num_blocks:
+        numbered = f"number {format_ranges(blocks)}, counted from 0"
+        return f"{len(blocks)} of {num_blocks} blocks are MoE blocks ({numbered})"
+    return f"All {num_blocks} blocks are MoE blocks" if num_blocks > 1 else "The only block is MoE"
+
+
+def _owner(setting: Setting, ranks: list[int], experts: tuple[int, ...]) -> str:
+    line = f"rank {format_ranges(ranks)}: experts {format_ranges(experts)}"
     if not setting.config.moe.experts.shapes:
         return line
     assert setting.layer is not None
     cost = setting.layer.experts.cost
-    return f"{line}, {sum(cost[e] for e in owned):.1%} of the work if all are chosen equally often"
+    work = sum(cost[e] for e in experts)
+    return f"{line}, {work:.1%} of the work if all experts are chosen equally often"
 
 
 def _costs(setting: Setting) -> list[str]:
-    """What a row costs with each expert, where they differ."""
+    """Describe the cost of a row per expert, if experts differ."""
     moe, layer = setting.config.moe, setting.layer
     assert layer is not None
-    said = []
+    sentences = []
     if moe.experts.shapes:
+        shapes = enumerate(zip(moe.experts.shapes, layer.experts.cost, strict=True))
         each = [
             f"{e} ({' x '.join(map(str, shape)) or 'linear'}) {cost:.1%}"
-            for e, (shape, cost) in enumerate(
-                zip(moe.experts.shapes, layer.experts.cost, strict=True)
-            )
+            for e, (shape, cost) in shapes
         ]
-        said = [
+        sentences.append(
             "Cost of a row, as a share of the multiply-adds of all experts together: expert "
-            f"{', '.join(_few(each))}. Heaviest first, each goes to the rank with the least work so far."
-        ]
+            f"{_shorten(each)}. Experts are placed by descending cost, each on the rank with the "
+            "least work so far."
+        )
     if layer.num_zero_cost:
-        ids, names = range(moe.num_experts, layer.num_experts), layer.names_E[moe.num_experts :]
+        ids = range(moe.num_experts, layer.num_experts)
+        names = layer.names_E[moe.num_experts :]
         each = [f"{e} {name}" for e, name in zip(ids, names, strict=True)]
-        said.append(
-            f"Experts that cost nothing, on every rank, without capacity and never sent: {', '.join(_few(each))}."
+        sentences.append(
+            "Zero-cost experts, on every rank, without capacity and never dispatched: "
+            f"{_shorten(each)}."
         )
-    return said
+    return sentences
 
 
-def _few(each: list[str]) -> list[str]:
-    return each if len(each) <= MOST_LINES else [*each[:3], "...", each[-1]]
+def _shorten(each: list[str]) -> str:
+    return ", ".join(each if len(each) <= MAX_LINES else [*each[:3], "...", each[-1]])
 
 
-def _which(blocks: list[int], layers: int, mixtures: int) -> str:
-    if mixtures != len(blocks):  # a classifier has some outside its blocks
-        return f"{count(mixtures, 'layer')} of experts"
-    if len(blocks) == layers:
+def explain_modules(setting: Setting) -> Section | None:
+    """Explain the attached modules and their routing; None for a network without modules."""
+    modular = setting.config.modular
+    if modular.bank == "none":
+        return None
+    start = "the seed" if modular.core is None else modular.core
+    sentences = [
+        f"{plural(modular.modules, 'module')} of kind {modular.bank} at each of "
+        f"{target_pattern(modular)}, divided over {plural(setting.ep, 'rank')}.",
+        _module_routing(modular),
+        f"{TRAINED[modular.train]} The weights start from {start}.",
+    ]
+    numbers = {
+        "bank": modular.bank,
+        "modules": modular.modules,
+        "choices": modules_per_token(modular),
+        "train": modular.train,
+    }
+    return Section("modules", "Modules", sentences, numbers)
+
+
+def _module_routing(modular: ModularConfig) -> str:
+    aggregated = f"their outputs are aggregated by {modular.aggregation}."
+    if is_learned(modular):
         return (
-            f"All {count(layers, 'block')} are mixtures of experts"
-            if layers > 1
-            else "The one block is a mixture of experts"
+            f"A learned router ({modular.routing}) sends each {modular.per} to {modules_per_token(modular)} "
+            f"of them; {aggregated}"
         )
-    return f"{len(blocks)} of {layers} blocks are mixtures of experts (number {ranges(blocks)}, counted from 0)"
-
-
-def _copies(edp: int) -> str:
-    return (
-        "each expert exists once"
-        if edp == 1
-        else f"{edp} copies of each expert (EDP), kept equal by summing their gradients"
-    )
-
-
-def _lines(lines: list[str]) -> list[str]:
-    if len(lines) <= MOST_LINES:
-        return lines
-    return [*lines[:3], f"... {len(lines) - 4} more, in the same way", lines[-1]]
+    rule = "by the domain of its sequence"
+    if modular.routing == "constant":
+        rule = "with equal weights for all tokens"
+    return f"Each token is sent to {modules_per_token(modular)} of them, {rule}; {aggregated}"

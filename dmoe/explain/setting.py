@@ -1,31 +1,44 @@
-"""A config on so many ranks, with what follows from it: the degrees, the micro-batches, the model without its weights, the slots.
+"""A config on a given number of ranks, and what follows from it: sizes, batches, model, slots.
 
-Slots and shapes are asked of the code that trains, never computed a second time here.
+Slots and shapes come from the code that trains; nothing is computed a second time here.
 
-Letters: T tokens of one process in one micro-batch, E experts, EP expert-parallel degree, G groups that share a capacity, C slots.
+Letters: T tokens of one process in one micro-batch, E experts, EP expert-parallel size, G groups
+that share a capacity, C slots of one (group, expert).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from dmoe.config.rules import Batching, batching, check, expert_parallel
 from dmoe.config.schema import Config
 from dmoe.models.base import Model
-from dmoe.moe.comm import NoComm
+from dmoe.moe.interfaces import NoComm
 from dmoe.moe.layer import MoE
-from dmoe.moe.routing import TokenContext
-from dmoe.train import engine as precisions
-from dmoe.train.modular.attach import attach_modules, select_trained
+from dmoe.moe.routing import BatchShape
+from dmoe.train.engine import resolve_precision
+from dmoe.train.modular.attach import attach_modules, select_trainable_parameters
 from dmoe.train.tasks import Task, task_of
 
-ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
+BYTES_PER_NUMBER = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Section:
+    """One topic of an explanation: sentences for people and the same numbers for programs."""
+
+    key: str
+    title: str
+    sentences: list[str]
+    numbers: dict[str, Any]
+    """Plain JSON."""
 
 
 class StubComm(NoComm):
-    """Peers that are not there: enough for shapes, and wrong for anything else, so that nothing else is asked."""
+    """Communicator that knows only its size: enough for shapes, no collective works."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -33,6 +46,8 @@ class StubComm(NoComm):
 
 @dataclass(frozen=True)
 class Setting:
+    """A checked config on `world` ranks, with its model on the meta device."""
+
     config: Config
     world: int
     ep: int
@@ -45,56 +60,60 @@ class Setting:
 
     @property
     def layer(self) -> MoE | None:
-        """The first MoE layer; all are alike, but for a classifier's last one, which may have another width."""
+        """The first MoE layer, like all others; a classifier's last one may have another width."""
         layers = self.model.moe_layers()
         return layers[0] if layers else None
 
     @property
     def edp(self) -> int:
+        """Copies of each expert."""
         return self.world // self.ep
 
     @property
     def sequences(self) -> int:
-        """Sequences of one forward of one process: its virtual ranks' micro-batches."""
+        """Sequences of one forward of one process: the micro-batches of its virtual ranks."""
         return self.batching.micro_batch * self.config.parallel.virtual_ranks
 
     @property
     def tokens(self) -> int:
         """T."""
-        return self.sequences * self.task.targets
+        return self.sequences * self.task.targets_per_sample
 
     @property
-    def itemsize(self) -> int:
-        """Bytes of a number that travels: rows are exchanged in the precision the experts compute in."""
-        return ITEMSIZE[self.precision]
+    def bytes_per_number(self) -> int:
+        """Bytes per number sent: rows are exchanged in the precision of the experts."""
+        return BYTES_PER_NUMBER[self.precision]
 
-    def owned(self, rank: int) -> tuple[int, ...]:
-        """Global ids of a rank's experts, ascending; the same in all layers."""
+    def local_experts(self, rank: int) -> tuple[int, ...]:
+        """Return the global ids of a rank's experts, ascending; equal in all layers."""
         assert self.layer is not None
         return tuple(sorted(self.layer.experts.placement(self.ep).experts[rank % self.ep]))
 
     @property
-    def places(self) -> int:
-        """Places that an EP group offers for experts: as many as there are, or more where ranks have unequal numbers of them."""
+    def num_physical_experts(self) -> int:
+        """Physical experts of an EP group: more than E if ranks have unequal numbers of them."""
         assert self.layer is not None
-        ownership = self.layer.experts.placement(self.ep)
-        return ownership.experts_per_rank * self.ep
+        return self.layer.experts.placement(self.ep).experts_per_rank * self.ep
 
-    def slots(self, training: bool = True) -> TokenContext:
-        """`groups` G and `capacity` C (None: dropless) of one forward, as the layer works them out."""
+    def slots(self, training: bool = True) -> BatchShape:
+        """Return `groups` G and `capacity` C (None: dropless) of one forward, from the layer."""
         assert self.layer is not None
         self.layer.train(training)
-        return self.layer.with_shapes(TokenContext(), self.sequences, self.tokens)
+        return self.layer.batch_shape(self.sequences, self.tokens)
 
 
 def resolve(config: Config, world: int) -> Setting:
-    """Raises ConfigError for what `dmoe train` would refuse on `world` ranks, but for what only the machine decides."""
+    """Build the setting of `config` on `world` ranks.
+
+    Raises:
+        ConfigError: for everything `dmoe train` refuses, except what depends on the machine.
+    """
     check(config, world)
     task = task_of(config)
     with torch.device("meta"):
-        model = task.model(config.parallel.virtual_ranks)
+        model = task.build_model(config.parallel.virtual_ranks)
         attach_modules(model, config, config.parallel.virtual_ranks)
-    select_trained(model, config)
+    select_trainable_parameters(model, config)
     for layer in model.moe_layers():
         layer.comm = StubComm(world)
     ep = expert_parallel(config, world)
@@ -102,10 +121,10 @@ def resolve(config: Config, world: int) -> Setting:
 
 
 def _precision(config: Config) -> str:
-    """`auto` as this machine answers it; for GPUs that are not here, bf16, which all since Ampere have."""
+    """Resolve `auto` as this machine does; for GPUs that are not here, bf16 (Ampere and later)."""
     if config.train.precision != "auto":
         return config.train.precision
     if config.train.device == "cuda" and not torch.cuda.is_available():
         return "bf16"
-    here = "cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu"
-    return precisions.resolve("auto", torch.device(here), config.model.dim)
+    device = "cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu"
+    return resolve_precision("auto", torch.device(device), config.model.dim)

@@ -1,8 +1,57 @@
-"""The report on a run, or on several beside each other: one HTML file that needs no network.
+"""The report on one or several runs: one HTML file that needs no network.
 
-It reads a run directory's `metrics.jsonl` and `resolved.yaml`, never a checkpoint, and does not import torch.
+It reads `metrics.jsonl` and `resolved.yaml` of a run directory, never a checkpoint, and does not
+import torch.
 """
 
-from dmoe.report.build import write_report
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from dmoe.report import panels_experts, panels_layers, panels_progress, panels_summary
+from dmoe.report.page import render_page
+from dmoe.report.run import load_runs
 
 __all__ = ["write_report"]
+
+PANELS = (
+    panels_summary.summary_panel,
+    panels_progress.quality_panel,
+    panels_experts.load_panel,
+    panels_layers.drops_panel,
+    panels_layers.balance_panel,
+    panels_layers.router_panel,
+    panels_layers.layers_panel,
+    panels_experts.specialization_panel,
+    panels_experts.traffic_panel,
+    panels_progress.time_panel,
+    panels_progress.gradients_panel,
+    panels_summary.samples_panel,
+    panels_summary.events_panel,
+)
+
+
+def write_report(runs: Sequence[Path], output: Path) -> Path:
+    """Write the report on the run directories `runs` to `output` atomically; return `output`.
+
+    Cost: one pass over each `metrics.jsonl`, and about 5 MB of which 4.8 are the plotting library;
+    less than a second for 600 steps.
+
+    Raises:
+        ConfigError: a path is not a run directory.
+        OSError: `output` cannot be written.
+    """
+    loaded = load_runs(runs)
+    names = [run.name for run in loaded]
+    panels = [build(loaded) for build in PANELS]
+    text = render_page(names, panels, [panels_summary.event_marks(run) for run in loaded])
+    draft = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        # A text sample may contain half a surrogate pair.
+        draft.write_bytes(text.encode("utf-8", errors="replace"))
+        draft.replace(output)
+    finally:
+        draft.unlink(missing_ok=True)
+    return output

@@ -1,4 +1,4 @@
-"""Several runs as a table of plain text, a row a run: what each reached beside what it cost, and what makes them no fair comparison."""
+"""Several runs as one table of plain text: quality beside cost, and remarks on fairness."""
 
 from __future__ import annotations
 
@@ -7,133 +7,132 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from dmoe.report.figures import RunSummary, describe_end, is_finished, summarize
 from dmoe.report.format import format_count, format_flops, format_number, single_line, text_table
-from dmoe.report.run import Run
+from dmoe.report.results import ABSENT
+from dmoe.report.run import Run, RunSummary, describe_end, is_finished, summarize
 
-ABSENT = "-"
 Column = tuple[str, Callable[[RunSummary], float | None], Callable[[float], str]]
+"""Title, where `{unit}` is `token` or `sample`; value; its format."""
 COLUMNS: tuple[Column, ...] = (
     ("held-out\nbits/byte", lambda run: run.bits_per_byte, "{:.4f}".format),
     ("held-out\naccuracy", lambda run: run.accuracy, "{:.2%}".format),
-    ("params\nin all", lambda run: run.parameters, format_count),
-    ("active\na {unit}", lambda run: run.active_parameters, format_count),
+    ("params\nin total", lambda run: run.parameters, format_count),
+    ("active\nper {unit}", lambda run: run.active_parameters, format_count),
     ("trained", lambda run: run.trainable_parameters, format_count),
-    ("FLOPs\na {unit}", lambda run: run.flops_per_token, format_flops),
-    ("FLOPs to\ntrain", lambda run: run.training_flops, format_flops),
+    ("FLOPs\nper {unit}", lambda run: run.flops_per_token, format_flops),
+    ("training\nFLOPs", lambda run: run.training_flops, format_flops),
     ("{unit}s", lambda run: run.tokens, format_count),
     (
         "seconds",
         lambda run: run.seconds,
         lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.1f}",
     ),
-    ("{unit}s\na second", lambda run: run.tokens_per_second, format_count),
+    ("{unit}s\nper second", lambda run: run.tokens_per_second, format_count),
     ("dropped", lambda run: run.drop_rate, "{:.1%}".format),
     ("load\nmax/mean", lambda run: run.load_max_over_mean, "{:.2f}".format),
 )
 
 
 def comparison_lines(runs: Sequence[Run], width: int) -> list[str]:
-    """The table, at most `width` wide, and the remarks under it. A run that has not finished has a star."""
-    figures = [summarize(run) for run in runs]
-    head, columns = (
-        ["run"],
-        [[single_line(run.name) + " *" * (not is_finished(run)) for run in runs]],
-    )
-    units = {item.unit for item in figures}
-    unit = (
-        units.pop() if len(units) == 1 else "target"
-    )  # what tokens and samples have in common: each is guessed once
-    for title, read, spell in COLUMNS:
-        values = [read(item) for item in figures]
-        if title == "trained" and not any(item.partly_trained for item in figures):
+    """Return the table, at most `width` wide, and the remarks. Unfinished runs have a star."""
+    summaries = [summarize(run) for run in runs]
+    head = ["run"]
+    columns = [[single_line(run.name) + ("" if is_finished(run) else " *") for run in runs]]
+    units = {summary.unit for summary in summaries}
+    # A target is what tokens and samples have in common: each is predicted once.
+    unit = units.pop() if len(units) == 1 else "target"
+    any_frozen = any(summary.partly_trained for summary in summaries)
+    for title, read, form in COLUMNS:
+        values = [read(summary) for summary in summaries]
+        if all(value is None for value in values) or (title == "trained" and not any_frozen):
             continue
-        if any(value is not None for value in values):
-            head.append(title.format(unit=unit))
-            columns.append([ABSENT if value is None else spell(value) for value in values])
+        head.append(title.format(unit=unit))
+        columns.append([ABSENT if value is None else form(value) for value in values])
     head.append("ranks\n/ EP")
-    columns.append(
-        [
-            f"{format_number(item.world)}/{format_number(item.ep)}"
-            if item.world is not None
-            else ABSENT
-            for item in figures
-        ]
-    )
+    columns.append([_ranks(summary) for summary in summaries])
     lines = text_table(head, list(zip(*columns, strict=True)), width)
-    said = [
+    remarks = [
         line
-        for remark in _remarks(runs, figures)
+        for remark in _remarks(runs, summaries)
         for line in textwrap.wrap(remark, width, subsequent_indent="  ")
     ]
-    return lines + ([""] * bool(said)) + said
+    return [*lines, "", *remarks] if remarks else lines
+
+
+def _ranks(summary: RunSummary) -> str:
+    if summary.world is None:
+        return ABSENT
+    return f"{format_number(summary.world)}/{format_number(summary.ep)}"
 
 
 def comparison_json(runs: Sequence[Run]) -> dict[str, Any]:
-    """The same with every digit; null where nothing was recorded."""
-    figures = [summarize(run) for run in runs]
+    """Return the same as plain JSON with all digits; null if nothing was recorded."""
+    summaries = [summarize(run) for run in runs]
     rows = [
         {
             "name": run.name,
             "path": str(run.path),
             "finished": is_finished(run),
             "state": describe_end(run),
-            **asdict(item),
+            **asdict(summary),
         }
-        for run, item in zip(runs, figures, strict=True)
+        for run, summary in zip(runs, summaries, strict=True)
     ]
-    return {"runs": rows, "remarks": list(_remarks(runs, figures))}
+    return {"runs": rows, "remarks": list(_remarks(runs, summaries))}
 
 
-def _remarks(runs: Sequence[Run], figures: Sequence[RunSummary]) -> Iterator[str]:
-    """A sentence for each thing that a reader has to know before comparing two rows."""
+def _remarks(runs: Sequence[Run], summaries: Sequence[RunSummary]) -> Iterator[str]:
+    """Yield a sentence per reason why two rows may not be comparable."""
     for run in runs:
         if not is_finished(run):
-            yield unfinished(run)
+            yield unfinished_remark(run)
     names = [single_line(run.name) for run in runs]
-    by_measure = _groups(names, [_measure(item) for item in figures])
-    if len(by_measure) > 1:
-        yield f"Not one task, so not one measure: {_listed(by_measure)}."
-    by_data = _groups(names, [f"data {item.data[:12]}" if item.data else None for item in figures])
+    by_metric = _group(names, [_metric(summary) for summary in summaries])
+    if len(by_metric) > 1:
+        yield f"Different tasks have different metrics: {_list_groups(by_metric)}."
+    fingerprints = [f"data {item.data[:12]}" if item.data else None for item in summaries]
+    by_data = _group(names, fingerprints)
     if len(by_data) > 1:
-        yield f"Not trained and measured on the same data: {_listed(by_data)}."
+        yield f"Trained and evaluated on different data: {_list_groups(by_data)}."
     sizes = [
-        None if item.held_out is None else f"{item.held_out:,.0f} {item.unit}s" for item in figures
+        None if item.held_out is None else f"{item.held_out:,.0f} {item.unit}s"
+        for item in summaries
     ]
-    by_size = _groups(names, sizes)
+    by_size = _group(names, sizes)
     if len(by_size) > 1 and len(by_data) == 1:
-        yield f"Not measured on equally many held-out {figures[0].unit}s: {_listed(by_size)}."
+        unit = summaries[0].unit
+        yield f"Evaluated on different numbers of held-out {unit}s: {_list_groups(by_size)}."
     frozen = [
         name
-        for name, item in zip(names, figures, strict=True)
+        for name, item in zip(names, summaries, strict=True)
         if item.partly_trained and item.training_flops
     ]
     if frozen:
-        yield f"FLOPs to train are an upper bound for {', '.join(frozen)}: frozen weights need no gradient, and are counted as if."
+        yield (
+            f"Training FLOPs are an upper bound for {', '.join(frozen)}: frozen weights need no "
+            "gradient, but are counted as if they did."
+        )
 
 
-def unfinished(run: Run) -> str:
+def unfinished_remark(run: Run) -> str:
+    """Return the remark on a run that did not complete its steps."""
     return f"* {single_line(run.name)}: {describe_end(run)}."
 
 
-def _measure(figures: RunSummary) -> str | None:
-    return (
-        "bits/byte"
-        if figures.bits_per_byte is not None
-        else "accuracy"
-        if figures.accuracy is not None
-        else None
-    )
+def _metric(summary: RunSummary) -> str | None:
+    if summary.bits_per_byte is not None:
+        return "bits/byte"
+    return "accuracy" if summary.accuracy is not None else None
 
 
-def _groups(names: Sequence[str], kinds: Sequence[str | None]) -> dict[str, list[str]]:
-    """Names by kind; those of which it is not known are in no group."""
-    found: dict[str, list[str]] = {}
-    for name, kind in zip(names, kinds, strict=True):
-        if kind is not None:
-            found.setdefault(kind, []).append(name)
-    return found
+def _group(names: Sequence[str], keys: Sequence[str | None]) -> dict[str, list[str]]:
+    """Return names by key; names without a key are in no group."""
+    groups: dict[str, list[str]] = {}
+    for name, key in zip(names, keys, strict=True):
+        if key is not None:
+            groups.setdefault(key, []).append(name)
+    return groups
 
 
-def _listed(groups: dict[str, list[str]]) -> str:
-    return "; ".join(f"{', '.join(members)} ({kind})" for kind, members in groups.items())
+def _list_groups(groups: dict[str, list[str]]) -> str:
+    return "; ".join(f"{', '.join(members)} ({key})" for key, members in groups.items())

@@ -1,95 +1,93 @@
-"""Where the tokens went: the load of every expert, at every logged step and at the last.
+"""Panels of matrices: expert load, rows between ranks, co-selection, and load by domain.
 
-Letters: E experts, L MoE layers.
+Letters: E experts, L MoE layers, EP ranks that share the experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean, pstdev
 from typing import Any
 
-from dmoe.report.figures import most_imbalanced_steps
-from dmoe.report.format import format_number
-from dmoe.report.page import Chart, Choice, Panel, Table, short
+from dmoe.report.charts import (
+    CurveChart,
+    View,
+    build_curve_chart,
+    build_matrix_chart,
+    layer_mean,
+    most_imbalanced_steps,
+)
+from dmoe.report.format import format_bytes, format_number
+from dmoe.report.page import Chart, Panel, Selector, Table, round_number
 from dmoe.report.run import Run, layers_of
-from dmoe.runs.metrics_log import numbers
+from dmoe.runs.metrics_log import Line, matrix, numbers
 
-CELLS = 700_000
-"""Of all heat-maps over steps together: about 4 MB of HTML."""
-COLUMNS = (24, 600)
-"""Fewest and most steps of one heat-map."""
-HOTTEST = 12
-"""Layers in the table of hottest and coldest experts, the least even first."""
+MAX_LOAD_CELLS = 700_000
+"""Cells of all load matrices over steps together: about 4 MB of HTML."""
+MIN_STEPS, MAX_STEPS = 24, 600
+"""Steps of one load matrix."""
+MAX_LISTED_LAYERS = 12
+"""Layers in the table of extreme loads, the least balanced first."""
+NUM_EXTREMES = 3
+BYTES_PER_NUMBER = {"fp32": 4, "bf16": 2, "fp16": 2}
+LOAD_AXES = {"z": "times the fair share", "count": "assignments"}
 
-
-def loads(runs: Sequence[Run]) -> Panel:
-    """Load by expert and step, by expert and layer, and who is hottest and coldest."""
-    history = [_history(run) for run in runs]
-    if not any(history):
-        return Panel(
-            "experts", "Experts", ["No load was recorded: a dense model, or no step was logged."]
-        )
-    columns = _columns(history)
-    views = {
-        f"{index}|{position}": load_view(steps_and_loads, columns)
-        for index, layers in enumerate(history)
-        for position, steps_and_loads in enumerate(layers.values())
-    }
-    most = max(history, key=len)
-    names = [run.name for run in runs]
-    longest = max(len(pairs) for layers in history for pairs in layers.values())
-    thinned = (
-        f" Of {longest:,} logged steps {columns} are drawn: of each stretch, the least even one."
-        if longest > columns
-        else ""
-    )
-    over_time = Chart(
-        "load",
-        "Load of each expert over time",
-        "Choices an expert got, before any drop, as a multiple of the fair share (the mean over the experts of that step). "
-        f"1 is perfect balance.{thinned}",
-        "matrix",
-        views,
-        {
-            "x": "step",
-            "y": "expert",
-            "z": "times the fair share",
-            "count": "choices",
-            "fair": "column",
-        },
-        [Choice("Run", names), Choice("Layer", [f"layer {layer}" for layer in most])],
-        wide=True,
-    )
-    last = {str(index): _last_view(layers) for index, layers in enumerate(history) if layers}
-    by_layer = Chart(
-        "load-last",
-        "Load by layer at the last logged step",
-        "The same measure for every layer at once: a row is a MoE layer, a column an expert.",
-        "matrix",
-        last,
-        {
-            "x": "expert",
-            "y": "layer",
-            "z": "times the fair share",
-            "count": "choices",
-            "fair": "row",
-        },
-        [Choice("Run", names)],
-        wide=True,
-    )
-    return Panel(
-        "experts", "Experts", charts=[over_time, by_layer], tables=[_hottest(runs, history)]
-    )
-
-
-Layers = dict[int, list[tuple[int, list[float]]]]
+LoadHistory = dict[int, list[tuple[int, list[float]]]]
 """By layer: (step, load of its E experts)."""
 
 
-def _history(run: Run) -> Layers:
-    """Only steps with as many experts as the last one: a run directory that was used twice holds two models."""
-    found: Layers = {}
+def load_panel(runs: Sequence[Run]) -> Panel:
+    """Build the load by expert and step and by expert and layer, and a table of extremes."""
+    histories = [_load_history(run) for run in runs]
+    if not any(histories):
+        absent = "No load was recorded: a dense model, or no step was logged."
+        return Panel("experts", "Experts", [absent])
+    num_experts = sum(len(pairs[-1][1]) for layers in histories for pairs in layers.values())
+    max_steps = min(MAX_STEPS, max(MIN_STEPS, MAX_LOAD_CELLS // num_experts))
+    longest = max(len(pairs) for layers in histories for pairs in layers.values())
+    thinned = ""
+    if longest > max_steps:
+        thinned = (
+            f" Of {longest:,} logged steps {max_steps} are drawn: the least balanced step of each "
+            "stretch."
+        )
+    run_selector = Selector("Run", [run.name for run in runs])
+    layers = [f"layer {layer}" for layer in max(histories, key=len)]
+    over_time = Chart(
+        "load",
+        "Load of each expert over time",
+        "Assignments of an expert before any drop, as a multiple of the fair share (the mean over "
+        f"the experts of that step). 1 is perfect balance.{thinned}",
+        "matrix",
+        {
+            f"{index}|{position}": _load_view(pairs, max_steps)
+            for index, layers in enumerate(histories)
+            for position, pairs in enumerate(layers.values())
+        },
+        {"x": "step", "y": "expert", **LOAD_AXES, "fair": "column"},
+        [run_selector, Selector("Layer", layers)],
+        wide=True,
+    )
+    by_layer = Chart(
+        "load-last",
+        "Load by layer at the last logged step",
+        "The same for all layers at once: a row is an MoE layer, a column an expert.",
+        "matrix",
+        {str(index): _last_view(layers) for index, layers in enumerate(histories) if layers},
+        {"x": "expert", "y": "layer", **LOAD_AXES, "fair": "row"},
+        [run_selector],
+        wide=True,
+    )
+    extremes = _extreme_loads(runs, histories)
+    return Panel("experts", "Experts", charts=[over_time, by_layer], tables=[extremes])
+
+
+def _load_history(run: Run) -> LoadHistory:
+    """Return the loads by layer, without steps whose number of experts is not the last one's.
+
+    A run directory that was used twice contains two models.
+    """
+    found: LoadHistory = {}
     for line in run.train:
         for layer, row in layers_of(line).items():
             if load := numbers(row.get("load")):
@@ -100,33 +98,27 @@ def _history(run: Run) -> Layers:
     }
 
 
-def _columns(history: Sequence[Layers]) -> int:
-    experts = sum(len(pairs[-1][1]) for layers in history for pairs in layers.values())
-    low, high = COLUMNS
-    return min(high, max(low, CELLS // experts))
-
-
-def load_view(pairs: Sequence[tuple[int, list[float]]], columns: int) -> dict[str, Any]:
-    """The matrix of one layer, expert by step, in choices as they were counted."""
-    kept = most_imbalanced_steps([max_over_mean(load) for _, load in pairs], columns)
-    chosen = [pairs[index] for index in kept]
-    experts = range(len(chosen[-1][1]))
+def _load_view(pairs: Sequence[tuple[int, list[float]]], max_steps: int) -> View:
+    """Return the matrix of one layer, expert by step, in counted assignments."""
+    kept = most_imbalanced_steps([_max_over_mean(load) for _, load in pairs], max_steps)
+    drawn = [pairs[index] for index in kept]
+    experts = range(len(drawn[-1][1]))
     return {
-        "x": [step for step, _ in chosen],
+        "x": [step for step, _ in drawn],
         "y": list(experts),
-        "z": [[short(load[expert]) for _, load in chosen] for expert in experts],
+        "z": [[round_number(load[expert]) for _, load in drawn] for expert in experts],
     }
 
 
-def max_over_mean(load: Sequence[float]) -> float:
+def _max_over_mean(load: Sequence[float]) -> float:
     mean = fmean(load)
     return max(load) / mean if mean else 1.0
 
 
-def _last_view(layers: Layers) -> dict[str, Any]:
-    """Layer by expert at each layer's last step. Layers with fewer experts end earlier."""
+def _last_view(layers: LoadHistory) -> View:
+    """Return the matrix of layer by expert at each layer's last step, rows filled with None."""
     width = max(len(pairs[-1][1]) for pairs in layers.values())
-    rows = [[short(value) for value in pairs[-1][1]] for pairs in layers.values()]
+    rows = [[round_number(value) for value in pairs[-1][1]] for pairs in layers.values()]
     return {
         "x": list(range(width)),
         "y": list(layers),
@@ -134,41 +126,178 @@ def _last_view(layers: Layers) -> dict[str, Any]:
     }
 
 
-def _hottest(runs: Sequence[Run], history: Sequence[Layers]) -> Table:
+def _extreme_loads(runs: Sequence[Run], histories: Sequence[LoadHistory]) -> Table:
     rows: list[tuple[float, list[str]]] = []
-    for run, layers in zip(runs, history, strict=True):
+    for run, layers in zip(runs, histories, strict=True):
+        prefix = f"{run.name}, " if len(runs) > 1 else ""
         for layer, pairs in layers.items():
             step, load = pairs[-1]
-            mean = fmean(load) or 1.0
-            order = sorted(range(len(load)), key=lambda expert: -load[expert])
-            cells = [
-                f"{run.name}, layer {layer}" if len(runs) > 1 else f"layer {layer}",
-                f"{step:,}",
-                format_number(max_over_mean(load), 3),
-                format_number(pstdev(load) / mean, 3),
-                str(sum(value == 0 for value in load)),
-                ", ".join(f"{expert} ({load[expert] / mean:.2f})" for expert in order[:3]),
-                ", ".join(
-                    f"{expert} ({load[expert] / mean:.2f})" for expert in reversed(order[-3:])
-                ),
-            ]
-            rows.append((max_over_mean(load), cells))
+            cells = [f"{prefix}layer {layer}", f"{step:,}", *_load_cells(load)]
+            rows.append((_max_over_mean(load), cells))
     rows.sort(key=lambda row: -row[0])
-    shown = (
-        f"the {HOTTEST} least even of {len(rows)} layers"
-        if len(rows) > HOTTEST
-        else "the least even layer first"
-    )
+    order = "the least balanced layer first"
+    if len(rows) > MAX_LISTED_LAYERS:
+        order = f"the {MAX_LISTED_LAYERS} least balanced of {len(rows)} layers"
     return Table(
-        f"Hottest and coldest experts at the last logged step, {shown}; in brackets the load as a multiple of the fair share",
+        f"Most and least loaded experts at the last logged step, {order}; in brackets the load as "
+        "a multiple of the fair share",
         [
-            "Layer",
-            "Step",
-            "Max / mean",
-            "Coefficient of variation",
-            "Without any token",
-            "Hottest",
-            "Coldest",
+            *("Layer", "Step", "Max / mean", "Coefficient of variation", "Without any token"),
+            *("Most loaded", "Least loaded"),
         ],
-        [cells for _, cells in rows[:HOTTEST]],
+        [cells for _, cells in rows[:MAX_LISTED_LAYERS]],
     )
+
+
+def _load_cells(load: list[float]) -> list[str]:
+    mean = fmean(load) or 1.0
+    order = sorted(range(len(load)), key=lambda expert: -load[expert])
+    extremes = (order[:NUM_EXTREMES], reversed(order[-NUM_EXTREMES:]))
+    return [
+        format_number(_max_over_mean(load), 3),
+        format_number(pstdev(load) / mean, 3),
+        str(load.count(0)),
+        *(", ".join(f"{e} ({load[e] / mean:.2f})" for e in experts) for experts in extremes),
+    ]
+
+
+def traffic_panel(runs: Sequence[Run]) -> Panel:
+    """Build the rows that each rank sent to each other rank at the last logged step."""
+    id, title = "traffic", "Exchange between ranks"
+    views = [_traffic_views(run) for run in runs]
+    chart = Chart(
+        "traffic",
+        "Rows from rank to rank",
+        "A row is the sender, a column the receiver; the diagonal stays on its rank. Forward pass "
+        "of the last logged step.",
+        "matrix",
+        axes={"x": "to rank", "y": "from rank", "z": "rows"},
+    )
+    built = build_matrix_chart(chart, runs, views)
+    if built is None:
+        sentence = "Rows between ranks were not recorded in these runs."
+        if all(run.start.get("ep", 1) == 1 for run in runs):
+            sentence = "Each rank has all experts, so no row is sent."
+        return Panel(id, title, [sentence])
+    sizes = {
+        run.name: _row_size(run)
+        for run, by_label in zip(runs, views, strict=True)
+        if by_label and run.config is not None
+    }
+    sentences = [f"{name}: a row is {size}" for name, size in sizes.items()]
+    if len(set(sizes.values())) == 1:
+        sentences = [f"A row is {next(iter(sizes.values()))}"]
+    return Panel(id, title, sentences, charts=[built])
+
+
+def _traffic_views(run: Run) -> dict[str, View]:
+    """Return the matrices of all layers, after their sum if all have as many ranks."""
+    by_layer = _last_matrices(run.train, _traffic_view)
+    labelled = _label(by_layer)
+    sizes = {len(view["z"]) for view in by_layer.values()}
+    if len(by_layer) < 2 or len(sizes) > 1:
+        return labelled
+    ranks = range(sizes.pop())
+    total = [[sum(view["z"][i][j] for view in by_layer.values()) for j in ranks] for i in ranks]
+    return {"all layers": {**next(iter(by_layer.values())), "z": total}, **labelled}
+
+
+def _traffic_view(row: dict[str, Any]) -> View | None:
+    rows = matrix(row.get("traffic"))
+    if len(rows) < 2 or len(rows[0]) != len(rows):
+        return None
+    ranks = list(range(len(rows)))
+    return {"x": ranks, "y": ranks, "z": [[round_number(value) for value in row] for row in rows]}
+
+
+def _row_size(run: Run) -> str:
+    assert run.config is not None
+    width = run.config.model.dim
+    precision = str(run.start.get("precision", run.config.train.precision))
+    size = ""
+    if precision in BYTES_PER_NUMBER:
+        size = f" in {precision}, {format_bytes(width * BYTES_PER_NUMBER[precision])}"
+    return f"{width} numbers{size}, and is sent out and back."
+
+
+def specialization_panel(runs: Sequence[Run]) -> Panel:
+    """Build load by domain, co-selection of experts, and mutual information, from evaluations."""
+    domains = Chart(
+        "domains",
+        "Load by domain",
+        "Assignments of each domain's tokens, as a multiple of the fair share within the domain: 1 "
+        "everywhere means that the experts do not distinguish the domains. Last evaluation.",
+        "matrix",
+        axes={"x": "expert", "y": "domain", **LOAD_AXES, "fair": "row"},
+    )
+    pairs = Chart(
+        "co-selection",
+        "Co-selection of experts",
+        "Number of tokens for which both experts were chosen. Last evaluation.",
+        "matrix",
+        axes={"x": "expert", "y": "expert", "z": "tokens"},
+    )
+    information = CurveChart(
+        "information",
+        "Mutual information of expert and domain",
+        "0: the expert is independent of the domain. Mean over the MoE layers.",
+        "bits",
+        evaluation=layer_mean("mutual_information"),
+    )
+    by_domain = [_label(_last_matrices(run.evals, _domain_view)) for run in runs]
+    by_pair = [_label(_last_matrices(run.evals, _pair_view)) for run in runs]
+    charts = {
+        "No load by domain was recorded: it needs data with labels.": build_matrix_chart(
+            domains, runs, by_domain
+        ),
+        "Co-selection was not recorded.": build_matrix_chart(pairs, runs, by_pair),
+    }
+    absent = [sentence for sentence, chart in charts.items() if chart is None]
+    found = [*charts.values(), build_curve_chart(information, runs)]
+    built = [chart for chart in found if chart is not None]
+    return Panel("specialisation", "Specialization", absent, charts=built)
+
+
+def _last_matrices(
+    lines: Sequence[Line], read: Callable[[dict[str, Any]], View | None]
+) -> dict[int, View]:
+    """Return the view by layer, from the last line that has one."""
+    found: dict[int, View] = {}
+    for line in lines:
+        for layer, row in layers_of(line).items():
+            if view := read(row):
+                found[layer] = view
+    return dict(sorted(found.items()))
+
+
+def _label(by_layer: dict[int, View]) -> dict[str, View]:
+    return {f"layer {layer}": view for layer, view in by_layer.items()}
+
+
+def _domain_view(row: dict[str, Any]) -> View | None:
+    domains = row.get("domains")
+    if not isinstance(domains, dict):
+        return None
+    counts = {str(name): numbers(values) for name, values in domains.items()}
+    counts = {name: values for name, values in counts.items() if values}
+    if not counts or len({len(values) for values in counts.values()}) > 1:
+        return None
+    width = len(next(iter(counts.values())))
+    return {
+        "x": list(range(width)),
+        "y": list(counts),
+        "z": [[round_number(value) for value in values] for values in counts.values()],
+    }
+
+
+def _pair_view(row: dict[str, Any]) -> View | None:
+    """Return co-selection without the diagonal: it is the load, and larger than all pairs."""
+    pairs = matrix(row.get("co_selection"))
+    if not pairs or len(pairs[0]) != len(pairs):
+        return None
+    experts = list(range(len(pairs)))
+    counts = [
+        [None if i == j else round_number(value) for j, value in enumerate(values)]
+        for i, values in enumerate(pairs)
+    ]
+    return {"x": experts, "y": experts, "z": counts}

@@ -1,328 +1,265 @@
-"""Drops, balance and the router: means over the MoE layers, and every quantity layer by layer."""
+"""Panels of curves about MoE layers: drops, balance, router, and each layer by itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from statistics import fmean
+from collections.abc import Sequence
 from typing import Any
 
-from dmoe.report.figures import MOST, Reader, by_run, curve, overlay, present
-from dmoe.report.page import Chart, Choice, Panel
-from dmoe.report.panels_progress import at, panel
-from dmoe.report.run import Run, layers_of
-from dmoe.runs.metrics_log import Line, finite, number, numbers
+from dmoe.report.charts import (
+    MAX_POINTS,
+    CurveChart,
+    Reader,
+    at,
+    curve_panel,
+    layer_mean,
+    make_curve,
+)
+from dmoe.report.page import Chart, Panel, Selector
+from dmoe.report.run import Run, as_dict, layers_of
+from dmoe.runs.metrics_log import Line, number, numbers
 
-POINTS = 200_000
-"""Of all curves of single layers together: about 3 MB of HTML."""
-QUANTITIES = {
+MEAN = "Mean over the MoE layers."
+ROUTER_CHARTS = (
+    CurveChart(
+        "entropy",
+        "Router entropy",
+        f"Of the scores of one token; 0 is a certain router, log E an undecided one. {MEAN}",
+        "nats",
+        {"": layer_mean("router_entropy")},
+    ),
+    CurveChart(
+        "top1",
+        "Probability of the first choice",
+        "Mean over tokens and MoE layers.",
+        "share",
+        {"": layer_mean("top1_probability")},
+    ),
+    CurveChart(
+        "logit",
+        "Largest router logit",
+        f"Steady growth is saturation. {MEAN}",
+        "logit",
+        {"": layer_mean("logit_max")},
+    ),
+    CurveChart(
+        "effective-k",
+        "Effective experts per token",
+        MEAN,
+        "experts",
+        {"": layer_mean("effective_k")},
+    ),
+    CurveChart(
+        "stability",
+        "Routing changes",
+        "Share of fixed probe tokens whose expert changed since the last evaluation. " + MEAN,
+        "share",
+        evaluation=layer_mean("stability"),
+    ),
+)
+MAX_LAYER_POINTS = 200_000
+"""Points of all curves of single layers together: about 3 MB of HTML."""
+MIN_LAYER_POINTS = 24
+LAYER_QUANTITIES = {
     "load_max_over_mean": "Load: largest over mean",
     "load_cv": "Load: coefficient of variation",
     "dead_experts": "Experts without any token",
-    "drop_rate": "Dropped share of the choices",
-    "dropped_mass": "Dropped share of the router's weight",
-    "lost_tokens": "Tokens with nothing left",
-    "padding_waste": "Slots that stayed empty",
+    "drop_rate": "Dropped share of the assignments",
+    "dropped_mass": "Dropped share of the router weight",
+    "lost_tokens": "Fully dropped tokens",
+    "padding_waste": "Empty slots",
     "router_entropy": "Router entropy (nats)",
     "top1_probability": "Mean probability of the first choice",
     "logit_max": "Largest router logit",
-    "effective_k": "Effective number of experts a token",
-    "cost_share": "Cost of the experts a token took, of that of all",
+    "effective_k": "Effective number of experts per token",
+    "cost_share": "Cost of a token's experts, as a share of all experts",
     "bias_min": "Bias: smallest",
     "bias_max": "Bias: largest",
     "bias_drift": "Bias: drift",
-    "stability": "Probe tokens that changed expert since the last evaluation",
-    "k_loss_correlation": "Correlation of the experts a token used with its loss",
+    "stability": "Probe tokens whose expert changed since the last evaluation",
+    "k_loss_correlation": "Correlation of experts per token and the token's loss",
     "mutual_information": "Mutual information of expert and domain (bits)",
 }
-HELD_OUT = ("stability", "mutual_information", "k_loss_correlation")
-"""Of evaluations: few points, so each is marked."""
+EVALUATED = ("stability", "mutual_information", "k_loss_correlation")
+"""Quantities of evaluations: few points, so they are drawn with markers."""
 
 
-def mean_of(pick: Callable[[dict[str, Any]], float | None]) -> Reader:
-    """The mean over the MoE layers of a line that have the number."""
-    return partial(_mean_of, pick)
+def drops_panel(runs: Sequence[Run]) -> Panel:
+    """Build dropped assignments, by choice too, and empty slots."""
+    choices = range(max((_num_choices(run) for run in runs), default=0))
 
+    def by_choice(key: str) -> dict[str, Reader]:
+        return {f"choice {k + 1}": layer_mean(key, k) for k in choices}
 
-def _mean_of(pick: Callable[[dict[str, Any]], float | None], line: Line) -> float | None:
-    found = [value for row in layers_of(line).values() if (value := pick(row)) is not None]
-    return fmean(found) if found else None
-
-
-def key(name: str) -> Callable[[dict[str, Any]], float | None]:
-    return lambda row: finite(row.get(name))
-
-
-def choice(name: str, position: int) -> Callable[[dict[str, Any]], float | None]:
-    def pick(row: dict[str, Any]) -> float | None:
-        values = numbers(row.get(name))
-        return values[position] if position < len(values) else None
-
-    return pick
-
-
-def drops(runs: Sequence[Run]) -> Panel:
-    most = max((_choices(run) for run in runs), default=0)
-    by_choice = {f"choice {k + 1}": mean_of(choice("drop_rate_by_choice", k)) for k in range(most)}
-    mass = {f"choice {k + 1}": mean_of(choice("dropped_mass_by_choice", k)) for k in range(most)}
-    share = (
-        "Share of the choices (tokens x experts a token) that found no slot, over all MoE layers."
-    )
-    charts = [
-        overlay("drop-rate", "Drop rate", share, "share", runs, {"": at("drop_rate")}),
-        by_run(
+    charts = (
+        CurveChart(
+            "drop-rate",
+            "Drop rate",
+            "Share of the assignments (tokens x experts per token) without a slot, all MoE layers.",
+            "share",
+            {"": at("drop_rate")},
+        ),
+        CurveChart(
             "drop-by-choice",
             "Drop rate by choice",
-            "Choice 1 is a token's best expert. Mean over the layers.",
+            f"Choice 1 is a token's best expert. {MEAN}",
             "share",
-            runs,
-            by_choice,
+            by_choice("drop_rate_by_choice"),
+            layout="per_run",
         ),
-        overlay(
+        CurveChart(
             "dropped-mass",
             "Dropped router weight",
-            "Share of the weights that fell with the dropped choices. Mean over the layers.",
+            f"Share of the router weights that belongs to dropped assignments. {MEAN}",
             "share",
-            runs,
-            {"": mean_of(key("dropped_mass"))},
+            {"": layer_mean("dropped_mass")},
         ),
-        by_run(
+        CurveChart(
             "mass-by-choice",
             "Dropped router weight by choice",
-            "Mean over the layers.",
+            MEAN,
             "share",
-            runs,
-            mass,
+            by_choice("dropped_mass_by_choice"),
+            layout="per_run",
         ),
-        overlay(
+        CurveChart(
             "lost",
-            "Tokens with nothing left",
-            "They pass on the residual stream alone. Mean over the layers.",
+            "Fully dropped tokens",
+            f"They keep only the residual stream. {MEAN}",
             "tokens",
-            runs,
-            {"": mean_of(key("lost_tokens"))},
+            {"": layer_mean("lost_tokens")},
         ),
-        overlay(
+        CurveChart(
             "padding",
             "Empty slots",
-            "Share of the slots no token took: computed for nothing. Mean over the layers.",
+            f"Share of the slots without a token, computed for nothing. {MEAN}",
             "share",
-            runs,
-            {"": mean_of(key("padding_waste"))},
+            {"": layer_mean("padding_waste")},
         ),
-    ]
-    return panel(
-        "drops",
-        "Drops",
-        charts,
-        "No drop was recorded: a dense model, or an older version of dmoe.",
     )
+    absent = "No drop was recorded: a dense model, or an older version of dmoe."
+    return curve_panel("drops", "Drops", charts, runs, absent)
 
 
-def _choices(run: Run) -> int:
+def _num_choices(run: Run) -> int:
     rows = (row for line in run.train[-1:] for row in layers_of(line).values())
     return max((len(numbers(row.get("drop_rate_by_choice"))) for row in rows), default=0)
 
 
-def balance(runs: Sequence[Run]) -> Panel:
-    names = sorted(
-        {name for run in runs for line in run.train[-1:] for name in _mapping(line.get("aux"))}
-    )
-    worst = (
-        "The fullest expert's load over the mean, of the least even layer; 1 is perfect balance."
-    )
+def balance_panel(runs: Sequence[Run]) -> Panel:
+    """Build measures of the load, auxiliary losses and the bias."""
+    last_lines = [line for run in runs for line in run.train[-1:]]
+    losses = sorted({name for line in last_lines for name in as_dict(line.get("aux"))})
     charts = [
-        overlay(
+        CurveChart(
             "max-over-mean",
             "Largest load over mean",
-            worst,
+            "Of the least balanced layer; 1 is perfect balance.",
             "factor",
-            runs,
             {"": at("load_max_over_mean")},
         ),
-        overlay(
+        CurveChart(
             "cv",
             "Coefficient of variation of the load",
-            "Mean over the layers; 0 is perfect balance.",
+            f"0 is perfect balance. {MEAN}",
             "ratio",
-            runs,
-            {"": mean_of(key("load_cv"))},
+            {"": layer_mean("load_cv")},
         ),
-        overlay(
-            "dead",
-            "Experts without any token",
-            "Mean over the layers.",
-            "experts",
-            runs,
-            {"": mean_of(key("dead_experts"))},
+        CurveChart(
+            "dead", "Experts without any token", MEAN, "experts", {"": layer_mean("dead_experts")}
         ),
         *(
-            overlay(
+            CurveChart(
                 f"aux-{name}",
-                f"Loss: {name}",
-                "Without its coefficient. Mean over the layers.",
+                f"Auxiliary loss: {name}",
+                f"Without its coefficient. {MEAN}",
                 "raw",
-                runs,
                 {"": at("aux", name)},
             )
-            for name in names
+            for name in losses
         ),
-        by_run(
+        CurveChart(
             "aux-weighted",
             "Auxiliary losses, weighted",
-            "As they enter the training loss.",
+            "As added to the training loss.",
             "nats",
-            runs,
-            {name: at("aux_weighted", name) for name in names},
+            {name: at("aux_weighted", name) for name in losses},
+            layout="per_run",
         ),
-        overlay(
+        CurveChart(
             "bias",
-            "Bias of the experts",
-            "Smallest and largest, mean over the layers.",
+            "Load-balancing bias",
+            f"Smallest and largest. {MEAN}",
             "score",
-            runs,
-            {"smallest": mean_of(key("bias_min")), "largest": mean_of(key("bias_max"))},
+            {"smallest": layer_mean("bias_min"), "largest": layer_mean("bias_max")},
         ),
     ]
-    return panel("balance", "Balance", charts, "No measure of balance was recorded.")
+    return curve_panel("balance", "Balance", charts, runs, "No measure of balance was recorded.")
 
 
-def router(runs: Sequence[Run]) -> Panel:
-    charts = [
-        overlay(
-            "entropy",
-            "Router entropy",
-            "Of the scores of one token; low means sure, log E means undecided. Mean over the layers.",
-            "nats",
-            runs,
-            {"": mean_of(key("router_entropy"))},
-        ),
-        overlay(
-            "top1",
-            "Probability of the first choice",
-            "Mean over tokens and layers.",
-            "share",
-            runs,
-            {"": mean_of(key("top1_probability"))},
-        ),
-        overlay(
-            "logit",
-            "Largest router logit",
-            "Growth without end is saturation. Mean over the layers.",
-            "logit",
-            runs,
-            {"": mean_of(key("logit_max"))},
-        ),
-        overlay(
-            "effective-k",
-            "Effective experts a token",
-            "Mean over the layers.",
-            "experts",
-            runs,
-            {"": mean_of(key("effective_k"))},
-        ),
-        _held_out(
-            runs,
-            "stability",
-            "Routing changes",
-            "Share of fixed probe tokens whose expert changed since the last evaluation. Mean over the layers.",
-            "share",
-        ),
-    ]
-    return panel(
-        "router",
-        "Router",
-        charts,
-        "Entropy and certainty of the router were not recorded in these runs.",
-    )
+def router_panel(runs: Sequence[Run]) -> Panel:
+    """Build entropy and logits of the router, and how often its choices change."""
+    absent = "Entropy and certainty of the router were not recorded in these runs."
+    return curve_panel("router", "Router", ROUTER_CHARTS, runs, absent)
 
 
-def _held_out(runs: Sequence[Run], name: str, title: str, caption: str, unit: str) -> Chart | None:
-    return overlay(name, title, caption, unit, runs, {}, held_out=mean_of(key(name)))
-
-
-def layers(runs: Sequence[Run]) -> Panel:
-    """One chart for any quantity of any run, a curve for each layer."""
-    known = {**QUANTITIES, **{f"aux {name}": f"Loss: {name}, raw" for name in _losses(runs)}}
-    measured = {name: [_by_layer(run, name) for run in runs] for name in known}
-    measured = {name: found for name, found in measured.items() if any(found)}
-    most = max(
-        24,
-        min(
-            MOST,
-            POINTS // max(1, sum(len(layers) for found in measured.values() for layers in found)),
-        ),
-    )
+def layers_panel(runs: Sequence[Run]) -> Panel:
+    """Build one chart for any quantity of any run, with a curve per MoE layer."""
+    last_rows = [row for run in runs for line in run.train[-1:] for row in layers_of(line).values()]
+    losses = sorted({name for row in last_rows for name in as_dict(row.get("aux"))})
+    paths = {title: (key,) for key, title in LAYER_QUANTITIES.items()}
+    paths |= {f"Auxiliary loss: {name}": ("aux", name) for name in losses}
+    found = {title: [_values_by_layer(run, path) for run in runs] for title, path in paths.items()}
+    measured = {title: by_run for title, by_run in found.items() if any(by_run)}
+    if not measured:
+        absent = "No layer was recorded: a dense model, or no step was logged."
+        return Panel("layers", "Layer by layer", [absent])
+    num_curves = sum(len(layers) for by_run in measured.values() for layers in by_run)
+    max_points = min(MAX_POINTS, max(MIN_LAYER_POINTS, MAX_LAYER_POINTS // num_curves))
     views = {
         f"{index}|{position}": {
-            "curves": present(
-                _curve(layer, lines, name, len(by_layer), most) for layer, lines in by_layer.items()
-            ),
+            "curves": _layer_curves(layers, paths[title][0] in EVALUATED, max_points),
             "marks": [index],
         }
-        for position, (name, found) in enumerate(measured.items())
-        for index, by_layer in enumerate(found)
-        if by_layer
+        for position, (title, by_run) in enumerate(measured.items())
+        for index, layers in enumerate(by_run)
+        if layers
     }
-    choices = [
-        Choice("Run", [run.name for run in runs]),
-        Choice("Quantity", [known[name] for name in measured]),
-    ]
-    caption = "One curve for each MoE layer, from the first (dark blue) to the last (red)."
     chart = Chart(
         "by-layer",
         "Any quantity, layer by layer",
-        caption,
+        "One curve per MoE layer, from the first (dark blue) to the last (red).",
         "curves",
         views,
         {"x": "step", "y": ""},
-        choices,
+        [Selector("Run", [run.name for run in runs]), Selector("Quantity", list(measured))],
         wide=True,
     )
-    return panel(
-        "layers",
-        "Layer by layer",
-        [chart if views else None],
-        "No layer was recorded: a dense model, or no step was logged.",
-    )
+    return Panel("layers", "Layer by layer", charts=[chart])
 
 
-def _losses(runs: Sequence[Run]) -> list[str]:
-    return sorted(
-        {
-            name
-            for run in runs
-            for line in run.train[-1:]
-            for row in layers_of(line).values()
-            for name in _mapping(row.get("aux"))
-        }
-    )
-
-
-def _by_layer(run: Run, name: str) -> dict[int, list[Line]]:
-    """By layer, lines of {step, value}, where there is a value."""
-    group, _, loss = name.partition(" ")
+def _values_by_layer(run: Run, path: tuple[str, ...]) -> dict[int, list[Line]]:
+    """Return lines of {step, value} by layer, without missing values."""
     found: dict[int, list[Line]] = {}
     for line in (*run.train, *run.evals):
         for layer, row in layers_of(line).items():
-            value = number(row, group, loss) if loss else number(row, name)
+            value = number(row, *path)
             if value is not None:
                 found.setdefault(layer, []).append({"step": line["step"], "value": value})
     return dict(sorted(found.items()))
 
 
-def _curve(
-    layer: int, lines: list[Line], name: str, count: int, most: int
-) -> dict[str, Any] | None:
-    return curve(
-        f"layer {layer}",
-        lines,
-        at("value"),
-        most=most,
-        depth=layer / max(1, count - 1),
-        markers=name in HELD_OUT,
-    )
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+def _layer_curves(
+    layers: dict[int, list[Line]], markers: bool, max_points: int
+) -> list[dict[str, Any] | None]:
+    deepest = max(1, len(layers) - 1)
+    return [
+        make_curve(
+            f"layer {layer}",
+            lines,
+            at("value"),
+            max_points=max_points,
+            depth=layer / deepest,
+            markers=markers,
+        )
+        for layer, lines in layers.items()
+    ]

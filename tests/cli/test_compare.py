@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dmoe.cli.compare import columns, command
+from dmoe.cli.compare import command, terminal_width
 from dmoe.config.errors import ConfigError
 from dmoe.report.comparison import comparison_lines
 from dmoe.report.results import result_lines
@@ -40,7 +40,7 @@ def run(tmp_path: Path) -> Path:
     return write(tmp_path / "run", lines)
 
 
-def test_a_line_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_row_per_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "latest").symlink_to(run)
     command([run, tmp_path / "latest"])
     _, _, *rows = capsys.readouterr().out.splitlines()[:4]
@@ -60,14 +60,12 @@ def test_json_has_every_digit(run: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert found["finished"] is True
 
 
-def test_full_is_what_the_run_said_at_its_end(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_full_is_the_result_of_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command([run], full=True)
     assert capsys.readouterr().out.splitlines() == result_lines(read_metrics(run / "metrics.jsonl"))
 
 
-def test_the_run_itself_says_the_same(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_trainer_prints_the_same(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Before its last line is written: that one changes nothing of the table."""
     said: list[str] = []
     told = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -98,11 +96,11 @@ def test_full_says_that_a_run_has_not_finished(
         [write(tmp_path / "run", [line("start", 0), line("end", 3, stopped=True)])] * 2, full=True
     )
     told = capsys.readouterr().out
-    assert "* run: stopped after step 3, and can go on." in told
+    assert "* run: stopped after step 3, and can be resumed." in told
     assert "\n\nrun (2):\n" in told
 
 
-def test_what_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
+def test_a_path_without_a_run_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a run directory"):
         command([run, tmp_path])
     with pytest.raises(ConfigError, match=r"--json.*does not go with --full"):
@@ -114,8 +112,8 @@ def test_the_table_is_as_wide_as_the_terminal(
     run: Path, given: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", given)
-    assert columns() == width
-    assert max(map(len, comparison_lines(load_runs([run]), columns()))) <= width
+    assert terminal_width() == width
+    assert max(map(len, comparison_lines(load_runs([run]), terminal_width()))) <= width
 
 
 def test_the_command_answers_without_torch(run: Path) -> None:

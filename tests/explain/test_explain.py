@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dmoe.cli.explain import WIDEST, as_text, fields_as_text, world_of
+from dmoe.cli.explain import MAX_WIDTH, as_text, choose_world, fields_as_text
 from dmoe.config.errors import ConfigError
 from dmoe.config.fields import list_fields
 from dmoe.config.load import load
@@ -40,10 +40,10 @@ def numbers(config: Config, world: int) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_every_config_is_explained_without_its_ranks(path: Path) -> None:
     config = load(path)
-    world, why = world_of(config, None)
+    world, origin = choose_world(config, None)
     sections = explain(config, world)
-    text = as_text(world, why, sections)
-    assert max(map(len, text.splitlines())) <= WIDEST
+    text = as_text(world, origin, sections)
+    assert max(map(len, text.splitlines())) <= MAX_WIDTH
     for ugly in ("None", "nan", "{", "e+"):
         assert ugly not in text
     json.dumps([section.numbers for section in sections], allow_nan=False)
@@ -64,13 +64,13 @@ def test_every_router_is_put_into_words(kind: str, group: str) -> None:
     }
     assert sections["routing"].numbers["kind"] == kind
     assert sections["capacity"].numbers["slots"] >= 1
-    assert any(sentence.startswith("Choice: ") for sentence in sections["routing"].words)
+    assert any(sentence.startswith("Choice: ") for sentence in sections["routing"].sentences)
 
 
 def test_the_world_is_the_given_one_or_the_configs() -> None:
-    assert world_of(tiny("parallel.ep=8"), None) == (8, "parallel.ep")
-    assert world_of(tiny("parallel.ep=8"), 16) == (16, "--world")
-    assert world_of(tiny(), None) == (1, "default")
+    assert choose_world(tiny("parallel.ep=8"), None) == (8, "parallel.ep")
+    assert choose_world(tiny("parallel.ep=8"), 16) == (16, "--world")
+    assert choose_world(tiny(), None) == (1, "default")
 
 
 def test_a_world_that_cannot_be_is_refused() -> None:
@@ -99,7 +99,7 @@ def test_the_command_prints_words_and_the_same_as_json(place: Path) -> None:
 
 def test_a_dense_model_has_no_words_on_experts() -> None:
     sections = {section.key: section for section in explain(tiny("model.moe_every=0"), 2)}
-    assert "dense" in sections["experts"].words[0]
+    assert "dense" in sections["experts"].sentences[0]
     assert sections.keys() == {"batch", "experts", "size", "optimization", "evaluation"}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dmoe.config.rules import batching, expert_parallel
 from dmoe.config.schema import Config
 from dmoe.distributed import all_to_all, mesh
-from dmoe.distributed import expert_parallel as parallelize
+from dmoe.distributed.expert_parallel import expert_parameters, shard_experts
 from dmoe.distributed.mesh import ParallelMesh
 from dmoe.explain import explain
 from dmoe.models.transformer import Transformer
@@ -128,8 +128,8 @@ def measure(rank: int, world: int, config: Config) -> Seen:
     """Shard a model for real, then send a perfectly balanced batch through its first layer, packed and padded."""
     groups = mesh.build_mesh(expert_parallel(config, world), torch.device("cpu"))
     model = Transformer(config.model, config.moe, VOCAB)
-    parallelize.shard_experts(model, groups)
-    experts = sum(p.numel() for p in parallelize.expert_parameters(model).values())
+    shard_experts(model, groups)
+    experts = sum(p.numel() for p in expert_parameters(model).values())
     layer = model.moe_layers()[0]
     owned = list(range(layer.experts.first, layer.experts.first + len(layer.experts.w_in)))
     seen = Seen(sum(p.numel() for p in model.parameters()) - experts, experts, owned, {}, {})

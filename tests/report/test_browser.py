@@ -104,7 +104,7 @@ def test_the_heat_map_shows_the_metrics_value_under_the_mouse(
     assert "step 40" in label
     assert "expert 5" in label
     assert f"{load[5] / (sum(load) / 8):.3f} times the fair share" in label
-    assert f"{load[5]:,} choices" in label
+    assert f"{load[5]:,} assignments" in label
     browser.run("document.querySelector('#chart-load summary').click()")
     browser.wait("document.querySelector('#chart-load details table') !== null")
     row = browser.run(

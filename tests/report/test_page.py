@@ -115,7 +115,7 @@ def test_what_a_restart_undid_is_in_no_curve_but_in_the_table(tmp_path: Path) ->
     )
     page = made(tmp_path, run)
     assert page.curve("loss", "training") == {1: 8, 2: 7}
-    assert "seconds 1.5 s; undone by a later restart" in page.text
+    assert "seconds 1.5 s; void after a later restart" in page.text
     assert "1 measurement(s) of steps that a restart repeated are left out" in page.text
     assert [mark["kind"] for mark in page.data["marks"][0]] == ["alert", "restart"]
 
@@ -148,7 +148,7 @@ def test_a_run_that_was_killed_before_its_first_step(tmp_path: Path) -> None:
     assert "No step of training and no evaluation was recorded." in page.text
     assert "still running, or killed" in page.text
     assert "1 line(s) of metrics.jsonl could not be read" in page.text
-    assert "One rank holds every expert, so no row travels." in page.text
+    assert "Each rank has all experts, so no row is sent." in page.text
 
 
 def test_a_run_directory_with_nothing_but_its_config(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_run_directory_with_nothing_but_its_config(tmp_path: Path) -> None:
     (run / "metrics.jsonl").unlink()
     page = made(tmp_path, run)
     assert "No event was recorded." in page.text
-    assert "Routing: 2 of 8 experts a token" in page.text
+    assert "Choice: 2 of 8 experts per token" in page.text
 
 
 def test_a_run_of_the_first_version(tmp_path: Path) -> None:

@@ -9,10 +9,9 @@ import pytest
 
 from dmoe.report import write_report
 from dmoe.report.comparison import comparison_json, comparison_lines
-from dmoe.report.figures import summarize
 from dmoe.report.format import text_table
 from dmoe.report.results import result_lines
-from dmoe.report.run import Record, load_runs
+from dmoe.report.run import Record, load_runs, summarize
 from dmoe.runs.metrics_log import Metrics, read_metrics_tolerant
 from tests.report.pages import read_page
 from tests.report.runs import line, write
@@ -87,14 +86,14 @@ def test_the_own_row_names_measure_and_cost() -> None:
     text = "\n".join(lines)
     for words in (
         "result after 2 steps",
-        "held-out bits/byte               2.9000",
-        "trainable parameters             40,000",
-        "forward FLOPs a token            800 k",
-        "training FLOPs in all            14.7 G at most",  # 3 x 800,000 x 6,144
-        "tokens trained on                6,144",
-        "tokens a second                  20,002",  # the median of two
-        "dropped choices at the end       1.20%",
-        "ranks                            2, 2 to a copy of the experts",
+        "held-out bits/byte           2.9000",
+        "trainable parameters         40,000",
+        "forward FLOPs per token      800 k",
+        "training FLOPs in total      14.7 G at most",  # 3 x 800,000 x 6,144
+        "training tokens              6,144",
+        "tokens per second            20,002",  # the median of two
+        "final drop rate              1.20%",
+        "ranks                        2, expert-parallel size 2",
     ):
         assert words in text, text
     assert "accuracy" not in text
@@ -105,7 +104,7 @@ def test_what_was_not_recorded_is_left_out() -> None:
     assert told() == ["result after 0 steps"]
     assert told(line("start", 0, world=1, ep=1)) == [
         "result after 0 steps",
-        "  ranks  1, 1 to a copy of the experts",
+        "  ranks  1, expert-parallel size 1",
     ]
     dense = told(
         line("start", 0, **WHOLE), train(1, layers=[], drop_rate=0.0, load_max_over_mean=1.0)
@@ -113,7 +112,7 @@ def test_what_was_not_recorded_is_left_out() -> None:
     assert not [
         text
         for text in dense
-        if "dropped" in text or "max/mean" in text or "trainable" in text or "at most" in text
+        if "drop" in text or "max/mean" in text or "trainable" in text or "at most" in text
     ]
 
 
@@ -195,7 +194,7 @@ def test_a_missing_stream(tmp_path: Path) -> None:
     lines = result_lines(read_metrics_tolerant(classified(tmp_path / "run") / "metrics.jsonl"))
     assert cells(lines, "none") == ["none", "95.12%"]
     assert cells(lines, "pixels") == ["pixels", "60.00%", "-35.12%"]
-    assert "  samples trained on               128" in lines
+    assert "  training samples              128" in lines
     assert not [text for text in lines if "byte" in text or "token" in text]
 
 
@@ -247,14 +246,14 @@ def test_several_runs_have_a_row_each_and_remarks(tmp_path: Path) -> None:
     said = "\n".join(lines[6:])
     for words in (
         "* other: no end was recorded; the last line is of step 1",
-        "Not one task, so not one measure: text, other (bits/byte); digits (accuracy).",
-        "Not trained and measured on the same data: text, other (data 4641d4); digits (data d161).",
+        "Different tasks have different metrics: text, other (bits/byte); digits (accuracy).",
+        "Trained and evaluated on different data: text, other (data 4641d4); digits (data d161).",
         "upper bound for text:",
     ):
         assert words in said, said
     two = comparison_lines(runs[:2], 400)
     assert (
-        "Not measured on equally many held-out tokens: text (1,536 tokens); other (4 tokens)."
+        "Evaluated on different numbers of held-out tokens: text (1,536 tokens); other (4 tokens)."
         in two
     )
     assert [row["finished"] for row in comparison_json(runs)["runs"]] == [True, False, True]
@@ -284,12 +283,12 @@ def test_a_report_shows_accuracy_where_there_are_no_bits(tmp_path: Path) -> None
     assert page.curve("accuracy", "held-out") == {1: 0.9612, 2: 0.9512}
     assert page.curve("accuracy", "training") == {1: 0.5, 2: 0.5}
     assert "bits-per-byte" not in page.data["charts"]
-    assert "Held out 95.1% right (best 96.1% right at step 1)" in page.text
+    assert "Held out 95.1% accuracy (best 96.1% accuracy at step 1)" in page.text
     assert (
-        "Model: a classifier of the streams pixels, strokes, side by side; 2 residual feed-forwards of width 32"
+        "Model: a classifier of the streams pixels, strokes, concatenated; 2 residual feed-forwards of width 32"
         in page.text
     )
-    assert "Batch: 8 samples a step, for 10 steps (80 samples); data: sklearn:digits." in page.text
+    assert "Batch: 8 samples per step; 10 steps (80 samples). Data: sklearn:digits." in page.text
 
 
 def test_a_report_has_the_table_by_domain(tmp_path: Path) -> None:

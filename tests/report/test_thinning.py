@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoe.report.figures import keep_extremes, most_imbalanced_steps
+from dmoe.report.charts import keep_extremes, most_imbalanced_steps
 
 VALUES = st.lists(st.none() | st.floats(-1e6, 1e6), min_size=1, max_size=400)
 

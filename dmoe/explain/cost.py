@@ -1,0 +1,244 @@
+"""What training costs: bytes between ranks, parameters, memory, arithmetic, and the optimizer.
+
+Letters: T tokens of one process, D width, E experts, K experts per token, G groups, C slots, EP
+expert-parallel size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from dmoe.config.expert_shapes import count_choices
+from dmoe.config.router_kinds import ROUTERS
+from dmoe.distributed.expert_parallel import expert_parameters
+from dmoe.explain.setting import Section, Setting
+from dmoe.modular import adapter_layers
+from dmoe.moe.layer import MoE
+from dmoe.report.format import format_bytes, format_count, format_flops, plural
+from dmoe.report.sentences import EXCHANGE, model_sentence, optimizer_sentences
+from dmoe.train.optim import learning_rate
+
+COLLECTIVES = {"packed": (3, 2, 1), "padded": (2, 2, 0)}
+"""Collectives of forward and of backward, and host syncs, per layer; tests/distributed counts."""
+WEIGHT_BYTES = 4
+"""Master weights are float32 in every precision; so are gradients and AdamW's two moments, which
+frozen weights do not have."""
+
+
+def explain_exchange(setting: Setting) -> Section | None:
+    """Explain collectives and bytes between ranks; None for a dense model."""
+    if setting.layer is None:
+        return None
+    config, exchange = setting.config, setting.config.moe.exchange
+    if setting.ep == 1:
+        sentences = ["EP = 1: every rank has all experts, so no token is sent."]
+        numbers: dict[str, Any] = {
+            "kind": exchange,
+            "bytes_forward": 0,
+            "collectives_forward": 0,
+            "collectives_backward": 0,
+        }
+        return Section("exchange", "Exchange", [*sentences, _gradients(setting)], numbers)
+    forward, backward, syncs = COLLECTIVES[exchange]
+    # The host also reads where the rows of each shape class begin.
+    syncs += exchange == "packed" and bool(config.moe.experts.shapes)
+    rows = rows_sent(setting)
+    size = rows * config.model.dim * setting.bytes_per_number
+    moe_layers = len(setting.model.moe_layers())
+    trips = 6 if config.train.recompute else 4
+    step_size = trips * moe_layers * size * setting.batching.accumulation
+    counts = " (one of them for row counts)" if exchange == "packed" else ""
+    repeated = "; recomputation repeats those of forward" if config.train.recompute else ""
+    others = "the other rank" if setting.ep == 2 else f"the {setting.ep - 1} other ranks"
+    sentences = [
+        EXCHANGE[exchange],
+        f"Collectives of one MoE layer: {forward} in forward{counts}, {backward} in backward, "
+        f"{plural(syncs, 'host sync')}{repeated}.",
+        f"One all-to-all sends {format_bytes(size)} from a rank{_assumption(setting)}: {rows:,.0f} "
+        f"rows of {config.model.dim} numbers in {setting.precision} to {others} of its EP group. "
+        f"With {trips - 2} in forward and 2 in backward of each of "
+        f"{plural(moe_layers, 'MoE layer')}, a rank sends {format_bytes(step_size)} per step.",
+        *_global_loss(setting),
+        _gradients(setting),
+    ]
+    numbers = {
+        "kind": exchange,
+        "collectives_forward": forward,
+        "collectives_backward": backward,
+        "host_syncs": syncs,
+        "rows_forward": rows,
+        "bytes_forward": size,
+        "bytes_exact": exchange == "padded",
+        "bytes_per_step": step_size,
+        "precision": setting.precision,
+    }
+    return Section("exchange", "Exchange", sentences, numbers)
+
+
+def rows_sent(setting: Setting) -> float:
+    """Return the rows that one rank sends to other ranks in one all-to-all.
+
+    Exact if padded. If packed, the expectation if every expert is chosen equally often.
+    """
+    moe, slots = setting.config.moe, setting.slots()
+    offered = None
+    if slots.capacity is not None:
+        # One rank cannot fill more slots of a group than it has tokens.
+        filled = min(slots.capacity, setting.tokens)
+        offered = setting.num_physical_experts * slots.groups * filled
+    if moe.exchange == "padded":
+        assert offered is not None
+        rows: float = offered
+    else:
+        # Assignments to zero-cost experts are not sent.
+        assigned = setting.tokens * moe.top_k * moe.num_experts / count_choices(moe)
+        rows = assigned if offered is None else min(assigned, offered)
+    return rows * (setting.ep - 1) / setting.ep
+
+
+def _assumption(setting: Setting) -> str:
+    moe = setting.config.moe
+    if moe.exchange == "padded":
+        return ", always"
+    if ROUTERS[moe.router.kind].variable_k:
+        return " if every token takes its most experts and all are chosen equally often"
+    return " if the experts are chosen equally often"
+
+
+def _global_loss(setting: Setting) -> list[str]:
+    balance = setting.config.moe.balance
+    if not balance.switch or balance.switch_level != "global" or setting.world == 1:
+        return []
+    return ["The global switch loss adds one all-reduce of E + 1 numbers per layer."]
+
+
+def _gradients(setting: Setting) -> str:
+    if setting.world == 1:
+        return "One rank: no gradient is sent."
+    copies = ""
+    if setting.edp > 1 and setting.layer is not None:
+        copies = f", those of experts over their {setting.edp} copies"
+    reduced = "summed (DDP)"
+    if setting.config.parallel.mode == "fsdp":
+        reduced = "reduce-scattered (FSDP2)"
+    return (
+        f"Dense gradients are {reduced} over all {setting.world} ranks{copies}; one control "
+        "all-reduce per step carries norm, losses and counts."
+    )
+
+
+def explain_size(setting: Setting) -> Section:
+    """Explain parameters, memory and FLOPs."""
+    task, config = setting.task, setting.config
+    model_size, (dense, experts) = setting.model.num_parameters(), rank_parameters(setting)
+    forward = setting.model.flops_per_token(task.targets_per_sample)
+    step_flops = 3 * forward * config.train.global_batch * task.targets_per_sample
+    outputs = "vocabulary" if task.name == "language_modelling" else "classes"
+    on_rank, weights = dense + experts, (dense + experts) * WEIGHT_BYTES
+    gradients = sum(rank_parameters(setting, trained=True)) * WEIGHT_BYTES
+    total = weights + 3 * gradients
+    frozen = "" if gradients == weights else " (of trained parameters)"
+    recomputed = " and a fourth forward for recomputation" if config.train.recompute else ""
+    sentences = [
+        model_sentence(config),
+        f"Parameters: {format_count(model_size.total)} in total, "
+        f"{format_count(model_size.active)} active per {task.unit}, {format_count(on_rank)} per "
+        f"rank ({format_count(dense)} dense + {format_count(experts)} of "
+        f"experts{_sharding(setting)}); {outputs} {task.num_outputs:,}.",
+        f"Memory per rank: {format_bytes(weights)} weights + {format_bytes(gradients)} gradients + "
+        f"{format_bytes(2 * gradients)} AdamW moments{frozen}, all float32 = "
+        f"{format_bytes(total)}, without activations and buffers.",
+        f"Arithmetic: {format_flops(forward, 'FLOP')} per {task.unit} in forward, three times that "
+        f"in training; {format_flops(step_flops, 'FLOP')} per step{recomputed}.",
+    ]
+    numbers = {
+        "parameters": model_size.total,
+        "active_parameters": model_size.active,
+        "rank_parameters": on_rank,
+        "rank_dense_parameters": dense,
+        "rank_expert_parameters": experts,
+        "vocabulary": task.num_outputs,
+        "rank_bytes": {
+            "weights": weights,
+            "gradients": gradients,
+            "moments": 2 * gradients,
+            "total": total,
+        },
+        "flops_per_token_forward": forward,
+        "flops_per_token": 3 * forward,
+        "flops_per_step": step_flops,
+    }
+    return Section("size", "Size", sentences, numbers)
+
+
+def rank_parameters(setting: Setting, trained: bool = False) -> tuple[int, int]:
+    """Return the dense parameters and those of experts and modules on one rank.
+
+    With `trained`, only parameters that are trained. With fsdp, a rank's even share, rounded up.
+    """
+    of_experts = set(map(id, expert_parameters(setting.model).values()))
+    counted = [p for p in setting.model.parameters() if p.requires_grad or not trained]
+    dense = sum(p.numel() for p in counted if id(p) not in of_experts)
+    if setting.config.parallel.mode == "fsdp":
+        experts = sum(p.numel() for p in counted if id(p) in of_experts)
+        return -(-dense // setting.world), -(-experts // setting.world)
+    moe_layers = [
+        layer for layer in setting.model.moe_layers() if not trained or _is_trained(layer.experts)
+    ]
+    banks = [
+        layer.experts
+        for layer in adapter_layers(setting.model).values()
+        if not trained or _is_trained(layer.experts)
+    ]
+    of_modules = sum(p.numel() // setting.ep for bank in banks for p in bank.parameters())
+    return dense, _largest_share(setting, moe_layers) + of_modules
+
+
+def _is_trained(experts: nn.Module) -> bool:
+    """Return whether a layer's experts or modules are trained: always all of them or none."""
+    return any(p.requires_grad for p in experts.parameters())
+
+
+def _largest_share(setting: Setting, moe_layers: list[MoE]) -> int:
+    """Return the expert weights on the rank with the most; equal on all with uniform experts."""
+    if not moe_layers:
+        return 0
+    return max(
+        sum(layer.experts.multiply_adds[e] for layer in moe_layers for e in experts)
+        for experts in map(setting.local_experts, range(setting.ep))
+    )
+
+
+def _sharding(setting: Setting) -> str:
+    if setting.config.parallel.mode == "fsdp" and setting.world > 1:
+        return ", both sharded by FSDP2"
+    if setting.config.moe.experts.shapes or setting.ep == 1:
+        return ""
+    return f", 1/{setting.ep} of them"
+
+
+def explain_optimization(setting: Setting) -> Section:
+    """Explain schedule, optimizer and precision."""
+    config, steps = setting.config, setting.config.train.steps
+    resolved = ""
+    if config.train.precision == "auto":
+        resolved = " (auto)" if config.train.device == "cuda" else " (auto, on this machine)"
+    sentences = [
+        *optimizer_sentences(config),
+        f"Precision: matrix products in {setting.precision}{resolved}; weights, optimizer and "
+        "routing in float32.",
+        "Gradients: dense and expert gradients are those of one global mean loss; no factor "
+        "depends on the number of ranks.",
+    ]
+    numbers = {
+        "schedule": config.optim.schedule,
+        "peak": config.optim.lr,
+        "first": learning_rate(0, steps, config.optim),
+        "last": learning_rate(steps - 1, steps, config.optim),
+        "warmup": config.optim.warmup,
+        "steps": steps,
+        "precision": setting.precision,
+    }
+    return Section("optimization", "Optimization", sentences, numbers)

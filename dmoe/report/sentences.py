@@ -1,0 +1,304 @@
+"""Sentences about a config, the one renderer of `dmoe explain` and of the report.
+
+They need the config alone and import no torch, so that a report is written without it. What needs
+shapes, ranks or slots is added by `dmoe/explain/`.
+
+Letters: E experts, K experts per token, C slots of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dmoe.config.expert_shapes import count_choices, count_zero_cost
+from dmoe.config.router_kinds import ROUTERS
+from dmoe.config.schema import BalanceConfig, CapacityConfig, Config, MoEConfig, OptimConfig
+from dmoe.report.format import plural
+
+EXCHANGE = {
+    "packed": "Packed: the row counts are exchanged first, then exactly the rows that exist.",
+    "padded": "Padded: all slots of every expert are sent, full or empty, so all shapes are known.",
+}
+GROUP = {
+    "rank": "the tokens of one (virtual) rank in one micro-batch",
+    "sequence": "the tokens of one sequence",
+    "global": "the tokens of all ranks in one micro-batch",
+}
+PRIORITY = {
+    "position": "all first choices before all second choices, then in token order",
+    "score": "the higher router score first; ties in token order",
+}
+SWITCH_LEVEL = {
+    "sequence": "over each sequence, then averaged",
+    "micro_batch": "over each (virtual) rank's micro-batch, then averaged",
+    "global": "over the micro-batches of all ranks and the accumulation steps so far",
+}
+AUX_LOSSES = {
+    "switch": "E x sum of f_e P_e, which is 1 at perfect balance for any K; f_e (share of the "
+    "choices, before drops) and P_e (mean score) are taken {level}",
+    "z": "mean over tokens of logsumexp(logits)^2, which keeps router logits small",
+    "importance": "squared coefficient of variation of the experts' summed scores",
+    "load": "squared coefficient of variation of the smooth load",
+    "usage_std": "standard deviation of the experts' mean scores",
+}
+BUDGET_SCORES = {
+    "token": "each token",
+    "sequence": "the mean over the sequence, for all its tokens",
+}
+GATED_FUSION = (
+    "Choice: each stream of a sample is encoded by its own expert; a missing stream is not "
+    "encoded. A gate that reads all streams combines the encodings, element by element."
+)
+
+
+def config_sentences(config: Config, start: dict[str, Any]) -> list[str]:
+    """Describe a whole config.
+
+    `start` is the merged `start` line of the run's metrics, for the number of ranks, or {}.
+    """
+    sentences = [model_sentence(config)]
+    if config.model.moe_every:
+        moe = config.moe
+        sentences += [*routing_sentences(config), *capacity_sentences(moe)]
+        sentences += [*balance_sentences(moe), _ranks(config, start)]
+    data = f"Data: {config.data.source}"
+    if config.train.task != "classification":
+        data += f", tokenizer {config.data.tokenizer}"
+    return [*sentences, batch_sentence(config), f"{data}.", *optimizer_sentences(config)]
+
+
+def model_sentence(config: Config) -> str:
+    """Describe blocks, widths and experts."""
+    model, moe = config.model, config.moe
+    if config.train.task == "classification":
+        return _classifier(config)
+    blocks = f"{plural(model.layers, 'block')} of width {model.dim:,}"
+    if not model.moe_every:
+        return f"Model: {blocks}, all dense."
+    which = "every block" if model.moe_every == 1 else f"every {model.moe_every}th block"
+    after = f" after the first {model.dense_first}" if model.dense_first else ""
+    widths = "different shapes" if moe.experts.shapes else f"hidden width {moe.expert_dim:,}"
+    experts = f"{moe.num_experts:,} experts ({moe.experts.kind}, {widths})"
+    if zero_cost := count_zero_cost(moe.experts):
+        experts += f" and {zero_cost:,} of zero cost"
+    if moe.experts.shared:
+        experts += f", and {plural(moe.experts.shared, 'shared expert')} applied to every token"
+    return f"Model: {blocks}; {which}{after} is a mixture of {experts}."
+
+
+def _classifier(config: Config) -> str:
+    model, streams = config.model, config.data.streams
+    joined = "combined by a gate" if model.fusion == "gated" else "concatenated"
+    read = f"the streams {', '.join(streams)}, {joined}" if len(streams) > 1 else "one stream"
+    head = "an MoE layer" if model.head == "experts" else "linear"
+    blocks = f"{plural(model.layers, 'residual feed-forward')} of width {model.dim:,}"
+    experts = f"{config.moe.num_experts:,} experts per MoE layer"
+    return f"Model: a classifier of {read}; {blocks}; the head is {head}; {experts}."
+
+
+def routing_sentences(config: Config) -> list[str]:
+    """Describe score, choice, weights and noise of the router."""
+    moe, spec = config.moe, ROUTERS[config.moe.router.kind]
+    gated = config.train.task == "classification" and config.model.fusion == "gated"
+    score = f"{moe.router.score} of the logits of {count_choices(moe)} experts"
+    score = f"Score: {score}, in float32 whatever the precision of the model."
+    choice = GATED_FUSION if gated else _choice(moe)
+    return [*([score] if spec.learned else []), choice, _weights(moe), *_noise(moe)]
+
+
+def _choice(moe: MoEConfig) -> str:
+    spec = ROUTERS[moe.router.kind]
+    amount = ""
+    if spec.ordered_choices:
+        most = "at most " if spec.variable_k else ""
+        amount = f"{most}{moe.top_k} of {count_choices(moe):,} experts per token: "
+    sentences = [f"Choice: {amount}{spec.choice}."]
+    if details := DETAILS.get(moe.router.kind):
+        sentences.append(details(moe))
+    if spec.ranks_experts:
+        if moe.balance.bias:
+            sentences.append("Experts are sorted by score + bias; the bias changes no weight.")
+        sentences.append("Ties go to the lower expert id, on every device.")
+    return " ".join(sentences)
+
+
+DETAILS: dict[str, Callable[[MoEConfig], str]] = {
+    "noisy": lambda moe: "The noise is that of Shazeer 2017.",
+    "group_limited": lambda moe: (
+        f"The experts form {moe.router.groups} groups of {moe.num_experts // max(1, moe.router.groups)} "
+        "neighbours; a group's score is the sum of its two largest; the best "
+        f"{moe.router.topk_groups} groups are kept."
+    ),
+    "adaptive": lambda moe: (
+        f"top_p = {moe.router.top_p:g}; a token has at least {moe.router.k_min} and at most "
+        f"{moe.top_k}."
+    ),
+    "budget": lambda moe: (
+        f"An expert is taken if its score is above {moe.router.min_weight:g} and its cost fits the "
+        f"rest of a budget of {moe.router.budget:g} times the cost of all experts, else skipped. "
+        f"The scores are those of {BUDGET_SCORES[moe.router.per]}."
+    ),
+    "fixed": lambda moe: (
+        f"Experts (label x {moe.top_k} + 0 .. {moe.top_k - 1}) mod {moe.num_experts}, by the label "
+        "that comes with each token (task, language or domain)."
+    ),
+    "hash": lambda moe: (
+        f"{moe.top_k} distinct experts by a hash of token id and layer, always the same for the "
+        "same token."
+    ),
+    "expert_choice": lambda moe: (
+        "An expert takes as many tokens of a group as it has slots, so every expert is full and a "
+        "token may have no expert or all of them. The choice depends on later tokens of a "
+        "sequence, which a causal model must not allow."
+    ),
+}
+"""Optional second sentence per router kind, with the kind's numbers."""
+
+
+def _weights(moe: MoEConfig) -> str:
+    router, spec = moe.router, ROUTERS[moe.router.kind]
+    over_chosen = router.weights_from == "chosen" and router.score == "softmax"
+    if not spec.learned:
+        steps = [f"1/{moe.top_k} each"]
+    elif spec.has_noise or over_chosen:
+        steps = ["a softmax over the chosen logits alone"]
+    elif not spec.ordered_choices:
+        steps = ["the scores"]
+    elif router.renormalize:
+        steps = ["the chosen experts' scores", "divided by their sum, so that they sum to 1"]
+    else:
+        steps = ["the chosen experts' scores", "not divided by their sum"]
+    if router.scale != 1.0:
+        steps.append(f"times {router.scale:g}")
+    return f"Weights: {', '.join(steps)}. They are applied after combine, on the token's own rank."
+
+
+def _noise(moe: MoEConfig) -> list[str]:
+    router = moe.router
+    drawn = (
+        "drawn by (seed, step, layer, sequence), so equal on any number of ranks; none in "
+        "evaluation"
+    )
+    sentences = [f"Noise: {drawn}."] if ROUTERS[router.kind].has_noise else []
+    if router.jitter:
+        low, high = 1 - router.jitter, 1 + router.jitter
+        sentences.append(
+            f"Jitter: the router's input is multiplied by uniform noise in [{low:g}, {high:g}], "
+            f"{drawn}."
+        )
+    return sentences
+
+
+def capacity_sentences(moe: MoEConfig) -> list[str]:
+    """Describe the capacity policy, in training and in evaluation."""
+    capacity = moe.capacity
+    if capacity.factor is None:
+        return [dropless_sentence(moe)]
+    evaluation = "dropless" if capacity.eval_factor is None else f"factor {capacity.eval_factor:g}"
+    return [
+        f"Capacity: an expert takes at most {capacity.factor:g} times its fair share of a group; "
+        f"a group is {GROUP[capacity.group]}. In evaluation: {evaluation}.",
+        *overflow_sentences(capacity),
+    ]
+
+
+def dropless_sentence(moe: MoEConfig) -> str:
+    """Describe routing without a capacity factor."""
+    if moe.router.kind == "expert_choice":
+        share = f"{moe.top_k}/{moe.num_experts}"
+        return f"Capacity: an expert takes exactly its fair share, {share} of each group's tokens."
+    return "Capacity: dropless; an expert takes every token that chose it, without padding."
+
+
+def overflow_sentences(capacity: CapacityConfig) -> list[str]:
+    """Describe which assignments get the slots, and what happens to the others."""
+    overflow = "an assignment without a slot is dropped"
+    if capacity.overflow == "next_choice":
+        overflow = (
+            "an assignment without a slot is offered once to the token's next eligible expert, and "
+            "dropped if that is full too"
+        )
+    weights = "divided by their sum" if capacity.renormalize else "not changed"
+    return [
+        f"Priority: {PRIORITY[capacity.priority]}.",
+        f"Overflow: {overflow}. The weights of a token's other assignments are {weights}. A token "
+        "without any expert keeps only the residual stream.",
+    ]
+
+
+def balance_sentences(moe: MoEConfig) -> list[str]:
+    """Describe auxiliary losses and the load-balancing bias."""
+    balance = moe.balance
+    level = SWITCH_LEVEL[balance.switch_level]
+    sentences = [
+        f"Auxiliary loss {name} x {value:g}: {AUX_LOSSES[name].format(level=level)}."
+        for name, value in aux_coefficients(balance).items()
+    ]
+    if sentences:
+        sentences.append(
+            "Auxiliary losses are summed over the MoE layers and added to the cross-entropy; "
+            "padding is not counted; the metrics report them without the coefficient."
+        )
+        if not ROUTERS[moe.router.kind].learned:
+            sentences.append("This router learns nothing, so the losses only measure the balance.")
+    if balance.bias:
+        centred = ", and the mean is subtracted" if balance.recenter else ""
+        sentences.append(
+            f"Load-balancing bias: after each step, b_e rises by {balance.bias:g} for experts "
+            f"chosen less often than the mean over the global batch, else falls{centred}."
+        )
+    return sentences or ["Balance: none (no auxiliary loss and no bias)."]
+
+
+def aux_coefficients(balance: BalanceConfig) -> dict[str, float]:
+    """Return the non-zero coefficients of the auxiliary losses by name."""
+    return {name: value for name in AUX_LOSSES if (value := getattr(balance, name))}
+
+
+def _ranks(config: Config, start: dict[str, Any]) -> str:
+    world, ep = start.get("world"), start.get("ep")
+    ranks = "not recorded" if world is None else f"{world}, expert-parallel size {ep}"
+    return f"Ranks: {ranks}; {config.parallel.mode}. {EXCHANGE[config.moe.exchange]}"
+
+
+def batch_sentence(config: Config) -> str:
+    """Describe the global batch and the length of training."""
+    train, length = config.train, config.data.seq_len
+    steps, size = plural(train.steps, "step"), train.global_batch
+    if train.task == "classification":
+        return (
+            f"Batch: {plural(size, 'sample')} per step; {steps} ({size * train.steps:,} samples)."
+        )
+    batch = f"{plural(size, 'sequence')} of {length:,} tokens = {size * length:,} tokens"
+    return f"Batch: {batch} per step; {steps} ({size * length * train.steps:,} tokens)."
+
+
+def optimizer_sentences(config: Config) -> list[str]:
+    """Describe schedule and optimizer."""
+    optim = config.optim
+    clip = "no gradient clipping"
+    if optim.clip is not None:
+        clip = f"gradients clipped to a global norm of {optim.clip:g} over all parameters"
+    return [
+        _schedule(optim, config.train.steps),
+        f"Optimizer: AdamW, betas {optim.beta1:g} and {optim.beta2:g}, eps {optim.eps:g}; weight "
+        f"decay {optim.weight_decay:g} on matrices, none on norms, routers and embeddings; {clip}.",
+    ]
+
+
+def _schedule(optim: OptimConfig, steps: int) -> str:
+    start = f"{optim.lr:g} from the first step"
+    if optim.warmup:
+        start = f"linear warm-up over {plural(optim.warmup, 'step')} to {optim.lr:g}"
+    if optim.warmup >= steps - 1:
+        return f"Learning rate: {start}; training ends before any decay, at step {steps:,}."
+    end = f"{optim.min_lr_ratio * optim.lr:g} at step {steps:,}"
+    decay_steps = plural(round(steps * optim.decay_fraction), "step")
+    shapes = {
+        "cosine": f"then a half cosine to {end}",
+        "linear": f"then linear to {end}",
+        "wsd": f"then constant, and over the last {decay_steps} linear to {end}",
+        "constant": f"then constant to the end, step {steps:,}",
+    }
+    return f"Learning rate: {start}, {shapes[optim.schedule]}."
