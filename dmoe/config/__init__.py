@@ -1,1 +1,1 @@
-"""The configuration: schema, loading, checks. Imports nothing of dmoe and never torch, so that a typo is refused at once."""
+"""The config: schema, loading, rules. Imports neither torch nor the rest of dmoe, so errors are fast."""

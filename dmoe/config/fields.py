@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dmoe.config.errors import ConfigError
-from dmoe.config.secrets import REDACTED, names_secret
+from dmoe.config.secrets import REDACTED, is_secret_name
 from dmoe.config.yaml_guard import short
 
 SCHEMA = Path(__file__).with_name("schema")
@@ -147,7 +147,7 @@ def _check_section(
             near = difflib.get_close_matches(str(key), children, n=1)
             names = ", ".join(children)
             fix = f"did you mean {prefix}{near[0]}?" if near else f"known here: {names}"
-            shown = REDACTED if names_secret(name) else short(value)
+            shown = REDACTED if is_secret_name(name) else short(value)
             raise ConfigError(short(name), shown, f"there is no such field{source}", fix)
         if name in known:
             _check_value(known[name], value, source)

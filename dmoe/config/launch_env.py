@@ -1,7 +1,8 @@
-"""What a launcher left in the environment, and what the machine has: read and checked before torch starts.
+"""The launcher's environment variables and the machine's resources, checked before torch starts.
 
-torchrun, accelerate launch and Slurm scripts tell each rank who it is by `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`,
-`MASTER_ADDR` and `MASTER_PORT`. Half of them set by hand is a common slip: torch would wait minutes for ranks that do not exist.
+torchrun, accelerate launch and Slurm scripts set `RANK`, `WORLD_SIZE`, `LOCAL_RANK`,
+`LOCAL_WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` for each process. If only some are set (a common
+mistake by hand), torch would wait minutes for ranks that do not exist.
 """
 
 from __future__ import annotations
@@ -16,53 +17,56 @@ from dmoe.config.errors import ConfigError
 
 FIX = "start it with torchrun, or unset WORLD_SIZE"
 ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-"""Of NVIDIA's driver, of AMD's, and of Windows' subsystem for Linux."""
+"""Device files of the drivers of NVIDIA, of AMD, and of the Windows Subsystem for Linux."""
 
 
 @dataclass(frozen=True)
-class Launched:
-    """Which of how many ranks this process is."""
+class LaunchEnv:
+    """Rank of this process, as set by a launcher."""
 
     rank: int
-    world: int
-    local: int
-    """Ranks on this machine."""
+    world_size: int
+    local_world_size: int
+    """Number of ranks on this machine."""
 
 
-def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
-    """What the launcher says, or None without one. Raises: ConfigError for a part that is missing or is no such number."""
+def read_launch_env(environment: Mapping[str, str] = os.environ) -> LaunchEnv | None:
+    """Read the launcher's variables; None without a launcher.
+
+    Raises:
+        ConfigError: a variable that is missing or out of range.
+    """
     if "WORLD_SIZE" not in environment:
         return None
-    world = _number(environment, "WORLD_SIZE", 1, 1 << 20)
-    rank = _number(environment, "RANK", 0, world - 1)
+    world_size = _integer(environment, "WORLD_SIZE", 1, 1 << 20)
+    rank = _integer(environment, "RANK", 0, world_size - 1)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not environment.get(name):
-            raise ConfigError(name, "", f"must be set with WORLD_SIZE={world}", FIX)
-    _number(environment, "MASTER_PORT", 0, 65535)
+            raise ConfigError(name, "", f"must be set with WORLD_SIZE={world_size}", FIX)
+    _integer(environment, "MASTER_PORT", 0, 65535)
     if "LOCAL_RANK" in environment:
-        _number(environment, "LOCAL_RANK", 0, rank)
-    local = (
-        _number(environment, "LOCAL_WORLD_SIZE", 1, world)
-        if "LOCAL_WORLD_SIZE" in environment
-        else 1
-    )
-    return Launched(rank, world, local)
+        _integer(environment, "LOCAL_RANK", 0, rank)
+    local_world_size = 1
+    if "LOCAL_WORLD_SIZE" in environment:
+        local_world_size = _integer(environment, "LOCAL_WORLD_SIZE", 1, world_size)
+    return LaunchEnv(rank, world_size, local_world_size)
 
 
 def has_accelerator() -> bool:
-    """Whether a driver for one is there; whether torch can use it, only torch knows."""
+    """Return whether an accelerator's driver is there; only torch knows whether it can use it."""
     return any(Path(device).exists() for device in ACCELERATORS)
 
 
 def main_memory() -> int:
-    """Bytes this process may have: the machine's, or its container's."""
+    """Return the bytes of memory this process may use: the machine's, or its container's."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, ValueError):  # no control group, or `max`: no limit but the machine's
+    # Without a control group, or with the limit `max`, only the machine limits it.
+    with suppress(OSError, ValueError):
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
     return memory
 
 
-def _number(environment: Mapping[str, str], name: str, least: int, most: int) -> int:
+def _integer(environment: Mapping[str, str], name: str, least: int, most: int) -> int:
     text = environment.get(name, "")
     if not text:
         raise ConfigError(name, "", f"must be set with WORLD_SIZE={environment['WORLD_SIZE']}", FIX)

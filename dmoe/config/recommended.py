@@ -1,7 +1,8 @@
-"""The ranges that the literature recommends, and which settings of a config lie outside of theirs. Imports no torch.
+"""Ranges that the literature recommends, and the settings of a config outside them.
 
-A value outside is no mistake (it may be what an experiment is about), so nothing here refuses: `dmoe explain` remarks on it. What
-cannot work is in `check/`. The table in docs/semantics.md is `as_table()`.
+A value outside its range is no error, and may be the point of an experiment: `dmoe explain` only
+remarks on it. Values that cannot work are refused by the schema's constraints and by `rules/`. The
+table in docs/semantics.md is `as_table()`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -9,33 +10,39 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dmoe.config.router_kinds import ROUTERS
 from dmoe.config.schema import Config, MoEConfig
-
-ONE_BY_ONE = ("top_k", "noisy", "group_limited")
-"""Routers for which moe.top_k is what a token takes: no upper bound, no mean, not all of them."""
 
 
 def _always(moe: MoEConfig) -> bool:
     return True
 
 
+def _takes_exactly_top_k(moe: MoEConfig) -> bool:
+    """`moe.top_k` is the number of experts per token: no maximum, no mean, not all of them."""
+    spec = ROUTERS[moe.router.kind]
+    return spec.ranks_experts and not spec.variable_k
+
+
 @dataclass(frozen=True)
 class Recommended:
+    """One row of the table."""
+
     field: str
-    """Below `moe.`"""
+    """Dotted name without `moe.`."""
     low: float
     high: float
     source: str
-    read: Callable[[MoEConfig], bool] = _always
-    """Whether the setting means anything in a config; besides, null and 0 turn a mechanism off, which is no value of it."""
+    applies: Callable[[MoEConfig], bool] = _always
+    """Whether a config reads the setting. null and 0 turn a mechanism off and have no range."""
 
     def value(self, moe: MoEConfig) -> float:
-        """0 where it is off or not read."""
-        found: object = moe
+        """Return the value in this config, or 0 if it is off or not read."""
+        value: object = moe
         for name in self.field.split("."):
-            found = getattr(found, name)
-        assert found is None or isinstance(found, int | float), self.field
-        return found if found and self.read(moe) else 0.0
+            value = getattr(value, name)
+        assert value is None or isinstance(value, int | float), self.field
+        return value if value and self.applies(moe) else 0.0
 
 
 RECOMMENDED = (
@@ -44,7 +51,7 @@ RECOMMENDED = (
         1,
         8,
         "Switch 1, GShard and Mixtral 2, OLMoE 8",
-        lambda moe: moe.router.kind in ONE_BY_ONE,
+        _takes_exactly_top_k,
     ),
     Recommended("capacity.factor", 1.0, 2.0, "Switch 1.0 to 1.25, GShard 2.0"),
     Recommended("capacity.eval_factor", 1.0, 2.0, "ST-MoE 2.0"),
@@ -60,14 +67,14 @@ RECOMMENDED = (
         0.4,
         0.8,
         "Huang 2024: 0.4; the upper end is this project's",
-        lambda moe: moe.router.kind == "adaptive",
+        lambda moe: "top_p" in ROUTERS[moe.router.kind].reads,
     ),
     Recommended(
         "router.min_weight",
         0.05,
         0.2,
         "the project's source documents: 0.1",
-        lambda moe: moe.router.kind == "budget",
+        lambda moe: "min_weight" in ROUTERS[moe.router.kind].reads,
     ),
     Recommended("experts.shared", 1, 2, "DeepSeekMoE 2, DeepSeek-V3 1"),
 )
@@ -75,29 +82,31 @@ RECOMMENDED = (
 
 @dataclass(frozen=True)
 class Remark:
-    """One setting outside of its range."""
+    """One setting outside its range."""
 
     field: str
     value: float
     range: Recommended
 
     def __str__(self) -> str:
-        side = "below" if self.value < self.range.low else "above"
-        return f"{self.field}={self.value:g} is {side} the recommended {self.range.low:g} to {self.range.high:g} ({self.range.source})."
+        low, high, source = self.range.low, self.range.high, self.range.source
+        side = "below" if self.value < low else "above"
+        recommended = f"the recommended {low:g} to {high:g} ({source})"
+        return f"{self.field}={self.value:g} is {side} {recommended}."
 
 
-def outside(config: Config) -> list[Remark]:
-    """The settings in use that lie outside of their ranges, in the order of the table. Ask only for a model with mixture layers."""
-    found = ((item, item.value(config.moe)) for item in RECOMMENDED)
+def out_of_range(config: Config) -> list[Remark]:
+    """List the settings outside their ranges, in table order. For models with MoE layers only."""
+    values = ((item, item.value(config.moe)) for item in RECOMMENDED)
     return [
         Remark(f"moe.{item.field}", value, item)
-        for item, value in found
+        for item, value in values
         if value and not item.low <= value <= item.high
     ]
 
 
 def as_table() -> str:
-    """The ranges in Markdown."""
+    """Format the ranges as a Markdown table."""
     rows = [
         f"| `moe.{item.field}` | {item.low:g} to {item.high:g} | {item.source} |"
         for item in RECOMMENDED

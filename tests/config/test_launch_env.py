@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dmoe.config.errors import ConfigError
-from dmoe.config.launch_env import Launched, launched, main_memory
+from dmoe.config.launch_env import LaunchEnv, read_launch_env, main_memory
 
 TORCHRUN = {
     "WORLD_SIZE": "4",
@@ -33,9 +33,9 @@ WRONG = {
 
 
 def test_a_launchers_environment_is_read() -> None:
-    assert launched(TORCHRUN) == Launched(rank=3, world=4, local=2)
-    assert launched({}) is None
-    assert launched({"RANK": "abc"}) is None, "without WORLD_SIZE there is no launcher"
+    assert read_launch_env(TORCHRUN) == LaunchEnv(rank=3, world_size=4, local_world_size=2)
+    assert read_launch_env({}) is None
+    assert read_launch_env({"RANK": "abc"}) is None, "without WORLD_SIZE there is no launcher"
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -46,7 +46,7 @@ def test_half_a_launcher_is_refused(name: str) -> None:
         key: text for key, text in (TORCHRUN | {variable: value}).items() if text is not None
     }
     with pytest.raises(ConfigError, match=words) as refusal:
-        launched(environment)
+        read_launch_env(environment)
     assert str(refusal.value).startswith(f"{variable}=")
     assert "start it with torchrun" in str(refusal.value)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dmoe.config.load import load
-from dmoe.config.recommended import RECOMMENDED, as_table, outside
+from dmoe.config.recommended import RECOMMENDED, as_table, out_of_range
 from dmoe.config.rules import check
 from dmoe.config.schema import Config
 from dmoe.explain import explain
@@ -33,15 +33,15 @@ WHY = {
 
 def test_every_default_that_is_a_value_is_inside_its_range() -> None:
     """Those that are off by default (0, null) have none; what only one kind of router reads is read here as that kind would."""
-    assert outside(Config()) == []
+    assert out_of_range(Config()) == []
     for item in RECOMMENDED:
-        value = replace(item, read=lambda moe: True).value(Config().moe)
+        value = replace(item, applies=lambda moe: True).value(Config().moe)
         assert value == 0.0 or item.low <= value <= item.high, item.field
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_a_shipped_config_is_inside_or_says_why(path: Path) -> None:
-    for remark in outside(load(path)):
+    for remark in out_of_range(load(path)):
         name = remark.field.rpartition(".")[2]
         assert re.search(rf"^ +{name}: .*# ", path.read_text(encoding="utf-8"), re.M), (
             f"{remark} Its line has no comment."
@@ -55,10 +55,10 @@ def test_outside_is_a_remark_and_no_refusal(item: object) -> None:
     overrides = WHY.get(name, [f"{field}={2 * item.high:g}"])  # type: ignore[attr-defined]
     config = tiny(*overrides)
     check(config)
-    assert [remark.field for remark in outside(config)] == [field]
+    assert [remark.field for remark in out_of_range(config)] == [field]
     sections = {section.key: section for section in explain(config, 1)}
-    assert f"{field}=" in sections["recommended"].words[0]
-    assert " is above the recommended " in sections["recommended"].words[0]
+    assert f"{field}=" in sections["recommended"].sentences[0]
+    assert " is above the recommended " in sections["recommended"].sentences[0]
     assert sections["recommended"].numbers[field]["high"] == item.high  # type: ignore[attr-defined]
     at_the_end = [
         f"{field}={item.high:g}" if word.startswith(field) else word for word in overrides
@@ -69,13 +69,13 @@ def test_outside_is_a_remark_and_no_refusal(item: object) -> None:
 def test_what_a_router_does_not_read_has_no_range() -> None:
     """For adaptive, moe.top_k is the most a token takes, and for soft it is all experts."""
     many = ["moe.num_experts=16", "moe.top_k=16"]
-    assert [remark.field for remark in outside(tiny(*many))] == ["moe.top_k"]
-    assert outside(tiny(*many, "moe.router.kind=soft")) == []
-    assert outside(tiny(*many, "moe.router.kind=adaptive", "moe.router.renormalize=false")) == []
+    assert [remark.field for remark in out_of_range(tiny(*many))] == ["moe.top_k"]
+    assert out_of_range(tiny(*many, "moe.router.kind=soft")) == []
+    assert out_of_range(tiny(*many, "moe.router.kind=adaptive", "moe.router.renormalize=false")) == []
 
 
 def test_below_is_said_too_and_a_dense_model_hears_nothing() -> None:
-    assert "is below the recommended 1 to 2" in str(outside(tiny("moe.capacity.factor=0.5"))[0])
+    assert "is below the recommended 1 to 2" in str(out_of_range(tiny("moe.capacity.factor=0.5"))[0])
     dense = explain(tiny("moe.capacity.factor=0.5", "model.moe_every=0"), 1)
     assert "recommended" not in {section.key for section in dense}
 

@@ -17,7 +17,7 @@ from dmoe.config.schema import Config, TrackingConfig, TrainConfig
 from dmoe.config.secrets import (
     REDACTED,
     find_secret,
-    names_secret,
+    is_secret_name,
     redact,
     redact_json,
     refuse_secrets,
@@ -66,7 +66,7 @@ def test_the_value_of_a_variable_that_names_a_secret(name: str) -> None:
 
 @pytest.mark.parametrize("name", PLAIN_NAMES.split())
 def test_a_variable_that_only_sounds_like_one(name: str) -> None:
-    assert not names_secret(name)
+    assert not is_secret_name(name)
     assert redact("a /some/long/value", {name: "/some/long/value"}) == "a /some/long/value"
 
 
@@ -124,7 +124,7 @@ def test_what_has_to_survive(text: str) -> None:
 
 def test_no_field_and_no_file_of_the_project_looks_like_a_secret() -> None:
     """A field whose name looked like one would be blackened in every resolved.yaml."""
-    assert [field.name for field in list_fields() if names_secret(field.name)] == []
+    assert [field.name for field in list_fields() if is_secret_name(field.name)] == []
     for text in [
         to_yaml(Config()),
         *(path.read_text(encoding="utf-8") for path in (ROOT / "configs").rglob("*.yaml")),

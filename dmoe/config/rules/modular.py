@@ -62,7 +62,7 @@ def check_modular(config: Config) -> None:
         _check_trained(config)
 
 
-def choices(modular: ModularConfig) -> int:
+def modules_per_token(modular: ModularConfig) -> int:
     """Return K, the maximum number of modules per token."""
     if modular.routing == "table":
         return max(map(len, modular.table), default=1)
@@ -75,7 +75,7 @@ def is_learned(modular: ModularConfig) -> bool:
     return modular.routing in ROUTERS and ROUTERS[modular.routing].learned
 
 
-def router_of(modular: ModularConfig) -> RouterConfig:
+def router_config(modular: ModularConfig) -> RouterConfig:
     """Return the router settings of a learned or fixed routing."""
     assert modular.routing != "constant", "constant routing has no settings"
     assert modular.routing != "table", "table routing has no settings"
@@ -93,12 +93,12 @@ def _check_routing(config: Config) -> None:
         _check_table(modular)
     elif modular.routing == "constant":
         _check_weights(modular)
-    elif choices(modular) > modular.modules:
+    elif modules_per_token(modular) > modular.modules:
         allowed = f"must be at most modular.modules={modular.modules}"
         raise ConfigError("modular.top_k", modular.top_k, allowed, f"use {modular.modules} or less")
     else:
         try:
-            check_router(router_of(modular), modular.modules, choices(modular))
+            check_router(router_config(modular), modular.modules, modules_per_token(modular))
         except ConfigError as error:
             raise error.renamed(ROUTER_FIELDS) from None
     if is_learned(modular):

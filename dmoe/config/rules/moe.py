@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dmoe.config.errors import ConfigError
-from dmoe.config.expert_shapes import all_choices, multiply_adds, shapes_of, zero_cost
+from dmoe.config.expert_shapes import count_choices, count_zero_cost, expert_shapes, multiply_adds
 from dmoe.config.router_kinds import ROUTERS, kinds_that_read, kinds_where
 from dmoe.config.rules.model import moe_blocks, moe_widths
 from dmoe.config.schema import CapacityConfig, Config, ExpertsConfig, MoEConfig, RouterConfig
@@ -120,7 +120,7 @@ def check_moe(config: Config) -> None:
     Raises:
         ConfigError: the first reason found.
     """
-    moe, choices = config.moe, all_choices(config.moe)
+    moe, choices = config.moe, count_choices(config.moe)
     if moe.top_k > choices:
         what = f"moe.num_experts={choices}"
         if choices != moe.num_experts:
@@ -218,7 +218,7 @@ def _check_experts(config: Config) -> None:
     if moe.experts.shapes and has_dense and model.dense_dim is None:
         allowed = "has no default beside moe.experts.shapes: no one width is active in a MoE layer"
         raise ConfigError("model.dense_dim", None, allowed, "give the width of the dense blocks")
-    if ROUTERS[moe.router.kind].has_budget and not zero_cost(moe.experts):
+    if ROUTERS[moe.router.kind].has_budget and not count_zero_cost(moe.experts):
         _check_budget(config)
 
 
@@ -249,7 +249,7 @@ def check_zero_cost(experts: ExpertsConfig, router: RouterConfig, capacity: Capa
     Raises:
         ConfigError: a router that cannot choose them, or an overflow that needs their queue.
     """
-    if not zero_cost(experts):
+    if not count_zero_cost(experts):
         return
     field = next(name for name in ("zero", "copy", "constant") if getattr(experts, name))
     count = getattr(experts, field)
@@ -268,7 +268,9 @@ def _check_budget(config: Config) -> None:
     """Refuse a budget that not even the cheapest expert fits."""
     moe = config.moe
     for dim, out_dim in set(moe_widths(config)):
-        costs = [multiply_adds(shape, dim, out_dim, moe.experts.kind) for shape in shapes_of(moe)]
+        costs = [
+            multiply_adds(shape, dim, out_dim, moe.experts.kind) for shape in expert_shapes(moe)
+        ]
         cheapest = min(costs) / sum(costs)
         if moe.router.budget < cheapest * (1 - 1e-9):
             allowed = (

@@ -186,7 +186,7 @@ def check_size(config: Config) -> None:
         raise ConfigError("train.global_batch", batch, allowed, TYPO)
 
 
-def check_memory(config: Config, world: int, local: int, memory: int) -> None:
+def check_memory(config: Config, world: int, local_world_size: int, memory: int) -> None:
     """Refuse a model whose training state does not fit into the main memory of this machine.
 
     Args:
@@ -201,7 +201,7 @@ def check_memory(config: Config, world: int, local: int, memory: int) -> None:
     size, fsdp = _size(config), config.parallel.mode == "fsdp"
     dense = size.dense // (world if fsdp else 1)
     experts = size.experts // (world if fsdp else expert_parallel(config, world))
-    needed = BYTES_PER_PARAMETER * local * (dense + experts)
+    needed = BYTES_PER_PARAMETER * local_world_size * (dense + experts)
     if needed > memory:
         allowed = (
             f"gives {size.dense + size.experts:,} parameters, whose training takes at least "
