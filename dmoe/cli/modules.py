@@ -1,4 +1,4 @@
-"""`dmoe modules list|export|add|merge`"""
+"""`dmoe modules list|export|add|merge`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dmoe.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from dmoe.runs.directory import RunDir
-    from dmoe.train.modular.commands import Place
+    from dmoe.train.modular.commands import TargetSummary
 
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Say what modules a run has, take them out, put others in, merge them.",
+    help="List the modules of a run, export them, add others, or merge them.",
 )
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/latest.")]
@@ -30,25 +30,23 @@ NewRun = Annotated[str, typer.Option("--to", help="A new run directory.")]
 def show(
     source: Annotated[
         str,
-        typer.Argument(
-            metavar="RUN_OR_FILE", help="A run, e.g. runs/latest, or a file of modules."
-        ),
+        typer.Argument(metavar="RUN_OR_FILE", help="A run, e.g. runs/latest, or a module file."),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
 ) -> None:
-    """Say where the modules stand, what they are, who chooses among them, and how large they are.
+    """List the target modules with their bank, router, aggregation and size.
 
     Example: dmoe modules list runs/latest
     """
     path = Path(source) if Path(source).is_file() else _run(source).path
 
-    from dmoe.train.modular.commands import places
+    from dmoe.train.modular.commands import list_modules
 
-    found = places(path)
+    targets = list_modules(path)
     if as_json:
-        print(json.dumps({"places": [asdict(place) for place in found]}, indent=2))
+        print(json.dumps({"places": [asdict(target) for target in targets]}, indent=2))
     else:
-        _print(source, found)
+        _print_table(source, targets)
 
 
 @app.command()
@@ -56,28 +54,28 @@ def export(
     run: Run,
     to: Annotated[str | None, typer.Option(help="A .safetensors file for all modules.")] = None,
     peft: Annotated[
-        str | None, typer.Option(help="A folder for one low-rank module, in the format of peft.")
+        str | None, typer.Option(help="A folder for one low-rank module, in peft's format.")
     ] = None,
-    module: Annotated[int, typer.Option(help="Which module goes into --peft.")] = 0,
+    module: Annotated[int, typer.Option(help="The module to write to --peft.")] = 0,
 ) -> None:
-    """Write modules without the network: all of them into a file with the hash of their core, or one for peft.
+    """Write modules without the network: all to a file with their base model's hash, or one for peft.
 
     Example: dmoe modules export runs/latest --to modules.safetensors
     """
     if (to is None) == (peft is None):
         raise ConfigError(
-            "--to", to, "one of --to FILE and --peft DIR says where to", "give one of them"
+            "--to", to, "exactly one of --to FILE and --peft DIR is needed", "give one of them"
         )
     directory = _run(run)
 
     from dmoe.train.modular import commands
 
     if to is not None:
-        core = commands.export_modules(directory, Path(to))
-        print(f"{to}: the modules of core {core[:12]}")
+        base_model = commands.export_modules(directory, Path(to))
+        print(f"{to}: the modules of base model {base_model[:12]}")
     else:
         assert peft is not None
-        commands.export_to_peft(directory, module, Path(peft))
+        commands.export_module_to_peft(directory, module, Path(peft))
         print(f"{peft}: module {module}, as peft.PeftModel.from_pretrained loads it")
 
 
@@ -85,44 +83,44 @@ def export(
 def add(
     run: Run,
     files: Annotated[
-        list[str], typer.Argument(metavar="FILE...", help="Files of modules of the same core.")
+        list[str], typer.Argument(metavar="FILE...", help="Module files of the same base model.")
     ],
     to: NewRun,
 ) -> None:
-    """Put saved modules behind those of a run, into a new run directory, from which modular.core=DIR goes on.
+    """Append saved modules to those of a run, in a new run directory; continue by modular.core=DIR.
 
-    A learned router does not know them yet (modular.train=router teaches it), constant weights are 0, and a table names them
-    when modular.table does.
+    A learned router is not trained for them yet (use modular.train=router), constant weights are 0,
+    and a table contains them if modular.table does.
 
     Example: dmoe modules add runs/french german.safetensors --to runs/both
     """
     directory = _run(run)
 
-    from dmoe.train.modular.commands import add_modules
+    from dmoe.train.modular.commands import add_modules_to_run
 
-    count = add_modules(directory, [Path(file) for file in files], Path(to))
+    count = add_modules_to_run(directory, [Path(file) for file in files], Path(to))
     print(f"{to}: {count} modules; train with modular.core={to} modular.modules={count}")
 
 
 @app.command(name="merge")
 def merge_command(
     run: Run,
-    weights: Annotated[str, typer.Option(help="One number for each module, e.g. 0.5,0.5.")],
+    weights: Annotated[str, typer.Option(help="One weight per module, e.g. 0.5,0.5.")],
     to: NewRun,
 ) -> None:
-    """Write the modules into the weights of the network, each with its weight: a new run directory without modules.
+    """Merge the modules into the weights of the network, in a new run directory without modules.
 
     Works for low_rank, sparse_delta and scale beside linear maps (modular.at=*.attention.w_*).
 
     Example: dmoe modules merge runs/latest --weights 0.5,0.5 --to runs/merged
     """
-    numbers = _numbers(weights)
+    numbers = _parse_numbers(weights)
     directory = _run(run)
 
-    from dmoe.train.modular.commands import merge_modules
+    from dmoe.train.modular.commands import merge_run
 
-    merge_modules(directory, numbers, Path(to))
-    print(f"{to}: the plain network; dmoe generate {to}, or modular.core={to}")
+    merge_run(directory, numbers, Path(to))
+    print(f"{to}: the merged network; dmoe generate {to}, or modular.core={to}")
 
 
 def _run(path: str) -> RunDir:
@@ -131,19 +129,17 @@ def _run(path: str) -> RunDir:
     return find_run(path)
 
 
-def _numbers(text: str) -> list[float]:
+def _parse_numbers(text: str) -> list[float]:
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         numbers = [math.nan]
     if not all(map(math.isfinite, numbers)):
-        raise ConfigError(
-            "--weights", text, "must be numbers with commas between them", "e.g. 0.5,0.5"
-        )
+        raise ConfigError("--weights", text, "must be comma-separated numbers", "e.g. 0.5,0.5")
     return numbers
 
 
-def _print(source: str, found: list[Place]) -> None:
+def _print_table(source: str, targets: list[TargetSummary]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -154,17 +150,17 @@ def _print(source: str, found: list[Place]) -> None:
             justify="right" if column in ("modules", "parameters") else "left",
             overflow="fold",
         )
-    for place in found:
+    for target in targets:
         table.add_row(
-            place.place,
-            place.bank,
-            place.router,
-            place.aggregation,
-            str(place.modules),
-            f"{place.parameters:,}",
+            target.place,
+            target.bank,
+            target.router,
+            target.aggregation,
+            str(target.modules),
+            f"{target.parameters:,}",
         )
     console = Console(highlight=False, markup=False)
     console.print(table)
     console.print(
-        f"{sum(place.parameters for place in found):,} parameters in modules at {len(found)} places"
+        f"{sum(target.parameters for target in targets):,} parameters in modules at {len(targets)} target modules"
     )

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmoe.modular import inspect, layers
+from dmoe.modular import inspect_modules, adapter_layers
 from dmoe.runs.directory import RunDir
-from dmoe.train.restore import restore
+from dmoe.train.restore import restore_model
 from tests.cli.commands import answered, dmoe, refused
 
 MODULES = ("modular.bank=low_rank", "modular.modules=2", "modular.rank=2")
@@ -33,7 +33,7 @@ def run(place: Path, small: tuple[str, ...]) -> Path:
         cwd=place,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "unchanged by their hashes: the core" in result.stdout
+    assert "unchanged by hash: the base model" in result.stdout
     return path
 
 
@@ -51,7 +51,7 @@ def test_list_export_and_list_the_file(run: Path, place: Path) -> None:
         answered("modules", "export", str(run), "--to", "out.safetensors", cwd=place).returncode
         == 0
     )
-    assert len(inspect(place / "out.safetensors").places) == 4
+    assert len(inspect_modules(place / "out.safetensors").targets) == 4
     assert "blocks.1.attention" in answered("modules", "list", "out.safetensors", cwd=place).stdout
     assert (
         answered(
@@ -73,13 +73,13 @@ def test_merge_writes_the_plain_network(run: Path, place: Path) -> None:
         "modules", "merge", str(run), "--weights", "0.25,0.75", "--to", "merged", cwd=place
     )
     assert result.returncode == 0, result.stderr
-    before, after = restore(RunDir(run)).model, restore(RunDir(place / "merged")).model
-    assert not layers(after)
-    bank = layers(before)["blocks.0.attention.w_out"].experts
+    before, after = restore_model(RunDir(run)).model, restore_model(RunDir(place / "merged")).model
+    assert not adapter_layers(after)
+    bank = adapter_layers(before)["blocks.0.attention.w_out"].experts
     wanted = (
         before.get_submodule("blocks.0.attention.w_out").weight
-        + 0.25 * bank.delta(0).t()
-        + 0.75 * bank.delta(1).t()
+        + 0.25 * bank.weight_delta(0).t()
+        + 0.75 * bank.weight_delta(1).t()
     )
     torch.testing.assert_close(after.get_submodule("blocks.0.attention.w_out").weight, wanted)
     assert dmoe("generate", "merged", "--prompt", "a", "--tokens", "2", cwd=place).returncode == 0
@@ -90,7 +90,7 @@ def test_merge_writes_the_plain_network(run: Path, place: Path) -> None:
         )
     refused(
         answered("modules", "merge", str(run), "--weights", "1,0", "--to", "merged", cwd=place),
-        "is there already",
+        "already exists",
     )
     assert not (place / "no").exists()
 
@@ -104,8 +104,8 @@ def test_add_puts_modules_behind_the_others_and_a_run_goes_on(
     )
     result = answered("modules", "add", str(run), "more.safetensors", "--to", "both", cwd=place)
     assert result.returncode == 0, result.stderr
-    found = restore(RunDir(place / "both"))
-    stack = layers(found.model)["blocks.0.attention.w_out"].experts.b
+    found = restore_model(RunDir(place / "both"))
+    stack = adapter_layers(found.model)["blocks.0.attention.w_out"].experts.b
     assert len(stack) == 4
     assert torch.equal(stack[:2], stack[2:])
     assert found.config.modular.weights == [0.5, 0.5, 0.0, 0.0]
@@ -119,7 +119,7 @@ def test_add_puts_modules_behind_the_others_and_a_run_goes_on(
     result = dmoe("train", *small, *more, "modular.train=one_module", "train.run_dir=on", cwd=place)
     assert result.returncode == 0, result.stderr[-2000:]
     assert torch.equal(
-        layers(restore(RunDir(place / "on")).model)["blocks.0.attention.w_out"].experts.b[:3],
+        adapter_layers(restore_model(RunDir(place / "on")).model)["blocks.0.attention.w_out"].experts.b[:3],
         stack[:3],
     )
 

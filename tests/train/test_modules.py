@@ -22,11 +22,11 @@ from dmoe.distributed.state_dict import model_state
 from dmoe.modular import base_model_hash, adapter_layers
 from dmoe.train import engine as engines
 from dmoe.train.engine import Engine
-from dmoe.train.modular.base_model import start_from
-from dmoe.train.modular.session import Session, check_domains
-from dmoe.train.modular.stages import check_stages
+from dmoe.train.modular.base_model import load_base_model
+from dmoe.train.modular.session import ModularSession, check_domains
+from dmoe.train.modular.stages import check_base_models
 from dmoe.train.step import train_step, training_batches
-from dmoe.train.trainer import train
+from dmoe.train.run import train
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, tiny
 
@@ -44,11 +44,11 @@ def build(config: Config) -> Engine:
         reset_partial_state=True
     )  # one process builds many engines; accelerate expects one
     check(config, worlds.launched_world_size())
-    return engines.build(config, worlds.init_distributed("cpu"), VOCAB)
+    return engines.build_engine(config, worlds.init_distributed("cpu"), VOCAB)
 
 
 def steps(engine: Engine, count: int = 2) -> list[float]:
-    data = engine.task.open()
+    data = engine.task.open_data()
     return [
         train_step(engine, training_batches(data.train, engine, s), 0.01).totals.loss_sum
         for s in range(count)
@@ -118,7 +118,7 @@ def test_what_is_frozen_keeps_its_bits_and_the_rest_moves(what: str, tmp_path: P
     engine = build(tiny(*LORA, f"modular.train={what}"))
     for layer in adapter_layers(engine.model).values():
         torch.nn.init.normal_(layer.experts.b.data)  # else there is nothing for a router to choose
-    session = Session(engine, tmp_path, fresh=True)
+    session = ModularSession(engine, tmp_path, fresh=True)
     before = {name: value.clone() for name, value in engine.model.state_dict().items()}
     core = base_model_hash(engine.model)
     steps(engine)
@@ -150,7 +150,7 @@ def test_what_is_frozen_keeps_its_bits_and_the_rest_moves(what: str, tmp_path: P
             )
         ]
         assert same == [True, True, True, False]
-    assert engine.model.num_parameters().trained == sum(
+    assert engine.model.num_parameters().trainable == sum(
         p.numel() for p in engine.model.parameters() if p.requires_grad
     )
 
@@ -158,7 +158,7 @@ def test_what_is_frozen_keeps_its_bits_and_the_rest_moves(what: str, tmp_path: P
 @pytest.mark.parametrize("name", ["embedding.weight", "blocks.0.attention.w_out.modular.experts.b"])
 def test_the_proof_sees_one_changed_number(name: str, tmp_path: Path) -> None:
     engine = build(tiny(*LORA, "modular.train=one_module"))
-    session = Session(engine, tmp_path, fresh=True)
+    session = ModularSession(engine, tmp_path, fresh=True)
     engine.model.state_dict()[name].view(-1)[0] += 1e-3
     with pytest.raises(NumbersError, match="has changed"):
         session.finish()
@@ -179,7 +179,7 @@ def test_a_run_with_more_modules_goes_on_from_those_there_are(tmp_path: Path) ->
     path = saved(core, tmp_path)
     more = build(tiny(*LORA, "modular.modules=6", "train.seed=1"))
     drawn = {name: value.clone() for name, value in more.model.state_dict().items()}
-    start_from(more, path)
+    load_base_model(more, path)
     assert base_model_hash(more.model) == base_model_hash(core.model)
     for name, value in more.model.state_dict().items():
         if ".modular." in name:
@@ -187,18 +187,18 @@ def test_a_run_with_more_modules_goes_on_from_those_there_are(tmp_path: Path) ->
         if ".modular.experts" in name:
             assert torch.equal(value[4:], drawn[name][4:]), name
     for overrides, match in {
-        ("modular.modules=2",): "modules=2: the core .* has 4 modules",
+        ("modular.modules=2",): "modules=2: the base model .* has 4 modules",
         ("modular.rank=4",): r"modular\.rank=4",
         ("moe.expert_dim=16",): r"moe\.expert_dim=16",
     }.items():
         with pytest.raises(ConfigError, match=match):
-            start_from(build(tiny(*LORA, *overrides)), path)
+            load_base_model(build(tiny(*LORA, *overrides)), path)
 
 
 def read(rank: int, world: int, path: Path, *overrides: str) -> dict[str, np.ndarray]:
     engine = build(tiny(*LORA, "modular.modules=8", *overrides))
-    start_from(engine, path)
-    session = Session(engine, path, fresh=False)
+    load_base_model(engine, path)
+    session = ModularSession(engine, path, fresh=False)
     state = model_state(engine.model, engine.mesh)
     found = {
         n: (v.full_tensor() if hasattr(v, "full_tensor") else v).detach().numpy().copy()
@@ -271,20 +271,20 @@ def test_a_core_in_a_config_file_is_trained_first_and_once(tmp_path: Path) -> No
 
 def test_a_core_that_cannot_be_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     (tmp_path / "core.yaml").write_text(to_yaml(tiny("model.dim=64")))
-    with pytest.raises(ConfigError, match=r"model\.dim=32: the core .* has 64"):
-        check_stages(tiny(*LORA, f"modular.core={tmp_path}/core.yaml"), 1)
+    with pytest.raises(ConfigError, match=r"model\.dim=32: the base model .* has 64"):
+        check_base_models(tiny(*LORA, f"modular.core={tmp_path}/core.yaml"), 1)
     with pytest.raises(ConfigError, match=r"modular\.core=nowhere"):
-        check_stages(tiny(*LORA, "modular.core=nowhere"), 1)
+        check_base_models(tiny(*LORA, "modular.core=nowhere"), 1)
     (tmp_path / "round.yaml").write_text(to_yaml(tiny(f"modular.core={tmp_path}/round.yaml")))
     with pytest.raises(ConfigError, match="start from each other"):
-        check_stages(tiny(f"modular.core={tmp_path}/round.yaml"), 1)
+        check_base_models(tiny(f"modular.core={tmp_path}/round.yaml"), 1)
 
 
 def test_a_core_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     path = saved(build(tiny()), tmp_path)
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(CheckpointError, match="embedding"):
-        start_from(engines.build(tiny(*LORA), worlds.init_distributed("cpu"), 300), path)
+        load_base_model(engines.build_engine(tiny(*LORA), worlds.init_distributed("cpu"), 300), path)
 
 
 def test_one_module_of_three_is_what_is_trained() -> None:
@@ -295,12 +295,12 @@ def test_one_module_of_three_is_what_is_trained() -> None:
         "modular.hidden=2",
         "modular.at=*.attention.w_out",
     )
-    engine = engines.build(
+    engine = engines.build_engine(
         tiny(*adapter, "modular.train=one_module"), worlds.init_distributed("cpu"), VOCAB
     )
-    session = Session(engine, Path("unread"), fresh=True)
+    session = ModularSession(engine, Path("unread"), fresh=True)
     before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
     for step in range(2):
-        train_step(engine, training_batches(engine.task.open().train, engine, step), 0.01)
+        train_step(engine, training_batches(engine.task.open_data().train, engine, step), 0.01)
     moved = sum(int((p != before[name]).sum()) for name, p in engine.model.named_parameters())
-    assert 0 < moved == session.trained(engine.model.num_parameters().trained)
+    assert 0 < moved == session.num_trained(engine.model.num_parameters().trainable)

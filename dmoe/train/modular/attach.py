@@ -1,8 +1,12 @@
-"""From `modular` in the config to modules on the model.
+"""Attach the modules of a config (section `modular`) to the model, and report their metrics.
 
-On the meta device, before `shard_experts`: a rank never holds a module that is not its own.
+Modules are attached on the meta device, before `shard_experts`, so a rank never holds modules of
+other ranks.
 
-What a `train` line says of the modules.
+Prompts and prefixes need P positions before each sequence. The model still gets S tokens per
+sequence and returns S positions, in training, evaluation and `dmoe generate`; inside, it computes
+P + S. Prefix positions have no target, and the label and validity of their sequence. The mixture
+layers route and count them like any token.
 """
 
 from __future__ import annotations
@@ -16,17 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
-from dmoe.config.rules.modular import DEFAULT_TARGETS, choices, is_learned, router_of
+from dmoe.config.rules.modular import DEFAULT_TARGETS, is_learned, modules_per_token, router_config
 from dmoe.config.schema import BalanceConfig, Config, ModelConfig, ModularConfig
 from dmoe.models.base import IGNORE_INDEX, Model, ModelOutput
 from dmoe.models.transformer import Transformer
 from dmoe.modular import (
     AGGREGATIONS,
     BANKS,
+    adapter_layers,
     attach,
     constant,
     initialize,
-    adapter_layers,
     routed,
     select_trainable,
     table,
@@ -47,57 +51,67 @@ BANK_FIELDS: dict[str, tuple[str, ...]] = {
     "scale": (),
     "sparse_delta": ("density",),
 }
-"""The fields of `modular` that are arguments of a bank."""
+"""Fields of `modular` that are arguments of a bank, per kind."""
+ARGUMENT_NAMES = {"reads": "input_kind"}
+"""Arguments whose name differs from the field."""
 
 
 def attach_modules(model: nn.Module, config: Config, virtual_ranks: int = 1) -> None:
-    """Put the modules of the config on a model that has none; nothing where the config has none.
+    """Attach the modules of the config, if it has any, to a model without modules.
 
-    Raises: ConfigError for a pattern that names nothing, or a place that cannot have such modules.
+    `virtual_ranks` is the number of token groups per rank in losses of level `micro_batch`.
+
+    Raises: ConfigError for a pattern without matches or a target that is not supported.
     """
     modular = config.modular
     if modular.bank == "none":
         return
     bank, router = _bank(modular, config.model), _router(modular)
     try:
-        made = attach(
+        attached = attach(
             model, target_pattern(modular), bank, router, AGGREGATIONS[modular.aggregation]
         )
     except ConfigError as error:
         raise _config_error(error, modular) from None
-    for layer in made.values():
+    for layer in attached.values():
         layer.virtual_ranks = virtual_ranks
-    if room := max(layer.experts.num_prefix_tokens for layer in made.values()):
-        add_prefix_positions(model, room)
+    num_prefix_tokens = max(layer.experts.num_prefix_tokens for layer in attached.values())
+    if num_prefix_tokens:
+        add_prefix_positions(model, num_prefix_tokens)
     collect_module_outputs(model, config.moe.balance)
 
 
 def target_pattern(modular: ModularConfig) -> str:
+    """Return the pattern of target module names: `modular.at`, or the bank's default."""
     return DEFAULT_TARGETS[modular.bank] if modular.at is None else modular.at
 
 
 def initialize_modules(model: nn.Module, config: Config) -> None:
-    """The first weights of modules, routers and aggregations, as a function of the seed; after `to_empty`."""
+    """Initialize modules, routers and aggregations from the seed, after `to_empty`."""
     if config.modular.bank != "none":
         initialize(model, config.train.seed)
 
 
 def select_trainable_parameters(model: nn.Module, config: Config) -> None:
-    """Say by `requires_grad` what is trained. Before DDP or FSDP2 sees the model, and before the optimizer."""
+    """Set `requires_grad` by `modular.train`, before DDP or FSDP2 and the optimizer are set up."""
     if config.modular.bank != "none":
         select_trainable(model, config.modular.train)
 
 
 def freezes_base_model(config: Config) -> bool:
+    """Return True if the base model is not trained."""
     return config.modular.bank != "none" and config.modular.train != "joint"
 
 
 def _bank(modular: ModularConfig, model: ModelConfig) -> BankMaker:
-    options: dict[str, Any] = {name: getattr(modular, name) for name in BANK_FIELDS[modular.bank]}
+    options: dict[str, Any] = {
+        ARGUMENT_NAMES.get(name, name): getattr(modular, name) for name in BANK_FIELDS[modular.bank]
+    }
     kind = BANKS[modular.bank]
 
     def make(in_dim: int, out_dim: int) -> Any:
-        if modular.bank == "prefix":  # behind the queries: keys and values
+        if modular.bank == "prefix":
+            # `w_qkv` stacks queries, keys and values: skip the queries
             queries = model.heads * (model.head_dim or model.dim // model.heads)
             return kind(modular.modules, in_dim, out_dim, columns=(queries, out_dim), **options)  # type: ignore[call-arg]
         return kind(modular.modules, in_dim, out_dim, **options)
@@ -110,12 +124,12 @@ def _router(modular: ModularConfig) -> RouterMaker:
         return constant(*(modular.weights or [1.0 / modular.modules] * modular.modules))
     if modular.routing == "table":
         return table(modular.table, modular.modules)
-    settings = router_of(modular)
+    settings = router_config(modular)
     return partial(
         routed(
             modular.routing,
             modular.modules,
-            choices(modular),
+            modules_per_token(modular),
             per=modular.per,
             first=modular.first if modular.per == "sequence" else None,
             labels=modular.labels,
@@ -127,7 +141,7 @@ def _router(modular: ModularConfig) -> RouterMaker:
 
 
 def _config_error(error: ConfigError, modular: ModularConfig) -> ConfigError:
-    """The library names its arguments; a user knows fields."""
+    """Return the error of `attach`, which names arguments, with the names of config fields."""
     if error.field == "pattern":
         pattern = target_pattern(modular)
         allowed = error.allowed
@@ -135,7 +149,7 @@ def _config_error(error: ConfigError, modular: ModularConfig) -> ConfigError:
             allowed = f"names {error.value}, which {allowed}"
         return ConfigError("modular.at", pattern, allowed, error.fix)
     if error.field == "width":
-        allowed = f"names a place whose width {error.allowed}"
+        allowed = f"names a module whose width {error.allowed}"
         return ConfigError("modular.at", target_pattern(modular), allowed, "name Linear layers")
     return ConfigError(f"modular.{error.field}", error.value, error.allowed, error.fix)
 
@@ -143,35 +157,49 @@ def _config_error(error: ConfigError, modular: ModularConfig) -> ConfigError:
 def bias_balanced_routers(
     model: Model, config: Config, totals: ReducedStep
 ) -> Iterator[tuple[RouterModule, LayerTotals]]:
-    """The routers whose bias the controller moves, with what their layers counted: none of a frozen core, none beside one module."""
+    """Yield the routers whose selection bias is updated, with the counts of their layers.
+
+    No router of a frozen base model, and none with `modular.train=one_module`.
+    """
     if not freezes_base_model(config):
         yield from zip((layer.router for layer in model.moe_layers()), totals.layers, strict=True)
     if is_learned(config.modular) and config.modular.train != "one_module":
-        for layer, seen in zip(adapter_layers(model).values(), totals.modules, strict=True):
+        for layer, layer_totals in zip(adapter_layers(model).values(), totals.modules, strict=True):
             router = layer.router
-            yield (router.router if isinstance(router, PerSequence | PerTask) else router), seen
+            yield (
+                (router.router if isinstance(router, PerSequence | PerTask) else router),
+                layer_totals,
+            )
 
 
 def module_metrics(model: nn.Module, totals: ReducedStep) -> dict[str, Any]:
-    """`modules`: for each place how often each module was chosen, and the losses of its router. Empty without modules."""
+    """Return `modules` of a `train` line: per target, its tokens per module and its router's losses.
+
+    Empty without modules.
+    """
     if not totals.modules:
         return {}
-    told = zip(adapter_layers(model), totals.modules, strict=True)
+    layers = zip(adapter_layers(model), totals.modules, strict=True)
     return {
         "modules": [
             {
-                "place": place,
-                "load": seen.choice_counts,
-                "load_max_over_mean": seen.load_max_over_mean,
-                "aux": seen.aux,
+                "place": target,
+                "load": layer_totals.choice_counts,
+                "load_max_over_mean": layer_totals.load_max_over_mean,
+                "aux": layer_totals.aux,
             }
-            for place, seen in told
+            for target, layer_totals in layers
         ]
     }
 
 
 def collect_module_outputs(model: nn.Module, balance: BalanceConfig) -> None:
-    """From now on the outputs of `model` have `module_aux` and `module_stats`. After `attach`, before the model is wrapped."""
+    """Fill `module_aux` and `module_stats` of the model's outputs in training.
+
+    Mixture layers return theirs. An adapter layer is called by a hook and cannot return anything
+    else, so a hook on the whole model collects them after its forward. After `attach`, before the
+    model is wrapped in DDP or FSDP2.
+    """
     model.register_forward_hook(partial(_append_module_outputs, balance))
 
 
@@ -185,17 +213,21 @@ def _append_module_outputs(
 
 
 def add_prefix_positions(model: nn.Module, length: int) -> None:
-    """From now on every forward of `model` has `length` positions more in front. After `attach`, before the model is wrapped.
+    """Compute `length` more positions before each sequence in every forward of `model`.
 
-    Raises: ConfigError for a model that reads no tokens.
+    After `attach`, before the model is wrapped in DDP or FSDP2.
+
+    Raises: ConfigError for a model without token input.
     """
     if not isinstance(model, Transformer):
-        allowed = "stands in front of tokens, which this model does not read"
+        allowed = "needs a model with token input, which this one is not"
         raise ConfigError(
             "modular.bank", "prompt", allowed, "use low_rank, adapter, scale or sparse_delta"
         )
-    # in front of the hooks of `attach`, which are to hear of the longer sequences
-    model.register_forward_pre_hook(partial(_prepend_prefix, length), with_kwargs=True, prepend=True)
+    # before the hooks of `attach`, which must see the context of the longer sequences
+    model.register_forward_pre_hook(
+        partial(_prepend_prefix, length), with_kwargs=True, prepend=True
+    )
     model.register_forward_hook(partial(_strip_prefix, length), with_kwargs=True)
 
 
@@ -203,26 +235,26 @@ def _prepend_prefix(
     length: int, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     names = ("input", "target", "context")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    sequences = len(given["input"])
-    given["input"] = with_prefix_tokens(given["input"], length)
-    if given.get("target") is not None:
-        given["target"] = with_prefix_tokens(given["target"], length, IGNORE_INDEX)
-    if given.get("context") is not None:
-        given["context"] = _context_with_prefix(given["context"], sequences, length)
-    return (), given
+    inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+    sequences = len(inputs["input"])
+    inputs["input"] = with_prefix_tokens(inputs["input"], length)
+    if inputs.get("target") is not None:
+        inputs["target"] = with_prefix_tokens(inputs["target"], length, IGNORE_INDEX)
+    if inputs.get("context") is not None:
+        inputs["context"] = _context_with_prefix(inputs["context"], sequences, length)
+    return (), inputs
 
 
 def _context_with_prefix(context: TokenContext, sequences: int, length: int) -> TokenContext:
-    """What holds for the first token of a sequence holds for the positions in front of it."""
+    """Copy labels and validity of each sequence's first token to its prefix positions."""
 
-    def longer(value_T: Tensor | None) -> Tensor | None:
+    def prepend(value_T: Tensor | None) -> Tensor | None:
         if value_T is None:
             return None
         value_BS = value_T.view(sequences, -1)
         return torch.cat([value_BS[:, :1].expand(-1, length), value_BS], 1).flatten()
 
-    return replace(context, label_T=longer(context.label_T), valid_T=longer(context.valid_T))
+    return replace(context, label_T=prepend(context.label_T), valid_T=prepend(context.valid_T))
 
 
 def _strip_prefix(
@@ -233,11 +265,11 @@ def _strip_prefix(
     def cut(value_TX: Tensor) -> Tensor:
         return value_TX.view(sequences, -1, *value_TX.shape[1:])[:, length:].flatten(0, 1)
 
-    def without(stats: LayerStats) -> LayerStats:
-        """What an observer told of each token; sums stay sums over all positions."""
+    def strip_metrics(stats: LayerStats) -> LayerStats:
+        """Cut per-token metrics; sums stay sums over all positions."""
         return replace(
             stats,
-            observed={name: cut(v) if "_T" in name else v for name, v in stats.observed.items()},
+            metrics={name: cut(v) if "_T" in name else v for name, v in stats.metrics.items()},
         )
 
     return replace(
@@ -245,5 +277,5 @@ def _strip_prefix(
         logits=None if output.logits is None else output.logits[:, length:],
         loss_T=None if output.loss_T is None else cut(output.loss_T),
         correct_T=None if output.correct_T is None else cut(output.correct_T),
-        stats=[without(stats) for stats in output.stats],
+        stats=[strip_metrics(stats) for stats in output.stats],
     )

@@ -1,7 +1,8 @@
-"""What `dmoe modules` does to a run: say what is there, take modules out, put others in, write them into the weights.
+"""The operations of `dmoe modules`: list, export, add and merge the modules of a run.
 
-In one process, which holds all experts and all modules. A new run directory has the weights alone, no optimizer: `dmoe generate` reads
-it, `dmoe modules` does, and another run starts from it with `modular.core=DIR`.
+They run in one process, which holds all experts and all modules. A new run directory contains
+weights but no optimizer state. `dmoe generate` and `dmoe modules` read it, and another run starts
+from it by `modular.core=DIR`.
 """
 
 from __future__ import annotations
@@ -21,27 +22,41 @@ from dmoe.config.load import to_yaml
 from dmoe.config.schema import Config, ModularConfig
 from dmoe.distributed.mesh import ParallelMesh
 from dmoe.distributed.state_dict import model_state
-from dmoe.modular import base_model_hash, export_peft, add_modules, inspect_modules, adapter_layers, merge, save_modules
+from dmoe.modular import (
+    adapter_layers,
+    add_modules,
+    base_model_hash,
+    export_peft,
+    inspect_modules,
+    merge,
+    save_modules,
+)
 from dmoe.modular.attach import CHILD
 from dmoe.runs.directory import RunDir
-from dmoe.train.restore import Restored, restore
+from dmoe.train.restore import RestoredModel, restore_model
 
 
 @dataclass(frozen=True)
 class TargetSummary:
+    """The adapter layer of one target module. Field names are those of `--json`."""
+
     place: str
     bank: str
     router: str
     aggregation: str
     modules: int
     parameters: int
-    """Of the bank."""
+    """Number of parameters of the bank."""
 
 
 def list_modules(source: Path) -> list[TargetSummary]:
-    """The modules of a run, or of a file of modules. Raises ConfigError for a run without any, CheckpointError for no such file."""
+    """List the modules of a run or of a module file.
+
+    Raises: ConfigError for a run without modules; CheckpointError for any other file.
+    """
     if source.is_file():
-        return [TargetSummary(name, **{**fields}) for name, fields in inspect_modules(source).targets.items()]  # type: ignore[arg-type]
+        saved = inspect_modules(source).targets
+        return [TargetSummary(name, **{**fields}) for name, fields in saved.items()]  # type: ignore[arg-type]
     found = _restore_with_modules(RunDir(source))
     return [
         TargetSummary(
@@ -57,24 +72,28 @@ def list_modules(source: Path) -> list[TargetSummary]:
 
 
 def export_modules(run: RunDir, to: Path) -> str:
-    """Write the modules alone into a file; the hash of the core they belong to."""
+    """Write the modules into a file and return the hash of their base model."""
     found = _restore_with_modules(run)
-    core = base_model_hash(found.model)
-    _report_write_errors("--to", to, lambda: save_modules(found.model, to, base_model=core))
-    return core
+    base_model = base_model_hash(found.model)
+    _report_write_errors("--to", to, lambda: save_modules(found.model, to, base_model=base_model))
+    return base_model
 
 
 def export_module_to_peft(run: RunDir, module: int, folder: Path) -> None:
-    """Write one low-rank module of every place in peft's format. Raises ConfigError for another bank, or no such module."""
+    """Write one low-rank module of every target in peft's format.
+
+    Raises: ConfigError for another kind of bank, or an unknown module.
+    """
     found = _restore_with_modules(run)
     _check_module(found.config.modular, module)
     _report_write_errors("--peft", folder, lambda: export_peft(found.model, module, folder))
 
 
 def merge_run(run: RunDir, weights: Sequence[float], to: Path) -> None:
-    """A run directory with the plain network into whose weights the modules are written.
+    """Write a run directory with the modules merged into the weights of the base model.
 
-    Raises: ConfigError where there is not one weight a module, or a place cannot be merged; then nothing is written.
+    Raises: ConfigError unless there is one weight per module and every target can be merged. Then
+    nothing is written.
     """
     found = _restore_with_modules(run)
     if len(weights) != found.config.modular.modules:
@@ -86,16 +105,19 @@ def merge_run(run: RunDir, weights: Sequence[float], to: Path) -> None:
 
 
 def add_modules_to_run(run: RunDir, files: Sequence[Path], to: Path) -> int:
-    """A run directory with the run's modules and, behind them, those of the files; how many there are now.
+    """Write a run directory with the run's modules, then those of the files; return their number.
 
-    Routers do not know the new ones yet: a learned one gets fresh rows, constant weights are 0, a table names them when it is changed.
-    Raises: CheckpointError for a file of another core, or of modules that do not fit; then nothing is written.
+    Routers are not trained for the new modules: a learned one gets new rows, constant weights are
+    0, a table does not contain them.
+
+    Raises: CheckpointError for modules of another base model, or that do not fit. Then nothing is
+    written.
     """
     found = _restore_with_modules(run)
     _check_new_directory(to)
-    core, count = base_model_hash(found.model), 0
+    base_model, count = base_model_hash(found.model), 0
     for file in files:
-        count += _check_file(found, file, core)
+        count += _check_file(found, file, base_model)
     before = found.config.modular.modules
     add_modules(found.model, count, seed=found.config.train.seed)
     first = before
@@ -109,8 +131,8 @@ def add_modules_to_run(run: RunDir, files: Sequence[Path], to: Path) -> int:
     return first
 
 
-def _restore_with_modules(run: RunDir) -> Restored:
-    found = restore(run)
+def _restore_with_modules(run: RunDir) -> RestoredModel:
+    found = restore_model(run)
     if found.config.modular.bank == "none":
         raise ConfigError(
             "RUN",
@@ -131,57 +153,59 @@ def _check_module(modular: ModularConfig, module: int) -> None:
         )
 
 
-def _check_file(found: Restored, file: Path, core: str) -> int:
-    """How many modules the file holds, where they fit."""
-    saved, here = inspect_modules(file), adapter_layers(found.model)
-    if saved.base_model != core:
+def _check_file(found: RestoredModel, file: Path, base_model: str) -> int:
+    """Return the number of modules in the file. Raises CheckpointError unless they fit the run."""
+    saved, layers = inspect_modules(file), adapter_layers(found.model)
+    if saved.base_model != base_model:
         raise CheckpointError(
-            f"{file}: its modules belong to another core ({saved.base_model[:12]}, the run's is {core[:12]})"
+            f"{file}: its modules belong to another base model ({saved.base_model[:12]}, "
+            f"the run's is {base_model[:12]})"
         )
-    if sorted(saved.targets) != sorted(here):
+    if sorted(saved.targets) != sorted(layers):
         raise CheckpointError(
-            f"{file}: has modules at {', '.join(sorted(saved.targets))}, the run at {', '.join(sorted(here))}"
+            f"{file}: has modules at {', '.join(sorted(saved.targets))}, "
+            f"the run at {', '.join(sorted(layers))}"
         )
     with safe_open(file, framework="pt") as content:
-        for place, layer in here.items():
-            if saved.targets[place]["bank"] != type(layer.experts).__name__:
-                raise CheckpointError(
-                    f"{file}: {place} has modules of kind {saved.targets[place]['bank']} there"
-                )
-            for name, stack in layer.experts.stacked_tensors().items():
-                shape = content.get_slice(_tensor_name(place, name)).get_shape()
-                if shape[1:] != list(stack.shape[1:]):
+        for target, layer in layers.items():
+            kind = saved.targets[target]["bank"]
+            if kind != type(layer.experts).__name__:
+                raise CheckpointError(f"{file}: {target} has modules of kind {kind} there")
+            for name, value in layer.experts.stacked_tensors().items():
+                shape, own = content.get_slice(_tensor_name(target, name)).get_shape(), value.shape
+                if shape[1:] != list(own[1:]):
                     raise CheckpointError(
-                        f"{file}: {place} has {name} of {shape[1:]} there, and {list(stack.shape[1:])} in the run"
+                        f"{file}: {target} has {name} of {shape[1:]} there, "
+                        f"and {list(own[1:])} in the run"
                     )
-    counts = {int(place["modules"]) for place in saved.targets.values()}
+    counts = {int(target["modules"]) for target in saved.targets.values()}
     if len(counts) != 1:
-        raise CheckpointError(f"{file}: its places have different numbers of modules")
+        raise CheckpointError(f"{file}: its targets have different numbers of modules")
     return counts.pop()
 
 
-def _copy_file(found: Restored, file: Path, first: int) -> int:
-    """The file's modules become those from `first` on; how many they are."""
+def _copy_file(found: RestoredModel, file: Path, first: int) -> int:
+    """Copy the file's modules into the run's from id `first` on; return their number."""
     count = 0
     with safe_open(file, framework="pt") as content, torch.no_grad():
-        for place, layer in adapter_layers(found.model).items():
-            for name, stack in layer.experts.stacked_tensors().items():
-                value = content.get_tensor(_tensor_name(place, name))
-                stack[first : first + len(value)] = value.to(stack)
+        for target, layer in adapter_layers(found.model).items():
+            for name, own in layer.experts.stacked_tensors().items():
+                value = content.get_tensor(_tensor_name(target, name))
+                own[first : first + len(value)] = value.to(own)
                 count = len(value)
     return count
 
 
-def _tensor_name(place: str, stack: str) -> str:
-    return f"{place}.{CHILD}.experts.{stack}".removeprefix(".")
+def _tensor_name(target: str, name: str) -> str:
+    return f"{target}.{CHILD}.experts.{name}".removeprefix(".")
 
 
 def _check_new_directory(to: Path) -> None:
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ConfigError("--to", to, "is there already and not empty", "name a new directory")
+        raise ConfigError("--to", to, "already exists and is not empty", "name a new directory")
 
 
-def _write_run(found: Restored, modular: ModularConfig, to: Path) -> None:
+def _write_run(found: RestoredModel, modular: ModularConfig, to: Path) -> None:
     config: Config = replace(
         found.config, modular=modular, train=replace(found.config.train, run_dir=None)
     )
@@ -208,5 +232,5 @@ def _report_write_errors(option: str, to: Path, write: Any) -> None:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise ConfigError(
-            option, to, f"cannot be written ({reason})", "name a place you may write to"
+            option, to, f"cannot be written ({reason})", "name a directory with write permission"
         ) from None
