@@ -1,1 +1,1 @@
-"""The config: schema, loading, rules. Imports neither torch nor the rest of dmoe, so errors are fast."""
+"""The config: schema, loading, rules. Imports no torch, so that errors in a config are fast."""

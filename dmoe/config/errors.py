@@ -60,7 +60,7 @@ class NoProgressError(DmoeError):
 
 
 class LostRankError(DmoeError):
-    """A collective failed because a rank is unreachable; the message names it as this rank sees it."""
+    """A collective failed because a rank is unreachable, which the message names."""
 
     exit_code = 1
     every_rank = True

@@ -34,7 +34,7 @@ class Recommended:
     high: float
     source: str
     applies: Callable[[MoEConfig], bool] = _always
-    """Whether a config reads the setting. null and 0 turn a mechanism off and have no range."""
+    """True if a config reads the setting. null and 0 turn a mechanism off and have no range."""
 
     def value(self, moe: MoEConfig) -> float:
         """Return the value in this config, or 0 if it is off or not read."""

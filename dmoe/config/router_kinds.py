@@ -14,37 +14,39 @@ _SCORED = frozenset({"jitter"})
 
 @dataclass(frozen=True)
 class RouterSpec:
-    """What is true of every router of one kind. The defaults are those of plain top-k routing."""
+    """Properties of every router of one kind. The defaults are those of plain top-k routing."""
 
     choice: str
-    """How a token's experts are chosen, as a phrase: `each token goes to <choice>`."""
+    """Phrase for the sentence `each token goes to <choice>`."""
     reads: frozenset[str] = _SCORED
     """Fields of `moe.router` that this kind reads and some other kinds do not."""
     learned: bool = True
-    """Whether a trained gate gives logits and scores. False: a fixed rule, with equal weights."""
+    """A trained gate gives logits and scores. False: a fixed rule, with equal weights."""
     ranks_experts: bool = True
-    """Whether a token's experts are sorted by score + bias, so that there is a next choice, and a
-    bias can change the choice."""
+    """A token's experts are sorted by score + bias: there is a next choice, and a bias can move
+    choices."""
     ordered_choices: bool = True
-    """Whether the K choices of a token are in order of preference, so that it has a first one."""
+    """The K choices of a token are in order of preference, so that it has a first one."""
     variable_k: bool = False
-    """Whether tokens take different numbers of experts; `moe.top_k` is then the most."""
+    """Tokens take different numbers of experts; `moe.top_k` is the maximum."""
     normalizable: bool = False
-    """Whether `renormalize` and `weights_from` decide if a token's weights sum to `scale`."""
+    """`renormalize` and `weights_from` decide if a token's weights sum to `scale`."""
     weights_sum_to_scale: bool = False
-    """Whether a token's weights sum to `scale` whatever the config says."""
+    """A token's weights sum to `scale`, whatever the config says."""
     all_experts: bool = False
-    """Whether every token goes to every expert, so that `moe.top_k` is the number of experts."""
+    """Every token goes to every expert; `moe.top_k` must be the number of experts."""
     zero_cost_experts: bool = False
-    """Whether zero-cost experts can be among the choices."""
+    """Zero-cost experts can be among the choices."""
     has_noise: bool = False
-    """Whether training adds learned noise to the logits (needed by `balance.load`)."""
+    """Training adds learned noise to the logits (needed by `balance.load`)."""
     has_budget: bool = False
-    """Whether a token has a compute budget, which a call may set."""
+    """A token has a compute budget, which a call may set."""
     needs: str | None = None
     """The field of `TokenContext` that the router cannot do without."""
+    can_choose_none: bool = False
+    """A token can have no expert at all, before any capacity."""
     looks_ahead: bool = False
-    """Whether the choice for a token looks at later tokens of its sequence."""
+    """The choice for a token depends on later tokens of its sequence."""
 
 
 ROUTERS: dict[str, RouterSpec] = {
@@ -100,6 +102,7 @@ ROUTERS: dict[str, RouterSpec] = {
         ranks_experts=False,
         ordered_choices=False,
         looks_ahead=True,
+        can_choose_none=True,
     ),
     "budget": RouterSpec(
         "by descending score, the experts that weigh more than moe.router.min_weight and fit the "
@@ -108,6 +111,7 @@ ROUTERS: dict[str, RouterSpec] = {
         variable_k=True,
         zero_cost_experts=True,
         has_budget=True,
+        can_choose_none=True,
     ),
 }
 

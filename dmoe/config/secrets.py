@@ -156,7 +156,7 @@ def _without_value(found: re.Match[str]) -> str:
 
 
 def _secrets(environment: Mapping[str, str]) -> list[tuple[str, str]]:
-    """List each secret with the name of its variable, the longest first: one may contain another."""
+    """List each secret and its variable, the longest first: one may contain another."""
     found: dict[str, str] = {}
     for name, value in environment.items():
         if is_secret_name(name):

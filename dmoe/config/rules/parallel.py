@@ -28,7 +28,7 @@ TYPO = "is there a digit too many?"
 
 @dataclass(frozen=True)
 class Batching:
-    """How a global batch is cut: `global_batch = W * V * micro_batch * accumulation`."""
+    """The parts of a global batch: `global_batch = W * V * micro_batch * accumulation`."""
 
     micro_batch: int
     """Sequences in a virtual rank's micro-batch."""

@@ -26,12 +26,12 @@ class Bound:
     allowed: str
     fix: str
     replaces_largest: bool = False
-    """Whether `LARGEST` does not apply to a field with this bound."""
+    """True: `LARGEST` does not apply to a field with this bound."""
 
 
 @dataclass(frozen=True)
 class OnlyFor:
-    """The field is read only if the field `name` of the config has one of `values`."""
+    """Condition of `only_for`."""
 
     name: str
     """Dotted, e.g. `train.task`."""
@@ -40,30 +40,35 @@ class OnlyFor:
 
 @dataclass(frozen=True)
 class ItemsFrom:
-    """Each item of the list is one of `values`."""
+    """Condition of `items_from`."""
 
     values: tuple[str, ...]
     fix: str
 
 
 def only_for(name: str, *values: str) -> OnlyFor:
+    """The field is read only if the field `name` has one of `values`."""
     return OnlyFor(name, values)
 
 
 def items_from(*values: str, fix: str) -> ItemsFrom:
+    """Each item of the list is one of `values`."""
     return ItemsFrom(values, fix)
 
 
 def at_least(low: int) -> Bound:
+    """A number of `low` or more."""
     allowed = f"must be {low} or more" if low else "must not be negative"
     return Bound(lambda value: value >= low, allowed, f"use {low}")
 
 
 def above(low: int, allowed: str = "", fix: str = "use a positive number or leave it out") -> Bound:
+    """A number greater than `low`."""
     return Bound(lambda value: value > low, allowed or f"must be greater than {low}", fix)
 
 
 def below(high: int) -> Bound:
+    """A number less than `high`."""
     return Bound(lambda value: value < high, f"must be below {high}", "use the default")
 
 

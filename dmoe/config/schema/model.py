@@ -34,7 +34,8 @@ class ModelConfig:
     """Hidden width of a dense feed-forward. Default: the active width of a MoE layer, so that both
     have the same cost per token."""
     moe_every: Annotated[int, at_least(0)] = 1
-    """Every n-th block has a MoE layer, the others a dense feed-forward; 0: all blocks are dense."""
+    """Every n-th block has a MoE layer, the others a dense feed-forward; 0: all blocks are
+    dense."""
     dense_first: Annotated[int, at_least(0)] = 0
     """The first n blocks are dense, whatever moe_every is (DeepSeekMoE: 1)."""
     qk_norm: Annotated[bool, only_for("train.task", "language_modelling")] = True
@@ -80,7 +81,7 @@ class RouterConfig:
         "expert_choice",
         "budget",
     ] = "top_k"
-    """How a token's experts are chosen; implemented in dmoe/moe/routers."""
+    """Rule by which a token's experts are chosen; implemented in dmoe/moe/routers."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     """Logits to scores: softmax (Switch, Mixtral, OLMoE, Qwen) or sigmoid (DeepSeek-V3)."""
     weights_from: Literal["all", "chosen"] = "all"
@@ -104,8 +105,8 @@ class RouterConfig:
     min_weight: Annotated[float, fraction("[)", fix="use 0.1")] = 0.1
     """budget: an expert is taken only if its weight is above this."""
     budget: Annotated[float, fraction("(]", fix="use 1.0 for no limit")] = 1.0
-    """budget: multiply-adds that a token may use, as a share of those of all experts; 1.0: no limit.
-    A call may set another one: `layer(x, compute_budget=0.5)`."""
+    """budget: multiply-adds that a token may use, as a share of those of all experts; 1.0: no
+    limit. A call may set another one: `layer(x, compute_budget=0.5)`."""
     per: Literal["token", "sequence"] = "token"
     """budget: the router reads each token, or the mean over its sequence; then all tokens of a
     sequence have the same experts."""
@@ -138,14 +139,14 @@ class CapacityConfig:
 @dataclass(frozen=True)
 class BalanceConfig:
     switch: Annotated[float, at_least(0)] = 0.01
-    """Coefficient of the Switch load-balancing loss E * sum_e f_e P_e, which is 1 at perfect balance
-    for any K; 0: off."""
+    """Coefficient of the Switch load-balancing loss E * sum_e f_e P_e, which is 1 at perfect
+    balance for any K; 0: off."""
     switch_level: Literal["sequence", "micro_batch", "global"] = "micro_batch"
     """Tokens over which f_e and P_e are taken. global: f_e over all data-parallel ranks and the
     accumulation steps so far."""
     z: Annotated[float, at_least(0)] = 0.001
-    """Coefficient of the router z-loss mean(logsumexp(logits)^2) (ST-MoE), which keeps router logits
-    small; 0: off."""
+    """Coefficient of the router z-loss mean(logsumexp(logits)^2) (ST-MoE), which keeps router
+    logits small; 0: off."""
     importance: Annotated[float, at_least(0)] = 0.0
     """Coefficient of the importance loss: the squared coefficient of variation of each expert's
     summed score (Shazeer 2017)."""

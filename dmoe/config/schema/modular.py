@@ -23,10 +23,11 @@ class ModularConfig:
     bank: Literal["none", "low_rank", "adapter", "prompt", "prefix", "scale", "sparse_delta"] = (
         "none"
     )
-    """What a module computes; implemented in dmoe/modular/banks. none: no modules."""
+    """Function that a module computes; implemented in dmoe/modular/banks. none: no modules."""
     at: Optional[str] = None
     """Shell-like pattern of the target submodules. Default: *.attention.w_* (low_rank,
-    sparse_delta), *.feed_forward (adapter, scale), embedding (prompt), *.attention.w_qkv (prefix)."""
+    sparse_delta), *.feed_forward (adapter, scale), embedding (prompt), *.attention.w_qkv
+    (prefix)."""
     modules: Annotated[int, from_to(1, MOST)] = 1
     """Modules M per bank, over all ranks. If the base model has fewer, the others are new."""
     rank: Annotated[int, only_for("modular.bank", "low_rank"), from_to(1, MOST)] = 8
@@ -49,7 +50,7 @@ class ModularConfig:
     routing: Literal["constant", "table", "fixed", "top_k", "noisy", "soft", "adaptive"] = (
         "constant"
     )
-    """Which modules a token uses: all with constant weights (constant), by the domain of its
+    """Modules that a token uses: all with constant weights (constant), by the domain of its
     sequence (table, fixed), or learned (the others)."""
     top_k: Annotated[
         int, only_for("modular.routing", "top_k", "noisy", "adaptive", "fixed"), from_to(1, MOST)
@@ -59,7 +60,8 @@ class ModularConfig:
         Literal["token", "sequence", "task"],
         only_for("modular.routing", "top_k", "noisy", "soft", "adaptive"),
     ] = "token"
-    """Input of a learned router: each token, the start of its sequence, or the sequence's domain."""
+    """Input of a learned router: each token, the start of its sequence, or the sequence's
+    domain."""
     first: Annotated[Optional[int], only_for("modular.per", "sequence"), from_to(1, MOST)] = 1
     """per=sequence: the router reads the mean of this many first tokens; null: of all, which a
     causal model must not do."""
@@ -72,8 +74,8 @@ class ModularConfig:
     renormalize: Annotated[
         Optional[bool], only_for("modular.routing", "top_k", "noisy", "adaptive")
     ] = None
-    """Divide the chosen weights by their sum. Default: for top_k and noisy with more than one module
-    per token."""
+    """Divide the chosen weights by their sum. Default: for top_k and noisy with more than one
+    module per token."""
     top_p: Annotated[float, only_for("modular.routing", "adaptive")] = 0.6
     """adaptive: a token takes modules until their probabilities sum to this."""
     table: Annotated[list[list[int]], only_for("modular.routing", "table")] = field(
@@ -84,8 +86,8 @@ class ModularConfig:
     compositions: Annotated[list[list[int]], only_for("modular.routing", "table")] = field(
         default_factory=list
     )
-    """table: sets of modules, e.g. [[], [0], [0, 1]]. At the end of the run every domain is evaluated
-    with each of them."""
+    """table: sets of modules, e.g. [[], [0], [0, 1]]. At the end of the run every domain is
+    evaluated with each of them."""
     weights: Annotated[list[float], only_for("modular.routing", "constant")] = field(
         default_factory=list
     )
@@ -93,12 +95,13 @@ class ModularConfig:
     aggregation: Literal[
         "weighted_sum", "mean", "concat", "attention", "gated", "parameter_mean", "stacked"
     ] = "weighted_sum"
-    """How the outputs of the chosen modules are combined; implemented in dmoe/modular/aggregation."""
+    """Combination of the outputs of the chosen modules; implemented in dmoe/modular/aggregation."""
     train: Literal["joint", "modules", "one_module", "router"] = "modules"
-    """joint trains everything; modules freezes the base model; one_module trains one module of every
-    bank and nothing else; router trains routers and aggregations over frozen modules."""
+    """joint trains everything; modules freezes the base model; one_module trains one module of
+    every bank and nothing else; router trains routers and aggregations over frozen modules."""
     module: Annotated[Optional[int], only_for("modular.train", "one_module")] = None
     """one_module: index of the module to train. Default: the last."""
     core: Optional[str] = None
     """The base model whose weights are loaded: a run, a checkpoint, or a config file, which is
-    trained first, into RUN/core. Also without a bank. Default: weights initialized from the seed."""
+    trained first, into RUN/core. Also without a bank. Default: weights initialized from the
+    seed."""

@@ -23,9 +23,10 @@ class CheckpointConfig:
     """Write in the background from a copy: a step waits only for the copy, which needs as much
     memory as the state."""
     on_error: Literal["stop", "continue"] = "stop"
-    """What to do if a save fails. The last save of a run must always succeed."""
+    """Action if a save fails. The last save of a run must always succeed."""
     accept_changes: list[str] = field(default_factory=list)
-    """Fields (or sections) that may differ from those in the checkpoint, e.g. [train.global_batch]."""
+    """Fields (or sections) that may differ from those in the checkpoint, e.g.
+    [train.global_batch]."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,18 @@ class GuardConfig:
     """A step whose loss or gradient is NaN or infinite is never applied. skip: continue until
     `patience` such steps in a row."""
     spike: Literal["warn", "skip", "stop", "rollback"] = "warn"
-    """What to do on a loss spike. warn: apply the step and log a warning; skip: do not apply it."""
+    """Action on a loss spike. warn: apply the step and log a warning; skip: do not apply it."""
     spike_deviations: Annotated[float, above(0)] = 6.0
-    """A spike is this many standard deviations above the mean of the last spike_window good losses."""
+    """A spike is this many standard deviations above the mean of the last spike_window good
+    losses."""
     spike_window: Annotated[int, at_least(1), at_most(1 << 20)] = 64
     """Number of recent losses; spikes are detected once a quarter of them is there."""
     patience: Annotated[int, at_least(1)] = 10
-    """Bad steps in a row after which the run ends with exit code 4. If they were not finite, the run
-    rolls back to its last checkpoint first, once."""
+    """Bad steps in a row after which the run ends with exit code 4. If they were not finite, the
+    run rolls back to its last checkpoint first, once."""
     attempts: Annotated[int, at_least(1)] = 3
-    """Starts of one torchrun job from the same checkpoint after which the job ends with exit code 5."""
+    """Starts of one torchrun job from the same checkpoint after which the job ends with exit code
+    5."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class TrackingConfig:
     project: str = "dmoe"
     """Project name for the trackers."""
     wandb_mode: Literal["online", "offline", "disabled"] = "offline"
-    """Whether wandb connects to its server."""
+    """online: wandb connects to its server; offline: it writes to the run directory."""
 
 
 @dataclass(frozen=True)

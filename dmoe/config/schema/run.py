@@ -26,8 +26,9 @@ YEAR = 365 * 24 * 3600
 @dataclass(frozen=True)
 class ParallelConfig:
     ep: Annotated[Union[int, str], at_most(1 << 20)] = "auto"
-    """Expert-parallel size: ranks that share one copy of the experts. Must divide the world size and
-    num_experts (experts of different shapes: at most num_experts). auto: the largest such number."""
+    """Expert-parallel size: ranks that share one copy of the experts. Must divide the world size
+    and num_experts (experts of different shapes: at most num_experts). auto: the largest such
+    number."""
     mode: Literal["ddp", "fsdp"] = "ddp"
     """ddp replicates everything but the experts on every rank; fsdp (FSDP2) shards it over all
     ranks, and the experts over their replicas."""
@@ -52,8 +53,8 @@ class DataConfig:
     streams: Annotated[list[str], only_for("train.task", "classification")] = field(
         default_factory=list
     )
-    """classification: streams of the source to read, in this order, e.g. [pixels, strokes]. Default:
-    its first one."""
+    """classification: streams of the source to read, in this order, e.g. [pixels, strokes].
+    Default: its first one."""
     seq_len: Annotated[int, at_least(1), at_most(1 << 27)] = 128
     """Tokens per sequence; each token predicts the next one."""
     tokenizer: Annotated[str, only_for("train.task", "language_modelling")] = "bytes"
