@@ -1,1 +1,1 @@
-"""The reference transformer. It knows the layer and the config, never a rank."""
+"""The reference models. They know the MoE layer and the config, never a rank."""

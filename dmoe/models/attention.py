@@ -1,14 +1,12 @@
-"""Causal self-attention with rotary positions, grouped queries and optional normalisation of queries and keys.
+"""Causal self-attention with rotary positions, grouped queries and optional query/key norm.
 
-Letters: B sequences, S tokens a sequence, D model width, H query heads, N key/value heads (each serves Q = H/N query heads),
-A width of one head.
+Rotary positions (Su et al. 2021, "RoFormer") in the half-rotation layout of Llama and Mixtral: pair
+i of a head is (x[i], x[i + A/2]), and at position s it is rotated by the angle s * base^(-2i/A).
+The original paper pairs neighbours instead. Weights trained with one layout are wrong in the other;
+Hugging Face's checkpoints use this one.
 
-Rotary positions (Su et al. 2021, "RoFormer"), in the half-rotation layout of Llama and Mixtral.
-
-Pair i of a head is (x[i], x[i + A/2]); at position s it is turned by the angle s * base^(-2i/A). The original paper pairs neighbours
-instead; weights trained with one layout are wrong in the other, and Hugging Face's checkpoints have this one.
-
-Letters: B sequences, S tokens a sequence, H heads, A width of a head, P = A/2 pairs.
+Letters: B sequences, S tokens per sequence, D model width, H query heads, N key/value heads (each
+serves H/N query heads), A width of a head, P = A/2 rotated pairs.
 """
 
 from __future__ import annotations
@@ -22,46 +20,60 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from dmoe.config.rules.model import check_attention, head_dim
 from dmoe.config.schema import ModelConfig
 from dmoe.models.layers import RMSNorm
 from dmoe.moe.rng import normal_
 
-PLAIN_UP_TO = 256
-"""Sequence length up to which plain matrix products beat torch's fused bfloat16 attention on a CPU, forward and backward."""
+MAX_UNFUSED_LENGTH = 256
+"""Longest sequence for which matrix products beat fused bfloat16 attention on a CPU."""
 
 
 class Attention(nn.Module):
-    """`w_out(softmax(q k^T / sqrt(A) + causal mask) v)` with q, k, v = w_qkv(x) (Vaswani et al. 2017; Ainslie et al. 2023 for N < H).
+    """`w_out(softmax(q k^T / sqrt(A) + causal mask) v)` with q, k, v = w_qkv(x).
 
-    `w_qkv` stacks the rows of the three projections, queries first: one GEMM instead of three. With `qk_norm`, queries and keys
-    pass an RMSNorm over each *head* before they are rotated, as in Qwen3; OLMoE normalises over the whole width H*A instead, so
-    its checkpoints do not fit this module. Positions do not look at padding: every earlier token of the sequence is attended to.
+    Vaswani et al. 2017; Ainslie et al. 2023 for N < H. `w_qkv` stacks the rows of the three
+    projections, queries first: one GEMM instead of three. With `qk_norm`, queries and keys are
+    normalized by an RMSNorm over each *head* before the rotation, as in Qwen3. OLMoE normalizes
+    over the full width H*A instead, so its checkpoints do not fit this module. Padding is not
+    masked: every earlier token of the sequence is attended to.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = heads_of(config)
+        check_attention(config)
+        self.num_heads, self.head_dim = config.heads, head_dim(config)
+        self.num_kv_heads = config.heads if config.kv_heads is None else config.kv_heads
         self.w_qkv = nn.Linear(
-            config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False
+            config.dim, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=False
         )
-        self.w_out = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
+        self.w_out = nn.Linear(self.num_heads * self.head_dim, config.dim, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x_BSD: Tensor, rotary: Rotary) -> Tensor:
-        """[B, S, D] -> [B, S, D]; under autocast in its dtype."""
-        heads = (self.heads, self.kv_heads, self.kv_heads)
+        """Attend causally: [B, S, D] -> [B, S, D], in autocast's dtype under autocast."""
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q_BSHA, k_BSNA, v_BSNA = (
             self.w_qkv(x_BSD).unflatten(-1, (sum(heads), self.head_dim)).split(heads, 2)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHA, k_BSNA = self.q_norm(q_BSHA), self.k_norm(k_BSNA)
-        y_BSHA = causal_attention(rotate(q_BSHA, rotary), rotate(k_BSNA, rotary), v_BSNA)
+        y_BSHA = causal_attention(
+            apply_rotary(q_BSHA, rotary), apply_rotary(k_BSNA, rotary), v_BSNA
+        )
         out_BSD: Tensor = self.w_out(y_BSHA.flatten(2))
         return out_BSD
 
     def initialize(self, seed: int, name: str, std: float, out_std: float) -> None:
-        """Weights keyed by (seed, parameter name)."""
+        """Draw the weights, keyed by (seed, parameter name).
+
+        Args:
+            seed: key of the draw.
+            name: path of this module in the model.
+            std: of `w_qkv`.
+            out_std: of `w_out`.
+        """
         normal_(self.w_qkv.weight, std, seed, f"{name}.w_qkv.weight")
         normal_(self.w_out.weight, out_std, seed, f"{name}.w_out.weight")
         for norm in (self.q_norm, self.k_norm):
@@ -69,70 +81,66 @@ class Attention(nn.Module):
                 norm.initialize()
 
 
-def heads_of(config: ModelConfig) -> tuple[int, int, int]:
-    """(H, N, A) with the defaults filled in."""
-    kv_heads = config.heads if config.kv_heads is None else config.kv_heads
-    head_dim = config.dim // config.heads if config.head_dim is None else config.head_dim
-    if config.head_dim is None and config.dim % config.heads:
-        raise ValueError(
-            f"model.heads={config.heads}: must divide model.dim={config.dim}, or set model.head_dim"
-        )
-    if config.heads % kv_heads:
-        raise ValueError(f"model.kv_heads={kv_heads}: must divide model.heads={config.heads}")
-    if head_dim % 2:
-        raise ValueError(f"model.head_dim={head_dim}: must be even, rotary positions turn pairs")
-    return config.heads, kv_heads, head_dim
-
-
 def causal_attention(q_BSHA: Tensor, k_BSNA: Tensor, v_BSNA: Tensor) -> Tensor:
-    """[B, S, H, A]: torch's fused attention, except for short bfloat16 sequences on a CPU.
+    """Compute causal attention: torch's fused kernel, except for short bfloat16 inputs on a CPU.
 
-    There the backward of the fused kernel takes 6 times as long as plain matrix products (S=128, measured; equal at S=512).
+    There the backward of the fused kernel takes 6 times as long as matrix products (measured at
+    S=128; equal at S=512). Returns [B, S, H, A].
     """
     short = (
         q_BSHA.device.type == "cpu"
         and q_BSHA.dtype == torch.bfloat16
-        and q_BSHA.shape[1] <= PLAIN_UP_TO
+        and q_BSHA.shape[1] <= MAX_UNFUSED_LENGTH
     )
     if short and torch.is_grad_enabled():
-        return _plain(q_BSHA, k_BSNA, v_BSNA)
+        return unfused_causal_attention(q_BSHA, k_BSNA, v_BSNA)
     q, k, v = (t.transpose(1, 2) for t in (q_BSHA, k_BSNA, v_BSNA))
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(
-        1, 2
-    )
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return out.transpose(1, 2)
 
 
-def _plain(q_BSHA: Tensor, k_BSNA: Tensor, v_BSNA: Tensor) -> Tensor:
-    """The Q query heads of a key/value head stand below each other in one GEMM. Memory B*H*S*S, hence short sequences only."""
-    length, heads, head_dim = q_BSHA.shape[1:]
-    kv_heads = k_BSNA.shape[2]
-    each = heads // kv_heads
+def unfused_causal_attention(q_BSHA: Tensor, k_BSNA: Tensor, v_BSNA: Tensor) -> Tensor:
+    """Compute causal attention as matrix products; memory B*H*S*S, so for short sequences only.
+
+    The query heads of a key/value head are stacked in one GEMM.
+    """
+    length, num_heads, width = q_BSHA.shape[1:]
+    queries_per_kv_head = num_heads // k_BSNA.shape[2]
     mask_SS = torch.full(
         (length, length), -torch.inf, dtype=q_BSHA.dtype, device=q_BSHA.device
     ).triu_(1)
-    q = q_BSHA.transpose(1, 2).reshape(-1, each * length, head_dim)
-    k, v = (t.transpose(1, 2).reshape(-1, length, head_dim) for t in (k_BSNA, v_BSNA))
-    score = torch.baddbmm(
-        mask_SS.repeat(each, 1), q, k.transpose(1, 2), alpha=1 / math.sqrt(head_dim)
-    )
-    return torch.bmm(score.softmax(-1), v).view(-1, heads, length, head_dim).transpose(1, 2)
+    q = q_BSHA.transpose(1, 2).reshape(-1, queries_per_kv_head * length, width)
+    k, v = (t.transpose(1, 2).reshape(-1, length, width) for t in (k_BSNA, v_BSNA))
+    mask = mask_SS.repeat(queries_per_kv_head, 1)
+    score = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(width))
+    return torch.bmm(score.softmax(-1), v).view(-1, num_heads, length, width).transpose(1, 2)
 
 
 Rotary = tuple[Tensor, Tensor]
-"""cos and signed sin, both [S, 1, A], float32 (float64 for a float64 model): first half (cos, -sin), second half (cos, sin)."""
+"""cos and signed sin, both [S, 1, A], float32 (float64 for a float64 model).
+
+First half of a head (cos, -sin), second half (cos, sin).
+"""
 
 
 def rotary_table(
     length: int, head_dim: int, base: float, dtype: torch.dtype, device: torch.device
 ) -> Rotary:
-    """The table of all layers of one forward. Never a buffer: nothing to save, to shard or to lose on the meta device.
+    """Return the rotary table that all layers of one forward share.
 
-    The angles are taken in float64, since float32 is off by 1e-3 radians at position 16384; the table is at least float32.
+    Not a buffer: nothing to save, to shard, or to lose on the meta device.
+
+    Args:
+        length: S.
+        head_dim: A.
+        base: of the angles, `model.rope_base`.
+        dtype: of the activations; the table is at least float32.
+        device: of the table.
     """
-    frequency_P = base ** (
-        -torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
-    )
+    # In float64: float32 angles are off by 1e-3 radians at position 16384.
+    exponent_P = -torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
+    frequency_P = base**exponent_P
     angle_SP = torch.arange(length, dtype=torch.float64, device=device).unsqueeze(1) * frequency_P
     cos_SP, sin_SP = angle_SP.cos(), angle_SP.sin()
     table = torch.stack(
@@ -142,29 +150,30 @@ def rotary_table(
     return cos_S1A, sin_S1A
 
 
-def rotate(x_BSHA: Tensor, rotary: Rotary) -> Tensor:
-    """Turn every head by its position. Computed in the table's dtype, returned in x's."""
-    return _rotate(x_BSHA, *rotary)
+def apply_rotary(x_BSHA: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate every head by its position; computed in the table's dtype, returned in x's."""
+    return _rotate_fn(x_BSHA, *rotary)
 
 
 class _Rotate(Function):
-    """Backward is the rotation by the opposite angle: three passes each way where plain autograd takes three times as many."""
+    """Rotation with an explicit backward (opposite angle): a third of autograd's memory passes."""
 
     @staticmethod
     def forward(ctx: Any, x_BSHA: Tensor, cos_S1A: Tensor, sin_S1A: Tensor) -> Tensor:
         ctx.save_for_backward(cos_S1A, sin_S1A)
-        return _turned(x_BSHA, cos_S1A, sin_S1A)
+        return _rotate(x_BSHA, cos_S1A, sin_S1A)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos_S1A, sin_S1A = ctx.saved_tensors
-        return _turned(grads[0], cos_S1A, -sin_S1A), None, None
+        return _rotate(grads[0], cos_S1A, -sin_S1A), None, None
 
 
-_rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = _Rotate.apply
+_rotate_fn: Callable[[Tensor, Tensor, Tensor], Tensor] = _Rotate.apply
 
 
-def _turned(x_BSHA: Tensor, cos_S1A: Tensor, sin_S1A: Tensor) -> Tensor:
+def _rotate(x_BSHA: Tensor, cos_S1A: Tensor, sin_S1A: Tensor) -> Tensor:
     wide = x_BSHA.to(cos_S1A.dtype)
-    partner = wide.roll(wide.shape[-1] // 2, -1)  # swaps the halves of a head
+    # Swaps the halves of a head.
+    partner = wide.roll(wide.shape[-1] // 2, -1)
     return (wide * cos_S1A).addcmul_(partner, sin_S1A).to(x_BSHA.dtype)

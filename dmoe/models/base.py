@@ -1,8 +1,7 @@
-"""What a trainer, `verify` and `explain` ask of a model.
+"""The model interface of the trainer, `verify` and `explain`: output, losses, size and FLOPs.
 
-What a model returns, whatever it models.
-
-Letters: B samples of a batch, S positions of each, V outputs (a vocabulary, or classes), T = B*S.
+Letters: B samples of a batch, S positions per sample, V outputs (vocabulary or classes), T = B*S,
+D model width, H query heads, A width of a head, E experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.export import register_dataclass
 from torch.utils.checkpoint import checkpoint
 
+from dmoe.config.router_kinds import ROUTERS
 from dmoe.models.attention import Attention
 from dmoe.models.fusion import GatedFusion
 from dmoe.models.layers import BlockOutput
@@ -25,16 +25,22 @@ from dmoe.moe.layer import MoE
 from dmoe.moe.metrics import LayerStats
 from dmoe.moe.routing import TokenContext
 
+IGNORE_INDEX = -100
+"""Target that is not predicted and not counted in the loss."""
+
 
 class Model(nn.Module, ABC):
-    """A network with mixture-of-experts layers. Its constructor works on the meta device and leaves the weights of seed 0."""
+    """A network with MoE layers.
+
+    The constructor works on the meta device and leaves the weights of seed 0.
+    """
 
     recompute: bool
-    """Keep only each block's input, and compute the block again in backward."""
+    """Keep only the input of each block and compute the block again in backward."""
 
     @abstractmethod
     def initialize(self, seed: int) -> None:
-        """Draw every weight anew, as a function of (seed, name): after `to_empty`, the weights of a direct construction."""
+        """Draw all weights as a function of (seed, name); usable after `to_empty`."""
 
     @abstractmethod
     def forward(
@@ -45,159 +51,171 @@ class Model(nn.Module, ABC):
         *,
         return_logits: bool = False,
     ) -> ModelOutput:
-        """input [B, ...], target int64 [B, S] with one for each position the context has a label for."""
+        """Compute logits without targets, losses with targets.
 
-    def run_block(self, block: nn.Module, *given: object) -> BlockOutput:
+        Args:
+            input: [B, ...].
+            target: int64 [B, S], one per position; IGNORE_INDEX is not predicted.
+            context: labels and padding of the tokens.
+            return_logits: return logits although there are targets.
+        """
+
+    def run_block(self, block: nn.Module, *args: object) -> BlockOutput:
+        """Apply a block, with recomputation if `recompute` is set."""
         if not (self.recompute and torch.is_grad_enabled()):
-            result: BlockOutput = block(*given)
-        else:  # nothing in a block draws random numbers without a key, so there is no state to keep
-            result = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
+            result: BlockOutput = block(*args)
+        else:
+            # Random numbers in a block are keyed, so there is no generator state to preserve.
+            result = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
         return result
 
     def moe_layers(self) -> list[MoE]:
-        """The sparse layers, first to last; element l has `layer == l`."""
+        """Return the MoE layers in order; element l has `layer == l`."""
         return [module for module in self.modules() if isinstance(module, MoE)]
 
-    def num_parameters(self) -> Parameters:
-        """Counted from shapes, over all experts even where this rank holds a part of them; works on the meta device."""
-        return parameters(self)
+    def num_parameters(self) -> ParameterCounts:
+        """Count parameters from shapes, over the experts of all ranks; works on the meta device."""
+        return count_parameters(self)
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Forward FLOPs of one token in a sequence of this length; training takes three times as many. See `dmoe.models.size`."""
+        """Count forward FLOPs per token at this sequence length; training takes 3 times as many."""
         return flops_per_token(self, seq_len)
-
-
-IGNORE = -100
-"""A target that is not predicted and counts nowhere in the loss."""
 
 
 @dataclass
 class ModelOutput:
+    """Logits, losses and counts of one forward."""
+
     logits: Tensor | None
-    """[B, S, V] in the dtype of the output projection; None where there are targets, unless asked for."""
+    """[B, S, V] in the dtype of the output projection; None with targets, unless requested."""
     loss_sum: Tensor | None
-    """Scalar float32 (float64 for a float64 model): the sum of the cross-entropy in nats over the targets that are not ignored."""
+    """Sum of the cross-entropy in nats over all predicted targets: scalar float32 (float64 for a
+    float64 model)."""
     aux: list[dict[str, Tensor]] = field(default_factory=list)
-    """For each MoE layer its auxiliary losses, raw (no coefficient), by name; see `dmoe.moe.balance`."""
+    """Auxiliary losses of each MoE layer by name, without coefficients; see
+    `dmoe.moe.load_balancing`."""
     stats: list[LayerStats] = field(default_factory=list)
-    """For each MoE layer what it counted."""
+    """Counts of each MoE layer."""
     loss_T: Tensor | None = None
-    """In evaluation, with targets: the cross-entropy of each; 0 where it is ignored."""
+    """In evaluation, with targets: the cross-entropy of each target; 0 if ignored."""
     correct_T: Tensor | None = None
-    """In evaluation, with targets: whether the best guess is right."""
+    """In evaluation, with targets: True if the most likely output is the target."""
     module_aux: list[dict[str, Tensor]] = field(default_factory=list)
-    """In training, for each place with modules: the losses of its router, raw, by name; none where routing is given."""
+    """In training, per target module with adapters: the losses of its router by name, without
+    coefficients; empty if the routing is given."""
     module_stats: list[LayerStats] = field(default_factory=list)
-    """In training, for each place with modules what it counted."""
+    """In training, per target module with adapters: its counts."""
 
 
-register_dataclass(
-    ModelOutput
-)  # FSDP2 before torch 2.13 looks for tensors in pytrees only, and misses a backward without a word
+# Before torch 2.13, FSDP2 looks for tensors in pytrees only and silently misses a backward.
+register_dataclass(ModelOutput)
 
 
 class TokenLosses(NamedTuple):
+    """Cross-entropy of the targets; see `ModelOutput`."""
+
     loss_sum: Tensor
     loss_T: Tensor | None
     correct_T: Tensor | None
 
 
-def token_losses(logits: Tensor, target: Tensor, one_by_one: bool) -> TokenLosses:
-    """The sum of `-log softmax(logits)[target]` over the targets that are not ignored, at least float32; `one_by_one`, also each.
+def token_losses(logits: Tensor, target: Tensor, per_token: bool) -> TokenLosses:
+    """Sum `-log softmax(logits)[target]` over the predicted targets, in float32 at least.
 
-    logits [B, S, V]; target int64 [B, S].
+    Args:
+        logits: [B, S, V].
+        target: int64 [B, S].
+        per_token: return the loss and the correctness of each target too.
     """
     logits_TV, target_T = logits.flatten(0, 1), target.flatten()
     wide_TV = logits_TV.to(torch.promote_types(logits.dtype, torch.float32))
-    if not one_by_one:
-        return TokenLosses(
-            F.cross_entropy(wide_TV, target_T, ignore_index=IGNORE, reduction="sum"), None, None
-        )
-    nats_T = F.cross_entropy(wide_TV, target_T, ignore_index=IGNORE, reduction="none")
-    return TokenLosses(nats_T.sum(), nats_T, wide_TV.argmax(-1) == target_T)
+    if not per_token:
+        loss_sum = F.cross_entropy(wide_TV, target_T, ignore_index=IGNORE_INDEX, reduction="sum")
+        return TokenLosses(loss_sum, None, None)
+    loss_T = F.cross_entropy(wide_TV, target_T, ignore_index=IGNORE_INDEX, reduction="none")
+    return TokenLosses(loss_T.sum(), loss_T, wide_TV.argmax(-1) == target_T)
 
 
-class Parameters(NamedTuple):
+class ParameterCounts(NamedTuple):
+    """Numbers of parameters of a model."""
+
     total: int
-    """All weights, every expert counted once wherever it lives."""
+    """All weights; every expert counts once, on whichever rank it is."""
     active: int
-    """Those one token (one sample, of a table) passes: all but the E-K experts of each MoE layer that it does not choose. Where
-    experts differ, the most that K of them have and a budget allows. Encoders of streams: all."""
-    trained: int
-    """Of `total`, those that are not frozen."""
+    """Weights that one token uses (one sample, of a table): all but the E-K experts of each MoE
+    layer that it does not choose. If experts differ in size: the most that K of them have and a
+    budget allows. Encoders of streams: all."""
+    trainable: int
+    """Part of `total` that is not frozen."""
     embedding: int
-    """Of `total` and `active`, the token embedding; it is the output projection too if they are tied."""
+    """Part of `total` and `active`: the token embedding, which is also the output projection if
+    they are tied."""
 
 
-def parameters(model: nn.Module) -> Parameters:
-    """Parameters of a model with MoE layers, any module with an `embedding`, with or without modules attached."""
+def count_parameters(model: nn.Module) -> ParameterCounts:
+    """Count the parameters of a model with MoE layers, with or without adapters attached."""
     layers = [module for module in model.modules() if isinstance(module, MoE)]
-    banks = [
+    adapters = [
         module
         for module in model.modules()
         if isinstance(module, ExpertLayer) and not isinstance(module, MoE)
     ]
-    stacks: list[nn.Module] = [
-        *(layer.experts for layer in layers),
-        *(layer.experts for layer in banks),
-    ]
+    stacks: list[nn.Module] = [layer.experts for layer in layers]
+    stacks += [layer.experts for layer in adapters]
     experts = {id(p) for stack in stacks for p in stack.parameters()}
-    rest = [p for p in model.parameters() if id(p) not in experts]
-    modules = {layer: _all_modules(layer) for layer in banks}
-    dense = sum(p.numel() for p in rest)
-    total = (
-        dense + sum(modules.values()) + sum(sum(layer.experts.multiply_adds) for layer in layers)
-    )
+    dense = [p for p in model.parameters() if id(p) not in experts]
+    num_dense = sum(p.numel() for p in dense)
+    # A weight of an expert is one multiply-add; the counts are those of all ranks.
+    layer_size = {layer: sum(layer.experts.multiply_adds) for layer in layers}
+    adapter_size = {layer: _adapter_weights(layer) for layer in adapters}
+    sizes = [*layer_size.values(), *adapter_size.values()]
     encoders = {module.encoders for module in model.modules() if isinstance(module, GatedFusion)}
-    active = dense + sum(
-        sum(layer.experts.multiply_adds) if layer in encoders else _most_active(layer)
-        for layer in layers
+    active = num_dense
+    for layer, size in layer_size.items():
+        active += size if layer in encoders else _max_active_weights(layer)
+    for adapter, size in adapter_size.items():
+        active += size * adapter.router.top_k // adapter.router.num_experts
+    trainable = sum(p.numel() for p in dense if p.requires_grad)
+    trainable += sum(
+        size for size, stack in zip(sizes, stacks, strict=True) if _is_trainable(stack)
     )
-    active += sum(
-        size * layer.router.top_k // layer.router.num_experts for layer, size in modules.items()
-    )
-    trained = sum(p.numel() for p in rest if p.requires_grad) + sum(
-        n for layer, n in modules.items() if _trained(layer.experts)
-    )
-    trained += sum(sum(layer.experts.multiply_adds) for layer in layers if _trained(layer.experts))
     embedding = getattr(model, "embedding", None)
-    return Parameters(
-        total,
-        active,
-        trained,
-        embedding.weight.numel() if isinstance(embedding, nn.Embedding) else 0,
-    )
+    num_embedding = embedding.weight.numel() if isinstance(embedding, nn.Embedding) else 0
+    return ParameterCounts(num_dense + sum(sizes), active, trainable, num_embedding)
 
 
-def _all_modules(bank: ExpertLayer) -> int:
-    """Weights of a bank of modules, over all ranks: each of its parameters is a stack of the modules of this one."""
-    return sum(p.numel() // len(p) * bank.router.num_experts for p in bank.experts.parameters())
+def _adapter_weights(layer: ExpertLayer) -> int:
+    """Count the adapter weights of a layer over all ranks; each parameter stacks its adapters."""
+    num_adapters = layer.router.num_experts
+    return sum(p.numel() // len(p) * num_adapters for p in layer.experts.parameters())
 
 
-def _trained(experts: nn.Module) -> bool:
-    """Of the experts of one layer all are trained or none."""
+def _is_trainable(experts: nn.Module) -> bool:
+    """Return whether the experts of one layer are trained: all of them are, or none."""
     return any(p.requires_grad for p in experts.parameters())
 
 
-def _most_active(layer: MoE) -> int:
-    """Weights of the K largest experts of all ranks, or what the budget buys where that is less: a weight is a multiply-add."""
+def _max_active_weights(layer: MoE) -> int:
+    """Count the weights of the K largest experts, or what the budget allows if that is less."""
     work = sorted(layer.experts.multiply_adds, reverse=True)
     largest, config = sum(work[: layer.router.top_k]), layer.router.config
-    return min(largest, int(config.budget * sum(work))) if config.kind == "budget" else largest
+    if not ROUTERS[config.kind].has_budget:
+        return largest
+    return min(largest, int(config.budget * sum(work)))
 
 
 def flops_per_token(model: nn.Module, seq_len: int) -> int:
-    """Forward FLOPs of the matrix products for one token, two for each multiply-add; backward takes twice as many.
+    """Count forward FLOPs of the matrix products per token; backward takes twice as many.
 
-    `2 * (active weights without the embedding table) + 2 * vocabulary * D + 4 * H * A * (S + 1)/2` for each attention: a causal
-    token sees (S + 1)/2 others on average (Kaplan et al. 2020 leave the attention out, PaLM counts S; both differ little while
-    S << D). Norms, softmax, rotary positions and dropped choices are not subtracted or added.
+    Two FLOPs per multiply-add: `2 * (active weights without the embedding table) + 2 * V * D +
+    4 * H * A * (S + 1)/2` per attention. A causal token attends to (S + 1)/2 tokens on average
+    (Kaplan et al. 2020 leave attention out, PaLM counts S; both differ little while S << D).
+    Norms, softmax, rotary positions and dropped assignments are ignored.
     """
-    count = parameters(model)
+    count = count_parameters(model)
     vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)
-    tied = (
-        getattr(model, "output", None) is None
-    )  # then the table is multiplied by as well; else it is only looked up
+    # A tied embedding table is the output projection too; an untied one is only looked up.
+    tied = getattr(model, "output", None) is None
     matrices = count.active - vectors - (0 if tied else count.embedding)
-    attended = sum(m.heads * m.head_dim for m in model.modules() if isinstance(m, Attention))
-    return 2 * matrices + 2 * attended * (seq_len + 1)
+    attention = sum(m.num_heads * m.head_dim for m in model.modules() if isinstance(m, Attention))
+    return 2 * matrices + 2 * attention * (seq_len + 1)

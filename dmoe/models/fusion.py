@@ -1,9 +1,10 @@
-"""Several streams of a sample become one vector: side by side, or each encoded by itself and joined by a gate.
+"""Fusion of the streams of a sample: concatenation, or separate encoders joined by a gate.
 
-A stream of a sample is missing, as a whole, where any of its numbers is NaN: so the data says that a sensor failed, and in training
-`drop_streams` takes more. What stands in its place is never read: side by side it is zeros, behind a gate it has no part in the sum.
+A stream of a sample is missing, as a whole, if any of its values is NaN: in the data because a
+sensor failed, in training because `drop_streams` removes it. The values in its place are never
+used: they are zeros when concatenated, and have no part in the gated sum.
 
-Letters: B samples, S streams, W width of all streams side by side, D model width.
+Letters: B samples, S streams, W width of all streams concatenated, D model width.
 """
 
 from __future__ import annotations
@@ -16,32 +17,34 @@ from torch import Tensor, nn
 
 from dmoe.config.schema import MoEConfig
 from dmoe.models.layers import BlockOutput
-from dmoe.moe.gated_fusion import gated_sum
+from dmoe.moe.experts.activation import gated_sum
 from dmoe.moe.layer import MoE
 from dmoe.moe.rng import keyed_noise, normal_
-from dmoe.moe.routing import TokenContext
+from dmoe.moe.routing import BatchShape, TokenContext
 
 
 class Concatenation(nn.Module):
-    """`x W + b` of the streams side by side. [B, W] -> [B, 1, D]."""
+    """`x W + b` of the concatenated streams: [B, W] -> [B, 1, D]."""
 
     def __init__(self, widths: Sequence[int], dim: int) -> None:
         super().__init__()
         self.projection = nn.Linear(sum(widths), dim)
 
     def initialize(self, seed: int, name: str, std: float) -> None:
-        _draw(self.projection, std, seed, f"{name}.projection")
+        _initialize_linear(self.projection, std, seed, f"{name}.projection")
 
-    def forward(self, x_BW: Tensor, there_BS: Tensor, context: TokenContext) -> BlockOutput:
+    def forward(self, x_BW: Tensor, present_BS: Tensor, context: TokenContext) -> BlockOutput:
         return BlockOutput(self.projection(x_BW).unsqueeze(1), None, None)
 
 
 class GatedFusion(nn.Module):
-    """Each stream s: a linear map to D, then encoder s; then the gate of `dmoe.moe.gate`. [B, W] -> [B, 1, D].
+    """A linear map to D and an encoder per stream, then a gated sum: [B, W] -> [B, 1, D].
 
-    The encoders are the experts of one mixture layer, whose tokens are (sample, stream) pairs and whose router is fixed: label =
-    stream, K = 1. So they shard over ranks, and their rows travel, drop and count like any. A missing stream is padding to this
-    layer: it sends nothing. One whose expert had no slot left (`moe.capacity`) counts as missing too.
+    The encoders are the experts of one MoE layer whose tokens are (sample, stream) pairs and whose
+    router is fixed: label = stream, K = 1. They are therefore sharded over ranks, dispatched,
+    dropped and counted like other experts. A missing stream is padding to this layer and is not
+    dispatched. A stream that is dropped by its expert (`moe.capacity`) counts as missing too.
+    See `gated_sum` for the gate.
     """
 
     def __init__(self, widths: Sequence[int], dim: int, moe: MoEConfig, virtual_ranks: int) -> None:
@@ -54,61 +57,70 @@ class GatedFusion(nn.Module):
         self.bias = nn.Parameter(torch.empty(width))
 
     def initialize(self, seed: int, name: str, std: float) -> None:
-        """The gate starts as the mean."""
+        """Draw the weights; the gate starts as the mean of the streams."""
         for s, projection in enumerate(self.projections):
             assert isinstance(projection, nn.Linear)
-            _draw(projection, std, seed, f"{name}.projections.{s}")
+            _initialize_linear(projection, std, seed, f"{name}.projections.{s}")
         self.encoders.initialize(seed, std)
         nn.init.zeros_(self.gate)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x_BW: Tensor, there_BS: Tensor, context: TokenContext) -> BlockOutput:
-        """there_BS: bool, False where a stream is missing; its numbers in `x_BW` must be zero."""
+    def forward(self, x_BW: Tensor, present_BS: Tensor, context: TokenContext) -> BlockOutput:
+        """Fuse the streams; `present_BS` is False where one is missing, whose values must be 0."""
         streams = zip(self.projections, torch.split(x_BW, self.widths, dim=1), strict=True)
         x_BSD = torch.stack([projection(x) for projection, x in streams], 1)
         label_T = torch.arange(len(self.widths), device=x_BW.device).repeat(len(x_BW))
-        out = self.encoders(x_BSD, replace(context, label_T=label_T, valid_T=there_BS.flatten()))
-        assert out.routing.keep_TK is not None
-        kept_BS = out.routing.keep_TK.any(-1).view(there_BS.shape)
+        out = self.encoders(x_BSD, replace(context, label_T=label_T, valid_T=present_BS.flatten()))
+        kept_BS = out.plan.is_kept_TK.any(-1).view(present_BS.shape)
         return BlockOutput(
             gated_sum(out.y, kept_BS, self.gate, self.bias).unsqueeze(1), out.aux, out.stats
         )
 
 
-def present(x_BW: Tensor, widths: Sequence[int]) -> Tensor:
-    """bool [B, S]: which streams are there."""
+def present_streams(x_BW: Tensor, widths: Sequence[int]) -> Tensor:
+    """Return True for each stream that is not missing: bool [B, S]."""
     return torch.stack([~part.isnan().any(1) for part in torch.split(x_BW, list(widths), dim=1)], 1)
 
 
-def drop_streams(there_BS: Tensor, share: float, context: TokenContext) -> Tensor:
-    """`there_BS` without one stream of about that share of the samples, each of those there alike; a last one stays.
+def drop_streams(present_BS: Tensor, rate: float, context: TokenContext) -> Tensor:
+    """Remove one stream from a fraction of the samples; never the last one of a sample.
 
-    Drawn by (seed, step, index of the sample in the global batch), so not by rank. Raises ValueError where the context has no
-    `noise_key`. No host sync.
+    The draw is keyed by (seed, step, index of the sample in the global batch), so it does not
+    depend on the ranks. All present streams of a sample are equally likely. No host sync.
+
+    Args:
+        present_BS: bool, the streams that are not missing.
+        rate: fraction of the samples that lose a stream.
+        context: must hold a `noise_key`, else ValueError.
+
+    Returns:
+        bool [B, S], the streams that remain.
     """
     if context.noise_key is None:
         raise ValueError(
-            "stream_dropout draws in training: pass TokenContext(noise_key=(seed, step)), or call .eval()"
+            "stream_dropout draws in training: "
+            "pass TokenContext(noise_key=(seed, step)), or call .eval()"
         )
-    count_B1 = there_BS.sum(1, keepdim=True)
-    context = replace(context, sequences=len(there_BS))
-    like = torch.empty(there_BS.shape, dtype=torch.float32, device=there_BS.device)
-    draw_B2 = keyed_noise(torch.rand, "stream_dropout", like, 2, 0, context)
-    hit_B1 = (draw_B2[:, :1] < share) & (count_B1 > 1)
-    place_BS = there_BS.cumsum(1) - 1  # its place among those that are there
-    unlucky_BS = there_BS & (place_BS == (draw_B2[:, 1:] * count_B1).floor())
-    kept_BS: Tensor = there_BS & ~(unlucky_BS & hit_B1)
+    count_B1 = present_BS.sum(1, keepdim=True)
+    like = torch.empty(present_BS.shape, dtype=torch.float32, device=present_BS.device)
+    draw_B2 = keyed_noise(
+        torch.rand, "stream_dropout", like, 2, 0, context, BatchShape(len(present_BS))
+    )
+    drops_B1 = (draw_B2[:, :1] < rate) & (count_B1 > 1)
+    # Index among the present streams of the sample.
+    position_BS = present_BS.cumsum(1) - 1
+    selected_BS = present_BS & (position_BS == (draw_B2[:, 1:] * count_B1).floor())
+    kept_BS: Tensor = present_BS & ~(selected_BS & drops_B1)
     return kept_BS
 
 
-def blank(x_BW: Tensor, there_BS: Tensor, widths: Sequence[int]) -> Tensor:
-    """`x_BW` with zeros for what is missing."""
-    wide = torch.tensor(list(widths), device=x_BW.device)
-    return x_BW.masked_fill(
-        ~there_BS.repeat_interleave(wide, dim=1, output_size=x_BW.shape[1]), 0.0
-    )
+def zero_missing(x_BW: Tensor, present_BS: Tensor, widths: Sequence[int]) -> Tensor:
+    """Return `x_BW` with zeros in the columns of missing streams."""
+    width_S = torch.tensor(list(widths), device=x_BW.device)
+    present_BW = present_BS.repeat_interleave(width_S, dim=1, output_size=x_BW.shape[1])
+    return x_BW.masked_fill(~present_BW, 0.0)
 
 
-def _draw(linear: nn.Linear, std: float, seed: int, name: str) -> None:
+def _initialize_linear(linear: nn.Linear, std: float, seed: int, name: str) -> None:
     normal_(linear.weight, std, seed, f"{name}.weight")
     nn.init.zeros_(linear.bias)

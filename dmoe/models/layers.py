@@ -1,4 +1,11 @@
-"""TODO docstring."""
+"""Parts of a block that all models share: RMSNorm, the feed-forward (dense or MoE), the output.
+
+`torch.rms_norm` is one fused kernel on CUDA, but on the CPU it is a chain of elementwise operations
+whose backward autograd derives step by step. `_RMSNorm` writes the backward explicitly: about 0.6
+times the time, forward and backward.
+
+Letters: B sequences, S tokens per sequence, D model width (the last dimension).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +18,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from dmoe.config.schema import ModelConfig, MoEConfig
+from dmoe.moe.experts import FeedForward
+from dmoe.moe.layer import MoE
 from dmoe.moe.metrics import LayerStats
+from dmoe.moe.routing import TokenContext
 
 
 class RMSNorm(nn.Module):
@@ -40,12 +50,10 @@ class _RMSNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # autocast would take vecdot to bf16, also in here
-            rstd = (
-                torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
-            )
+        # Autocast is on in a custom Function too, and would run vecdot in bfloat16.
+        with torch.autocast(x.device.type, enabled=False):
+            mean_square = torch.linalg.vecdot(wide, wide).div_(x.shape[-1])
+            rstd = mean_square.add_(eps).rsqrt_().unsqueeze(-1)
         ctx.save_for_backward(x, weight_D, rstd)
         out: Tensor = (wide * rstd).mul_(weight_D).to(x.dtype)
         return out
@@ -53,7 +61,8 @@ class _RMSNorm(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight_D, rstd = ctx.saved_tensors
-        normed = x * rstd  # rstd is wide, so this and all below is too
+        # rstd is float32 at least, so `normed` and everything derived from it is too.
+        normed = x * rstd
         grad = grads[0].to(normed.dtype)
         weight = weight_D.to(normed.dtype)
         product = grad * normed
@@ -67,22 +76,53 @@ _rms_norm: Callable[[Tensor, Tensor, float], Tensor] = _RMSNorm.apply
 
 
 class BlockOutput(NamedTuple):
-    """A tuple and not a dataclass: DDP and checkpointing look for tensors inside tuples."""
+    """Output of a block. A tuple, because DDP and checkpointing look for tensors inside tuples."""
 
     x_BSD: Tensor
     aux: dict[str, Tensor] | None
-    """The auxiliary losses of a sparse block, raw, by name; None for a dense one."""
+    """Auxiliary losses of a sparse block by name, without coefficients; None for a dense block."""
     stats: LayerStats | None
 
 
-def is_sparse(config: ModelConfig, index: int) -> bool:
-    """Block `index` is a mixture of experts: every `moe_every`-th one after the first `dense_first`."""
-    if config.moe_every <= 0 or index < config.dense_first:
-        return False
-    return (index - config.dense_first + 1) % config.moe_every == 0
+def dense_hidden_dim(config: ModelConfig, moe: MoEConfig) -> int:
+    """Return the hidden width of a dense feed-forward.
 
-
-def active_hidden_dim(moe: MoEConfig) -> int:
-    """Hidden units a token passes in a MoE layer: of its K experts and of the shared ones."""
+    Without `dense_dim` it is the number of hidden units that a token uses in a MoE layer: those of
+    its K experts and of the shared ones.
+    """
+    if config.dense_dim is not None:
+        return config.dense_dim
     shared_dim = moe.expert_dim if moe.experts.shared_dim is None else moe.experts.shared_dim
     return moe.top_k * moe.expert_dim + moe.experts.shared * shared_dim
+
+
+def dense_feed_forward(config: ModelConfig, moe: MoEConfig) -> FeedForward:
+    """Build the dense feed-forward of a block, with the activation of the experts."""
+    hidden_dim = dense_hidden_dim(config, moe)
+    return FeedForward(moe.experts.kind, config.dim, hidden_dim, config.dim)
+
+
+def run_feed_forward(layer: nn.Module, x_BSD: Tensor, context: TokenContext) -> BlockOutput:
+    """Apply a layer that may be a MoE layer."""
+    if isinstance(layer, MoE):
+        out = layer(x_BSD, context)
+        return BlockOutput(out.y, out.aux, out.stats)
+    return BlockOutput(layer(x_BSD), None, None)
+
+
+def initialize_feed_forward(
+    layer: FeedForward | MoE, seed: int, name: str, std: float, out_std: float
+) -> None:
+    """Draw the weights of a block's feed-forward.
+
+    Args:
+        layer: dense or MoE.
+        seed: key of the draw.
+        name: path of the layer in the model; a MoE layer uses its index among the MoE layers.
+        std: of weights that read the residual stream.
+        out_std: of weights that write to it.
+    """
+    if isinstance(layer, MoE):
+        layer.initialize(seed, std, out_std)
+    else:
+        layer.initialize(seed, name, std, out_std)

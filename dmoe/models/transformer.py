@@ -1,12 +1,8 @@
-"""The reference language model: a decoder-only transformer whose feed-forwards may be mixtures of experts.
+"""The reference language model: a decoder-only transformer whose feed-forwards may be MoE layers.
 
     x = embedding(token);  x = block(x) for each block;  logits = output(norm(x))
 
-Letters: B sequences, S tokens a sequence, D model width, V vocabulary, T = B*S tokens.
-
-One transformer block, and which of the blocks are sparse.
-
-Letters: B sequences, S tokens a sequence, D model width.
+Letters: B sequences, S tokens per sequence, D model width, V vocabulary size, T = B*S tokens.
 """
 
 from __future__ import annotations
@@ -17,31 +13,75 @@ from dataclasses import replace
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmoe.config.rules.model import head_dim, is_moe_block
 from dmoe.config.schema import ModelConfig, MoEConfig
-from dmoe.models.attention import Attention, Rotary, heads_of, rotary_table
+from dmoe.models.attention import Attention, Rotary, rotary_table
 from dmoe.models.base import Model, ModelOutput, token_losses
-from dmoe.models.layers import BlockOutput, RMSNorm, active_hidden_dim, is_sparse
+from dmoe.models.layers import (
+    BlockOutput,
+    RMSNorm,
+    dense_feed_forward,
+    initialize_feed_forward,
+    run_feed_forward,
+)
 from dmoe.moe.experts import FeedForward
 from dmoe.moe.layer import MoE
 from dmoe.moe.rng import normal_
-from dmoe.moe.routing import TokenContext
+from dmoe.moe.routing import EMPTY_CONTEXT, TokenContext
 
-EMPTY_CONTEXT = TokenContext()
+
+class Block(nn.Module):
+    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`: pre-norm.
+
+    The residual stream itself is never rescaled.
+    """
+
+    def __init__(
+        self, config: ModelConfig, attention: Attention, feed_forward: FeedForward | MoE
+    ) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = attention
+        self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = feed_forward
+
+    def forward(self, x_BSD: Tensor, rotary: Rotary, context: TokenContext) -> BlockOutput:
+        """Apply the block; the residual stream keeps its dtype: under autocast, float32."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary)
+        out = run_feed_forward(self.feed_forward, self.feed_forward_norm(x_BSD), context)
+        return out._replace(x_BSD=x_BSD + out.x_BSD)
+
+    def initialize(self, seed: int, name: str, std: float, out_std: float) -> None:
+        """Draw the weights of this block.
+
+        Args:
+            seed: key of the draw.
+            name: path of the block in the model.
+            std: of weights that read the residual stream.
+            out_std: of weights that write to it.
+        """
+        self.attention_norm.initialize()
+        self.feed_forward_norm.initialize()
+        self.attention.initialize(seed, f"{name}.attention", std, out_std)
+        initialize_feed_forward(self.feed_forward, seed, f"{name}.feed_forward", std, out_std)
 
 
 class Transformer(Model):
-    """Pre-norm decoder with rotary positions (Llama, Mixtral, Qwen3); blocks are sparse or dense as the config says.
+    """Pre-norm decoder with rotary positions (Llama, Mixtral, Qwen3), with sparse or dense blocks.
+
+    Every weight is a function of (seed, name), so `initialize` after `to_empty` gives the weights
+    of a direct construction. The constructor leaves the weights of seed 0.
 
     Args:
-        config: the shape of the network.
-        moe: the sparse layers; also the activation of the dense feed-forwards and, where `dense_dim` is not set, their width.
+        config: shape of the network.
+        moe: the MoE layers; also the activation of the dense feed-forwards and, without
+            `dense_dim`, their width.
         vocab_size: V.
-        virtual_ranks: groups of tokens the MoE layers treat as ranks of their own; B*S must divide by it.
-        recompute: keep only each block's input and compute the block again in backward. Losses and counts are returned values
-            of the first pass, so nothing counts twice; the MoE layers' collectives run twice, on every rank alike.
-
-    Every weight is a function of (seed, name), so `initialize` after `to_empty` gives the weights of a direct construction.
-    The constructor leaves the weights of seed 0.
+        virtual_ranks: groups of tokens that the MoE layers treat as separate ranks; B*S must be
+            divisible by it.
+        recompute: keep only the input of each block and compute the block again in backward.
+            Losses and counts are returned by the first pass, so nothing is counted twice; the
+            MoE layers' collectives run twice, on every rank alike.
     """
 
     def __init__(
@@ -55,19 +95,20 @@ class Transformer(Model):
     ) -> None:
         super().__init__()
         self.config, self.recompute = config, recompute
+        self.head_dim = head_dim(config)
         self.embedding = nn.Embedding(vocab_size, config.dim)
         self.blocks = nn.ModuleList()
-        sparse = 0  # index among the MoE layers: the key of an expert's weights
+        # Index among the MoE layers: part of the key of an expert's weights.
+        moe_index = 0
         for index in range(config.layers):
             feed_forward: FeedForward | MoE
-            if is_sparse(config, index):
+            if is_moe_block(config, index):
                 feed_forward = MoE.from_config(
-                    moe, config.dim, virtual_ranks=virtual_ranks, layer=sparse
+                    moe, config.dim, virtual_ranks=virtual_ranks, layer=moe_index
                 )
-                sparse += 1
+                moe_index += 1
             else:
-                hidden = active_hidden_dim(moe) if config.dense_dim is None else config.dense_dim
-                feed_forward = FeedForward(moe.experts.kind, config.dim, hidden, config.dim)
+                feed_forward = dense_feed_forward(config, moe)
             self.blocks.append(Block(config, Attention(config), feed_forward))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = (
@@ -76,7 +117,10 @@ class Transformer(Model):
         self.initialize(0)
 
     def initialize(self, seed: int) -> None:
-        """Draw every weight anew from N(0, init_std^2); what writes to the residual stream is divided by sqrt(2 * layers)."""
+        """Draw all weights from N(0, init_std^2).
+
+        Weights that write to the residual stream are divided by sqrt(2 * layers).
+        """
         std = self.config.init_std
         out_std = std / math.sqrt(2 * self.config.layers)
         normal_(self.embedding.weight, std, seed, "embedding.weight")
@@ -95,19 +139,22 @@ class Transformer(Model):
         *,
         return_logits: bool = False,
     ) -> ModelOutput:
-        """input and target: token ids, int64 [B, S]; a target of -100 is ignored.
+        """Predict each next token.
 
-        A position without a target is still an ordinary token, routed and counted; only `context.valid_T` makes it padding.
-        Padding is attended to by later positions, so it belongs at the end of a sequence.
+        A position without a target is still an ordinary token that is routed and counted; only
+        `context.valid_T` makes it padding. Later positions attend to padding, so it belongs at the
+        end of a sequence.
+
+        Args:
+            input: token ids, int64 [B, S].
+            target: token ids, int64 [B, S]; IGNORE_INDEX (-100) is not predicted.
+            context: labels and padding of the tokens.
+            return_logits: return logits although there are targets.
         """
         context = replace(context or EMPTY_CONTEXT, token_id_T=input.flatten())
         x_BSD = self.embedding(input)
         rotary = rotary_table(
-            input.shape[1],
-            heads_of(self.config)[2],
-            self.config.rope_base,
-            x_BSD.dtype,
-            x_BSD.device,
+            input.shape[1], self.head_dim, self.config.rope_base, x_BSD.dtype, x_BSD.device
         )
         out = ModelOutput(None, None)
         for block in self.blocks:
@@ -115,45 +162,12 @@ class Transformer(Model):
             if aux is not None and stats is not None:
                 out.aux.append(aux)
                 out.stats.append(stats)
-        logits_BSV = F.linear(
-            self.norm(x_BSD), self.embedding.weight if self.output is None else self.output.weight
-        )
+        output_VD = self.embedding.weight if self.output is None else self.output.weight
+        logits_BSV = F.linear(self.norm(x_BSD), output_VD)
         if target is not None:
             out.loss_sum, out.loss_T, out.correct_T = token_losses(
-                logits_BSV, target, one_by_one=not self.training
+                logits_BSV, target, per_token=not self.training
             )
         if target is None or return_logits:
             out.logits = logits_BSV
         return out
-
-
-class Block(nn.Module):
-    """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`: pre-norm, so the residual stream is never rescaled."""
-
-    def __init__(
-        self, config: ModelConfig, attention: Attention, feed_forward: FeedForward | MoE
-    ) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = attention
-        self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward = feed_forward
-
-    def forward(self, x_BSD: Tensor, rotary: Rotary, context: TokenContext) -> BlockOutput:
-        """The residual stream stays in the embedding's dtype: under autocast, float32."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary)
-        inner_BSD = self.feed_forward_norm(x_BSD)
-        if isinstance(self.feed_forward, MoE):
-            out = self.feed_forward(inner_BSD, context)
-            return BlockOutput(x_BSD + out.y, out.aux, out.stats)
-        return BlockOutput(x_BSD + self.feed_forward(inner_BSD), None, None)
-
-    def initialize(self, seed: int, name: str, std: float, out_std: float) -> None:
-        """Everything in this block; `name` is its path in the model."""
-        self.attention_norm.initialize()
-        self.feed_forward_norm.initialize()
-        self.attention.initialize(seed, f"{name}.attention", std, out_std)
-        if isinstance(self.feed_forward, MoE):  # keyed by its index among the MoE layers
-            self.feed_forward.initialize(seed, std, out_std)
-        else:
-            self.feed_forward.initialize(seed, f"{name}.feed_forward", std, out_std)

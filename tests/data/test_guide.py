@@ -156,7 +156,9 @@ def test_a_domain_of_both_keeps_its_label(guide: Path, tmp_path: Path) -> None:
     )
     assert more.domains == ("de", "el")
     assert more.eval_only == ()
-    assert more.sequences_per_domain()["de"][1] > open_data(config, 0).sequences_per_domain()["de"][1]
+    assert (
+        more.sequences_per_domain()["de"][1] > open_data(config, 0).sequences_per_domain()["de"][1]
+    )
     assert more.sequences_per_domain()["el"] == open_data(config, 0).sequences_per_domain()["el"]
 
 

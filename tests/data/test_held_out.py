@@ -75,9 +75,9 @@ def test_a_few_sequences_reach_every_domain(config: DataConfig) -> None:
         assert np.bincount(data.held_out.sample_labels(0, count)).tolist() == [count // 3] * 3
     _, of_each = zip(*data.sequences_per_domain().values(), strict=True)
     assert of_each[0] > 3 * of_each[1]
-    assert np.bincount(data.held_out.sample_labels(0, data.held_out.num_sequences or 0)).tolist() == list(
-        of_each
-    )
+    assert np.bincount(
+        data.held_out.sample_labels(0, data.held_out.num_sequences or 0)
+    ).tolist() == list(of_each)
 
 
 def test_a_sequence_is_of_one_domain(config: DataConfig) -> None:

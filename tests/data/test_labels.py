@@ -16,7 +16,13 @@ from hypothesis import strategies as st
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data import DatasetSplits, open_data, prepare_shards
-from dmoe.data.packing import HeldOutDataset, PackedDataset, domain_runs, domain_labels, token_chunks
+from dmoe.data.packing import (
+    HeldOutDataset,
+    PackedDataset,
+    domain_runs,
+    domain_labels,
+    token_chunks,
+)
 from dmoe.data.tokenizers import byte_tokenizer
 
 

@@ -176,7 +176,9 @@ def test_a_domain_is_read_whole_before_any_of_it_comes_again() -> None:
 
 def test_translations_are_not_shuffled_alike() -> None:
     """Domains of equal size would otherwise read page after page in step."""
-    stream = mix_domains(PackedDataset([np.arange(701)], 7, 5, 701, "train", ((0, 0), (350, 1))), 1.0)
+    stream = mix_domains(
+        PackedDataset([np.arange(701)], 7, 5, 701, "train", ((0, 0), (350, 1))), 1.0
+    )
     assert [domain.size for domain in stream.domains] == [50, 50]
     begin_N, label_N = stream.batch(0, 0, 60, 60)[:, 0], stream.labels(0, 0, 60, 60)
     shorter = min((label_N == 0).sum(), (label_N == 1).sum())

@@ -56,7 +56,9 @@ def test_cutting_the_stream_changes_nothing(length: int, cuts: list[int], seq_le
         return
     whole, cut = stream([token_N], seq_len, 5), stream(parts, seq_len, 5)
     assert whole.num_sequences == cut.num_sequences == (length - 1) // seq_len
-    assert np.array_equal(whole.samples(0, whole.num_sequences), cut.samples(0, whole.num_sequences))
+    assert np.array_equal(
+        whole.samples(0, whole.num_sequences), cut.samples(0, whole.num_sequences)
+    )
     assert np.array_equal(whole.batch(3, 0, 7, 7), cut.batch(3, 0, 7, 7))
     assert token_hash([token_N]) == token_hash(parts)
 

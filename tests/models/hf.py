@@ -31,7 +31,7 @@ def hugging_face_names(
         out[f"{path}.post_attention_layernorm.weight"] = value(block.feed_forward_norm.weight)
         widths = [
             n * attention.head_dim
-            for n in (attention.heads, attention.kv_heads, attention.kv_heads)
+            for n in (attention.num_heads, attention.num_kv_heads, attention.num_kv_heads)
         ]
         for name, part in zip("qkv", value(attention.w_qkv.weight).split(widths), strict=True):
             out[f"{path}.self_attn.{name}_proj.weight"] = part

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmoe.config.schema import BalanceConfig, ExpertsConfig, ModelConfig, MoEConfig, RouterConfig
 from dmoe.models.classifier import Classifier
-from dmoe.models.fusion import drop_streams, present
+from dmoe.models.fusion import drop_streams, present_streams
 from dmoe.moe.routing import TokenContext
 
 GATED = ModelConfig(dim=6, layers=0, fusion="gated")
@@ -174,11 +174,11 @@ def test_a_call_can_give_another_budget_and_accounts_for_it() -> None:
             experts = taken(model, x_W, budget)
             spent = sum([1000, 5500, 8768][e] for e in experts) / 15268
             torch.testing.assert_close(out.y[b, 0], within(model, x_W, budget), rtol=0, atol=1e-11)
-            assert float(out.account.cost_T[b]) == pytest.approx(spent)
-            assert out.account.of_token(b).count("taken") == len(experts)
+            assert float(out.compute_usage.cost_T[b]) == pytest.approx(spent)
+            assert out.compute_usage.of_token(b).count("taken") == len(experts)
             seen.add(tuple(experts))
         usage_E = [sum(e in taken(model, x_W, budget) for x_W in x_BW) / 40 for e in range(3)]
-        assert out.account.usage_E.tolist() == pytest.approx(usage_E)
+        assert out.compute_usage.usage_E.tolist() == pytest.approx(usage_E)
     assert {(), (0,), (1,)} <= seen, "the budgets made no difference"
 
 
@@ -314,7 +314,7 @@ def test_parameters_and_flops_of_a_sample() -> None:
 
 
 def test_which_streams_are_there() -> None:
-    assert present(samples(THREE, missing=True), THREE).tolist() == [
+    assert present_streams(samples(THREE, missing=True), THREE).tolist() == [
         [s not in lost for s in range(3)] for lost in MISSING[3]
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dmoe.models.generate import generate, pick
+from dmoe.models.generate import generate, sample_token
 from dmoe.moe.rng import generator
 from tests.models.small import VOCAB, small
 
@@ -48,9 +48,9 @@ def test_mode_and_virtual_ranks_are_restored_and_a_lone_sequence_need_not_divide
 
 
 def frequency(**filters: float) -> torch.Tensor:
-    logits, draws = torch.tensor([0.5, 0.3, 0.15, 0.05]).log(), generator(0)
+    logits, rng = torch.tensor([0.5, 0.3, 0.15, 0.05]).log(), generator(0)
     options = {"temperature": 1.0, "top_k": None, "top_p": None} | filters
-    picked = [pick(logits, draws=draws, **options) for _ in range(4000)]
+    picked = [sample_token(logits, rng=rng, **options) for _ in range(4000)]
     return torch.bincount(torch.tensor(picked), minlength=4) / 4000
 
 

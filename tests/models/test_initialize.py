@@ -60,7 +60,7 @@ def test_weights_do_not_depend_on_the_layers_around_them():
 def test_an_expert_shard_draws_the_weights_of_its_global_experts():
     whole, part = Transformer(MODEL, MOE, VOCAB), Transformer(MODEL, MOE, VOCAB)
     for layer in part.moe_layers():
-        layer.experts.shard(2, 2)
+        layer.experts.slice_experts(2, 2)
     part.initialize(0)
     for one, other in zip(whole.moe_layers(), part.moe_layers(), strict=True):
         assert torch.equal(one.experts.w_in[2:], other.experts.w_in)

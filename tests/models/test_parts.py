@@ -9,10 +9,10 @@ from torch.autograd import gradcheck
 from dmoe.config.schema import ModelConfig
 from dmoe.models.attention import (
     Attention,
-    _plain,
+    apply_rotary,
     causal_attention,
     rotary_table,
-    rotate,
+    unfused_causal_attention,
 )
 from dmoe.models.layers import RMSNorm
 from tests.references.models import (
@@ -50,13 +50,13 @@ def test_rotate_is_a_complex_multiplication_and_its_gradient_is_right():
     x = randn(2, 5, 3, 8)
     table = rotary_table(5, 8, 100.0, x.dtype, x.device)
     torch.testing.assert_close(
-        rotate(x, table), apply_rotary_reference(x, 100.0), rtol=1e-12, atol=1e-12
+        apply_rotary(x, table), apply_rotary_reference(x, 100.0), rtol=1e-12, atol=1e-12
     )
-    assert gradcheck(lambda x: rotate(x, table), (x[:1, :, :2],))
+    assert gradcheck(lambda x: apply_rotary(x, table), (x[:1, :, :2],))
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("attend", [causal_attention, _plain])
+@pytest.mark.parametrize("attend", [causal_attention, unfused_causal_attention])
 def test_attention_equals_one_query_at_a_time(attend, kv_heads):
     """Both the fused kernel and the plain products that replace it for short bfloat16 sequences on a CPU."""
     q, k, v = randn(2, 7, 4, 6), randn(2, 7, kv_heads, 6), randn(2, 7, kv_heads, 6)

@@ -118,7 +118,7 @@ def test_parameters_are_counted_from_shapes_even_where_only_some_experts_are_hel
     assert count.total - count.active == 2 * (4 - 2) * one_expert
     assert count.embedding == VOCAB * 16
     for layer in model.moe_layers():
-        layer.experts.shard(2, 2)
+        layer.experts.slice_experts(2, 2)
     assert model.num_parameters() == count
 
 
