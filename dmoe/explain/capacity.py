@@ -55,8 +55,8 @@ def explain_capacity(setting: Setting) -> Section | None:
     slots, moe = setting.slots(), setting.config.moe
     capacity = moe.capacity
     if slots.capacity is None:
-        numbers = {"factor": None, "slots": None}
-        return Section("capacity", "Capacity", [dropless_sentence(moe)], numbers)
+        absent = {"factor": None, "slots": None}
+        return Section("capacity", "Capacity", [dropless_sentence(moe)], absent)
     tokens = _group_tokens(setting)
     fair_share = moe.top_k * tokens / count_choices(moe)
     total = slots.capacity * slots.groups * moe.num_experts

@@ -152,10 +152,10 @@ def _module_routing(modular: ModularConfig) -> str:
     aggregated = f"their outputs are aggregated by {modular.aggregation}."
     if is_learned(modular):
         return (
-            f"A learned router ({modular.routing}) sends each {modular.per} to {modules_per_token(modular)} "
-            f"of them; {aggregated}"
+            f"A learned router ({modular.routing}) sends each {modular.per} to "
+            f"{modules_per_token(modular)} of them; {aggregated}"
         )
     rule = "by the domain of its sequence"
     if modular.routing == "constant":
-        rule = "with equal weights for all tokens"
+        rule = "with the same weights for all tokens"
     return f"Each token is sent to {modules_per_token(modular)} of them, {rule}; {aggregated}"

@@ -19,11 +19,10 @@ from dmoe.models.base import Model
 from dmoe.moe.interfaces import NoComm
 from dmoe.moe.layer import MoE
 from dmoe.moe.routing import BatchShape
+from dmoe.report.format import BYTES_PER_NUMBER
 from dmoe.train.engine import resolve_precision
 from dmoe.train.modular.attach import attach_modules, select_trainable_parameters
 from dmoe.train.tasks import Task, task_of
-
-BYTES_PER_NUMBER = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 NOT_RECORDED = "not recorded"
 COLUMN_GAP = 2
+BYTES_PER_NUMBER = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes per number by precision."""
 
 
 def format_number(value: float | None, digits: int = 4) -> str:

@@ -17,7 +17,7 @@ from dmoe.report.charts import (
     layer_mean,
     most_imbalanced_steps,
 )
-from dmoe.report.format import format_bytes, format_number
+from dmoe.report.format import BYTES_PER_NUMBER, format_bytes, format_number
 from dmoe.report.page import Chart, Panel, Selector, Table, round_number
 from dmoe.report.run import Run, layers_of
 from dmoe.runs.metrics_log import Line, matrix, numbers
@@ -29,7 +29,6 @@ MIN_STEPS, MAX_STEPS = 24, 600
 MAX_LISTED_LAYERS = 12
 """Layers in the table of extreme loads, the least balanced first."""
 NUM_EXTREMES = 3
-BYTES_PER_NUMBER = {"fp32": 4, "bf16": 2, "fp16": 2}
 LOAD_AXES = {"z": "times the fair share", "count": "assignments"}
 
 LoadHistory = dict[int, list[tuple[int, list[float]]]]
@@ -119,11 +118,8 @@ def _last_view(layers: LoadHistory) -> View:
     """Return the matrix of layer by expert at each layer's last step, rows filled with None."""
     width = max(len(pairs[-1][1]) for pairs in layers.values())
     rows = [[round_number(value) for value in pairs[-1][1]] for pairs in layers.values()]
-    return {
-        "x": list(range(width)),
-        "y": list(layers),
-        "z": [row + [None] * (width - len(row)) for row in rows],
-    }
+    filled = [row + [None] * (width - len(row)) for row in rows]
+    return {"x": list(range(width)), "y": list(layers), "z": filled}
 
 
 def _extreme_loads(runs: Sequence[Run], histories: Sequence[LoadHistory]) -> Table:
@@ -163,7 +159,7 @@ def _load_cells(load: list[float]) -> list[str]:
 
 def traffic_panel(runs: Sequence[Run]) -> Panel:
     """Build the rows that each rank sent to each other rank at the last logged step."""
-    id, title = "traffic", "Exchange between ranks"
+    title = "Exchange between ranks"
     views = [_traffic_views(run) for run in runs]
     chart = Chart(
         "traffic",
@@ -178,7 +174,7 @@ def traffic_panel(runs: Sequence[Run]) -> Panel:
         sentence = "Rows between ranks were not recorded in these runs."
         if all(run.start.get("ep", 1) == 1 for run in runs):
             sentence = "Each rank has all experts, so no row is sent."
-        return Panel(id, title, [sentence])
+        return Panel("traffic", title, [sentence])
     sizes = {
         run.name: _row_size(run)
         for run, by_label in zip(runs, views, strict=True)
@@ -187,7 +183,7 @@ def traffic_panel(runs: Sequence[Run]) -> Panel:
     sentences = [f"{name}: a row is {size}" for name, size in sizes.items()]
     if len(set(sizes.values())) == 1:
         sentences = [f"A row is {next(iter(sizes.values()))}"]
-    return Panel(id, title, sentences, charts=[built])
+    return Panel("traffic", title, sentences, charts=[built])
 
 
 def _traffic_views(run: Run) -> dict[str, View]:
@@ -212,12 +208,12 @@ def _traffic_view(row: dict[str, Any]) -> View | None:
 
 def _row_size(run: Run) -> str:
     assert run.config is not None
-    width = run.config.model.dim
     precision = str(run.start.get("precision", run.config.train.precision))
-    size = ""
+    size = f"{run.config.model.dim} numbers"
     if precision in BYTES_PER_NUMBER:
-        size = f" in {precision}, {format_bytes(width * BYTES_PER_NUMBER[precision])}"
-    return f"{width} numbers{size}, and is sent out and back."
+        num_bytes = run.config.model.dim * BYTES_PER_NUMBER[precision]
+        size += f" in {precision}, {format_bytes(num_bytes)}"
+    return f"{size}, and is sent out and back."
 
 
 def specialization_panel(runs: Sequence[Run]) -> Panel:
@@ -282,12 +278,9 @@ def _domain_view(row: dict[str, Any]) -> View | None:
     counts = {name: values for name, values in counts.items() if values}
     if not counts or len({len(values) for values in counts.values()}) > 1:
         return None
-    width = len(next(iter(counts.values())))
-    return {
-        "x": list(range(width)),
-        "y": list(counts),
-        "z": [[round_number(value) for value in values] for values in counts.values()],
-    }
+    experts = list(range(len(next(iter(counts.values())))))
+    rows = [[round_number(value) for value in values] for values in counts.values()]
+    return {"x": experts, "y": list(counts), "z": rows}
 
 
 def _pair_view(row: dict[str, Any]) -> View | None:

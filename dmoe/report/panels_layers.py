@@ -206,7 +206,7 @@ def layers_panel(runs: Sequence[Run]) -> Panel:
     """Build one chart for any quantity of any run, with a curve per MoE layer."""
     last_rows = [row for run in runs for line in run.train[-1:] for row in layers_of(line).values()]
     losses = sorted({name for row in last_rows for name in as_dict(row.get("aux"))})
-    paths = {title: (key,) for key, title in LAYER_QUANTITIES.items()}
+    paths: dict[str, tuple[str, ...]] = {name: (key,) for key, name in LAYER_QUANTITIES.items()}
     paths |= {f"Auxiliary loss: {name}": ("aux", name) for name in losses}
     found = {title: [_values_by_layer(run, path) for run in runs] for title, path in paths.items()}
     measured = {title: by_run for title, by_run in found.items() if any(by_run)}

@@ -43,7 +43,7 @@ class Record:
 
     @cached_property
     def start(self) -> Line:
-        """The `start` and `restart` lines merged, later values in force: sizes, world, precision."""
+        """The `start` and `restart` lines merged, later values win: sizes, world, precision."""
         starts = [line for line in self.metrics.lines if line["event"] in ("start", "restart")]
         return {key: value for line in starts for key, value in line.items()}
 

@@ -57,9 +57,8 @@ def config_sentences(config: Config, start: dict[str, Any]) -> list[str]:
 
     `start` is the merged `start` line of the run's metrics, for the number of ranks, or {}.
     """
-    sentences = [model_sentence(config)]
+    sentences, moe = [model_sentence(config)], config.moe
     if config.model.moe_every:
-        moe = config.moe
         sentences += [*routing_sentences(config), *capacity_sentences(moe)]
         sentences += [*balance_sentences(moe), _ranks(config, start)]
     data = f"Data: {config.data.source}"
@@ -126,9 +125,8 @@ def _choice(moe: MoEConfig) -> str:
 DETAILS: dict[str, Callable[[MoEConfig], str]] = {
     "noisy": lambda moe: "The noise is that of Shazeer 2017.",
     "group_limited": lambda moe: (
-        f"The experts form {moe.router.groups} groups of {moe.num_experts // max(1, moe.router.groups)} "
-        "neighbours; a group's score is the sum of its two largest; the best "
-        f"{moe.router.topk_groups} groups are kept."
+        f"The {moe.num_experts} experts form {moe.router.groups} groups of neighbours; a group's "
+        f"score is the sum of its two largest; the best {moe.router.topk_groups} groups are kept."
     ),
     "adaptive": lambda moe: (
         f"top_p = {moe.router.top_p:g}; a token has at least {moe.router.k_min} and at most "
@@ -177,8 +175,7 @@ def _weights(moe: MoEConfig) -> str:
 def _noise(moe: MoEConfig) -> list[str]:
     router = moe.router
     drawn = (
-        "drawn by (seed, step, layer, sequence), so equal on any number of ranks; none in "
-        "evaluation"
+        "drawn by (seed, step, layer, sequence), equal on any number of ranks; not in evaluation"
     )
     sentences = [f"Noise: {drawn}."] if ROUTERS[router.kind].has_noise else []
     if router.jitter:
@@ -206,8 +203,7 @@ def capacity_sentences(moe: MoEConfig) -> list[str]:
 def dropless_sentence(moe: MoEConfig) -> str:
     """Describe routing without a capacity factor."""
     if moe.router.kind == "expert_choice":
-        share = f"{moe.top_k}/{moe.num_experts}"
-        return f"Capacity: an expert takes exactly its fair share, {share} of each group's tokens."
+        return f"Capacity: an expert takes {moe.top_k}/{moe.num_experts} of each group's tokens."
     return "Capacity: dropless; an expert takes every token that chose it, without padding."
 
 
