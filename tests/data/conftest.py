@@ -88,7 +88,10 @@ LEFT_IN_ENGLISH = "This paragraph of more than forty characters was never transl
 
 
 def write_guide(root: Path, pages: int = 40) -> Path:
-    """A small guide in English, German and Greek: each page differs, and one paragraph was left in English everywhere."""
+    """Write a small guide in English, German and Greek.
+
+    All pages differ, and one paragraph is in English in all of them.
+    """
     for language, word in (("en", "word"), ("de", "Wörter"), ("el", "λέξη")):
         (root / language).mkdir(parents=True)
         for number in range(pages):

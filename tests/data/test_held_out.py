@@ -1,4 +1,4 @@
-"""The order of an evaluation: fair to the domains, the same from text and from shards, and of one domain a sequence."""
+"""Evaluation order: the domains alternate, text and shards agree, one domain per sequence."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def config(tmp_path: Path) -> DataConfig:
 
 
 def test_a_few_sequences_reach_every_domain(config: DataConfig) -> None:
-    """An evaluation that read its sequences as they are stored, saw one domain alone if it read few: no figure for the others."""
+    """In stored order, a short evaluation read one domain only and had no metric of the others."""
     data = open_data(config, 0)
     assert data.domains == ("a", "g", "m")
     for count in (3, 12, 60):

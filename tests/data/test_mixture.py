@@ -1,4 +1,4 @@
-"""Which domain a sample is of: the formula, its limits, and that a run that is resumed or runs on other ranks draws the same."""
+"""Domain of each sample: the formula, its limits, and equal draws after a resume or re-sharding."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def test_a_block_holds_each_task_as_often_as_its_weight_says(weights: list[float
     exact_D = np.array(weights) / sum(weights) * BLOCK_SIZE
     assert count_D.sum() == BLOCK_SIZE
     assert count_D.min() >= 1
-    # Without rare tasks, which are raised to 1, whole numbers nearest to the weights; each of those costs the others at most one.
+    # Whole numbers nearest to the weights. Rare tasks are raised to 1, and each of them costs the
+    # others at most one.
     assert np.abs(count_D - exact_D).max() < 1 + (exact_D < 1).sum()
 
 
@@ -78,7 +79,7 @@ def test_as_many_tasks_as_a_block_has_places_come_once_each() -> None:
 def test_each_draw_of_a_task_comes_once_and_in_order(
     weights: list[float], seed: int, begin: int
 ) -> None:
-    """What "the next sample of its domain" means: the walk from the start of the run counts what arithmetic says."""
+    """Counting draws from the start of the run gives "the next sample of its domain"."""
     number_N = np.arange(begin, begin + 2 * BLOCK_SIZE)
     task_N, draw_N = draw_domains(number_N, block_quotas(weights), seed)
     before_D = np.zeros(len(weights), dtype=np.int64)
@@ -128,7 +129,10 @@ RUNS = ((0, 1), (350, 0), (390, 2), (391, 1), (777, 3))
 
 
 def text(seed: int = 5) -> PackedDataset:
-    """Token j of the stream is j, so a row's first token is where it starts. Domain 2 is one token, in which no sequence starts."""
+    """Token j of the stream is j, so the first token of a sequence is its position.
+
+    Domain 2 is one token, in which no sequence starts.
+    """
     return PackedDataset(
         [np.arange(600, dtype="<u4"), np.arange(600, 1000, dtype="<u4")],
         7,

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmoe.config.errors import ConfigError
-from dmoe.data.packing import PackedDataset, token_dtype, token_hash, token_chunks
+from dmoe.data.packing import PackedDataset, token_chunks, token_dtype, token_hash
 from dmoe.data.tokenizers import byte_tokenizer
 
 
-def stream(parts: list[np.ndarray], seq_len: int, seed: int = 0) -> PackedDataset:
+def packed_dataset(parts: list[np.ndarray], seq_len: int, seed: int = 0) -> PackedDataset:
     return PackedDataset(parts, seq_len, seed, 256, "train")
 
 
@@ -20,7 +20,7 @@ def stream(parts: list[np.ndarray], seq_len: int, seed: int = 0) -> PackedDatase
     seq_len=st.integers(1, 12),
 )
 def test_every_token_is_a_target_once(documents: list[bytes], seq_len: int) -> None:
-    """Unique values mark positions: token j of the stream holds j, so the targets read are the positions read."""
+    """Token j of the stream is j, so the targets read are the positions read."""
     length = sum(len(chunk) for chunk in token_chunks(documents, byte_tokenizer()))
     position = np.arange(length, dtype=np.uint32)
     if length <= seq_len:
@@ -54,7 +54,7 @@ def test_cutting_the_stream_changes_nothing(length: int, cuts: list[int], seq_le
     parts = np.split(token_N, sorted(cut for cut in cuts if cut <= length))
     if length <= seq_len:
         return
-    whole, cut = stream([token_N], seq_len, 5), stream(parts, seq_len, 5)
+    whole, cut = packed_dataset([token_N], seq_len, 5), packed_dataset(parts, seq_len, 5)
     assert whole.num_sequences == cut.num_sequences == (length - 1) // seq_len
     assert np.array_equal(
         whole.samples(0, whole.num_sequences), cut.samples(0, whole.num_sequences)
@@ -64,7 +64,7 @@ def test_cutting_the_stream_changes_nothing(length: int, cuts: list[int], seq_le
 
 
 def test_ranks_read_slices_of_the_same_batch() -> None:
-    packed = stream([np.arange(250, dtype="<u2")], seq_len=4)
+    packed = packed_dataset([np.arange(250, dtype="<u2")], seq_len=4)
     whole_BS = packed.batch(9, 0, 12, 12)
     assert whole_BS.shape == (12, 5)
     assert whole_BS.dtype == np.int64
@@ -76,24 +76,25 @@ def test_ranks_read_slices_of_the_same_batch() -> None:
     assert packed.batch(9, 12, 0, 12).shape == (0, 5)
 
 
-def test_rows_do_not_wrap() -> None:
-    packed = stream([np.arange(21, dtype="<u2")], seq_len=4)
+def test_samples_do_not_wrap() -> None:
+    packed = packed_dataset([np.arange(21, dtype="<u2")], seq_len=4)
     assert packed.samples(4, 1).tolist() == [[16, 17, 18, 19, 20]]
     with pytest.raises(AssertionError):
         packed.samples(4, 2)
 
 
 def test_a_corpus_shorter_than_a_sequence_is_refused() -> None:
-    assert stream([np.arange(10, dtype="<u2")], seq_len=9).num_sequences == 1
+    assert packed_dataset([np.arange(10, dtype="<u2")], seq_len=9).num_sequences == 1
     with pytest.raises(
         ConfigError,
-        match=r"data.seq_len=10: must be less than the 10 tokens of the train split; set data.seq_len=9",
+        match=r"data.seq_len=10: must be less than the 10 tokens of the train split; "
+        "set data.seq_len=9",
     ):
-        stream([np.arange(10, dtype="<u2")], seq_len=10)
+        packed_dataset([np.arange(10, dtype="<u2")], seq_len=10)
 
 
 def test_a_token_outside_the_vocabulary_is_refused() -> None:
-    packed = stream([np.array([1, 2, 300, 4, 5, 6], dtype="<u2")], seq_len=2)
+    packed = packed_dataset([np.array([1, 2, 300, 4, 5, 6], dtype="<u2")], seq_len=2)
     with pytest.raises(ConfigError, match=r"the train split: must hold tokens below 256, not 300"):
         packed.samples(0, 1)
     assert packed.samples(0, 0).shape == (0, 3)

@@ -2,148 +2,44 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dmoe.config.schema import BalanceConfig, ExpertsConfig, ModelConfig, MoEConfig, RouterConfig
+from dmoe.config.schema import BalanceConfig, ModelConfig, MoEConfig, RouterConfig
 from dmoe.models.classifier import Classifier
 from dmoe.models.fusion import drop_streams, present_streams
 from dmoe.moe.routing import TokenContext
-
-GATED = ModelConfig(dim=6, layers=0, fusion="gated")
-ALONE = ModelConfig(dim=6, layers=0, head="experts")
-FIXED = MoEConfig(
-    num_experts=2,
-    top_k=1,
-    expert_dim=5,
-    router=RouterConfig(kind="fixed"),
-    experts=ExpertsConfig(kind="relu"),
+from tests.models.classifier_cases import (
+    ALONE,
+    BUDGET,
+    CASES,
+    FIXED,
+    GATED,
+    MISSING,
+    SOFT,
+    SPARSE,
+    THREE,
+    TWO,
+    budget_reference,
+    build_classifier,
+    experts_in_budget,
+    random_samples,
 )
-SOFT = MoEConfig(
-    num_experts=4,
-    top_k=4,
-    expert_dim=5,
-    router=RouterConfig(kind="soft"),
-    experts=ExpertsConfig(kind="relu"),
-)
-BUDGET = MoEConfig(
-    num_experts=3,
-    top_k=3,
-    router=RouterConfig(kind="budget", renormalize=False, budget=0.7),
-    experts=ExpertsConfig(kind="relu", shapes=[[], [50], [64, 32]]),
-)
-SPARSE = MoEConfig(num_experts=4, top_k=2, expert_dim=5, experts=ExpertsConfig(kind="relu"))
-TWO, THREE = [4, 3], [4, 3, 2]
-MISSING = {2: [(), (0,), (1,), (), (0,)], 3: [(), (0,), (1,), (2,), (0, 2)]}
-"""Which streams of each of five samples are missing."""
-
-
-def built(
-    config: ModelConfig, moe: MoEConfig, widths: list[int], classes: int = 3, **options: object
-) -> Classifier:
-    """In float64, every weight drawn large, biases and gates too: zeros would hide what is wrong."""
-    model = Classifier(config, moe, widths, classes, **options).double()  # type: ignore[arg-type]
-    draws = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(
-                0.6 * torch.randn(parameter.shape, generator=draws, dtype=torch.float64)
-            )
-    return model
-
-
-def samples(widths: list[int], count: int = 5, missing: bool = False) -> Tensor:
-    x_BW = torch.randn(
-        count, sum(widths), generator=torch.Generator().manual_seed(1), dtype=torch.float64
-    )
-    for sample, lost in enumerate(MISSING[len(widths)] if missing else []):
-        for stream in lost:
-            x_BW[sample, sum(widths[:stream]) :][: widths[stream]] = math.nan
-    return x_BW
-
-
-def gated(model: Classifier, x_W: Tensor) -> Tensor:
-    """Logits of one sample. Two streams that are both there: the sigmoid of the issue; else a softmax over those that are."""
-    fusion, made = model.fusion, {}
-    for s, part in enumerate(x_W.split(model.widths)):
-        if not part.isnan().any():
-            inner = F.linear(part, fusion.projections[s].weight, fusion.projections[s].bias)
-            made[s] = (
-                torch.relu(inner @ fusion.encoders.experts.w_in[s])
-                @ fusion.encoders.experts.w_out[s]
-            )
-    nothing = x_W.new_zeros(model.config.dim)
-    read = (
-        torch.cat([made.get(s, nothing) for s in range(len(model.widths))]) @ fusion.gate
-        + fusion.bias
-    )
-    if len(model.widths) == len(made) == 2:
-        gate = torch.sigmoid(read)
-        y = gate * made[0] + (1 - gate) * made[1]
-    else:
-        logits = [*read.split(model.config.dim), nothing]
-        total = sum(logits[s].exp() for s in made)
-        y = sum((logits[s].exp() / total * vector for s, vector in made.items()), nothing)
-    return F.linear(y, model.head.weight, model.head.bias)
-
-
-def soft(model: Classifier, x_W: Tensor) -> Tensor:
-    weights, experts = (model.head.router.weight @ x_W).softmax(0), model.head.experts
-    return sum(
-        weights[e] * (torch.relu(x_W @ experts.w_in[e]) @ experts.w_out[e]) for e in range(4)
-    )
-
-
-def taken(model: Classifier, x_W: Tensor, budget: float) -> list[int]:
-    """semantics.md: by descending weight, an expert is taken if its cost fits what is left and its weight is above min_weight."""
-    weights = (model.head.router.weight @ x_W).softmax(0).tolist()
-    cost, left, found = [1000, 5500, 8768], budget * (1000 + 5500 + 8768), []
-    for e in sorted(range(3), key=lambda e: -weights[e]):
-        if weights[e] > 0.1 and cost[e] <= left:
-            found.append(e)
-            left -= cost[e]
-    return found
-
-
-def within(model: Classifier, x_W: Tensor, budget: float = 0.7) -> Tensor:
-    """100 -> 10, 100 -> 50 -> 10, 100 -> 64 -> 32 -> 10."""
-    weights, y = (model.head.router.weight @ x_W).softmax(0), x_W.new_zeros(10)
-    for e in taken(model, x_W, budget):
-        matrices = [
-            w for name, w in model.head.experts.named_parameters() if name.startswith(f"{e}.")
-        ]
-        hidden = x_W @ matrices[0]
-        for matrix in matrices[1:]:
-            hidden = torch.relu(hidden) @ matrix
-        y = y + weights[e] * hidden
-    return y
-
-
-CASES: dict[
-    str, tuple[ModelConfig, MoEConfig, list[int], int, bool, Callable[[Classifier, Tensor], Tensor]]
-] = {
-    "gated, two streams": (GATED, FIXED, TWO, 3, False, gated),
-    "gated, one of two missing": (GATED, FIXED, TWO, 3, True, gated),
-    "gated, three streams": (GATED, replace(FIXED, num_experts=3), THREE, 3, False, gated),
-    "gated, some of three missing": (GATED, replace(FIXED, num_experts=3), THREE, 3, True, gated),
-    "soft": (ALONE, SOFT, TWO, 3, False, soft),
-    "budget": (ALONE, BUDGET, [64, 36], 10, False, within),
-}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_formula(case: str) -> None:
     config, moe, widths, classes, missing, formula = CASES[case]
-    x_BW, class_B1 = samples(widths, missing=missing), torch.tensor([[0], [2], [1], [1], [0]])
+    x_BW, class_B1 = (
+        random_samples(widths, missing=missing),
+        torch.tensor([[0], [2], [1], [1], [0]]),
+    )
     results = []
     for fast in (True, False):
-        model = built(config, moe, widths, classes)
+        model = build_classifier(config, moe, widths, classes)
         if fast:
             out = model(x_BW, class_B1, return_logits=True)
             assert out.logits.shape == (5, 1, classes)
@@ -166,18 +62,22 @@ def test_equals_the_formula(case: str) -> None:
 
 
 def test_a_call_can_give_another_budget_and_accounts_for_it() -> None:
-    model, x_BW = built(ALONE, BUDGET, [64, 36], 10), samples([64, 36], 40)
+    model, x_BW = build_classifier(ALONE, BUDGET, [64, 36], 10), random_samples([64, 36], 40)
     seen = set()
     for budget in (0.05, 0.3, 0.5, 1.0):
         out = model.head(x_BW.unsqueeze(1), compute_budget=budget)
         for b, x_W in enumerate(x_BW):
-            experts = taken(model, x_W, budget)
+            experts = experts_in_budget(model, x_W, budget)
             spent = sum([1000, 5500, 8768][e] for e in experts) / 15268
-            torch.testing.assert_close(out.y[b, 0], within(model, x_W, budget), rtol=0, atol=1e-11)
+            torch.testing.assert_close(
+                out.y[b, 0], budget_reference(model, x_W, budget), rtol=0, atol=1e-11
+            )
             assert float(out.compute_usage.cost_T[b]) == pytest.approx(spent)
             assert out.compute_usage.of_token(b).count("taken") == len(experts)
             seen.add(tuple(experts))
-        usage_E = [sum(e in taken(model, x_W, budget) for x_W in x_BW) / 40 for e in range(3)]
+        usage_E = [
+            sum(e in experts_in_budget(model, x_W, budget) for x_W in x_BW) / 40 for e in range(3)
+        ]
         assert out.compute_usage.usage_E.tolist() == pytest.approx(usage_E)
     assert {(), (0,), (1,)} <= seen, "the budgets made no difference"
 
@@ -185,7 +85,10 @@ def test_a_call_can_give_another_budget_and_accounts_for_it() -> None:
 @pytest.mark.parametrize("every", [0, 1, 2])
 def test_blocks_are_residual_and_end_in_a_norm(every: int) -> None:
     config = ModelConfig(dim=6, layers=2, moe_every=every, head="experts")
-    model, x_BW = built(config, replace(SPARSE, balance=BalanceConfig(z=0.0)), TWO), samples(TWO)
+    model, x_BW = (
+        build_classifier(config, replace(SPARSE, balance=BalanceConfig(z=0.0)), TWO),
+        random_samples(TWO),
+    )
     x_BD = model.fusion.projection(x_BW)
     for block in model.blocks:
         inner = block.feed_forward(block.feed_forward_norm(x_BD))
@@ -198,16 +101,19 @@ def test_blocks_are_residual_and_end_in_a_norm(every: int) -> None:
     assert len(out.stats) == {0: 1, 1: 3, 2: 2}[every]
 
 
-def test_side_by_side_a_missing_stream_is_zeros() -> None:
-    model, x_BW = built(ModelConfig(dim=6, layers=1), SPARSE, TWO), samples(TWO, missing=True)
+def test_a_missing_stream_is_zeros_when_concatenated() -> None:
+    model, x_BW = (
+        build_classifier(ModelConfig(dim=6, layers=1), SPARSE, TWO),
+        random_samples(TWO, missing=True),
+    )
     assert torch.equal(model(x_BW).logits, model(x_BW.nan_to_num(0.0)).logits)
-    x_BW[1, 2] = 5.0  # one number more of a stream whose others are not there: missing as a whole
-    assert torch.equal(model(x_BW).logits[1], model(samples(TWO, missing=True)).logits[1])
+    x_BW[1, 2] = 5.0  # one value of a stream whose others are NaN: it is missing as a whole
+    assert torch.equal(model(x_BW).logits[1], model(random_samples(TWO, missing=True)).logits[1])
 
 
-def test_a_missing_stream_sends_nothing_and_counts_nowhere() -> None:
-    model = built(GATED, replace(FIXED, num_experts=3), THREE)
-    counts = model(samples(THREE, missing=True)).stats[0].choice_E.tolist()
+def test_a_missing_stream_is_neither_dispatched_nor_counted() -> None:
+    model = build_classifier(GATED, replace(FIXED, num_experts=3), THREE)
+    counts = model(random_samples(THREE, missing=True)).stats[0].choice_E.tolist()
     assert counts == [5 - sum(s in lost for lost in MISSING[3]) for s in range(3)]
 
 
@@ -215,7 +121,7 @@ def test_a_missing_stream_sends_nothing_and_counts_nowhere() -> None:
     ("config", "moe"), [(GATED, FIXED), (ALONE, SOFT), (ModelConfig(dim=6, layers=1), SPARSE)]
 )
 def test_padding_counts_nowhere_and_changes_nothing(config: ModelConfig, moe: MoEConfig) -> None:
-    model, x_BW = built(config, moe, TWO), samples(TWO)
+    model, x_BW = build_classifier(config, moe, TWO), random_samples(TWO)
     valid = torch.tensor([True, True, True, False, False])
     whole = model(
         x_BW,
@@ -231,28 +137,31 @@ def test_padding_counts_nowhere_and_changes_nothing(config: ModelConfig, moe: Mo
 
 
 @pytest.mark.parametrize("widths", [TWO, THREE])
-def test_stream_dropout_takes_one_of_a_share_of_the_samples(widths: list[int]) -> None:
+def test_stream_dropout_removes_one_stream_of_a_fraction_of_the_samples(widths: list[int]) -> None:
     streams = len(widths)
-    there_BS = torch.ones(2000, streams, dtype=torch.bool)
-    kept_BS = drop_streams(there_BS, 0.3, TokenContext(noise_key=(0, 7)))
+    present_BS = torch.ones(2000, streams, dtype=torch.bool)
+    kept_BS = drop_streams(present_BS, 0.3, TokenContext(noise_key=(0, 7)))
     lost_B = (~kept_BS).sum(1)
     assert lost_B.max() == 1
     assert float(lost_B.double().mean()) == pytest.approx(0.3, abs=0.04)
     for share in (~kept_BS).double().mean(0).tolist():
         assert share == pytest.approx(0.3 / streams, abs=0.03)
-    late = drop_streams(there_BS[1500:], 0.3, TokenContext(noise_key=(0, 7), first_sequence=1500))
+    late = drop_streams(present_BS[1500:], 0.3, TokenContext(noise_key=(0, 7), first_sequence=1500))
     assert torch.equal(late, kept_BS[1500:]), "what is dropped depends on how the batch is spread"
     for key in ((1, 7), (0, 8)):
-        assert not torch.equal(drop_streams(there_BS, 0.3, TokenContext(noise_key=key)), kept_BS)
-    there_BS[:, 0] = False
-    left_BS = drop_streams(there_BS, 1.0, TokenContext(noise_key=(0, 7)))
+        assert not torch.equal(drop_streams(present_BS, 0.3, TokenContext(noise_key=key)), kept_BS)
+    present_BS[:, 0] = False
+    left_BS = drop_streams(present_BS, 1.0, TokenContext(noise_key=(0, 7)))
     assert left_BS.sum(1).unique().tolist() == [max(1, streams - 2)], (
         "the last stream went too, or none"
     )
 
 
-def test_stream_dropout_is_of_training_alone() -> None:
-    model, x_BW = built(replace(GATED, stream_dropout=1.0), FIXED, TWO), samples(TWO)
+def test_stream_dropout_is_only_for_training() -> None:
+    model, x_BW = (
+        build_classifier(replace(GATED, stream_dropout=1.0), FIXED, TWO),
+        random_samples(TWO),
+    )
     assert model(x_BW, context=TokenContext(noise_key=(0, 0))).stats[0].choice_E.sum() == 5
     with pytest.raises(ValueError, match="noise_key"):
         model(x_BW)
@@ -262,10 +171,10 @@ def test_stream_dropout_is_of_training_alone() -> None:
 def test_recompute_and_virtual_ranks_change_no_number() -> None:
     config = ModelConfig(dim=6, layers=2, head="experts")
     plain, other = (
-        built(config, SPARSE, TWO),
-        built(config, SPARSE, TWO, virtual_ranks=2, recompute=True),
+        build_classifier(config, SPARSE, TWO),
+        build_classifier(config, SPARSE, TWO, virtual_ranks=2, recompute=True),
     )
-    x_BW, class_B1 = samples(TWO, 6), torch.zeros(6, 1, dtype=torch.int64)
+    x_BW, class_B1 = random_samples(TWO, 6), torch.zeros(6, 1, dtype=torch.int64)
     for model in (plain, other):
         model(x_BW, class_B1).loss_sum.backward()
     for one, again in zip(plain.parameters(), other.parameters(), strict=True):
@@ -313,8 +222,8 @@ def test_parameters_and_flops_of_a_sample() -> None:
     assert sparse.num_parameters().active == 4 * 7 + 2 * (7 * 5 + 5 * 3)
 
 
-def test_which_streams_are_there() -> None:
-    assert present_streams(samples(THREE, missing=True), THREE).tolist() == [
+def test_present_streams() -> None:
+    assert present_streams(random_samples(THREE, missing=True), THREE).tolist() == [
         [s not in lost for s in range(3)] for lost in MISSING[3]
     ]
 
@@ -322,8 +231,8 @@ def test_which_streams_are_there() -> None:
 def test_bfloat16_autocast_is_near_float32() -> None:
     for config, moe in ((GATED, FIXED), (ModelConfig(dim=6, layers=1), SPARSE)):
         model, x_BW, class_B1 = (
-            built(config, moe, TWO).float(),
-            samples(TWO).float(),
+            build_classifier(config, moe, TWO).float(),
+            random_samples(TWO).float(),
             torch.zeros(5, 1, dtype=torch.int64),
         )
         exact = model(x_BW, class_B1).loss_sum

@@ -1,4 +1,4 @@
-"""The classifier on two real ranks that share its experts: loss, counts and every gradient are those of one process."""
+"""The classifier on two real ranks has the loss, counts and gradients of one process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from dmoe.config.schema import ModelConfig
 from dmoe.distributed import mesh
 from dmoe.distributed.expert_parallel import expert_parameters, shard_experts
 from dmoe.moe.routing import TokenContext
-from tests.models.test_classifier import ALONE, BUDGET, FIXED, GATED, SOFT, SPARSE, built, samples
+from tests.models.classifier_cases import (
+    ALONE,
+    BUDGET,
+    FIXED,
+    GATED,
+    SOFT,
+    SPARSE,
+    build_classifier,
+    random_samples,
+)
 from tests.ranks import run_ranks
 
 CASES = {
@@ -24,16 +33,19 @@ CASES = {
 
 
 def numbers(rank: int, world: int, names: list[str]) -> dict[str, dict[str, np.ndarray]]:
-    """Of each case: this rank's share of the loss, the counts, dense gradients summed over the ranks, and those of its own experts."""
+    """Return, per case, this rank's loss and counts, summed dense gradients, expert gradients."""
     groups, found = mesh.build_mesh(world, torch.device("cpu")), {}
     for name in names:
         config, moe, widths, classes = CASES[name]
-        model = built(config, moe, widths, classes)
+        model = build_classifier(config, moe, widths, classes)
         shard_experts(model, groups)
         experts = expert_parameters(model)
         each = 8 // world
         mine = slice(rank * each, (rank + 1) * each)
-        x_BW, class_B1 = samples(widths, 8)[mine], (torch.arange(8) % classes).unsqueeze(1)[mine]
+        x_BW, class_B1 = (
+            random_samples(widths, 8)[mine],
+            (torch.arange(8) % classes).unsqueeze(1)[mine],
+        )
         x_BW[0, 0] = (
             torch.nan if len(moe.experts.shapes) == 0 and rank == 0 else x_BW[0, 0]
         )  # one stream was never there
@@ -54,8 +66,10 @@ def numbers(rank: int, world: int, names: list[str]) -> dict[str, dict[str, np.n
 
 
 def whole(ranks: list[dict[str, np.ndarray]], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A number of all ranks: losses and counts add up, stacks of experts follow each other, everything else has one owner or equal
-    copies."""
+    """Combine a value of all ranks: add losses and counts, concatenate stacks of experts.
+
+    Everything else has one owner or is equal on all ranks.
+    """
     there = [rank[name] for rank in ranks if name in rank]
     if name in ("loss", "counts"):
         return np.sum(there, axis=0)

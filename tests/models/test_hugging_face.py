@@ -1,4 +1,4 @@
-"""Logits and every gradient equal those of transformers' implementations, with the same weights, in float64."""
+"""Logits and gradients equal those of transformers with the same weights, in float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from dmoe.config.schema import BalanceConfig, MoEConfig
 from dmoe.models.attention import rotary_table
 from dmoe.models.transformer import Transformer
-from tests.models.hf import everything_in_float64, hugging_face_names
+from tests.models.hugging_face import everything_in_float64, hugging_face_names
 from tests.models.small import MOE, VOCAB, batch, small
 
 SHAPE = {

@@ -1,4 +1,4 @@
-"""Every weight is a function of (seed, name): not of the device, of what was drawn before, or of the rest of the model."""
+"""Every weight is a function of (seed, name), not of device, earlier draws or other layers."""
 
 from __future__ import annotations
 

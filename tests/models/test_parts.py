@@ -58,7 +58,7 @@ def test_rotate_is_a_complex_multiplication_and_its_gradient_is_right():
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("attend", [causal_attention, unfused_causal_attention])
 def test_attention_equals_one_query_at_a_time(attend, kv_heads):
-    """Both the fused kernel and the plain products that replace it for short bfloat16 sequences on a CPU."""
+    """Tests the fused kernel, and the matrix products that replace it on a CPU."""
     q, k, v = randn(2, 7, 4, 6), randn(2, 7, kv_heads, 6), randn(2, 7, kv_heads, 6)
     expected = causal_attention_reference(q, k, v)
     torch.testing.assert_close(attend(q, k, v), expected)
@@ -78,3 +78,11 @@ def test_attention_equals_one_query_at_a_time(attend, kv_heads):
 def test_impossible_heads_are_refused_with_the_field(config, field):
     with pytest.raises(ValueError, match=field):
         Attention(config)
+
+
+def test_the_sum_of_squares_stays_float32_under_autocast() -> None:
+    """Autocast runs `vecdot` in bfloat16, which rounded every norm on the CPU to 8 bits."""
+    norm, x = RMSNorm(64, 1e-5), torch.randn(4, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = norm(x)
+    torch.testing.assert_close(inside, norm(x), rtol=1e-6, atol=1e-6)

@@ -125,7 +125,7 @@ def test_parameters_are_counted_from_shapes_even_where_only_some_experts_are_hel
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_flops_are_those_torch_counts(tied, qk_norm):
-    """Attention as two plain products, which torch counts in full: the half above the diagonal comes off."""
+    """torch counts attention as two full products; the half above the diagonal is subtracted."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 

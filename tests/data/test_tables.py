@@ -1,4 +1,4 @@
-"""Tables of labelled samples: their features by formula, who is held out, and an order that is arithmetic."""
+"""Tables of labelled samples: features by formula, held-out samples, order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data import tables
 from dmoe.data.order import sequence_indices
-from dmoe.data.tables import TableSplits, TableDataset, num_classes, open_table, stream_widths
+from dmoe.data.tables import TableDataset, TableSplits, num_classes, open_table, stream_widths
 
 SKLEARN = [source for source in DATASETS if source.startswith("sklearn:")]
 FIXED_FEATURES = "76535dc00de35ade"
@@ -28,7 +28,8 @@ def opened(source: str, holdout: float = 0.2, seed: int = 0, **options: object) 
         pytest.importorskip(
             "sklearn", reason="scikit-learn, an optional dependency, is not installed"
         )
-    return open_table(DataConfig(source=source, holdout=holdout, **options), seed)  # type: ignore[arg-type]
+    config = DataConfig(source=source, holdout=holdout, **options)  # type: ignore[arg-type]
+    return open_table(config, seed)
 
 
 @pytest.mark.parametrize("source", DATASETS)
@@ -93,7 +94,7 @@ def test_features_are_their_formulas() -> None:
 
 
 def test_features_need_no_fitting_and_stay_as_they_are() -> None:
-    """A change of a formula makes every trained model wrong without a word: here is what they were."""
+    """A change of a formula silently invalidates every trained model, so the hashes are fixed."""
     image_NHW = (np.arange(192) * 7 % 17).reshape(3, 8, 8).astype(np.float64)
     found = b"".join(
         feature(image_NHW).astype("<f8").tobytes() for feature in tables.DIGIT_FEATURES.values()

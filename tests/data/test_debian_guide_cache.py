@@ -1,4 +1,4 @@
-"""Fetching the guide once: with a stand-in for apt-get on the PATH, since tests reach no network."""
+"""The guide is fetched once: with a stand-in for apt-get, since tests have no network."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ from dmoe.data import debian_guide
 from dmoe.data.debian_guide import PACKAGE, GuideUnavailableError, guide_root
 from tests.data.conftest import write_guide
 
-NOT_INSTALLED = "from pathlib import Path; from dmoe.data import debian_guide; debian_guide.INSTALLED = Path('absent')"
+NOT_INSTALLED = (
+    "from pathlib import Path; from dmoe.data import debian_guide; "
+    "debian_guide.INSTALLED = Path('absent')"
+)
 
 
 @pytest.fixture
 def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A PATH that starts with stand-ins for apt-get and dpkg-deb: they copy a guide from `archive`; `calls` has what was asked."""
+    """Put stand-ins for apt-get and dpkg-deb first on the PATH.
+
+    They copy a guide from `archive`; the file `calls` records their arguments.
+    """
     monkeypatch.setattr(debian_guide, "INSTALLED", tmp_path / "absent")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
@@ -169,10 +175,8 @@ def test_training_ends_with_one_sentence_and_code_2(
     )
     assert dispatch_command() == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert (
-        "data.source=guide:de: needs Debian's package installation-guide-amd64, and `apt-get download"
-        in line
-    )
+    assert "data.source=guide:de: needs Debian's package installation-guide-amd64, and" in line
+    assert "installation-guide-amd64, and `apt-get download" in line
     assert "(E: no network)" in line
     assert "or name text files instead" in line
     assert not (archive / "run").exists()

@@ -1,4 +1,4 @@
-"""Weights of a dmoe model under Hugging Face's names, so that the two implementations can be compared."""
+"""Weights of a dmoe model under Hugging Face's names, to compare both implementations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ Tensors = dict[str, Tensor]
 def hugging_face_names(
     model: Transformer, value: Callable[[nn.Parameter], Tensor], experts: str
 ) -> Tensors:
-    """`value` (the weight, or its gradient) of every parameter under the name transformers gives it; `experts` is the MoE's path."""
+    """Return `value` (weight or gradient) of every parameter under its name in transformers.
+
+    `experts` is the path of the MoE layer's experts.
+    """
     out: Tensors = {
         "model.embed_tokens.weight": value(model.embedding.weight),
         "model.norm.weight": value(model.norm.weight),
@@ -52,8 +55,11 @@ def hugging_face_names(
 
 @contextmanager
 def everything_in_float64() -> Iterator[None]:
-    """transformers rounds norms, router scores and rotary angles to float32 even in a float64 model. In here `torch.float32` means
-    float64, so that two implementations can be compared far below float32's rounding."""
+    """Let `torch.float32` mean float64.
+
+    transformers rounds norms, router scores and rotary angles to float32 even in a float64 model.
+    With this, two implementations can be compared far below the rounding of float32.
+    """
     with (
         patch.multiple(torch, float32=torch.float64, float=torch.float64),
         patch.object(torch.Tensor, "float", torch.Tensor.double),

@@ -1,4 +1,4 @@
-"""`guide:LANG` and `upper:ENTRY`: what is read, what is left out, and which pages are held out."""
+"""`guide:LANG` and `upper:ENTRY`: documents, paragraphs, and the pages that are held out."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data import open_data
 from dmoe.data.corpus import split_corpus
-from dmoe.data.debian_guide import LANGUAGES
+from dmoe.data.debian_guide import LANGUAGES, html_paragraphs
 from dmoe.data.sources import read_corpus
 from tests.data.conftest import LEFT_IN_ENGLISH
 
@@ -30,7 +32,7 @@ def test_a_page_is_a_document(guide: Path) -> None:
 
 
 def test_what_was_left_in_english_is_english(guide: Path) -> None:
-    """The real guide: a quarter of the Vietnamese edition is English, which made its module one for English too."""
+    """A quarter of the real Vietnamese edition is English, so its module learned English too."""
     assert not any(
         LEFT_IN_ENGLISH.encode() in document.content
         for document in read_corpus("guide:de,guide:el").documents
@@ -50,8 +52,10 @@ def test_a_language_does_not_depend_on_its_neighbours(guide: Path) -> None:
 
 
 def test_a_page_is_held_out_in_all_languages_or_in_none(guide: Path) -> None:
-    """By a hash of the content, 31 % of the Catalan guide were held out and 3 % of the Chinese, and a held-out page's translations were
-    trained on."""
+    """By a hash of the content, 31 % of the Catalan guide and 3 % of the Chinese were held out.
+
+    The translations of held-out pages were trained on.
+    """
     _, held_out = split_corpus(read_corpus("guide:de,guide:el,upper:guide:en"), 0.2)
     pages = {
         domain: [d.name.split("/")[1] for d in held_out.documents if d.domain == domain]
@@ -86,7 +90,8 @@ def test_bytes_that_are_no_text_keep_their_place(tmp_path: Path) -> None:
     [
         (
             "guide:xx",
-            r"data.source=guide:xx: must name one of the guide's languages, ca cs da .*; use one of these",
+            r"data.source=guide:xx: must name one of the guide's languages, ca cs da .*; "
+            "use one of these",
         ),
         ("guide:", r"data.source=guide:: must name one of"),
         ("guide:fr", r"data.source=guide:fr: needs Debian's package .* holds no page of it"),
@@ -179,3 +184,42 @@ def test_a_guide_without_a_language_says_so(guide: Path) -> None:
         ConfigError, match=r"guide:el: needs .* holds no page of it; install that package"
     ):
         read_corpus("guide:el")
+
+
+@pytest.mark.parametrize(
+    ("html", "paragraphs"),
+    [
+        ("<p>one</p><p>two</p>", ["one", "two"]),
+        ("<p>one\n  line, <b>bold</b> and <i>slanted</i></p>", ["one line, bold and slanted"]),
+        ("a<br>b<hr>c", ["a", "b", "c"]),
+        ("<ul><li>first<li>second</ul>", ["first", "second"]),
+        ("<table><tr><th>k<td>v</table>", ["k", "v"]),
+        ("<pre>x = 1\n  y  = 2\n\n</pre>z\nz", ["x = 1", "y = 2", "z z"]),
+        ("&lt;tag&gt; &amp; &#252; &nbsp; x", ["<tag> & ü x"]),
+        ("<head><title>no</title></head><body>yes</body>", ["yes"]),
+        ("<head><title>no</title><body>yes", ["yes"]),  # the head's end tag may be left out
+        ("<p>a<script>var x = '<p>no</p>';</script>b</p>", ["ab"]),
+        ("<style>p { color: red }</style>yes", ["yes"]),
+        ("<nav>no<nav>no</nav>no</nav>yes", ["yes"]),
+        (
+            '<div class="navheader">no<div>no</div>no</div>yes<div class="navfooter">no</div>',
+            ["yes"],
+        ),
+        ('<div class="sect1">yes<div>yes</div>yes</div>', ["yes", "yes", "yes"]),
+        ("<p></p>  <p> \n </p>", []),
+        ("", []),
+        ("</p></div>text", ["text"]),
+    ],
+)
+def test_paragraphs_of_html(html: str, paragraphs: list[str]) -> None:
+    assert html_paragraphs(html) == paragraphs
+
+
+TAGS = (
+    "<p>", "</p>", "<head>", "</head>", "<body>", "<pre>", "</pre>", "<nav", ">", "x ", "&", "<!--",
+)  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(TAGS)))
+def test_damaged_html_raises_no_error(pieces: list[str]) -> None:
+    assert all(text and text == " ".join(text.split()) for text in html_paragraphs("".join(pieces)))

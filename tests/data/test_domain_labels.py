@@ -1,4 +1,4 @@
-"""The domain of the document in which a sequence starts, from text, from shards and from synthetic streams."""
+"""The domain of the document in which a sequence starts: text, shards, synthetic data."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from dmoe.data import DatasetSplits, open_data, prepare_shards
 from dmoe.data.packing import (
     HeldOutDataset,
     PackedDataset,
-    domain_runs,
     domain_labels,
+    domain_runs,
     token_chunks,
 )
 from dmoe.data.tokenizers import byte_tokenizer
@@ -33,12 +33,12 @@ def config(texts: Path) -> DataConfig:
 
 
 def labels_from_text(data: DatasetSplits, texts: Path) -> list[int]:
-    """Of the held-out text as it is stored: where each file stands in it says where its label begins."""
+    """Return labels of the held-out text in stored order, by searching for each file."""
     rows = stored(data).samples(0, stored(data).num_sequences)
     tokens = np.append(rows[:, :-1].ravel(), rows[-1, -1]).astype(np.uint8).tobytes()
     begins = {}
     for path in texts.rglob("*.txt"):
-        # The opening separator belongs to the document; the last file may be cut by the tail that fills no sequence.
+        # The opening separator belongs to the document; the unused tail may cut the last file.
         at = tokens.find(b"\0" + path.read_bytes()[:200])
         if at >= 0:
             begins[at] = data.domains.index(path.parent.name)

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,7 +111,8 @@ def test_tekken(tekken_file: Path) -> None:
 def test_a_vocabulary_out_of_range_is_refused(rank_file: Path, vocab: int) -> None:
     with pytest.raises(
         ConfigError,
-        match=rf"data.tokenizer_vocab={vocab}: must be between 256 and the 269 .*set data.tokenizer_vocab=269",
+        match=rf"data.tokenizer_vocab={vocab}: must be between 256 and the 269 .*"
+        "set data.tokenizer_vocab=269",
     ):
         open_file(rank_file, vocab)
 
@@ -120,12 +123,17 @@ def test_a_vocabulary_out_of_range_is_refused(rank_file: Path, vocab: int) -> No
         (lambda lines: ["not base64!"], "line 1 is not"),
         (lambda lines: [*lines, "AA== x"], "line 270 is not"),
         (lambda lines: lines[:100], "data.tokenizer_vocab=100: must be between 256"),
-        (lambda lines: [*lines[:65], f"{base64.b64encode(b'zz').decode()} 65", *lines[66:]], "1 of the 256 single bytes"),
+        (
+            lambda lines: [*lines[:65], f"{base64.b64encode(b'zz').decode()} 65", *lines[66:]],
+            "1 of the 256 single bytes",
+        ),
         (lambda lines: [*lines, f"{base64.b64encode(b'the').decode()} 269"], "appears twice"),
         (lambda lines: lines[:256] + lines[257:], "set data.tokenizer_vocab=256"),
     ],
-)  # fmt: skip
-def test_damaged_rank_files_are_refused(rank_file: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
+)
+def test_damaged_rank_files_are_refused(
+    rank_file: Path, change: Callable[[list[str]], list[str]], message: str
+) -> None:
     rank_file.write_text("\n".join(change(rank_file.read_text().splitlines())))
     with pytest.raises(ConfigError, match=message):
         open_file(rank_file)
@@ -175,19 +183,33 @@ def test_truncation_in_the_file_is_ignored(tmp_path: Path) -> None:
     assert_lossless(open_file(path), TEXT * 3)
 
 
+WORD_PIECE = {
+    "type": "WordPiece",
+    "unk_token": "u",
+    "continuing_subword_prefix": "##",
+    "max_input_chars_per_word": 9,
+    "vocab": {"u": 0, "a": 1},
+}
+WORD_LEVEL = {"type": "WordLevel", "unk_token": "u", "vocab": {"u": 0, "\u2581a": 1}}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda b: b | {"normalizer": {"type": "Lowercase"}}, "it changes the text"),
-        (lambda b: b | {"pre_tokenizer": b["pre_tokenizer"] | {"add_prefix_space": True}}, "it changes the text"),
+        (
+            lambda b: b | {"pre_tokenizer": b["pre_tokenizer"] | {"add_prefix_space": True}},
+            "it changes the text",
+        ),
         (lambda b: b | {"model": b["model"] | {"dropout": 0.1}}, "dropout"),
-        (lambda b: b | {"model": {"type": "WordPiece", "unk_token": "u", "continuing_subword_prefix": "##",
-                                  "max_input_chars_per_word": 9, "vocab": {"u": 0, "a": 1}}}, "256 bytes have no token"),
-        (lambda b: b | {"model": {"type": "WordLevel", "unk_token": "u", "vocab": {"u": 0, "\u2581a": 1}}}, "byte alphabet"),
+        (lambda b: b | {"model": WORD_PIECE}, "256 bytes have no token"),
+        (lambda b: b | {"model": WORD_LEVEL}, "byte alphabet"),
         (lambda b: {"version": "1.0"}, "cannot read it"),
     ],
-)  # fmt: skip
-def test_json_files_that_lose_text_are_refused(tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
+)
+def test_json_files_that_lose_text_are_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], message: str
+) -> None:
     path = trained_json(tmp_path)
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     with pytest.raises(ConfigError, match=rf"must be a lossless byte-level BPE, but .*{message}"):
