@@ -58,7 +58,9 @@ def export(
     ] = None,
     module: Annotated[int, typer.Option(help="The module to write to --peft.")] = 0,
 ) -> None:
-    """Write modules without the network: all to a file with their base model's hash, or one for peft.
+    """Write modules without the network: all into a file, or one in peft's format.
+
+    The file records the hash of the base model.
 
     Example: dmoe modules export runs/latest --to modules.safetensors
     """
@@ -161,6 +163,5 @@ def _print_table(source: str, targets: list[TargetSummary]) -> None:
         )
     console = Console(highlight=False, markup=False)
     console.print(table)
-    console.print(
-        f"{sum(target.parameters for target in targets):,} parameters in modules at {len(targets)} target modules"
-    )
+    parameters = sum(target.parameters for target in targets)
+    console.print(f"{parameters:,} parameters in the modules of {len(targets)} target modules")

@@ -83,7 +83,7 @@ def test_merge_writes_the_plain_network(run: Path, place: Path) -> None:
     )
     torch.testing.assert_close(after.get_submodule("blocks.0.attention.w_out").weight, wanted)
     assert dmoe("generate", "merged", "--prompt", "a", "--tokens", "2", cwd=place).returncode == 0
-    for given, words in {"0.5": "one number for each of the 2", "a,b": "must be numbers"}.items():
+    for given, words in {"0.5": "one number for each of the 2", "a,b": "must be comma-separated numbers"}.items():
         refused(
             answered("modules", "merge", str(run), "--weights", given, "--to", "no", cwd=place),
             words,
@@ -133,6 +133,6 @@ def test_a_run_without_modules_and_a_file_of_another_core(
     assert result.returncode == 0
     refused(
         answered("modules", "add", str(run), "corpus/0.py", "--to", "x", cwd=place),
-        "cannot be read as a file of modules",
+        "cannot be read as a module file",
         code=3,
     )

@@ -21,11 +21,12 @@ from dmoe.runs.directory import RunDir
 from dmoe.train import engine as engines
 from dmoe.train.engine import Engine
 from dmoe.train.evaluation import evaluate
-from dmoe.train.modular.session import compositions
-from dmoe.train.modular.stages import check_stages
+from dmoe.train.modular.session import evaluate_compositions
+from dmoe.train.modular.stages import check_base_models
 from dmoe.train.restore import check_same_run
-from dmoe.train.trainer import train
-from dmoe.verify.naive.modular import stir
+from dmoe.train.run import train
+from dmoe.train.signals import StopRequested
+from dmoe.verify.naive.modular import randomize
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, tiny
 
@@ -47,15 +48,15 @@ COMPOSED = tiny(
 def build(config: Config) -> Engine:
     AcceleratorState._reset_state(reset_partial_state=True)
     check(config, worlds.launched_world_size())
-    engine = engines.build(config, worlds.init_distributed("cpu"), VOCAB)
-    stir(engine)  # else every module adds nothing
+    engine = engines.build_engine(config, worlds.init_distributed("cpu"), VOCAB)
+    randomize(engine)  # else every module adds nothing
     return engine
 
 
 def composed(rank: int, world: int) -> list[dict[str, Any]]:
     engine = build(COMPOSED)
-    data = engine.task.open()
-    found = compositions(engine, data, lambda: False)
+    data = engine.task.open_data()
+    found = evaluate_compositions(engine, data, lambda: False)
     assert found is not None
     for layer in adapter_layers(engine.model).values():
         assert layer.router.get_buffer("module_LK").tolist() == [[0, 1]]
@@ -78,9 +79,9 @@ def test_a_composition_is_an_evaluation_with_that_table() -> None:
         )
         if modules == []:
             for layer in adapter_layers(engine.model).values():
-                for stack in layer.experts.stacks().values():
+                for stack in layer.experts.stacked_tensors().values():
                     stack.data.zero_()
-        result = evaluate(engine, engine.task.open())
+        result = evaluate(engine, engine.task.open_data())
         assert result is not None
         assert loss == pytest.approx(result.loss, rel=1e-6)
 
@@ -92,15 +93,14 @@ def test_two_ranks_that_share_the_modules_say_the_same() -> None:
 
 
 def test_a_signal_in_the_middle_leaves_the_table_as_it_was() -> None:
-    engine, asked = (
-        build(COMPOSED),
-        iter([False, True]),
-    )  # an evaluation is one batch: in the second, of [1]
+    # an evaluation is one batch: stop in the second one, of [1]
+    engine, answers = build(COMPOSED), iter([False, True])
     before = {name: value.clone() for name, value in engine.model.state_dict().items()}
-    assert compositions(engine, engine.task.open(), lambda: next(asked, True)) is None
+    with pytest.raises(StopRequested):
+        evaluate_compositions(engine, engine.task.open_data(), lambda: next(answers, True))
     for name, value in engine.model.state_dict().items():
         assert torch.equal(value, before[name]), name
-    assert engine.wrapped.training
+    assert engine.wrapped_model.training
 
 
 def test_other_compositions_do_not_make_another_run() -> None:
@@ -135,7 +135,7 @@ def test_a_core_config_that_is_not_here_says_where_was_looked(
     with pytest.raises(
         ConfigError, match=rf"modular\.core=configs/modular/core\.yaml: is not in {tmp_path}"
     ):
-        check_stages(tiny("modular.core=configs/modular/core.yaml"), 1)
+        check_base_models(tiny("modular.core=configs/modular/core.yaml"), 1)
 
 
 def test_it_is_said_that_a_core_is_trained_first(
@@ -155,7 +155,7 @@ def test_latest_names_no_core(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "one"
     for directory in (RunDir(run), RunDir(run / "core")):
         directory.create(None)
-        directory.record(tiny(), "")
+        directory.write_config(tiny(), "")
     assert not (run / "latest").is_symlink()
     assert (tmp_path / "runs" / "latest").resolve() == run
 

@@ -173,7 +173,7 @@ def bias_balanced_routers(
 
 
 def module_metrics(model: nn.Module, totals: ReducedStep) -> dict[str, Any]:
-    """Return `modules` of a `train` line: per target, its tokens per module and its router's losses.
+    """Return `modules` of a `train` line: per target, tokens per module and router losses.
 
     Empty without modules.
     """

@@ -84,8 +84,8 @@ def check_base_model(config: Config, base: Mapping[str, Any], name: str) -> None
 def load_base_model(engine: Engine, path: Path) -> None:
     """Load the checkpoint at `path` into the engine's model.
 
-    New modules keep their initial weights. Collective. Cost: each rank reads its shards of the base model, and all modules, which are a few
-    percent of it.
+    New modules keep their initial weights. Collective. Cost: each rank reads its shards of the
+    base model, and all modules, which are a few percent of it.
 
     Raises: ConfigError for another network; CheckpointError for a damaged checkpoint, or tensors of
     other shapes (another vocabulary).
