@@ -1,4 +1,4 @@
-"""A checkpoint that was damaged, or made up, is an error that names the file, before any tensor is touched."""
+"""A damaged or forged checkpoint is an error that names the file; no tensor is changed."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from safetensors.torch import save_file
 from dmoe.checkpoint import load, read_manifest, save, verify
 from dmoe.checkpoint.manifest import MANIFEST, FileEntry, Manifest, TensorEntry, hash_file, write
 from dmoe.config.errors import CheckpointError
-from tests.checkpoint.experts import blank, same, whole
+from tests.checkpoint.states import full_state, ones_like, states_equal
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return save(tmp_path, 100, whole(), {"tokens": 123456, "note": "text"})
+    return save(tmp_path, 100, full_state(), {"tokens": 123456, "note": "text"})
 
 
 def refused(path: Path, message: str) -> None:
-    """`verify` and `load` both refuse, and `load` leaves the state as it was."""
+    """Assert that `verify` and `load` refuse, and that `load` leaves the state unchanged."""
     with pytest.raises(CheckpointError, match=message):
         verify(path)
-    state = {name: blank(tensor) for name, tensor in whole().items()}
+    state = {name: ones_like(tensor) for name, tensor in full_state().items()}
     with pytest.raises(CheckpointError, match=message):
         load(path, state)
-    assert same(state, {name: blank(tensor) for name, tensor in whole().items()})
+    assert states_equal(state, {name: ones_like(tensor) for name, tensor in full_state().items()})
 
 
 def test_every_one_of_40_random_bit_flips_is_detected(path: Path) -> None:
-    """torch's DCP loads 198 of 200 such flips without a word."""
+    """torch's DCP loads 198 of 200 such flips without an error."""
     dice = random.Random(7)
     for number in range(40):
         file = sorted(path.iterdir())[number % 2]
@@ -52,7 +52,7 @@ def test_every_one_of_40_random_bit_flips_is_detected(path: Path) -> None:
 
 
 def test_every_bit_of_a_manifest_counts(path: Path) -> None:
-    """Also white space, the digits of `extra`, and the manifest's own digest (whose letters' case bit would read the same)."""
+    """Also white space, digits in `extra`, and the case bit of letters in the digest."""
     file = path / MANIFEST
     good = file.read_bytes()
     for position in range(0, len(good), 3):
@@ -87,7 +87,7 @@ def link_manifest(path: Path) -> None:
 
 
 def pipe_manifest(path: Path) -> None:
-    """Opening a pipe for reading waits for a writer for ever, unless one takes care."""
+    """Opening a pipe for reading would block until there is a writer."""
     (path / MANIFEST).unlink()
     os.mkfifo(path / MANIFEST)
 
@@ -123,7 +123,7 @@ def test_damage_names_the_file(path: Path, damage: Callable[[Path], object], mes
     refused(path, message)
 
 
-def test_peek_follows_no_link(path: Path) -> None:
+def test_read_manifest_follows_no_link(path: Path) -> None:
     link_manifest(path)
     with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
         read_manifest(path)
@@ -132,7 +132,7 @@ def test_peek_follows_no_link(path: Path) -> None:
 def test_a_shard_of_another_step_is_refused(path: Path) -> None:
     other = {
         name: tensor + 1 if tensor.is_floating_point() else tensor
-        for name, tensor in whole().items()
+        for name, tensor in full_state().items()
     }
     newer = save(path.parent, 200, other, {})
     (path / SHARD).write_bytes((newer / SHARD).read_bytes())
@@ -150,7 +150,7 @@ def test_a_checkpoint_directory_that_is_a_link_or_was_renamed(path: Path) -> Non
 
 
 def forge(path: Path, change: Callable[[dict], object]) -> None:
-    """A manifest by someone who knows how its digest is made."""
+    """Write a changed manifest with a correct digest."""
     import hashlib
 
     body = json.loads((path / MANIFEST).read_text())["manifest"]
@@ -234,8 +234,8 @@ def test_a_manifest_that_is_not_json_is_refused(path: Path, text: str) -> None:
 
 
 def test_300_malformed_headers_are_checkpoint_errors(tmp_path: Path) -> None:
-    """The manifest's hashes agree with the malformed file here, so it is the parsers that must stand it."""
-    good = (save(tmp_path / "good", 1, whole(), {}) / SHARD).read_bytes()
+    """The manifest's hashes match the malformed file, so the header parsers must refuse it."""
+    good = (save(tmp_path / "good", 1, full_state(), {}) / SHARD).read_bytes()
     length = struct.unpack("<Q", good[:8])[0]
     dice, path, refusals = random.Random(3), tmp_path / "step-00000001", 0
     contents = read_manifest(tmp_path / "good" / "step-00000001").tensors
@@ -247,18 +247,20 @@ def test_300_malformed_headers_are_checkpoint_errors(tmp_path: Path) -> None:
         (path / SHARD).write_bytes(bad)
         (path / MANIFEST).unlink(missing_ok=True)
         write(path, Manifest(1, {SHARD: hash_file(path / SHARD)}, contents, {}))
-        state = {name: blank(tensor) for name, tensor in whole().items()}
+        state = {name: ones_like(tensor) for name, tensor in full_state().items()}
         try:
             load(path, state)
         except CheckpointError:
             refusals += 1
-            assert same(state, {name: blank(tensor) for name, tensor in whole().items()})
+            assert states_equal(
+                state, {name: ones_like(tensor) for name, tensor in full_state().items()}
+            )
     assert (
         refusals > 200
     )  # the others changed an insignificant byte, such as white space or a digit of the metadata
 
 
-def plant(
+def write_shard(
     path: Path,
     pieces: dict[str, torch.Tensor],
     offsets: dict[str, list[int]],
@@ -285,11 +287,11 @@ def plant(
         ),
     ],
 )
-def test_pieces_that_do_not_make_up_the_tensor_are_refused(
+def test_chunks_that_do_not_cover_the_tensor_are_refused(
     tmp_path: Path, piece: torch.Tensor, offset, message: str
 ) -> None:
-    """torch's reader would leave the missing rows as they were and say nothing."""
-    plant(tmp_path / "step-00000001", {"x": piece}, {"x": offset}, (4, 3))
+    """torch's reader would leave the missing rows unchanged without an error."""
+    write_shard(tmp_path / "step-00000001", {"x": piece}, {"x": offset}, (4, 3))
     target = torch.zeros(4, 3)
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path / "step-00000001", {"x": target})
@@ -297,6 +299,6 @@ def test_pieces_that_do_not_make_up_the_tensor_are_refused(
 
 
 def test_a_tensor_that_no_file_holds_is_refused(tmp_path: Path) -> None:
-    plant(tmp_path / "step-00000001", {}, {}, (0, 3))
+    write_shard(tmp_path / "step-00000001", {}, {}, (0, 3))
     with pytest.raises(CheckpointError, match=r"no file of .* holds 'x'"):
         load(tmp_path / "step-00000001", {"x": torch.zeros(0, 3)})

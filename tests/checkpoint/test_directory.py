@@ -1,4 +1,4 @@
-"""Which checkpoint is the newest whole one, and which may be deleted."""
+"""The newest intact checkpoint, and pruning."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def make(root: Path, *steps: int) -> list[Path]:
 
 
 def flip(path: Path) -> None:
-    """One bit of the tensor data: names, sizes and header stay right."""
+    """Flip one bit of the tensor data: names, sizes and header stay correct."""
     (shard,) = path.glob("shard-*")
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
@@ -91,8 +91,8 @@ def test_a_good_latest_warns_of_nothing_older(tmp_path: Path) -> None:
         assert latest(tmp_path) == paths[1]
 
 
-def test_checkpoints_of_which_none_is_whole_are_an_error(tmp_path: Path) -> None:
-    """None would mean: start over, and write over the run."""
+def test_no_intact_checkpoint_is_an_error(tmp_path: Path) -> None:
+    """None would mean to start again and overwrite the run."""
     for path in make(tmp_path, 100, 200):
         flip(path)
     with pytest.raises(
@@ -113,7 +113,7 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
 
 
 def test_prune_counts_complete_ones_only(tmp_path: Path) -> None:
-    """accelerate deletes the old checkpoint before the new one is written: three failed saves leave nothing."""
+    """accelerate deletes the old one before it writes the new one: three failures leave none."""
     paths = make(tmp_path, 1, 2, 3, 4, 5)
     for path in paths[2:]:
         cut(path)
@@ -133,7 +133,7 @@ def latest_quietly(root: Path) -> Path | None:
 
 
 def test_prune_never_deletes_the_only_good_one(tmp_path: Path) -> None:
-    """A newest checkpoint of the right size whose bits have rotted looks complete until it is hashed."""
+    """A newest checkpoint with a flipped bit looks complete until it is hashed."""
     paths = make(tmp_path, 1, 2, 3)
     flip(paths[2])
     flip(paths[1])

@@ -1,4 +1,4 @@
-"""Real gloo ranks: saved at one topology, loaded at another, exact by global expert id; and one rank's failure is everybody's."""
+"""Checkpoints on gloo ranks: saved and loaded on different meshes; an error is raised on all."""
 
 from __future__ import annotations
 
@@ -17,14 +17,20 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from dmoe.checkpoint import dcp, find_latest, list_steps, load, save, verify
 from dmoe.checkpoint.consensus import fingerprint
 from dmoe.config.errors import CheckpointError
-from tests.checkpoint.experts import blank, mesh_of, same, sharded, whole
+from tests.checkpoint.states import (
+    ep_device_mesh,
+    full_state,
+    ones_like,
+    sharded_state,
+    states_equal,
+)
 from tests.ranks import run_ranks
 
 EXTRA = {"tokens": 5, "topology": "W4 EP4"}
 
 
 def elements_on_disk(path: Path) -> dict[str, int]:
-    """Elements of each tensor over all files, as the headers give them."""
+    """Count the elements of each tensor over all files."""
     found: dict[str, int] = {}
     for file in path.glob("*.safetensors"):
         for name, piece in safetensors.torch.load_file(file).items():
@@ -36,23 +42,25 @@ def elements_on_disk(path: Path) -> dict[str, int]:
 
 
 def save_sharded(rank: int, world: int, root: Path, ep: int) -> str:
-    return str(save(root, 100, sharded(world, ep), EXTRA | {"rank": rank}))
+    return str(save(root, 100, sharded_state(world, ep), EXTRA | {"rank": rank}))
 
 
 def load_sharded(rank: int, world: int, path: Path, eps: tuple[int, ...]) -> list[bool]:
     results = []
     for ep in eps:
-        state = sharded(world, ep, blank)
-        assert not same(state, sharded(world, ep))
+        state = sharded_state(world, ep, ones_like)
+        assert not states_equal(state, sharded_state(world, ep))
         extra = load(path, state)
-        results.append(same(state, sharded(world, ep)) and extra == EXTRA | {"rank": 0})
+        results.append(
+            states_equal(state, sharded_state(world, ep)) and extra == EXTRA | {"rank": 0}
+        )
     return results
 
 
 def load_alone(path: Path) -> bool:
-    state = {name: blank(tensor) for name, tensor in whole().items()}
+    state = {name: ones_like(tensor) for name, tensor in full_state().items()}
     load(path, state)
-    return same(state, whole())
+    return states_equal(state, full_state())
 
 
 def test_saved_at_4_ranks_and_loaded_at_other_worlds_and_ep_sizes(tmp_path: Path) -> None:
@@ -64,20 +72,20 @@ def test_saved_at_4_ranks_and_loaded_at_other_worlds_and_ep_sizes(tmp_path: Path
 
 
 def test_replicas_are_written_once(tmp_path: Path) -> None:
-    """W=4, EP=2: two copies of every expert, four of every dense weight; and the way back to one process."""
+    """W=4, EP=2: two replicas per expert, four per dense weight; loads on one process."""
     path = Path(run_ranks(4, save_sharded, tmp_path, 2)[0])
-    assert elements_on_disk(path) == {name: tensor.numel() for name, tensor in whole().items()}
+    assert elements_on_disk(path) == {name: tensor.numel() for name, tensor in full_state().items()}
     assert load_alone(path)
 
 
-def test_a_checkpoint_of_one_process_spreads_over_ranks(tmp_path: Path) -> None:
-    path = save(tmp_path, 100, whole(), EXTRA | {"rank": 0})
+def test_a_checkpoint_of_one_process_loads_on_ranks(tmp_path: Path) -> None:
+    path = save(tmp_path, 100, full_state(), EXTRA | {"rank": 0})
     assert run_ranks(3, load_sharded, path, (3,)) == [[True]] * 3  # 8 experts over 3 ranks: 3, 3, 2
 
 
 def fully_sharded(rank: int, world: int, root: Path) -> bool:
-    """FSDP2 over edp of experts that are already sharded over ep: torch spells it _StridedShard on the outer axis."""
-    mesh, full = mesh_of(world, 2), whole()["model.experts.w"]
+    """Shard experts over ep and again over edp, which FSDP2 expresses as _StridedShard."""
+    mesh, full = ep_device_mesh(world, 2), full_state()["model.experts.w"]
     mine = full.chunk(2)[mesh.get_local_rank("ep")].chunk(2)[mesh.get_local_rank("edp")]
     placements = [_StridedShard(0, split_factor=2), Shard(0)]
     tensor = DTensor.from_local(
@@ -127,7 +135,7 @@ def refusal(action: Callable[[], object]) -> str:
 
 
 def differing_states(rank: int, world: int, root: Path) -> list[str]:
-    mesh = mesh_of(world, 2)
+    mesh = ep_device_mesh(world, 2)
     local = torch.arange(6.0).reshape(2, 3) + 10 * mesh.get_local_rank("ep")
     drifted = local.clone()
     drifted[1, 2] += 1e-6 * (rank == 2)
@@ -150,7 +158,7 @@ def differing_states(rank: int, world: int, root: Path) -> list[str]:
 
 
 def test_what_differs_between_ranks_is_refused_on_all(tmp_path: Path) -> None:
-    """Experts given as plain tensors of one name: torch's DCP, Megatron and DeepSpeed keep one rank's without a word."""
+    """Experts as plain tensors of one name: DCP, Megatron and DeepSpeed keep only one rank's."""
     results = run_ranks(4, differing_states, tmp_path)
     assert all(result == results[0] for result in results)
     messages = results[0]
@@ -185,14 +193,14 @@ def test_a_fingerprint_sees_one_changed_element_and_a_swap(dtype: torch.dtype) -
 
 
 class Awkward(Exception):
-    """An exception that can be pickled and not unpickled: sent as it is, it would break the coordinator."""
+    """An exception that cannot be unpickled: sent as it is, it would break the coordinator."""
 
     def __init__(self, first: str, second: str) -> None:
         super().__init__(f"{first} {second}")
 
 
 def failing_saves(rank: int, world: int, root: Path) -> list[str]:
-    save(root, 100, sharded(world, world), {})
+    save(root, 100, sharded_state(world, world), {})
     original = dcp.write_safetensors
     messages = []
 
@@ -210,19 +218,21 @@ def failing_saves(rank: int, world: int, root: Path) -> list[str]:
         (Awkward("rank", "0"), 0),
     ]:
         dcp.write_safetensors = fail(error, on)
-        messages.append(refusal(lambda: save(root, 200, sharded(world, world), {})))
+        messages.append(refusal(lambda: save(root, 200, sharded_state(world, world), {})))
         dcp.write_safetensors = original
         dist.barrier()
         assert sorted(entry.name for entry in root.iterdir()) == ["step-00000100"]
         dist.barrier()
     messages.append(
         refusal(
-            lambda: save(root, 200, sharded(world, world), {"bad": object()} if rank == 2 else {})
+            lambda: save(
+                root, 200, sharded_state(world, world), {"bad": object()} if rank == 2 else {}
+            )
         )
     )
     if rank == 1:
         dcp.Chunk = None  # fails inside the writer, before a file is written
-    messages.append(refusal(lambda: save(root, 200, sharded(world, world), {})))
+    messages.append(refusal(lambda: save(root, 200, sharded_state(world, world), {})))
     dist.barrier()
     assert list_steps(root) == [(100, root / "step-00000100")]
     assert [entry.name for entry in root.iterdir()] == ["step-00000100"]
@@ -242,12 +252,14 @@ def test_a_writer_that_fails_on_one_rank_fails_the_save_on_all(tmp_path: Path) -
 
 def failing_loads(rank: int, world: int, path: Path) -> list[str]:
     messages = []
-    state = sharded(world, world, blank)
+    state = sharded_state(world, world, ones_like)
     if rank == 1:
         state["model.embed"] = torch.ones(3)
     messages.append(refusal(lambda: load(path, state)))
-    untouched = sharded(world, world, blank) | ({"model.embed": torch.ones(3)} if rank == 1 else {})
-    assert same(state, untouched)
+    untouched = sharded_state(world, world, ones_like) | (
+        {"model.embed": torch.ones(3)} if rank == 1 else {}
+    )
+    assert states_equal(state, untouched)
     dist.barrier()
     if rank == 0:
         shard = path / "shard-00001-model-00001-of-00001.safetensors"
@@ -255,15 +267,15 @@ def failing_loads(rank: int, world: int, path: Path) -> list[str]:
         data[8 + struct.unpack("<Q", data[:8])[0]] ^= 1
         shard.write_bytes(data)
     dist.barrier()
-    state = sharded(world, world, blank)
+    state = sharded_state(world, world, ones_like)
     messages.append(refusal(lambda: load(path, state)))
-    assert same(state, sharded(world, world, blank))
+    assert states_equal(state, sharded_state(world, world, ones_like))
     messages.append(refusal(lambda: find_latest(path.parent)))
     return messages
 
 
-def test_what_one_rank_refuses_no_rank_loads(tmp_path: Path) -> None:
-    path = save(tmp_path, 100, whole(), {})
+def test_a_load_refused_on_one_rank_is_refused_on_all(tmp_path: Path) -> None:
+    path = save(tmp_path, 100, full_state(), {})
     results = run_ranks(2, failing_loads, path)
     assert results[0] == results[1]
     assert (

@@ -1,4 +1,4 @@
-"""The new checkpoint is proven before an old one goes."""
+"""A new checkpoint is verified before an old one is deleted."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch.distributed as dist
 
 from dmoe.checkpoint import AsyncSaver, directory, manifest, save_load, verify
 from dmoe.distributed import mesh
-from tests.checkpoint.experts import sharded
-from tests.checkpoint.saving import patched, refusal, state_of
+from tests.checkpoint.helpers import constant_state, error_message, patched
+from tests.checkpoint.states import sharded_state
 from tests.ranks import run_ranks
 
 
-def test_nothing_is_deleted_before_the_new_one_is_proven(
+def test_nothing_is_deleted_before_the_new_one_is_verified(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
@@ -30,25 +30,25 @@ def test_nothing_is_deleted_before_the_new_one_is_proven(
         return call
 
     saver = AsyncSaver(tmp_path, 1, None, False)
-    saver.save(1, state_of(1.0), {})
+    saver.save(1, constant_state(1.0), {})
     monkeypatch.setattr(manifest, "hash_file", told("hash", manifest.hash_file))
     monkeypatch.setattr(directory, "remove_checkpoint", told("remove", directory.remove_checkpoint))
-    saver.save(2, state_of(2.0), {})
+    saver.save(2, constant_state(2.0), {})
     shard = "shard-00001-model-00001-of-00001.safetensors"
     assert events == [
         f"hash {shard}",
         f"hash {shard}",
         "remove step-00000001",
-    ]  # once when written, once read back, and no more
+    ]  # hashed once when written and once when verified
 
 
-def damaged_by(rank: int, world: int, root: Path) -> list[str]:
-    """The commit succeeds, and what the disk holds is not what was written: the file of the last rank."""
+def save_damaged(rank: int, world: int, root: Path) -> list[str]:
+    """Save; after the commit, damage the file of the last rank."""
     saver, original = (
         AsyncSaver(root, 1, mesh.build_mesh(world, torch.device("cpu")).checkpoint_group, True),
         save_load.save,
     )
-    saver.save(1, sharded(world, world), {})
+    saver.save(1, sharded_state(world, world), {})
     saver.wait()
 
     def rotten(*args: Any, **kwargs: Any) -> Path:
@@ -62,24 +62,24 @@ def damaged_by(rank: int, world: int, root: Path) -> list[str]:
         return path
 
     with patched(save_load, "save", rotten):
-        saver.save(2, sharded(world, world), {})
-        message = refusal(saver.wait)
+        saver.save(2, sharded_state(world, world), {})
+        message = error_message(saver.wait)
     dist.barrier()
     return [message, *sorted(entry.name for entry in root.iterdir())]
 
 
-def test_a_new_checkpoint_that_does_not_read_back_goes_and_the_old_one_stays(
+def test_a_damaged_new_checkpoint_is_removed_and_the_old_one_kept(
     tmp_path: Path,
 ) -> None:
-    results = run_ranks(2, damaged_by, tmp_path)
+    results = run_ranks(2, save_damaged, tmp_path)
     assert results[0] == results[1]
     assert "shard-00002-model-00001-of-00001.safetensors was changed" in results[0][0]
     assert results[0][1:] == ["step-00000001"]
     verify(tmp_path / "step-00000001")
 
 
-def test_what_a_killed_run_was_writing_goes_at_the_next_start(tmp_path: Path) -> None:
-    save_load.save(tmp_path, 1, state_of(1.0), {})
+def test_partial_checkpoints_of_killed_runs_are_removed(tmp_path: Path) -> None:
+    save_load.save(tmp_path, 1, constant_state(1.0), {})
     for step in (2, 7):
         (tmp_path / f"step-0000000{step}.tmp").mkdir()
         (tmp_path / f"step-0000000{step}.tmp" / "shard").write_text("half")

@@ -1,4 +1,4 @@
-"""Each rank's generator goes on where it was; where it cannot, that is said."""
+"""Each rank's generator is restored, or a remark says why not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def draw() -> numpy.ndarray:
 
 
 def resumed(rank: int, world: int, root: Path) -> list[numpy.ndarray]:
-    """What was drawn after the save, what is drawn after a restart and a restore, and what a fresh start would draw."""
+    """Return draws after the save, after a restart and restore, and after a new start."""
     torch.manual_seed(10 + rank)
     torch.rand(5)
     path = save(root, 1, WEIGHTS | gather_rng_state(None), {})
@@ -40,7 +40,7 @@ def resumed(rank: int, world: int, root: Path) -> list[numpy.ndarray]:
     return [unbroken, draw(), fresh]
 
 
-def test_the_next_draws_are_those_of_the_unbroken_run(tmp_path: Path) -> None:
+def test_draws_after_a_resume_equal_the_uninterrupted_run(tmp_path: Path) -> None:
     results = run_ranks(3, resumed, tmp_path)
     for unbroken, again, fresh in results:
         assert (unbroken == again).all()
@@ -58,7 +58,7 @@ def saved(rank: int, world: int, root: Path) -> None:
     save(root, 1, WEIGHTS | gather_rng_state(None), {})
 
 
-def test_at_another_world_size_each_rank_keeps_its_own_and_says_so(tmp_path: Path) -> None:
+def test_at_another_world_size_each_rank_keeps_its_own_state(tmp_path: Path) -> None:
     run_ranks(2, saved, tmp_path)
     size = torch.get_rng_state().numel()
     for world in (1, 3):
@@ -68,7 +68,7 @@ def test_at_another_world_size_each_rank_keeps_its_own_and_says_so(tmp_path: Pat
 
 
 def test_a_checkpoint_without_random_state_is_no_error(tmp_path: Path) -> None:
-    """As all were before this was saved."""
+    """Older checkpoints have none."""
     remark, untouched = elsewhere(0, 1, save(tmp_path, 1, WEIGHTS, {}))
     assert untouched
     assert "holds no random state" in remark

@@ -1,4 +1,4 @@
-"""One process: what goes in comes out bit for bit, and what could not come out is refused before a file is made."""
+"""One process: values are restored bit for bit; others are refused before a file is written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from dmoe.checkpoint import load, read_manifest, save
 from dmoe.checkpoint.validate import DTYPES
 from dmoe.config.errors import CheckpointError
-from tests.checkpoint.experts import blank, same, whole
+from tests.checkpoint.states import full_state, ones_like, states_equal
 
 EXTRA = {
     "config": "abc",
@@ -31,19 +31,19 @@ def bytes_of(tensor: Tensor) -> Tensor:
 
 
 def random_bits(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Any bit pattern at all, so also NaNs with payloads, denormals and negative zeros."""
+    """Fill with any bit pattern, also NaNs with payloads, denormals and negative zeros."""
     if dtype == torch.bool:
         return torch.rand(shape) < 0.5
     size = torch.empty(shape, dtype=dtype)
     return torch.randint(0, 256, (size.nbytes,), dtype=torch.uint8).view(dtype).reshape(shape)
 
 
-def test_a_whole_state_and_extra_come_back(tmp_path: Path) -> None:
-    path = save(tmp_path, 100, whole(), EXTRA)
-    state = {name: blank(tensor) for name, tensor in whole().items()}
-    assert not same(state, whole())
+def test_a_full_state_and_extra_are_restored(tmp_path: Path) -> None:
+    path = save(tmp_path, 100, full_state(), EXTRA)
+    state = {name: ones_like(tensor) for name, tensor in full_state().items()}
+    assert not states_equal(state, full_state())
     assert load(path, state) == EXTRA
-    assert same(state, whole())
+    assert states_equal(state, full_state())
     assert path.name == "step-00000100"
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
@@ -85,7 +85,7 @@ def test_any_printable_name(shapes: dict[str, tuple[tuple[int, ...], str]]) -> N
     after = {name: torch.zeros_like(tensor) for name, tensor in before.items()}
     with tempfile.TemporaryDirectory() as root:
         load(save(Path(root), 0, before, {}), after)
-    assert same(after, before)
+    assert states_equal(after, before)
 
 
 def test_strided_shared_expanded_and_parameter_tensors(tmp_path: Path) -> None:
@@ -109,8 +109,8 @@ def test_strided_shared_expanded_and_parameter_tensors(tmp_path: Path) -> None:
 
 
 def test_no_file_is_a_pickle(tmp_path: Path) -> None:
-    """torch's default storage pickles `.metadata`: here there are JSON and safetensors, and nothing else."""
-    path = save(tmp_path, 1, whole(), {})
+    """torch's default storage pickles `.metadata`; here all files are JSON or safetensors."""
+    path = save(tmp_path, 1, full_state(), {})
     names = sorted(entry.name for entry in path.iterdir())
     assert names == ["manifest.json", "shard-00001-model-00001-of-00001.safetensors"]
     for name in names:
@@ -119,11 +119,15 @@ def test_no_file_is_a_pickle(tmp_path: Path) -> None:
 
 
 def test_a_subset_by_prefix(tmp_path: Path) -> None:
-    path = save(tmp_path, 1, whole(), {"a": 1})
-    model = {name: blank(tensor) for name, tensor in whole().items() if name.startswith("model.")}
+    path = save(tmp_path, 1, full_state(), {"a": 1})
+    model = {
+        name: ones_like(tensor)
+        for name, tensor in full_state().items()
+        if name.startswith("model.")
+    }
     assert load(path, model, prefix="model.") == {"a": 1}
-    assert same(
-        model, {name: tensor for name, tensor in whole().items() if name.startswith("model.")}
+    assert states_equal(
+        model, {name: tensor for name, tensor in full_state().items() if name.startswith("model.")}
     )
     with pytest.raises(CheckpointError, match=r"also holds 'optim\.experts"):
         load(path, model)
@@ -168,13 +172,13 @@ def other_type(state: dict[str, Tensor]) -> None:
     ],
 )
 def test_a_state_that_differs_is_refused_untouched(tmp_path: Path, change, message: str) -> None:
-    path = save(tmp_path, 1, whole(), {})
-    state = {name: blank(tensor) for name, tensor in whole().items()}
+    path = save(tmp_path, 1, full_state(), {})
+    state = {name: ones_like(tensor) for name, tensor in full_state().items()}
     change(state)
     before = {name: tensor.clone() for name, tensor in state.items()}
     with pytest.raises(CheckpointError, match=message):
         load(path, state)
-    assert same(state, before)
+    assert states_equal(state, before)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +195,9 @@ def test_a_state_that_differs_is_refused_untouched(tmp_path: Path, change, messa
         ({}, "no tensor to save"),
     ],
 )
-def test_what_cannot_come_back_is_refused(tmp_path: Path, bad: dict, message: str) -> None:
+def test_values_that_cannot_be_restored_are_refused(
+    tmp_path: Path, bad: dict, message: str
+) -> None:
     with pytest.raises(CheckpointError, match=message):
         save(tmp_path, 1, bad, {})
     assert list(tmp_path.iterdir()) == []
@@ -203,12 +209,12 @@ def test_what_cannot_come_back_is_refused(tmp_path: Path, bad: dict, message: st
 )
 def test_an_extra_that_is_not_plain_json_is_refused(tmp_path: Path, extra: object) -> None:
     with pytest.raises(CheckpointError, match="extra must be plain JSON"):
-        save(tmp_path, 1, whole(), extra)
+        save(tmp_path, 1, full_state(), extra)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_peek_reads_no_tensor(tmp_path: Path) -> None:
-    path = save(tmp_path, 5, whole(), EXTRA)
+def test_read_manifest_reads_no_tensor(tmp_path: Path) -> None:
+    path = save(tmp_path, 5, full_state(), EXTRA)
     (path / "shard-00001-model-00001-of-00001.safetensors").unlink()
     found = read_manifest(path)
     assert (found.step, found.extra) == (5, EXTRA)

@@ -1,4 +1,4 @@
-"""A save that fails, at any of its steps, leaves the previous checkpoint and nothing else."""
+"""A save that fails at any point leaves the previous checkpoint and nothing else."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ OLD, NEW = {"w": torch.arange(6.0)}, {"w": torch.arange(6.0) + 100}
 
 
 class Killed(BaseException):
-    """What SIGKILL looks like from inside: no handler of the code under test runs to its end."""
+    """Simulates SIGKILL: no handler of the code under test completes."""
 
 
 class Disk:
-    """Counts the calls that make a save durable, and breaks the chosen one before or after it is done."""
+    """Counts the calls that make a save durable; fails the chosen one, before or after it."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ def test_each_durable_call_that_fails_fails_the_save_and_cleans_up(
             with pytest.raises(CheckpointError, match="No space left on device"):
                 save(root, 200, NEW, {})
         names = sorted(entry.name for entry in root.iterdir())
-        # Only after the rename is the new one there: the call that fails then is the last fsync of the parent.
+        # The new one exists after the rename; the last call is the fsync of the parent.
         assert names == (
             ["step-00000100", "step-00000200"] if call == total - 1 else ["step-00000100"]
         )
@@ -91,7 +91,7 @@ def test_each_durable_call_that_is_killed_leaves_the_old_or_the_new_one(
         save(root, 100, OLD, {})
         with monkeypatch.context() as patch:
             Disk(patch, call, Killed(), after=after)
-            # torch's DCP turns even a BaseException of the writer into one of its own: then it is an error like any other.
+            # torch's DCP converts even a BaseException of the writer into an ordinary error.
             with pytest.raises((Killed, CheckpointError)):
                 save(root, 200, NEW, {})
         newest = latest(root)
@@ -113,7 +113,7 @@ def test_each_durable_call_that_is_killed_leaves_the_old_or_the_new_one(
 def test_a_full_disk_in_the_middle_of_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch's DCP drops the errors of writer threads: the one writer here is no thread of its own."""
+    """torch's DCP drops errors of writer threads; here the calling thread writes."""
     old, original = save(tmp_path, 100, OLD, {}), dcp._write
 
     def full(file: io.FileIO, data: memoryview) -> None:
@@ -144,7 +144,7 @@ def test_a_writer_that_drops_a_tensor_without_an_error_is_caught(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_whole_step_is_not_written_over_and_a_damaged_one_is(tmp_path: Path) -> None:
+def test_an_intact_step_is_not_overwritten_and_a_damaged_one_is(tmp_path: Path) -> None:
     path = save(tmp_path, 100, OLD, {})
     with pytest.raises(CheckpointError, match="step-00000100 already exists and is intact"):
         save(tmp_path, 100, NEW, {})

@@ -1,4 +1,4 @@
-"""Saves in the background: the same bytes as in the foreground, whatever training does meanwhile, and a way out."""
+"""Saves in a writer thread: the same bytes as without, whatever training does meanwhile."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from dmoe.checkpoint import AsyncSaver, list_steps, save_load, verify
 from dmoe.checkpoint.validate import local_tensor
 from dmoe.distributed import mesh
 from dmoe.distributed.init import set_timeouts
-from tests.checkpoint.experts import sharded, whole
-from tests.checkpoint.saving import after, patched, state_of, steps_of, value_at
+from tests.checkpoint.helpers import call_after, constant_state, loaded_value, patched, saved_steps
+from tests.checkpoint.states import full_state, sharded_state
 from tests.ranks import run_ranks
 
 
@@ -27,7 +27,7 @@ def written_twice(rank: int, world: int, root: Path, ep: int) -> list[dict[str, 
     found = []
     for name, asynchronous in (("foreground", False), ("background", True)):
         state, extra, trained = (
-            sharded(world, ep) if world > 1 else whole(),
+            sharded_state(world, ep) if world > 1 else full_state(),
             {"tokens": [1, 2]},
             threading.Event(),
         )
@@ -35,7 +35,9 @@ def written_twice(rank: int, world: int, root: Path, ep: int) -> list[dict[str, 
         state["tied"] = state["model.embed"]
         saver = AsyncSaver(root / name, 2, group, asynchronous)
         with patched(
-            save_load, "save", after(trained, save_load.save) if asynchronous else save_load.save
+            save_load,
+            "save",
+            call_after(trained, save_load.save) if asynchronous else save_load.save,
         ):
             for step in (1, 2):  # the second reuses the first one's buffers
                 trained.clear()
@@ -64,10 +66,8 @@ def written_twice(rank: int, world: int, root: Path, ep: int) -> list[dict[str, 
 
 
 @pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 2), (4, 2)])
-def test_the_background_writes_the_bytes_of_the_moment_of_the_call(
-    tmp_path: Path, world: int, ep: int
-) -> None:
-    """Training zeroes every tensor, and appends to `extra`, before the writer may start; SHA-256 and size of every file stay equal."""
+def test_the_writer_thread_saves_the_state_of_the_call(tmp_path: Path, world: int, ep: int) -> None:
+    """Training changes tensors and `extra` before the writer starts; all hashes stay equal."""
     for foreground, background in run_ranks(world, written_twice, tmp_path, ep):
         assert sorted(foreground) == [1, 2]
         assert foreground == background
@@ -87,21 +87,21 @@ def test_the_next_save_waits_for_the_last_and_does_not_write_into_its_copy(
         return path
 
     monkeypatch.setattr(save_load, "save", slow)
-    saver, state = AsyncSaver(tmp_path, 3, None, True), state_of(0.0)
+    saver, state = AsyncSaver(tmp_path, 3, None, True), constant_state(0.0)
     for step in (1, 2, 3):
         state["w"].fill_(step)
         saver.save(step, state, {})
     saver.close()
     assert events == ["begin 1", "end 1", "begin 2", "end 2", "begin 3", "end 3"]
-    assert [value_at(path) for _, path in list_steps(tmp_path)] == [1.0, 2.0, 3.0]
+    assert [loaded_value(path) for _, path in list_steps(tmp_path)] == [1.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_what_is_finished_is_told_once(tmp_path: Path, asynchronous: bool) -> None:
+def test_finished_saves_are_reported_once(tmp_path: Path, asynchronous: bool) -> None:
     saver = AsyncSaver(tmp_path, 2, None, asynchronous)
     assert saver.take_finished() == []
     for step in (1, 2, 3):
-        saver.save(step, state_of(step), {})
+        saver.save(step, constant_state(step), {})
     saver.close()
     done = saver.take_finished()
     assert [saved.step for saved in done] == [1, 2, 3]
@@ -109,7 +109,7 @@ def test_what_is_finished_is_told_once(tmp_path: Path, asynchronous: bool) -> No
     (shard,) = (tmp_path / "step-00000003").glob("shard-*")
     assert done[2].bytes == shard.stat().st_size
     assert saver.take_finished() == []
-    assert steps_of(tmp_path) == [2, 3]
+    assert saved_steps(tmp_path) == [2, 3]
 
 
 # --- the group, and the way out
@@ -120,28 +120,28 @@ def slow_disk(rank: int, world: int, root: Path) -> bool:
     set_timeouts(groups.step_groups(), 0.3)
     if rank == 1:
         time.sleep(1.0)
-    AsyncSaver(root, 1, groups.checkpoint_group, False).save(1, sharded(world, world), {})
+    AsyncSaver(root, 1, groups.checkpoint_group, False).save(1, sharded_state(world, world), {})
     set_timeouts(groups.step_groups(), 50.0)
     return groups.checkpoint_group not in groups.step_groups()
 
 
-def test_a_slow_disk_is_no_time_out(tmp_path: Path) -> None:
+def test_a_slow_disk_does_not_time_out(tmp_path: Path) -> None:
     """`set_timeouts` is for the groups of a step: a rank that needs longer to write is not dead."""
     assert run_ranks(2, slow_disk, tmp_path) == [True, True]
 
 
-def test_abandon_does_not_wait_for_ever_and_tells_what_it_left(
+def test_drain_does_not_wait_forever_and_warns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go = threading.Event()
-    monkeypatch.setattr(save_load, "save", after(go, save_load.save))
+    monkeypatch.setattr(save_load, "save", call_after(go, save_load.save))
     saver = AsyncSaver(tmp_path, 1, None, True)
-    saver.save(7, state_of(7.0), {})
+    saver.save(7, constant_state(7.0), {})
     with pytest.warns(UserWarning, match="save-7 .* was not finished"):
         saver.drain(0.05)
     go.set()
     saver.drain()
-    assert steps_of(tmp_path) == [7]
+    assert saved_steps(tmp_path) == [7]
 
 
 LEFT_BEHIND = """
@@ -152,7 +152,8 @@ from dmoe.checkpoint import AsyncSaver
 from dmoe.distributed.mesh import build_mesh
 
 root, rank = Path(sys.argv[1]), int(sys.argv[2])
-dist.init_process_group("gloo", store=dist.FileStore(str(root / "store"), 2), rank=rank, world_size=2, timeout=timedelta(seconds=50))
+store, limit = dist.FileStore(str(root / "store"), 2), timedelta(seconds=50)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
 mesh = build_mesh(2, torch.device("cpu"), 50.0)
 if rank == 1:
     time.sleep(60)
@@ -166,7 +167,7 @@ sys.exit(4)
 def test_a_process_leaves_with_its_own_code_while_a_frozen_peer_keeps_its_writer(
     tmp_path: Path,
 ) -> None:
-    """An ordinary thread would hold the process until the group's time-out, long after the error was told."""
+    """An ordinary thread would keep the process until the group's time-out."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", LEFT_BEHIND, str(tmp_path)]
     peer = subprocess.Popen([*command, "1"], env=environment)

@@ -1,4 +1,4 @@
-"""A short training run as a function of a rank, for the tests that compare worlds."""
+"""A short training run on each rank, for tests that compare world sizes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Trace:
 def trace(
     rank: int, world: int, config: Config, steps: int, dtype: torch.dtype = torch.float32
 ) -> Trace:
-    """Train `steps` steps and tell what was seen; the weights whole, gathered over the ranks."""
+    """Train `steps` steps and record losses, norms, counts and the full weights."""
     here = worlds.init_distributed("cpu")
     data = open_data(config.data, config.train.seed)
     engine = engines.build_engine(config, here, data.tokenizer.vocab_size, dtype)

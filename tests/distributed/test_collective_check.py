@@ -1,4 +1,4 @@
-"""`debug.collectives`: ranks that do not do the same thing hear of it in words, all of them, before a wrong number is used."""
+"""`debug.collectives`: a mismatch between ranks is raised on all of them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ FAULTS = {
 }
 
 
-def run_with(rank: int, world: int, fault: str) -> str:
-    """What a rank is told when rank 1 does something else."""
+def run_with_fault(rank: int, world: int, fault: str) -> str:
+    """Return the error of this rank when rank 1 does something else."""
     groups = mesh.build_mesh(world, torch.device("cpu"))
     assert groups.ep_group is not None
     watch = CollectiveChecker(groups.ep_group, timeout=3.0)
@@ -68,14 +68,14 @@ def _break(fault: str, layer: MoE) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_rank_that_does_something_else_is_named_on_all_ranks(fault: str) -> None:
-    told = run_ranks(2, run_with, fault)
+def test_a_mismatch_is_reported_on_all_ranks(fault: str) -> None:
+    told = run_ranks(2, run_with_fault, fault)
     assert FAULTS[fault] in told[0], told
     assert fault == "late" or told[0] == told[1], told
     assert "rank 1" in told[0]
 
 
-def test_sound_ranks_hear_nothing_and_compute_the_same() -> None:
+def test_the_check_does_not_change_a_correct_run() -> None:
     plain = run_ranks(2, trace, tiny("moe.capacity.factor=1.25"), 2)
     watched = run_ranks(2, trace, tiny("moe.capacity.factor=1.25", "debug.collectives=true"), 2)
     assert plain[0].losses == watched[0].losses

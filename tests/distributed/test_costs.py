@@ -1,4 +1,4 @@
-"""What an exchange costs is part of its meaning: collectives and host reads, counted."""
+"""Costs of an MoE layer: number of collectives and host reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dmoe.config.schema import BalanceConfig, CapacityConfig
 from dmoe.distributed import mesh
 from dmoe.distributed.expert_parallel import shard_experts
-from dmoe.moe.dispatch import TokensPerExpert
+from dmoe.moe.interfaces import TokensPerExpert
 from dmoe.moe.layer import MoE
 from tests.ranks import run_ranks
 
@@ -30,7 +30,7 @@ READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "non
 
 
 class CountingExperts(nn.Module):
-    """Experts that read nothing: on the CPU the real ones loop over counts, which CUDA's grouped GEMM reads on the device."""
+    """Experts without host reads: the real ones loop over counts on the CPU, not on CUDA."""
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def counted(counter: Counter[str], name: str, function: Callable[..., Any]) -> C
 def costs(
     rank: int, world: int, exchange: str, factor: float | None, level: str
 ) -> list[tuple[int, int]]:
-    """(collectives, host reads) of one layer's forward and of its backward."""
+    """Count (collectives, host reads) of one layer's forward and of its backward."""
     torch.manual_seed(rank)
     layer = MoE(
         16,
@@ -66,7 +66,7 @@ def costs(
     shard_experts(layer, mesh.build_mesh(world, torch.device("cpu")))
     layer.experts = CountingExperts(layer.experts)
     x = torch.randn(2, 24, 16, requires_grad=True)
-    layer(x).y.sum().backward()  # gloo's and autograd's own first-time reads are not the layer's
+    layer(x).y.sum().backward()  # first-time reads of gloo and autograd do not count
     made, read = Counter[str](), Counter[str]()
     for name in COLLECTIVES:
         setattr(dist, name, counted(made, name, getattr(dist, name)))
@@ -92,7 +92,7 @@ def costs(
 def test_collectives_and_host_reads_of_a_layer(
     exchange: str, factor: float | None, level: str, expected: list[Any]
 ) -> None:
-    """Packed 3 + 2 and one read of the split sizes, padded 2 + 2 and none; the global balance loss adds one all-reduce."""
+    """Packed: 3 + 2, one host read; padded: 2 + 2, none; global balance: 1 all-reduce more."""
     for rank in run_ranks(2, costs, exchange, factor, level):
         assert rank == expected
 
@@ -140,6 +140,6 @@ def padded_on_meta(
     ids=["rank", "sequence", "global"],
 )
 def test_the_padded_layer_reads_no_value(pretended: int, options: dict[str, Any]) -> None:
-    """On the meta device there are no values: a single read, anywhere in forward or backward, would raise."""
+    """The meta device has no values: any host read in forward or backward would raise."""
     shapes = run_ranks(1, padded_on_meta, pretended, options)[0]
     assert shapes == {"y": (2, 128, 64), "x": (2, 128, 64), "w_in": (1, 64, 64), "router": (64, 64)}

@@ -1,6 +1,6 @@
-"""The promise: the same training run on one process and on N ranks, whatever the EP size, the exchange and the accumulation.
+"""Training on one process and on N ranks is equal, for any EP size, exchange and accumulation.
 
-What is compared is the whole run: loss, auxiliary losses, norm, clip, counts, and all weights after ten steps.
+Compared are loss, auxiliary losses, norm, clip factor, counts, and all weights after ten steps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WORLDS = [(2, 2, 2), (4, 2, 1), (4, 4, 1)]  # world, ep, virtual ranks: always f
 
 
 def one_process(config: Config, steps: int, dtype: torch.dtype) -> Trace:
-    """In a process of its own: accelerate reads the environment, and pytest's must stay as it is."""
+    """Run in a new process: accelerate reads the environment, and pytest's must not change."""
     return run_ranks(1, trace, config, steps, dtype)[0]
 
 
@@ -47,7 +47,7 @@ def test_ten_steps_are_the_same_on_one_process_and_on_ranks(
         world, trace, tiny(*settings, f"parallel.ep={ep}", f"parallel.virtual_ranks={virtual}"), 10
     )
     assert sum(alone.kept[0]) < sum(alone.choices[0]), (
-        "nothing was dropped: the test would prove less than it says"
+        "nothing was dropped: the test needs dropped assignments"
     )
     for rank in ranks:
         compare(alone, rank, 1e-5)
@@ -81,7 +81,7 @@ def test_ten_steps_are_the_same_on_one_process_and_on_ranks(
     ids=["score", "sequence", "global", "switch", "sigmoid"],
 )
 def test_float64_to_ten_digits(settings: list[str]) -> None:
-    """In float64 nothing hides behind rounding: what is left after three steps is below 1e-10."""
+    """In float64 the difference after three steps is below 1e-10."""
     alone = one_process(tiny(*settings, "parallel.virtual_ranks=4"), 3, torch.float64)
     ranks = run_ranks(4, trace, tiny(*settings, "parallel.ep=2"), 3, torch.float64)
     compare(alone, ranks[3], 1e-10)

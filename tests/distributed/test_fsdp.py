@@ -1,6 +1,6 @@
-"""`parallel.mode: fsdp` is the training run of one process, to ten digits of float64.
+"""`parallel.mode: fsdp` equals training on one process, to ten digits of float64.
 
-A reduction that is left out or done twice, or divided by the number of ranks, shows in the norm of the first step.
+A reduction that is missing, doubled or divided by the number of ranks changes the first norm.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def alone(*settings: str) -> Trace:
 
 
 def same_on_ranks(world: int, ep: int, virtual: int, *settings: str) -> Trace:
-    """Three steps of `world` ranks against one process with as many groups of tokens, whose trace is returned."""
+    """Compare three steps on `world` ranks with one process of as many virtual ranks."""
     reference = alone(*settings, f"parallel.virtual_ranks={world * virtual}")
     spread = tiny(*settings, FSDP, f"parallel.ep={ep}", f"parallel.virtual_ranks={virtual}")
     for rank in run_ranks(world, trace, spread, 3, torch.float64):
@@ -56,7 +56,7 @@ def same_on_ranks(world: int, ep: int, virtual: int, *settings: str) -> Trace:
 
 @pytest.mark.parametrize("exchange", ["packed", "padded"])
 @pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2), (4, 4), (4, 1)])
-def test_every_topology_and_exchange(world: int, ep: int, exchange: str) -> None:
+def test_every_mesh_and_exchange(world: int, ep: int, exchange: str) -> None:
     reference = same_on_ranks(world, ep, 4 // world, *DROPPING, f"moe.exchange={exchange}")
     assert sum(reference.kept[0]) < sum(reference.choices[0]), (
         "nothing was dropped: the test would prove less than it says"
@@ -94,14 +94,14 @@ def test_every_kind_of_model(settings: list[str]) -> None:
     assert (max(reference.clips) < 1.0) == (settings == CLIPPED)
 
 
-def test_an_odd_world_where_nothing_divides() -> None:
+def test_an_odd_world_size_that_divides_nothing() -> None:
     """Three ranks hold 3, 3 and 2 of 8 experts, and 11, 11 and 10 rows of 32."""
     same_on_ranks(3, 1, 1, "moe.expert_dim=20", "train.global_batch=6")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_numbers_of_ddp_in_working_precision(precision: str) -> None:
-    """float64 takes another path through FSDP2's reduction, and has no autocast. Of two ranks even the order of a sum is the same."""
+def test_fsdp_equals_ddp_in_float32_and_bf16(precision: str) -> None:
+    """float64 uses another reduction path in FSDP2, and no autocast. Two ranks sum in one order."""
     settings = (f"train.precision={precision}", "parallel.ep=1")
     replicated, sharded = (
         run_ranks(2, trace, tiny(*settings, mode), 3)[1] for mode in ("parallel.mode=ddp", FSDP)
@@ -116,7 +116,7 @@ def test_fp16_is_refused_on_ranks() -> None:
 
 
 def test_the_output_is_a_pytree() -> None:
-    """FSDP2 before torch 2.13 finds an output's tensors in no other way, and says nothing where it finds none."""
+    """FSDP2 before torch 2.13 finds the tensors of an output only in a pytree."""
     loss, aux = torch.ones(()), torch.ones(2)
     assert {loss, aux} <= set(tree_leaves(ModelOutput(None, loss, [{"switch": aux}], [])))
 
@@ -129,5 +129,5 @@ def test_one_process_has_nothing_to_shard() -> None:
     ("shape", "parts", "dim"),
     [((8, 32, 48), 4, 0), ((2, 32, 48), 4, 1), ((2, 30, 48), 4, 2), ((2, 30, 50), 4, 0)],
 )
-def test_the_dimension_that_is_cut(shape: tuple[int, ...], parts: int, dim: int) -> None:
+def test_shard_dim(shape: tuple[int, ...], parts: int, dim: int) -> None:
     assert shard_dim(torch.Size(shape), parts) == dim

@@ -1,4 +1,4 @@
-"""What surrounds the steps under `parallel.mode: fsdp`: checkpoints across modes, evaluation, generation."""
+"""`parallel.mode: fsdp` between steps: checkpoints across modes, evaluation, generation."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ Arrays = dict[str, np.ndarray]
 FSDP = "parallel.mode=fsdp"
 
 
-def continued(
+def load_and_train(
     rank: int, world: int, config: Config, source: Path | None, steps: int, target: Path | None
 ) -> tuple[Arrays, Arrays]:
-    """The state after loading `source`, and after `steps` more steps, which is saved at `target`."""
+    """Return the state loaded from `source`, and the one after `steps` steps, saved at `target`."""
     here, data = worlds.init_distributed("cpu"), open_data(config.data, config.train.seed)
     engine = engines.build_engine(config, here, data.tokenizer.vocab_size, torch.float64)
     first = (
@@ -50,7 +50,7 @@ def continued(
 
 
 def state(engine: Engine) -> Arrays:
-    """Weights and moments, whole, by way of the parameters and not of `state.py`."""
+    """Collect full weights and moments from the parameters, without `state_dict.py`."""
     named, experts = dict(engine.model.named_parameters()), set(expert_parameters(engine.model))
     values = {name: parameter.detach() for name, parameter in named.items()}
     found = {
@@ -68,7 +68,7 @@ def state(engine: Engine) -> Arrays:
     return found
 
 
-def same(found: Arrays, expected: Arrays) -> None:
+def assert_same(found: Arrays, expected: Arrays) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert np.array_equal(found[name], value), (
@@ -79,28 +79,28 @@ def same(found: Arrays, expected: Arrays) -> None:
 SETTINGS = ("train.global_batch=12", "moe.expert_dim=20", "model.tie_embeddings=false")
 
 
-def test_a_checkpoint_moves_between_modes_and_worlds(tmp_path: Path) -> None:
-    """ddp (2, EP 2) -> fsdp (4, EP 2) -> ddp on one process, fsdp (4, EP 4) and fsdp (3, EP 1): exactly, moments and all."""
+def test_a_checkpoint_loads_in_other_modes_and_worlds(tmp_path: Path) -> None:
+    """ddp (2, EP 2) -> fsdp (4, EP 2) -> ddp (1), fsdp (4, EP 4), fsdp (3, EP 1): bit for bit."""
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
         RunDir(folder).checkpoints.mkdir(parents=True)
-    _, written = run_ranks(2, continued, tiny(*SETTINGS, "parallel.ep=2"), None, 2, first)[0]
+    _, written = run_ranks(2, load_and_train, tiny(*SETTINGS, "parallel.ep=2"), None, 2, first)[0]
     assert any(name.startswith("exp_avg_sq.") and "experts" in name for name in written)
 
     loaded, further = run_ranks(
-        4, continued, tiny(*SETTINGS, FSDP, "parallel.ep=2"), first, 1, second
+        4, load_and_train, tiny(*SETTINGS, FSDP, "parallel.ep=2"), first, 1, second
     )[3]
-    same(loaded, written)
+    assert_same(loaded, written)
     _, unbroken = run_ranks(
-        1, continued, tiny(*SETTINGS, "parallel.virtual_ranks=4"), first, 1, None
+        1, load_and_train, tiny(*SETTINGS, "parallel.virtual_ranks=4"), first, 1, None
     )[0]
     for name, value in unbroken.items():
         assert np.linalg.norm(further[name] - value) <= 1e-10 * np.linalg.norm(value), name
 
     for world, ep, mode in ((1, 1, "ddp"), (4, 4, "fsdp"), (3, 1, "fsdp")):
         config = tiny(*SETTINGS, f"parallel.mode={mode}", f"parallel.ep={ep}")
-        loaded, _ = run_ranks(world, continued, config, second, 0, None)[world - 1]
-        same(loaded, further)
+        loaded, _ = run_ranks(world, load_and_train, config, second, 0, None)[world - 1]
+        assert_same(loaded, further)
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Seen:
     losses: list[float]
     texts: list[list[int]]
     plain: list[str]
-    """Parameters that are no DTensors after an evaluation and a generation."""
+    """Parameters that are not DTensors after an evaluation and a generation."""
 
 
 def between_steps(rank: int, world: int, config: Config) -> Seen:
@@ -140,5 +140,5 @@ def test_evaluation_and_generation_between_steps(recompute: str) -> None:
         assert rank.losses == pytest.approx(alone.losses, rel=1e-10)
         assert rank.texts == alone.texts
         assert rank.plain == [], (
-            "still gathered after an evaluation: the optimizer and the checkpoint know other tensors"
+            "still gathered after an evaluation: optimizer and checkpoint hold other tensors"
         )

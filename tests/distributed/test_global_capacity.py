@@ -1,7 +1,7 @@
-"""`capacity.group: global` drops exactly the same assignments on any number of real ranks, whatever the order and the exchange.
+"""`capacity.group: global` drops the same assignments on any number of ranks.
 
 W=1, V=4        W=2, V=2              W=4, V=1
-[0 1 2 3]       [0 1] [2 3]           [0] [1] [2] [3]        the same four virtual ranks' tokens, in order
+[0 1 2 3]       [0 1] [2 3]           [0] [1] [2] [3]        tokens of four virtual ranks
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Case = tuple[str, str, str, bool]
 CASES: list[Case] = list(
     product(["position", "score"], ["drop", "next_choice"], ["packed", "padded"], [False, True])
 )
-"""Priority, overflow, exchange, and whether there is padding: all of it on the first virtual rank, some on the others."""
+"""Priority, overflow, exchange, padding (all of virtual rank 0, part of the others)."""
 COMPARED = (
     "experts",
     "kept",
@@ -43,7 +43,7 @@ EXACT = ("experts", "kept", "kept_by_expert")
 
 
 def all_cases(rank: int, world: int, virtual: int) -> dict[Case, dict[str, np.ndarray]]:
-    """Every case in turn: starting the processes is the slow part."""
+    """Run every case in one set of processes, since starting them is slow."""
     mesh = meshes.build_mesh(ep=world, device=torch.device("cpu"))
     return {case: one_case(case, mesh, virtual) for case in CASES}
 
@@ -75,9 +75,9 @@ def one_case(case: Case, mesh: meshes.ParallelMesh, virtual: int) -> dict[str, n
     assert layer.router.weight.grad is not None
     peers = layer.comm if mesh.world_size > 1 else NoComm()
     values = {
-        "experts": output.routing.expert_TK,
-        "kept": output.routing.keep_TK,
-        "weights": output.routing.weight_TK,
+        "experts": output.plan.expert_TK,
+        "kept": output.plan.keep_TK,
+        "weights": output.plan.weight_TK,
         "y": output.y,
         "x_gradient": x.grad,
         "router_gradient": peers.sum(layer.router.weight.grad),
@@ -95,7 +95,7 @@ OF_TOKENS = ("experts", "kept", "weights", "y", "x_gradient")
 
 @pytest.fixture(scope="module")
 def results() -> Results:
-    """By world size, what all ranks saw: their tokens in order; what was summed over the ranks, once."""
+    """Collect, per world size, the ranks' tokens in order, and sums over the ranks once."""
     joined: Results = {}
     for world in (1, 2, 4):
         ranks = run_ranks(world, all_cases, GROUPS // world)

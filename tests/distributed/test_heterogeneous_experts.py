@@ -1,4 +1,4 @@
-"""Experts of different shape and of zero cost on several ranks: unequal numbers of them, places that stay empty, checkpoints by id."""
+"""Heterogeneous and zero-cost experts on several ranks: unequal numbers, checkpoints by id."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def lines(report: Report) -> str:
     ],
     ids=["one layer", "budget with free experts", "top_k over shapes", "per sequence"],
 )
-def test_one_process_is_two_and_three_ranks(overrides: list[str], several: list[int]) -> None:
-    """Loss, gradients, drops, two steps and checkpoints both ways, in float64 to 1e-10; three ranks share four experts."""
+def test_one_process_equals_two_and_three_ranks(overrides: list[str], several: list[int]) -> None:
+    """Loss, gradients, drops, two steps and checkpoints, in float64 to 1e-10."""
     report = verify(tiny(*overrides), worlds=several)
     assert report.ok, lines(report)
     assert any("3 ranks EP=3" in case for case in report.cases), report.refused
@@ -89,14 +89,14 @@ def test_one_process_is_two_and_three_ranks(overrides: list[str], several: list[
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_with_copies_and_fsdp() -> None:
-    """Two copies of each expert: summed gradients under DDP, and matrices split over the copies under FSDP2."""
+    """Two replicas per expert: gradients summed under DDP, matrices sharded under FSDP2."""
     report = verify(tiny(*BUDGET, *FREE), worlds=[4])
     assert report.ok, lines(report)
     assert any("EP=2 packed fsdp" in case for case in report.cases)
 
 
 def outputs(rank: int, world: int, exchange: str) -> list[np.ndarray]:
-    """y and x's gradient of this rank's share of twelve tokens, two at a time, and what they spent."""
+    """Return y, the gradient of x and the compute spent, for this rank's share of 12 tokens."""
     layer = MoE(
         6, 1, 5, 4, experts=ExpertsConfig(kind="gelu", shapes=SHAPES, copy=1, constant=1),
         router=RouterConfig(kind="budget", renormalize=False, budget=0.7, min_weight=0.05),
@@ -114,7 +114,7 @@ def outputs(rank: int, world: int, exchange: str) -> list[np.ndarray]:
             found += [
                 output.y.detach().numpy(),
                 x.grad.detach().numpy(),
-                output.account.cost_T.numpy(),
+                output.compute_usage.cost_T.numpy(),
             ]
     return found
 
@@ -157,8 +157,8 @@ def load_and_save(
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_a_checkpoint_travels_from_two_ranks_to_one_to_three(tmp_path: Path, mode: str) -> None:
-    """Every bit of weights, moments and step counts; each expert is found by its global id."""
+def test_a_checkpoint_of_two_ranks_loads_on_one_and_three(tmp_path: Path, mode: str) -> None:
+    """Weights, moments and step counts bit for bit; experts are found by their global id."""
     config = tiny(*BUDGET, *FREE, "train.global_batch=12", f"parallel.mode={mode}")
     written = run_ranks(2, train_and_save, config, tmp_path / "two")
     one = run_ranks(1, load_and_save, config, tmp_path / "two", tmp_path / "one")
@@ -202,9 +202,7 @@ def costs(rank: int, world: int, exchange: str) -> list[int]:
 
 
 @pytest.mark.parametrize(("exchange", "expected"), [("packed", [3, 2]), ("padded", [2, 2])])
-def test_three_experts_on_two_ranks_cost_no_collective_more(
-    exchange: str, expected: list[int]
-) -> None:
+def test_three_experts_on_two_ranks_add_no_collective(exchange: str, expected: list[int]) -> None:
     assert run_ranks(2, costs, exchange) == [expected] * 2
 
 
@@ -227,7 +225,7 @@ def padded_on_meta(rank: int, world: int) -> tuple[int, ...]:
 
 
 def test_the_padded_layer_reads_no_value() -> None:
-    """The greedy loop, the table of places and the classes: on the meta device a single read would raise."""
+    """Placement and dispatch: on the meta device any host read would raise."""
     assert run_ranks(1, padded_on_meta) == [(2, 24, 16)]
 
 

@@ -1,8 +1,8 @@
-"""When a rank is lost the others name it. Four real gloo processes; one kills or stops itself in the middle of a step.
+"""The surviving ranks name a lost rank. Four gloo processes; one kills or stops itself in a step.
 
-gloo itself names nobody: after SIGSTOP "Timed out waiting", after SIGKILL "Connection closed by peer [127.0.0.1]:4711". And in the
-ring of an all-reduce the rank across from a dead one hears nothing until a neighbour leaves: if ranks answered only once they had
-failed themselves, that rank would be called missing too.
+gloo names no rank: after SIGSTOP "Timed out waiting", after SIGKILL "Connection closed by peer
+[127.0.0.1]:4711". In the ring of an all-reduce the rank opposite a dead one notices nothing until a
+neighbour leaves: if ranks answered only after their own failure, it would be named too.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ except RuntimeError as error:
         raise
     said = str(lost_rank_error(error, 12, time.monotonic() - began))
 print(json.dumps({"said": said, "seconds": time.monotonic() - began}), flush=True)
-sys.exit(1)  # as `dmoe train` leaves: a roll call that is stuck in a frozen store must not hold up the end either
+sys.exit(1)  # like `dmoe train`: a probe stuck in a frozen store must not delay the exit
 """
 
 
 @contextmanager
 def store_of(keeper: str) -> Iterator[dict[str, str]]:
-    """The environment of ranks whose store is kept by the launcher (this process) or by rank 0."""
+    """Yield the environment of ranks whose store the launcher (this process) or rank 0 owns."""
     if keeper == "launcher":
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         yield {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -82,7 +82,7 @@ def store_of(keeper: str) -> Iterator[dict[str, str]]:
 def survivors(
     world: int, operation: str, fault: str, victim: int, keeper: str = "launcher"
 ) -> dict[int, dict[str, Any]]:
-    """What each rank but `victim` says, by rank."""
+    """Return the answer of each rank except `victim`."""
     with store_of(keeper) as environment:
         environment = {
             **os.environ,
@@ -139,8 +139,8 @@ def test_the_survivors_name_the_missing_rank_and_no_other(operation: str, fault:
 
 
 @pytest.mark.parametrize("fault", ["SIGSTOP", "SIGKILL"])
-def test_a_lost_store_is_named_by_who_keeps_it(fault: str) -> None:
-    """A call to a frozen store blocks for the group's whole first time-out, here 60 s, and must not hold up the message."""
+def test_a_lost_store_is_named_by_its_owner(fault: str) -> None:
+    """A call to a frozen store blocks for 60 s, which must not delay the message."""
     answers = survivors(2, "all_reduce", fault, victim=0, keeper="rank 0")
     assert answers[1]["said"].startswith(
         "rank 1 lost rank 0, which keeps the store at 127.0.0.1:"
@@ -162,7 +162,7 @@ def test_a_rank_that_is_only_late_is_not_called_dead() -> None:
         assert "all ranks answer" in answer["said"]
 
 
-def test_other_errors_are_not_taken_for_a_lost_peer() -> None:
+def test_other_errors_are_not_collective_failures() -> None:
     with pytest.raises(RuntimeError) as shapes:
         torch.ones(2, 3) @ torch.ones(2, 3)
     assert not is_collective_failure(shapes.value)

@@ -1,4 +1,4 @@
-"""A run written by four ranks with EP = 4 goes on in one process, or on two ranks with EP = 2, as if nothing had changed."""
+"""A run of four ranks with EP = 4 resumes on one process, or on two ranks with EP = 2."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEPS = 3
 def train_and_save(
     rank: int, world: int, config: Config, folder: Path
 ) -> tuple[Capture, list[float]]:
-    """Three steps, a checkpoint, two more steps: the state at the checkpoint, and the losses after it."""
+    """Train three steps, save, train two: return the saved state and the later losses."""
     return run_part(config, folder, resume=False)
 
 
@@ -59,10 +59,10 @@ def run_part(config: Config, folder: Path, resume: bool) -> tuple[Capture, list[
 
 
 @pytest.mark.parametrize("ep", [2, 4])
-def test_the_same_topology_repeats_the_run_bit_for_bit(tmp_path: Path, ep: int) -> None:
-    """DDP sorted its buckets anew after the first backward of a process, so the second step after a resume rounded differently.
+def test_resume_on_the_same_mesh_is_bit_identical(tmp_path: Path, ep: int) -> None:
+    """DDP rebuilds its buckets after the first backward, which changed rounding after a resume.
 
-    On two ranks nothing was to be seen: a sum of two has one order. Found with four.
+    Two ranks do not show it (a sum of two has one order); four do.
     """
     config = tiny("moe.capacity.factor=1.25", f"parallel.ep={ep}")
     _, unbroken = run_ranks(4, train_and_save, config, tmp_path)[0]

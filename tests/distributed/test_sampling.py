@@ -1,4 +1,4 @@
-"""Text sampled by ranks that share the experts is the text one process samples."""
+"""Sampling on ranks that share the experts equals sampling on one process."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def sample(rank: int, world: int, config: Config) -> list[int]:
     return generate(engine.model, [1, 2, 3, 4, 5, 6], 12, window=16, seed=3)
 
 
-def test_the_copies_on_other_ranks_take_no_slots() -> None:
-    """With `capacity.group: global` and an `eval_factor` the copies on other ranks competed for the slots, and the later rank lost."""
+def test_replicated_sequences_take_no_extra_slots() -> None:
+    """With `capacity.group: global` and `eval_factor`, equal sequences once competed for slots."""
     settings = [
         "moe.capacity.group=global",
         "moe.capacity.factor=1.0",

@@ -1,4 +1,4 @@
-""".ci/run: the stages, their order, and what it does with pytest's exit status. And constraints.txt against pyproject.toml."""
+"""`.ci/run`: its stages, order and exit status; constraints.txt against pyproject.toml."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ done
 
 
 def run(tmp_path: Path, fail: str = "") -> tuple[int, str, list[str]]:
-    """(exit status, stdout, commands) of .ci/run with an environment whose programs only write down how they were called."""
+    """Run .ci/run with programs that only record their arguments: (status, stdout, commands)."""
     record = tmp_path / "record"
     python = tmp_path / "python"
     python.write_text(
@@ -52,9 +52,15 @@ def test_the_stages_and_their_headings(tmp_path: Path) -> None:
     assert status == 0
     install = "pip install -c constraints.txt -e .[test]"
     assert [command.strip() for command in commands] == [
-        install, "ruff check", "ruff format --check", "mypy",
-        "pytest", "pytest -m ranks", "pytest -m slow", "pytest -m drills",
-    ]  # fmt: skip
+        install,
+        "ruff check",
+        "ruff format --check",
+        "mypy",
+        "pytest",
+        "pytest -m ranks",
+        "pytest -m slow",
+        "pytest -m drills",
+    ]
     assert len(re.findall(r"^== .* \(\d+ s\)$", stdout, re.M)) == 11
     line = "pip install -c constraints.txt -e '.[test]' && pytest\n"
     assert line in (ROOT / "README.md").read_text(encoding="utf-8")

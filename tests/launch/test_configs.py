@@ -1,6 +1,6 @@
-"""The files in configs/: they fit the schema, hold only what differs from it, and have the published shapes.
+"""The files in configs/ fit the schema, hold only changed values and have the published shapes.
 
-The parameter counts are a formula of their own here, so that they check the configs and not the model's code.
+Parameter counts are computed here independently of the model's code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MATRICES = {"swiglu": 3, "geglu": 3, "gelu": 2, "relu": 2}
 
 
 def unlocked(node: DictConfig) -> DictConfig:
-    """The node with the read-only flags of the frozen dataclasses off."""
+    """Remove the read-only flags of the frozen dataclasses."""
     OmegaConf.set_readonly(node, False)
     for key in node:
         child = node._get_node(key)
@@ -32,7 +32,7 @@ def unlocked(node: DictConfig) -> DictConfig:
 
 
 def load(name: str | Path) -> DictConfig:
-    """configs/NAME over the defaults."""
+    """Load configs/NAME over the defaults."""
     merged = OmegaConf.merge(
         unlocked(OmegaConf.structured(Config)), OmegaConf.load(ROOT / "configs" / name)
     )
@@ -41,7 +41,7 @@ def load(name: str | Path) -> DictConfig:
 
 
 def leaves(node: Any, path: str = "") -> dict[str, Any]:
-    """Dotted names of all values."""
+    """List the dotted names of all values."""
     if isinstance(node, dict):
         return {
             k: v
@@ -52,13 +52,13 @@ def leaves(node: Any, path: str = "") -> dict[str, Any]:
 
 
 def moe_blocks(config: DictConfig) -> int:
-    """Blocks that are a mixture of experts: every n-th one after the first dense ones."""
+    """Count the MoE blocks: every n-th one after the first dense ones."""
     model = config.model
     return (model.layers - model.dense_first) // model.moe_every if model.moe_every else 0
 
 
 def attention(config: DictConfig) -> int:
-    """Q, K, V and output matrices of one block, and its q/k norms."""
+    """Count the Q, K, V and output matrices of one block, and its q/k norms."""
     model = config.model
     head_dim = model.head_dim or model.dim // model.heads
     kv_heads = model.kv_heads or model.heads
@@ -66,7 +66,7 @@ def attention(config: DictConfig) -> int:
 
 
 def count(config: DictConfig, vocabulary: int) -> tuple[int, int]:
-    """(total, active) parameters: embedding, blocks, norms, head. Active counts K of the E routed experts."""
+    """Count (total, active) parameters; active counts K of the E routed experts."""
     model, moe = config.model, config.moe
     matrices = MATRICES[moe.experts.kind]
     expert = matrices * model.dim * moe.expert_dim
@@ -111,45 +111,147 @@ def test_a_config_says_what_it_is_and_needs(path: Path) -> None:
 # Shapes as in the config.json of each model; a change of a default must not change them.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "switch.yaml": {
-        "model.dim": 768, "model.layers": 12, "model.heads": 12, "model.moe_every": 2, "model.dense_first": 0, "model.norm_eps": 1e-6,
-        "model.qk_norm": False, "model.tie_embeddings": True, "moe.num_experts": 8, "moe.top_k": 1, "moe.expert_dim": 3072,
-        "moe.experts.kind": "relu", "moe.experts.shared": 0, "moe.capacity.factor": 1.25, "moe.capacity.group": "rank",
-        "moe.capacity.priority": "position", "moe.router.score": "softmax", "moe.router.weights_from": "all",
-        "moe.router.renormalize": False, "moe.balance.switch": 0.01, "moe.balance.z": 0.0,
+        "model.dim": 768,
+        "model.layers": 12,
+        "model.heads": 12,
+        "model.moe_every": 2,
+        "model.dense_first": 0,
+        "model.norm_eps": 1e-6,
+        "model.qk_norm": False,
+        "model.tie_embeddings": True,
+        "moe.num_experts": 8,
+        "moe.top_k": 1,
+        "moe.expert_dim": 3072,
+        "moe.experts.kind": "relu",
+        "moe.experts.shared": 0,
+        "moe.capacity.factor": 1.25,
+        "moe.capacity.group": "rank",
+        "moe.capacity.priority": "position",
+        "moe.router.score": "softmax",
+        "moe.router.weights_from": "all",
+        "moe.router.renormalize": False,
+        "moe.balance.switch": 0.01,
+        "moe.balance.z": 0.0,
     },
     "mixtral_8x7b.yaml": {
-        "model.dim": 4096, "model.layers": 32, "model.heads": 32, "model.kv_heads": 8, "model.moe_every": 1, "model.dense_first": 0,
-        "model.rope_base": 1e6, "model.norm_eps": 1e-5, "model.qk_norm": False, "model.tie_embeddings": False, "moe.num_experts": 8,
-        "moe.top_k": 2, "moe.expert_dim": 14336, "moe.experts.kind": "swiglu", "moe.experts.shared": 0, "moe.capacity.factor": None,
-        "moe.router.score": "softmax", "moe.router.weights_from": "chosen", "moe.balance.switch": 0.02, "moe.balance.z": 0.0,
+        "model.dim": 4096,
+        "model.layers": 32,
+        "model.heads": 32,
+        "model.kv_heads": 8,
+        "model.moe_every": 1,
+        "model.dense_first": 0,
+        "model.rope_base": 1e6,
+        "model.norm_eps": 1e-5,
+        "model.qk_norm": False,
+        "model.tie_embeddings": False,
+        "moe.num_experts": 8,
+        "moe.top_k": 2,
+        "moe.expert_dim": 14336,
+        "moe.experts.kind": "swiglu",
+        "moe.experts.shared": 0,
+        "moe.capacity.factor": None,
+        "moe.router.score": "softmax",
+        "moe.router.weights_from": "chosen",
+        "moe.balance.switch": 0.02,
+        "moe.balance.z": 0.0,
     },
     "olmoe_1b_7b.yaml": {
-        "model.dim": 2048, "model.layers": 16, "model.heads": 16, "model.kv_heads": None, "model.moe_every": 1, "model.dense_first": 0,
-        "model.rope_base": 1e4, "model.norm_eps": 1e-5, "model.qk_norm": True, "model.tie_embeddings": False, "model.init_std": 0.02,
-        "moe.num_experts": 64, "moe.top_k": 8, "moe.expert_dim": 1024, "moe.experts.kind": "swiglu", "moe.experts.shared": 0,
-        "moe.capacity.factor": None, "moe.router.score": "softmax", "moe.router.weights_from": "all", "moe.router.renormalize": False,
-        "moe.balance.switch": 0.01, "moe.balance.z": 0.001, "optim.lr": 4e-4, "optim.beta1": 0.9, "optim.beta2": 0.95,
-        "optim.eps": 1e-8, "optim.weight_decay": 0.1, "optim.clip": 1.0,
-        "optim.schedule": "cosine", "optim.warmup": 2000, "optim.min_lr_ratio": 0.1,
+        "model.dim": 2048,
+        "model.layers": 16,
+        "model.heads": 16,
+        "model.kv_heads": None,
+        "model.moe_every": 1,
+        "model.dense_first": 0,
+        "model.rope_base": 1e4,
+        "model.norm_eps": 1e-5,
+        "model.qk_norm": True,
+        "model.tie_embeddings": False,
+        "model.init_std": 0.02,
+        "moe.num_experts": 64,
+        "moe.top_k": 8,
+        "moe.expert_dim": 1024,
+        "moe.experts.kind": "swiglu",
+        "moe.experts.shared": 0,
+        "moe.capacity.factor": None,
+        "moe.router.score": "softmax",
+        "moe.router.weights_from": "all",
+        "moe.router.renormalize": False,
+        "moe.balance.switch": 0.01,
+        "moe.balance.z": 0.001,
+        "optim.lr": 4e-4,
+        "optim.beta1": 0.9,
+        "optim.beta2": 0.95,
+        "optim.eps": 1e-8,
+        "optim.weight_decay": 0.1,
+        "optim.clip": 1.0,
+        "optim.schedule": "cosine",
+        "optim.warmup": 2000,
+        "optim.min_lr_ratio": 0.1,
     },
     "qwen3_30b_a3b.yaml": {
-        "model.dim": 2048, "model.layers": 48, "model.heads": 32, "model.kv_heads": 4, "model.head_dim": 128, "model.moe_every": 1,
-        "model.dense_first": 0, "model.rope_base": 1e6, "model.norm_eps": 1e-6, "model.qk_norm": True, "model.tie_embeddings": False,
-        "moe.num_experts": 128, "moe.top_k": 8, "moe.expert_dim": 768, "moe.experts.kind": "swiglu", "moe.experts.shared": 0,
-        "moe.capacity.factor": None, "moe.router.score": "softmax", "moe.router.weights_from": "all", "moe.router.renormalize": True,
-        "moe.balance.switch": 0.001, "moe.balance.switch_level": "global", "moe.balance.z": 0.0,
+        "model.dim": 2048,
+        "model.layers": 48,
+        "model.heads": 32,
+        "model.kv_heads": 4,
+        "model.head_dim": 128,
+        "model.moe_every": 1,
+        "model.dense_first": 0,
+        "model.rope_base": 1e6,
+        "model.norm_eps": 1e-6,
+        "model.qk_norm": True,
+        "model.tie_embeddings": False,
+        "moe.num_experts": 128,
+        "moe.top_k": 8,
+        "moe.expert_dim": 768,
+        "moe.experts.kind": "swiglu",
+        "moe.experts.shared": 0,
+        "moe.capacity.factor": None,
+        "moe.router.score": "softmax",
+        "moe.router.weights_from": "all",
+        "moe.router.renormalize": True,
+        "moe.balance.switch": 0.001,
+        "moe.balance.switch_level": "global",
+        "moe.balance.z": 0.0,
     },
     "deepseek_moe_16b.yaml": {
-        "model.dim": 2048, "model.layers": 28, "model.heads": 16, "model.kv_heads": None, "model.moe_every": 1, "model.dense_first": 1,
-        "model.dense_dim": 10944, "model.rope_base": 1e4, "model.norm_eps": 1e-6, "model.qk_norm": False, "model.tie_embeddings": False,
-        "model.init_std": 0.006, "moe.num_experts": 64, "moe.top_k": 6, "moe.expert_dim": 1408, "moe.experts.kind": "swiglu",
-        "moe.experts.shared": 2, "moe.experts.shared_dim": None, "moe.capacity.factor": None, "moe.router.score": "softmax",
-        "moe.router.weights_from": "all", "moe.router.renormalize": False, "moe.router.scale": 1.0, "moe.balance.switch": 0.001,
-        "moe.balance.switch_level": "sequence", "moe.balance.z": 0.0, "optim.lr": 4.2e-4, "optim.beta1": 0.9, "optim.beta2": 0.95,
-        "optim.weight_decay": 0.1, "optim.clip": 1.0, "optim.warmup": 2000, "optim.schedule": "wsd", "optim.decay_fraction": 0.2,
-        "optim.min_lr_ratio": 0.1, "train.steps": 106449,
+        "model.dim": 2048,
+        "model.layers": 28,
+        "model.heads": 16,
+        "model.kv_heads": None,
+        "model.moe_every": 1,
+        "model.dense_first": 1,
+        "model.dense_dim": 10944,
+        "model.rope_base": 1e4,
+        "model.norm_eps": 1e-6,
+        "model.qk_norm": False,
+        "model.tie_embeddings": False,
+        "model.init_std": 0.006,
+        "moe.num_experts": 64,
+        "moe.top_k": 6,
+        "moe.expert_dim": 1408,
+        "moe.experts.kind": "swiglu",
+        "moe.experts.shared": 2,
+        "moe.experts.shared_dim": None,
+        "moe.capacity.factor": None,
+        "moe.router.score": "softmax",
+        "moe.router.weights_from": "all",
+        "moe.router.renormalize": False,
+        "moe.router.scale": 1.0,
+        "moe.balance.switch": 0.001,
+        "moe.balance.switch_level": "sequence",
+        "moe.balance.z": 0.0,
+        "optim.lr": 4.2e-4,
+        "optim.beta1": 0.9,
+        "optim.beta2": 0.95,
+        "optim.weight_decay": 0.1,
+        "optim.clip": 1.0,
+        "optim.warmup": 2000,
+        "optim.schedule": "wsd",
+        "optim.decay_fraction": 0.2,
+        "optim.min_lr_ratio": 0.1,
+        "train.steps": 106449,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -177,7 +279,7 @@ def test_parameter_counts_are_the_published_ones(
 
 
 def test_switch_blocks_add_up_to_the_published_encoder_decoder() -> None:
-    """google/switch-base-8 has 0.62B: twice our stack, one cross-attention and its norm in each decoder block, one embedding."""
+    """google/switch-base-8 has 0.62B: two stacks, cross-attention in the decoder, one embedding."""
     config = load("switch.yaml")
     stack = count(config, vocabulary=0)[0]
     cross = config.model.layers * (attention(config) + config.model.dim)

@@ -1,4 +1,4 @@
-"""What can be said about the images without a docker engine: pinned, not root, every copied source exists, compose is consistent."""
+"""Docker files, checked without an engine: pinned base, not root, sources exist, compose fits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DOCKERFILES = sorted((ROOT / "docker").glob("Dockerfile.*"))
 
 
 def instructions(path: Path) -> list[tuple[str, str]]:
-    """(instruction, arguments) of a Dockerfile, continuation lines joined, comments left out."""
+    """List (instruction, arguments) of a Dockerfile, lines joined, comments removed."""
     lines = [
         line
         for line in path.read_text(encoding="utf-8").splitlines()

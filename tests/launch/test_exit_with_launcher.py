@@ -1,4 +1,4 @@
-"""SIGKILL of the launcher cannot be caught by it: the workers must go by themselves. With the real torchrun."""
+"""Workers exit when the launcher is killed with SIGKILL; with the real torchrun."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dmoe.distributed.launcher import exit_with_launcher
 
 exit_with_launcher()
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    sys.exit(1)  # what counts are workers that torchrun has restarted: they may come from another of its threads
+    sys.exit(1)  # restarted workers matter: another thread of torchrun may start them
 fresh = Path(sys.argv[1]) / f"fresh-{os.environ['RANK']}"
 fresh.write_text(str(os.getpid()))
 fresh.replace(fresh.with_name(f"pid-{os.environ['RANK']}"))
@@ -45,7 +45,7 @@ print(number.value)
 
 
 def runs(pid: int) -> bool:
-    """Whether the process is there and not only its exit code."""
+    """Return True if the process runs and is not a zombie."""
     try:
         return (
             Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
@@ -65,7 +65,7 @@ def wait_for_workers(folder: Path, launcher: subprocess.Popen[str]) -> list[int]
 
 
 def test_workers_die_with_a_killed_launcher_and_not_before(tmp_path: Path) -> None:
-    """Each worker has a session of its own, so nothing else ends it: without the signal both sleep on here."""
+    """Each worker has its own session, so only the signal ends it."""
     script = tmp_path / "worker.py"
     script.write_text(WORKER, encoding="utf-8")
     command = [

@@ -1,6 +1,6 @@
-"""The launch scripts refuse to start half-configured, and start exactly the documented command otherwise.
+"""Launch scripts refuse an incomplete configuration, else start the documented command.
 
-torchrun, srun, scontrol and accelerate are stand-ins that write down their arguments: nothing is launched.
+torchrun, srun, scontrol and accelerate are fakes that record their arguments.
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ MULTI_NODE = {
     "RUN_DIR": "/shared/run",
 }
 SLURM = {
-    "SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8",
-    "SLURM_SUBMIT_DIR": str(ROOT), "RUN_DIR": "/shared/run",
-}  # fmt: skip
+    "SLURM_JOB_ID": "12345",
+    "SLURM_JOB_NODELIST": "n[1-2]",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_GPUS_ON_NODE": "8",
+    "SLURM_SUBMIT_DIR": str(ROOT),
+    "RUN_DIR": "/shared/run",
+}
 GOOD: dict[str, dict[str, str]] = {
     "local.sh": {"RANKS": "2"},
     "multi_node.sh": MULTI_NODE,
@@ -49,7 +53,7 @@ for node in 0 1; do SLURM_NODEID=$node "$@"; done
 
 
 def tools(folder: Path, srun_end: str = "") -> Path:
-    """A bin directory with the stand-ins and the few programs the scripts call."""
+    """Make a bin directory with the fakes and the few programs the scripts call."""
     folder.mkdir()
     for name in ("bash", "getconf", "dirname", "sleep"):
         target = shutil.which(name)
@@ -58,7 +62,8 @@ def tools(folder: Path, srun_end: str = "") -> Path:
     texts = {name: RECORD.format(bash=BASH, name=name) for name in ("torchrun", "accelerate")}
     texts["srun"] = SRUN.format(bash=BASH, end=srun_end)
     texts["scontrol"] = (
-        f'#!{BASH}\n[[ $1 == show ]] && printf "n1\\nn2\\n" || printf "%s\\n" scontrol "$@" >>"$RECORD"\n'
+        f'#!{BASH}\n[[ $1 == show ]] && printf "n1\\nn2\\n" ||'
+        ' printf "%s\\n" scontrol "$@" >>"$RECORD"\n'
     )
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -69,7 +74,7 @@ def tools(folder: Path, srun_end: str = "") -> Path:
 def run(
     script: str, env: dict[str, str], arguments: list[str], tmp_path: Path, **kinds: str
 ) -> tuple[int, str, list[str]]:
-    """(exit status, stderr, recorded words) of one launch with nothing in the environment but `env`."""
+    """Launch with only `env` in the environment: (status, stderr, recorded words)."""
     bin_dir = tools(tmp_path / "bin", **kinds)
     record = tmp_path / "record"
     full = {"PATH": str(bin_dir), "RECORD": str(record), "HOME": str(tmp_path), **env}
@@ -164,9 +169,14 @@ def test_a_missing_launcher_is_named(script: str, tool: str, tmp_path: Path) -> 
     bin_dir = tools(tmp_path / "bin")
     (bin_dir / tool).unlink()
     done = subprocess.run(
-        [BASH, str(LAUNCH / script), CONFIG], cwd=ROOT, env={"PATH": str(bin_dir), **GOOD[script]}, capture_output=True, text=True,
-        timeout=60, check=False,
-    )  # fmt: skip
+        [BASH, str(LAUNCH / script), CONFIG],
+        cwd=ROOT,
+        env={"PATH": str(bin_dir), **GOOD[script]},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 2
     assert f"{tool} is not on PATH" in done.stderr
 
@@ -177,8 +187,17 @@ def test_local_starts_torchrun(tmp_path: Path) -> None:
     )
     assert status == 0, stderr
     assert recorded == [
-        "torchrun", "--standalone", "--nproc-per-node", "2", "-m", "dmoe", "train", CONFIG, "moe.top_k=1", "data.source=a b",
-    ]  # fmt: skip
+        "torchrun",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "dmoe",
+        "train",
+        CONFIG,
+        "moe.top_k=1",
+        "data.source=a b",
+    ]
     assert int((tmp_path / "record.env").read_text(encoding="utf-8").split("omp=")[1]) >= 1
 
 
@@ -188,10 +207,28 @@ def test_multi_node_starts_torchrun_with_a_rendezvous(rank: str, host: str, tmp_
     status, stderr, recorded = run("multi_node.sh", env, [CONFIG, "moe.top_k=1"], tmp_path)
     assert status == 0, stderr
     assert recorded == [
-        "torchrun", "--nnodes", "2", "--nproc-per-node", "4", "--max-restarts", "3", "--rdzv-backend", "c10d",
-        "--rdzv-endpoint", "node0:29500", "--rdzv-id", "dmoe", "--rdzv-conf", f"is_host={host}",
-        "-m", "dmoe", "train", CONFIG, "train.run_dir=/shared/run", "moe.top_k=1",
-    ]  # fmt: skip
+        "torchrun",
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "4",
+        "--max-restarts",
+        "3",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "node0:29500",
+        "--rdzv-id",
+        "dmoe",
+        "--rdzv-conf",
+        f"is_host={host}",
+        "-m",
+        "dmoe",
+        "train",
+        CONFIG,
+        "train.run_dir=/shared/run",
+        "moe.top_k=1",
+    ]
     assert "share=1" in (tmp_path / "record.env").read_text(encoding="utf-8")
 
 
@@ -201,8 +238,10 @@ def test_slurm_starts_one_launcher_a_machine(tmp_path: Path) -> None:
     text = " ".join(recorded)
     for host in ("true", "false"):
         assert (
-            "torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint n1:22345 "
-            f"--rdzv-id dmoe-12345-0 --rdzv-conf is_host={host} -m dmoe train {CONFIG} train.run_dir=/shared/run moe.top_k=1"
+            "torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d"
+            " --rdzv-endpoint n1:22345"
+            f" --rdzv-id dmoe-12345-0 --rdzv-conf is_host={host} -m dmoe train {CONFIG}"
+            " train.run_dir=/shared/run moe.top_k=1"
         ) in text
     assert "requeue" not in text
 
@@ -214,8 +253,11 @@ def test_slurm_returns_the_status_of_the_training(tmp_path: Path) -> None:
 
 
 def test_slurm_passes_the_early_signal_on_waits_and_requeues(tmp_path: Path) -> None:
-    # The stand-in signals the batch shell as Slurm would, then takes a moment to "checkpoint" once the signal comes back to it.
-    end = """trap 'sleep 0.3; echo saved >>"$RECORD"; exit 143' TERM; kill -TERM "$PPID"; while :; do sleep 0.05; done"""
+    # The fake signals the batch shell like Slurm, then "saves" when the signal is passed back.
+    end = (
+        """trap 'sleep 0.3; echo saved >>"$RECORD"; exit 143' TERM; kill -TERM "$PPID";"""
+        " while :; do sleep 0.05; done"
+    )
     status, stderr, recorded = run("slurm.sbatch", SLURM, [CONFIG], tmp_path, srun_end=end)
     assert status == 143, stderr
     assert recorded[-4:] == ["saved", "scontrol", "requeue", "12345"]
@@ -228,14 +270,24 @@ def test_accelerate_starts_with_its_own_file(device: str, name: str, tmp_path: P
     )
     assert status == 0, stderr
     assert recorded == [
-        "accelerate", "launch", "--config_file", str(LAUNCH / f"accelerate_{device}.yaml"), "--num_processes", "2",
-        "-m", "dmoe", "train", CONFIG, f"train.device={name}", "moe.top_k=1",
-    ]  # fmt: skip
+        "accelerate",
+        "launch",
+        "--config_file",
+        str(LAUNCH / f"accelerate_{device}.yaml"),
+        "--num_processes",
+        "2",
+        "-m",
+        "dmoe",
+        "train",
+        CONFIG,
+        f"train.device={name}",
+        "moe.top_k=1",
+    ]
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_accelerate_reads_our_files_and_would_use_torchrun(device: str) -> None:
-    """MULTI_CPU would start one process, FSDP or DeepSpeed would wrap experts: only MULTI_GPU is right, for CPUs too."""
+    """MULTI_CPU would start one process, FSDP or DeepSpeed would wrap experts."""
     from accelerate.commands.config.config_args import load_config_from_file
 
     path = LAUNCH / f"accelerate_{device}.yaml"

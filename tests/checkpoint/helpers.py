@@ -1,4 +1,4 @@
-"""What the tests of the saver share: a small state, patches that reach into a rank, and waiting that ends."""
+"""Helpers of the checkpoint tests: a small state, patches inside a rank, limited waiting."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from dmoe.checkpoint import AsyncSaver, list_steps, load
 from dmoe.config.errors import CheckpointError
 
 
-def state_of(value: float) -> dict[str, torch.Tensor]:
+def constant_state(value: float) -> dict[str, torch.Tensor]:
     return {"w": torch.full((100,), float(value))}
 
 
-def value_at(path: Path) -> float:
-    state = state_of(-1.0)
+def loaded_value(path: Path) -> float:
+    state = constant_state(-1.0)
     load(path, state)
     assert state["w"].unique().numel() == 1
     return float(state["w"][0])
 
 
-def steps_of(root: Path) -> list[int]:
+def saved_steps(root: Path) -> list[int]:
     return [step for step, _ in list_steps(root)]
 
 
-def refusal(action: Callable[[], object]) -> str:
+def error_message(action: Callable[[], object]) -> str:
     try:
         action()
     except CheckpointError as error:
@@ -40,7 +40,7 @@ def refusal(action: Callable[[], object]) -> str:
 
 @contextmanager
 def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """monkeypatch, for functions that run in a rank's process."""
+    """Patch an attribute, like monkeypatch, for functions that run in a rank's process."""
     original = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -49,7 +49,7 @@ def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, original)
 
 
-def after(event: threading.Event, function: Callable[..., Any]) -> Callable[..., Any]:
+def call_after(event: threading.Event, function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         assert event.wait(30)
         return function(*args, **kwargs)
@@ -57,12 +57,12 @@ def after(event: threading.Event, function: Callable[..., Any]) -> Callable[...,
     return call
 
 
-def full(*args: object) -> None:
-    """In place of a call that writes."""
+def disk_full(*args: object) -> None:
+    """Raise ENOSPC, in place of a call that writes."""
     raise OSError(28, "No space left on device")
 
 
-def until_failed(saver: AsyncSaver) -> None:
+def wait_until_failed(saver: AsyncSaver) -> None:
     deadline = time.monotonic() + 30
     while not saver.failed:
         assert time.monotonic() < deadline, "the background error was lost"

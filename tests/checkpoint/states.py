@@ -1,4 +1,4 @@
-"""A small state of experts and dense weights whose every number is a function of its name and global index."""
+"""A small state of experts and dense weights; values depend on name and global index only."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import dmoe.checkpoint  # noqa: F401 (so that the fork server, which imports thi
 E, D, F = 8, 3, 5  # experts (global), model width, expert hidden width
 
 
-def whole() -> dict[str, Tensor]:
-    """The state of one process: experts stacked [E, D, F], their Adam moments, dense weights, a step count."""
+def full_state() -> dict[str, Tensor]:
+    """Make the state of one process: experts [E, D, F], their moments, dense weights, a step."""
     expert = torch.arange(E * D * F, dtype=torch.float32).reshape(E, D, F) * 1.37
     return {
         "model.experts.w": expert.clone(),
@@ -28,39 +28,36 @@ def whole() -> dict[str, Tensor]:
     }
 
 
-def mesh_of(world: int, ep: int) -> DeviceMesh:
+def ep_device_mesh(world: int, ep: int) -> DeviceMesh:
     return init_device_mesh("cpu", (world // ep, ep), mesh_dim_names=("edp", "ep"))
 
 
-def sharded(
+def sharded_state(
     world: int, ep: int, fill: Callable[[Tensor], Tensor] = torch.clone
 ) -> dict[str, Tensor]:
-    """`whole()` as (W, EP) ranks hold it: experts and `uneven` over ep, equal over edp; the rest on every rank.
-
-    Collective: builds a mesh.
-    """
-    mesh = mesh_of(world, ep)
+    """Shard `full_state()`: experts and `uneven` over ep, all else replicated. Collective."""
+    device_mesh = ep_device_mesh(world, ep)
     state: dict[str, Tensor] = {}
-    for name, tensor in whole().items():
+    for name, tensor in full_state().items():
         state[name] = fill(tensor)
         if "experts" in name or "uneven" in name:
             chunks = tensor.chunk(ep)
-            mine = mesh.get_local_rank("ep")
+            mine = device_mesh.get_local_rank("ep")
             local = chunks[mine] if mine < len(chunks) else tensor[:0]
             placements = [Replicate(), Shard(0)]
             shape, stride = tensor.shape, tensor.stride()
             state[name] = DTensor.from_local(
-                fill(local), mesh, placements, run_check=False, shape=shape, stride=stride
+                fill(local), device_mesh, placements, run_check=False, shape=shape, stride=stride
             )
     return state
 
 
-def blank(tensor: Tensor) -> Tensor:
+def ones_like(tensor: Tensor) -> Tensor:
     return torch.full_like(tensor, 1)
 
 
-def same(state: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    """Bit for bit, this rank's parts."""
+def states_equal(state: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    """Compare this rank's parts bit for bit."""
     for name, tensor in expected.items():
         one, other = (
             t.to_local() if isinstance(t, DTensor) else t.detach() for t in (state[name], tensor)

@@ -1,4 +1,4 @@
-"""The file that is written tensor by tensor is the one that the safetensors library writes and reads."""
+"""Files written tensor by tensor equal those of the safetensors library."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
 
 
 def test_every_tensor_is_aligned_to_its_type(tmp_path: Path) -> None:
-    """So that a reader may map the file instead of copying it."""
+    """A reader can then map the file instead of copying it."""
     tensors = every_kind()
     write_safetensors(tmp_path / "file", pieces_of(tensors), {})
     header = header_of((tmp_path / "file").read_bytes())
