@@ -97,7 +97,8 @@ def mix_domains(packed: PackedDataset, temperature: float) -> MixtureDataset:
 class MixtureDataset:
     """Sequences of a packed dataset, drawn by domain.
 
-    `samples` and `sample_labels` are those of the packed dataset.
+    `samples` and `sample_labels` are those of the packed dataset. Methods and their arguments are
+    those of `TokenDataset`.
     """
 
     packed: PackedDataset

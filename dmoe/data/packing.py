@@ -99,7 +99,7 @@ class PackedDataset:
 
     A sequence may start in one array and end in the next, so the sequences do not depend on the
     shard size. Every read checks the tokens against `vocab_size`: a damaged shard must not become
-    an index error inside a model.
+    an index error inside a model. Methods and their arguments are those of `TokenDataset`.
     """
 
     arrays: Sequence[np.ndarray]
@@ -210,12 +210,13 @@ class HeldOutDataset:
     """Held-out sequences in evaluation order: the domains alternate.
 
     A corpus is ordered by domain, so its first N stored sequences are often of one domain. Here the
-    first N hold equally many of each domain (as far as it has so many), and N = number of domains
+    first N hold equally many of each domain (until one has no more), and N = number of domains
     reaches all of them. The order depends on the text alone, not on the seed or the ranks.
 
     Each domain is cut into sequences separately, so a metric of a domain contains no other text.
     The tail of a domain (less than seq_len tokens) is not evaluated. With one domain, the order is
-    the stored one. Memory: 16 bytes per sequence.
+    the stored one. Memory: 16 bytes per sequence. Methods and their arguments are those of
+    `TokenDataset`.
     """
 
     packed: PackedDataset

@@ -43,7 +43,10 @@ def zipf_probability() -> np.ndarray:
 
 @dataclass(frozen=True)
 class SyntheticDataset:
-    """Endless sequences of one kind; `split` is train or held_out, which share no sequence."""
+    """Endless sequences of one kind; `split` is train or held_out, which share no sequence.
+
+    Methods and their arguments are those of `TokenDataset`.
+    """
 
     kind: str
     seq_len: int
@@ -100,7 +103,10 @@ _CENTRE, _CLASS, _NOISE = 0, 1, 2
 
 @dataclass(frozen=True)
 class ClusterDataset:
-    """Endless labelled samples; train and held_out share the cluster centres and no sample."""
+    """Endless labelled samples; train and held_out share the cluster centres and no sample.
+
+    Methods and their arguments are those of `SampleDataset`.
+    """
 
     columns: tuple[int, ...]
     """Columns of a full sample that are returned."""

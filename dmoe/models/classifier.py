@@ -184,6 +184,7 @@ class ResidualBlock(nn.Module):
         self.feed_forward = feed_forward
 
     def initialize(self, seed: int, name: str, std: float, out_std: float) -> None:
+        """Draw the weights; arguments as in `transformer.Block.initialize`."""
         self.feed_forward_norm.initialize()
         initialize_feed_forward(self.feed_forward, seed, f"{name}.feed_forward", std, out_std)
 

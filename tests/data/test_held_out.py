@@ -46,7 +46,7 @@ def test_one_of_each_domain_in_turn(drawn: list[tuple[int, int]], seq_len: int) 
 
 
 def test_one_domain_is_read_as_it_is_stored() -> None:
-    """What a run with one domain measured before the order changed, it still measures."""
+    """With one domain, metrics are those from before the order was changed."""
     text = PackedDataset([np.arange(500, dtype="<u4")], 7, 0, 500, "held_out")
     held_out = HeldOutDataset(text)
     assert held_out.num_sequences == text.num_sequences

@@ -1,4 +1,4 @@
-"""What the whole model promises: shapes, losses, recomputation, causality, sizes."""
+"""The whole model: shapes, losses, recomputation, causality, sizes."""
 
 from __future__ import annotations
 

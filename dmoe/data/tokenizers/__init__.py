@@ -1,6 +1,6 @@
 """Tokenizers: the protocol, the byte tokenizer, and the table of byte strings behind every kind.
 
-All kinds are byte-level: each token stands for a fixed byte string, and the strings of a text's
+All kinds are byte-level: each token represents a fixed byte string, and the strings of a text's
 tokens, concatenated, are the text. This makes bits per byte exact. A NUL byte in a text is removed
 before encoding; the place of NUL in a byte vocabulary is used for the document separator (kinds
 bytes and tiktoken), so a vocabulary of 256 entries really has 256 entries.
@@ -72,7 +72,7 @@ class ByteLevelTokenizer:
     token_bytes: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        assert self.pieces[self.separator] == b"", "the separator stands for no text"
+        assert self.pieces[self.separator] == b"", "the separator has no bytes"
         object.__setattr__(
             self, "token_bytes", np.array([len(piece) for piece in self.pieces], dtype=np.int64)
         )
