@@ -11,29 +11,21 @@ from pathlib import Path
 import pytest
 
 from tests.cli.commands import dmoe, environment, refused
+from tests.config.refusals import REFUSALS
 
-CONFIG = {
-    "unknown key": (["moe.top_q=1"], ["moe.top_q=1", "no such field", "moe.top_k"]),
-    "unknown section": (["mo.top_k=1"], ["mo", "no such field", "moe"]),
-    "wrong type": (["moe.top_k=two"], ["moe.top_k=two", "must be int", "default is 2"]),
-    "wrong word": (["moe.exchange=sideways"], ["moe.exchange=sideways", "packed or padded"]),
-    "not a number": (["optim.lr=.nan"], ["optim.lr=nan", "finite"]),
-    "experts not divisible": (
-        ["moe.num_experts=9", "parallel.ep=2", "--ranks", "2"],
-        ["moe.num_experts=9", "parallel.ep=2", "use"],
-    ),
-    "ep does not divide the world": (
-        ["parallel.ep=4", "--ranks", "2"],
-        ["parallel.ep=4", "world of 2", "use one of [1, 2]"],
-    ),
-    "more choices than experts": (
-        ["moe.top_k=9"],
-        ["moe.top_k=9", "moe.num_experts=8", "use 8 or less"],
-    ),
-    "batch not divisible": (
-        ["train.global_batch=9", "--ranks", "2"],
-        ["train.global_batch=9", "multiple of the 2", "use 8"],
-    ),
+SAMPLE = (
+    "moe.top_q=1",
+    "mo.top_k=1",
+    "moe.top_k=two",
+    "moe.exchange=sideways",
+    "optim.lr=.nan",
+    "moe.num_experts=9 parallel.ep=2",
+    "parallel.ep=4",
+    "moe.top_k=9",
+    "train.global_batch=9",
+)
+"""Rows of the table of refusals that go through the real command too."""
+ARGUMENTS = {
     "no such file": (
         ["nowhere.yaml"],
         ["CONFIG=nowhere.yaml", "cannot be read", "configs/quickstart.yaml"],
@@ -66,19 +58,26 @@ def taken_port() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-@pytest.mark.parametrize("name", CONFIG)
+@pytest.mark.parametrize("name", SAMPLE)
 def test_a_config_that_cannot_work(
     name: str, away: Path, place: Path, small: tuple[str, ...]
 ) -> None:
-    arguments, words = CONFIG[name]
-    rest = () if name == "no such file" else small
-    file = arguments if name == "no such file" else ()
-    refused(
-        dmoe(
-            "train", *file, *rest, f"train.run_dir={away}", *(() if file else arguments), cwd=place
-        ),
-        *words,
+    case = REFUSALS[name]
+    ranks = ["--ranks", str(case.world)] if case.world > 1 else []
+    result = dmoe("train", *small, f"train.run_dir={away}", *case.overrides, *ranks, cwd=place)
+    refused(result, *case.words)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments_that_cannot_work(
+    name: str, away: Path, place: Path, small: tuple[str, ...]
+) -> None:
+    arguments, words = ARGUMENTS[name]
+    overrides = (
+        [f"train.run_dir={away}"] if name == "no such file" else [*small, f"train.run_dir={away}"]
     )
+    first, last = (arguments, []) if name == "no such file" else ([], arguments)
+    refused(dmoe("train", *first, *overrides, *last, cwd=place), *words)
 
 
 @pytest.mark.parametrize("name", NEVER_TORCH)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dmoe.config.errors import ConfigError
-from dmoe.config.launch_env import LaunchEnv, read_launch_env, main_memory
+from dmoe.config.launch_env import LaunchEnv, main_memory, read_launch_env
 
 TORCHRUN = {
     "WORLD_SIZE": "4",

@@ -71,11 +71,15 @@ def test_what_a_router_does_not_read_has_no_range() -> None:
     many = ["moe.num_experts=16", "moe.top_k=16"]
     assert [remark.field for remark in out_of_range(tiny(*many))] == ["moe.top_k"]
     assert out_of_range(tiny(*many, "moe.router.kind=soft")) == []
-    assert out_of_range(tiny(*many, "moe.router.kind=adaptive", "moe.router.renormalize=false")) == []
+    assert (
+        out_of_range(tiny(*many, "moe.router.kind=adaptive", "moe.router.renormalize=false")) == []
+    )
 
 
 def test_below_is_said_too_and_a_dense_model_hears_nothing() -> None:
-    assert "is below the recommended 1 to 2" in str(out_of_range(tiny("moe.capacity.factor=0.5"))[0])
+    assert "is below the recommended 1 to 2" in str(
+        out_of_range(tiny("moe.capacity.factor=0.5"))[0]
+    )
     dense = explain(tiny("moe.capacity.factor=0.5", "model.moe_every=0"), 1)
     assert "recommended" not in {section.key for section in dense}
 
