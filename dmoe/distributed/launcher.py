@@ -25,11 +25,6 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from torch.distributed import DistNetworkError
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import get_args_parser, run
-
 from dmoe.config.errors import ConfigError
 
 PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
@@ -51,6 +46,12 @@ def launch(num_ranks: int, arguments: list[str], port: int | None = None) -> int
     Raises:
         ConfigError: the port is in use.
     """
+    # Imported here: `exit_with_launcher` runs before torch is imported, `dmoe watch` without it.
+    from torch.distributed import DistNetworkError
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser, run
+
     threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # The failing rank has already printed its error in one line.

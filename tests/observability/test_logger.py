@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dmoe.observability import logger
+from dmoe.observability import logger, run_with_timeout
 
 
 def test_slow_report_is_abandoned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -62,3 +62,13 @@ def test_full_disk_loses_lines_with_one_note(tmp_path: Path) -> None:
     assert run_logger.lines_lost == 3
     assert len(printed) == 1
     assert "metrics.jsonl cannot be written (No space left on device)" in printed[0]
+
+
+def test_call_with_timeout_returns_the_reason_of_a_failure() -> None:
+    def fail() -> str | None:
+        raise OSError("two\nlines")
+
+    assert run_with_timeout(lambda: None, 10) is None
+    assert run_with_timeout(lambda: "no server", 10) == "no server"
+    assert run_with_timeout(fail, 10) == "two lines"
+    assert run_with_timeout(lambda: time.sleep(30), 0.01, "too late") == "too late"

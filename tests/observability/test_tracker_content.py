@@ -39,7 +39,7 @@ from dmoe.moe.routers.base import LearnedRouter
 
 own = LearnedRouter.logits
 push_E = torch.zeros({EXPERTS}).index_fill(0, torch.tensor({FORCED}), 50.0)
-LearnedRouter.logits = lambda self, x_TD, context: own(self, x_TD, context) + push_E
+LearnedRouter.logits = lambda self, *inputs: own(self, *inputs) + push_E
 run()
 """
 BOTH = "tracking.trackers=[tensorboard,wandb]"
