@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# The same training through `accelerate launch`, for those whose machines are set up for it.
+# Start the same training with `accelerate launch`.
 #
 #     DEVICE=cpu RANKS=2 launch/accelerate.sh configs/quickstart.yaml [k=v ...]
 #
 # DEVICE  cpu or gpu: picks accelerate_cpu.yaml or accelerate_gpu.yaml beside this script
 # RANKS   processes on this machine
 #
-# dmoe initialises the process group itself, before it builds its Accelerator, and takes precision, device and accumulation from
-# its own config: of accelerate's file only the number of processes counts. Several machines: launch/multi_node.sh.
+# dmoe initialises the process group itself, before it builds its Accelerator, and takes precision,
+# device and accumulation from its own config: of accelerate's file only the number of processes is
+# used. Several machines: launch/multi_node.sh.
 set -euo pipefail
 
 refuse() { echo "accelerate.sh: $1" >&2; exit 2; }

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# N ranks on this machine, through torchrun: gloo on CPU, NCCL with one GPU a rank where there are GPUs.
+# Start N ranks on this machine with torchrun: gloo on CPU, NCCL with one GPU per rank.
 #
 #     RANKS=2 launch/local.sh configs/quickstart.yaml [moe.top_k=1 ...]
 #
-# `dmoe train --ranks 2 CONFIG` does the same; use this one to add torchrun's own options.
+# `dmoe train --ranks 2 CONFIG` does the same; use this script to add torchrun's own options.
 set -euo pipefail
 
 refuse() { echo "local.sh: $1" >&2; exit 2; }
@@ -14,7 +14,7 @@ refuse() { echo "local.sh: $1" >&2; exit 2; }
 [[ -r "$1" ]] || refuse "CONFIG '$1' cannot be read; give a YAML file, for example configs/quickstart.yaml."
 command -v torchrun >/dev/null || refuse "torchrun is not on PATH; activate the environment dmoe is installed in."
 
-# torchrun would give each rank one thread; share the cores instead.
+# torchrun's default is one thread per rank; divide the cores instead.
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > RANKS ? cores / RANKS : 1))}"
 

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# Several machines: run this on each of them, with the same values but for NODE_RANK.
+# Start a run on several machines: call this on each, with the same values except NODE_RANK.
 #
-#     NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 RANKS_PER_NODE=8 RUN_DIR=/shared/run1 launch/multi_node.sh CONFIG [k=v ...]
+#     NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 RANKS_PER_NODE=8 RUN_DIR=/shared/run1 \
+#         launch/multi_node.sh CONFIG [k=v ...]
 #
-# NNODES          machines
+# NNODES          number of machines
 # NODE_RANK       0 on the machine named by MASTER_ADDR, 1, 2, ... on the others
 # MASTER_ADDR     name or address of machine 0, as the others reach it
-# RANKS_PER_NODE  processes a machine: its GPUs, or a share of its cores
-# RUN_DIR         where the run is kept, on a file system all machines see: a restart goes on from its last checkpoint
-# Optional: MASTER_PORT (29500), MAX_RESTARTS (3), JOB_ID (dmoe; machines with another one stay out).
+# RANKS_PER_NODE  processes per machine: its GPUs, or a share of its cores
+# RUN_DIR         run directory on a file system of all machines; a restart resumes from its last
+#                 checkpoint
+# Optional: MASTER_PORT (29500), MAX_RESTARTS (3), JOB_ID (dmoe; the same on all machines of a job).
 #
-# Ports: the machines must reach MASTER_PORT on machine 0 and, as gloo and NCCL do, any free port on each other.
+# Ports: MASTER_PORT on machine 0 and, for gloo and NCCL, any free port between the machines.
 set -euo pipefail
 
 refuse() { echo "multi_node.sh: $1" >&2; exit 2; }
@@ -34,14 +36,15 @@ command -v torchrun >/dev/null || refuse "torchrun is not on PATH; activate the 
 config=$1
 shift
 
-# After a rank died, torch 2.13 cannot rebuild gloo from the store its agents share; a store of its own for each attempt can.
+# After a rank died, torch 2.13 cannot rebuild gloo from the agents' shared store; use one store per
+# attempt.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
-# On SIGTERM torchrun passes it on and waits this long before it kills: time to write a checkpoint.
+# Seconds that torchrun waits after it forwarded SIGTERM, before it kills: to write a checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}"
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > RANKS_PER_NODE ? cores / RANKS_PER_NODE : 1))}"
 
-# Who hosts the rendezvous is said outright: guessing it from host names fails in containers and behind aliases.
+# Set the rendezvous host: detection by host name fails in containers and behind aliases.
 is_host=$([[ "$NODE_RANK" -eq 0 ]] && echo true || echo false)
 
 exec torchrun --nnodes "$NNODES" --nproc-per-node "$RANKS_PER_NODE" --max-restarts "$MAX_RESTARTS" \

@@ -78,7 +78,7 @@ class CollectiveChecker:
         mismatch = find_mismatch(records)
         if mismatch:
             raise CollectiveCheckError(f"exchange {self.count} does not match: {mismatch}")
-        # A rank that writes record n has read record n - 1, so nobody needs n - 2 any more.
+        # A rank that writes record n has read record n - 1, so record n - 2 is no longer needed.
         if self.count > 1:
             self.store.delete_key(f"{self.count - 2}/{self.rank}")
         self.count += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from dmoe.checkpoint import load, read_manifest, save, verify
-from dmoe.checkpoint.manifest import MANIFEST, FileEntry, Manifest, TensorEntry, hash_file, write
+from dmoe.checkpoint.manifest import MANIFEST, Manifest, TensorEntry, hash_file, write
 from dmoe.config.errors import CheckpointError
 from tests.checkpoint.states import full_state, ones_like, states_equal
 
@@ -151,8 +152,6 @@ def test_a_checkpoint_directory_that_is_a_link_or_was_renamed(path: Path) -> Non
 
 def forge(path: Path, change: Callable[[dict], object]) -> None:
     """Write a changed manifest with a correct digest."""
-    import hashlib
-
     body = json.loads((path / MANIFEST).read_text())["manifest"]
     changed = change(body)
     body = body if changed is None else changed
@@ -255,9 +254,8 @@ def test_300_malformed_headers_are_checkpoint_errors(tmp_path: Path) -> None:
             assert states_equal(
                 state, {name: ones_like(tensor) for name, tensor in full_state().items()}
             )
-    assert (
-        refusals > 200
-    )  # the others changed an insignificant byte, such as white space or a digit of the metadata
+    # The others changed an insignificant byte, such as white space or a digit of the metadata.
+    assert refusals > 200
 
 
 def write_shard(
@@ -269,7 +267,7 @@ def write_shard(
     info = json.dumps({name: {"saved_offsets": offset} for name, offset in offsets.items()})
     path.mkdir()
     save_file(pieces, path / SHARD, metadata={"DCP_SHARDING_INFO": info})
-    files: dict[str, FileEntry] = {SHARD: hash_file(path / SHARD)}
+    files = {SHARD: hash_file(path / SHARD)}
     write(path, Manifest(1, files, {"x": TensorEntry(whole_shape, "float32")}, {}))
 
 
