@@ -1,4 +1,4 @@
-"""`dmoe compare`: what is printed, and what is refused."""
+"""Command `dmoe compare`: its output and its errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dmoe.config.errors import ConfigError
 from dmoe.report.comparison import comparison_lines
 from dmoe.report.results import result_lines
 from dmoe.report.run import load_runs
-from dmoe.runs.metrics_log import read_metrics
+from dmoe.runs.metrics_log import read_metrics_tolerant
 from dmoe.train.summary import print_summary
 from tests.report.runs import line, write
 
@@ -60,44 +60,48 @@ def test_json_has_every_digit(run: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert found["finished"] is True
 
 
-def test_full_is_the_result_of_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_prints_the_results_of_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command([run], full=True)
-    assert capsys.readouterr().out.splitlines() == result_lines(read_metrics(run / "metrics.jsonl"))
+    assert capsys.readouterr().out.splitlines() == result_lines(
+        read_metrics_tolerant(run / "metrics.jsonl")
+    )
 
 
 def test_the_trainer_prints_the_same(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Before its last line is written: that one changes nothing of the table."""
-    said: list[str] = []
-    told = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (run / "at-the-end.jsonl").write_text("".join(told[:-1]), encoding="utf-8")
-    speaker = SimpleNamespace(
-        metrics=object(), run=SimpleNamespace(metrics=run / "at-the-end.jsonl"), say=said.append
+    """The trainer prints the results before it writes the last line."""
+    printed: list[str] = []
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (run / "at-the-end.jsonl").write_text("".join(lines[:-1]), encoding="utf-8")
+    logger = SimpleNamespace(
+        metrics=object(),
+        run=SimpleNamespace(metrics=run / "at-the-end.jsonl"),
+        print=printed.append,
     )
-    print_summary(speaker)  # type: ignore[arg-type]
+    print_summary(logger)  # type: ignore[arg-type]
     command([run], full=True)
-    assert said == ["\n" + capsys.readouterr().out.rstrip()]
+    assert printed == ["\n" + capsys.readouterr().out.rstrip()]
 
 
-def test_a_table_that_cannot_be_made_is_a_note(tmp_path: Path) -> None:
-    """And on the ranks that do not speak nothing is read at all."""
-    said: list[str] = []
-    speaker = SimpleNamespace(metrics=object(), run=SimpleNamespace(metrics=None), say=said.append)
-    print_summary(speaker)  # type: ignore[arg-type]
-    assert said[0].startswith("note: no result table: ")
-    assert "seconds" not in said[0], "it was not waited for"
-    print_summary(SimpleNamespace(metrics=None, say=said.append))  # type: ignore[arg-type]
-    assert len(said) == 1
+def test_missing_results_are_a_note(tmp_path: Path) -> None:
+    """Ranks without a metrics file read nothing."""
+    printed: list[str] = []
+    logger = SimpleNamespace(
+        metrics=object(), run=SimpleNamespace(metrics=None), print=printed.append
+    )
+    print_summary(logger)  # type: ignore[arg-type]
+    assert printed[0].startswith("note: no result table: ")
+    assert "seconds" not in printed[0], "it did not wait"
+    print_summary(SimpleNamespace(metrics=None, print=printed.append))  # type: ignore[arg-type]
+    assert len(printed) == 1
 
 
-def test_full_says_that_a_run_has_not_finished(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_full_marks_unfinished_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command(
         [write(tmp_path / "run", [line("start", 0), line("end", 3, stopped=True)])] * 2, full=True
     )
-    told = capsys.readouterr().out
-    assert "* run: stopped after step 3, and can be resumed." in told
-    assert "\n\nrun (2):\n" in told
+    output = capsys.readouterr().out
+    assert "* run: stopped after step 3, and can be resumed." in output
+    assert "\n\nrun (2):\n" in output
 
 
 def test_a_path_without_a_run_is_refused(run: Path, tmp_path: Path) -> None:
@@ -108,7 +112,7 @@ def test_a_path_without_a_run_is_refused(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("given", "width"), [("20", 80), ("90", 90), ("200", 120)])
-def test_the_table_is_as_wide_as_the_terminal(
+def test_the_table_fits_the_terminal(
     run: Path, given: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", given)
@@ -116,10 +120,10 @@ def test_the_table_is_as_wide_as_the_terminal(
     assert max(map(len, comparison_lines(load_runs([run]), terminal_width()))) <= width
 
 
-def test_the_command_answers_without_torch(run: Path) -> None:
-    """In a process of its own: it is registered, and loads nothing heavy."""
+def test_the_command_does_not_import_torch(run: Path) -> None:
+    """The command is registered and does not import torch."""
     code = "import sys; from dmoe.cli import main\nsys.argv = ['dmoe', 'compare', sys.argv[1]]\n"
-    code += "code = main.answer(); print(code, 'torch' in sys.modules)"
+    code += "code = main.dispatch_command(); print(code, 'torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code, str(run)],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""`dmoe report`: where the file goes, and what is refused."""
+"""Command `dmoe report`: its output file and its errors."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ def run(tmp_path: Path) -> Path:
     return write(tmp_path / "run", [line("start", 0, world=1, ep=1), line("train", 1, loss=2.5)])
 
 
-def test_one_run_keeps_its_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_of_one_run_is_in_its_directory(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command([run])
     assert capsys.readouterr().out == f"report: {run / 'report.html'}\n"
     assert "Report on run" in (run / "report.html").read_text(encoding="utf-8")
 
 
-def test_several_runs_are_reported_here(
+def test_the_report_of_several_runs_is_in_the_working_directory(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -31,13 +33,13 @@ def test_several_runs_are_reported_here(
     assert not (run / "report.html").exists()
 
 
-def test_the_output_is_where_it_was_asked_for(run: Path, tmp_path: Path) -> None:
+def test_output_option(run: Path, tmp_path: Path) -> None:
     command([run], output=tmp_path / "elsewhere.html")
     assert (tmp_path / "elsewhere.html").is_file()
     assert not (run / "report.html").exists()
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_a_path_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a run directory") as refused:
         command([tmp_path])
     assert refused.value.exit_code == 2

@@ -1,4 +1,4 @@
-"""`dmoe explain`: what it prints for every config, and that its fields are the schema's."""
+"""Output of `dmoe explain` for every config, and its list of fields."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ ROUTERS = {
     "hash": [],
     "soft": ["moe.top_k=8"],
     "expert_choice": ["moe.router.allow_future_leak=true"],
+    "budget": ["moe.router.renormalize=false"],
 }
 
 
@@ -38,14 +39,14 @@ def numbers(config: Config, world: int) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_every_config_is_explained_without_its_ranks(path: Path) -> None:
+def test_every_config_is_explained_without_ranks(path: Path) -> None:
     config = load(path)
     world, origin = choose_world(config, None)
     sections = explain(config, world)
     text = as_text(world, origin, sections)
     assert max(map(len, text.splitlines())) <= MAX_WIDTH
-    for ugly in ("None", "nan", "{", "e+"):
-        assert ugly not in text
+    for unformatted in ("None", "nan", "{", "e+"):
+        assert unformatted not in text
     json.dumps([section.numbers for section in sections], allow_nan=False)
     total, active = count(load_file(path.name), vocabulary=256)
     size = numbers(config, world)["size"]
@@ -54,7 +55,7 @@ def test_every_config_is_explained_without_its_ranks(path: Path) -> None:
 
 @pytest.mark.parametrize("group", ["rank", "sequence", "global"])
 @pytest.mark.parametrize("kind", ROUTERS)
-def test_every_router_is_put_into_words(kind: str, group: str) -> None:
+def test_every_router_is_explained(kind: str, group: str) -> None:
     overrides = [f"moe.router.kind={kind}", "moe.capacity.factor=1.5", *ROUTERS[kind]]
     if (kind, group) == ("expert_choice", "global"):
         pytest.skip("refused: it would compare tokens of all ranks before any is sent")
@@ -67,25 +68,25 @@ def test_every_router_is_put_into_words(kind: str, group: str) -> None:
     assert any(sentence.startswith("Choice: ") for sentence in sections["routing"].sentences)
 
 
-def test_the_world_is_the_given_one_or_the_configs() -> None:
+def test_the_world_is_the_option_or_from_the_config() -> None:
     assert choose_world(tiny("parallel.ep=8"), None) == (8, "parallel.ep")
     assert choose_world(tiny("parallel.ep=8"), 16) == (16, "--world")
     assert choose_world(tiny(), None) == (1, "default")
 
 
-def test_a_world_that_cannot_be_is_refused() -> None:
+def test_an_impossible_world_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"parallel\.ep=3: must divide the world of 4"):
         explain(tiny("parallel.ep=3"), 4)
 
 
-def test_the_command_prints_words_and_the_same_as_json(place: Path) -> None:
-    """ep=8 on a machine of one process: the world follows, and the text says so."""
-    result = dmoe("explain", "parallel.ep=8", "moe.capacity.factor=1.25", cwd=place)
+def test_text_and_json_have_the_same_sentences(tmp_path: Path) -> None:
+    """With ep=8 and no --world, the world is 8, and the text says so."""
+    result = dmoe("explain", "parallel.ep=8", "moe.capacity.factor=1.25", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "On 8 ranks (from parallel.ep" in result.stdout
     assert "rank 7: experts 7" in result.stdout
     content = json.loads(
-        dmoe("explain", "parallel.ep=8", "moe.capacity.factor=1.25", "--json", cwd=place).stdout
+        dmoe("explain", "parallel.ep=8", "moe.capacity.factor=1.25", "--json", cwd=tmp_path).stdout
     )
     assert content["world"] == 8
     plain = " ".join(result.stdout.split())
@@ -93,17 +94,17 @@ def test_the_command_prints_words_and_the_same_as_json(place: Path) -> None:
         for sentence in section["words"]:
             assert " ".join(sentence.split()) in plain
     refused(
-        dmoe("explain", "--world", "3", "parallel.ep=8", cwd=place), "parallel.ep=8", "world of 3"
+        dmoe("explain", "--world", "3", "parallel.ep=8", cwd=tmp_path), "parallel.ep=8", "world of 3"
     )
 
 
-def test_a_dense_model_has_no_words_on_experts() -> None:
+def test_a_dense_model_has_no_sections_on_experts() -> None:
     sections = {section.key: section for section in explain(tiny("model.moe_every=0"), 2)}
     assert "dense" in sections["experts"].sentences[0]
     assert sections.keys() == {"batch", "experts", "size", "optimization", "evaluation"}
 
 
-def test_fields_are_the_schemas_with_defaults_and_meanings() -> None:
+def test_listed_fields_are_those_of_the_schema() -> None:
     listed = {field.name: field for field in list_fields()}
     expected = dict(leaves(Config(), ""))
     assert listed.keys() == expected.keys()

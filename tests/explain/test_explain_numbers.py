@@ -1,4 +1,4 @@
-"""The numbers of `dmoe explain` against the things they speak of: a layer that routes, ranks that send, a schedule that runs."""
+"""Numbers of `dmoe explain` against a real layer, real ranks and the real schedule."""
 
 from __future__ import annotations
 
@@ -29,51 +29,60 @@ def numbers(config: Config, world: int) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("group", ["rank", "sequence", "global"])
 @pytest.mark.parametrize(("factor", "virtual"), [(1.25, 1), (1.0, 2), (0.3, 4), (1.1, 2)])
-def test_capacity_is_what_a_layer_does(group: str, factor: float, virtual: int) -> None:
-    """All tokens are alike and want the same experts: what those keep is the number of slots."""
+def test_capacity_equals_the_layers(group: str, factor: float, virtual: int) -> None:
+    """All tokens choose the same experts, so those keep as many as they have slots."""
     config = tiny(
         f"moe.capacity.factor={factor}",
         f"moe.capacity.group={group}",
         f"parallel.virtual_ranks={virtual}",
     )
-    told = numbers(config, 1)["capacity"]
+    explained = numbers(config, 1)["capacity"]
     layer = MoE.from_config(config.moe, config.model.dim, virtual_ranks=virtual)
     sequences = batching(config, 1).micro_batch * virtual
     kept_E = layer(torch.ones(sequences, config.data.seq_len, config.model.dim)).stats.kept_E
     tokens = sequences * config.data.seq_len
     groups = {"rank": virtual, "sequence": sequences, "global": 1}[group]
-    assert int(kept_E.max()) == told["slots"] * groups == told["slots"] * told["groups"]
-    assert told["tokens_per_group"] * groups == tokens
-    assert told["slots_total"] == told["slots"] * groups * 8
-    assert told["fair_share"] == config.moe.top_k * tokens / groups / 8
-    assert factor <= told["load_over_fair_share"] < factor + 1 / told["fair_share"]
+    assert (
+        int(kept_E.max()) == explained["slots"] * groups == explained["slots"] * explained["groups"]
+    )
+    assert explained["tokens_per_group"] * groups == tokens
+    assert explained["slots_total"] == explained["slots"] * groups * 8
+    assert explained["fair_share"] == config.moe.top_k * tokens / groups / 8
+    assert factor <= explained["load_over_fair_share"] < factor + 1 / explained["fair_share"]
 
 
-def test_the_global_group_is_that_of_all_ranks() -> None:
+def test_the_global_group_spans_all_ranks() -> None:
     config = tiny("moe.capacity.factor=1.5", "moe.capacity.group=global", "train.micro_batch=1")
-    told = numbers(config, 4)["capacity"]
-    assert told["tokens_per_group"] == 4 * 16
-    assert told["slots"] == math.ceil(1.5 * 2 * 64 / 8)
+    explained = numbers(config, 4)["capacity"]
+    assert explained["tokens_per_group"] == 4 * 16
+    assert explained["slots"] == math.ceil(1.5 * 2 * 64 / 8)
 
 
-def test_owners_are_those_of_the_topology() -> None:
-    told = numbers(tiny("parallel.ep=4"), 8)["experts"]
-    owner = {rank: entry["experts"] for entry in told["owners"] for rank in entry["ranks"]}
+def test_owners_equal_the_mesh() -> None:
+    explained = numbers(tiny("parallel.ep=4"), 8)["experts"]
+    owner = {rank: entry["experts"] for entry in explained["owners"] for rank in entry["ranks"]}
     assert owner == {
         rank: list(ParallelMesh(rank=rank, world_size=8, ep=4).local_experts(8))
         for rank in range(8)
     }
-    assert (told["ep"], told["edp"]) == (4, 2)
+    assert (explained["ep"], explained["edp"]) == (4, 2)
 
 
-def test_batches_multiply_to_the_global_one() -> None:
-    told = numbers(tiny("train.micro_batch=1", "parallel.virtual_ranks=2"), 2)["batch"]
+def test_batch_parts_multiply_to_the_global_batch() -> None:
+    explained = numbers(tiny("train.micro_batch=1", "parallel.virtual_ranks=2"), 2)["batch"]
     assert (
-        told["world"] * told["virtual_ranks"] * told["micro_batch"] * told["accumulation"]
-        == told["global_batch"]
+        explained["world"]
+        * explained["virtual_ranks"]
+        * explained["micro_batch"]
+        * explained["accumulation"]
+        == explained["global_batch"]
         == 8
     )
-    assert (told["accumulation"], told["tokens_per_forward"], told["tokens_per_step"]) == (
+    assert (
+        explained["accumulation"],
+        explained["tokens_per_forward"],
+        explained["tokens_per_step"],
+    ) == (
         2,
         32,
         128,
@@ -81,37 +90,43 @@ def test_batches_multiply_to_the_global_one() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
-def test_the_schedule_ends_where_it_is_said_to(schedule: str) -> None:
+def test_first_and_last_learning_rate(schedule: str) -> None:
     config = tiny(f"optim.schedule={schedule}", "train.steps=50")
-    told = numbers(config, 1)["optimization"]
+    explained = numbers(config, 1)["optimization"]
     rates = [learning_rate(step, 50, config.optim) for step in range(50)]
-    assert (told["first"], told["last"], told["peak"]) == (rates[0], rates[-1], max(rates))
+    assert (explained["first"], explained["last"], explained["peak"]) == (
+        rates[0],
+        rates[-1],
+        max(rates),
+    )
 
 
-def test_flops_are_two_for_each_multiply_add() -> None:
-    """Counted by hand: attention's four matrices and its scores, K experts, router, output."""
+def test_flops_are_two_per_multiply_add() -> None:
+    """Count attention's four matrices and its scores, K experts, router and output by hand."""
     config = tiny()
     width, hidden, length = 32, 24, 16
     block = 4 * width * width + 2 * 3 * width * hidden + width * 8
     attended = 2 * width * (length + 1) / 2
     forward = 2 * (2 * (block + attended) + VOCAB * width)
-    told = numbers(config, 1)["size"]
-    assert told["flops_per_token_forward"] == forward
-    assert told["flops_per_step"] == 3 * forward * 8 * 16
+    explained = numbers(config, 1)["size"]
+    assert explained["flops_per_token_forward"] == forward
+    assert explained["flops_per_step"] == 3 * forward * 8 * 16
 
 
 @dataclass
-class Seen:
+class Measured:
+    """Sizes and traffic of one rank."""
+
     dense: int
     experts: int
     owned: list[int]
     sent: dict[str, list[int]]
-    """Bytes that left this rank in each exchange of rows, forward and backward."""
+    """Bytes sent by this rank per exchange of rows, forward and backward."""
     collectives: dict[str, tuple[int, int]]
 
 
 class Recorder:
-    """Stands where torch's all-to-all is called, and notes what leaves this rank."""
+    """Wrapper of torch's all-to-all that records the bytes sent by this rank."""
 
     def __init__(self, real: Any, rank: int, world: int) -> None:
         self.real, self.rank, self.world, self.sent, self.calls = real, rank, world, list[int](), 0
@@ -124,15 +139,17 @@ class Recorder:
         return self.real(received, rows, receive, send, group=group)
 
 
-def measure(rank: int, world: int, config: Config) -> Seen:
-    """Shard a model for real, then send a perfectly balanced batch through its first layer, packed and padded."""
+def measure(rank: int, world: int, config: Config) -> Measured:
+    """Shard a model and run a balanced batch through its first layer, packed and padded."""
     groups = mesh.build_mesh(expert_parallel(config, world), torch.device("cpu"))
     model = Transformer(config.model, config.moe, VOCAB)
     shard_experts(model, groups)
     experts = sum(p.numel() for p in expert_parameters(model).values())
     layer = model.moe_layers()[0]
     owned = list(range(layer.experts.first, layer.experts.first + len(layer.experts.w_in)))
-    seen = Seen(sum(p.numel() for p in model.parameters()) - experts, experts, owned, {}, {})
+    measured = Measured(
+        sum(p.numel() for p in model.parameters()) - experts, experts, owned, {}, {}
+    )
     dispatchers = {"packed": None, "padded": layer.padded}
     for name, padded in dispatchers.items():
         layer.padded = padded
@@ -143,12 +160,15 @@ def measure(rank: int, world: int, config: Config) -> Seen:
         forward = recorder.calls
         y.sum().backward()
         all_to_all.dist.all_to_all_single = recorder.real
-        seen.sent[name], seen.collectives[name] = recorder.sent, (forward, recorder.calls - forward)
-    return seen
+        measured.sent[name], measured.collectives[name] = (
+            recorder.sent,
+            (forward, recorder.calls - forward),
+        )
+    return measured
 
 
 def balanced(layer: MoE, sequences: int, length: int) -> Tensor:
-    """Token t wants the experts t and t+1 (modulo E)."""
+    """Return inputs for which token t chooses the experts t and t+1 (modulo E)."""
     with torch.no_grad():
         layer.router.weight.zero_()
         layer.router.weight[:, : layer.num_experts] = torch.eye(layer.num_experts)
@@ -159,26 +179,29 @@ def balanced(layer: MoE, sequences: int, length: int) -> Tensor:
     return x.view(sequences, length, -1).requires_grad_()
 
 
-def test_bytes_parameters_and_owners_are_those_of_two_real_ranks() -> None:
+def test_bytes_parameters_and_owners_equal_two_real_ranks() -> None:
     padded = tiny("moe.exchange=padded", "moe.capacity.factor=1.25")
-    told = {"packed": numbers(tiny("moe.capacity.factor=1.25"), 2), "padded": numbers(padded, 2)}
-    for rank, seen in enumerate(run_ranks(2, measure, padded)):
-        size = told["padded"]["size"]
-        assert (seen.dense, seen.experts) == (
+    explained = {
+        "packed": numbers(tiny("moe.capacity.factor=1.25"), 2),
+        "padded": numbers(padded, 2),
+    }
+    for rank, measured in enumerate(run_ranks(2, measure, padded)):
+        size = explained["padded"]["size"]
+        assert (measured.dense, measured.experts) == (
             size["rank_dense_parameters"],
             size["rank_expert_parameters"],
         )
-        assert size["rank_bytes"]["total"] == 16 * (seen.dense + seen.experts)
-        assert seen.owned == told["padded"]["experts"]["owners"][rank]["experts"]
-        for name, sections in told.items():
+        assert size["rank_bytes"]["total"] == 16 * (measured.dense + measured.experts)
+        assert measured.owned == explained["padded"]["experts"]["owners"][rank]["experts"]
+        for name, sections in explained.items():
             exchange = sections["exchange"]
-            assert seen.sent[name] == [exchange["bytes_forward"]] * 4, (
+            assert measured.sent[name] == [exchange["bytes_forward"]] * 4, (
                 "two out and back, forward and backward"
             )
-            assert seen.collectives[name] == (
+            assert measured.collectives[name] == (
                 exchange["collectives_forward"],
                 exchange["collectives_backward"],
             )
-            assert exchange["bytes_per_step"] == 2 * sum(seen.sent[name]), (
+            assert exchange["bytes_per_step"] == 2 * sum(measured.sent[name]), (
                 "two MoE layers, nothing accumulated"
             )

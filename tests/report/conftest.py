@@ -1,4 +1,4 @@
-"""Runs and reports that several tests look at."""
+"""Fixtures: run directories, their reports, and a browser."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tests.report.runs import write_run
 
 @pytest.fixture(scope="session")
 def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with every key, under a name that is markup."""
+    """Write a run with all metrics, under a name that is markup."""
     return write_run(tmp_path_factory.mktemp("report") / "<b onclick=alert(1)>one&amp;")
 
 
 @pytest.fixture(scope="session")
 def other_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Half as long, with more experts, fewer layers and another number of ranks."""
+    """Write a run of half the length, with other numbers of experts, layers and ranks."""
     return write_run(
         tmp_path_factory.mktemp("report") / "two", 30, layers=1, experts=16, ranks=4, seed=1
     )

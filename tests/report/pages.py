@@ -1,4 +1,4 @@
-"""A report taken apart again: its data, and its text as a browser's parser sees it."""
+"""Parser of a report: its data, and its text as a browser shows it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Page", "read_page"]
-
 
 class Page(HTMLParser):
-    """`data`: the charts' JSON; `tags`: every element with its attributes; `text`: what is not in a script or a style."""
+    """A parsed report.
+
+    `data` is the JSON of the charts, `tags` all elements with their attributes, and `text` all text
+    outside of scripts and styles.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +45,7 @@ class Page(HTMLParser):
         return self.data["charts"][chart]["views"][key]
 
     def curve(self, chart: str, name: str, key: str = "") -> dict[int, float | None]:
-        """Value by step."""
+        """Return the values of a curve by step."""
         found = [curve for curve in self.view(chart, key)["curves"] if curve["name"] == name]
         assert len(found) == 1, [curve["name"] for curve in self.view(chart, key)["curves"]]
         return dict(zip(found[0]["x"], found[0]["y"], strict=True))

@@ -1,4 +1,4 @@
-"""Run directories for tests: a real config, and metric lines with every key that a trainer writes."""
+"""Run directories for tests: a real config, and metrics lines with all keys of the trainer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from typing import Any
 from dmoe.config.load import to_yaml
 from tests.tiny import tiny
 
-__all__ = ["HOSTILE", "line", "old_layer", "train_line", "write", "write_run"]
-
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><b>&amp; ' % {x} \u2028 \ud800"
 Line = dict[str, Any]
 
@@ -23,7 +21,7 @@ def line(event: str, step: int, **values: Any) -> Line:
 
 
 def write(path: Path, lines: Sequence[Line], *overrides: str, torn: str = "") -> Path:
-    """A run directory with these metric lines and `torn` after them."""
+    """Write a run directory with these metrics lines, and `torn` after them."""
     path.mkdir(parents=True)
     (path / "resolved.yaml").write_text(to_yaml(tiny(*overrides)), encoding="utf-8")
     text = "".join(json.dumps(item) + "\n" for item in lines)
@@ -41,7 +39,7 @@ def write_run(
     ranks: int = 2,
     seed: int = 0,
 ) -> Path:
-    """A run with all there is: a spike, a skip, a restart that repeats steps, alerts, saves, evaluations with labels, samples."""
+    """Write a run with all events: skip, restart, alerts, checkpoints, evaluations, samples."""
     draw = random.Random(seed)
     half = steps // 2 // every * every
     size = {"layers": layers, "experts": experts, "ranks": ranks}
@@ -169,7 +167,7 @@ def train_layer(draw: random.Random, index: int, progress: float, experts: int, 
 
 
 def old_layer(index: int, load: list[int], drop: float = 0.0) -> Line:
-    """A layer as the first version wrote it."""
+    """Return a layer's metrics as the first version wrote them."""
     return {
         "layer": index,
         "aux": {"switch": 1.02, "z": 4.1},

@@ -1,4 +1,4 @@
-"""What of a metrics file is in force."""
+"""Lines of a metrics file that are in force."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def trained(*steps: int, **values: Any) -> list[dict[str, Any]]:
     return [line("train", step, **values) for step in steps]
 
 
-def test_a_restart_undoes_what_lies_behind_it(tmp_path: Path) -> None:
-    """The run was killed at step 7 and went on from step 4: steps 5 to 7 were measured twice, and only the second time counts."""
+def test_a_restart_voids_later_steps(tmp_path: Path) -> None:
+    """Killed at step 7 and resumed after step 4: of steps 5 to 7 the second values count."""
     first, second = (
         [*trained(1, 2, 3, 4, 5, 6, 7, loss=1.0), line("alert", 6)],
         trained(5, 6, loss=2.0),
@@ -38,9 +38,8 @@ def test_a_restart_undoes_what_lies_behind_it(tmp_path: Path) -> None:
         (6, 2.0),
     ]
     assert [item["step"] for item in metrics.void] == [5, 6, 7]
-    assert [item["step"] for item in metrics.of("alert")] == [
-        6
-    ]  # it was said, and is not said again
+    # Alerts are not repeated, so they stay in force.
+    assert [item["step"] for item in metrics.of("alert")] == [6]
 
 
 def test_a_second_restart_may_go_further_back(tmp_path: Path) -> None:
@@ -60,8 +59,8 @@ def test_a_second_restart_may_go_further_back(tmp_path: Path) -> None:
     ]
 
 
-def test_what_starts_from_nothing_measures_step_0_anew(tmp_path: Path) -> None:
-    """The result table compared the end of a run with step 0 of another: killed before its first checkpoint, with another seed."""
+def test_a_start_without_checkpoint_voids_step_0(tmp_path: Path) -> None:
+    """Regression: the results compared with step 0 of an earlier process with another seed."""
     first, second = (
         [line("start", 0, resumed_from=0), line("eval", 0, loss=loss)] for loss in (1.0, 2.0)
     )
@@ -74,7 +73,7 @@ def test_what_starts_from_nothing_measures_step_0_anew(tmp_path: Path) -> None:
     assert [item["loss"] for item in metrics.void] == [1.0]
 
 
-def test_a_restart_of_an_older_version_says_it_by_its_step(tmp_path: Path) -> None:
+def test_a_restart_of_an_older_version_gives_its_step(tmp_path: Path) -> None:
     metrics = read_metrics_tolerant(
         written(tmp_path / "m", [*trained(1, 2, 3), line("restart", 2)])
     )
@@ -102,7 +101,7 @@ def test_no_file_and_an_empty_one_are_runs_without_lines(tmp_path: Path) -> None
     assert read_metrics_tolerant(written(tmp_path / "m", [])).lines == []
 
 
-def test_what_cannot_be_drawn_is_no_number() -> None:
+def test_values_that_are_not_finite_numbers() -> None:
     assert [finite(value) for value in (1, 2.5, None, float("nan"), float("inf"), True, "3")] == [
         1,
         2.5,

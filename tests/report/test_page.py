@@ -1,4 +1,4 @@
-"""What a report says equals what the metrics say, for whole runs, several runs, killed runs, old runs and hostile ones."""
+"""Content of the report against the metrics, for complete, killed, old and hostile runs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def train_lines(run: Path) -> dict[int, dict[str, Any]]:
     return {item["step"]: item for item in read_metrics_tolerant(run / "metrics.jsonl").of("train")}
 
 
-def made(path: Path, *runs: Path) -> Page:
+def report_page(path: Path, *runs: Path) -> Page:
     return read_page(write_report(list(runs), path / "report.html"))
 
 
-def test_every_cell_of_the_heat_map_is_the_metrics_count(full_run: Path, one: Path) -> None:
+def test_load_matrix_equals_the_metrics(full_run: Path, one: Path) -> None:
     lines, page = train_lines(full_run), read_page(one)
     for layer in range(2):
         view = page.view("load", f"0|{layer}")
@@ -36,7 +36,7 @@ def test_every_cell_of_the_heat_map_is_the_metrics_count(full_run: Path, one: Pa
     assert last["z"] == [row["load"] for row in lines[60]["layers"]]
 
 
-def test_every_curve_is_the_metrics(full_run: Path, one: Path) -> None:
+def test_curves_equal_the_metrics(full_run: Path, one: Path) -> None:
     lines, page = train_lines(full_run), read_page(one)
     evals = {
         item["step"]: item for item in read_metrics_tolerant(full_run / "metrics.jsonl").of("eval")
@@ -81,7 +81,7 @@ def test_every_curve_is_the_metrics(full_run: Path, one: Path) -> None:
     )
 
 
-def test_the_matrices_are_the_last_lines(full_run: Path, one: Path) -> None:
+def test_matrices_equal_the_last_lines(full_run: Path, one: Path) -> None:
     page = read_page(one)
     rows = [layer["traffic"] for layer in train_lines(full_run)[60]["layers"]]
     assert page.view("traffic", "0|1")["z"] == rows[0]
@@ -98,7 +98,7 @@ def test_the_matrices_are_the_last_lines(full_run: Path, one: Path) -> None:
     assert page.view("co-selection", "0|1")["z"] == apart
 
 
-def test_what_a_restart_undid_is_in_no_curve_but_in_the_table(tmp_path: Path) -> None:
+def test_void_lines_are_in_the_event_table_only(tmp_path: Path) -> None:
     before = [
         line("train", 2, loss=9.0),
         line("alert", 2, title="routing", text="expert 7 is dead"),
@@ -113,14 +113,14 @@ def test_what_a_restart_undid_is_in_no_curve_but_in_the_table(tmp_path: Path) ->
             line("train", 2, loss=7.0),
         ],
     )
-    page = made(tmp_path, run)
+    page = report_page(tmp_path, run)
     assert page.curve("loss", "training") == {1: 8, 2: 7}
     assert "seconds 1.5 s; void after a later restart" in page.text
     assert "1 measurement(s) of steps that a restart repeated are left out" in page.text
     assert [mark["kind"] for mark in page.data["marks"][0]] == ["alert", "restart"]
 
 
-def test_several_runs_lie_over_each_other(two: Path) -> None:
+def test_several_runs_are_overlaid(two: Path) -> None:
     page = read_page(two)
     names = page.data["runs"]
     assert names == ["<b onclick=alert(1)>one&amp;", "two"]
@@ -129,19 +129,20 @@ def test_several_runs_lie_over_each_other(two: Path) -> None:
     colours = {curve["name"]: curve["colour"] for curve in page.view("loss")["curves"]}
     assert colours["two, training"] == colours["two, held-out"] != colours[drawn[0]]
     assert page.view("load", "1|0")["y"] == list(range(16))
-    assert "1|1" not in page.data["charts"]["load"]["views"]  # the second run has one layer
+    # The second run has one layer.
+    assert "1|1" not in page.data["charts"]["load"]["views"]
     assert re.search(r"Settings that differ .*moe\.num_experts 8 16", page.text)
     assert "train.run_dir" not in page.text
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_runs_of_one_name_get_distinct_names(tmp_path: Path) -> None:
     runs = [write(tmp_path / parent / "run", [line("train", 1, loss=1.0)]) for parent in ("a", "b")]
-    assert made(tmp_path, *runs, runs[0]).data["runs"] == ["a/run", "b/run", "a/run (2)"]
+    assert report_page(tmp_path, *runs, runs[0]).data["runs"] == ["a/run", "b/run", "a/run (2)"]
 
 
 def test_a_run_that_was_killed_before_its_first_step(tmp_path: Path) -> None:
-    """The report of a run that never got anywhere is a page with sentences, not a traceback."""
-    page = made(
+    """The report of a run without steps is a page with sentences, not a traceback."""
+    page = report_page(
         tmp_path, write(tmp_path / "run", [line("start", 0, world=1, ep=1)], torn='{"event": "tr')
     )
     assert page.data["charts"] == {}
@@ -151,16 +152,16 @@ def test_a_run_that_was_killed_before_its_first_step(tmp_path: Path) -> None:
     assert "Each rank has all experts, so no row is sent." in page.text
 
 
-def test_a_run_directory_with_nothing_but_its_config(tmp_path: Path) -> None:
+def test_a_run_directory_with_only_a_config(tmp_path: Path) -> None:
     run = write(tmp_path / "run", [])
     (run / "metrics.jsonl").unlink()
-    page = made(tmp_path, run)
+    page = report_page(tmp_path, run)
     assert "No event was recorded." in page.text
     assert "Choice: 2 of 8 experts per token" in page.text
 
 
 def test_a_run_of_the_first_version(tmp_path: Path) -> None:
-    """Before telemetry: no time split, no entropy, no traffic. What is missing is said, and the rest is drawn."""
+    """No step times, entropy or traffic: missing charts are reported, the others drawn."""
     lines = [
         line(
             "train",
@@ -172,7 +173,7 @@ def test_a_run_of_the_first_version(tmp_path: Path) -> None:
         )
         for step in (1, 2, 3)
     ]
-    page = made(tmp_path, write(tmp_path / "run", [line("start", 0, world=2, ep=2), *lines]))
+    page = report_page(tmp_path, write(tmp_path / "run", [line("start", 0, world=2, ep=2), *lines]))
     assert page.view("load", "0|0")["z"] == [[1, 2, 3], [3, 3, 3], [2, 2, 2], [7, 7, 7]]
     assert {"entropy", "time-split", "traffic", "domains", "drop-by-choice"}.isdisjoint(
         page.data["charts"]
@@ -182,24 +183,24 @@ def test_a_run_of_the_first_version(tmp_path: Path) -> None:
     assert "No load by domain was recorded" in page.text
 
 
-def test_a_config_of_another_version_is_said_and_the_curves_are_drawn(tmp_path: Path) -> None:
+def test_an_unreadable_config_is_reported_and_curves_are_drawn(tmp_path: Path) -> None:
     run = write(tmp_path / "run", [line("train", 1, loss=1.0)])
     (run / "resolved.yaml").write_text("moe:\n  colour: blue\n", encoding="utf-8")
-    page = made(tmp_path, run)
+    page = report_page(tmp_path, run)
     assert "cannot read the run's resolved.yaml" in page.text
     assert "moe.colour" in page.text
     assert "loss" in page.data["charts"]
 
 
-def test_values_that_are_no_numbers_are_gaps(tmp_path: Path) -> None:
-    """A NaN loss is null in the file. Foreign shapes of known keys are not drawn, and hurt nothing."""
+def test_invalid_values_are_gaps(tmp_path: Path) -> None:
+    """A NaN loss is null in the file. Known keys with other types are not drawn."""
     odd = {
         "loss": None,
         "aux": [1],
         "time": 3,
         "layers": [{"layer": 0, "load": [1, None], "traffic": [[1], [2, 3]], "aux": "x"}, 7],
     }
-    page = made(
+    page = report_page(
         tmp_path,
         write(
             tmp_path / "run",
@@ -210,8 +211,8 @@ def test_values_that_are_no_numbers_are_gaps(tmp_path: Path) -> None:
     assert set(page.data["charts"]) == {"loss"}
 
 
-def test_nothing_from_outside_becomes_markup(full_run: Path, other_run: Path, two: Path) -> None:
-    """Names of runs, alerts and samples with `</script><img onerror=...>`: they are text in the page, and text in its data."""
+def test_text_from_outside_is_escaped(full_run: Path, other_run: Path, two: Path) -> None:
+    """Markup in names of runs, alerts and samples is text in the page and in its data."""
     page, source = read_page(two), two.read_text(encoding="utf-8")
     names = {name for _, attributes in page.tags for name in attributes}
     assert not {name for name in names if name.startswith("on")}
@@ -235,7 +236,7 @@ def test_nothing_from_outside_becomes_markup(full_run: Path, other_run: Path, tw
     ]
 
 
-def test_the_scripts_are_the_ones_the_policy_names(one: Path) -> None:
+def test_the_security_policy_lists_the_scripts(one: Path) -> None:
     policy = next(
         a["content"] for tag, a in read_page(one).tags if tag == "meta" and a.get("http-equiv")
     )
@@ -245,8 +246,8 @@ def test_the_scripts_are_the_ones_the_policy_names(one: Path) -> None:
     assert "unsafe-eval" not in policy
 
 
-def test_a_long_run_of_a_large_model_stays_small(tmp_path: Path) -> None:
-    """10,000 lines (100,000 steps), and 48 layers of 64 experts: each within 15 MB, and the one spike is still there."""
+def test_size_of_the_report_of_a_large_run(tmp_path: Path) -> None:
+    """100,000 steps, and 48 layers of 64 experts: within 15 MB, and the only spike is kept."""
     lines = [
         line("train", step, loss=1.0 if step != 54_320 else 50.0, grad_norm=step * 1e-5)
         for step in range(10, 100_001, 10)
@@ -260,13 +261,13 @@ def test_a_long_run_of_a_large_model_stays_small(tmp_path: Path) -> None:
         )
         for step in range(10, 4001, 10)
     ]
-    page = made(tmp_path, write(tmp_path / "long", lines), write(tmp_path / "wide", wide))
+    page = report_page(tmp_path, write(tmp_path / "long", lines), write(tmp_path / "wide", wide))
     assert page.curve("loss", "long, training")[54_320] == 50
     assert (tmp_path / "report.html").stat().st_size < 15e6
     assert len(page.view("load", "1|47")["x"]) >= 24
 
 
-def test_a_report_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_the_report_is_written_atomically(tmp_path: Path) -> None:
     run = write(tmp_path / "run", [line("train", 1, loss=1.0)])
     with pytest.raises(OSError, match="No such file"):
         write_report([run], tmp_path / "nowhere" / "report.html")
@@ -279,10 +280,11 @@ def test_a_report_is_whole_or_not_there(tmp_path: Path) -> None:
 
 
 def test_a_report_does_not_import_torch(tmp_path: Path) -> None:
-    """The trainer writes one at the end of every run, and `dmoe report` has to answer at once."""
+    """The trainer writes a report at the end of each run, and `dmoe report` must be fast."""
     run = write_run(tmp_path / "run", 10)
     code = "import sys; from pathlib import Path; from dmoe.report import write_report\n"
-    code += "write_report([Path(sys.argv[1])], Path(sys.argv[1]) / 'r.html'); print('torch' in sys.modules)"
+    code += "write_report([Path(sys.argv[1])], Path(sys.argv[1]) / 'r.html')\n"
+    code += "print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code, str(run)],
         capture_output=True,

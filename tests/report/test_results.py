@@ -1,4 +1,4 @@
-"""The result table of one run, the comparison of several, and what a report says of runs that have no bits per byte."""
+"""Results of one run, the comparison of several, and reports of runs without bits per byte."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ AFTER = BEFORE | {
 Line = dict[str, Any]
 
 
-def told(*lines: Line) -> list[str]:
+def results_of(*lines: Line) -> list[str]:
     return result_lines(Metrics(list(lines), [], 0))
 
 
@@ -57,8 +57,8 @@ def evaluation(step: int, **more: Any) -> Line:
     return line("eval", step, **{"loss": 2.0, "bits_per_byte": 2.9, "tokens": 1536} | more)
 
 
-def classified(path: Path) -> Path:
-    """A run that learns to tell samples apart."""
+def classification_run(path: Path) -> Path:
+    """Write a classification run."""
     lines = [line("start", 0, **(WHOLE | {"task": "classification", "data": "d161"}))]
     lines += [train(step, tokens=64 * step, accuracy=0.5) for step in (1, 2)]
     lines += [line("eval", 1, loss=0.5, accuracy=0.9612, tokens=360)]
@@ -81,8 +81,8 @@ def cells(lines: list[str], start: str) -> list[str]:
     return found[0]
 
 
-def test_the_own_row_names_measure_and_cost() -> None:
-    lines = told(line("start", 0, **START), train(1), train(2), evaluation(2))
+def test_results_have_metric_and_cost() -> None:
+    lines = results_of(line("start", 0, **START), train(1), train(2), evaluation(2))
     text = "\n".join(lines)
     for words in (
         "result after 2 steps",
@@ -100,13 +100,13 @@ def test_the_own_row_names_measure_and_cost() -> None:
     assert "domain" not in text
 
 
-def test_what_was_not_recorded_is_left_out() -> None:
-    assert told() == ["result after 0 steps"]
-    assert told(line("start", 0, world=1, ep=1)) == [
+def test_unrecorded_quantities_are_left_out() -> None:
+    assert results_of() == ["result after 0 steps"]
+    assert results_of(line("start", 0, world=1, ep=1)) == [
         "result after 0 steps",
         "  ranks  1, expert-parallel size 1",
     ]
-    dense = told(
+    dense = results_of(
         line("start", 0, **WHOLE), train(1, layers=[], drop_rate=0.0, load_max_over_mean=1.0)
     )
     assert not [
@@ -117,8 +117,8 @@ def test_what_was_not_recorded_is_left_out() -> None:
 
 
 def test_a_domain_is_unchanged_only_to_the_last_bit() -> None:
-    """An untouched language shows no difference at all; four digits that agree are not enough."""
-    lines = told(
+    """Equal to four digits is not unchanged."""
+    lines = results_of(
         line("start", 0, **START),
         evaluation(0, by_domain=BEFORE),
         train(5),
@@ -129,11 +129,11 @@ def test_a_domain_is_unchanged_only_to_the_last_bit() -> None:
     assert cells(lines, "zh") == ["zh", "2.9000", "2.9000", "+4.4e-16"]
 
 
-def test_an_accuracy_that_stays_is_not_unchanged() -> None:
-    """As many right guesses as before say nothing of the weights: the loss has to be the same too."""
+def test_an_equal_accuracy_is_not_unchanged() -> None:
+    """An equal accuracy with another loss is not unchanged."""
     before = {name: {"loss": 1.0, "accuracy": 0.5, "tokens": 8.0} for name in ("cats", "dogs")}
     after = before | {"dogs": {"loss": 1.25, "accuracy": 0.5, "tokens": 8.0}}
-    lines = told(
+    lines = results_of(
         line("eval", 0, accuracy=0.5, by_domain=before),
         line("eval", 3, accuracy=0.5, by_domain=after),
     )
@@ -141,23 +141,23 @@ def test_an_accuracy_that_stays_is_not_unchanged() -> None:
     assert cells(lines, "dogs") == ["dogs", "50.00%", "50.00%", "+0.00%"]
 
 
-def test_domains_that_come_and_names_from_outside() -> None:
+def test_new_domains_and_unprintable_names() -> None:
     strange = "a\nb\x1b[31m"
-    lines = told(
+    lines = results_of(
         evaluation(0, by_domain={"de": BEFORE["de"]}),
         evaluation(5, by_domain={"de": BEFORE["de"], strange: AFTER["de"]}),
     )
     assert cells(lines, "a") == ["a", "b", "[31m", "-", "2.2100", "-"]
     assert all(text.isprintable() for text in lines)
-    once = told(evaluation(5, by_domain=BEFORE))
+    once = results_of(evaluation(5, by_domain=BEFORE))
     assert cells(once, "fr") == ["fr", "2.9000"], "one evaluation has nothing to be compared with"
 
 
-def test_the_use_of_the_experts() -> None:
+def test_expert_loads() -> None:
     many = list(range(40))
-    few = told(train(1, layers=[{"layer": 1, "load": [1, 3], "drop_rate": 0.25}]))
+    few = results_of(train(1, layers=[{"layer": 1, "load": [1, 3], "drop_rate": 0.25}]))
     assert cells(few, "1") == ["1", "25.0%", "25.0", "75.0"]
-    lines = told(train(1, layers=[{"layer": 0, "load": many, "drop_rate": 0.0}]))
+    lines = results_of(train(1, layers=[{"layer": 0, "load": many, "drop_rate": 0.0}]))
     assert cells(lines, "0") == [
         "0",
         "0.0%",
@@ -177,10 +177,10 @@ def test_the_use_of_the_experts() -> None:
     ]
 
 
-def test_cost_and_experts_a_token() -> None:
+def test_cost_share_and_experts_per_token() -> None:
     used = train(1, layers=[{"layer": 2, "load": [3, 1], "drop_rate": 0.0, "cost_share": 0.41}])
     hard = [{"layer": 2, "k_loss": [[1, 1400, 1.25], [2, 100, 2.5]], "k_loss_correlation": 0.25}]
-    lines = told(used, evaluation(1, layers=hard))
+    lines = results_of(used, evaluation(1, layers=hard))
     assert "  layer  dropped   cost     0     1" in lines
     assert [text.split() for text in lines if text.startswith("  2 ")] == [
         ["2", "0.0%", "41.0%", "75.0", "25.0"],
@@ -191,22 +191,26 @@ def test_cost_and_experts_a_token() -> None:
 
 
 def test_a_missing_stream(tmp_path: Path) -> None:
-    lines = result_lines(read_metrics_tolerant(classified(tmp_path / "run") / "metrics.jsonl"))
+    lines = result_lines(
+        read_metrics_tolerant(classification_run(tmp_path / "run") / "metrics.jsonl")
+    )
     assert cells(lines, "none") == ["none", "95.12%"]
     assert cells(lines, "pixels") == ["pixels", "60.00%", "-35.12%"]
     assert "  training samples              128" in lines
     assert not [text for text in lines if "byte" in text or "token" in text]
 
 
-def test_the_end_changes_nothing() -> None:
-    """The trainer prints the table before the run has said how it ended; `dmoe compare --full` reads it afterwards."""
+def test_the_end_line_does_not_change_the_results() -> None:
+    """The trainer prints the results before it writes the `end` line, `dmoe compare` after it."""
     before = [line("start", 0, **START), train(1), evaluation(1, by_domain=BEFORE)]
-    assert told(*before) == told(*before, line("end", 1, bits_per_byte=2.9) | {"time": 2e9})
+    assert results_of(*before) == results_of(
+        *before, line("end", 1, bits_per_byte=2.9) | {"time": 2e9}
+    )
 
 
-def test_seconds_are_those_that_were_paid_for(tmp_path: Path) -> None:
-    """Steps that a restart repeats cost twice; the night between two processes costs nothing."""
-    night = 30_000
+def test_seconds_are_summed_over_processes(tmp_path: Path) -> None:
+    """Repeated steps count twice; a pause between two processes does not count."""
+    pause = 30_000
     lines = [
         line("start", 0, **START),
         train(10),
@@ -216,15 +220,15 @@ def test_seconds_are_those_that_were_paid_for(tmp_path: Path) -> None:
         evaluation(20),
     ]
     for index, item in enumerate(lines):
-        item["time"] += night * (index > 2)
-    lines[3]["time"] = lines[2]["time"] + night
+        item["time"] += pause * (index > 2)
+    lines[3]["time"] = lines[2]["time"] + pause
     lines[4]["time"] = lines[5]["time"] = lines[3]["time"] + 7
     metrics = read_metrics_tolerant(write(tmp_path / "run", lines) / "metrics.jsonl")
     assert len(metrics.void) == 1
     assert summarize(Record(metrics)).seconds == 27
 
 
-def test_several_runs_have_a_row_each_and_remarks(tmp_path: Path) -> None:
+def test_several_runs_have_rows_and_remarks(tmp_path: Path) -> None:
     text = [line("start", 0, **START), train(1), evaluation(1), line("end", 1)]
     other = [
         line("start", 0, **WHOLE),
@@ -235,7 +239,7 @@ def test_several_runs_have_a_row_each_and_remarks(tmp_path: Path) -> None:
     paths = [
         write(tmp_path / "text", text),
         write(tmp_path / "other", other),
-        classified(tmp_path / "digits"),
+        classification_run(tmp_path / "digits"),
     ]
     runs = load_runs(paths)
     lines = comparison_lines(runs, 400)
@@ -243,14 +247,14 @@ def test_several_runs_have_a_row_each_and_remarks(tmp_path: Path) -> None:
     assert lines[2].split()[:3] == ["text", "2.9000", "-"]
     assert lines[3].split()[:4] == ["other", "*", "2.5000", "-"]
     assert lines[4].split()[:3] == ["digits", "-", "95.12%"]
-    said = "\n".join(lines[6:])
+    remarks = "\n".join(lines[6:])
     for words in (
         "* other: no end was recorded; the last line is of step 1",
         "Different tasks have different metrics: text, other (bits/byte); digits (accuracy).",
         "Trained and evaluated on different data: text, other (data 4641d4); digits (data d161).",
         "upper bound for text:",
     ):
-        assert words in said, said
+        assert words in remarks, remarks
     two = comparison_lines(runs[:2], 400)
     assert (
         "Evaluated on different numbers of held-out tokens: text (1,536 tokens); other (4 tokens)."
@@ -259,7 +263,7 @@ def test_several_runs_have_a_row_each_and_remarks(tmp_path: Path) -> None:
     assert [row["finished"] for row in comparison_json(runs)["runs"]] == [True, False, True]
 
 
-def test_runs_that_may_be_compared_have_no_remark(tmp_path: Path) -> None:
+def test_comparable_runs_have_no_remark(tmp_path: Path) -> None:
     lines = [line("start", 0, **WHOLE), train(1), evaluation(1), line("end", 1)]
     found = comparison_lines(load_runs([write(tmp_path / name, lines) for name in ("a", "b")]), 120)
     assert len(found) == 4
@@ -267,8 +271,8 @@ def test_runs_that_may_be_compared_have_no_remark(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [12, 40, 80, 120])
-def test_a_table_keeps_to_its_width(width: int) -> None:
-    """Columns that do not fit go on below, under the same names of the rows, and none is lost."""
+def test_a_table_fits_its_width(width: int) -> None:
+    """Columns that do not fit follow below, with the row names repeated; none is lost."""
     head = ["name", *(f"of\ncolumn{number}" for number in range(12))]
     rows = [["a", *map(str, range(12))], ["long", *map(str, range(100, 112))]]
     lines = text_table(head, rows, width, indent=1)
@@ -277,16 +281,16 @@ def test_a_table_keeps_to_its_width(width: int) -> None:
     assert [number for words in below for number in words[1:]] == rows[1][1:]
 
 
-def test_a_report_shows_accuracy_where_there_are_no_bits(tmp_path: Path) -> None:
-    """A classification run had "not recorded" on the first screen, and no curve of what it is measured by."""
-    page = read_page(write_report([classified(tmp_path / "run")], tmp_path / "r.html"))
+def test_a_report_of_a_classification_run(tmp_path: Path) -> None:
+    """Regression: classification runs had no held-out metric and no curve of it."""
+    page = read_page(write_report([classification_run(tmp_path / "run")], tmp_path / "r.html"))
     assert page.curve("accuracy", "held-out") == {1: 0.9612, 2: 0.9512}
     assert page.curve("accuracy", "training") == {1: 0.5, 2: 0.5}
     assert "bits-per-byte" not in page.data["charts"]
     assert "Held out 95.1% accuracy (best 96.1% accuracy at step 1)" in page.text
     assert (
-        "Model: a classifier of the streams pixels, strokes, concatenated; 2 residual feed-forwards of width 32"
-        in page.text
+        "Model: a classifier of the streams pixels, strokes, concatenated; "
+        "2 residual feed-forwards of width 32" in page.text
     )
     assert "Batch: 8 samples per step; 10 steps (80 samples). Data: sklearn:digits." in page.text
 
