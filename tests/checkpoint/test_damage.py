@@ -259,20 +259,17 @@ def test_300_malformed_headers_are_checkpoint_errors(tmp_path: Path) -> None:
 
 
 def write_shard(
-    path: Path,
-    pieces: dict[str, torch.Tensor],
-    offsets: dict[str, list[int]],
-    whole_shape: tuple[int, ...],
+    path: Path, chunks: dict[str, torch.Tensor], offsets: dict[str, list[int]], shape: tuple
 ) -> None:
     info = json.dumps({name: {"saved_offsets": offset} for name, offset in offsets.items()})
     path.mkdir()
-    save_file(pieces, path / SHARD, metadata={"DCP_SHARDING_INFO": info})
+    save_file(chunks, path / SHARD, metadata={"DCP_SHARDING_INFO": info})
     files = {SHARD: hash_file(path / SHARD)}
-    write(path, Manifest(1, files, {"x": TensorEntry(whole_shape, "float32")}, {}))
+    write(path, Manifest(1, files, {"x": TensorEntry(shape, "float32")}, {}))
 
 
 @pytest.mark.parametrize(
-    ("piece", "offset", "message"),
+    ("chunk", "offset", "message"),
     [
         (torch.ones(2, 3), [0, 0], "hold 6 of the 12 elements of 'x'"),
         (torch.ones(4, 3), [1, 0], "outside its shape"),
@@ -286,10 +283,10 @@ def write_shard(
     ],
 )
 def test_chunks_that_do_not_cover_the_tensor_are_refused(
-    tmp_path: Path, piece: torch.Tensor, offset, message: str
+    tmp_path: Path, chunk: torch.Tensor, offset, message: str
 ) -> None:
     """torch's reader would leave the missing rows unchanged without an error."""
-    write_shard(tmp_path / "step-00000001", {"x": piece}, {"x": offset}, (4, 3))
+    write_shard(tmp_path / "step-00000001", {"x": chunk}, {"x": offset}, (4, 3))
     target = torch.zeros(4, 3)
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path / "step-00000001", {"x": target})

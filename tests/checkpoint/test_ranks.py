@@ -33,8 +33,8 @@ def elements_on_disk(path: Path) -> dict[str, int]:
     """Count the elements of each tensor over all files."""
     found: dict[str, int] = {}
     for file in path.glob("*.safetensors"):
-        for name, piece in safetensors.torch.load_file(file).items():
-            found[name] = found.get(name, 0) + piece.numel()
+        for name, tensor in safetensors.torch.load_file(file).items():
+            found[name] = found.get(name, 0) + tensor.numel()
     return found
 
 

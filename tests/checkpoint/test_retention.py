@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dmoe.checkpoint import AsyncSaver, directory, manifest, save_load, verify
-from dmoe.distributed import mesh
+from dmoe.distributed.mesh import build_mesh
 from tests.checkpoint.helpers import constant_state, error_message, patched
 from tests.checkpoint.states import sharded_state
 from tests.ranks import run_ranks
@@ -45,7 +45,7 @@ def test_nothing_is_deleted_before_the_new_one_is_verified(
 def save_damaged(rank: int, world: int, root: Path) -> list[str]:
     """Save; after the commit, damage the file of the last rank."""
     saver, original = (
-        AsyncSaver(root, 1, mesh.build_mesh(world, torch.device("cpu")).checkpoint_group, True),
+        AsyncSaver(root, 1, build_mesh(world, torch.device("cpu")).checkpoint_group, True),
         save_load.save,
     )
     saver.save(1, sharded_state(world, world), {})

@@ -32,13 +32,13 @@ def header_of(data: bytes) -> bytes:
     return data[8 : 8 + int.from_bytes(data[:8], "little")]
 
 
-def pieces_of(tensors: dict[str, Tensor]) -> list[Chunk]:
+def chunks_of(tensors: dict[str, Tensor]) -> list[Chunk]:
     return [Chunk(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()]
 
 
 def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
     tensors = every_kind()
-    write_safetensors(tmp_path / "file", pieces_of(tensors), {"format": "pt"})
+    write_safetensors(tmp_path / "file", chunks_of(tensors), {"format": "pt"})
     data = (tmp_path / "file").read_bytes()
     read = safetensors.torch.load(data)
     assert read.keys() == tensors.keys()
@@ -52,7 +52,7 @@ def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
 def test_every_tensor_is_aligned_to_its_type(tmp_path: Path) -> None:
     """A reader can then map the file instead of copying it."""
     tensors = every_kind()
-    write_safetensors(tmp_path / "file", pieces_of(tensors), {})
+    write_safetensors(tmp_path / "file", chunks_of(tensors), {})
     header = header_of((tmp_path / "file").read_bytes())
     assert len(header) % 8 == 0
     for name, entry in json.loads(header).items():
@@ -62,7 +62,7 @@ def test_every_tensor_is_aligned_to_its_type(tmp_path: Path) -> None:
 
 def test_a_strided_tensor_is_written_in_order(tmp_path: Path) -> None:
     tensor = torch.arange(12.0).reshape(3, 4).t()
-    write_safetensors(tmp_path / "file", pieces_of({"w": tensor}), {})
+    write_safetensors(tmp_path / "file", chunks_of({"w": tensor}), {})
     assert torch.equal(safetensors.torch.load_file(tmp_path / "file")["w"], tensor)
 
 
@@ -72,7 +72,7 @@ def test_a_system_that_writes_less_than_it_was_given(
     """Linux writes at most 2 GiB in one call, a network file system often less."""
     monkeypatch.setattr(dcp, "_MAX_WRITE_BYTES", 7)
     tensors = every_kind()
-    write_safetensors(tmp_path / "file", pieces_of(tensors), {})
+    write_safetensors(tmp_path / "file", chunks_of(tensors), {})
     assert all(
         torch.equal(value, tensors[name])
         for name, value in safetensors.torch.load_file(tmp_path / "file").items()
@@ -82,5 +82,5 @@ def test_a_system_that_writes_less_than_it_was_given(
 def test_a_file_that_exists_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     with pytest.raises(FileExistsError):
-        write_safetensors(tmp_path / "file", pieces_of({"w": torch.ones(1)}), {})
+        write_safetensors(tmp_path / "file", chunks_of({"w": torch.ones(1)}), {})
     assert (tmp_path / "file").read_text() == "precious"

@@ -136,7 +136,7 @@ def test_a_writer_that_drops_a_tensor_without_an_error_is_caught(
     original = dcp.write_safetensors
 
     def lossy(path: Path, given: list[Chunk], metadata: dict[str, str]) -> None:
-        original(path, [piece for piece in given if piece.name != "v"], metadata)
+        original(path, [chunk for chunk in given if chunk.name != "v"], metadata)
 
     monkeypatch.setattr(dcp, "write_safetensors", lossy)
     with pytest.raises(CheckpointError, match=r"no file of .* holds 'v'"):

@@ -15,15 +15,15 @@ import torch
 
 from dmoe.checkpoint import AsyncSaver, list_steps, save_load, verify
 from dmoe.checkpoint.validate import local_tensor
-from dmoe.distributed import mesh
 from dmoe.distributed.init import set_timeouts
+from dmoe.distributed.mesh import build_mesh
 from tests.checkpoint.helpers import call_after, constant_state, loaded_value, patched, saved_steps
 from tests.checkpoint.states import full_state, sharded_state
 from tests.ranks import run_ranks
 
 
 def written_twice(rank: int, world: int, root: Path, ep: int) -> list[dict[str, Any]]:
-    group = mesh.build_mesh(ep, torch.device("cpu")).checkpoint_group
+    group = build_mesh(ep, torch.device("cpu")).checkpoint_group
     found = []
     for name, asynchronous in (("foreground", False), ("background", True)):
         state, extra, trained = (
@@ -116,13 +116,13 @@ def test_finished_saves_are_reported_once(tmp_path: Path, asynchronous: bool) ->
 
 
 def slow_disk(rank: int, world: int, root: Path) -> bool:
-    groups = mesh.build_mesh(world, torch.device("cpu"), timeout=50.0)
-    set_timeouts(groups.step_groups(), 0.3)
+    mesh = build_mesh(world, torch.device("cpu"), timeout=50.0)
+    set_timeouts(mesh.step_groups(), 0.3)
     if rank == 1:
         time.sleep(1.0)
-    AsyncSaver(root, 1, groups.checkpoint_group, False).save(1, sharded_state(world, world), {})
-    set_timeouts(groups.step_groups(), 50.0)
-    return groups.checkpoint_group not in groups.step_groups()
+    AsyncSaver(root, 1, mesh.checkpoint_group, False).save(1, sharded_state(world, world), {})
+    set_timeouts(mesh.step_groups(), 50.0)
+    return mesh.checkpoint_group not in mesh.step_groups()
 
 
 def test_a_slow_disk_does_not_time_out(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=li
 mesh = build_mesh(2, torch.device("cpu"), 50.0)
 if rank == 1:
     time.sleep(60)
-saver = AsyncSaver(root / "checkpoints", 1, mesh.checkpoint_group, True)
+saver = AsyncSaver(root / "checkpoints", 1, checkpoint_group, True)
 saver.save(1, {"w": torch.ones(3)}, {})
 saver.drain(0.1)
 sys.exit(4)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from dmoe.checkpoint import AsyncSaver, consensus, list_steps
 from dmoe.checkpoint.async_saver import Staging
-from dmoe.distributed import mesh
+from dmoe.distributed.mesh import build_mesh
 from tests.checkpoint.helpers import (
     constant_state,
     disk_full,
@@ -28,7 +28,7 @@ from tests.ranks import run_ranks
 
 
 def failing_writer(rank: int, world: int, root: Path) -> list[str]:
-    saver = AsyncSaver(root, 2, mesh.build_mesh(world, torch.device("cpu")).checkpoint_group, True)
+    saver = AsyncSaver(root, 2, build_mesh(world, torch.device("cpu")).checkpoint_group, True)
     saver.save(100, sharded_state(world, world), {})
     saver.wait()
     messages = []

@@ -10,9 +10,9 @@ from torch.distributed.tensor import DTensor
 
 from dmoe.config.schema import Config
 from dmoe.data import open_data
-from dmoe.distributed import init as worlds
+from dmoe.distributed.init import init_distributed
 from dmoe.distributed.state_dict import model_state
-from dmoe.train import engine as engines
+from dmoe.train.engine import build_engine
 from dmoe.train.optim import learning_rate
 from dmoe.train.step import train_step, training_batches
 
@@ -34,9 +34,9 @@ def trace(
     rank: int, world: int, config: Config, steps: int, dtype: torch.dtype = torch.float32
 ) -> Trace:
     """Train `steps` steps and record losses, norms, counts and the full weights."""
-    here = worlds.init_distributed("cpu")
+    process = init_distributed("cpu")
     data = open_data(config.data, config.train.seed)
-    engine = engines.build_engine(config, here, data.tokenizer.vocab_size, dtype)
+    engine = build_engine(config, process, data.tokenizer.vocab_size, dtype)
     seen = Trace([], [], [], [], [], [], {})
     for step in range(steps):
         rate = learning_rate(step, config.train.steps, config.optim)

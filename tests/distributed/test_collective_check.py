@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from dmoe.config.schema import CapacityConfig
-from dmoe.distributed import mesh
 from dmoe.distributed.all_to_all import ExpertGroup
 from dmoe.distributed.collective_check import CollectiveChecker, CollectiveCheckError
 from dmoe.distributed.expert_parallel import shard_experts
+from dmoe.distributed.mesh import build_mesh
 from dmoe.moe.layer import MoE
 from tests.distributed.runs import trace
 from tests.ranks import run_ranks
@@ -28,12 +28,12 @@ FAULTS = {
 
 def run_with_fault(rank: int, world: int, fault: str) -> str:
     """Return the error of this rank when rank 1 does something else."""
-    groups = mesh.build_mesh(world, torch.device("cpu"))
-    assert groups.ep_group is not None
-    watch = CollectiveChecker(groups.ep_group, timeout=3.0)
-    watch.step = 3
+    mesh = build_mesh(world, torch.device("cpu"))
+    assert mesh.ep_group is not None
+    checker = CollectiveChecker(mesh.ep_group, timeout=3.0)
+    checker.step = 3
     layer = MoE(8, 8, 4, 2, capacity=CapacityConfig(factor=1.0))
-    shard_experts(layer, groups, watch)
+    shard_experts(layer, mesh, checker)
     torch.manual_seed(rank)
     if rank == 1:
         _break(fault, layer)

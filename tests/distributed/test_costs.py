@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dmoe.config.schema import BalanceConfig, CapacityConfig
-from dmoe.distributed import mesh
 from dmoe.distributed.expert_parallel import shard_experts
+from dmoe.distributed.mesh import build_mesh
 from dmoe.moe.interfaces import TokensPerExpert
 from dmoe.moe.layer import MoE
 from tests.ranks import run_ranks
@@ -63,7 +63,7 @@ def costs(
         capacity=CapacityConfig(factor=factor),
         balance=BalanceConfig(switch_level=level),
     )
-    shard_experts(layer, mesh.build_mesh(world, torch.device("cpu")))
+    shard_experts(layer, build_mesh(world, torch.device("cpu")))
     layer.experts = CountingExperts(layer.experts)
     x = torch.randn(2, 24, 16, requires_grad=True)
     layer(x).y.sum().backward()  # first-time reads of gloo and autograd do not count
@@ -105,7 +105,7 @@ def padded_on_meta(
     dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=pretended)
     with torch.device("meta"):
         layer = MoE(64, 32, 64, 4, exchange="padded", **options)
-        shard_experts(layer, mesh.build_mesh(64, torch.device("meta")))
+        shard_experts(layer, build_mesh(64, torch.device("meta")))
         x = torch.randn(2, 128, 64, requires_grad=True)
         output = layer(x)
         (output.y.sum() + output.aux["switch"] + output.aux["z"]).backward()

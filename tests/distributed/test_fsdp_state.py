@@ -12,14 +12,13 @@ from torch.distributed.tensor import DTensor
 
 from dmoe.config.schema import Config
 from dmoe.data import open_data
-from dmoe.distributed import init as worlds
 from dmoe.distributed.expert_parallel import expert_parameters
 from dmoe.distributed.full_tensors import gather_full
+from dmoe.distributed.init import init_distributed
 from dmoe.models.generate import generate
 from dmoe.runs.directory import RunDir
-from dmoe.train import engine as engines
 from dmoe.train.checkpointer import Checkpointer
-from dmoe.train.engine import Engine
+from dmoe.train.engine import Engine, build_engine
 from dmoe.train.evaluation import evaluate
 from dmoe.train.step import train_step, training_batches
 from dmoe.train.step_guard import StepGuard
@@ -34,8 +33,8 @@ def load_and_train(
     rank: int, world: int, config: Config, source: Path | None, steps: int, target: Path | None
 ) -> tuple[Arrays, Arrays]:
     """Return the state loaded from `source`, and the one after `steps` steps, saved at `target`."""
-    here, data = worlds.init_distributed("cpu"), open_data(config.data, config.train.seed)
-    engine = engines.build_engine(config, here, data.tokenizer.vocab_size, torch.float64)
+    process, data = init_distributed("cpu"), open_data(config.data, config.train.seed)
+    engine = build_engine(config, process, data.tokenizer.vocab_size, torch.float64)
     first = (
         0
         if source is None
@@ -113,8 +112,8 @@ class Seen:
 
 def between_steps(rank: int, world: int, config: Config) -> Seen:
     """Evaluate and generate before any step, train, evaluate and generate, train, evaluate."""
-    here, data = worlds.init_distributed("cpu"), open_data(config.data, config.train.seed)
-    engine = engines.build_engine(config, here, data.tokenizer.vocab_size, torch.float64)
+    process, data = init_distributed("cpu"), open_data(config.data, config.train.seed)
+    engine = build_engine(config, process, data.tokenizer.vocab_size, torch.float64)
     seen = Seen([], [], [])
     for step in range(3):
         seen.losses.append(evaluate(engine, data).loss)

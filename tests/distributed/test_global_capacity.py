@@ -14,8 +14,8 @@ import torch
 
 from dmoe import MoE
 from dmoe.config.schema import BalanceConfig, CapacityConfig
-from dmoe.distributed import mesh as meshes
 from dmoe.distributed.expert_parallel import shard_experts
+from dmoe.distributed.mesh import ParallelMesh, build_mesh
 from dmoe.moe.interfaces import NoComm
 from dmoe.moe.routing import TokenContext
 from tests.distributed.runs import trace
@@ -44,11 +44,11 @@ EXACT = ("experts", "kept", "kept_by_expert")
 
 def all_cases(rank: int, world: int, virtual: int) -> dict[Case, dict[str, np.ndarray]]:
     """Run every case in one set of processes, since starting them is slow."""
-    mesh = meshes.build_mesh(ep=world, device=torch.device("cpu"))
+    mesh = build_mesh(ep=world, device=torch.device("cpu"))
     return {case: one_case(case, mesh, virtual) for case in CASES}
 
 
-def one_case(case: Case, mesh: meshes.ParallelMesh, virtual: int) -> dict[str, np.ndarray]:
+def one_case(case: Case, mesh: ParallelMesh, virtual: int) -> dict[str, np.ndarray]:
     priority, overflow, exchange, padding = case
     limits = CapacityConfig(factor=0.8, group="global", priority=priority, overflow=overflow)  # type: ignore[arg-type]
     balance = BalanceConfig(importance=1.0, switch_level="global")

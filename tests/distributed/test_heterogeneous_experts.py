@@ -16,13 +16,13 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.rules import expert_parallel
 from dmoe.config.schema import CapacityConfig, Config, ExpertsConfig, RouterConfig
 from dmoe.data import open_data
-from dmoe.distributed import init as worlds
-from dmoe.distributed import mesh
 from dmoe.distributed.expert_parallel import shard_experts
+from dmoe.distributed.init import init_distributed
+from dmoe.distributed.mesh import build_mesh
 from dmoe.moe.layer import MoE
 from dmoe.train import checkpointer
-from dmoe.train import engine as engines
 from dmoe.train.checkpoint_info import inspect_checkpoint
+from dmoe.train.engine import Engine, build_engine
 from dmoe.train.step import train_step, training_batches
 from dmoe.verify.capture import state_arrays
 from dmoe.verify.verify import Report, verify
@@ -103,7 +103,7 @@ def outputs(rank: int, world: int, exchange: str) -> list[np.ndarray]:
         capacity=CapacityConfig(factor=0.9), exchange=exchange,
     ).double()  # fmt: skip
     if world > 1:
-        shard_experts(layer, mesh.build_mesh(world, torch.device("cpu")))
+        shard_experts(layer, build_mesh(world, torch.device("cpu")))
     layer.initialize(0, std=0.6, out_std=0.8)
     generator, found = torch.Generator().manual_seed(7), []
     for part in range(6):
@@ -130,8 +130,8 @@ def test_the_layer_alone(world: int, exchange: str) -> None:
             np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10)
 
 
-def engine_of(config: Config) -> engines.Engine:
-    return engines.build_engine(config, worlds.init_distributed("cpu"), 256, torch.float64)
+def engine_of(config: Config) -> Engine:
+    return build_engine(config, init_distributed("cpu"), 256, torch.float64)
 
 
 def train_and_save(rank: int, world: int, config: Config, folder: Path) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def costs(rank: int, world: int, exchange: str) -> list[int]:
         16, 8, 3, 2, exchange=exchange, capacity=CapacityConfig(factor=1.25),
         experts=ExpertsConfig(shapes=[[8], [], [4, 4]], copy=1),
     )  # fmt: skip
-    shard_experts(layer, mesh.build_mesh(world, torch.device("cpu")))
+    shard_experts(layer, build_mesh(world, torch.device("cpu")))
     layer.experts = CountingExperts(layer.experts)
     x = torch.randn(2, 24, 16, requires_grad=True)
     layer(x).y.sum().backward()
@@ -216,7 +216,7 @@ def padded_on_meta(rank: int, world: int) -> tuple[int, ...]:
             router=RouterConfig(kind="budget", renormalize=False, budget=0.5),
             experts=ExpertsConfig(shapes=[[8], [], [4, 4]], copy=1, constant=2),
         )  # fmt: skip
-        shard_experts(layer, mesh.build_mesh(2, torch.device("meta")))
+        shard_experts(layer, build_mesh(2, torch.device("meta")))
         output = layer(torch.randn(2, 24, 16, requires_grad=True))
         (output.y.sum() + output.aux["switch"]).backward()
     dist.destroy_process_group()

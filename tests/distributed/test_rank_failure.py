@@ -27,11 +27,11 @@ WORKER = """
 import json, os, signal, sys, time
 import torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from dmoe.distributed import init as worlds
+from dmoe.distributed.init import init_distributed, set_timeouts
 from dmoe.distributed.rank_failure import LivenessResponder, is_collective_failure, lost_rank_error
 
 operation, fault, victim, timeout = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-process = worlds.init_distributed("cpu", "gloo", 60.0)
+process = init_distributed("cpu", "gloo", 60.0)
 model = DistributedDataParallel(torch.nn.Linear(8, 8))
 
 def exchange():
@@ -43,7 +43,7 @@ def exchange():
         model(torch.ones(4, 8)).sum().backward()
 
 exchange()
-worlds.set_timeouts([dist.group.WORLD], timeout)
+set_timeouts([dist.group.WORLD], timeout)
 listener = LivenessResponder()
 dist.barrier()
 if process.rank == victim and fault == "late":

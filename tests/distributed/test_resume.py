@@ -9,10 +9,10 @@ import pytest
 
 from dmoe.config.schema import Config
 from dmoe.data import open_data
-from dmoe.distributed import init as worlds
+from dmoe.distributed.init import init_distributed
 from dmoe.runs.directory import RunDir
-from dmoe.train import engine as engines
 from dmoe.train.checkpointer import Checkpointer
+from dmoe.train.engine import build_engine
 from dmoe.train.optim import learning_rate
 from dmoe.train.step import train_step, training_batches
 from dmoe.train.step_guard import StepGuard
@@ -35,12 +35,12 @@ def resume(rank: int, world: int, config: Config, folder: Path) -> tuple[Capture
 
 
 def run_part(config: Config, folder: Path, resume: bool) -> tuple[Capture, list[float]]:
-    here, data, run = (
-        worlds.init_distributed("cpu"),
+    process, data, run = (
+        init_distributed("cpu"),
         open_data(config.data, config.train.seed),
         RunDir(folder),
     )
-    engine = engines.build_engine(config, here, data.tokenizer.vocab_size)
+    engine = build_engine(config, process, data.tokenizer.vocab_size)
     checkpoints = Checkpointer(engine, data, run, StepGuard(config.guard))
 
     def step(number: int) -> float:

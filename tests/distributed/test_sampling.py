@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 
 from dmoe.config.schema import Config
-from dmoe.distributed import init as worlds
+from dmoe.distributed.init import init_distributed
 from dmoe.models.generate import generate
-from dmoe.train import engine as engines
+from dmoe.train.engine import build_engine
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, tiny
 
 
 def sample(rank: int, world: int, config: Config) -> list[int]:
-    engine = engines.build_engine(config, worlds.init_distributed("cpu"), VOCAB, torch.float64)
+    engine = build_engine(config, init_distributed("cpu"), VOCAB, torch.float64)
     return generate(engine.model, [1, 2, 3, 4, 5, 6], 12, window=16, seed=3)
 
 
