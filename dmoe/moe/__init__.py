@@ -1,1 +1,1 @@
-"""The mixture-of-experts layer. Pure tensor code: nothing here imports torch.distributed or knows a rank."""
+"""The mixture-of-experts layer: pure tensor code that never imports torch.distributed."""

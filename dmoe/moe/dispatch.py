@@ -1,65 +1,72 @@
-"""Carrying tokens to experts and back: the protocol, and the two dispatchers that need no communication.
+"""Token permutation (token order <-> expert order), and the dispatchers of one process.
 
-The layer does not know where experts live. Here all of them are local; `distributed/all_to_all.py` wraps these same two with an
-all-to-all, so that what is sorted, dropped and summed is one piece of code on one process and on a thousand GPUs.
+The layer does not know which rank holds an expert. Here all experts are local; the dispatchers of
+`distributed/all_to_all.py` wrap the same permutations with an all-to-all, so that sorting, dropping
+and summing are one piece of code on one process and on many GPUs.
 
-Letters: T tokens, D width, E experts, e experts here (E/EP), K experts a token, R rows, G groups, C slots of one (group, expert).
+Both directions know the inverse permutation, so forward and backward are gathers and sums over K,
+never an atomic scatter: deterministic on every device, and faster. `embedding_bag` is torch's
+gather-and-weighted-sum kernel for CPU and CUDA; it accumulates in float32 whatever the rows' dtype.
 
-Token order <-> expert order, and back.
-
-Both directions know the inverse permutation, so forward *and* backward are gathers and sums over K, never an atomic scatter:
-deterministic on every device, and faster. `embedding_bag` is the gather-and-weighted-sum kernel that torch has on CPU and CUDA;
-it adds in float32 whatever the rows' dtype.
-
-Letters: T tokens, D width, E experts, K experts a token, N = T*K assignments, R rows in expert order.
+Letters: T tokens, D width, E experts, e local experts (E/EP), K experts per token, N = T*K
+assignments, R rows in expert order, G groups, C slots of one (group, expert).
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import embedding_bag
+from torch.profiler import record_function
 
-from dmoe.moe.routing import Routing
+from dmoe.moe.interfaces import TokensPerExpert
+from dmoe.moe.routing import DispatchPlan
 
-TokensPerExpert = Tensor | int
-"""Rows of each local expert: an int64 tensor [e], or one number where all have equally many (padded slots: no host read)."""
+STAGES = ("route", "dispatch", "exchange", "experts", "combine")
+"""Profiler ranges of a layer."""
+NO_RANGE: AbstractContextManager[None] = nullcontext()
 
 
-class Dispatcher(Protocol):
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, TokensPerExpert, Any]:
-        """rows_RD grouped by local expert, how many each has, and a ticket that `combine` takes back."""
-        ...
+def profiled(stage: str) -> AbstractContextManager[object]:
+    """Open a profiler range; a no-op unless a profiler runs on this thread.
 
-    def combine(self, rows_RD: Tensor, weight_TK: Tensor, metadata: Any) -> Tensor:
-        """y_TD, the weighted sum over each token's kept choices, at the rank the tokens came from."""
-        ...
+    `record_function` costs about 14 microseconds per use even without a profiler (torch 2.13); this
+    check costs less than one, so layers can always use it.
+    """
+    return record_function(stage) if torch.autograd._profiler_enabled() else NO_RANGE  # type: ignore[attr-defined]
 
 
 class PackedLocal:
-    """Exactly the rows there are. Dropless costs no host sync; with drops or padding, one (the number of rows)."""
+    """Exchanges exactly the rows there are, within one process.
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, TokensPerExpert, Any]:
-        placement, count_E = packed_permutation(routing)
-        if routing.keep_TK is not None:
-            placement = placement.first_rows(int(count_E.sum()))
-        return permute(x_TD, placement), count_E, placement
+    Host syncs: none if dropless, one (the number of rows) with drops or padding.
+    """
+
+    def dispatch(self, x_TD: Tensor, plan: DispatchPlan) -> tuple[Tensor, TokensPerExpert, Any]:
+        permutation, count_E = packed_permutation(plan)
+        if plan.keep_TK is not None:
+            permutation = permutation.first_rows(int(count_E.sum()))
+        return permute(x_TD, permutation), count_E, permutation
 
     def combine(self, rows_RD: Tensor, weight_TK: Tensor, metadata: Any) -> Tensor:
         return unpermute(rows_RD, weight_TK, metadata)
 
 
 class PaddedLocal:
-    """Exactly G*C rows an expert, empty slots zero: every shape is known from the config. No host sync."""
+    """Computes G*C rows per expert, empty slots zero, within one process.
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, TokensPerExpert, Any]:
-        placement = padded_permutation(routing)
-        assert routing.capacity is not None
-        return permute(x_TD, placement), routing.groups * routing.capacity, placement
+    Every shape follows from the config. No host sync.
+    """
+
+    def dispatch(self, x_TD: Tensor, plan: DispatchPlan) -> tuple[Tensor, TokensPerExpert, Any]:
+        assert plan.slots is not None, "the padded exchange needs a capacity"
+        permutation = padded_permutation(plan)
+        return permute(x_TD, permutation), plan.slots.rows_per_expert, permutation
 
     def combine(self, rows_RD: Tensor, weight_TK: Tensor, metadata: Any) -> Tensor:
         return unpermute(rows_RD, weight_TK, metadata)
@@ -67,16 +74,16 @@ class PaddedLocal:
 
 @dataclass(frozen=True)
 class Permutation:
-    """Where every assignment's row stands. All tensors are int64 or bool, on the tokens' device."""
+    """The row of every assignment and its inverse; int64 or bool tensors on the tokens' device."""
 
     assignment_R: Tensor
-    """The assignment n = t*K + k behind each row; meaningless where `filled_R` is False."""
+    """The assignment n = t*K + k of each row; meaningless where `filled_R` is False."""
     row_TK: Tensor
     """The row of each assignment; 0 where it has none."""
     keep_TK: Tensor | None
-    """Which assignments have a row; None means all."""
+    """Which assignments have a row. None: all."""
     filled_R: Tensor | None
-    """Which rows hold an assignment (padded slots may be empty); None means all."""
+    """Which rows hold an assignment (padded slots may be empty). None: all."""
 
     @property
     def token_R(self) -> Tensor:
@@ -86,64 +93,69 @@ class Permutation:
         return replace(self, assignment_R=self.assignment_R[:count])
 
 
-def packed_permutation(routing: Routing) -> tuple[Permutation, Tensor]:
-    """Rows sorted by expert, in token order within an expert, dropped assignments last; and `count_E` (int64), rows of each expert.
+def packed_permutation(plan: DispatchPlan) -> tuple[Permutation, Tensor]:
+    """Sort assignments by expert, in token order within an expert, dropped ones last. No host sync.
 
-    The placement has N rows: cut it with `first_rows(sum of count_E)` where something was dropped. O(N log N), no host sync.
+    O(N log N).
+
+    Returns:
+        The permutation, of N rows: with drops, cut it by `first_rows(count_E.sum())`.
+        `count_E`, int64 [E]: rows per expert.
     """
-    num_experts = routing.num_physical_experts
-    expert_N = routing.expert_TK.flatten()
-    if routing.keep_TK is not None:
-        expert_N = expert_N.masked_fill(~routing.keep_TK.flatten(), num_experts)
+    expert_N = plan.expert_TK.flatten()
+    if plan.keep_TK is not None:
+        expert_N = expert_N.masked_fill(~plan.keep_TK.flatten(), plan.num_experts)
     sorted_N, order_N = expert_N.sort(stable=True)
-    edge_E = torch.searchsorted(sorted_N, torch.arange(num_experts + 1, device=expert_N.device))
+    edge_E = torch.searchsorted(
+        sorted_N, torch.arange(plan.num_experts + 1, device=expert_N.device)
+    )
     row_N = torch.empty_like(order_N).scatter_(
         0, order_N, torch.arange(len(order_N), device=order_N.device)
     )
-    if routing.keep_TK is not None:
-        row_N = row_N.masked_fill(~routing.keep_TK.flatten(), 0)
-    return Permutation(
-        order_N, row_N.view_as(routing.expert_TK), routing.keep_TK, None
-    ), edge_E.diff()
+    if plan.keep_TK is not None:
+        row_N = row_N.masked_fill(~plan.keep_TK.flatten(), 0)
+    permutation = Permutation(order_N, row_N.view_as(plan.expert_TK), plan.keep_TK, None)
+    return permutation, edge_E.diff()
 
 
-def padded_permutation(routing: Routing) -> Permutation:
-    """Fixed slots: row `(e*G + g)*C + s` is slot s of expert e for group g, so R = E*G*C is known from shapes alone. No host sync."""
-    assert routing.slot_TK is not None, "padded placement needs a capacity"
-    assert routing.keep_TK is not None
-    assert routing.capacity is not None
-    tokens, top_k = routing.expert_TK.shape
-    capacity, groups, num_experts = routing.capacity, routing.groups, routing.num_physical_experts
-    rows = num_experts * groups * capacity
-    group_T1 = torch.arange(tokens, device=routing.expert_TK.device).unsqueeze(1) // (
-        tokens // groups
-    )
-    row_TK = (routing.expert_TK * groups + group_T1) * capacity + routing.slot_TK
-    target_N = row_TK.masked_fill(
-        ~routing.keep_TK, rows
-    ).flatten()  # the dropped ones write one entry behind the last slot
+def padded_permutation(plan: DispatchPlan) -> Permutation:
+    """Place assignments in fixed slots: row `(e*G + g)*C + s` is slot s of expert e for group g.
+
+    So R = E*G*C follows from shapes alone. No host sync.
+    """
+    assert plan.slots is not None, "padded slots need a capacity"
+    capacity, groups, keep_TK = plan.slots.capacity, plan.slots.groups, plan.is_kept_TK
+    tokens, top_k = plan.expert_TK.shape
+    rows = plan.num_experts * groups * capacity
+    device = plan.expert_TK.device
+    group_T1 = torch.arange(tokens, device=device).unsqueeze(1) // (tokens // groups)
+    row_TK = (plan.expert_TK * groups + group_T1) * capacity + plan.slots.position_TK
+    # dropped assignments write to one extra entry behind the last slot
+    target_N = row_TK.masked_fill(~keep_TK, rows).flatten()
     empty = tokens * top_k
-    assignment_R = torch.full((rows + 1,), empty, dtype=torch.int64, device=row_TK.device)
-    assignment_R = assignment_R.scatter_(0, target_N, torch.arange(empty, device=row_TK.device))[
-        :rows
-    ]
+    assignment_R = torch.full((rows + 1,), empty, dtype=torch.int64, device=device)
+    assignment_R.scatter_(0, target_N, torch.arange(empty, device=device))
+    assignment_R = assignment_R[:rows]
     filled_R = assignment_R < empty
     return Permutation(
-        assignment_R.masked_fill(~filled_R, 0),
-        row_TK.masked_fill(~routing.keep_TK, 0),
-        routing.keep_TK,
-        filled_R,
+        assignment_R.masked_fill(~filled_R, 0), row_TK.masked_fill(~keep_TK, 0), keep_TK, filled_R
     )
 
 
 def permute(x_TD: Tensor, permutation: Permutation) -> Tensor:
-    """rows_RD: each row a copy of its token's vector, empty slots zero. Backward sums each token's K row gradients."""
+    """Copy each row's token vector, rows_RD; empty slots are zero.
+
+    Backward sums each token's K row gradients.
+    """
     out: Tensor = _Permute.apply(x_TD, permutation)
     return out
 
 
 def unpermute(rows_RD: Tensor, weight_TK: Tensor, permutation: Permutation) -> Tensor:
-    """y_TD = sum over a token's kept choices of `weight * row`; in the rows' dtype, added in float32 (float64 for float64)."""
+    """Sum `weight * row` over each token's kept assignments, y_TD.
+
+    In the rows' dtype, accumulated in float32 (float64 for float64).
+    """
     out: Tensor = _Unpermute.apply(rows_RD, weight_TK, permutation)
     return out
 
@@ -166,11 +178,8 @@ class _Unpermute(Function):
     def forward(ctx: Any, rows_RD: Tensor, weight_TK: Tensor, permutation: Permutation) -> Tensor:
         ctx.permutation = permutation
         ctx.save_for_backward(rows_RD, weight_TK)
-        weight_TK = (
-            weight_TK
-            if permutation.keep_TK is None
-            else weight_TK.masked_fill(~permutation.keep_TK, 0.0)
-        )
+        if permutation.keep_TK is not None:
+            weight_TK = weight_TK.masked_fill(~permutation.keep_TK, 0.0)
         return _sum_over_choices(rows_RD, weight_TK.to(rows_RD.dtype), permutation)
 
     @staticmethod
@@ -179,37 +188,31 @@ class _Unpermute(Function):
         permutation: Permutation = ctx.permutation
         grad_RD = _rows_of_tokens(grads[0], permutation)
         weight_R = weight_TK.flatten()[permutation.assignment_R].to(grad_RD.dtype)
-        return (
-            grad_RD.mul_(weight_R.unsqueeze(1)),
-            _weight_grads(grads[0], rows_RD, permutation).to(weight_TK.dtype),
-            None,
-        )
+        grad_weight_TK = _weight_grads(grads[0], rows_RD, permutation).to(weight_TK.dtype)
+        return grad_RD.mul_(weight_R.unsqueeze(1)), grad_weight_TK, None
 
 
 def _rows_of_tokens(x_TD: Tensor, permutation: Permutation) -> Tensor:
     rows_RD = x_TD.index_select(0, permutation.token_R)
-    return (
-        rows_RD
-        if permutation.filled_R is None
-        else rows_RD.masked_fill_(~permutation.filled_R.unsqueeze(1), 0.0)
-    )
+    if permutation.filled_R is None:
+        return rows_RD
+    return rows_RD.masked_fill_(~permutation.filled_R.unsqueeze(1), 0.0)
 
 
 def _sum_over_choices(
     rows_RD: Tensor, weight_TK: Tensor | None, permutation: Permutation
 ) -> Tensor:
-    if (
-        len(rows_RD) == 0
-    ):  # nothing survived on this rank: the tokens still get their zeros, and the graph stays whole
+    if len(rows_RD) == 0:
+        # nothing was kept on this rank: its tokens still get zeros, and the graph stays connected
         return rows_RD.new_zeros(len(permutation.row_TK), rows_RD.shape[1])
     return embedding_bag(permutation.row_TK, rows_RD, per_sample_weights=weight_TK, mode="sum")
 
 
 def _weight_grads(grad_TD: Tensor, rows_RD: Tensor, permutation: Permutation) -> Tensor:
-    """[T, K]: each token's gradient times each of its rows.
+    """Compute the dot product of each token's gradient with each of its rows, [T, K].
 
-    The kernel behind `embedding_bag`'s own backward: no product of R x D is ever written, and it adds in float32 (`vecdot` rounds
-    each product to bf16 first).
+    Calls the kernel behind `embedding_bag`'s own backward: no R x D product is written, and it
+    accumulates in float32 (`vecdot` rounds each product to bf16 first).
     """
     tokens, top_k = permutation.row_TK.shape
     if len(rows_RD) == 0:
@@ -222,29 +225,3 @@ def _weight_grads(grad_TD: Tensor, rows_RD: Tensor, permutation: Permutation) ->
     )
     dot_TK: Tensor = dot_N.view(tokens, top_k)
     return dot_TK if permutation.keep_TK is None else dot_TK.masked_fill(~permutation.keep_TK, 0.0)
-
-
-def permute_reference(x_TD: Tensor, permutation: Permutation) -> Tensor:
-    """`gather`, one row at a time. For tests."""
-    filled = (
-        [True] * len(permutation.assignment_R)
-        if permutation.filled_R is None
-        else permutation.filled_R.tolist()
-    )
-    rows = [
-        x_TD[t] if full else torch.zeros_like(x_TD[0])
-        for t, full in zip(permutation.token_R.tolist(), filled, strict=True)
-    ]
-    return torch.stack(rows) if rows else x_TD[:0]
-
-
-def unpermute_reference(rows_RD: Tensor, weight_TK: Tensor, permutation: Permutation) -> Tensor:
-    """`combine`, one token and choice at a time. For tests."""
-    tokens = []
-    for t, rows in enumerate(permutation.row_TK.tolist()):
-        total = rows_RD.new_zeros(rows_RD.shape[1])
-        for k, row in enumerate(rows):
-            if permutation.keep_TK is None or bool(permutation.keep_TK[t, k]):
-                total = total + weight_TK[t, k] * rows_RD[row]
-        tokens.append(total)
-    return torch.stack(tokens) if tokens else rows_RD.new_zeros(0, rows_RD.shape[1])

@@ -1,31 +1,88 @@
-"""What a layer with experts shows to whoever spreads them over ranks: the mixture layer, and modules beside a frozen network.
+"""Interfaces between a layer and the code that distributes it over ranks.
 
-The other data ranks, as far as a layer needs them: for losses over the global batch.
+`distributed/` implements `DataParallelComm` and `Dispatcher` with collectives and assigns them to
+each `ExpertLayer`. `NoComm` and the local dispatchers (`dispatch.py`) serve one process.
 """
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
-from dmoe.moe.comm import DataParallelComm
-from dmoe.moe.dispatch import Dispatcher
-from dmoe.moe.routers.base import RouterModule
+from dmoe.moe.routing import DispatchPlan
+
+TokensPerExpert = Tensor | int
+"""Rows of each local expert: int64 [e], or one number if all are equal (padded slots: no host
+read)."""
+
+
+class DataParallelComm(Protocol):
+    """Reductions over all data-parallel ranks, without gradient."""
+
+    size: int
+    rank: int
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Return `value` summed over the ranks. One all-reduce."""
+        ...
+
+    def gather(self, value: Tensor) -> Tensor:
+        """Return every rank's `value`, [size, ...]; shapes must be equal. One all-gather."""
+        ...
+
+
+class NoComm:
+    """`DataParallelComm` of a single rank: every sum is the value itself."""
+
+    size = 1
+    rank = 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        return value.detach()
+
+    def gather(self, value: Tensor) -> Tensor:
+        return value.detach().unsqueeze(0)
+
+
+class Dispatcher(Protocol):
+    """Moves token rows to their experts and back."""
+
+    def dispatch(self, x_TD: Tensor, plan: DispatchPlan) -> tuple[Tensor, TokensPerExpert, Any]:
+        """Return rows_RD grouped by local expert, the rows per expert, and metadata for `combine`."""
+        ...
+
+    def combine(self, rows_RD: Tensor, weight_TK: Tensor, metadata: Any) -> Tensor:
+        """Return y_TD on the source rank: the weighted sum over each token's kept assignments."""
+        ...
+
+
+class ExpertRouter(Protocol):
+    """The part of a layer's router that counts parameters and gradients need."""
+
+    num_experts: int
+    top_k: int
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 @runtime_checkable
 class ExpertLayer(Protocol):
-    """Recognised by its attributes. The parameters and buffers of `experts` differ by EP rank, and nothing else does."""
+    """A layer with experts: the MoE layer, or adapters beside a frozen module.
+
+    Recognized by its attributes. Only the parameters and buffers of `experts` differ between
+    expert-parallel ranks.
+    """
 
     experts: nn.Module
-    router: RouterModule
+    router: ExpertRouter
     layer: int
-    """Names the layer where its exchanges are watched."""
+    """Index of the layer; names it in collective checks."""
     packed: Dispatcher
     padded: Dispatcher | None
     comm: DataParallelComm
 
     def shard(self, ep_size: int, ep_rank: int) -> None:
-        """Keep only the experts of one of so many ranks."""
+        """Shard the experts over `ep_size` ranks and keep those of `ep_rank`."""
         ...

@@ -1,8 +1,9 @@
-"""The mixture-of-experts layer: route -> limit -> dispatch -> experts -> combine.
+"""The mixture-of-experts layer: route -> apply capacity -> dispatch -> experts -> combine.
 
     y_t = sum over the kept choices k of  weight[t, k] * expert[t, k](x_t)   +   shared(x_t)
 
-Letters: T tokens on this rank in one micro-batch, D width, F expert hidden width, E experts, K experts a token, R rows.
+Letters: T tokens on this rank in one micro-batch, D input width, M output width, F expert hidden
+width, E experts, K experts per token, R rows.
 """
 
 from __future__ import annotations
@@ -14,59 +15,63 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from dmoe.config.expert_shapes import zero_cost
+from dmoe.config.expert_shapes import count_zero_cost
+from dmoe.config.router_kinds import ROUTERS
 from dmoe.config.rules import check_shapes, check_zero_cost
 from dmoe.config.schema import BalanceConfig, CapacityConfig, ExpertsConfig, MoEConfig, RouterConfig
-from dmoe.moe import capacity, routers
-from dmoe.moe import experts as kinds_of_experts
-from dmoe.moe.comm import DataParallelComm, NoComm
+from dmoe.moe.capacity import apply_capacity, expert_capacity
 from dmoe.moe.compute_usage import ComputeUsage
-from dmoe.moe.dispatch import Dispatcher, PackedLocal, PaddedLocal
-from dmoe.moe.experts import FeedForward, ZeroCost
+from dmoe.moe.dispatch import PackedLocal, PaddedLocal, profiled
+from dmoe.moe.experts import FeedForward, ZeroCost, build_experts
+from dmoe.moe.interfaces import DataParallelComm, Dispatcher, NoComm
 from dmoe.moe.load_balancing import auxiliary_losses
-from dmoe.moe.metrics import LayerStats, layer_stats, observed
+from dmoe.moe.metrics import LayerStats, layer_stats
 from dmoe.moe.placement import to_physical_experts
-from dmoe.moe.profiling import profiled
-from dmoe.moe.routing import Routing, TokenContext
-
-EMPTY_CONTEXT = TokenContext()
+from dmoe.moe.routers import build_router
+from dmoe.moe.routing import EMPTY_CONTEXT, BatchShape, DispatchPlan, Routing, TokenContext
 
 
 @dataclass(frozen=True)
 class MoEOutput:
+    """The result of one forward."""
+
     y: Tensor
     """[..., out_dim], in the dtype the experts computed in."""
     aux: dict[str, Tensor]
-    """This rank's share of each auxiliary loss, raw (unweighted), by name; on one process, the loss itself."""
+    """This rank's share of each auxiliary loss, unweighted, by name; on one process, the loss."""
     stats: LayerStats
-    """Counts of what was chosen, kept and dropped."""
+    """Counts of selected, kept and dropped assignments."""
     routing: Routing
-    """The decision, after the capacity."""
-    account: ComputeUsage | None = None
-    """Who was used, what was spent and why, in numbers and in words."""
+    """The router's decision, before capacity."""
+    plan: DispatchPlan
+    """The assignments that were computed, after capacity."""
+    compute_usage: ComputeUsage | None = None
+    """Experts used and cost per token, computed on request."""
 
 
 class MoE(nn.Module):
-    """A sparse mixture of `num_experts` feed-forward experts, `top_k` of them a token; takes any `[..., dim]`.
+    """A sparse mixture of `num_experts` feed-forward experts, `top_k` per token, for any [..., dim].
 
-    Works with no process group at all. Under expert parallelism `distributed.parallelize` swaps the dispatchers and keeps only
-    this rank's experts; nothing else of the layer changes.
+    Works without a process group. Under expert parallelism, `distributed.expert_parallel` replaces
+    the dispatchers and keeps only this rank's experts; nothing else of the layer changes.
+
+    Costs of a forward: those of the dispatcher in use, and one all-reduce if `balance.switch_level`
+    is `global`.
 
     Args:
-        dim: width D of the input.
+        dim: input width D.
         expert_dim: hidden width F of one expert.
-        num_experts: E, over all ranks; `experts.zero`, `copy` and `constant` come on top, with the ids after them.
+        num_experts: E over all ranks; `experts.zero`, `copy` and `constant` are added, with higher ids.
         top_k: K.
-        out_dim: width of the output; default `dim`.
-        router, capacity, balance, experts: the sections of the config with the same names; see `dmoe.config.schema`.
-        exchange: `packed` moves exactly the rows there are (one host sync); `padded` moves fixed slots (none; needs
-            `capacity.factor`). A forward without a capacity, such as evaluation by default, is always packed.
-        virtual_ranks: groups of tokens that are treated as ranks of their own by `capacity.group=rank` and by losses of level
-            `micro_batch`. The batch must divide by it.
-        layer: index of this layer among the MoE layers; keys its initialisation.
-        seed: initialisation. `initialize` can be called again with other standard deviations.
-
-    Costs of a forward: see the dispatcher in use; beside it one all-reduce if `balance.switch_level` is `global`.
+        out_dim: output width M; default `dim`.
+        router, capacity, balance, experts: the config sections of the same name (`dmoe.config.schema`).
+        exchange: `packed` moves exactly the rows there are (one host sync); `padded` moves fixed slots
+            (no host sync; needs `capacity.factor`). A forward without capacity, such as evaluation by
+            default, is always packed.
+        virtual_ranks: groups of tokens that `capacity.group=rank` and losses of level `micro_batch`
+            treat as ranks of their own. The number of tokens must divide by it.
+        layer: index among the MoE layers; part of the key of the initialization.
+        seed: seed of the initialization; `initialize` can be called again with other values.
     """
 
     def __init__(
@@ -88,20 +93,19 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         out_dim = dim if out_dim is None else out_dim
+        router, experts = router or RouterConfig(), experts or ExpertsConfig()
         self.capacity = capacity or CapacityConfig()
         self.balance = balance or BalanceConfig()
-        kinds = experts or ExpertsConfig()
-        router = router or RouterConfig()
-        self.num_experts = num_experts + zero_cost(kinds)
-        """What the router chooses among. `experts.num_experts` are the real ones."""
+        self.num_zero_cost = count_zero_cost(experts)
+        self.num_experts = num_experts + self.num_zero_cost
+        """Experts the router selects from, zero-cost ones included."""
         check_layer(self.num_experts, top_k, self.capacity, exchange)
-        check_shapes(kinds, num_experts)
-        check_zero_cost(kinds, router, self.capacity)
+        check_shapes(experts, num_experts)
+        check_zero_cost(experts, router, self.capacity)
         self.top_k, self.layer, self.virtual_ranks = top_k, layer, virtual_ranks
-        self.router = routers.build(router, dim, self.num_experts, top_k, layer)
-        self.experts = kinds_of_experts.build(kinds, dim, expert_dim, num_experts, out_dim)
-        self.zero_cost = ZeroCost(kinds, dim, out_dim) if zero_cost(kinds) else None
-        self.num_zero_cost = zero_cost(kinds)
+        self.router = build_router(router, dim, self.num_experts, top_k, layer)
+        self.experts = build_experts(experts, dim, expert_dim, num_experts, out_dim)
+        self.zero_cost = ZeroCost(experts, dim, out_dim) if self.num_zero_cost else None
         self.router.set_expert_costs((*self.experts.multiply_adds, *[0] * self.num_zero_cost))
         self.placement = self.experts.placement(1)
         self.cost_E = (*self.experts.cost, *[0.0] * self.num_zero_cost)
@@ -109,8 +113,10 @@ class MoE(nn.Module):
             *(f"expert {e}" for e in range(num_experts)),
             *(self.zero_cost.names if self.zero_cost else ()),
         )
-        shared_dim = kinds.shared * (kinds.shared_dim or expert_dim)
-        self.shared = FeedForward(kinds.kind, dim, shared_dim, out_dim) if kinds.shared else None
+        shared_dim = experts.shared * (experts.shared_dim or expert_dim)
+        self.shared = (
+            FeedForward(experts.kind, dim, shared_dim, out_dim) if experts.shared else None
+        )
         self.packed: Dispatcher = PackedLocal()
         self.padded: Dispatcher | None = PaddedLocal() if exchange == "padded" else None
         self.comm: DataParallelComm = NoComm()
@@ -126,6 +132,7 @@ class MoE(nn.Module):
         virtual_ranks: int = 1,
         layer: int = 0,
     ) -> Self:
+        """Build the layer of a config section; see the class for the arguments."""
         return cls(
             dim,
             config.expert_dim,
@@ -142,7 +149,7 @@ class MoE(nn.Module):
         )
 
     def initialize(self, seed: int, std: float = 0.02, out_std: float | None = None) -> None:
-        """Draw all weights anew: experts keyed by (seed, layer, global expert id), the rest by (seed, name)."""
+        """Draw all weights: experts keyed by (seed, layer, global expert id), others by (seed, name)."""
         out_std = std if out_std is None else out_std
         self.router.initialize(seed, self.layer, std)
         self.experts.initialize(seed, self.layer, std, out_std)
@@ -152,7 +159,7 @@ class MoE(nn.Module):
             self.shared.initialize(seed, f"shared.{self.layer}", std, out_std)
 
     def shard(self, ep_size: int, ep_rank: int) -> None:
-        """Keep only the experts of one of so many ranks, and send choices to the places where the others are."""
+        """Shard the experts over `ep_size` ranks and keep those of `ep_rank`."""
         self.placement = self.experts.placement(ep_size)
         self.experts.shard(self.placement, ep_rank)
 
@@ -163,98 +170,113 @@ class MoE(nn.Module):
         *,
         compute_budget: float | None = None,
     ) -> MoEOutput:
-        """x: [..., S, D]: sequences of S tokens, or [T, D] for one. Floating point of any width.
+        """Route each token to its experts and return the weighted sum of their outputs.
 
-        compute_budget: share of the multiply-adds of all experts that a token may spend in this call (`router.kind=budget`).
+        Args:
+            x: [..., S, D], sequences of S tokens, or [T, D] for one; any floating-point dtype.
+            context: per-token inputs besides the vectors.
+            compute_budget: share of the multiply-adds of all experts that a token may spend in this
+                call (`router.kind=budget`).
         """
         x_TD = x.flatten(0, -2)
-        context = self.with_shapes(
-            self.with_budget(context, compute_budget), math.prod(x.shape[:-2]), x_TD.shape[0]
-        )
-
+        context = self.with_budget(context, compute_budget)
+        shape = self.batch_shape(math.prod(x.shape[:-2]), x_TD.shape[0])
         with profiled("route"):
-            chosen = self.router(x_TD, context)
-            chosen = (
-                replace(chosen, num_zero_cost=self.num_zero_cost) if self.num_zero_cost else chosen
-            )
-            routing = capacity.apply_capacity(chosen, self.capacity, context, self.comm)
-        dispatcher = self.packed if self.padded is None or routing.capacity is None else self.padded
+            routing = self.router(x_TD, context, shape)
+            plan = apply_capacity(routing, shape, self.capacity, self.comm, self.num_zero_cost)
+        dispatcher = self.packed if self.padded is None or plan.slots is None else self.padded
         with profiled("dispatch"):
-            plan = to_physical_experts(routing, self.placement)
             rows_RD, tokens_per_expert, metadata = dispatcher.dispatch(
-                x_TD.to(expert_dtype(x_TD)), plan
+                x_TD.to(expert_dtype(x_TD)), to_physical_experts(plan, self.placement)
             )
         with profiled("experts"):
             rows_RM = self.experts(rows_RD, tokens_per_expert)
         with profiled("combine"):
-            y_TM = dispatcher.combine(rows_RM, routing.weight_TK, metadata)
+            y_TM = dispatcher.combine(rows_RM, plan.weight_TK, metadata)
+        y_TM = self.add_local_experts(y_TM, x_TD, plan)
+        return MoEOutput(
+            y_TM.view(*x.shape[:-1], y_TM.shape[1]),
+            auxiliary_losses(
+                routing,
+                self.balance,
+                context,
+                shape,
+                self.comm,
+                layer=self.layer,
+                micro_batches=self.virtual_ranks,
+            ),
+            layer_stats(routing, plan, context),
+            routing,
+            plan,
+            self.compute_usage(routing, plan, context.budget),
+        )
+
+    def add_local_experts(self, y_TM: Tensor, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
+        """Add the outputs of zero-cost and shared experts, which are never dispatched."""
         if self.zero_cost is not None:
-            y_TM = self.zero_cost(y_TM, x_TD, routing)
+            y_TM = self.zero_cost(y_TM, x_TD, plan)
         if self.shared is not None:
             y_TM = y_TM + self.shared(x_TD)
+        return y_TM
 
-        aux = auxiliary_losses(
-            chosen,
-            self.balance,
-            context,
-            self.comm,
-            layer=self.layer,
-            micro_batches=self.virtual_ranks,
-        )
-        seen = observed(layer_stats(chosen, routing), chosen, routing, context)
+    def compute_usage(
+        self, routing: Routing, plan: DispatchPlan, budget: float | None
+    ) -> ComputeUsage:
+        """Return the record that computes experts used and cost per token on request."""
         bias_E = getattr(self.router, "bias_E", None)
-        account = ComputeUsage(
-            chosen, routing, self.cost_E, self.names_E, self.router.config, context.budget, bias_E
+        return ComputeUsage(
+            routing, plan, self.cost_E, self.names_E, self.router.config, budget, bias_E
         )
-        return MoEOutput(y_TM.view(*x.shape[:-1], y_TM.shape[1]), aux, seen, routing, account)
 
     def with_budget(self, context: TokenContext, compute_budget: float | None) -> TokenContext:
-        """`context` with the budget of this call: the one given, else the config's."""
+        """Return `context` with the budget of this call: the one given, else the config's."""
         config = self.router.config
+        has_budget = ROUTERS[config.kind].has_budget
         if compute_budget is None:
-            return replace(context, budget=config.budget) if config.kind == "budget" else context
-        if config.kind != "budget":
+            return replace(context, budget=config.budget) if has_budget else context
+        if not has_budget:
             raise ValueError(
-                f"compute_budget={compute_budget}: router.kind={config.kind} has no budget; use router.kind=budget"
+                f"compute_budget={compute_budget}: router.kind={config.kind} has no budget; "
+                "use router.kind=budget"
             )
         if not 0 <= compute_budget <= 1:
             raise ValueError(
-                f"compute_budget={compute_budget}: must be from 0 to 1, the share of all experts' cost"
+                f"compute_budget={compute_budget}: must be from 0 to 1, the share of the cost of all "
+                "experts"
             )
         return replace(context, budget=compute_budget)
 
-    def with_shapes(self, context: TokenContext, sequences: int, tokens: int) -> TokenContext:
-        """`context` with what follows from the shapes: sequences, groups, slots."""
+    def batch_shape(self, sequences: int, tokens: int) -> BatchShape:
+        """Return the capacity groups and slots of a forward of `tokens` tokens in `sequences`."""
         if tokens % self.virtual_ranks:
             raise ValueError(
-                f"{tokens} tokens cannot be shared by virtual_ranks={self.virtual_ranks}: use a batch that divides by it"
+                f"{tokens} tokens do not divide by virtual_ranks={self.virtual_ranks}: use a batch "
+                "that does"
             )
-        groups = {"rank": self.virtual_ranks, "sequence": sequences, "global": 1}[
-            self.capacity.group
-        ]
-        factor = self.capacity.factor if self.training else self.capacity.eval_factor
+        limits = self.capacity
+        groups = {"rank": self.virtual_ranks, "sequence": sequences, "global": 1}[limits.group]
+        factor = limits.factor if self.training else limits.eval_factor
         if factor is None:
-            return replace(context, sequences=sequences, groups=groups, capacity=None)
-        sharing = (
-            tokens * self.comm.size if self.capacity.group == "global" else tokens // max(1, groups)
+            return BatchShape(sequences, groups)
+        tokens_per_group = (
+            tokens * self.comm.size if limits.group == "global" else tokens // max(1, groups)
         )
-        slots = capacity.expert_capacity(
-            factor, sharing, self.top_k, self.num_experts, self.capacity.min_capacity
+        slots = expert_capacity(
+            factor, tokens_per_group, self.top_k, self.num_experts, limits.min_capacity
         )
-        return replace(context, sequences=sequences, groups=groups, capacity=slots)
+        return BatchShape(sequences, groups, slots)
 
 
 def expert_dtype(x: Tensor) -> torch.dtype:
-    """What the experts compute in, and so what travels: autocast's dtype where it is on, else the input's own."""
+    """Return the dtype in which experts compute and rows are exchanged: autocast's, else the input's."""
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
-        device
-    )  # meta knows no autocast
+    # meta does not support autocast
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def check_layer(num_experts: int, top_k: int, limits: CapacityConfig, exchange: str) -> None:
-    """Raise ValueError for what a layer cannot mean; what a router cannot mean, `routers.build` refuses."""
+    """Raise ValueError for impossible layer settings; `build_router` checks the router's."""
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k={top_k}: must be between 1 and num_experts={num_experts}")
     if exchange not in ("packed", "padded"):

@@ -1,70 +1,62 @@
-"""What one MoE layer did in one forward, counted from tensors that are there anyway.
+"""Counts and metrics of one forward of a MoE layer: device tensors, sums, no host read.
 
-Letters: E experts, K experts a token.
+They are returned with the layer's output and kept nowhere, so that recomputed activations count
+nothing twice. Further metrics are computed only if the context asks for them
+(`TokenContext.metrics_fn`): steps that are not logged do not pay for them.
 
-What a layer can be asked to tell of one forward, beside its counts: tensors on the device, sums without a host read.
-
-An observer is handed to the layers with the batch (`stats.ObservedContext`), so a step that nobody logs does not compute any of this.
-What it finds is returned with the layer's stats and kept nowhere; a forward that is run again for backward counts nothing twice.
-
-Letters: T tokens, E experts, K experts a token.
+Letters: T tokens, E experts, K experts per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from dmoe.moe.load_balancing import choice_count
-from dmoe.moe.load_balancing.groups import masked, normalized, real_tokens
-from dmoe.moe.routing import Routing, TokenContext
-
-MetricsFn = Callable[[Routing, Routing, TokenContext], dict[str, Tensor]]
-"""From a layer's routing before and after the capacity to what is wanted of it, by name; on the device, without a host read."""
-
-
-def nothing_more(chosen: Routing, limited: Routing, context: TokenContext) -> dict[str, Tensor]:
-    """The observer of a forward that nobody asks for more than its counts."""
-    return {}
-
-
-@dataclass(frozen=True)
-class ObservedContext(TokenContext):
-    """A context that asks the layers for more than their counts: on the steps that are logged, and of the probe batch."""
-
-    observer: MetricsFn = nothing_more
+from dmoe.moe.load_balancing.losses import masked, normalized, num_real_tokens
+from dmoe.moe.routing import (
+    EMPTY_CONTEXT,
+    DispatchPlan,
+    Routing,
+    TokenContext,
+    count_per_expert,
+)
 
 
 @dataclass(frozen=True)
 class LayerStats:
-    """Device tensors without gradient; sums, so that ranks and micro-batches add up. They are *returned*, never kept in a buffer,
-    so that recomputing the activations cannot count twice (torchtitan halves its counters for that reason)."""
+    """Counts of one forward, without gradient; sums, so that ranks and micro-batches add up.
+
+    Returned, never kept in a buffer, so that recomputed activations cannot count twice (torchtitan
+    halves its counters for that reason).
+    """
 
     choice_E: Tensor
-    """int64: choices of each expert, before any drop."""
+    """int64: assignments of each expert before any drop."""
     kept_E: Tensor
-    """int64: rows each expert computed, rerouted ones (`overflow: next_choice`) at the expert that took them."""
+    """int64: rows each expert computed; rerouted ones (`overflow: next_choice`) count at the expert
+    that took them."""
     dropped_weight: Tensor
-    """float: sum of the weights the router gave to choices that were then dropped; a rerouted choice is not."""
+    """float: sum of the router's weights of dropped assignments; rerouted ones are not dropped."""
     total_weight: Tensor
-    """float: sum of the weights of all choices."""
+    """float: sum of the weights of all assignments."""
     fully_dropped_tokens: Tensor
-    """int64: tokens that chose at least one expert and were left with none."""
+    """int64: tokens that selected at least one expert and kept none."""
     slots: float
-    """This rank's share of the slots offered by the capacity; 0 when dropless."""
+    """This rank's share of the slots offered by the capacity; 0 if dropless."""
     num_zero_cost: int = 0
-    """The last so many experts cost nothing and have no slots."""
-    observed: dict[str, Tensor] = field(default_factory=dict)
-    """What the context's observer was asked to find; empty where there is none."""
+    """Number of zero-cost experts (highest ids), which have no slots."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Result of the context's `metrics_fn`; empty without one."""
 
     def as_vector(self) -> Tensor:
-        """float64 [2E + 4]: all counts in one tensor, for one reduction over all layers and ranks. Counts stay exact to 2^53."""
-        slots = torch.full_like(
-            self.dropped_weight, self.slots, dtype=torch.float64
-        )  # a share can be a fraction
+        """Concatenate all counts, float64 [2E + 4], for one reduction over all layers and ranks.
+
+        Counts stay exact up to 2^53.
+        """
+        # a share of slots can be a fraction
+        slots = torch.full_like(self.dropped_weight, self.slots, dtype=torch.float64)
         scalars = [
             self.dropped_weight.double(),
             self.total_weight.double(),
@@ -75,97 +67,93 @@ class LayerStats:
 
 
 @torch.no_grad()
-def layer_stats(chosen: Routing, limited: Routing) -> LayerStats:
-    """Stats of one forward from the routing before and after the capacity. No host sync."""
-    choice_E = choice_count(chosen, 1)[0]
-    made_TK = chosen.weight_TK.detach()
-    if chosen.keep_TK is not None:
-        made_TK = made_TK.masked_fill(~chosen.keep_TK, 0.0)
-    zero = made_TK.new_zeros(())
-    if limited is chosen:
+def layer_stats(
+    routing: Routing, plan: DispatchPlan, context: TokenContext = EMPTY_CONTEXT
+) -> LayerStats:
+    """Count one forward, before and after capacity. No host sync."""
+    choice_E = count_per_expert(routing.expert_TK, routing.is_selected_TK, 1, routing.num_experts)[
+        0
+    ]
+    weight_TK = routing.weight_TK.detach()
+    if routing.selected_TK is not None:
+        weight_TK = weight_TK.masked_fill(~routing.selected_TK, 0.0)
+    metrics = {} if context.metrics_fn is None else context.metrics_fn(routing, plan, context)
+    if plan.slots is None:
         return LayerStats(
-            choice_E,
-            choice_E,
-            zero,
-            made_TK.sum(),
-            torch.zeros_like(choice_E[0]),
-            0,
-            chosen.num_zero_cost,
+            choice_E=choice_E,
+            kept_E=choice_E,
+            dropped_weight=weight_TK.new_zeros(()),
+            total_weight=weight_TK.sum(),
+            fully_dropped_tokens=torch.zeros_like(choice_E[0]),
+            slots=0,
+            num_zero_cost=plan.num_zero_cost,
+            metrics=metrics,
         )
-    assert limited.keep_TK is not None
-    assert limited.capacity is not None
-    chose_T = (
-        torch.ones_like(limited.keep_TK[:, 0]) if chosen.keep_TK is None else chosen.keep_TK.any(-1)
-    )
+    keep_TK = plan.is_kept_TK
+    has_selected_T = routing.is_selected_TK.any(-1)
     return LayerStats(
         choice_E=choice_E,
-        kept_E=choice_count(limited, 1)[0],
-        dropped_weight=made_TK.masked_fill(limited.keep_TK, 0.0).sum(),
-        total_weight=made_TK.sum(),
-        fully_dropped_tokens=(chose_T & ~limited.keep_TK.any(-1)).sum(),
-        slots=limited.slots,
-        num_zero_cost=chosen.num_zero_cost,
+        kept_E=count_per_expert(plan.expert_TK, keep_TK, 1, plan.num_experts)[0],
+        dropped_weight=weight_TK.masked_fill(keep_TK, 0.0).sum(),
+        total_weight=weight_TK.sum(),
+        fully_dropped_tokens=(has_selected_T & ~keep_TK.any(-1)).sum(),
+        slots=plan.slots.offered,
+        num_zero_cost=plan.num_zero_cost,
+        metrics=metrics,
     )
-
-
-@torch.no_grad()
-def observed(
-    stats: LayerStats, chosen: Routing, limited: Routing, context: TokenContext
-) -> LayerStats:
-    """`stats` with what the context asks for, if it is one that asks."""
-    if not isinstance(context, ObservedContext):
-        return stats
-    return replace(stats, observed=context.observer(chosen, limited, context))
 
 
 SUMS = ("made_K", "kept_K", "weight_K", "dropped_K", "entropy", "top1", "tokens")
-"""What `router_state` returns that adds up over micro-batches and ranks."""
+"""Keys of `router_metrics` that add up over micro-batches and ranks."""
 MAXIMA = ("logit_max",)
-"""What it returns of which the largest counts."""
+"""Keys of `router_metrics` whose maximum counts."""
 
 
-def router_metrics(chosen: Routing, limited: Routing, context: TokenContext) -> dict[str, Tensor]:
-    """float64 vectors by name (a scalar has one element): how sure the router was, and what became of each choice.
+def router_metrics(
+    routing: Routing, plan: DispatchPlan, context: TokenContext
+) -> dict[str, Tensor]:
+    """Compute the router's confidence and the outcome of each choice; a `MetricsFn`.
 
-    With p_t = the token's scores, normalised to sum 1, over real tokens:
-    entropy = sum_t sum_e -p ln p (nats); top1 = sum_t max_e p; logit_max = the largest |logit| of any expert, noise included.
-    By place k of a choice in its token's list: made_K and kept_K count it, weight_K and dropped_K sum the router's weights of it. A
-    choice that was rerouted (`overflow: next_choice`) is kept. About fifteen small kernels over [T, E]; no collective.
+    With p_t = the token's scores, normalized to sum 1, over real tokens: entropy = sum_t sum_e -p
+    ln p (nats); top1 = sum_t max_e p; logit_max = the largest |logit| of any expert, noise
+    included. By rank k of a choice in its token's list: made_K counts the selected ones, kept_K the
+    kept ones (rerouted ones are kept); weight_K and dropped_K sum the router's weights of the
+    selected and of the dropped ones. About fifteen small kernels over [T, E]; no collective.
+
+    Returns:
+        float64 vectors by name; a scalar has one element.
     """
-    made_TK = (
-        torch.ones_like(chosen.expert_TK, dtype=torch.bool)
-        if chosen.keep_TK is None
-        else chosen.keep_TK
-    )
-    kept_TK = made_TK if limited.keep_TK is None else limited.keep_TK
-    weight_TK = chosen.weight_TK.double().masked_fill(~made_TK, 0.0)
-    share_TE = normalized(chosen.score_TE)
-    sure_T2 = torch.stack([torch.special.entr(share_TE).sum(-1), share_TE.amax(-1)], dim=1)
-    entropy, top1 = masked(sure_T2.double(), context.valid_T).sum(0).split(1)
-    logit_TE = masked(chosen.logit_TE.abs(), context.valid_T)
+    selected_TK = routing.is_selected_TK
+    kept_TK = selected_TK if plan.keep_TK is None else plan.keep_TK
+    weight_TK = routing.weight_TK.double().masked_fill(~selected_TK, 0.0)
+    share_TE = normalized(routing.score_TE)
+    confidence_T2 = torch.stack([torch.special.entr(share_TE).sum(-1), share_TE.amax(-1)], dim=1)
+    entropy, top1 = masked(confidence_T2.double(), context.valid_T).sum(0).split(1)
+    logit_TE = masked(routing.logit_TE.abs(), context.valid_T)
+    # A rank may have no tokens, and the maximum of an empty tensor is an error.
+    logit_max = torch.cat([logit_TE.flatten(), logit_TE.new_zeros(1)]).amax()
     return {
-        "made_K": made_TK.sum(0).double(),
+        "made_K": selected_TK.sum(0).double(),
         "kept_K": kept_TK.sum(0).double(),
         "weight_K": weight_TK.sum(0),
         "dropped_K": weight_TK.masked_fill(kept_TK, 0.0).sum(0),
         "entropy": entropy,
         "top1": top1,
-        "tokens": real_tokens(chosen.score_TE, context.valid_T).double(),
-        # A rank may have no tokens at all, and a maximum of nothing is an error.
-        "logit_max": torch.cat([logit_TE.flatten(), logit_TE.new_zeros(1)]).amax().double().view(1),
+        "tokens": num_real_tokens(routing.score_TE, context.valid_T).double(),
+        "logit_max": logit_max.double().view(1),
     }
 
 
-def decisions(chosen: Routing, limited: Routing, context: TokenContext) -> dict[str, Tensor]:
-    """Each token's experts before any drop, `chosen_TE` (bool), and the first of them, `first_TE` (bool; all False for padding)."""
-    made_TK = (
-        torch.ones_like(chosen.expert_TK, dtype=torch.bool)
-        if chosen.keep_TK is None
-        else chosen.keep_TK
-    )
-    none_TE = torch.zeros_like(chosen.score_TE, dtype=torch.int64)
-    first_T1, made_T1 = chosen.expert_TK[:, :1], made_TK[:, :1]
+def decisions(routing: Routing, plan: DispatchPlan, context: TokenContext) -> dict[str, Tensor]:
+    """Return each token's experts before any drop, one-hot; a `MetricsFn`.
+
+    Returns:
+        `chosen_TE`, bool: all selected experts. `first_TE`, bool: the first of them; False for padding.
+    """
+    selected_TK = routing.is_selected_TK
+    zero_TE = torch.zeros_like(routing.score_TE, dtype=torch.int64)
+    first_T1, first_selected_T1 = routing.expert_TK[:, :1], selected_TK[:, :1]
     return {
-        "chosen_TE": none_TE.scatter_add(1, chosen.expert_TK, made_TK.long()) > 0,
-        "first_TE": none_TE.scatter_add(1, first_T1, made_T1.long()) > 0,
+        "chosen_TE": zero_TE.scatter_add(1, routing.expert_TK, selected_TK.long()) > 0,
+        "first_TE": zero_TE.scatter_add(1, first_T1, first_selected_T1.long()) > 0,
     }

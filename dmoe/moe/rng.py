@@ -1,4 +1,12 @@
-"""Random numbers that depend on what they are for, never on which rank draws them or in which order."""
+"""Random numbers keyed by their purpose, independent of rank and order of drawing.
+
+Router noise: sequence b of a forward draws from the generator keyed by (seed, purpose, step, layer,
+index of the sequence in the global batch), so neither the world size, nor the split into
+micro-batches, nor recomputed activations change it. It is drawn on the tokens' device in float32 (a
+copy from the host would wait for it), so CPU and CUDA draw different numbers from the same key.
+
+Letters: T tokens, X values per token.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +16,23 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dmoe.moe.routing import TokenContext
+from dmoe.moe.routing import BatchShape, TokenContext
 
 
 def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose seed is a hash of `key`, e.g. `generator(seed, "expert", layer, expert_id)`.
+    """Return a generator whose seed is a hash of `key`, e.g. `generator(seed, "expert", layer, id)`.
 
-    Two different keys give unrelated streams (64 bits of BLAKE2b). No collective, no host sync.
+    Different keys give unrelated streams (64 bits of BLAKE2b). No collective, no host sync.
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def normal_(tensor: Tensor, std: float, *key: int | str) -> None:
-    """Fill `tensor` with N(0, std^2) drawn for `key`: on the CPU in float32, so that a GPU run starts from the same weights."""
+    """Fill `tensor` with N(0, std^2) drawn for `key`.
+
+    Drawn on the CPU in float32, so that a GPU run starts from the same weights.
+    """
     if tensor.is_meta:
         return
     drawn = torch.randn(tensor.shape, generator=generator(*key), dtype=torch.float32)
@@ -30,7 +41,7 @@ def normal_(tensor: Tensor, std: float, *key: int | str) -> None:
 
 
 class Draw(Protocol):
-    """`torch.randn` or `torch.rand`."""
+    """The signature of `torch.randn` and `torch.rand`."""
 
     def __call__(
         self,
@@ -43,35 +54,52 @@ class Draw(Protocol):
 
 
 def keyed_noise(
-    draw: Draw, what: str, x_TX: Tensor, width: int, layer: int, context: TokenContext
+    draw: Draw,
+    purpose: str,
+    x_TX: Tensor,
+    width: int,
+    layer: int,
+    context: TokenContext,
+    shape: BatchShape,
 ) -> Tensor:
-    """[T, width] in the dtype of `x_TX`: one draw for each of `context.sequences` sequences. No host sync.
+    """Draw noise per token, one generator per sequence. No host sync.
 
-    Raises ValueError where the context holds no key: noise that changed with the world size would be drawn silently otherwise.
+    Args:
+        draw: `torch.randn` or `torch.rand`.
+        purpose: part of the key, e.g. "jitter".
+        x_TX: gives number of tokens, dtype and device.
+        width: values per token.
+        layer: index of the MoE layer, part of the key.
+        context: `noise_key` and `first_sequence`.
+        shape: number of sequences.
+
+    Returns:
+        [T, width] in the dtype of `x_TX`.
+
+    Raises:
+        ValueError: no `noise_key`; unkeyed noise would silently change with the world size.
     """
     if context.noise_key is None:
         raise ValueError(
-            f"the router draws {what} in training and needs a key for it: "
+            f"the router draws {purpose} in training and needs a key for it: "
             "pass TokenContext(noise_key=(seed, step)), or call .eval() to route without noise"
         )
     tokens = x_TX.shape[0]
-    if (
-        x_TX.is_meta or tokens == 0
-    ):  # there is no generator on the meta device, and nothing to draw for
+    if x_TX.is_meta or tokens == 0:  # the meta device has no generator
         return x_TX.new_empty(tokens, width)
-    assert tokens % context.sequences == 0, (
-        f"{tokens} tokens are not {context.sequences} equal sequences"
+    assert tokens % shape.sequences == 0, (
+        f"{tokens} tokens are not {shape.sequences} equal sequences"
     )
     seed, step = context.noise_key
     drawn = [
         draw(
-            (tokens // context.sequences, width),
+            (tokens // shape.sequences, width),
             generator=generator(
-                seed, what, step, layer, context.first_sequence + b, device=x_TX.device
+                seed, purpose, step, layer, context.first_sequence + b, device=x_TX.device
             ),
             device=x_TX.device,
             dtype=torch.float32,
         )
-        for b in range(context.sequences)
+        for b in range(shape.sequences)
     ]
     return torch.cat(drawn).to(x_TX.dtype)

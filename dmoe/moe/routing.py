@@ -1,46 +1,75 @@
-"""What a router decides, what it may look at, and the protocol every router follows.
+"""The records of one layer's forward, and the router protocol.
 
-Letters: T tokens on this rank in one micro-batch, D width, E experts (global), K experts a token, L MoE layers.
+A forward passes three states, each a type of its own: `Routing` (the router's decision), then
+`DispatchPlan` (which assignments are computed, after capacity), then the dispatcher's metadata.
+
+Letters: T tokens on this rank in one micro-batch, D model width, E experts (global, zero-cost ones
+included), K experts per token, S next experts per token, G groups that share a capacity, C slots of
+one (group, expert), L MoE layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+MetricsFn = Callable[["Routing", "DispatchPlan", "TokenContext"], dict[str, Tensor]]
+"""Computes further metrics of one forward, by name: device tensors, without a host read."""
 
 
 @dataclass(frozen=True)
 class TokenContext:
-    """What a layer may know of its tokens besides their vectors. Every field has a neutral default."""
+    """Per-token inputs of a layer besides the vectors. Every field has a neutral default."""
 
     valid_T: Tensor | None = None
-    """bool; False marks padding, which is never routed and never counted. None: every token is real."""
+    """bool; False marks padding, which is never routed and never counted. None: no padding."""
     prior_count_LE: Tensor | None = None
-    """int64; choices of the optimizer step's earlier accumulation steps, over all data ranks (global balance loss)."""
+    """int64; assignments of the optimizer step's earlier accumulation steps, summed over all data
+    ranks (global load-balancing loss)."""
     token_id_T: Tensor | None = None
-    """int64; the tokens themselves (hash routing)."""
+    """int64; token ids (hash routing)."""
     label_T: Tensor | None = None
     """int64; task, language or domain of each token (fixed routing)."""
     noise_key: tuple[int, int] | None = None
-    """(seed, optimizer step): keys the noise of this forward. Needed in training by routers that draw any."""
-    sequences: int = 1
-    """Equal sequences these tokens are. Set by the layer."""
-    groups: int = 1
-    """Equal, contiguous groups of tokens that share a capacity. Set by the layer."""
-    capacity: int | None = None
-    """Slots C of one (group, expert), None when dropless. Set by the layer."""
+    """(seed, optimizer step): keys the router noise of this forward. Noisy routers need it in
+    training."""
     first_sequence: int = 0
-    """Index of this forward's first sequence in the optimizer step's global batch; keys the noise with it, so that the noise does not
-    depend on how the batch is spread over ranks."""
+    """Index of this forward's first sequence in the global batch of the optimizer step. Part of the
+    key of the noise, so that noise does not depend on how the batch is sharded over ranks."""
     budget: float | None = None
-    """Share of all experts' multiply-adds that a token may spend (budget routing); None: as configured."""
+    """Share of all experts' multiply-adds that a token may spend (budget routing). None: as
+    configured."""
+    metrics_fn: MetricsFn | None = None
+    """Called by each layer after routing; its result is returned in `LayerStats.metrics`."""
+
+
+EMPTY_CONTEXT = TokenContext()
+"""No information about the tokens besides their vectors."""
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The quantities of one forward that follow from tensor shapes and the config alone."""
+
+    sequences: int = 1
+    """Number of equal sequences that the T tokens form."""
+    groups: int = 1
+    """Number G of equal, contiguous groups of tokens that share a capacity."""
+    capacity: int | None = None
+    """Slots C of one (group, expert). None: dropless."""
+
+
+ONE_SEQUENCE = BatchShape()
+"""One sequence, dropless: the shape of a router that is called outside a layer."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """How a noisy router arrived at its logits (Shazeer 2017, eq. 4)."""
+    """The noise of a noisy router's logits (Shazeer 2017, eq. 4)."""
 
     clean_TE: Tensor
     """float: logits before the noise."""
@@ -50,55 +79,133 @@ class Noise:
 
 @dataclass(frozen=True)
 class Routing:
-    """A decision: token t goes to experts `expert_TK[t]` and sums their outputs with `weight_TK[t]`.
+    """The router's decision: token t goes to the experts `expert_TK[t]`, weighted by `weight_TK[t]`.
 
-    After the router, `keep_TK` says which of the K choices were made at all (padding has none); after `capacity.limit`, which
-    of them found a slot.
+    An assignment is one (token, choice) pair, T*K of them.
     """
 
     expert_TK: Tensor
-    """int64, in order of preference."""
+    """int64; expert ids in order of preference."""
     weight_TK: Tensor
-    """float32 (float64 for a float64 model): combine weights; carries the main loss's gradient to the router."""
+    """float32 (float64 for a float64 model): combine weights; they carry the main loss's gradient
+    to the router."""
     score_TE: Tensor
     """float32 or float64, non-negative: softmax or sigmoid of the logits, over all experts."""
     logit_TE: Tensor
     """float32 or float64."""
     scale: float = 1.0
-    """The factor that is already in `weight_TK`; it stays when weights are renormalised over the survivors."""
-    keep_TK: Tensor | None = None
-    """bool; None means all, which lets the dispatcher skip masks and a host sync."""
-    slot_TK: Tensor | None = None
-    """int64; the place of each choice in the queue of its (group, expert), set by `capacity.limit`."""
-    capacity: int | None = None
-    """Slots C of one (group, expert); None is dropless."""
-    groups: int = 1
-    """Number G of equal, contiguous groups of tokens that share a capacity."""
-    slots: float = 0.0
-    """This rank's share of the slots offered over all experts: summed over the ranks, all there are. 0 when dropless."""
+    """Factor contained in `weight_TK`; kept when weights are renormalized after drops."""
+    selected_TK: Tensor | None = None
+    """bool; False where the token selects fewer than K experts or is padding. None: all True, which
+    saves the dispatcher masks and a host sync."""
     next_expert_TS: Tensor | None = None
-    """int64 [T, S]: the next eligible experts after the chosen ones, best first; -1 where there is none (`overflow: next_choice`)."""
+    """int64; the next eligible experts after the selected ones, best first; -1 where there is none
+    (`overflow: next_choice`)."""
     next_weight_TS: Tensor | None = None
-    """float [T, S]: the weight each of them would have."""
+    """float; the combine weight that each of them would have."""
     noise: Noise | None = None
-    """What the smooth load needs of a noisy router."""
-    num_zero_cost: int = 0
-    """The last so many experts cost nothing: their choices are computed where the token is, have no queue, and travel nowhere."""
-    physical_experts: int | None = None
-    """What `expert_TK` counts on a journey, if not the router's experts: see `ownership.travelling`."""
+    """Set by noisy routers; read by the smooth load loss."""
 
     @property
-    def num_physical_experts(self) -> int:
-        """How many queues of rows there are: one for each expert, wherever it lives."""
-        return self.score_TE.shape[1] if self.physical_experts is None else self.physical_experts
+    def num_experts(self) -> int:
+        return self.score_TE.shape[1]
+
+    @property
+    def is_selected_TK(self) -> Tensor:
+        """`selected_TK` as a tensor in any case."""
+        return _mask_or_all(self.selected_TK, self.expert_TK)
+
+
+@dataclass(frozen=True)
+class ExpertSlots:
+    """The slots of experts with a capacity."""
+
+    position_TK: Tensor
+    """int64; the slot of each kept assignment in its (group, expert), in [0, C). Meaningless for
+    others."""
+    capacity: int
+    """Slots C that this rank can fill in one (group, expert)."""
+    groups: int
+    """Number G of equal, contiguous groups of tokens that share a capacity."""
+    offered: float
+    """This rank's share of the slots of all experts: summed over the ranks, the global number."""
+
+    @property
+    def rows_per_expert(self) -> int:
+        """G * C: rows that this rank sends to one expert in the padded exchange."""
+        return self.groups * self.capacity
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """The assignments that are computed: a routing after capacity. Read by dispatchers."""
+
+    expert_TK: Tensor
+    """int64 in [0, num_experts): the expert of each assignment, after rerouting
+    (`overflow: next_choice`)."""
+    weight_TK: Tensor
+    """float32 or float64: combine weights; 0 for dropped assignments."""
+    keep_TK: Tensor | None
+    """bool; which assignments are computed. None: all, which saves masks and a host sync."""
+    num_experts: int
+    """Number of experts that `expert_TK` counts."""
+    num_zero_cost: int = 0
+    """Number of zero-cost experts (highest ids). Evaluated locally: no capacity, no dispatch."""
+    slots: ExpertSlots | None = None
+    """None: dropless."""
+
+    @property
+    def is_kept_TK(self) -> Tensor:
+        """`keep_TK` as a tensor in any case."""
+        return _mask_or_all(self.keep_TK, self.expert_TK)
 
     @property
     def is_zero_cost_TK(self) -> Tensor:
-        """bool: choices of experts that cost nothing."""
-        return self.expert_TK >= self.score_TE.shape[1] - self.num_zero_cost
+        """bool: assignments of zero-cost experts."""
+        return self.expert_TK >= self.num_experts - self.num_zero_cost
+
+
+def dropless_plan(routing: Routing, num_zero_cost: int = 0) -> DispatchPlan:
+    """Return the plan that computes every selected assignment."""
+    return DispatchPlan(
+        routing.expert_TK,
+        routing.weight_TK,
+        routing.selected_TK,
+        routing.num_experts,
+        num_zero_cost,
+    )
 
 
 class Router(Protocol):
-    """Chooses experts. An `nn.Module` or anything callable."""
+    """Selects the experts of each token. An `nn.Module` or any callable."""
 
-    def __call__(self, x_TD: Tensor, context: TokenContext) -> Routing: ...
+    def __call__(self, x_TD: Tensor, context: TokenContext, shape: BatchShape) -> Routing: ...
+
+
+def count_per_expert(expert_TK: Tensor, active_TK: Tensor, groups: int, num_experts: int) -> Tensor:
+    """Count the active assignments of each (group, expert), with integer atomics only: deterministic.
+
+    Args:
+        expert_TK: int64 expert ids in [0, E).
+        active_TK: bool or int64; assignments that count.
+        groups: number G of equal, contiguous groups of tokens.
+        num_experts: E.
+
+    Returns:
+        int64 [G, E].
+    """
+    group_T = group_of_token(len(expert_TK), groups, expert_TK.device)
+    queue_N = (group_T.unsqueeze(1) * num_experts + expert_TK).flatten()
+    count_N = torch.zeros(groups * num_experts, dtype=torch.int64, device=expert_TK.device)
+    return count_N.scatter_add_(0, queue_N, active_TK.flatten().to(torch.int64)).view(
+        groups, num_experts
+    )
+
+
+def group_of_token(tokens: int, groups: int, device: torch.device) -> Tensor:
+    """Return the group of each token, int64 [T]: groups are equal, contiguous runs of tokens."""
+    return torch.arange(tokens, device=device) // max(1, tokens // groups)
+
+
+def _mask_or_all(mask_TK: Tensor | None, like_TK: Tensor) -> Tensor:
+    return torch.ones_like(like_TK, dtype=torch.bool) if mask_TK is None else mask_TK

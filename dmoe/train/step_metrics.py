@@ -1,15 +1,10 @@
-"""What is only looked at where a step is logged: collected on the device during the step, summed over the ranks when it is told.
+"""Metrics of logged steps: collected on the device during the step, reduced when it is logged.
 
-The vector that every step sums (`totals.py`) holds what decisions are made from. All else is here, so that it costs nothing on the
-steps that nobody logs, and on a logged one two small reductions (a sum and a maximum) with one host read each.
+The control reduction of every step (`reduction.py`) carries what decisions need. Everything else is
+here: it costs nothing in other steps, and in a logged one two small reductions (sum and maximum)
+with one host read each.
 
-Letters: L MoE layers, K experts a token, EP ranks that share the experts.
-
-Where the time of one step goes, on this rank.
-
-Each `lap` books the time since the last one under a name, less what the exchanges took in between, which has a name of its own. On
-CUDA every lap and both ends of every exchange wait for the device, so only steps that are logged carry a stopwatch; what the device
-still had to do of the step before falls to the first part, the data.
+Letters: L MoE layers, K experts per token, EP ranks that share the experts.
 """
 
 from __future__ import annotations
@@ -25,135 +20,146 @@ from torch import Tensor
 from dmoe.distributed.all_to_all import CommTimer, comm_timers
 from dmoe.distributed.gradients import all_reduce_max, all_reduce_sum, squared_router_grad_norm
 from dmoe.models.base import ModelOutput
-from dmoe.moe.metrics import MAXIMA, SUMS, LayerStats, MetricsFn, nothing_more, router_metrics
+from dmoe.moe.metrics import MAXIMA, SUMS, LayerStats, router_metrics
 from dmoe.moe.placement import ExpertPlacement
-from dmoe.observability.hardware import used_memory
+from dmoe.moe.routing import MetricsFn
+from dmoe.observability.profiler import peak_memory
 from dmoe.train.engine import Engine
+from dmoe.train.step import NullStepRecorder
 
-BIAS = 3  # smallest, largest, mean
+NUM_BIAS_VALUES = 3  # smallest, largest, mean
+PHASES = ("data", "forward", "backward", "exchange", "optimizer", "other")
+"""Phases of a step; "exchange" is the time in all-to-alls of forward and backward."""
 
 
 @dataclass(frozen=True)
-class LayerMeasures:
-    """One MoE layer over all ranks and accumulation steps."""
+class LayerMetrics:
+    """Metrics of one MoE layer over all ranks and accumulation steps."""
 
     sums: dict[str, list[float]]
-    """See `moe.observation.router_state`."""
+    """Those of `moe.metrics.router_metrics` that add up."""
     maxima: dict[str, float]
     traffic: list[list[int]]
-    """[EP][EP]: rows that the ranks at place i of their row of the topology sent to place j, those of all copies together."""
+    """[EP][EP]: rows sent from EP rank i to EP rank j, summed over the expert replicas."""
     bias: tuple[float, ...] | None
-    """Smallest, largest and mean, after the step; None without `balance.bias`."""
+    """Smallest, largest and mean bias after the step; None without `balance.bias`."""
 
 
 @dataclass(frozen=True)
-class StepMeasures:
-    layers: list[LayerMeasures]
-    router_squares: float
-    """Square of the norm of the routers' gradients; part of the dense ones."""
-    exchanged_bytes: int
-    """Bytes that left a rank for another in the all-to-alls of forward and backward; sums of gradients are not among them."""
+class StepMetrics:
+    """Metrics of one logged step over all ranks."""
+
+    layers: list[LayerMetrics]
+    squared_router_grad_norm: float
+    """Square of the norm of the routers' gradients; a part of the dense ones."""
+    all_to_all_bytes: int
+    """Bytes sent to other ranks in the all-to-alls of forward and backward; no gradients."""
     seconds: dict[str, float]
-    """Of this step, by part, mean over the ranks."""
+    """Time of each phase, mean over the ranks."""
     straggler: float
-    """The longest time a rank took for data and forward without the exchanges, over the mean. Not backward: under DDP it ends with
-    waiting for the gradients of the slowest, which would make all look equally slow."""
+    """Longest time of any rank for data and forward without all-to-alls, over the mean. Without
+    backward, which under DDP ends with waiting for the gradients of the slowest rank, so that all
+    ranks would look equally slow."""
     memory: int
-    """Bytes, the peak of the rank that has the highest."""
+    """Peak memory in bytes, of the rank with the highest."""
     peak_flops: float
     """FLOP/s of all ranks together, as measured at the start."""
 
 
-class NullStepRecorder:
-    """A step that is not logged: nothing is asked of the layers, and no clock runs."""
-
-    observer: MetricsFn = staticmethod(nothing_more)
-
-    def mark(self, part: str) -> None:
-        """The time since the last lap was spent on `part`."""
-
-    def collect(self, outputs: Sequence[ModelOutput]) -> None:
-        """Forward, backward and the sums of gradients are done: keep what is to be told, on the device."""
-
-
-NULL_RECORDER = NullStepRecorder()
-
-
 class StepRecorder(NullStepRecorder):
-    """One step that is logged. Made on all ranks before its first forward."""
+    """Records one logged step. Made on all ranks before its first forward."""
 
-    observer: MetricsFn = staticmethod(router_metrics)
+    metrics_fn: MetricsFn | None = staticmethod(router_metrics)
 
     def __init__(self, engine: Engine, began: float) -> None:
-        """`began`: when the step began, by `time.monotonic`; until now its data were read."""
+        """`began`: start of the step (`time.monotonic`); its data were read since then."""
         self.engine = engine
-        self.stopwatch = Stopwatch(engine.process.device, comm_timers(engine.model), began)
-        self.stopwatch.mark("data")
+        self.timer = StepTimer(engine.process.device, comm_timers(engine.model), began)
+        self.timer.mark("data")
+        self._sums = torch.empty(0)
+        """float64: sums and traffic of all layers, squared router gradient norm, bytes sent."""
+        self._maxima: list[Tensor] = []
+        self._widths: list[int] = []
+        """Length of each of a layer's SUMS."""
 
-    def mark(self, part: str) -> None:
-        self.stopwatch.mark(part)
+    def mark(self, phase: str) -> None:
+        self.timer.mark(phase)
 
     def collect(self, outputs: Sequence[ModelOutput]) -> None:
-        """No collective, no host read."""
-        engine, sent = self.engine, self.stopwatch.stop_meters()
+        """Collect the step's metrics on the device. No collective, no host read."""
+        engine, sent_bytes = self.engine, self.timer.stop_comm_timers()
         layers = list(zip(*(output.stats for output in outputs), strict=True))
-        self.widths = [len(layers[0][0].observed[name]) for name in SUMS] if layers else []
+        self._widths = [len(layers[0][0].metrics[name]) for name in SUMS] if layers else []
         squares = squared_router_grad_norm(engine.model, engine.mesh).to(
             engine.process.device, torch.float64
         )
-        owned = [layer.placement for layer in engine.model.moe_layers()]
+        placements = [layer.placement for layer in engine.model.moe_layers()]
         sums = [
-            torch.cat([_sum(parts, name) for name in SUMS] + [self._traffic(parts, ownership)])
-            for parts, ownership in zip(layers, owned, strict=True)
+            torch.cat([_sum(stats, name) for name in SUMS] + [self._traffic(stats, placement)])
+            for stats, placement in zip(layers, placements, strict=True)
         ]
-        self.sums = torch.cat(
-            [*sums, squares.view(1), torch.full_like(squares, float(sent)).view(1)]
-        )
-        self.maxima = [_largest(parts, name) for parts in layers for name in MAXIMA]
+        scalars = [squares.view(1), torch.full_like(squares, float(sent_bytes)).view(1)]
+        self._sums = torch.cat([*sums, *scalars])
+        self._maxima = [_maximum(stats, name) for stats in layers for name in MAXIMA]
 
-    def reduce(self, peak_flops: float) -> StepMeasures:
-        """What all ranks know of it, after the update. Collective: two reductions of float64, with one host read each."""
-        engine, seconds = self.engine, self.stopwatch.seconds
-        own = self.sums.new_tensor([peak_flops, *(seconds[part] for part in PARTS)])
-        busy = [used_memory(engine.process.device), seconds["data"] + seconds["forward"]]
-        largest = torch.cat([*self.maxima, *self._biases(), self.sums.new_tensor(busy)])
-        summed = iter(all_reduce_sum(torch.cat([self.sums, own]), engine.mesh).tolist())
+    def reduce(self, peak_flops: float) -> StepMetrics:
+        """Reduce the metrics over all ranks, after the update.
+
+        Collective: two float64 reductions, with one host read each. `peak_flops`: of this rank.
+        """
+        engine, seconds = self.engine, self.timer.seconds
+        times = self._sums.new_tensor([peak_flops, *(seconds[phase] for phase in PHASES)])
+        busy = [peak_memory(engine.process.device), seconds["data"] + seconds["forward"]]
+        largest = torch.cat([*self._maxima, *self._biases(), self._sums.new_tensor(busy)])
+        sums = iter(all_reduce_sum(torch.cat([self._sums, times]), engine.mesh).tolist())
         maxima = iter(all_reduce_max(largest, engine.mesh).tolist())
-        count, world = len(self.maxima) // len(MAXIMA), engine.process.world_size
-        rows = [self._row(summed) for _ in range(count)]
-        peaks = [dict(zip(MAXIMA, islice(maxima, len(MAXIMA)), strict=True)) for _ in range(count)]
-        biases = [tuple(islice(maxima, BIAS)) if self._has_bias else None for _ in range(count)]
-        squares, sent, peak = islice(summed, 3)
-        mean = {part: value / world for part, value in zip(PARTS, summed, strict=True)}
+        num_layers, world_size = len(self._maxima) // len(MAXIMA), engine.process.world_size
+        layer_sums = [self._unpack_layer(sums) for _ in range(num_layers)]
+        layer_maxima = [
+            dict(zip(MAXIMA, islice(maxima, len(MAXIMA)), strict=True)) for _ in range(num_layers)
+        ]
+        biases = [
+            tuple(islice(maxima, NUM_BIAS_VALUES)) if self._has_bias else None
+            for _ in range(num_layers)
+        ]
+        squares, sent_bytes, total_flops = islice(sums, 3)
+        mean = {phase: value / world_size for phase, value in zip(PHASES, sums, strict=True)}
         memory, slowest = maxima
-        return StepMeasures(
+        return StepMetrics(
             layers=[
-                LayerMeasures(sums, top, traffic, bias)
-                for (sums, traffic), top, bias in zip(rows, peaks, biases, strict=True)
+                LayerMetrics(values, top, traffic, bias)
+                for (values, traffic), top, bias in zip(
+                    layer_sums, layer_maxima, biases, strict=True
+                )
             ],
-            router_squares=squares,
-            exchanged_bytes=int(sent),
+            squared_router_grad_norm=squares,
+            all_to_all_bytes=int(sent_bytes),
             seconds=mean,
             straggler=slowest / (mean["data"] + mean["forward"]),
             memory=int(memory),
-            peak_flops=peak,
+            peak_flops=total_flops,
         )
 
-    def _row(self, numbers: Iterator[float]) -> tuple[dict[str, list[float]], list[list[int]]]:
+    def _unpack_layer(
+        self, numbers: Iterator[float]
+    ) -> tuple[dict[str, list[float]], list[list[int]]]:
+        """Take one layer's sums and traffic from the reduced numbers."""
         sums = {
             name: list(islice(numbers, width))
-            for name, width in zip(SUMS, self.widths, strict=True)
+            for name, width in zip(SUMS, self._widths, strict=True)
         }
-        ranks = self.engine.mesh.ep
-        return sums, [[int(rows) for rows in islice(numbers, ranks)] for _ in range(ranks)]
+        ep = self.engine.mesh.ep
+        return sums, [[int(rows) for rows in islice(numbers, ep)] for _ in range(ep)]
 
-    def _traffic(self, parts: Sequence[LayerStats], ownership: ExpertPlacement) -> Tensor:
-        """float64 [EP * EP], zero but for this rank's row: what it sent, from what was kept. Slots that stayed empty do not count, nor
-        do experts of zero cost."""
+    def _traffic(self, layer: Sequence[LayerStats], placement: ExpertPlacement) -> Tensor:
+        """Return float64 [EP * EP], zero but for this rank's row: the kept rows that it sent.
+
+        Without empty slots and zero-cost experts.
+        """
         mesh = self.engine.mesh
-        kept_E = torch.stack([part.kept_E for part in parts]).sum(0).double()
+        kept_E = torch.stack([stats.kept_E for stats in layer]).sum(0).double()
         sent = kept_E.new_zeros(mesh.ep, mesh.ep)
-        sent[mesh.ep_rank] = ownership.sum_per_rank(kept_E)
+        sent[mesh.ep_rank] = placement.sum_per_rank(kept_E)
         return sent.flatten()
 
     @property
@@ -161,7 +167,10 @@ class StepRecorder(NullStepRecorder):
         return bool(self.engine.config.moe.balance.bias)
 
     def _biases(self) -> list[Tensor]:
-        """The same bits on all ranks, so that a maximum over the ranks is each of them, the smallest too."""
+        """Return smallest, largest and mean bias of each layer.
+
+        Equal bits on all ranks, so the maximum over the ranks is the value, of the smallest too.
+        """
         if not self._has_bias:
             return []
         biases = [
@@ -170,40 +179,45 @@ class StepRecorder(NullStepRecorder):
         return [torch.stack([bias_E.amin(), bias_E.amax(), bias_E.mean()]) for bias_E in biases]
 
 
-def _sum(parts: Sequence[LayerStats], name: str) -> Tensor:
-    return torch.stack([part.observed[name] for part in parts]).sum(0)
+def _sum(layer: Sequence[LayerStats], name: str) -> Tensor:
+    return torch.stack([stats.metrics[name] for stats in layer]).sum(0)
 
 
-def _largest(parts: Sequence[LayerStats], name: str) -> Tensor:
-    return torch.stack([part.observed[name] for part in parts]).amax(0)
+def _maximum(layer: Sequence[LayerStats], name: str) -> Tensor:
+    return torch.stack([stats.metrics[name] for stats in layer]).amax(0)
 
 
-PARTS = ("data", "forward", "backward", "exchange", "optimizer", "other")
+class StepTimer:
+    """Time of each phase of one step, on this rank.
 
+    Each `mark` books the time since the last one under a phase, less the time in all-to-alls, which
+    is a phase of its own. On CUDA every mark and both ends of every all-to-all wait for the device,
+    so only logged steps are timed. Work of the previous step that the device has not finished falls
+    into the first phase, the data.
+    """
 
-class Stopwatch:
-    def __init__(self, device: torch.device, meters: Sequence[CommTimer], began: float) -> None:
-        """`began`: when the step began, by `time.monotonic`. The meters run until `stop_meters`."""
-        self.device, self.meters = device, meters
-        self.seconds = dict.fromkeys(PARTS, 0.0)
-        self.last, self.exchanged = began, 0.0
-        for meter in meters:
-            meter.start(self.now)
+    def __init__(self, device: torch.device, timers: Sequence[CommTimer], began: float) -> None:
+        """Start the timers of the all-to-alls. `began`: start of the step (`time.monotonic`)."""
+        self.device, self.comm_timers = device, timers
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._last_mark, self._comm_seconds = began, 0.0
+        for timer in timers:
+            timer.start(self.now)
 
     def now(self) -> float:
-        """Seconds, when all that was asked of the device is done."""
+        """Return the time in seconds, once the device is idle."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.monotonic()
 
-    def mark(self, part: str) -> None:
-        now, exchanged = self.now(), sum(meter.seconds for meter in self.meters)
-        self.seconds["exchange"] += exchanged - self.exchanged
-        self.seconds[part] += now - self.last - (exchanged - self.exchanged)
-        self.last, self.exchanged = now, exchanged
+    def mark(self, phase: str) -> None:
+        now, comm_seconds = self.now(), sum(timer.seconds for timer in self.comm_timers)
+        self.seconds["exchange"] += comm_seconds - self._comm_seconds
+        self.seconds[phase] += now - self._last_mark - (comm_seconds - self._comm_seconds)
+        self._last_mark, self._comm_seconds = now, comm_seconds
 
-    def stop_meters(self) -> int:
-        """What comes now is no exchange of this step; the bytes that this rank has sent to others in it."""
-        for meter in self.meters:
-            meter.stop()
-        return sum(meter.sent_bytes for meter in self.meters)
+    def stop_comm_timers(self) -> int:
+        """Stop the timers of the all-to-alls; return the bytes that this rank has sent."""
+        for timer in self.comm_timers:
+            timer.stop()
+        return sum(timer.sent_bytes for timer in self.comm_timers)

@@ -35,7 +35,7 @@ def capture(engine: Engine, *, scores: bool = False) -> Capture:
     `scores`: tell also what every decision of both steps was made from.
     """
     found: Capture = {f"initial/{name}": array for name, array in _weights(engine).items()}
-    data, labels = engine.task.open(), domains(engine.config, LABELS)
+    data, labels = engine.task.open_data(), domains(engine.config, LABELS)
     for step in range(STEPS):
         batches = [_labelled(batch, labels) for batch in training_batches(data.train, engine, step)]
         if step == 0 or scores:
@@ -52,9 +52,9 @@ def capture(engine: Engine, *, scores: bool = False) -> Capture:
                 "norm": np.array(result.grad_norm),
                 "clip": np.array(result.clip_factor),
             }
-            found["counts"] = np.array([[layer.choices, layer.kept] for layer in totals.layers])
+            found["counts"] = np.array([[layer.choice_counts, layer.kept_counts] for layer in totals.layers])
             for place, seen in enumerate(totals.modules):
-                found[f"modules/{place}"] = np.array([seen.choices, seen.kept])
+                found[f"modules/{place}"] = np.array([seen.choice_counts, seen.kept_counts])
                 found |= {
                     f"aux/modules/{place}/{name}": np.array(value)
                     for name, value in seen.aux.items()
@@ -128,15 +128,15 @@ def _routing(engine: Engine, batches: list[Batch], step: int, scores: bool) -> C
     found: Capture = {}
     layers = engine.model.moe_layers()
     for index, batch in enumerate(batches):
-        with torch.no_grad(), recorded(layers) as (routings, choices):
+        with torch.no_grad(), recorded(layers) as (outputs, choices):
             forward(engine, batch, None)
-        for n, routing in enumerate(routings):
+        for n, output in enumerate(outputs):
             if step == 0:
-                found[f"kept/{index}/{n}"] = computed(routing)
-                found[f"slots/{index}/{n}"] = np.array(routing.slots)
+                found[f"kept/{index}/{n}"] = computed(output.plan)
+                found[f"slots/{index}/{n}"] = np.array(output.stats.slots)
             if scores:
                 known = witness(
-                    layers[n], routing, choices[n] if choices else None, len(batch.input)
+                    layers[n], output, choices[n] if choices else None, len(batch.input)
                 )
                 found |= {f"{what}/{step}/{index}/{n}": array for what, array in known.items()}
     return found

@@ -21,49 +21,49 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dmoe.moe.layer import MoE, MoEOutput
-from dmoe.moe.routing import Routing
+from dmoe.moe.routing import DispatchPlan, Routing
 from dmoe.verify.naive.queue import Choices, keep
 from dmoe.verify.naive.routing import choose
 
 
 @contextmanager
-def recorded(layers: Sequence[MoE]) -> Iterator[tuple[list[Routing], list[Routing]]]:
-    """Of every layer that runs meanwhile the routing after its capacity, and before it. A naive layer asks no router: none before."""
-    after: list[Routing] = []
-    before: list[Routing] = []
+def recorded(layers: Sequence[MoE]) -> Iterator[tuple[list[MoEOutput], list[Routing]]]:
+    """Record the output and the router's decision of every layer that runs inside.
+
+    A naive layer calls no router, so it adds no decision.
+    """
+    outputs: list[MoEOutput] = []
+    routings: list[Routing] = []
 
     def record_output(module: object, given: object, output: MoEOutput) -> None:
-        after.append(output.routing)
+        outputs.append(output)
 
     def record_choice(module: object, given: object, output: Routing) -> None:
-        before.append(output)
+        routings.append(output)
 
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.register_forward_hook(record_output).remove)
             stack.callback(layer.router.register_forward_hook(record_choice).remove)
-        yield after, before
+        yield outputs, routings
 
 
-def computed(routing: Routing) -> NDArray[np.bool_]:
-    """[T, E] of this rank's tokens: whether expert e computes token t (before a capacity: whether the token chose it)."""
-    made_TK = (
-        torch.ones_like(routing.expert_TK, dtype=torch.bool)
-        if routing.keep_TK is None
-        else routing.keep_TK
+def computed(assigned: Routing | DispatchPlan) -> NDArray[np.bool_]:
+    """Return which experts compute each token of this rank, [T, E]; for a routing, which it selects."""
+    active_TK = (
+        assigned.is_selected_TK if isinstance(assigned, Routing) else assigned.is_kept_TK
     )
-    kept_TE = torch.zeros_like(routing.score_TE, dtype=torch.bool)
-    for k in range(
-        made_TK.shape[1]
-    ):  # one choice at a time: a dropped choice must not overwrite a kept one of the same expert
-        kept_TE |= torch.zeros_like(kept_TE).scatter_(
-            1, routing.expert_TK[:, k : k + 1], made_TK[:, k : k + 1]
+    computed_TE = torch.zeros(len(active_TK), assigned.num_experts, dtype=torch.bool)
+    # one choice at a time: a dropped one must not overwrite a kept one of the same expert
+    for k in range(active_TK.shape[1]):
+        computed_TE |= torch.zeros_like(computed_TE).scatter_(
+            1, assigned.expert_TK[:, k : k + 1], active_TK[:, k : k + 1]
         )
-    return kept_TE.numpy()
+    return computed_TE.numpy()
 
 
 def witness(
-    layer: MoE, routing: Routing, choice: Routing | None, sequences: int
+    layer: MoE, output: MoEOutput, choice: Routing | None, sequences: int
 ) -> dict[str, NDArray[np.generic]]:
     """What the module's docstring lists, by the first part of its key. `choice` is None for a naive layer, which is the rules.
 
@@ -71,6 +71,7 @@ def witness(
     """
     if layer.router.config.kind in ("fixed", "hash"):
         return {}
+    routing, computed_TE = output.routing, computed(output.plan)
     chosen_TE, served_TE = by_the_rules(layer, routing.score_TE, sequences)
     mine_TE = chosen_TE if choice is None else computed(choice)
     return {
@@ -78,8 +79,8 @@ def witness(
         "offset": layer.router.get_buffer("bias_E").detach().numpy().copy(),
         "size": routing.logit_TE.detach().abs().amax(1).clamp(min=1.0).numpy().copy(),
         "chosen": mine_TE,
-        "served": computed(routing),
-        "lawful": ((mine_TE == chosen_TE) & (computed(routing) == served_TE)).all(1),
+        "served": computed_TE,
+        "lawful": ((mine_TE == chosen_TE) & (computed_TE == served_TE)).all(1),
     }
 
 

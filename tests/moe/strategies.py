@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dmoe.config.schema import CapacityConfig
 from dmoe.moe.capacity import apply_capacity, expert_capacity
-from dmoe.moe.comm import NoComm
-from dmoe.moe.routing import Routing, TokenContext
+from dmoe.moe.interfaces import NoComm
+from dmoe.moe.routing import BatchShape, Routing
 
 __all__ = ["drawn", "limit_to", "random_routing", "routings", "slots"]
 
@@ -47,7 +47,7 @@ def random_routing(
     if masked is not None:
         valid_T = torch.rand(tokens, generator=generator) >= masked
         keep_TK = valid_T.unsqueeze(1).expand(tokens, top_k)
-    return Routing(expert_TK, weight_TK, score_TE, score_TE.log(), keep_TK=keep_TK)
+    return Routing(expert_TK, weight_TK, score_TE, score_TE.log(), selected_TK=keep_TK)
 
 
 @st.composite
@@ -78,4 +78,4 @@ def limit_to(
 ) -> Routing:
     """`limit` with the slots that a layer would offer."""
     capacity = None if factor is None else slots(routing, config, factor, groups)
-    return apply_capacity(routing, config, TokenContext(groups=groups, capacity=capacity), NoComm())
+    return apply_capacity(routing, BatchShape(groups=groups, capacity=capacity), config, NoComm())

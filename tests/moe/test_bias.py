@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoe.moe.load_balancing import choice_count, updated_bias
-from dmoe.moe.load_balancing.bias import bias_reference
 from tests.moe.strategies import drawn, random_routing
 from tests.moe.threaded_ranks import cut, sing
+from tests.references.load_balancing import bias_reference
 
 
 @drawn

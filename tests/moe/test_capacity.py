@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmoe.config.schema import CapacityConfig
-from dmoe.moe.capacity import apply_capacity, apply_capacity_reference, expert_capacity
-from dmoe.moe.comm import NoComm
-from dmoe.moe.routing import Routing, TokenContext
+from dmoe.moe.capacity import apply_capacity, expert_capacity
+from dmoe.moe.interfaces import NoComm
+from dmoe.moe.routing import BatchShape, Routing
 from tests.moe.layers import make, tokens_of
 from tests.moe.strategies import drawn, limit_to, random_routing, routings, slots
+from tests.references.capacity import apply_capacity_reference
 
 factors = st.sampled_from([0.1, 0.5, 1.0, 1.25, 2.0, 100.0])
 configs = st.builds(
@@ -33,13 +34,13 @@ def test_survivors_equal_the_walk(
     drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float
 ) -> None:
     routing, groups = drawn_routing
-    limited = limit_to(routing, config, factor, groups)
+    plan = limit_to(routing, config, factor, groups)
     keep_TK, expert_TK = apply_capacity_reference(
         routing, config, groups, slots(routing, config, factor, groups)
     )
-    assert limited.keep_TK is not None
-    assert torch.equal(limited.keep_TK, keep_TK)
-    assert torch.equal(limited.expert_TK, expert_TK)
+    assert plan.keep_TK is not None
+    assert torch.equal(plan.keep_TK, keep_TK)
+    assert torch.equal(plan.expert_TK, expert_TK)
 
 
 @drawn
@@ -48,18 +49,17 @@ def test_slots_are_unique_and_in_range(
     drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float
 ) -> None:
     routing, groups = drawn_routing
-    limited = limit_to(routing, config, factor, groups)
-    assert limited.keep_TK is not None
-    assert limited.slot_TK is not None
-    assert limited.capacity is not None
-    assert limited.groups == groups
+    plan = limit_to(routing, config, factor, groups)
+    assert plan.keep_TK is not None
+    assert plan.slots is not None
+    assert plan.groups == groups
     per_group = len(routing.expert_TK) // groups
     places = [
-        (t // per_group, int(routing.expert_TK[t, k]), int(limited.slot_TK[t, k]))
-        for t, k in limited.keep_TK.nonzero().tolist()
+        (t // per_group, int(routing.expert_TK[t, k]), int(plan.slots.position_TK[t, k]))
+        for t, k in plan.keep_TK.nonzero().tolist()
     ]
     assert len(set(places)) == len(places)
-    assert all(0 <= slot < limited.capacity for _, _, slot in places)
+    assert all(0 <= slot < plan.slots.capacity for _, _, slot in places)
 
 
 @drawn
@@ -68,12 +68,12 @@ def test_weights_of_survivors(
     drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float
 ) -> None:
     routing = replace(drawn_routing[0], scale=1.5)
-    limited = limit_to(routing, config, factor, drawn_routing[1])
-    assert limited.keep_TK is not None
+    plan = limit_to(routing, config, factor, drawn_routing[1])
+    assert plan.keep_TK is not None
     for weights, kept, got in zip(
         routing.weight_TK.tolist(),
-        limited.keep_TK.tolist(),
-        limited.weight_TK.tolist(),
+        plan.keep_TK.tolist(),
+        plan.weight_TK.tolist(),
         strict=True,
     ):
         alive = [weight if keep else 0.0 for weight, keep in zip(weights, kept, strict=True)]
@@ -105,10 +105,10 @@ def test_dropless_is_the_same_object() -> None:
 
 def test_position_serves_first_choices_of_late_tokens_before_second_choices_of_early_ones() -> None:
     routing = replace(random_routing(3, 2, 2), expert_TK=torch.tensor([[1, 0], [1, 0], [0, 1]]))
-    limited = limit_to(routing, CapacityConfig(), 2 / 3, 1)  # C = ceil(2/3 * 2 * 3 / 2) = 2
-    assert limited.capacity == 2
-    assert limited.keep_TK is not None
-    assert limited.keep_TK.tolist() == [[True, True], [True, False], [True, False]]
+    plan = limit_to(routing, CapacityConfig(), 2 / 3, 1)  # C = ceil(2/3 * 2 * 3 / 2) = 2
+    assert plan.slots.capacity == 2
+    assert plan.keep_TK is not None
+    assert plan.keep_TK.tolist() == [[True, True], [True, False], [True, False]]
 
 
 def test_score_serves_the_surest_and_ties_by_position() -> None:
@@ -116,9 +116,9 @@ def test_score_serves_the_surest_and_ties_by_position() -> None:
     routing = Routing(
         torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1), score_TE, score_TE.log()
     )
-    limited = limit_to(routing, CapacityConfig(priority="score"), 1.0, 1)  # C = 2
-    assert limited.keep_TK is not None
-    assert limited.keep_TK[:, 0].tolist() == [False, True, True, False]
+    plan = limit_to(routing, CapacityConfig(priority="score"), 1.0, 1)  # C = 2
+    assert plan.keep_TK is not None
+    assert plan.keep_TK[:, 0].tolist() == [False, True, True, False]
 
 
 @pytest.mark.parametrize("priority", ["position", "score"])
@@ -128,61 +128,61 @@ def test_sequence_groups_do_not_see_each_other(priority: str) -> None:
     routing = random_routing(4 * 6, 5, 2, seed=3, hot=1, masked=0.2)
     whole = limit_to(routing, config, 0.8, groups=4)
     assert whole.keep_TK is not None
-    assert routing.keep_TK is not None
+    assert routing.selected_TK is not None
     assert (
-        0 < int(whole.keep_TK.sum()) < int(routing.keep_TK.sum())
+        0 < int(whole.keep_TK.sum()) < int(routing.selected_TK.sum())
     )  # something is dropped, or nothing is tested
     for parts in (2, 4):
         for part in range(parts):
             rows = slice(part * 24 // parts, (part + 1) * 24 // parts)
             piece = limit_to(rows_of(routing, rows), config, 0.8, groups=4 // parts)
             assert piece.keep_TK is not None
-            assert piece.slot_TK is not None
-            assert whole.slot_TK is not None
+            assert piece.slots is not None
+            assert whole.slots is not None
             assert torch.equal(piece.keep_TK, whole.keep_TK[rows])
             kept = piece.keep_TK  # a slot means nothing where no choice was made
-            assert torch.equal(piece.slot_TK[kept], whole.slot_TK[rows][kept])
+            assert torch.equal(piece.slots.position_TK[kept], whole.slots.position_TK[rows][kept])
 
 
 def rows_of(routing: Routing, rows: slice) -> Routing:
-    assert routing.keep_TK is not None
+    assert routing.selected_TK is not None
     return replace(
         routing,
         expert_TK=routing.expert_TK[rows],
         weight_TK=routing.weight_TK[rows],
         score_TE=routing.score_TE[rows],
         logit_TE=routing.logit_TE[rows],
-        keep_TK=routing.keep_TK[rows],
+        keep_TK=routing.selected_TK[rows],
     )
 
 
 def test_padding_takes_no_slot() -> None:
     routing = random_routing(8, 4, 1, hot=2)
     valid_T = torch.tensor([False, True] * 4)
-    limited = limit_to(
+    plan = limit_to(
         replace(routing, keep_TK=valid_T.unsqueeze(1)), CapacityConfig(), 2.0, 1
     )  # C = 4: one for each real token
-    assert limited.keep_TK is not None
-    assert limited.keep_TK[:, 0].tolist() == valid_T.tolist()
+    assert plan.keep_TK is not None
+    assert plan.keep_TK[:, 0].tolist() == valid_T.tolist()
 
 
 def test_gradient_passes_survivors_only() -> None:
     routing = random_routing(6, 3, 2, hot=0)
     weight_TK = routing.weight_TK.clone().requires_grad_()
-    limited = limit_to(replace(routing, weight_TK=weight_TK), CapacityConfig(), 0.5, 1)
-    assert limited.keep_TK is not None
-    assert not bool(limited.keep_TK.all())
-    limited.weight_TK.sum().backward()
+    plan = limit_to(replace(routing, weight_TK=weight_TK), CapacityConfig(), 0.5, 1)
+    assert plan.keep_TK is not None
+    assert not bool(plan.keep_TK.all())
+    plan.weight_TK.sum().backward()
     assert weight_TK.grad is not None
-    assert torch.equal(weight_TK.grad, limited.keep_TK.double())
+    assert torch.equal(weight_TK.grad, plan.keep_TK.double())
 
 
 @pytest.mark.parametrize("priority", ["position", "score"])
 def test_no_tokens(priority: str) -> None:
-    limited = limit_to(random_routing(0, 4, 2), CapacityConfig(priority=priority), 1.0, groups=3)
-    assert limited.keep_TK is not None
-    assert limited.keep_TK.shape == (0, 2)
-    assert limited.capacity == 0
+    plan = limit_to(random_routing(0, 4, 2), CapacityConfig(priority=priority), 1.0, groups=3)
+    assert plan.keep_TK is not None
+    assert plan.keep_TK.shape == (0, 2)
+    assert plan.slots.capacity == 0
 
 
 @pytest.mark.parametrize("group", ["rank", "sequence", "global"])
@@ -209,6 +209,6 @@ def test_equal_tokens_are_served_by_position_whatever_the_last_bit_says() -> Non
     expert_TK = torch.tensor([[0], [0]])
     routing = Routing(expert_TK, score_TE[:, :1], score_TE, score_TE.log())
     config = CapacityConfig(factor=1.0, priority="score")
-    limited = apply_capacity(routing, config, TokenContext(capacity=1), NoComm())
-    assert limited.keep_TK is not None
-    assert limited.keep_TK.tolist() == [[True], [False]]
+    plan = apply_capacity(routing, BatchShape(capacity=1), config, NoComm())
+    assert plan.keep_TK is not None
+    assert plan.keep_TK.tolist() == [[True], [False]]

@@ -11,14 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoe.config.schema import CapacityConfig
-from dmoe.moe.capacity import apply_capacity, apply_capacity_reference
-from dmoe.moe.comm import DataParallelComm
+from dmoe.moe.capacity import apply_capacity
 from dmoe.moe.dispatch import padded_permutation
-from dmoe.moe.routing import Routing, TokenContext
+from dmoe.moe.interfaces import DataParallelComm
+from dmoe.moe.routing import BatchShape, Routing
 from tests.moe.layers import close, make, tokens_of
 from tests.moe.next_choice_cases import crowded, spared_routings, with_spares
 from tests.moe.strategies import drawn, random_routing, slots
 from tests.moe.threaded_ranks import Singer, cut, sing
+from tests.references.capacity import apply_capacity_reference
 
 factors = st.sampled_from([0.1, 0.5, 1.0, 1.25, 2.0, 100.0])
 configs = st.builds(
@@ -39,7 +40,7 @@ def limit_on_ranks(
     return sing(
         ranks,
         lambda peers: apply_capacity(
-            parts[peers.rank], config, TokenContext(capacity=capacity), peers
+            parts[peers.rank], BatchShape(capacity=capacity), config, peers
         ),
     )
 
@@ -50,16 +51,16 @@ def test_ranks_equal_one_walk_over_all_tokens(
     world: tuple[Routing, int], config: CapacityConfig, factor: float
 ) -> None:
     routing, ranks = world
-    limited = limit_on_ranks(routing, config, factor, ranks)
+    plan = limit_on_ranks(routing, config, factor, ranks)
     keep_TK, expert_TK = apply_capacity_reference(
         routing, config, 1, slots(routing, config, factor, 1)
     )
     assert torch.equal(
-        torch.cat([part.keep_TK for part in limited if part.keep_TK is not None]), keep_TK
+        torch.cat([part.keep_TK for part in plan if part.keep_TK is not None]), keep_TK
     )
-    assert torch.equal(torch.cat([part.expert_TK for part in limited]), expert_TK)
+    assert torch.equal(torch.cat([part.expert_TK for part in plan]), expert_TK)
     [alone] = limit_on_ranks(routing, config, factor, 1)
-    assert torch.equal(torch.cat([part.weight_TK for part in limited]), alone.weight_TK)
+    assert torch.equal(torch.cat([part.weight_TK for part in plan]), alone.weight_TK)
 
 
 @drawn
@@ -70,22 +71,26 @@ def test_slots_on_each_rank_have_no_gap(
     """The padded exchange has min(C, T) slots for each rank's share of the queue: they must suffice whoever is served."""
     routing, ranks = world
     capacity, num_experts = slots(routing, config, factor, 1), routing.score_TE.shape[1]
-    limited = limit_on_ranks(routing, config, factor, ranks)
-    for part in limited:
+    plan = limit_on_ranks(routing, config, factor, ranks)
+    for part in plan:
         assert part.keep_TK is not None
-        assert part.slot_TK is not None
-        assert part.groups == 1
-        assert part.capacity == min(capacity, len(routing.expert_TK) // ranks)
+        assert part.slots is not None
+        assert part.slots.groups == 1
+        assert part.slots.capacity == min(capacity, len(routing.expert_TK) // ranks)
         for expert in range(num_experts):
-            taken = sorted(part.slot_TK[part.keep_TK & (part.expert_TK == expert)].tolist())
+            taken = sorted(
+                part.slots.position_TK[part.keep_TK & (part.expert_TK == expert)].tolist()
+            )
             assert taken == list(range(len(taken)))
-            assert len(taken) <= part.capacity
+            assert len(taken) <= part.slots.capacity
         filled_R = padded_permutation(part).filled_R
         assert filled_R is not None
         assert int(filled_R.sum()) == int(part.keep_TK.sum())
-    assert sum(part.slots for part in limited) == pytest.approx(capacity * num_experts)
+    assert sum(part.slots.offered for part in plan if part.slots is not None) == pytest.approx(
+        capacity * num_experts
+    )
     kept_E = sum(
-        torch.bincount(part.expert_TK[part.keep_TK], minlength=num_experts) for part in limited
+        torch.bincount(part.expert_TK[part.keep_TK], minlength=num_experts) for part in plan
     )
     assert isinstance(kept_E, torch.Tensor)
     assert int(kept_E.max()) <= capacity
@@ -98,18 +103,20 @@ def test_crowded_ranks_equal_the_walk(ranks: int, priority: str) -> None:
     config = CapacityConfig(group="global", priority=priority, overflow="next_choice")  # type: ignore[arg-type]
     for seed in range(6):
         routing = crowded(seed)
-        limited = limit_on_ranks(routing, config, 1.0, ranks)
+        plan = limit_on_ranks(routing, config, 1.0, ranks)
         keep_TK, expert_TK = apply_capacity_reference(
             routing, config, 1, slots(routing, config, 1.0, 1)
         )
         assert torch.equal(
-            torch.cat([part.keep_TK for part in limited if part.keep_TK is not None]), keep_TK
+            torch.cat([part.keep_TK for part in plan if part.keep_TK is not None]), keep_TK
         )
-        assert torch.equal(torch.cat([part.expert_TK for part in limited]), expert_TK)
-        for part, expert in product(limited, range(6)):
-            assert part.slot_TK is not None
+        assert torch.equal(torch.cat([part.expert_TK for part in plan]), expert_TK)
+        for part, expert in product(plan, range(6)):
+            assert part.slots is not None
             assert part.keep_TK is not None
-            taken = sorted(part.slot_TK[part.keep_TK & (part.expert_TK == expert)].tolist())
+            taken = sorted(
+                part.slots.position_TK[part.keep_TK & (part.expert_TK == expert)].tolist()
+            )
             assert taken == list(range(len(taken)))
 
 
@@ -117,15 +124,15 @@ def test_crowded_ranks_equal_the_walk(ranks: int, priority: str) -> None:
 @pytest.mark.parametrize("hot", [None, 3])
 def test_a_rank_of_padding_takes_nothing_and_hangs_nobody(priority: str, hot: int | None) -> None:
     routing = random_routing(24, 5, 2, seed=5, hot=hot)
-    routing = replace(routing, keep_TK=(torch.arange(24) >= 8).unsqueeze(1).expand(24, 2))
+    routing = replace(routing, selected_TK=(torch.arange(24) >= 8).unsqueeze(1).expand(24, 2))
     config = CapacityConfig(group="global", priority=priority)  # type: ignore[arg-type]
-    limited = limit_on_ranks(routing, config, 0.5, 3)
+    plan = limit_on_ranks(routing, config, 0.5, 3)
     keep_TK, _ = apply_capacity_reference(routing, config, 1, slots(routing, config, 0.5, 1))
     assert torch.equal(
-        torch.cat([part.keep_TK for part in limited if part.keep_TK is not None]), keep_TK
+        torch.cat([part.keep_TK for part in plan if part.keep_TK is not None]), keep_TK
     )
-    assert limited[0].keep_TK is not None
-    assert not limited[0].keep_TK.any()
+    assert plan[0].keep_TK is not None
+    assert not plan[0].keep_TK.any()
     assert keep_TK.any()
 
 
@@ -134,13 +141,13 @@ def test_first_choices_of_the_last_rank_come_before_second_choices_of_the_first(
         random_routing(4, 2, 2), expert_TK=torch.tensor([[1, 0], [1, 0], [0, 1], [0, 1]])
     )
     config = CapacityConfig(group="global")
-    limited = sing(
+    plan = sing(
         2,
         lambda peers: apply_capacity(
-            cut(routing, 2)[peers.rank], config, TokenContext(capacity=3), peers
+            cut(routing, 2)[peers.rank], BatchShape(capacity=3), config, peers
         ),
     )
-    assert [part.keep_TK.tolist() for part in limited if part.keep_TK is not None] == [
+    assert [part.keep_TK.tolist() for part in plan if part.keep_TK is not None] == [
         [[True, True], [True, False]],
         [[True, True], [True, False]],
     ]
@@ -153,7 +160,7 @@ def test_collectives(priority: str, overflow: str, collectives: int) -> None:
     config = CapacityConfig(group="global", priority=priority, overflow=overflow)  # type: ignore[arg-type]
 
     def counted(peers: DataParallelComm) -> int:
-        apply_capacity(cut(routing, 2)[peers.rank], config, TokenContext(capacity=2), peers)
+        apply_capacity(cut(routing, 2)[peers.rank], BatchShape(capacity=2), config, peers)
         assert isinstance(peers, Singer)
         return peers.collectives
 

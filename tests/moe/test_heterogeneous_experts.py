@@ -12,11 +12,11 @@ from torch import Tensor
 from dmoe import MoE
 from dmoe.config.schema import BalanceConfig, CapacityConfig, ExpertsConfig, RouterConfig
 from dmoe.moe.experts import HeterogeneousExperts, MLPExperts
-from dmoe.moe.experts.heterogeneous import mixed_reference
 from dmoe.moe.layer import MoEOutput
 from dmoe.moe.routing import TokenContext
 from dmoe.verify.naive.layer import forward as naive_forward
 from tests.moe.layers import DIM, close, objective, tokens_of
+from tests.references.experts import mixed_reference
 
 SHAPES = [[], [5], [4, 3], [5], [], [2, 2, 2]]
 COUNTS = [[3, 0, 5, 1, 2, 2], [0, 0, 0, 0, 0, 9], [0] * 6]
@@ -129,8 +129,8 @@ def naive(layer: MoE, x: Tensor, output: MoEOutput) -> Tensor:
     assert module is not None
     for t, token in enumerate(x.flatten(0, -2)):
         y = torch.zeros(DIM, dtype=token.dtype)
-        for k, e in enumerate(output.routing.expert_TK[t].tolist()):
-            if output.routing.keep_TK is not None and not output.routing.keep_TK[t, k]:
+        for k, e in enumerate(output.plan.expert_TK[t].tolist()):
+            if output.plan.keep_TK is not None and not output.plan.keep_TK[t, k]:
                 continue
             if e < 6:
                 made = mixed_reference(layer.experts, token.unsqueeze(0), [e])[0]  # type: ignore[arg-type]
@@ -138,7 +138,7 @@ def naive(layer: MoE, x: Tensor, output: MoEOutput) -> Tensor:
                 vectors = module.constant_JM
                 assert vectors is not None
                 made = [torch.zeros_like(token), token, vectors[0], vectors[1]][e - 6]
-            y = y + output.routing.weight_TK[t, k] * made
+            y = y + output.plan.weight_TK[t, k] * made
         rows.append(y)
     return torch.stack(rows).view_as(x)
 
@@ -161,7 +161,9 @@ def test_the_layer_is_the_weighted_sum(kind: str, factor: float | None, exchange
     layer.zero_grad()
     x.grad = None
     again = layer(x, known(18))
-    objective(MoEOutput(naive(layer, x, again), again.aux, again.stats, again.routing)).backward()
+    objective(
+        MoEOutput(naive(layer, x, again), again.aux, again.stats, again.routing, again.plan)
+    ).backward()
     for name, parameter in [*layer.named_parameters(), ("x", x)]:
         assert got[name] is not None, name
         close(got[name], torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
@@ -174,22 +176,24 @@ def test_what_costs_nothing_is_never_dropped_and_counts_for_balance() -> None:
     assert kept[:6].sum() < chosen[:6].sum(), "no real expert overflowed: the test shows nothing"
     assert torch.equal(kept[6:], chosen[6:])
     assert chosen[6:].sum() > 0
-    assert output.stats.slots == 6 * output.routing.capacity  # type: ignore[operator]
+    assert output.stats.slots == 6 * output.plan.slots.capacity
 
 
 def test_a_call_can_give_another_budget_and_says_what_it_did() -> None:
     layer, x = layer_of(), tokens_of(3, 4)
-    spent = [layer(x, compute_budget=budget).account.cost_T for budget in (0.0, 0.2, 0.5, 1.0)]
+    spent = [
+        layer(x, compute_budget=budget).compute_usage.cost_T for budget in (0.0, 0.2, 0.5, 1.0)
+    ]
     for budget, cost_T in zip((0.0, 0.2, 0.5, 1.0), spent, strict=True):
         assert float(cost_T.max()) <= budget + 1e-9
     assert float(spent[3].mean()) > float(spent[1].mean()) > 0 == float(spent[0].sum())
-    account = layer(x, compute_budget=0.2).account
-    assert float(account.usage_E.sum()) > 0
-    words = [account.of_token(t) for t in range(12)]
+    usage = layer(x, compute_budget=0.2).compute_usage
+    assert float(usage.usage_E.sum()) > 0
+    words = [usage.of_token(t) for t in range(12)]
     assert any("of the budget was left" in line for line in words)
     assert any("taken" in line for line in words)
     assert all(f"Spent {float(spent[1][t]):.3f} of 0.200" in line for t, line in enumerate(words))
-    assert "copy" in str(account)
+    assert "copy" in str(usage)
 
 
 def test_wrong_calls_are_refused() -> None:
@@ -243,4 +247,4 @@ def test_narrow_numbers_and_no_tokens(
             assert parameter.grad.dtype == dtype
             assert parameter.grad.isfinite().all()
             assert len(output.y) or not parameter.grad.any(), name
-        assert "of the cost of all experts" in str(output.account)
+        assert "of the cost of all experts" in str(output.compute_usage)

@@ -24,8 +24,11 @@ def test_packed_equals_padded(priority: str, group: str, factor: float) -> None:
     two, gradient_two = gradients(
         make(capacity=limits, exchange="padded", virtual_ranks=2), x, context
     )
-    for name in ("expert_TK", "keep_TK", "slot_TK"):
-        assert torch.equal(getattr(one.routing, name), getattr(two.routing, name)), name
+    for name in ("expert_TK", "keep_TK"):
+        assert torch.equal(getattr(one.plan, name), getattr(two.plan, name)), name
+    assert one.plan.slots is not None
+    assert two.plan.slots is not None
+    assert torch.equal(one.plan.slots.position_TK, two.plan.slots.position_TK)
     assert torch.equal(one.stats.as_vector(), two.stats.as_vector())
     close(one.y, two.y, 1e-12)
     close(one.aux, two.aux, 1e-12)
@@ -37,7 +40,7 @@ def test_packed_equals_padded_in_float32() -> None:
     for exchange in ("packed", "padded"):
         layer = make(capacity=CapacityConfig(factor=0.9), exchange=exchange).float()
         results.append(gradients(layer, tokens_of(5, 8, dtype=torch.float32)))
-    assert torch.equal(results[0][0].routing.keep_TK, results[1][0].routing.keep_TK)  # type: ignore[arg-type]
+    assert torch.equal(results[0][0].plan.keep_TK, results[1][0].plan.keep_TK)  # type: ignore[arg-type]
     close(results[0][0].y, results[1][0].y, 1e-5)
     close(results[0][1], results[1][1], 1e-5)
 

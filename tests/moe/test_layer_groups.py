@@ -63,10 +63,8 @@ def test_virtual_ranks_equal_separate_calls(masked: bool, exchange: str, level: 
     together, gradient = gradients(make(virtual_ranks=RANKS, **options), x, context)
     apart, gradient_apart = separate(x, context, **options)
 
-    assert torch.equal(
-        together.routing.keep_TK, torch.cat([output.routing.keep_TK for output in apart])
-    )  # type: ignore[arg-type, misc]
-    assert not bool(together.routing.keep_TK.all())  # type: ignore[union-attr]
+    assert torch.equal(together.plan.keep_TK, torch.cat([output.plan.keep_TK for output in apart]))  # type: ignore[arg-type, misc]
+    assert not bool(together.plan.keep_TK.all())  # type: ignore[union-attr]
     close(together.y, torch.cat([output.y for output in apart]))
     for name, value in together.aux.items():
         close(value, sum(output.aux[name] for output in apart))
@@ -78,7 +76,7 @@ def test_virtual_ranks_change_the_drops() -> None:
     """Otherwise the test above proves nothing."""
     x = tokens_of(2 * RANKS, 5)
     one, many = (make(capacity=LIMITS, virtual_ranks=ranks)(x) for ranks in (1, RANKS))
-    assert not torch.equal(one.routing.keep_TK, many.routing.keep_TK)
+    assert not torch.equal(one.plan.keep_TK, many.plan.keep_TK)
 
 
 @pytest.mark.parametrize("virtual_ranks", [1, 2, 4])
@@ -87,7 +85,5 @@ def test_sequence_drops_do_not_depend_on_the_ranks(virtual_ranks: int) -> None:
     limits = CapacityConfig(factor=0.6, group="sequence")
     whole = make(capacity=limits, virtual_ranks=virtual_ranks)(x)
     each = [make(capacity=limits)(sequence.unsqueeze(0)) for sequence in x]
-    assert torch.equal(
-        whole.routing.keep_TK, torch.cat([output.routing.keep_TK for output in each])
-    )
+    assert torch.equal(whole.plan.keep_TK, torch.cat([output.plan.keep_TK for output in each]))
     close(whole.y, torch.cat([output.y for output in each]))

@@ -68,7 +68,7 @@ def naive_gradients(
     layer.zero_grad()
     x.grad = None
     naive = naive_moe(layer, x, valid=valid)
-    as_output = MoEOutput(naive.y, {"switch": naive.switch, "z": naive.z}, None, None)  # type: ignore[arg-type]
+    as_output = MoEOutput(naive.y, {"switch": naive.switch, "z": naive.z}, None, None, None)  # type: ignore[arg-type]
     everything = sum((parameter.sum() for parameter in layer.parameters()), x.sum())
     (objective(as_output) + 0 * everything).backward()
     assert x.grad is not None
@@ -87,7 +87,7 @@ def test_layer_equals_the_loop_over_tokens(name: str, exchange: str, masked: boo
 
     output, got = gradients(layer, x, context)
     naive, expected = naive_gradients(layer, x, valid)
-    assert output.routing.expert_TK.tolist() == naive.chosen
+    assert output.plan.expert_TK.tolist() == naive.chosen
     assert kept_pairs(output) == naive.kept
     close(output.y, naive.y)
     close(output.aux, {"switch": naive.switch, "z": naive.z})
@@ -95,13 +95,8 @@ def test_layer_equals_the_loop_over_tokens(name: str, exchange: str, masked: boo
 
 
 def kept_pairs(output: MoEOutput) -> set[tuple[int, int]]:
-    routing = output.routing
-    keep_TK = (
-        torch.ones_like(routing.expert_TK, dtype=torch.bool)
-        if routing.keep_TK is None
-        else routing.keep_TK
-    )
-    return {(t, int(routing.expert_TK[t, k])) for t, k in keep_TK.nonzero().tolist()}
+    plan = output.plan
+    return {(t, int(plan.expert_TK[t, k])) for t, k in plan.is_kept_TK.nonzero().tolist()}
 
 
 def test_something_is_dropped_in_the_cases_that_mean_to() -> None:

@@ -68,7 +68,7 @@ def test_bf16_is_the_float64_layer_rounded(exchange: str) -> None:
     assert output.aux["switch"].dtype == torch.float32
     exact_x = x.detach().double().requires_grad_()
     exact, exact_gradient = gradients(layer.double(), exact_x)
-    assert torch.equal(output.routing.expert_TK, exact.routing.expert_TK)
+    assert torch.equal(output.plan.expert_TK, exact.routing.expert_TK)
     for name, got in [("y", output.y), *gradient.items()]:
         expected = exact.y if name == "y" else exact_gradient[name]
         error = float((got.double() - expected).norm() / expected.norm())
@@ -129,7 +129,7 @@ def test_no_two_experts_start_alike() -> None:
 @pytest.mark.parametrize("again", [False, True])
 def test_a_shard_is_a_slice_of_the_whole(first: int, count: int, again: bool) -> None:
     whole, part = make_plain(0), make_plain(0)
-    part.experts.shard(first, count)
+    part.experts.slice_experts(first, count)
     if again:  # drawn on the rank that owns them, as after a start on the meta device
         with torch.no_grad():
             for parameter in part.experts.parameters():

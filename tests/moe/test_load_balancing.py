@@ -11,15 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmoe.config.schema import BalanceConfig
-from dmoe.moe.comm import NoComm
+from dmoe.moe.interfaces import NoComm
 from dmoe.moe.load_balancing import (
     auxiliary_losses,
     choice_count,
     coefficients,
-    switch_loss,
-    z_loss,
 )
-from dmoe.moe.routing import Routing, TokenContext
+from dmoe.moe.load_balancing.losses import switch_loss, z_loss
+from dmoe.moe.routing import BatchShape, Routing, TokenContext
 from tests.moe.layers import close
 from tests.moe.strategies import drawn, random_routing
 
@@ -46,7 +45,8 @@ def losses(
     return auxiliary_losses(
         routing,
         BalanceConfig(switch_level=level),  # type: ignore[arg-type]
-        TokenContext(valid_T=valid_T, prior_count_LE=prior, sequences=SEQUENCES),
+        TokenContext(valid_T=valid_T, prior_count_LE=prior),
+        BatchShape(SEQUENCES),
         peers or NoComm(),  # type: ignore[arg-type]
         layer=1,
         micro_batches=RANKS,
@@ -55,7 +55,7 @@ def losses(
 
 def case(masked: float | None = None, top_k: int = 2) -> tuple[Routing, Tensor | None]:
     routing = random_routing(TOKENS, 5, top_k, seed=3, levels=1000, masked=masked)
-    return routing, None if routing.keep_TK is None else routing.keep_TK[:, 0]
+    return routing, None if routing.selected_TK is None else routing.selected_TK[:, 0]
 
 
 def looped_switch(
@@ -186,7 +186,7 @@ def test_counts_equal_the_loop(per_unit: int, count: int, masked: float | None, 
     expected = [[0] * 5 for _ in range(count)]
     for t in range(per_unit * count):
         for k in range(3):
-            if routing.keep_TK is None or bool(routing.keep_TK[t, k]):
+            if routing.selected_TK is None or bool(routing.selected_TK[t, k]):
                 expected[t // per_unit][int(routing.expert_TK[t, k])] += 1
     assert choice_count(routing, count).tolist() == expected
 
@@ -195,7 +195,7 @@ def test_a_unit_of_padding_costs_nothing() -> None:
     routing, _ = case()
     valid_T = torch.arange(TOKENS) >= TOKENS // SEQUENCES
     keep_TK = valid_T.unsqueeze(1).expand_as(routing.expert_TK)
-    switch_U = switch_loss(replace(routing, keep_TK=keep_TK), valid_T, SEQUENCES)
+    switch_U = switch_loss(replace(routing, selected_TK=keep_TK), valid_T, SEQUENCES)
     assert float(switch_U[0]) == 0.0
     assert bool((switch_U[1:] > 0).all())
 

@@ -11,26 +11,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmoe.config.schema import BalanceConfig
-from dmoe.moe.comm import DataParallelComm, NoComm
-from dmoe.moe.load_balancing import (
-    auxiliary_losses,
-    coefficients,
+from dmoe.moe.interfaces import DataParallelComm, NoComm
+from dmoe.moe.load_balancing import auxiliary_losses, coefficients
+from dmoe.moe.load_balancing.losses import (
     importance_loss,
     load_loss,
     smooth_load,
     usage_std_loss,
 )
-from dmoe.moe.load_balancing.losses import (
+from dmoe.moe.routing import BatchShape, Noise, Routing, TokenContext
+from tests.moe.layers import close
+from tests.moe.strategies import drawn, random_routing
+from tests.moe.threaded_ranks import cut, sing
+from tests.references.load_balancing import (
     importance_reference,
     load_reference,
     switch_reference,
     usage_std_reference,
     z_reference,
 )
-from dmoe.moe.routing import Noise, Routing, TokenContext
-from tests.moe.layers import close
-from tests.moe.strategies import drawn, random_routing
-from tests.moe.threaded_ranks import cut, sing
 
 ALL = BalanceConfig(switch=1.0, z=1.0, importance=1.0, load=1.0, usage_std=1.0)
 
@@ -73,7 +72,7 @@ def noisy_routings(draw: st.DrawFn) -> tuple[Routing, int]:
 
 
 def valid_of(routing: Routing) -> Tensor | None:
-    return None if routing.keep_TK is None else routing.keep_TK[:, 0]
+    return None if routing.selected_TK is None else routing.selected_TK[:, 0]
 
 
 def real_tokens(routing: Routing, units: int) -> list[list[int]]:
@@ -124,8 +123,10 @@ def test_gradients_are_finite_and_padding_has_none(drawn_routing: tuple[Routing,
     ]
     score_TE, logit_TE, clean_TE, std_TE = leaves
     routing = replace(routing, score_TE=score_TE, logit_TE=logit_TE, noise=Noise(clean_TE, std_TE))
-    context = TokenContext(valid_T=valid_of(routing), sequences=units)
-    losses = auxiliary_losses(routing, ALL, context, NoComm(), layer=0, micro_batches=units)
+    context = TokenContext(valid_T=valid_of(routing))
+    losses = auxiliary_losses(
+        routing, ALL, context, BatchShape(units), NoComm(), layer=0, micro_batches=units
+    )
     sum(losses.values(), torch.zeros(())).backward()
     for leaf in leaves:
         if leaf.grad is not None:  # K = E: the load is certain, and nothing could change it
@@ -145,7 +146,8 @@ def test_shares_of_different_ranks_sum_to_the_mean_over_all_units(
     alone = auxiliary_losses(
         routing,
         config,
-        TokenContext(valid_T=valid_T, sequences=ranks),
+        TokenContext(valid_T=valid_T),
+        BatchShape(ranks),
         NoComm(),
         layer=0,
         micro_batches=ranks,
@@ -159,8 +161,10 @@ def test_shares_of_different_ranks_sum_to_the_mean_over_all_units(
 
     def share(peers: DataParallelComm) -> dict[str, Tensor]:
         piece = replace(pieces[peers.rank], noise=Noise(clean[peers.rank], std[peers.rank]))
-        context = TokenContext(valid_T=valid_of(piece), sequences=1)
-        return auxiliary_losses(piece, config, context, peers, layer=0, micro_batches=1)
+        context = TokenContext(valid_T=valid_of(piece))
+        return auxiliary_losses(
+            piece, config, context, BatchShape(1), peers, layer=0, micro_batches=1
+        )
 
     shares = sing(ranks, share)
     tolerance = 1e-4 if routing.score_TE.dtype == torch.float32 else 1e-12
@@ -171,8 +175,10 @@ def test_shares_of_different_ranks_sum_to_the_mean_over_all_units(
 @given(drawn_routing=noisy_routings())
 def test_switch_and_z_equal_their_references(drawn_routing: tuple[Routing, int]) -> None:
     routing, units = drawn_routing
-    context = TokenContext(valid_T=valid_of(routing), sequences=units)
-    losses = auxiliary_losses(routing, ALL, context, NoComm(), layer=0, micro_batches=units)
+    context = TokenContext(valid_T=valid_of(routing))
+    losses = auxiliary_losses(
+        routing, ALL, context, BatchShape(units), NoComm(), layer=0, micro_batches=units
+    )
     tokens = real_tokens(routing, units)
     expected = sum(switch_reference(routing, unit) for unit in tokens) / units
     assert float(losses["switch"]) == pytest.approx(expected, rel=1e-5)
@@ -257,5 +263,7 @@ def test_several_at_once_by_name() -> None:
     assert coefficients(config) == {"importance": 0.5, "usage_std": 0.25}
     routing = random_routing(6, 5, 2)
     assert list(
-        auxiliary_losses(routing, config, TokenContext(), NoComm(), layer=0, micro_batches=1)
+        auxiliary_losses(
+            routing, config, TokenContext(), BatchShape(), NoComm(), layer=0, micro_batches=1
+        )
     ) == list(coefficients(config))

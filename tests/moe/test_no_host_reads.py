@@ -16,7 +16,7 @@ from dmoe.config.schema import BalanceConfig, CapacityConfig
 from dmoe.moe.capacity import apply_capacity
 from dmoe.moe.load_balancing import auxiliary_losses, updated_bias
 from dmoe.moe.metrics import layer_stats
-from dmoe.moe.routing import Noise, Routing, TokenContext
+from dmoe.moe.routing import BatchShape, Noise, Routing, TokenContext
 from tests.moe.next_choice_cases import with_spares
 from tests.moe.strategies import random_routing
 
@@ -47,11 +47,9 @@ def routing_and_context(masked: float | None) -> tuple[Routing, TokenContext]:
     routing = replace(
         routing, score_TE=score_TE, logit_TE=score_TE.log(), weight_TK=score_TE[:, :2]
     )
-    valid_T = None if routing.keep_TK is None else routing.keep_TK[:, 0]
+    valid_T = None if routing.selected_TK is None else routing.selected_TK[:, 0]
     prior_LE = torch.zeros(3, 5, dtype=torch.int64, device="meta")
-    return routing, TokenContext(
-        valid_T=valid_T, prior_count_LE=prior_LE, sequences=4, groups=4, capacity=3
-    )
+    return routing, TokenContext(valid_T=valid_T, prior_count_LE=prior_LE)
 
 
 CASES = list(
@@ -63,15 +61,15 @@ CASES = list(
 
 @pytest.mark.parametrize(("group", "priority", "overflow", "masked"), CASES)
 def test_capacity_and_stats(group: str, priority: str, overflow: str, masked: float | None) -> None:
-    routing, context = routing_and_context(masked)
-    context = replace(context, groups=1, capacity=3 * WORLD) if group == "global" else context
+    routing, _ = routing_and_context(masked)
+    shape = BatchShape(4, 1, 3 * WORLD) if group == "global" else BatchShape(4, 4, 3)
     config = CapacityConfig(group=group, priority=priority, overflow=overflow, renormalize=True)  # type: ignore[arg-type]
-    limited = apply_capacity(routing, config, context, Far())
-    assert limited.slot_TK is not None
-    assert limited.slot_TK.shape == limited.expert_TK.shape
-    assert limited.capacity == (TOKENS if group == "global" else 3)
-    limited.weight_TK.sum().backward()
-    assert layer_stats(routing, limited).as_vector().shape == (14,)
+    plan = apply_capacity(routing, shape, config, Far())
+    assert plan.slots is not None
+    assert plan.slots.position_TK.shape == plan.expert_TK.shape
+    assert plan.slots.capacity == (TOKENS if group == "global" else 3)
+    plan.weight_TK.sum().backward()
+    assert layer_stats(routing, plan).as_vector().shape == (14,)
 
 
 @pytest.mark.parametrize("masked", [None, 0.4])
@@ -80,7 +78,9 @@ def test_losses(level: str, masked: float | None) -> None:
     routing, context = routing_and_context(masked)
     routing = replace(routing, noise=Noise(routing.logit_TE, routing.score_TE))
     config = BalanceConfig(1.0, level, 1.0, 1.0, 1.0, 1.0)  # type: ignore[arg-type]
-    losses = auxiliary_losses(routing, config, context, Far(), layer=1, micro_batches=2)
+    losses = auxiliary_losses(
+        routing, config, context, BatchShape(4, 4, 3), Far(), layer=1, micro_batches=2
+    )
     assert list(losses) == ["switch", "z", "importance", "load", "usage_std"]
     sum(losses.values(), torch.zeros((), device="meta")).backward()
 

@@ -11,12 +11,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dmoe.config.schema import CapacityConfig
-from dmoe.moe.capacity import apply_capacity, apply_capacity_reference
-from dmoe.moe.comm import NoComm
+from dmoe.moe.capacity import apply_capacity
 from dmoe.moe.dispatch import padded_permutation
-from dmoe.moe.routing import Routing, TokenContext
+from dmoe.moe.interfaces import NoComm
+from dmoe.moe.routing import BatchShape, Routing
 from tests.moe.next_choice_cases import crowded, spared_routings, with_spares
 from tests.moe.strategies import drawn, limit_to, random_routing, slots
+from tests.references.capacity import apply_capacity_reference
 
 factors = st.sampled_from([0.1, 0.5, 1.0, 1.25, 2.0])
 configs = st.builds(
@@ -51,13 +52,13 @@ def test_second_chances_equal_the_walk(
     drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float
 ) -> None:
     routing, groups = drawn_routing
-    limited = limit_to(routing, config, factor, groups)
+    plan = limit_to(routing, config, factor, groups)
     keep_TK, expert_TK = apply_capacity_reference(
         routing, config, groups, slots(routing, config, factor, groups)
     )
-    assert limited.keep_TK is not None
-    assert torch.equal(limited.keep_TK, keep_TK)
-    assert torch.equal(limited.expert_TK, expert_TK)
+    assert plan.keep_TK is not None
+    assert torch.equal(plan.keep_TK, keep_TK)
+    assert torch.equal(plan.expert_TK, expert_TK)
 
 
 @drawn
@@ -67,18 +68,18 @@ def test_slots_stay_unique_and_without_a_gap(
     drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float
 ) -> None:
     routing, groups = drawn_routing
-    limited = limit_to(routing, config, factor, groups)
-    assert limited.keep_TK is not None
-    assert limited.slot_TK is not None
+    plan = limit_to(routing, config, factor, groups)
+    assert plan.keep_TK is not None
+    assert plan.slots is not None
     queues: dict[tuple[int, int], list[int]] = {}
-    for t, k in limited.keep_TK.nonzero().tolist():
-        queue = (t // (len(routing.expert_TK) // groups), int(limited.expert_TK[t, k]))
-        queues.setdefault(queue, []).append(int(limited.slot_TK[t, k]))
+    for t, k in plan.keep_TK.nonzero().tolist():
+        queue = (t // (len(routing.expert_TK) // groups), int(plan.expert_TK[t, k]))
+        queues.setdefault(queue, []).append(int(plan.slots.position_TK[t, k]))
     for taken in queues.values():
         assert sorted(taken) == list(range(len(taken)))
-    filled_R = padded_permutation(limited).filled_R
+    filled_R = padded_permutation(plan).filled_R
     assert filled_R is not None
-    assert int(filled_R.sum()) == int(limited.keep_TK.sum())
+    assert int(filled_R.sum()) == int(plan.keep_TK.sum())
 
 
 @drawn
@@ -88,15 +89,15 @@ def test_weights_of_rerouted(
 ) -> None:
     """The spare's own weight at the place of the one it replaces; renormalised over all that survive in the end."""
     routing, groups = replace(drawn_routing[0], scale=1.5), drawn_routing[1]
-    limited = limit_to(routing, config, factor, groups)
-    assert limited.keep_TK is not None
+    plan = limit_to(routing, config, factor, groups)
+    assert plan.keep_TK is not None
     assert routing.next_expert_TS is not None
     assert routing.next_weight_TS is not None
     for t in range(len(routing.expert_TK)):
         expected = []
         for k in range(routing.expert_TK.shape[1]):
-            expert, value = int(limited.expert_TK[t, k]), 0.0
-            if limited.keep_TK[t, k]:
+            expert, value = int(plan.expert_TK[t, k]), 0.0
+            if plan.keep_TK[t, k]:
                 spare = (routing.next_expert_TS[t] == expert).nonzero().flatten().tolist()
                 value = float(
                     routing.next_weight_TS[t, spare[0]] if spare else routing.weight_TK[t, k]
@@ -105,7 +106,7 @@ def test_weights_of_rerouted(
         total = sum(expected)
         if config.renormalize and total:
             expected = [value / total * 1.5 for value in expected]
-        assert limited.weight_TK[t].tolist() == pytest.approx(expected, rel=1e-6)
+        assert plan.weight_TK[t].tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def by_hand(priority: str) -> Routing:
@@ -131,24 +132,24 @@ def by_hand(priority: str) -> Routing:
         next_weight_TS=torch.full((6, 1), 0.5),
     )
     config = CapacityConfig(overflow="next_choice", priority=priority)  # type: ignore[arg-type]
-    return apply_capacity(routing, config, TokenContext(capacity=2), NoComm())
+    return apply_capacity(routing, BatchShape(capacity=2), config, NoComm())
 
 
 def test_position_by_hand() -> None:
     """Late are tokens 2, 3, 4; expert 1 has one slot left, which 2 gets by its place."""
-    limited = by_hand("position")
-    assert limited.keep_TK is not None
-    assert limited.keep_TK[:, 0].tolist() == [True, True, True, False, True, True]
-    assert limited.expert_TK[:, 0].tolist() == [0, 0, 1, 0, 2, 1]
-    assert limited.weight_TK[:, 0].tolist() == [1.0, 1.0, 0.5, 0.0, 0.5, 1.0]
+    plan = by_hand("position")
+    assert plan.keep_TK is not None
+    assert plan.keep_TK[:, 0].tolist() == [True, True, True, False, True, True]
+    assert plan.expert_TK[:, 0].tolist() == [0, 0, 1, 0, 2, 1]
+    assert plan.weight_TK[:, 0].tolist() == [1.0, 1.0, 0.5, 0.0, 0.5, 1.0]
 
 
 def test_score_by_hand() -> None:
     """The slot left goes to token 3, surer of expert 1 (0.7) than token 2 (0.2); yet not before token 5, which chose it (0.1)."""
-    limited = by_hand("score")
-    assert limited.keep_TK is not None
-    assert limited.keep_TK[:, 0].tolist() == [True, True, False, True, True, True]
-    assert limited.expert_TK[:, 0].tolist() == [0, 0, 0, 1, 2, 1]
+    plan = by_hand("score")
+    assert plan.keep_TK is not None
+    assert plan.keep_TK[:, 0].tolist() == [True, True, False, True, True, True]
+    assert plan.expert_TK[:, 0].tolist() == [0, 0, 0, 1, 2, 1]
 
 
 def test_each_overflow_of_a_token_gets_a_spare_of_its_own() -> None:
@@ -166,11 +167,11 @@ def test_each_overflow_of_a_token_gets_a_spare_of_its_own() -> None:
         next_expert_TS=spare_TK,
         next_weight_TS=spare_weight_TK,
     )
-    limited = apply_capacity(
-        routing, CapacityConfig(overflow="next_choice"), TokenContext(capacity=1), NoComm()
+    plan = apply_capacity(
+        routing, BatchShape(capacity=1), CapacityConfig(overflow="next_choice"), NoComm()
     )
-    assert limited.expert_TK.tolist() == [[0, 1], [3, 2]]
-    torch.testing.assert_close(limited.weight_TK, torch.tensor([[1.0, 1.0], [0.5, 0.6]]))
+    assert plan.expert_TK.tolist() == [[0, 1], [3, 2]]
+    torch.testing.assert_close(plan.weight_TK, torch.tensor([[1.0, 1.0], [0.5, 0.6]]))
 
 
 def test_an_offer_is_made_once() -> None:
@@ -185,11 +186,11 @@ def test_an_offer_is_made_once() -> None:
         next_expert_TS=spare_TK,
         next_weight_TS=torch.ones(3, 2),
     )
-    limited = apply_capacity(
-        routing, CapacityConfig(overflow="next_choice"), TokenContext(capacity=1), NoComm()
+    plan = apply_capacity(
+        routing, BatchShape(capacity=1), CapacityConfig(overflow="next_choice"), NoComm()
     )
-    assert limited.keep_TK is not None
-    assert limited.keep_TK[:, 0].tolist() == [True, True, False]
+    assert plan.keep_TK is not None
+    assert plan.keep_TK[:, 0].tolist() == [True, True, False]
 
 
 def test_gradient_reaches_the_spares_that_are_used() -> None:
@@ -200,14 +201,14 @@ def test_gradient_reaches_the_spares_that_are_used() -> None:
         routing.next_weight_TS.clone().requires_grad_(),
     )
     routing = replace(routing, weight_TK=weight_TK, next_weight_TS=spare_weight_TK)
-    limited = limit_to(routing, CapacityConfig(overflow="next_choice"), 0.6, 1)
-    limited.weight_TK.sum().backward()
-    assert limited.keep_TK is not None
-    moved_TK = limited.expert_TK != routing.expert_TK
-    assert 0 < int(moved_TK.sum()) < int(limited.keep_TK.sum())
+    plan = limit_to(routing, CapacityConfig(overflow="next_choice"), 0.6, 1)
+    plan.weight_TK.sum().backward()
+    assert plan.keep_TK is not None
+    moved_TK = plan.expert_TK != routing.expert_TK
+    assert 0 < int(moved_TK.sum()) < int(plan.keep_TK.sum())
     assert weight_TK.grad is not None
     assert spare_weight_TK.grad is not None
-    assert torch.equal(weight_TK.grad, (limited.keep_TK & ~moved_TK).double())
+    assert torch.equal(weight_TK.grad, (plan.keep_TK & ~moved_TK).double())
     assert int(spare_weight_TK.grad.sum()) == int(moved_TK.sum())
 
 
@@ -221,5 +222,6 @@ def test_where_nothing_overflows_next_choice_is_drop() -> None:
     one, two = (
         limit_to(routing, CapacityConfig(overflow=o), 50.0, 2) for o in ("drop", "next_choice")
     )  # type: ignore[arg-type]
-    for name in ("expert_TK", "weight_TK", "keep_TK", "slot_TK"):
+    for name in ("expert_TK", "weight_TK", "keep_TK"):
         assert torch.equal(getattr(one, name), getattr(two, name))
+    assert torch.equal(one.slots.position_TK, two.slots.position_TK)

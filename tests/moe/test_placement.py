@@ -16,7 +16,7 @@ from dmoe.moe.placement import (
     contiguous_placement,
     to_physical_experts,
 )
-from dmoe.moe.routing import Routing
+from dmoe.moe.routing import DispatchPlan, ExpertSlots, dropless_plan
 from tests.moe.strategies import drawn, random_routing
 
 
@@ -57,20 +57,19 @@ def test_longest_first_is_whole_and_near_the_best(costs: list[int], data: st.Dat
 
 
 def test_uniform_experts_are_where_their_ids_say_and_cost_nothing() -> None:
-    routing = random_routing(9, 6, 2)
+    plan = dropless_plan(random_routing(9, 6, 2))
     assert contiguous_placement(6, 3).experts == ((0, 1), (2, 3), (4, 5))
-    assert to_physical_experts(routing, contiguous_placement(6, 3)) is routing
+    assert to_physical_experts(plan, contiguous_placement(6, 3)) is plan
 
 
 @pytest.mark.parametrize("masked", [None, 0.4])
 def test_every_choice_stands_in_the_queue_of_its_place(masked: float | None) -> None:
-    routing, owned = (
-        random_routing(40, 5, 3, masked=masked),
+    plan, owned = (
+        dropless_plan(random_routing(40, 5, 3, masked=masked)),
         balanced_placement([6, 5, 4, 3, 2], range(5), 2),
     )
-    journey = to_physical_experts(routing, owned)
-    _, count = packed_permutation(journey)
-    _, count_E = packed_permutation(routing)
+    _, count = packed_permutation(to_physical_experts(plan, owned))
+    _, count_E = packed_permutation(plan)
     assert count.tolist() == [count_E[0], count_E[3], count_E[4], count_E[1], count_E[2], 0]
     assert owned.sum_per_rank(count_E).tolist() == [count_E[[0, 3, 4]].sum(), count_E[[1, 2]].sum()]
 
@@ -78,19 +77,11 @@ def test_every_choice_stands_in_the_queue_of_its_place(masked: float | None) -> 
 def test_what_costs_nothing_stays_at_home() -> None:
     """Two real experts, two of zero cost: only choices of the first two have rows, in either exchange."""
     expert_TK = torch.tensor([[0, 2], [3, 1], [2, 3]])
-    score_TE = torch.ones(3, 4)
-    routing = Routing(
-        expert_TK,
-        score_TE[:, :2],
-        score_TE,
-        score_TE,
-        num_zero_cost=2,
-        slot_TK=torch.zeros_like(expert_TK),
-        capacity=2,
-    )
-    journey = to_physical_experts(routing, contiguous_placement(2, 1))
-    assert journey.num_physical_experts == 2
-    assert journey.keep_TK is not None
-    assert journey.keep_TK.tolist() == [[True, False], [False, True], [False, False]]
-    assert packed_permutation(journey)[1].tolist() == [1, 1]
-    assert padded_permutation(journey).filled_R.tolist() == [True, False, True, False]  # type: ignore[union-attr]
+    slots = ExpertSlots(torch.zeros_like(expert_TK), capacity=2, groups=1, offered=4.0)
+    plan = DispatchPlan(expert_TK, torch.ones(3, 2), None, 4, num_zero_cost=2, slots=slots)
+    plan = to_physical_experts(plan, contiguous_placement(2, 1))
+    assert plan.num_experts == 2
+    assert plan.keep_TK is not None
+    assert plan.keep_TK.tolist() == [[True, False], [False, True], [False, False]]
+    assert packed_permutation(plan)[1].tolist() == [1, 1]
+    assert padded_permutation(plan).filled_R.tolist() == [True, False, True, False]  # type: ignore[union-attr]

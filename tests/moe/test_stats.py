@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoe.config.schema import CapacityConfig
-from dmoe.moe.capacity import apply_capacity_reference, expert_capacity
-from dmoe.moe.metrics import ObservedContext, decisions, layer_stats, router_metrics
-from dmoe.moe.routing import Routing, TokenContext
+from dmoe.moe.capacity import expert_capacity
+from dmoe.moe.metrics import decisions, layer_stats, router_metrics
+from dmoe.moe.routing import Routing, TokenContext, dropless_plan
 from tests.moe.layers import gradients, make, tokens_of
 from tests.moe.next_choice_cases import spared_routings
 from tests.moe.strategies import drawn, limit_to, random_routing, routings, slots
+from tests.references.capacity import apply_capacity_reference
 
 
 @drawn
@@ -27,22 +28,26 @@ from tests.moe.strategies import drawn, limit_to, random_routing, routings, slot
 def test_counts_equal_the_loop(
     drawn_routing: tuple[Routing, int], factor: float | None, renormalize: bool
 ) -> None:
-    chosen, groups = drawn_routing
-    limited = limit_to(chosen, CapacityConfig(renormalize=renormalize), factor, groups)
-    tokens, top_k = chosen.expert_TK.shape
-    num_experts = chosen.score_TE.shape[1]
+    routing, groups = drawn_routing
+    plan = limit_to(routing, CapacityConfig(renormalize=renormalize), factor, groups)
+    tokens, top_k = routing.expert_TK.shape
+    num_experts = routing.score_TE.shape[1]
     choice, kept, dropped, total, lost = [0] * num_experts, [0] * num_experts, 0.0, 0.0, 0
     for t in range(tokens):
-        made = [k for k in range(top_k) if chosen.keep_TK is None or bool(chosen.keep_TK[t, k])]
-        alive = [k for k in made if limited.keep_TK is None or bool(limited.keep_TK[t, k])]
+        made = [
+            k
+            for k in range(top_k)
+            if routing.selected_TK is None or bool(routing.selected_TK[t, k])
+        ]
+        alive = [k for k in made if plan.keep_TK is None or bool(plan.keep_TK[t, k])]
         lost += bool(made) and not alive
         for k in made:
-            choice[int(chosen.expert_TK[t, k])] += 1
-            kept[int(chosen.expert_TK[t, k])] += k in alive
-            total += float(chosen.weight_TK[t, k])
-            dropped += 0.0 if k in alive else float(chosen.weight_TK[t, k])
+            choice[int(routing.expert_TK[t, k])] += 1
+            kept[int(routing.expert_TK[t, k])] += k in alive
+            total += float(routing.weight_TK[t, k])
+            dropped += 0.0 if k in alive else float(routing.weight_TK[t, k])
 
-    stats = layer_stats(chosen, limited)
+    stats = layer_stats(routing, plan)
     assert stats.choice_E.tolist() == choice
     assert stats.kept_E.tolist() == kept
     assert int(stats.fully_dropped_tokens) == lost
@@ -59,8 +64,8 @@ def test_counts_equal_the_loop(
 
 
 def test_slots_bound_what_is_kept() -> None:
-    limited = limit_to(chosen := random_routing(30, 4, 2, hot=1), CapacityConfig(), 1.0, 3)
-    stats = layer_stats(chosen, limited)
+    plan = limit_to(routing := random_routing(30, 4, 2, hot=1), CapacityConfig(), 1.0, 3)
+    stats = layer_stats(routing, plan)
     assert 0 < int(stats.kept_E.sum()) <= stats.slots == 4 * 3 * 5
 
 
@@ -74,26 +79,30 @@ def test_rerouted_rows_count_where_they_go(
     drawn_routing: tuple[Routing, int], factor: float, priority: str
 ) -> None:
     """Choices stay with the expert the router chose, rows with the one that computes; only what nobody took is dropped."""
-    chosen, groups = drawn_routing
+    routing, groups = drawn_routing
     config = CapacityConfig(overflow="next_choice", priority=priority)  # type: ignore[arg-type]
     keep_TK, expert_TK = apply_capacity_reference(
-        chosen, config, groups, slots(chosen, config, factor, groups)
+        routing, config, groups, slots(routing, config, factor, groups)
     )
-    tokens, top_k = chosen.expert_TK.shape
+    tokens, top_k = routing.expert_TK.shape
     choice, kept, dropped, lost = (
-        [0] * chosen.score_TE.shape[1],
-        [0] * chosen.score_TE.shape[1],
+        [0] * routing.score_TE.shape[1],
+        [0] * routing.score_TE.shape[1],
         0.0,
         0,
     )
     for t in range(tokens):
-        made = [k for k in range(top_k) if chosen.keep_TK is None or bool(chosen.keep_TK[t, k])]
+        made = [
+            k
+            for k in range(top_k)
+            if routing.selected_TK is None or bool(routing.selected_TK[t, k])
+        ]
         lost += bool(made) and not keep_TK[t].any()
         for k in made:
-            choice[int(chosen.expert_TK[t, k])] += 1
+            choice[int(routing.expert_TK[t, k])] += 1
             kept[int(expert_TK[t, k])] += bool(keep_TK[t, k])
-            dropped += 0.0 if keep_TK[t, k] else float(chosen.weight_TK[t, k])
-    stats = layer_stats(chosen, limit_to(chosen, config, factor, groups))
+            dropped += 0.0 if keep_TK[t, k] else float(routing.weight_TK[t, k])
+    stats = layer_stats(routing, limit_to(routing, config, factor, groups))
     assert (stats.choice_E.tolist(), stats.kept_E.tolist(), int(stats.fully_dropped_tokens)) == (
         choice,
         kept,
@@ -105,8 +114,8 @@ def test_rerouted_rows_count_where_they_go(
 def test_a_share_of_slots_is_not_rounded() -> None:
     """A third of 10 slots, three times, is 10; in float32 it would be 10.0000003."""
     stats = layer_stats(
-        chosen := random_routing(6, 5, 2, dtype=torch.float32),
-        limit_to(chosen, CapacityConfig(), 1.0, 1),
+        routing := random_routing(6, 5, 2, dtype=torch.float32),
+        limit_to(routing, CapacityConfig(), 1.0, 1),
     )
     assert float(replace(stats, slots=10 / 3).as_vector()[-1]) == 10 / 3
 
@@ -136,24 +145,19 @@ def test_recomputation_counts_once() -> None:
 
 def test_nothing_is_observed_unless_asked_for() -> None:
     layer, x = make(), tokens_of(2, 6)
-    assert (
-        layer(x).stats.observed
-        == layer(x, TokenContext()).stats.observed
-        == layer(x, ObservedContext()).stats.observed
-        == {}
-    )
-    asked = layer(x, ObservedContext(observer=router_metrics)).stats
-    assert asked.observed
-    assert not any(value.requires_grad for value in asked.observed.values())
+    assert layer(x).stats.metrics == layer(x, TokenContext()).stats.metrics == {}
+    asked = layer(x, TokenContext(metrics_fn=router_metrics)).stats
+    assert asked.metrics
+    assert not any(value.requires_grad for value in asked.metrics.values())
 
 
 def test_padding_is_not_observed() -> None:
     """Five real tokens and seven of padding are seen as those five alone."""
     layer, x = make(), tokens_of(12)
     valid_T = torch.arange(12) < 5
-    for observer in (router_metrics, decisions):
-        padded = layer(x, ObservedContext(valid_T=valid_T, observer=observer)).stats.observed
-        alone = layer(x[:5], ObservedContext(observer=observer)).stats.observed
+    for metrics_fn in (router_metrics, decisions):
+        padded = layer(x, TokenContext(valid_T=valid_T, metrics_fn=metrics_fn)).stats.metrics
+        alone = layer(x[:5], TokenContext(metrics_fn=metrics_fn)).stats.metrics
         for name, value in padded.items():
             if name.endswith("_TE"):
                 assert not value[5:].any()
@@ -164,10 +168,10 @@ def test_padding_is_not_observed() -> None:
 @drawn
 @given(drawn_routing=routings())
 def test_decisions_equal_the_loop(drawn_routing: tuple[Routing, int]) -> None:
-    chosen, _ = drawn_routing
-    seen = decisions(chosen, chosen, TokenContext())
-    for t, experts in enumerate(chosen.expert_TK.tolist()):
-        made = experts if chosen.keep_TK is None or bool(chosen.keep_TK[t, 0]) else []
+    routing, _ = drawn_routing
+    seen = decisions(routing, dropless_plan(routing), TokenContext())
+    for t, experts in enumerate(routing.expert_TK.tolist()):
+        made = experts if routing.selected_TK is None or bool(routing.selected_TK[t, 0]) else []
         assert seen["chosen_TE"][t].nonzero().flatten().tolist() == sorted(made)
         assert seen["first_TE"][t].nonzero().flatten().tolist() == made[:1]
 
@@ -175,17 +179,19 @@ def test_decisions_equal_the_loop(drawn_routing: tuple[Routing, int]) -> None:
 def test_observers_read_no_value() -> None:
     """On the meta device a host read would raise; a rank without tokens has no largest logit, and says 0."""
     empty = random_routing(0, 5, 2)
-    assert router_metrics(empty, empty, TokenContext())["logit_max"].tolist() == [0.0]
+    assert router_metrics(empty, dropless_plan(empty), TokenContext())["logit_max"].tolist() == [
+        0.0
+    ]
     routing = random_routing(8, 5, 2, masked=0.4)
-    assert routing.keep_TK is not None
+    assert routing.selected_TK is not None
     far = replace(
         routing,
         expert_TK=routing.expert_TK.to("meta"),
         weight_TK=routing.weight_TK.to("meta"),
         score_TE=routing.score_TE.to("meta"),
         logit_TE=routing.logit_TE.to("meta"),
-        keep_TK=routing.keep_TK.to("meta"),
+        selected_TK=routing.selected_TK.to("meta"),
     )
     context = TokenContext(valid_T=torch.empty(8, dtype=torch.bool, device="meta"))
-    assert router_metrics(far, far, context)["made_K"].shape == (2,)
+    assert router_metrics(far, dropless_plan(far), context)["made_K"].shape == (2,)
     assert decisions(far, far, context)["chosen_TE"].shape == (8, 5)

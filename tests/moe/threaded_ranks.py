@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dmoe.moe.comm import DataParallelComm
+from dmoe.moe.interfaces import DataParallelComm
 from dmoe.moe.routing import Routing
 
 __all__ = ["Singer", "cut", "sing"]
@@ -72,9 +72,9 @@ def cut(routing: Routing, ranks: int) -> list[Routing]:
         "weight_TK",
         "score_TE",
         "logit_TE",
-        "keep_TK",
-        "spare_TK",
-        "spare_weight_TK",
+        "selected_TK",
+        "next_expert_TS",
+        "next_weight_TS",
     )
     return [
         replace(routing, **{name: rows(getattr(routing, name), rank) for name in names})

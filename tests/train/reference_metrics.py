@@ -14,7 +14,7 @@ from dmoe.config.schema import Config
 from dmoe.data import open_data
 from dmoe.distributed import init as worlds
 from dmoe.distributed.expert_parallel import expert_parameters
-from dmoe.moe.routing import Routing
+from dmoe.moe.layer import MoEOutput
 from dmoe.train import engine as engines
 from dmoe.train.step import compute_gradients, forward, training_batches, update
 from dmoe.train.telemetry import Telemetry
@@ -56,25 +56,22 @@ def measured_step(rank: int, world: int, config: Config) -> Measured:
     """The first step of training, measured. What was decided is recorded in a forward of its own, without gradients, before it."""
     here = worlds.init_distributed("cpu")
     data = open_data(config.data, config.train.seed)
-    engine = engines.build(config, here, data.tokenizer.vocab_size)
+    engine = engines.build_engine(config, here, data.tokenizer.vocab_size)
     telemetry, layers = Telemetry(engine, data.domains), engine.model.moe_layers()
     batches, decisions = training_batches(data.train, engine, 0), []
     for batch in batches:
-        with torch.no_grad(), recorded(layers) as (after, before):
+        with torch.no_grad(), recorded(layers) as (outputs, _):
             forward(engine, batch, None)
-        decisions += [
-            decision(here.rank, n, *pair) for n, pair in enumerate(zip(before, after, strict=True))
-        ]
-    measurement = telemetry.begin(
-        True, time.monotonic() - rank
-    )  # every rank reads its data a second longer than the last
-    totals = compute_gradients(engine, batches, recorder=measurement)
+        decisions += [decision(here.rank, n, output) for n, output in enumerate(outputs)]
+    # Every rank reads its data a second longer than the previous one.
+    recorder = telemetry.start_recording(time.monotonic() - rank)
+    totals = compute_gradients(engine, batches, recorder=recorder)
     squares = {
         name: float(p.grad.double().square().sum())
         for name, p in engine.model.named_parameters()
         if p.grad is not None
     }
-    line = telemetry.train_line(
+    line = telemetry.train_record(
         update(engine, totals, 1e-3), tokens=0, learning_rate=1e-3, seconds=1.0, steps=1
     )
     biases = [
@@ -82,25 +79,21 @@ def measured_step(rank: int, world: int, config: Config) -> Measured:
     ]
     experts = list(expert_parameters(engine.model))
     return Measured(
-        line, decisions, squares, experts, biases, measurement.stopwatch.seconds, telemetry.peak
+        line, decisions, squares, experts, biases, recorder.timer.seconds, telemetry.peak_flops
     )
 
 
-def decision(rank: int, layer: int, before: Routing, after: Routing) -> Decision:
-    made = (
-        torch.ones_like(before.expert_TK, dtype=torch.bool)
-        if before.keep_TK is None
-        else before.keep_TK
-    )
-    kept = made if after.keep_TK is None else after.keep_TK
+def decision(rank: int, layer: int, output: MoEOutput) -> Decision:
+    before, after = output.routing, output.plan
+    selected_TK, kept_TK = before.is_selected_TK, after.is_kept_TK
     tensors = (
         before.expert_TK,
-        made,
+        selected_TK,
         before.weight_TK,
         before.score_TE,
         before.logit_TE,
         after.expert_TK,
-        kept,
+        kept_TK,
     )
     return Decision(rank, layer, *(tensor.detach().double().numpy().copy() for tensor in tensors))
 

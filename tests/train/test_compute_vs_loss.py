@@ -10,7 +10,8 @@ import torch
 
 from dmoe.config.schema import Config
 from dmoe.distributed import init as worlds
-from dmoe.moe.metrics import ObservedContext, decisions
+from dmoe.moe.metrics import decisions
+from dmoe.moe.routing import TokenContext
 from dmoe.train import engine as engines
 from dmoe.train.evaluation import evaluation_batches
 from dmoe.train.routing_analysis import ComputeVsLoss, correlation
@@ -40,25 +41,25 @@ Told = tuple[list[dict[str, Any]], list[list[tuple[int, float]]]]
 
 def evaluation(rank: int, world: int, config: Config) -> Told:
     """What is reported of each layer; and (experts taken, loss) of each real token of this rank, by layer."""
-    engine = engines.build(config, worlds.init_distributed("cpu"), VOCAB)
+    engine = engines.build_engine(config, worlds.init_distributed("cpu"), VOCAB)
     difficulty, sums, seen = (
         ComputeVsLoss(engine),
         list[torch.Tensor](),
         [list[tuple[int, float]]() for _ in range(2)],
     )
-    engine.wrapped.eval()
-    for part in evaluation_batches(engine.task.open().held_out, engine):
+    engine.wrapped_model.eval()
+    for part in evaluation_batches(engine.task.open_data().held_out, engine):
         valid_T = part.valid_BS.flatten()
         with torch.no_grad():
-            output = engine.wrapped(
-                part.input, part.target, ObservedContext(valid_T=valid_T, observer=decisions)
+            output = engine.wrapped_model(
+                part.input, part.target, TokenContext(valid_T=valid_T, metrics_fn=decisions)
             )
         sums = difficulty.update(output.stats, output.loss_T, valid_T, sums)
         for layer, stats in enumerate(output.stats):
             for t in range(len(valid_T)):
                 if valid_T[t]:
                     seen[layer].append(
-                        (int(stats.observed["chosen_TE"][t].sum()), float(output.loss_T[t]))
+                        (int(stats.metrics["chosen_TE"][t].sum()), float(output.loss_T[t]))
                     )
     return difficulty.report(sums), seen
 

@@ -17,7 +17,13 @@ from dmoe.data import open_data
 from dmoe.distributed import init as worlds
 from dmoe.moe.metrics import MAXIMA, SUMS
 from dmoe.train import engine as engines
-from dmoe.train.step import StepResult, compute_gradients, grad_norm, training_batches
+from dmoe.train.step import (
+    NULL_RECORDER,
+    StepResult,
+    compute_gradients,
+    grad_norm,
+    training_batches,
+)
 from dmoe.train.telemetry import Telemetry
 from tests.distributed.test_costs import COLLECTIVES, READS, counted
 from tests.ranks import run_ranks
@@ -28,7 +34,7 @@ def costs_of_two_steps(rank: int, world: int, config: Config) -> list[Counter[st
     """Collectives and host reads of a plain step and of a logged one, the line included."""
     here = worlds.init_distributed("cpu")
     data = open_data(config.data, config.train.seed)
-    engine = engines.build(config, here, data.tokenizer.vocab_size)
+    engine = engines.build_engine(config, here, data.tokenizer.vocab_size)
     telemetry, found = Telemetry(engine, data.domains), []
     for step, logged in enumerate((False, True)):
         counter = Counter[str]()
@@ -36,13 +42,13 @@ def costs_of_two_steps(rank: int, world: int, config: Config) -> list[Counter[st
             for owner, names in ((dist, COLLECTIVES), (torch.Tensor, READS)):
                 for name in names:
                     patch.setattr(owner, name, counted(counter, name, getattr(owner, name)))
-            measurement = telemetry.begin(logged, time.monotonic())
+            recorder = telemetry.start_recording(time.monotonic()) if logged else NULL_RECORDER
             totals = compute_gradients(
-                engine, training_batches(data.train, engine, step), recorder=measurement
+                engine, training_batches(data.train, engine, step), recorder=recorder
             )
             if logged:
                 result = StepResult(totals, grad_norm(totals), 1.0, False)
-                telemetry.train_line(result, tokens=0, learning_rate=1e-3, seconds=1.0, steps=1)
+                telemetry.train_record(result, tokens=0, learning_rate=1e-3, seconds=1.0, steps=1)
         engine.optimizer.zero_grad()
         found.append(counter)
     return found
@@ -65,11 +71,10 @@ def test_what_logging_costs(exchange: str) -> None:
 def test_every_sum_is_asked_for() -> None:
     """The names in the packed vector are those the observer returns; one too few would shift all that follow."""
     from dmoe.moe.layer import MoE
-    from dmoe.moe.metrics import ObservedContext, router_metrics
+    from dmoe.moe.metrics import router_metrics
+    from dmoe.moe.routing import TokenContext
 
-    seen = MoE(8, 4, 4, 2)(
-        torch.randn(3, 8), ObservedContext(observer=router_metrics)
-    ).stats.observed
+    seen = MoE(8, 4, 4, 2)(torch.randn(3, 8), TokenContext(metrics_fn=router_metrics)).stats.metrics
     assert tuple(seen) == (*SUMS, *MAXIMA)
 
 
@@ -81,11 +86,11 @@ def test_a_step_that_is_not_a_number_keeps_its_keys() -> None:
 
 
 def line_of_a_bad_step(rank: int, world: int, config: Config) -> dict[str, Any]:
-    engine = engines.build(config, worlds.init_distributed("cpu"), VOCAB)
+    engine = engines.build_engine(config, worlds.init_distributed("cpu"), VOCAB)
     telemetry = Telemetry(engine, ())
-    batches = training_batches(engine.task.open().train, engine, 0)
+    batches = training_batches(engine.task.open_data().train, engine, 0)
     totals = compute_gradients(
-        engine, batches, read_bytes=1, recorder=telemetry.begin(True, time.monotonic())
+        engine, batches, target_bytes=1, recorder=telemetry.start_recording(time.monotonic())
     )
     result = StepResult(replace(totals, loss_sum=math.nan), grad_norm(totals), 1.0, False)
-    return telemetry.train_line(result, tokens=0, learning_rate=1e-3, seconds=1.0, steps=1)
+    return telemetry.train_record(result, tokens=0, learning_rate=1e-3, seconds=1.0, steps=1)

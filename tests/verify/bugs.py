@@ -16,9 +16,9 @@ from torch import Tensor
 from dmoe.distributed import data_parallel, gradients, state_dict
 from dmoe.distributed.expert_parallel import expert_parameters
 from dmoe.models import transformer
-from dmoe.moe import capacity, dispatch, expert_queue, layer
+from dmoe.moe import dispatch, expert_queue, layer
 from dmoe.moe.experts.grouped_mlp import MLPExperts
-from dmoe.moe.routers import learned
+from dmoe.moe.routers import base
 from dmoe.train import engine, step
 
 __all__ = ["BUGS"]
@@ -37,9 +37,9 @@ def divided_by_edp() -> None:
 
     create = gradients.ExpertGradients.__init__
 
-    def remember(self: Any, model: Any, topology: Any) -> None:
-        create(self, model, topology)
-        self.parameters, self.copies = list(expert_parameters(model).values()), topology.edp
+    def remember(self: Any, model: Any, mesh: Any) -> None:
+        create(self, model, mesh)
+        self.parameters, self.copies = list(expert_parameters(model).values()), mesh.edp
 
     gradients.ExpertGradients.__init__ = remember
     gradients.ExpertGradients.wait_for_grads = finish_and_divide
@@ -48,15 +48,15 @@ def divided_by_edp() -> None:
 def norm_per_rank() -> None:
     """2: the global norm from this rank's own experts (Megatron-LM#785): replicas are clipped differently."""
     squares: list[Tensor] = []
-    unpack, square_sums = step.unpack, step.square_sums
+    unpack, square_sums = step.unpack, step.squared_grad_norms
 
-    def local_squares(model: Any, topology: Any) -> Tensor:
+    def local_squares(model: Any, mesh: Any) -> Tensor:
         squares[:] = [
-            square_sums(model, topology) * torch.tensor([topology.world_size, topology.edp])
+            square_sums(model, mesh) * torch.tensor([mesh.world_size, mesh.edp])
         ]
         return squares[0]
 
-    step.square_sums = local_squares
+    step.squared_grad_norms = local_squares
     step.unpack = lambda numbers, like: replace(
         unpack(numbers, like), squares=float(squares[0].sum())
     )
@@ -77,7 +77,7 @@ def experts_inside_the_average() -> None:
 
 def broadcast_at_start() -> None:
     """4: rank 0's experts over all others (DDP's constructor)."""
-    build = engine._model
+    build = engine._build_model
 
     def build_and_broadcast(*args: Any) -> Any:
         model = build(*args)
@@ -86,18 +86,18 @@ def broadcast_at_start() -> None:
                 dist.broadcast(parameter.data, 0)
         return model
 
-    engine._model = build_and_broadcast
+    engine._build_model = build_and_broadcast
 
 
 def one_ranks_experts_saved() -> None:
     """5: a checkpoint with one rank's experts in every place (DeepSpeed#6589, transformers#45662)."""
     model_state = state_dict.model_state
 
-    def first_ranks(model: Any, topology: Any) -> dict[str, Tensor]:
-        found = dict(model_state(model, topology))
+    def first_ranks(model: Any, mesh: Any) -> dict[str, Tensor]:
+        found = dict(model_state(model, mesh))
         for name, value in found.items():
-            if ".experts." in name and topology.ep_group is not None:
-                copy = gradients.local(value).clone()
+            if ".experts." in name and mesh.ep_group is not None:
+                copy = gradients.local_tensor(value).clone()
                 dist.broadcast(copy, 0)
                 found[name] = type(value).from_local(
                     copy,
@@ -116,8 +116,8 @@ def bias_after_drops() -> None:
     """6: the balancing bias fed with what was computed, not with what was chosen (Megatron, drop and pad): it never moves."""
     measure = layer.layer_stats
 
-    def after_drops(chosen: Any, limited: Any) -> Any:
-        seen = measure(chosen, limited)
+    def after_drops(*args: Any) -> Any:
+        seen = measure(*args)
         return replace(seen, choice_E=seen.kept_E)
 
     layer.layer_stats = after_drops
@@ -128,18 +128,18 @@ def auxiliary_over_world() -> None:
     auxiliary = layer.auxiliary_losses
 
     def scaled(
-        routing: Any, config: Any, context: Any, peers: Any, **kwargs: Any
+        routing: Any, config: Any, context: Any, shape: Any, comm: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        found = auxiliary(routing, config, context, peers, **kwargs)
-        return {name: loss / peers.size for name, loss in found.items()}
+        found = auxiliary(routing, config, context, shape, comm, **kwargs)
+        return {name: loss / comm.size for name, loss in found.items()}
 
     layer.auxiliary_losses = scaled
 
 
 def router_detached() -> None:
     """8: combine weights without a gradient: the router learns nothing from the main loss (Automodel#2995)."""
-    weigh = learned.combine_weights
-    learned.combine_weights = lambda *args, **kwargs: weigh(*args, **kwargs).detach()
+    weigh = base.combine_weights
+    base.combine_weights = lambda *args, **kwargs: weigh(*args, **kwargs).detach()
 
 
 def race() -> None:
@@ -157,13 +157,13 @@ def race() -> None:
 
 def capacity_from_rank() -> None:
     """10: capacity from a number of tokens that differs by rank (tutel#173)."""
-    slots = capacity.expert_capacity
+    slots = layer.expert_capacity
 
     def of_this_rank(factor: float, tokens: int, *rest: Any) -> int:
         rank = dist.get_rank() if dist.is_initialized() else 0
         return slots(factor * (1 + 0.5 * rank), tokens, *rest)
 
-    capacity.expert_capacity = of_this_rank
+    layer.expert_capacity = of_this_rank
 
 
 def wrong_inverse() -> None:
@@ -178,14 +178,14 @@ def wrong_inverse() -> None:
         wrong_TK[mine_TK] = rows.roll(1)
         return replace(placement, row_TK=wrong_TK), count_E
 
-    _everywhere("place_packed", swapped)
+    _everywhere("packed_permutation", swapped)
 
 
 def weights_twice() -> None:
     """12: combine weights applied at the source and once more."""
     combine = dispatch.unpermute
     _everywhere(
-        "combine",
+        "unpermute",
         lambda rows, weight_TK, placement: combine(rows, weight_TK * weight_TK, placement),
     )
 
@@ -200,13 +200,13 @@ def moments_not_resharded() -> None:
     """14: weights are resharded, Adam's moments stay where they were (Megatron-LM#5844)."""
     optimizer_state = state_dict.optimizer_state
 
-    def only_weights(model: Any, optimizer: Any, topology: Any) -> dict[str, Tensor]:
-        found = optimizer_state(model, optimizer, topology)
+    def only_weights(model: Any, optimizer: Any, mesh: Any) -> dict[str, Tensor]:
+        found = optimizer_state(model, optimizer, mesh)
         for name, value in found.items():
             if (
-                ".experts." in name and topology.ep_group is not None
+                ".experts." in name and mesh.ep_group is not None
             ):  # moments of some other rank's experts
-                turned = gradients.local(value).roll(1, 0)
+                turned = gradients.local_tensor(value).roll(1, 0)
                 found[name] = type(value).from_local(
                     turned,
                     value.device_mesh,

@@ -16,13 +16,13 @@ from tests.verify.test_verify import SHORT, lines
 
 def step_count_lost() -> None:
     """The optimizer's step count was no part of what was compared."""
-    share = checkpointer.share_step
-    checkpointer.share_step = lambda optimizer, step: share(optimizer, step * 0 + 1000)  # type: ignore[attr-defined]
+    share = checkpointer.set_optimizer_step
+    checkpointer.set_optimizer_step = lambda optimizer, step: share(optimizer, step * 0 + 1000)  # type: ignore[attr-defined]
 
 
 def bias_lost() -> None:
     """Nor were the routers' biases after a checkpoint's journey."""
-    loaded = checkpointer.load
+    loaded = checkpointer.load_training_state
 
     def load_and_forget(engine: Any, path: Any) -> Any:
         extra = loaded(engine, path)
@@ -30,17 +30,17 @@ def bias_lost() -> None:
             layer.router.get_buffer("bias_E").zero_()
         return extra
 
-    checkpointer.load = load_and_forget
+    checkpointer.load_training_state = load_and_forget
 
 
 def groups_for_sequences() -> None:
     """With one sequence a group, a capacity by sequence could not be told from one by rank."""
-    complete = MoE.with_shapes
+    batch_shape = MoE.batch_shape
 
-    def confused(self: MoE, context: Any, sequences: int, tokens: int) -> Any:
-        return complete(self, context, self.virtual_ranks, tokens)
+    def confused(self: MoE, sequences: int, tokens: int) -> Any:
+        return batch_shape(self, self.virtual_ranks, tokens)
 
-    MoE.with_shapes = confused  # type: ignore[method-assign]
+    MoE.batch_shape = confused  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(

@@ -76,21 +76,21 @@ def test_sound_layers_keep_the_rules_in_float32(settings: list[str], factor: str
         layer.router.bias_E.copy_(torch.randn(8, generator=generator) * 0.01)  # type: ignore[operator, union-attr]
     x = torch.randn(8, 64, 16, generator=generator).round(decimals=1)
     known = TokenContext(noise_key=(0, 0))
-    with torch.no_grad(), recorded([layer]) as (after, before):
+    with torch.no_grad(), recorded([layer]) as (outputs, before):
         layer(x, known)
-        naive_routing = naive.forward(layer, x, known).routing
-    found = witness(layer, after[0], before[0], 8)
+        naive_output = naive.forward(layer, x, known)
+    found = witness(layer, outputs[0], before[0], 8)
     assert found["lawful"].all()
     assert len(found["chosen"]) == 512
-    assert witness(layer, naive_routing, None, 8)["lawful"].all()
+    assert witness(layer, naive_output, None, 8)["lawful"].all()
 
 
 def test_what_the_router_chose_is_what_is_reported() -> None:
     layer = MoE(16, 8, 4, 2)
-    with torch.no_grad(), recorded([layer]) as (after, before):
+    with torch.no_grad(), recorded([layer]) as (outputs, before):
         layer(torch.randn(2, 8, 16))
     assert isinstance(before[0], Routing)
-    assert computed(after[0]).sum() == 32
+    assert computed(outputs[0].plan).sum() == 32
 
 
 def captured(gap: float, *, flipped: bool) -> Capture:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmoe.moe.routers.learned import LearnedRouter
+from dmoe.moe.routers.base import LearnedRouter
 
 __all__ = ["nudged", "pushed", "twins"]
 

@@ -1,4 +1,4 @@
-"""What an expert computes. `build` makes the routed experts of a layer."""
+"""Experts: the feed-forward networks of a MoE layer."""
 
 from __future__ import annotations
 
@@ -8,13 +8,28 @@ from dmoe.moe.experts.grouped_mlp import FeedForward, MLPExperts
 from dmoe.moe.experts.heterogeneous import HeterogeneousExperts
 from dmoe.moe.experts.zero_cost import ZeroCost
 
-__all__ = ["Experts", "FeedForward", "HeterogeneousExperts", "MLPExperts", "ZeroCost", "build"]
+__all__ = [
+    "Experts",
+    "FeedForward",
+    "HeterogeneousExperts",
+    "MLPExperts",
+    "ZeroCost",
+    "build_experts",
+]
 
 
-def build(
+def build_experts(
     config: ExpertsConfig, dim: int, expert_dim: int, num_experts: int, out_dim: int
 ) -> Experts:
-    """Experts of the shapes that `config` gives, or `num_experts` of one hidden width `expert_dim`."""
+    """Build experts of the shapes in `config`, or uniform ones of hidden width `expert_dim`.
+
+    Args:
+        config: section `moe.experts`.
+        dim: input width D.
+        expert_dim: hidden width F of uniform experts.
+        num_experts: number of uniform experts, zero-cost ones excluded.
+        out_dim: output width M.
+    """
     if config.shapes:
         return HeterogeneousExperts(config.kind, dim, config.shapes, out_dim)
     return MLPExperts(config.kind, dim, expert_dim, num_experts, out_dim)

@@ -1,14 +1,27 @@
-"""The elementwise middle of an expert.
+"""Elementwise functions: the activations of experts, and gated fusion.
 
-A gated unit is memory traffic, not arithmetic: written plainly it makes two temporaries forward and five backward, which on a CPU
-cost as much as a third of the GEMMs. The functions here keep only their input and work in place.
+A gated activation is memory traffic, not arithmetic: written plainly it makes two temporaries in
+forward and five in backward, which on a CPU cost as much as a third of the GEMMs. The activations
+here keep only their input and work in place.
 
-Letters: R rows, F hidden width, H = 2F for gated kinds, else F.
+Gated fusion (Arevalo et al. 2017, "Gated Multimodal Units"): a gate for each element, computed from
+all streams together.
+
+    two streams:   g = sigmoid([f_1 | f_2] G + c),                     y = g * f_1 + (1 - g) * f_2
+    S streams:     g = softmax over s of ([f_1 | ... | f_S] G_s + c_s),   y = sum_s g_s * f_s
+
+The last stream's logit is 0, which makes the softmax of two exactly the sigmoid. A missing stream
+is left out of the softmax. G = 0 and c = 0 give the mean. Cost: 2 S (S-1) W^2 FLOPs per token and T
+* S * W values of memory. No collective, no host sync.
+
+Letters: R rows, F hidden width, H = 2F for gated kinds, else F; T tokens, S streams, W width of
+each stream, X = (S-1) * W, A = S * W.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,31 +44,37 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]]
         ),
     ),
 }
-"""Each kind's curve, and its derivative times a gradient, written into `grad_input`."""
+"""The nonlinearity of each kind, and its derivative times a gradient, written to `grad_input`."""
 
 
 def activate(kind: str, hidden_RH: Tensor) -> Tensor:
-    """[R, F], without autograd: `curve(gate) * up` of [gate | up] for gated kinds (Shazeer 2020), else `curve(hidden)`."""
-    curve, _ = ACTIVATIONS[kind]
+    """Compute `f(gate) * up` of [gate | up] for gated kinds (Shazeer 2020), else `f(hidden)`; [R, F].
+
+    Without autograd.
+    """
+    nonlinearity, _ = ACTIVATIONS[kind]
     if kind not in GATED:
-        return curve(hidden_RH)
+        return nonlinearity(hidden_RH)
     gate, up = hidden_RH.chunk(2, -1)
-    return curve(gate).mul_(up)
+    return nonlinearity(gate).mul_(up)
 
 
 def activate_backward(kind: str, hidden_RH: Tensor, grad_RF: Tensor) -> tuple[Tensor, Tensor]:
-    """`activate` once more and the gradient of its input: computing both here is cheaper than keeping the first."""
-    curve, derivative = ACTIVATIONS[kind]
+    """Recompute `activate` and compute the gradient of its input.
+
+    Computing both here is cheaper than keeping the first from forward.
+    """
+    nonlinearity, derivative = ACTIVATIONS[kind]
     grad_RH = torch.empty_like(hidden_RH)
     if kind not in GATED:
         derivative(grad_RF, hidden_RH, grad_input=grad_RH)
-        return curve(hidden_RH), grad_RH
+        return nonlinearity(hidden_RH), grad_RH
     gate, up = hidden_RH.chunk(2, -1)
     grad_gate, grad_up = grad_RH.chunk(2, -1)
-    bent = curve(gate)
-    torch.mul(grad_RF, bent, out=grad_up)
+    activated = nonlinearity(gate)
+    torch.mul(grad_RF, activated, out=grad_up)
     derivative(grad_RF * up, gate, grad_input=grad_gate)
-    return bent.mul_(up), grad_RH
+    return activated.mul_(up), grad_RH
 
 
 class _Activate(Function):
@@ -72,21 +91,61 @@ class _Activate(Function):
 
 
 def differentiable(kind: str, hidden_RH: Tensor) -> Tensor:
-    """`activate` with autograd, for any [..., H]."""
+    """Compute `activate` with autograd, for any [..., H]."""
     out: Tensor = _Activate.apply(hidden_RH, kind)
     return out
 
 
 def swiglu(hidden_R2F: Tensor) -> Tensor:
-    """`silu(gate) * up` of [gate | up] (Shazeer 2020, "GLU variants improve transformer"). [R, 2F] -> [R, F]."""
+    """Compute `silu(gate) * up` of [gate | up], [R, 2F] -> [R, F].
+
+    Shazeer 2020, "GLU variants improve transformer".
+    """
     return differentiable("swiglu", hidden_R2F)
-
-
-def swiglu_reference(hidden_R2F: Tensor) -> Tensor:
-    gate, up = hidden_R2F.chunk(2, -1)
-    return gate * torch.sigmoid(gate) * up
 
 
 ACTIVATION_FNS: dict[str, Callable[[Tensor], Tensor]] = {
     kind: partial(differentiable, kind) for kind in ACTIVATIONS
 }
+"""The differentiable activation of each kind."""
+
+
+def gated_sum(
+    stream_TSW: Tensor, present_TS: Tensor | None, gate_AX: Tensor, bias_X: Tensor
+) -> Tensor:
+    """Sum the streams, weighted elementwise by the gate; 0 for tokens without any stream.
+
+    Args:
+        stream_TSW: the streams; zeros where missing.
+        present_TS: bool, False where a stream is missing. None: all present.
+        gate_AX: G.
+        bias_X: c.
+
+    Returns:
+        [T, W], in the dtype of the streams.
+    """
+    logit_TX = stream_TSW.flatten(1) @ gate_AX.to(stream_TSW.dtype) + bias_X.to(stream_TSW.dtype)
+    logit_TSW = torch.cat([logit_TX, torch.zeros_like(stream_TSW[:, 0])], 1).view(stream_TSW.shape)
+    if present_TS is not None:
+        missing_TS1 = ~present_TS.unsqueeze(-1)
+        # padding has no stream at all, and a softmax over nothing is NaN
+        none_T11 = missing_TS1.all(1, keepdim=True)
+        logit_TSW = logit_TSW.masked_fill(missing_TS1 & ~none_T11, -math.inf)
+    return (logit_TSW.softmax(1) * stream_TSW).sum(1)
+
+
+def gated_sum_reference(
+    streams: Sequence[Tensor | None], gate_AX: Tensor, bias_X: Tensor
+) -> Tensor:
+    """Compute `gated_sum` of one token from the formula, [W]; None marks a missing stream.
+
+    The naive twin of adapters' gated fusion (`dmoe verify`) uses it.
+    """
+    width = bias_X.shape[0] // (len(streams) - 1)
+    input_A = torch.cat([bias_X.new_zeros(width) if f is None else f for f in streams])
+    logits = [*(input_A @ gate_AX + bias_X).view(-1, width), bias_X.new_zeros(width)]
+    total_W, mass_W = bias_X.new_zeros(width), bias_X.new_zeros(width)
+    for f, logit_W in zip(streams, logits, strict=True):
+        if f is not None:
+            total_W, mass_W = total_W + logit_W.exp() * f, mass_W + logit_W.exp()
+    return total_W / mass_W if any(f is not None for f in streams) else total_W

@@ -1,20 +1,20 @@
-"""What every kind of routed expert is: rows in, rows out, and what a row costs.
+"""The base class of routed experts: rows in, rows out, and the cost of a row.
 
-Letters: R rows, D width in, M width out, E experts.
+Letters: R rows, D input width, M output width, E experts.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dmoe.moe.dispatch import TokensPerExpert
+from dmoe.moe.interfaces import TokensPerExpert
 from dmoe.moe.placement import ExpertPlacement
 
 
 class Experts(nn.Module):
-    """The routed experts of a layer: of all E, until `keep` leaves those of one rank.
+    """The routed experts of a layer: all E, until `shard` keeps those of one rank.
 
-    `matrices`: rows and columns of the matrices of every expert of all ranks, first to last.
+    `matrices`: (rows, columns) of the matrices of every expert of all ranks, first to last.
     """
 
     def __init__(self, kind: str, matrices: tuple[tuple[tuple[int, int], ...], ...]) -> None:
@@ -23,26 +23,26 @@ class Experts(nn.Module):
 
     @property
     def multiply_adds(self) -> tuple[int, ...]:
-        """Of one row with each expert, which is the number of its weights too: there are no biases."""
-        return tuple(sum(rows * columns for rows, columns in one) for one in self.matrices)
+        """Multiply-adds of one row with each expert; also its number of weights (no biases)."""
+        return tuple(sum(rows * columns for rows, columns in shapes) for shapes in self.matrices)
 
     @property
     def flops(self) -> tuple[int, ...]:
-        """Forward FLOPs of one row with each expert, two for each multiply-add; backward takes twice as many."""
+        """Forward FLOPs of one row with each expert: two per multiply-add; backward takes twice that."""
         return tuple(2 * number for number in self.multiply_adds)
 
     @property
     def cost(self) -> tuple[float, ...]:
-        """Each expert's multiply-adds a row as a share of those of all experts together: they sum to 1."""
+        """Multiply-adds of each expert as a share of those of all experts; they sum to 1."""
         total = sum(self.multiply_adds)
         return tuple(number / total for number in self.multiply_adds)
 
-    def forward(self, rows_RD: Tensor, per_expert: TokensPerExpert) -> Tensor:
-        """rows_RM of rows that stand in the order of this rank's places."""
+    def forward(self, rows_RD: Tensor, tokens_per_expert: TokensPerExpert) -> Tensor:
+        """Compute rows_RM of rows grouped by this rank's physical experts."""
         raise NotImplementedError
 
     def placement(self, ranks: int) -> ExpertPlacement:
-        """Which of so many ranks would have which experts."""
+        """Return the placement of the experts on `ranks` ranks."""
         raise NotImplementedError
 
     def shard(self, placement: ExpertPlacement, rank: int) -> None:
@@ -50,5 +50,12 @@ class Experts(nn.Module):
         raise NotImplementedError
 
     def initialize(self, seed: int, layer: int, std: float, out_std: float) -> None:
-        """Draw the weights anew, each expert's from a generator of its own: the same weights at any EP size."""
+        """Draw the weights, each expert's from its own generator: the same weights at any EP size.
+
+        Args:
+            seed: seed of the run.
+            layer: index among the MoE layers.
+            std: standard deviation of all matrices but the last.
+            out_std: standard deviation of the last matrix.
+        """
         raise NotImplementedError

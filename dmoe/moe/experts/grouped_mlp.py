@@ -1,17 +1,12 @@
-"""Feed-forward experts, stacked on the expert dimension so that they shard, and the same feed-forward for every token.
+"""Feed-forward experts, stacked on the expert dimension so that they shard, and the dense feed-forward.
 
-Letters: R rows, D width in, M width out, F hidden width, H = 2F for gated kinds, else F; E experts, e experts here.
+`feed_forward` computes all experts as one autograd function, one expert at a time on the CPU:
+between the two products of an expert its hidden rows are still in the cache, and no temporary is
+larger than one expert's rows. glibc returns every block above 32 MiB to the system, so a larger one
+would be page-faulted again in every forward.
 
-The feed-forward of all experts as one autograd function, an expert at a time.
-
-Between the two products of an expert its hidden rows are still in the cache, and no temporary is larger than one expert's rows:
-glibc returns every block above 32 MiB to the system, so each larger one is paid for again, page by page, in every forward.
-
-Letters: R rows, D width in, M width out, F hidden width, H = 2F for gated kinds, else F; e experts here.
-
-`rows @ weight[expert of the row]` for rows that are grouped by expert.
-
-Letters: R rows, I input width, O output width, e experts here.
+Letters: R rows, D input width, M output width, F hidden width, H = 2F for gated kinds, else F; I
+input and O output width of one product; E experts, e local experts.
 """
 
 from __future__ import annotations
@@ -24,38 +19,42 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import grouped_mm
 
-from dmoe.config.expert_shapes import GATED, matrices
-from dmoe.moe.dispatch import TokensPerExpert
+from dmoe.config.expert_shapes import GATED, matrix_shapes
 from dmoe.moe.experts.activation import ACTIVATION_FNS, activate, activate_backward
 from dmoe.moe.experts.base import Experts
+from dmoe.moe.interfaces import TokensPerExpert
 from dmoe.moe.placement import ExpertPlacement, contiguous_placement
 from dmoe.moe.rng import normal_
 
 
 class MLPExperts(Experts):
-    """Expert e computes `activation(x @ w_in[e]) @ w_out[e]`; gated kinds split the middle in two. No biases: zero stays zero,
-    so an empty slot contributes nothing, forward or backward.
+    """Uniform experts: expert e computes `activation(x @ w_in[e]) @ w_out[e]`.
 
-    Parameters: `w_in` [e, D, H] and `w_out` [e, F, M]; of all E experts until `shard` keeps a contiguous run of them.
-    Their dtype is cast to the rows' (bf16 rows under autocast, float32 master weights).
+    Gated kinds split the hidden rows in two. No biases: zero stays zero, so an empty slot
+    contributes nothing, forward or backward.
+
+    Parameters: `w_in` [e, D, H] and `w_out` [e, F, M]; of all E experts until `shard` keeps a
+    contiguous run. They are cast to the rows' dtype (bf16 rows under autocast, float32 master
+    weights).
     """
 
     def __init__(
         self, kind: str, dim: int, expert_dim: int, num_experts: int, out_dim: int
     ) -> None:
-        one = matrices([expert_dim], dim, out_dim, kind)
-        super().__init__(kind, (one,) * num_experts)
+        shapes = matrix_shapes([expert_dim], dim, out_dim, kind)
+        super().__init__(kind, (shapes,) * num_experts)
         self.first = 0
-        self.w_in = nn.Parameter(torch.empty(num_experts, *one[0]))
-        self.w_out = nn.Parameter(torch.empty(num_experts, *one[1]))
+        """Global id of the first local expert."""
+        self.w_in = nn.Parameter(torch.empty(num_experts, *shapes[0]))
+        self.w_out = nn.Parameter(torch.empty(num_experts, *shapes[1]))
 
-    def forward(self, rows_RD: Tensor, per_expert: TokensPerExpert) -> Tensor:
+    def forward(self, rows_RD: Tensor, tokens_per_expert: TokensPerExpert) -> Tensor:
         return feed_forward(
             self.kind,
             rows_RD,
             self.w_in.to(rows_RD.dtype),
             self.w_out.to(rows_RD.dtype),
-            per_expert,
+            tokens_per_expert,
         )
 
     def placement(self, ranks: int) -> ExpertPlacement:
@@ -73,7 +72,7 @@ class MLPExperts(Experts):
             setattr(self, name, nn.Parameter(kept))
 
     def initialize(self, seed: int, layer: int, std: float, out_std: float) -> None:
-        """Every expert from a generator of its own, keyed by its global id: the same weights at any EP size."""
+        """Draw each expert from its own generator, keyed by its global id: the same at any EP size."""
         for local in range(len(self.w_in)):
             expert = self.first + local
             normal_(self.w_in[local], std, seed, "expert", layer, expert, "in")
@@ -81,7 +80,7 @@ class MLPExperts(Experts):
 
 
 class FeedForward(nn.Module):
-    """One feed-forward that every token passes: a dense layer, or the shared experts of a MoE layer as one wide expert.
+    """A feed-forward for every token: a dense layer, or the shared experts of a MoE layer.
 
     n shared experts of width F are one of width n*F: their sum is the same matrix product.
     """
@@ -102,26 +101,40 @@ class FeedForward(nn.Module):
 
 
 def feed_forward(
-    kind: str, rows_RD: Tensor, w_in: Tensor, w_out: Tensor, per_expert: TokensPerExpert
+    kind: str, rows_RD: Tensor, w_in: Tensor, w_out: Tensor, tokens_per_expert: TokensPerExpert
 ) -> Tensor:
-    """`activation(rows @ w_in[e]) @ w_out[e]`, [R, D] -> [R, M], rows grouped by expert.
+    """Compute `activation(rows @ w_in[e]) @ w_out[e]`, [R, D] -> [R, M].
 
-    On the CPU expert by expert; elsewhere in three steps over all rows, where one large kernel beats e small ones. Keeps the rows
-    and the hidden rows for backward. On the CPU one host read of `per_expert`, which is there already.
+    On the CPU expert by expert; elsewhere in three steps over all rows, where one large kernel
+    beats e small ones. Keeps the rows and the hidden rows for backward. Host syncs: none (on the
+    CPU, `tokens_per_expert` is in host memory).
+
+    Args:
+        kind: activation, a key of `ACTIVATIONS`.
+        rows_RD: rows grouped by expert.
+        w_in: [e, D, H], in the rows' dtype.
+        w_out: [e, F, M], in the rows' dtype.
+        tokens_per_expert: rows of each local expert.
     """
     if rows_RD.device.type != "cpu":
-        return feed_forward_in_steps(kind, rows_RD, w_in, w_out, per_expert)
-    sizes = [per_expert] * len(w_in) if isinstance(per_expert, int) else per_expert.tolist()
+        return feed_forward_in_steps(kind, rows_RD, w_in, w_out, tokens_per_expert)
+    sizes = (
+        [tokens_per_expert] * len(w_in)
+        if isinstance(tokens_per_expert, int)
+        else tokens_per_expert.tolist()
+    )
     out: Tensor = _FeedForward.apply(rows_RD, w_in, w_out, sizes, kind)
     return out
 
 
 def feed_forward_in_steps(
-    kind: str, rows_RD: Tensor, w_in: Tensor, w_out: Tensor, per_expert: TokensPerExpert
+    kind: str, rows_RD: Tensor, w_in: Tensor, w_out: Tensor, tokens_per_expert: TokensPerExpert
 ) -> Tensor:
-    """The same, one operation after the other. What CUDA runs, and what the fused one is tested against."""
+    """Compute `feed_forward` one operation after the other: the CUDA path, and the tests' reference."""
     return grouped_linear(
-        ACTIVATION_FNS[kind](grouped_linear(rows_RD, w_in, per_expert)), w_out, per_expert
+        ACTIVATION_FNS[kind](grouped_linear(rows_RD, w_in, tokens_per_expert)),
+        w_out,
+        tokens_per_expert,
     )
 
 
@@ -152,31 +165,34 @@ class _FeedForward(Function):
         )
         start = 0
         for e, (h, size) in enumerate(zip(hidden, ctx.sizes, strict=True)):
-            here = slice(start, start := start + size)
-            grad = grads[0][here]
-            bent, grad_h = activate_backward(ctx.kind, h, grad @ w_out[e].t())
+            part = slice(start, start := start + size)
+            grad = grads[0][part]
+            activated, grad_h = activate_backward(ctx.kind, h, grad @ w_out[e].t())
             if grad_out is not None:
-                outer(bent, grad, grad_out[e])
+                _weight_grad(activated, grad, grad_out[e])
             if grad_in is not None:
-                outer(rows_RD[here], grad_h, grad_in[e])
+                _weight_grad(rows_RD[part], grad_h, grad_in[e])
             if grad_rows is not None:
-                torch.mm(grad_h, w_in[e].t(), out=grad_rows[here])
+                torch.mm(grad_h, w_in[e].t(), out=grad_rows[part])
         return grad_rows, grad_in, grad_out, None, None
 
 
-def grouped_linear(rows_RI: Tensor, weight_eIO: Tensor, per_expert: TokensPerExpert) -> Tensor:
-    """[R, O]. An expert without rows takes part with zero rows and gets a zero gradient.
+def grouped_linear(
+    rows_RI: Tensor, weight_eIO: Tensor, tokens_per_expert: TokensPerExpert
+) -> Tensor:
+    """Compute `rows @ weight[e]` for rows grouped by expert, [R, O].
 
-    Equal groups (an int) are one batched GEMM. Unequal ones are `torch.nn.functional.grouped_mm` on CUDA, which reads the group
-    ends on the device; on the CPU a loop of GEMMs that write straight into the result, measured at 0.6 times the time of
-    `grouped_mm` there (benchmarks/layer.py), and which also takes float64.
+    An expert without rows gets a zero gradient. Equal groups (an int) are one batched GEMM. Unequal
+    ones are `torch.nn.functional.grouped_mm` on CUDA, which reads the group ends on the device; on
+    the CPU a loop of GEMMs that write into the result, measured at 0.6 times the time of
+    `grouped_mm` there (benchmarks/layer.py), and which also supports float64.
     """
-    if isinstance(per_expert, int):
+    if isinstance(tokens_per_expert, int):
         experts, width, out = weight_eIO.shape
-        return torch.bmm(rows_RI.view(experts, per_expert, width), weight_eIO).view(
-            experts * per_expert, out
+        return torch.bmm(rows_RI.view(experts, tokens_per_expert, width), weight_eIO).view(
+            experts * tokens_per_expert, out
         )
-    result: Tensor = _GroupedLinear.apply(rows_RI, weight_eIO, per_expert)
+    result: Tensor = _GroupedLinear.apply(rows_RI, weight_eIO, tokens_per_expert)
     return result
 
 
@@ -195,7 +211,7 @@ class _GroupedLinear(Function):
             if ctx.needs_input_grad[0]
             else None
         )
-        grad_weight = _outers(rows_RI, grad_RO, count_e) if ctx.needs_input_grad[1] else None
+        grad_weight = _weight_grads(rows_RI, grad_RO, count_e) if ctx.needs_input_grad[1] else None
         return grad_rows, grad_weight, None
 
 
@@ -210,21 +226,22 @@ def _rows_times_weight(rows_RI: Tensor, weight_eIO: Tensor, count_e: Tensor) -> 
     return out_RO
 
 
-def _outers(rows_RI: Tensor, grad_RO: Tensor, count_e: Tensor) -> Tensor:
-    """[e, I, O]: the weights' gradient, `rows^T @ grad` of each expert."""
+def _weight_grads(rows_RI: Tensor, grad_RO: Tensor, count_e: Tensor) -> Tensor:
+    """Compute the weights' gradient, `rows^T @ grad` of each expert, [e, I, O]."""
     if rows_RI.is_cuda:
         return grouped_mm(rows_RI.t(), grad_RO, offs=count_e.cumsum(0).to(torch.int32))
     out_eIO = rows_RI.new_empty(len(count_e), rows_RI.shape[1], grad_RO.shape[1])
     for rows, grad, out in zip(*_split(count_e, rows_RI, grad_RO), out_eIO, strict=True):
-        outer(rows, grad, out)
+        _weight_grad(rows, grad, out)
     return out_eIO
 
 
-def outer(rows_RI: Tensor, grad_RO: Tensor, out_IO: Tensor) -> None:
-    """`out = rows^T @ grad` of one expert.
+def _weight_grad(rows_RI: Tensor, grad_RO: Tensor, out_IO: Tensor) -> None:
+    """Write `rows^T @ grad` of one expert to `out_IO`.
 
-    In bf16 oneDNN takes up to twice as long for a transposed left side as for a copy of it and a plain product, because the rows of
-    an expert are no round number; MKL in float32 does not care.
+    In bf16, oneDNN takes up to twice as long for a transposed left operand as for a copy of it and
+    a plain product, because the number of rows of an expert is not round; MKL in float32 shows no
+    difference.
     """
     left_IR = rows_RI.t() if rows_RI.element_size() >= 4 else rows_RI.t().contiguous()
     torch.mm(left_IR, grad_RO, out=out_IO)
@@ -233,10 +250,3 @@ def outer(rows_RI: Tensor, grad_RO: Tensor, out_IO: Tensor) -> None:
 def _split(count_e: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     sizes = count_e.tolist()
     return [tensor.split(sizes) for tensor in tensors]
-
-
-def grouped_linear_reference(rows_RI: Tensor, weight_eIO: Tensor, count_e: Tensor) -> Tensor:
-    """One row at a time. For tests."""
-    expert_R = torch.arange(len(count_e)).repeat_interleave(count_e)
-    rows = [row @ weight_eIO[e] for row, e in zip(rows_RI, expert_R.tolist(), strict=True)]
-    return torch.stack(rows) if rows else rows_RI.new_zeros(0, weight_eIO.shape[2])

@@ -1,42 +1,49 @@
-"""The Switch loss: experts should be chosen equally often.
+"""Auxiliary losses of routers, and this rank's share of each.
 
-    loss = E * sum over experts e of  f_e * P_e            (Fedus et al. 2021, eq. 4; 1 at perfect balance, for any K)
+A loss is one number per unit (a sequence, a micro-batch of one virtual rank, or the global
+micro-batch), and the trained loss is its mean over all units. `auxiliary_losses` returns this
+rank's share of that mean: the sum of the shares over the data-parallel ranks is the mean. So the
+loss of a run is the same number on any number of ranks, and a single process reads the loss itself.
+Assignments are counted before any drop; padding counts nowhere; a unit of padding alone has loss 0
+but counts as a unit. Units are equal, contiguous runs of tokens.
 
-    f_e = share of the unit's choices that fell on e, before any drop (a count: no gradient)
-    P_e = mean over the unit's tokens of the score of e, normalised to sum 1 over the experts
+Switch load-balancing loss: experts should be selected equally often (Fedus et al. 2021, eq. 4; 1 at
+perfect balance, for any K).
 
-Letters: T tokens, E experts, U units.
+    loss = E * sum over experts e of  f_e * P_e
 
-The router z-loss: logits should stay small, where float32's softmax is accurate.
+    f_e = share of the unit's assignments to e, before any drop (a count: no gradient)
+    P_e = mean over the unit's tokens of the score of e, normalized to sum 1 over the experts
 
-    loss = mean over the unit's tokens of  logsumexp(logits)^2            (Zoph et al. 2022, ST-MoE, eq. 5)
+Router z-loss: logits should stay small, where float32's softmax is accurate (Zoph et al. 2022,
+ST-MoE, eq. 5).
 
-Letters: T tokens, E experts, U units.
+    loss = mean over the unit's tokens of  logsumexp(logits)^2
 
-Two losses on how unequal the experts' scores are, whatever was chosen.
+Importance and usage_std: the experts' scores should be equal, whatever is selected (Shazeer et al.
+2017, eq. 6-7).
 
-    importance = CV^2 over experts of  sum_t s_te      (Shazeer et al. 2017, eq. 6-7, with CV^2 = population variance / mean^2)
+    importance = CV^2 over experts of  sum_t s_te           (CV^2 = population variance / mean^2)
     usage_std  = population standard deviation over experts of  mean_t (s_te / sum_e s_te)
 
-Both are 0 when every expert has the same total. s are the router's scores over all experts, as they are for importance (a common
-factor cancels in CV), normalised to sum 1 a token for usage. No collective, no host sync.
-
-Letters: T tokens, E experts, U units.
-
-The load loss: the *number* of tokens an expert gets, made smooth by the router's noise (Shazeer et al. 2017, appendix A).
+Smooth load: the number of tokens per expert, made differentiable by the router's noise (Shazeer et
+al. 2017, appendix A).
 
     loss    = CV^2 over experts of Load_e               (eq. 11)
     Load_e  = sum over tokens of P(x, e)                (eq. 10)
     P(x, e) = Phi((clean_e - kth_excluding(H, K, e)) / std_e)      (eq. 8-9)
 
-P is the probability that e is among the token's K best if only its own noise were drawn again: H are the noisy logits, `clean` the
-logits without noise, `std` the noise's standard deviation, Phi the normal distribution function, and kth_excluding(H, K, e) the K-th
-largest of H without its e-th entry. With K = E every expert is chosen with certainty: P = 1.
+P is the probability that e is among the token's K best if only its own noise were drawn again: H
+are the noisy logits, `clean` the logits without noise, `std` the noise's standard deviation, Phi
+the normal distribution function, and kth_excluding(H, K, e) the K-th largest of H without its e-th
+entry. With K = E every expert is selected with certainty: P = 1. A router without noise is refused.
+In evaluation no noise is drawn (H = clean), and the noisy router still reports its standard
+deviation. Cost: one sort of [T, E].
 
-Without noise the load is a count and has no gradient: a router that reports none is refused. In evaluation nothing is drawn (H =
-clean), and the noisy router still says how much it would have been. Cost: one sort of [T, E]. No collective, no host sync.
+Cost: one all-reduce of E + 1 int64 per layer if `switch_level` is `global`, else no collective. No
+host sync.
 
-Letters: T tokens, E experts, K experts a token, U units.
+Letters: T tokens, E experts, K experts per token, U units on this rank, L MoE layers, X any width.
 """
 
 from __future__ import annotations
@@ -46,38 +53,93 @@ import math
 import torch
 from torch import Tensor
 
-from dmoe.moe.comm import DataParallelComm
-from dmoe.moe.load_balancing.groups import (
-    choice_count,
-    fraction,
-    masked,
-    mean_over_tokens,
-    normalized,
-    real_tokens,
-    squared_variation,
-    sum_over_tokens,
-)
-from dmoe.moe.routing import Noise, Routing
+from dmoe.config.schema import BalanceConfig
+from dmoe.moe.interfaces import DataParallelComm
+from dmoe.moe.routing import BatchShape, Noise, Routing, TokenContext, count_per_expert
+
+LOSSES = ("switch", "z", "importance", "load", "usage_std")
+"""Fields of `BalanceConfig` that are coefficients of a loss. `bias` is none: it changes the
+selection, not the loss."""
+
+
+def coefficients(config: BalanceConfig) -> dict[str, float]:
+    """Return the nonzero coefficients by name of the auxiliary loss, always in the same order."""
+    return {name: getattr(config, name) for name in LOSSES if getattr(config, name) != 0.0}
+
+
+def auxiliary_losses(
+    routing: Routing,
+    config: BalanceConfig,
+    context: TokenContext,
+    shape: BatchShape,
+    comm: DataParallelComm,
+    *,
+    layer: int,
+    micro_batches: int,
+) -> dict[str, Tensor]:
+    """Compute this rank's share of each auxiliary loss with a nonzero coefficient.
+
+    Args:
+        routing: the router's decision, before capacity.
+        config: coefficients and the level of the Switch loss.
+        context: `valid_T` and `prior_count_LE`.
+        shape: number of sequences.
+        comm: all data-parallel ranks.
+        layer: index into `prior_count_LE`.
+        micro_batches: number of units of level `micro_batch` on this rank.
+
+    Returns:
+        Scalars by name, unweighted.
+    """
+    valid_T = context.valid_T
+    losses: dict[str, Tensor] = {}
+    for name in coefficients(config):
+        if name == "switch" and config.switch_level == "global":
+            prior_E = None if context.prior_count_LE is None else context.prior_count_LE[layer]
+            losses[name] = switch_loss_global(routing, prior_E, valid_T, comm)
+            continue
+        if name == "switch":
+            units = shape.sequences if config.switch_level == "sequence" else micro_batches
+            loss_U = switch_loss(routing, valid_T, units)
+        elif name == "z":
+            loss_U = z_loss(routing.logit_TE, valid_T, micro_batches)
+        elif name == "importance":
+            loss_U = importance_loss(routing.score_TE, valid_T, micro_batches)
+        elif name == "load":
+            loss_U = load_loss(routing, valid_T, micro_batches)
+        else:
+            loss_U = usage_std_loss(routing.score_TE, valid_T, micro_batches)
+        # every rank has the same number of units
+        losses[name] = loss_U.sum() / (max(1, len(loss_U)) * comm.size)
+    return losses
 
 
 def switch_loss(routing: Routing, valid_T: Tensor | None, units: int) -> Tensor:
-    """[U]: the loss of each unit. No collective, no host sync."""
+    """Compute the Switch loss of each unit, [U]."""
     share_UE = fraction(choice_count(routing, units).to(routing.score_TE.dtype))
     mean_UE = mean_over_tokens(normalized(routing.score_TE), valid_T, units)
-    return routing.score_TE.shape[1] * (share_UE * mean_UE).sum(-1)
+    return routing.num_experts * (share_UE * mean_UE).sum(-1)
 
 
 def switch_loss_global(
     routing: Routing, prior_E: Tensor | None, valid_T: Tensor | None, comm: DataParallelComm
 ) -> Tensor:
-    """Scalar share of the loss whose f and P are taken over the global micro-batch (Qiu et al. 2025, "Demons in the detail").
+    """Compute this rank's share of the Switch loss over the global micro-batch.
 
-    f also counts the optimizer step's earlier accumulation steps (`prior_E`). Sum the shares over the ranks to get the loss.
-    One all-reduce of E + 1 int64, no host sync.
+    Qiu et al. 2025, "Demons in the detail". One all-reduce of E + 1 int64, no host sync.
+
+    Args:
+        routing: the router's decision, before capacity.
+        prior_E: int64, assignments of the optimizer step's earlier accumulation steps, added to f.
+        valid_T: bool, False for padding.
+        comm: all data-parallel ranks.
+
+    Returns:
+        A scalar.
     """
-    num_experts = routing.score_TE.shape[1]
+    num_experts = routing.num_experts
     total = comm.sum(
-        torch.cat([choice_count(routing, 1)[0], real_tokens(routing.score_TE, valid_T)])
+        torch.cat([choice_count(routing, 1)[0], num_real_tokens(routing.score_TE, valid_T)])
     )
     count_E = total[:num_experts] if prior_E is None else total[:num_experts] + prior_E
     score_TE = masked(normalized(routing.score_TE), valid_T)
@@ -85,111 +147,108 @@ def switch_loss_global(
     return num_experts * (fraction(count_E.to(score_TE.dtype)) * mean_E).sum()
 
 
-def switch_reference(routing: Routing, tokens: list[int], prior: list[int] | None = None) -> float:
-    """The loss of one unit, the real tokens given, by loops. For tests. `routing.keep_TK` says which choices were made."""
-    num_experts = routing.score_TE.shape[1]
-    counts = [0] * num_experts if prior is None else list(prior)
-    for t in tokens:
-        for k, expert in enumerate(routing.expert_TK[t].tolist()):
-            counts[expert] += routing.keep_TK is None or bool(routing.keep_TK[t, k])
-    loss = 0.0
-    for expert in range(num_experts):
-        shares = [float(routing.score_TE[t, expert] / routing.score_TE[t].sum()) for t in tokens]
-        loss += counts[expert] / max(1, sum(counts)) * sum(shares) / max(1, len(tokens))
-    return num_experts * loss
-
-
 def z_loss(logit_TE: Tensor, valid_T: Tensor | None, units: int) -> Tensor:
-    """[U]: the loss of each unit. No collective, no host sync."""
-    return mean_over_tokens(logit_TE.logsumexp(-1, keepdim=True).square(), valid_T, units).squeeze(
-        -1
-    )
-
-
-def z_reference(logit_TE: Tensor, tokens: list[int]) -> float:
-    """The loss of one unit, the real tokens given, by loops. For tests."""
-    return sum(
-        math.log(sum(math.exp(logit) for logit in logit_TE[t].tolist())) ** 2 for t in tokens
-    ) / max(1, len(tokens))
+    """Compute the router z-loss of each unit, [U]."""
+    square_T1 = logit_TE.logsumexp(-1, keepdim=True).square()
+    return mean_over_tokens(square_T1, valid_T, units).squeeze(-1)
 
 
 def importance_loss(score_TE: Tensor, valid_T: Tensor | None, units: int) -> Tensor:
-    """[U]: the loss of each unit."""
+    """Compute the importance loss of each unit, [U]."""
     return squared_variation(sum_over_tokens(score_TE, valid_T, units))
 
 
 def usage_std_loss(score_TE: Tensor, valid_T: Tensor | None, units: int) -> Tensor:
-    """[U]: the loss of each unit.
+    """Compute the usage_std loss of each unit, [U].
 
-    The square root's slope is infinite at perfect balance; the norm's backward takes 0 there, the middle of its subgradients.
+    The square root's slope is infinite at perfect balance; the norm's backward takes 0 there, the
+    middle of its subgradients.
     """
     mean_UE = mean_over_tokens(normalized(score_TE), valid_T, units)
-    away_UE = mean_UE - mean_UE.mean(-1, keepdim=True)
-    std_U: Tensor = torch.linalg.vector_norm(away_UE, dim=-1) / math.sqrt(score_TE.shape[1])
+    deviation_UE = mean_UE - mean_UE.mean(-1, keepdim=True)
+    std_U: Tensor = torch.linalg.vector_norm(deviation_UE, dim=-1) / math.sqrt(score_TE.shape[1])
     return std_U
 
 
-def importance_reference(score_TE: Tensor, tokens: list[int]) -> float:
-    """The importance loss of one unit, the real tokens given, by loops. For tests."""
-    return squared_variation_reference(
-        [sum(float(score_TE[t, e]) for t in tokens) for e in range(score_TE.shape[1])]
-    )
-
-
-def squared_variation_reference(values: list[float]) -> float:
-    mean = sum(values) / len(values)
-    return sum((value - mean) ** 2 for value in values) / len(values) / mean**2 if mean else 0.0
-
-
-def usage_std_reference(score_TE: Tensor, tokens: list[int]) -> float:
-    """The usage_std loss of one unit, the real tokens given, by loops. For tests."""
-    experts = range(score_TE.shape[1])
-    usage = [
-        sum(float(score_TE[t, e] / score_TE[t].sum()) for t in tokens) / max(1, len(tokens))
-        for e in experts
-    ]
-    mean = sum(usage) / len(usage)
-    return math.sqrt(sum((value - mean) ** 2 for value in usage) / len(usage))
-
-
 def load_loss(routing: Routing, valid_T: Tensor | None, units: int) -> Tensor:
-    """[U]: the loss of each unit."""
+    """Compute the smooth load loss of each unit, [U]."""
     if routing.noise is None:
         raise ValueError(
             "balance.load needs the noise of router.kind='noisy'; this router has none"
         )
-    chance_TE = smooth_load(routing.logit_TE, routing.noise, routing.expert_TK.shape[1])
-    return squared_variation(sum_over_tokens(chance_TE, valid_T, units))
+    probability_TE = smooth_load(routing.logit_TE, routing.noise, routing.expert_TK.shape[1])
+    return squared_variation(sum_over_tokens(probability_TE, valid_T, units))
 
 
 def smooth_load(logit_TE: Tensor, noise: Noise, top_k: int) -> Tensor:
-    """P(x, e), [T, E]. Gradient through the clean logits, the standard deviation and the threshold, as in the paper."""
+    """Compute P(x, e), [T, E].
+
+    Gradient flows through the clean logits, the standard deviation and the threshold, as in the
+    paper.
+    """
     if top_k == logit_TE.shape[1]:
         return torch.ones_like(logit_TE)
     sorted_TE = logit_TE.sort(dim=-1, descending=True).values
     last_T1, next_T1 = sorted_TE[:, top_k - 1 : top_k], sorted_TE[:, top_k : top_k + 1]
-    # without e, the K-th largest is the next one down if e is among the K best, else it is unmoved; equal where e ties with the K-th
+    # Without e, the K-th largest is the next one down if e is among the K best, else unchanged. Both
+    # are equal where e ties with the K-th.
     threshold_TE = torch.where(logit_TE >= last_T1, next_T1, last_T1)
-    std_TE = noise.std_TE.clamp(
-        min=1e-10
-    )  # softplus can round to zero, and 0/0 would be the gradient
-    chance_TE: Tensor = torch.special.ndtr((noise.clean_TE - threshold_TE) / std_TE)
-    return chance_TE
+    # softplus can round to zero, and the gradient would be 0/0
+    std_TE = noise.std_TE.clamp(min=1e-10)
+    probability_TE: Tensor = torch.special.ndtr((noise.clean_TE - threshold_TE) / std_TE)
+    return probability_TE
 
 
-def load_reference(logit_TE: Tensor, noise: Noise, top_k: int, tokens: list[int]) -> float:
-    """The loss of one unit, the real tokens given, by loops from the formulas. For tests."""
-    num_experts = logit_TE.shape[1]
-    load = [0.0] * num_experts
-    for t in tokens:
-        noisy, clean, std = (
-            logit_TE[t].tolist(),
-            noise.clean_TE[t].tolist(),
-            noise.std_TE[t].tolist(),
-        )
-        for expert in range(num_experts):
-            others = sorted((noisy[e] for e in range(num_experts) if e != expert), reverse=True)
-            certain = top_k > len(others)
-            away = math.inf if certain else (clean[expert] - others[top_k - 1]) / std[expert]
-            load[expert] += 0.5 * (1.0 + math.erf(away / math.sqrt(2.0)))
-    return squared_variation_reference(load)
+def choice_count(routing: Routing, units: int) -> Tensor:
+    """Count each unit's assignments of each expert before any drop, int64 [U, E]."""
+    return count_per_expert(routing.expert_TK, routing.is_selected_TK, units, routing.num_experts)
+
+
+def normalized(score_TE: Tensor) -> Tensor:
+    """Scale scores to sum 1 over the experts: softmax scores already do, sigmoid scores do not."""
+    return score_TE / (score_TE.sum(-1, keepdim=True) + 1e-20)
+
+
+def fraction(count: Tensor) -> Tensor:
+    """Divide counts by their sum; all 0 if nothing was counted."""
+    return count / count.sum(-1, keepdim=True).clamp(min=1)
+
+
+def masked(value_TX: Tensor, valid_T: Tensor | None) -> Tensor:
+    """Set the values of padding to 0."""
+    return value_TX if valid_T is None else value_TX.masked_fill(~valid_T.unsqueeze(1), 0.0)
+
+
+def sum_over_tokens(value_TX: Tensor, valid_T: Tensor | None, units: int) -> Tensor:
+    """Sum over each unit's real tokens, [U, X]."""
+    tokens, width = value_TX.shape
+    # sizes are explicit: -1 has no meaning for zero tokens
+    return masked(value_TX, valid_T).view(units, tokens // max(1, units), width).sum(1)
+
+
+def mean_over_tokens(value_TX: Tensor, valid_T: Tensor | None, units: int) -> Tensor:
+    """Average over each unit's real tokens, [U, X]; 0 for a unit of padding only."""
+    tokens = value_TX.shape[0] // max(1, units)
+    sum_UX = sum_over_tokens(value_TX, valid_T, units)
+    if valid_T is None:
+        return sum_UX / max(1, tokens)
+    return sum_UX / valid_T.view(units, tokens).sum(1, keepdim=True).clamp(min=1)
+
+
+def num_real_tokens(like: Tensor, valid_T: Tensor | None) -> Tensor:
+    """Count the tokens that are not padding, int64 [1].
+
+    Filled on the device: copying a number there would make the host wait.
+    """
+    if valid_T is None:
+        return torch.full((1,), like.shape[0], dtype=torch.int64, device=like.device)
+    return valid_T.sum().view(1)
+
+
+def squared_variation(value_UE: Tensor) -> Tensor:
+    """Compute the squared coefficient of variation over the experts, [U]; 0 if all values are 0.
+
+    `variance / mean^2`, with the population variance.
+    """
+    mean_U1 = value_UE.mean(-1, keepdim=True)
+    return (value_UE - mean_U1).square().mean(-1) / (mean_U1.squeeze(-1).square() + 1e-20)

@@ -1,40 +1,54 @@
-"""One router a file; `build` is the registry.
+"""Routers: one class per router kind. `ROUTER_CLASSES` is the only table of kinds and classes.
 
-learned:     top_k, noisy, group_limited, adaptive, soft, expert_choice, budget (shared: learned.py, spare.py, noise.py)
-unlearned:   fixed, hashed (shared: unlearned.py)
+A new kind needs a row in `dmoe/config/router_kinds.py`, a file here with its entry below, a naive
+twin in `dmoe/verify/naive/routing.py`, and a case in `tests/moe/routers/cases.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from dmoe.config.router_kinds import ROUTERS
 from dmoe.config.rules import check_router
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.routers.adaptive import AdaptiveRouter
-from dmoe.moe.routers.base import RouterModule
+from dmoe.moe.routers.base import LearnedRouter, RouterModule
 from dmoe.moe.routers.budget import BudgetRouter
-from dmoe.moe.routers.dense import DenseRouter
 from dmoe.moe.routers.expert_choice import ExpertChoiceRouter
-from dmoe.moe.routers.learned import LearnedRouter
 from dmoe.moe.routers.noisy import NoisyRouter
 from dmoe.moe.routers.static import FixedRouter, HashRouter
-from dmoe.moe.routers.topk import GroupLimitedRouter, TopKRouter
+from dmoe.moe.routers.topk import DenseRouter, GroupLimitedRouter, TopKRouter
 
-__all__ = ["LEARNED", "UNLEARNED", "LearnedRouter", "RouterModule", "TopKRouter", "build"]
+__all__ = ["ROUTER_CLASSES", "LearnedRouter", "RouterModule", "TopKRouter", "build_router"]
 
-LEARNED: dict[str, type[LearnedRouter]] = {
+ROUTER_CLASSES: dict[str, Callable[[RouterConfig, int, int, int, int], RouterModule]] = {
     "top_k": TopKRouter,
     "noisy": NoisyRouter,
     "group_limited": GroupLimitedRouter,
     "adaptive": AdaptiveRouter,
+    "fixed": FixedRouter,
+    "hash": HashRouter,
     "soft": DenseRouter,
     "expert_choice": ExpertChoiceRouter,
     "budget": BudgetRouter,
 }
-UNLEARNED: dict[str, type[RouterModule]] = {"fixed": FixedRouter, "hash": HashRouter}
 
 
-def build(config: RouterConfig, dim: int, num_experts: int, top_k: int, layer: int) -> RouterModule:
-    """The router that `config.kind` names, for tokens of width `dim`. Raises ConfigError for settings that mean nothing."""
+def build_router(
+    config: RouterConfig, dim: int, num_experts: int, top_k: int, layer: int
+) -> RouterModule:
+    """Build the router of `config.kind`.
+
+    Args:
+        config: section `moe.router`.
+        dim: width D of a token.
+        num_experts: E.
+        top_k: K.
+        layer: index among the MoE layers; part of the key of hashes and noise.
+
+    Raises:
+        ConfigError: impossible settings.
+    """
     check_router(config, num_experts, top_k)
-    if config.kind in UNLEARNED:
-        return UNLEARNED[config.kind](config, num_experts, top_k, layer)
-    return LEARNED[config.kind](config, dim, num_experts, top_k, layer)
+    assert set(ROUTER_CLASSES) == set(ROUTERS), "router_kinds.py and ROUTER_CLASSES differ"
+    return ROUTER_CLASSES[config.kind](config, dim, num_experts, top_k, layer)

@@ -3,67 +3,72 @@
     p = softmax(x W^T), experts in descending order of p + bias
     k_t = the smallest k in [k_min, k_max] with  p_1 + ... + p_k >= top_p;   k_max = moe.top_k if the sum never gets there
 
-`keep_TK` marks the k_t choices made; the others weigh nothing. Weights as configured, over the choices made.
+`selected_TK` marks the k_t selected experts; the others have weight 0. Weights as configured, over
+the selected.
 
-`renormalize` needs k_min >= 2 (the config check refuses it otherwise): a token that is sure of one expert would have weight 1 whatever
-the router says, so the loss could never tell it that it is wrong, and being sure would be a state that no token leaves. The paper
-takes the probabilities as they are.
+`renormalize` needs k_min >= 2 (the config check refuses it otherwise): a token that is sure of one
+expert would have weight 1 whatever the router says, so the loss could not correct the router, and
+no token would leave that state. The paper uses the probabilities as they are.
 
-Cost beside `learned.py`: a sum over [T, K]. The rows an expert gets vary as ever; capacity counts moe.top_k choices a token.
+Cost in addition to `base.py`: a sum over [T, K]. The rows per expert vary; capacity counts
+moe.top_k experts per token.
 
-Letters: T tokens, D width, E experts, K the most experts a token takes, S spare experts a token.
+Letters: T tokens, D width, E experts, K the most experts per token, S next experts per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from dmoe.moe.routers.base import with_next_experts
-from dmoe.moe.routers.learned import LearnedRouter, combine_weights, gate_scores, sort_experts
-from dmoe.moe.routing import Routing, TokenContext
+from dmoe.moe.routers.base import (
+    LearnedRouter,
+    combine_weights,
+    gate_scores,
+    sort_experts,
+    with_next_experts,
+)
+from dmoe.moe.routing import ONE_SEQUENCE, BatchShape, Routing, TokenContext
 
 
 class AdaptiveRouter(LearnedRouter):
-    def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
-        logit_TE = self.logits(x_TD, context)
+    """Selects experts until their probabilities reach `top_p`."""
+
+    def forward(
+        self, x_TD: Tensor, context: TokenContext, shape: BatchShape = ONE_SEQUENCE
+    ) -> Routing:
+        logit_TE = self.logits(x_TD, context, shape)
         score_TE = gate_scores(logit_TE, self.config)
         order_TE = sort_experts(score_TE.detach() + self.bias_E)
         expert_TK = order_TE[:, : self.top_k]
-        made_TK = taken(
+        taken_TK = until_top_p(
             score_TE.detach().gather(1, expert_TK), self.config.top_p, self.config.k_min
         )
-        weight_TK = combine_weights(logit_TE, score_TE, expert_TK, self.config, made_TK)
-        keep_TK = made_TK if context.valid_T is None else made_TK & context.valid_T.unsqueeze(1)
         routing = Routing(
-            expert_TK, weight_TK, score_TE, logit_TE, scale=self.config.scale, keep_TK=keep_TK
+            expert_TK,
+            combine_weights(logit_TE, score_TE, expert_TK, self.config, taken_TK),
+            score_TE,
+            logit_TE,
+            scale=self.config.scale,
+            selected_TK=taken_TK
+            if context.valid_T is None
+            else taken_TK & context.valid_T.unsqueeze(1),
         )
-        if context.capacity is None:
+        if shape.capacity is None:
             return routing
         # The next expert of a token that took k_t of its K is the one after the k_t-th, not after the K-th.
-        spares = min(self.top_k, self.num_experts - self.config.k_min)
-        position_TS = made_TK.sum(1, keepdim=True) + torch.arange(spares, device=made_TK.device)
-        there_TS = position_TS < self.num_experts
-        spare_TS = order_TE.gather(1, position_TS.clamp(max=self.num_experts - 1))
-        return with_next_experts(routing, spare_TS, self.config, there_TS=there_TS, made_TK=made_TK)
+        count = min(self.top_k, self.num_experts - self.config.k_min)
+        position_TS = taken_TK.sum(1, keepdim=True) + torch.arange(count, device=taken_TK.device)
+        exists_TS = position_TS < self.num_experts
+        next_TS = order_TE.gather(1, position_TS.clamp(max=self.num_experts - 1))
+        return with_next_experts(
+            routing, next_TS, self.config, exists_TS=exists_TS, selected_TK=taken_TK
+        )
 
 
-def taken(probability_TK: Tensor, top_p: float, k_min: int) -> Tensor:
-    """bool [T, K]: a choice is made if those before it did not reach `top_p`, or are fewer than `k_min`."""
+def until_top_p(probability_TK: Tensor, top_p: float, k_min: int) -> Tensor:
+    """Select experts whose predecessors do not reach `top_p` or are fewer than `k_min`; bool [T, K]."""
     before_TK = probability_TK.cumsum(1).roll(1, 1)
     before_TK[:, 0] = 0.0
-    fewer_K = torch.arange(probability_TK.shape[1], device=probability_TK.device) < k_min
-    return (before_TK < top_p) | fewer_K
-
-
-def adaptive_reference(
-    probabilities: Sequence[float], bias: Sequence[float], top_p: float, k_min: int, k_max: int
-) -> list[int]:
-    """One token's experts, adding one at a time. For tests."""
-    order = sorted(range(len(probabilities)), key=lambda e: (-(probabilities[e] + bias[e]), e))
-    for k in range(k_min, k_max):
-        if sum(probabilities[e] for e in order[:k]) >= top_p:
-            return order[:k]
-    return order[:k_max]
+    below_min_K = torch.arange(probability_TK.shape[1], device=probability_TK.device) < k_min
+    return (before_TK < top_p) | below_min_K

@@ -1,137 +1,301 @@
-"""What every router is: a module that turns token vectors, and what is known of the tokens, into a `Routing`.
+"""Base classes of routers, and the steps that learned routers share.
 
-Letters: T tokens, D width, E experts, K experts a token.
+    logit = x W^T        score = softmax(logit) | sigmoid(logit)        selected = the K largest of score + bias
+    weight = score of the selected, renormalized, scaled: the bias affects the selection, never the weights
+    (Wang et al. 2024, DeepSeek-V3)
 
-The experts a token would take next, for `capacity.overflow: next_choice`.
+In training, Switch's jitter may multiply the router's input by uniform noise in [1 - jitter, 1 +
+jitter] (Fedus et al. 2021, 2.4).
 
-An assignment that finds its expert full is offered to the token's next eligible expert, at the weight that one would have:
-    weights_from: all      score[spare] / (sum of the chosen scores, if renormalised)
-    weights_from: chosen   exp(logit[spare]) / sum over the chosen of exp(logit)
-times `scale`: the same rule, and the same denominator, as the chosen ones have. So a token's weights need not sum to 1 after a swap,
-exactly as they need not after a drop.
+Next experts, for `capacity.overflow: next_choice`: an assignment that overflows is offered to the
+token's next eligible expert, at the weight that expert would have:
 
-Cost: a gather and a few operations on [T, K]; only where there is a capacity, since without one nothing overflows.
+    weights_from: all      score[next] / (sum of the selected scores, if renormalized)
+    weights_from: chosen   exp(logit[next]) / sum over the selected of exp(logit)
 
-Letters: T tokens, E experts, K experts a token, S spare experts a token.
+times `scale`: the rule and the denominator of the selected ones. So a token's weights need not sum
+to 1 after rerouting, as they need not after a drop. Computed only with a capacity: without one
+nothing overflows.
+
+Cost: one [T, D] x [D, E] product, one sort of E values per token, a few operations on [T, K]. No
+collective, no host sync.
+
+Letters: T tokens, D width, E experts, K experts per token, S next experts per token.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from dmoe.config.schema import RouterConfig
-from dmoe.moe.routing import Routing, TokenContext
+from dmoe.moe.rng import keyed_noise, normal_
+from dmoe.moe.routing import ONE_SEQUENCE, BatchShape, Routing, TokenContext
 
 
 class RouterModule(nn.Module):
-    """A router. `forward` makes no collective and no host read: every shape it returns follows from shapes alone."""
+    """A router. `forward` makes no collective and no host read: shapes follow from shapes alone.
+
+    Args:
+        config: section `moe.router`.
+        num_experts: E.
+        top_k: K.
+        layer: index among the MoE layers.
+    """
 
     def __init__(self, config: RouterConfig, num_experts: int, top_k: int, layer: int = 0) -> None:
         super().__init__()
         self.config, self.num_experts, self.layer = config, num_experts, layer
         self.top_k = top_k
-        """Experts a token goes to: exactly, at most (adaptive) or on average (expert_choice). What costs are computed from."""
+        """Experts per token: exactly, at most (adaptive, budget) or on average (expert_choice)."""
 
     def initialize(self, seed: int, layer: int, std: float) -> None:
-        """Draw the weights anew; a router without parameters has nothing to draw."""
+        """Draw the weights; a no-op for a router without parameters."""
 
-    def set_expert_costs(self, work: Sequence[int]) -> None:
-        """What a row costs with each expert, in multiply-adds. Only a router with a budget asks."""
+    def set_expert_costs(self, multiply_adds: Sequence[int]) -> None:
+        """Set the multiply-adds of a row with each expert; used by routers with a budget only."""
 
-    def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
+    def forward(
+        self, x_TD: Tensor, context: TokenContext, shape: BatchShape = ONE_SEQUENCE
+    ) -> Routing:
         raise NotImplementedError
 
 
+class LearnedRouter(RouterModule):
+    """A router with logits from one matrix, and a bias for the selection.
+
+    Logits, scores and weights are float32 whatever the model's precision (ST-MoE, "selective
+    precision"), float64 in a float64 model. Ties go to the lower expert id on every device.
+    """
+
+    bias_E: Tensor
+    """float32 or float64. Saved with the weights; updated once per step by the bias controller, never
+    by the optimizer."""
+
+    def __init__(
+        self, config: RouterConfig, dim: int, num_experts: int, top_k: int, layer: int = 0
+    ) -> None:
+        super().__init__(config, num_experts, top_k, layer)
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.register_buffer("bias_E", torch.zeros(num_experts))
+
+    def initialize(self, seed: int, layer: int, std: float) -> None:
+        normal_(self.weight, std, seed, "router", layer)
+        self.bias_E.zero_()
+
+    def router_input(self, x_TD: Tensor, context: TokenContext, shape: BatchShape) -> Tensor:
+        """Return the input in float32 or float64, with jitter in training."""
+        x_TD = x_TD.to(router_dtype(x_TD))
+        if not (self.training and self.config.jitter):
+            return x_TD
+        uniform_TD = keyed_noise(
+            torch.rand, "jitter", x_TD, x_TD.shape[1], self.layer, context, shape
+        )
+        return x_TD * (1 + self.config.jitter * (2 * uniform_TD - 1))
+
+    def logits(self, x_TD: Tensor, context: TokenContext, shape: BatchShape) -> Tensor:
+        """Return the logits, float [T, E]."""
+        return project(self.router_input(x_TD, context, shape), self.weight)
+
+    def route(
+        self,
+        logit_TE: Tensor,
+        score_TE: Tensor,
+        context: TokenContext,
+        shape: BatchShape,
+        *,
+        eligible_TE: Tensor | None = None,
+    ) -> Routing:
+        """Select the K experts of largest score + bias.
+
+        Args:
+            logit_TE: float32 or float64.
+            score_TE: the gate's scores of them.
+            context: `valid_T`.
+            shape: `capacity`; next experts are computed only with one.
+            eligible_TE: bool, at least K per token. None: all experts.
+        """
+        order_TE = sort_experts(score_TE.detach() + self.bias_E, eligible_TE)
+        expert_TK = order_TE[:, : self.top_k]
+        weight_TK = combine_weights(logit_TE, score_TE, expert_TK, self.config)
+        routing = Routing(
+            expert_TK,
+            weight_TK,
+            score_TE,
+            logit_TE,
+            scale=self.config.scale,
+            selected_TK=valid_choices(expert_TK, context),
+        )
+        if shape.capacity is None:
+            return routing
+        next_TS = order_TE[:, self.top_k : 2 * self.top_k]
+        exists_TS = None if eligible_TE is None else eligible_TE.gather(1, next_TS)
+        return with_next_experts(routing, next_TS, self.config, exists_TS=exists_TS)
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> LearnedRouter:
+        """Move and cast like any module, but keep the bias at least float32.
+
+        In bf16 a bias of 0.5 loses steps of 0.001.
+        """
+        before_E = self.bias_E
+        super()._apply(fn, recurse)
+        if router_dtype(self.bias_E) != self.bias_E.dtype:
+            self.bias_E = before_E.to(self.bias_E.device)
+        return self
+
+
 def router_dtype(x: Tensor) -> torch.dtype:
-    """float32 for every model precision but float64, which keeps its own (so that `verify` can compare at 1e-10)."""
+    """Return float32, but float64 for float64 inputs (so that `verify` can compare at 1e-10)."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def valid_choices(expert_TK: Tensor, context: TokenContext) -> Tensor | None:
-    """bool [T, K]: padding chooses nothing. None where there is no padding, which spares the dispatcher a mask."""
+    """Return the mask of real tokens, bool [T, K]; None without padding, which saves masks."""
     return None if context.valid_T is None else context.valid_T.unsqueeze(1).expand_as(expert_TK)
 
 
 def per_token_input(
     value_T: Tensor | None, x_TD: Tensor, kind: str, field: str, meaning: str
 ) -> Tensor:
-    """`value_T` if it holds one number for each token; a ValueError that says what is missing otherwise."""
+    """Return `value_T` if it holds one value per token.
+
+    Args:
+        value_T: the context's field.
+        x_TD: the tokens.
+        kind: router kind, for the message.
+        field: name of the field of `TokenContext`, for the message.
+        meaning: the field in words, for the message.
+
+    Raises:
+        ValueError: it is missing or has another shape.
+    """
     if value_T is None:
         raise ValueError(
-            f"router.kind={kind} needs the {meaning} of each token: pass TokenContext({field}=int64 tensor [T])"
+            f"router.kind={kind} needs the {meaning} of each token: "
+            f"pass TokenContext({field}=int64 tensor [T])"
         )
     if value_T.shape != x_TD.shape[:1]:
         raise ValueError(
-            f"{field} has shape {list(value_T.shape)}: must be [{x_TD.shape[0]}], one {meaning} for each token"
+            f"{field} has shape {list(value_T.shape)}: must be [{x_TD.shape[0]}], one {meaning} for "
+            "each token"
         )
     return value_T
 
 
+def project(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """Compute x W^T in `router_dtype`, regardless of autocast."""
+    dtype = router_dtype(x_TD)
+    # meta does not support autocast
+    full_precision = (
+        nullcontext() if x_TD.is_meta else torch.autocast(x_TD.device.type, enabled=False)
+    )
+    with full_precision:
+        return x_TD.to(dtype) @ weight_ED.to(dtype).t()
+
+
+def gate_scores(logit_TE: Tensor, config: RouterConfig) -> Tensor:
+    """Apply the gate of `config.score`, softmax or sigmoid."""
+    return logit_TE.softmax(-1) if config.score == "softmax" else logit_TE.sigmoid()
+
+
+def sort_experts(score_TE: Tensor, eligible_TE: Tensor | None = None) -> Tensor:
+    """Sort experts by descending score, ties to the lower id, ineligible ones last; int64 [T, E].
+
+    A stable descending sort keeps equal scores in index order on CPU and CUDA; `torch.topk`
+    promises no order among ties.
+    """
+    if eligible_TE is not None:
+        score_TE = score_TE.masked_fill(~eligible_TE, -math.inf)
+    return score_TE.sort(dim=-1, descending=True, stable=True).indices
+
+
+def top_k_stable(score_TE: Tensor, top_k: int) -> Tensor:
+    """Return the K largest of each row in descending order, ties to the lower id; int64 [T, K]."""
+    return sort_experts(score_TE)[:, :top_k]
+
+
+def combine_weights(
+    logit_TE: Tensor,
+    score_TE: Tensor,
+    expert_TK: Tensor,
+    config: RouterConfig,
+    selected_TK: Tensor | None = None,
+) -> Tensor:
+    """Compute the combine weights of the selected experts.
+
+    `weights_from: chosen` takes the softmax over the K selected logits (Megatron's default),
+    otherwise the scores over all E are used; `renormalize` divides by the selected sum (+1e-20);
+    `scale` multiplies last.
+
+    Args:
+        logit_TE: float32 or float64.
+        score_TE: the gate's scores of them.
+        expert_TK: int64, the experts listed for each token.
+        config: weights_from, score, renormalize, scale.
+        selected_TK: bool; the weight is 0 where False. None: all are selected.
+
+    Returns:
+        [T, K], the dtype of the scores.
+    """
+    if config.weights_from == "chosen":
+        selected_logit_TK = logit_TE.gather(1, expert_TK)
+        if selected_TK is not None:
+            selected_logit_TK = selected_logit_TK.masked_fill(~selected_TK, -math.inf)
+        weight_TK = gate_scores(selected_logit_TK, config)
+    else:
+        weight_TK = _selected_scores(score_TE, expert_TK, selected_TK)
+    if config.renormalize:
+        weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
+    return weight_TK * config.scale
+
+
 def with_next_experts(
     routing: Routing,
-    spare_TS: Tensor,
+    next_TS: Tensor,
     config: RouterConfig,
     *,
-    there_TS: Tensor | None = None,
-    made_TK: Tensor | None = None,
+    exists_TS: Tensor | None = None,
+    selected_TK: Tensor | None = None,
 ) -> Routing:
-    """`routing` with the experts `spare_TS`, best first, and their weights; -1 and weight 0 where `there_TS` says that there is none.
+    """Return `routing` with next experts and the weights they would have.
 
-    `made_TK`: which of the chosen experts were really taken (adaptive); None is all.
+    Args:
+        routing: the selection.
+        next_TS: int64, next experts, best first.
+        config: weights_from, score, renormalize, scale.
+        exists_TS: bool; id -1 and weight 0 where False. None: all exist.
+        selected_TK: bool, the experts of the list that are selected (adaptive). None: all.
     """
-    weight_TS = next_weights(routing, spare_TS, config, made_TK)
-    if there_TS is not None:
-        spare_TS, weight_TS = (
-            spare_TS.masked_fill(~there_TS, -1),
-            weight_TS.masked_fill(~there_TS, 0.0),
-        )
-    return replace(routing, next_expert_TS=spare_TS, next_weight_TS=weight_TS)
+    weight_TS = next_weights(routing, next_TS, config, selected_TK)
+    if exists_TS is not None:
+        next_TS = next_TS.masked_fill(~exists_TS, -1)
+        weight_TS = weight_TS.masked_fill(~exists_TS, 0.0)
+    return replace(routing, next_expert_TS=next_TS, next_weight_TS=weight_TS)
 
 
 def next_weights(
-    routing: Routing, spare_TS: Tensor, config: RouterConfig, made_TK: Tensor | None
+    routing: Routing, next_TS: Tensor, config: RouterConfig, selected_TK: Tensor | None
 ) -> Tensor:
+    """Compute the weights that the next experts would have, [T, S]; see `with_next_experts`."""
     if config.score == "softmax" and config.weights_from == "chosen":
-        chosen_TK = routing.logit_TE.gather(1, routing.expert_TK)
-        if made_TK is not None:
-            chosen_TK = chosen_TK.masked_fill(~made_TK, -math.inf)
-        weight_TS = (
-            routing.logit_TE.gather(1, spare_TS) - chosen_TK.logsumexp(-1, keepdim=True)
-        ).exp()
-        return (
-            weight_TS * config.scale
-        )  # the chosen ones sum to 1 already, so there is nothing to renormalise
-    weight_TS = routing.score_TE.gather(1, spare_TS)
+        logit_TK = routing.logit_TE.gather(1, routing.expert_TK)
+        if selected_TK is not None:
+            logit_TK = logit_TK.masked_fill(~selected_TK, -math.inf)
+        next_logit_TS = routing.logit_TE.gather(1, next_TS)
+        # the selected weights sum to 1 already, so there is nothing to renormalize
+        return (next_logit_TS - logit_TK.logsumexp(-1, keepdim=True)).exp() * config.scale
+    weight_TS = routing.score_TE.gather(1, next_TS)
     if config.renormalize:
-        taken_TK = routing.score_TE.gather(1, routing.expert_TK)
-        if made_TK is not None:
-            taken_TK = taken_TK.masked_fill(~made_TK, 0.0)
-        weight_TS = weight_TS / (taken_TK.sum(-1, keepdim=True) + 1e-20)
+        score_TK = _selected_scores(routing.score_TE, routing.expert_TK, selected_TK)
+        weight_TS = weight_TS / (score_TK.sum(-1, keepdim=True) + 1e-20)
     return weight_TS * config.scale
 
 
-def next_experts_reference(
-    logits: Sequence[float],
-    scores: Sequence[float],
-    biased: Sequence[float],
-    chosen: Sequence[int],
-    eligible: Sequence[int],
-    config: RouterConfig,
-    count: int,
-) -> tuple[list[int], list[float]]:
-    """One token's `count` spare experts and weights, with -1 and 0 where they run out. For tests."""
-    left = sorted((e for e in eligible if e not in chosen), key=lambda e: (-biased[e], e))[:count]
-    if config.score == "softmax" and config.weights_from == "chosen":
-        weights = [math.exp(logits[e]) / sum(math.exp(logits[c]) for c in chosen) for e in left]
-    else:
-        weights = [
-            scores[e] / (sum(scores[c] for c in chosen) if config.renormalize else 1.0)
-            for e in left
-        ]
-    missing = count - len(left)
-    return left + [-1] * missing, [weight * config.scale for weight in weights] + [0.0] * missing
+def _selected_scores(score_TE: Tensor, expert_TK: Tensor, selected_TK: Tensor | None) -> Tensor:
+    score_TK = score_TE.gather(1, expert_TK)
+    return score_TK if selected_TK is None else score_TK.masked_fill(~selected_TK, 0.0)

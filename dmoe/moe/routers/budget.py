@@ -1,21 +1,25 @@
-"""Routing within a compute budget, over experts of different cost (the project's "dynamic architecture").
+"""Routing within a compute budget, over experts of different cost.
 
-    p = softmax(x W^T) over all experts; a token's K experts of largest p + bias are asked in descending order, and one is taken if
+    p = softmax(x W^T) over all experts; a token's K experts of largest p + bias are tried in descending order,
+    and one is taken if
         p > min_weight        and        its cost fits what is left of the token's budget
 
-The cost of an expert is its multiply-adds a row as a share of those of all experts together, so a budget of 1 lets everything run;
-an expert of zero cost always fits. One that does not fit is passed over, and a cheaper one further down may still be taken. Sums are
-in whole multiply-adds, exact on every device; `budget * total` is rounded up by one part in 10^9, so that 0.29 of 100 is 29.
+The cost of an expert is its multiply-adds per row as a share of those of all experts, so a budget
+of 1 takes everything; a zero-cost expert always fits. An expert that does not fit is skipped, and a
+cheaper one further down may still be taken. Sums are in whole multiply-adds, exact on every device;
+`budget * total` is rounded up by one part in 10^9, so that 0.29 of 100 is 29.
 
-Weights are p as they are, times `scale`: renormalised, an expert that is alone would weigh 1 whatever the router says. A token for
-which nothing fits contributes zero. `keep_TK` marks what was taken, which comes first in a token's list.
+Weights are p as they are, times `scale`: renormalized, a single expert would have weight 1 whatever
+the router says. A token for which nothing fits contributes zero. `selected_TK` marks the taken
+experts, which come first in a token's list.
 
-`per: sequence`: x is the mean over the real tokens of the sequence, so all of them go the same way (not in a causal model).
+`per: sequence`: x is the mean over the real tokens of the sequence, so all of them get the same
+experts (not in a causal model).
 
-Cost beside `learned.py`: K steps over [T], and a sort of [T, K]. Capacity counts moe.top_k choices a token. No collective,
-no host sync.
+Cost in addition to `base.py`: K steps over [T], and a sort of [T, K]. Capacity counts moe.top_k
+experts per token. No collective, no host sync.
 
-Letters: T tokens, D width, E experts, K experts a token, B sequences.
+Letters: T tokens, D width, E experts, K experts per token, B sequences.
 """
 
 from __future__ import annotations
@@ -26,87 +30,85 @@ import torch
 from torch import Tensor
 
 from dmoe.config.schema import RouterConfig
-from dmoe.moe.load_balancing.groups import mean_over_tokens
+from dmoe.moe.load_balancing.losses import mean_over_tokens
 from dmoe.moe.placement import HostConstant
-from dmoe.moe.routers.learned import LearnedRouter, combine_weights, project, sort_experts
-from dmoe.moe.routing import Routing, TokenContext
+from dmoe.moe.routers.base import LearnedRouter, combine_weights, project, sort_experts
+from dmoe.moe.routing import ONE_SEQUENCE, BatchShape, Routing, TokenContext
 
 
 class BudgetRouter(LearnedRouter):
+    """Selects, by descending score, the experts that fit the token's compute budget."""
+
     def __init__(
         self, config: RouterConfig, dim: int, num_experts: int, top_k: int, layer: int = 0
     ) -> None:
         super().__init__(config, dim, num_experts, top_k, layer)
-        self.work = HostConstant([1] * num_experts)
+        self.multiply_adds = HostConstant([1] * num_experts)
 
-    def set_expert_costs(self, work: Sequence[int]) -> None:
-        assert len(work) == self.num_experts, f"{len(work)} prices for {self.num_experts} experts"
-        self.work = HostConstant(work)
+    def set_expert_costs(self, multiply_adds: Sequence[int]) -> None:
+        assert len(multiply_adds) == self.num_experts, (
+            f"{len(multiply_adds)} costs for {self.num_experts} experts"
+        )
+        self.multiply_adds = HostConstant(multiply_adds)
 
-    def forward(self, x_TD: Tensor, context: TokenContext) -> Routing:
-        logit_TE = self.of_sequences(self.router_input(x_TD, context), context)
+    def forward(
+        self, x_TD: Tensor, context: TokenContext, shape: BatchShape = ONE_SEQUENCE
+    ) -> Routing:
+        x_TD = self.router_input(x_TD, context, shape)
+        logit_TE = self.logits_per_token_or_sequence(x_TD, context, shape.sequences)
         score_TE = logit_TE.softmax(-1)
         expert_TK = sort_experts(score_TE.detach() + self.bias_E)[:, : self.top_k]
         enough_TK = score_TE.detach().gather(1, expert_TK) > self.config.min_weight
         budget = self.config.budget if context.budget is None else context.budget
-        made_TK = affordable(
-            enough_TK, self.work.on(x_TD.device)[expert_TK], allowance(budget, self.work.values)
-        )
-        expert_TK, made_TK = taken_first(expert_TK, made_TK)
-        weight_TK = combine_weights(logit_TE, score_TE, expert_TK, self.config, made_TK)
-        keep_TK = made_TK if context.valid_T is None else made_TK & context.valid_T.unsqueeze(1)
+        cost_TK = self.multiply_adds.on(x_TD.device)[expert_TK]
+        taken_TK = affordable(enough_TK, cost_TK, allowance(budget, self.multiply_adds.values))
+        expert_TK, taken_TK = taken_first(expert_TK, taken_TK)
         return Routing(
-            expert_TK, weight_TK, score_TE, logit_TE, scale=self.config.scale, keep_TK=keep_TK
+            expert_TK,
+            combine_weights(logit_TE, score_TE, expert_TK, self.config, taken_TK),
+            score_TE,
+            logit_TE,
+            scale=self.config.scale,
+            selected_TK=taken_TK
+            if context.valid_T is None
+            else taken_TK & context.valid_T.unsqueeze(1),
         )
 
-    def of_sequences(self, x_TD: Tensor, context: TokenContext) -> Tensor:
-        """Logits [T, E] of each token, or of the mean over its sequence."""
+    def logits_per_token_or_sequence(
+        self, x_TD: Tensor, context: TokenContext, sequences: int
+    ) -> Tensor:
+        """Return the logits [T, E] of each token, or of the mean over its sequence (`per`)."""
         if self.config.per == "token":
             return project(x_TD, self.weight)
-        tokens, count = x_TD.shape[0], context.sequences
-        logit_BE = project(mean_over_tokens(x_TD, context.valid_T, count), self.weight)
+        tokens = x_TD.shape[0]
+        logit_BE = project(mean_over_tokens(x_TD, context.valid_T, sequences), self.weight)
         return (
             logit_BE.unsqueeze(1)
-            .expand(count, tokens // max(1, count), self.num_experts)
+            .expand(sequences, tokens // max(1, sequences), self.num_experts)
             .reshape(tokens, self.num_experts)
         )
 
 
-def allowance(budget: float, work: Sequence[int]) -> int:
-    """Multiply-adds that a budget buys."""
-    return int(budget * sum(work) * (1 + 1e-9))
+def allowance(budget: float, multiply_adds: Sequence[int]) -> int:
+    """Return the multiply-adds that a budget buys."""
+    return int(budget * sum(multiply_adds) * (1 + 1e-9))
 
 
-def affordable(enough_TK: Tensor, work_TK: Tensor, budget: int) -> Tensor:
-    """bool [T, K]: of the choices that are heavy `enough`, in order, those whose work fits what those taken before have left."""
-    left_T = torch.full_like(work_TK[:, 0], budget)
-    made = []
-    for enough_T, work_T in zip(enough_TK.unbind(1), work_TK.unbind(1), strict=True):
-        made.append(enough_T & (work_T <= left_T))
-        left_T = left_T - work_T * made[-1]
-    return torch.stack(made, 1)
+def affordable(enough_TK: Tensor, cost_TK: Tensor, budget: int) -> Tensor:
+    """Take, in order, the `enough_TK` experts whose cost fits what earlier ones left; bool [T, K]."""
+    left_T = torch.full_like(cost_TK[:, 0], budget)
+    taken = []
+    for enough_T, cost_T in zip(enough_TK.unbind(1), cost_TK.unbind(1), strict=True):
+        taken.append(enough_T & (cost_T <= left_T))
+        left_T = left_T - cost_T * taken[-1]
+    return torch.stack(taken, 1)
 
 
-def taken_first(expert_TK: Tensor, made_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """The same choices, those that were made before those passed over: a token's first choice, for whom an expert with a capacity
-    serves first, is the first that it could afford."""
-    order_TK = made_TK.sort(dim=1, descending=True, stable=True).indices
-    return expert_TK.gather(1, order_TK), made_TK.gather(1, order_TK)
+def taken_first(expert_TK: Tensor, taken_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort the taken experts before the skipped ones.
 
-
-def budget_reference(
-    probabilities: Sequence[float],
-    bias: Sequence[float],
-    work: Sequence[int],
-    budget: float,
-    min_weight: float,
-    top_k: int,
-) -> list[int]:
-    """One token's experts, asked one after the other. For tests."""
-    order = sorted(range(len(probabilities)), key=lambda e: (-(probabilities[e] + bias[e]), e))
-    taken: list[int] = []
-    for e in order[:top_k]:
-        spent = sum(work[other] for other in taken) + work[e]
-        if probabilities[e] > min_weight and spent <= budget * sum(work) * (1 + 1e-9):
-            taken.append(e)
-    return taken
+    So a token's first choice, which an expert with a capacity serves first, is the first it can
+    afford.
+    """
+    order_TK = taken_TK.sort(dim=1, descending=True, stable=True).indices
+    return expert_TK.gather(1, order_TK), taken_TK.gather(1, order_TK)

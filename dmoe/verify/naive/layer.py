@@ -9,7 +9,6 @@ Letters: T tokens, D width, E experts, K experts a token, U units.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import MethodType
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from dmoe.moe.layer import MoE, MoEOutput
 from dmoe.moe.metrics import LayerStats
-from dmoe.moe.routing import Routing, TokenContext
+from dmoe.moe.routing import DispatchPlan, Routing, TokenContext
 from dmoe.verify.naive import experts
 from dmoe.verify.naive.losses import auxiliary
 from dmoe.verify.naive.queue import Choices, keep
@@ -35,8 +34,7 @@ def forward(layer: MoE, x: Tensor, context: TokenContext) -> MoEOutput:
     """`y_t = sum_e weight[t, e] * expert_e(x_t)` for one process that holds every expert."""
     x_TD = x.flatten(0, -2)
     sequences = x_TD.shape[0] // x.shape[-2]
-    context = replace(context, sequences=sequences)
-    decision = decide(layer, x_TD, context)
+    decision = decide(layer, x_TD, context, sequences)
     kept = keep(layer, decision, sequences)
     weight_TE = combine_weights(layer, decision.weight_TE, kept.mask(decision.score_TE))
     y_TM = sum(
@@ -51,12 +49,12 @@ def forward(layer: MoE, x: Tensor, context: TokenContext) -> MoEOutput:
         y_TM = y_TM + layer.shared.w_out(
             experts.activation(layer.shared.kind, layer.shared.w_in(x_TD))
         )
-    aux = auxiliary(layer, decision, context)
+    aux = auxiliary(layer, decision, context, sequences)
     return MoEOutput(
         y_TM.view(*x.shape[:-1], -1),
         aux,
         statistics(layer, decision, kept),
-        as_routing(decision, kept),
+        *as_routing(decision, kept),
     )
 
 
@@ -95,16 +93,13 @@ def statistics(layer: MoE, decision: Choices, kept: Choices) -> LayerStats:
     return LayerStats(counts[0], counts[1], double[0], double[1], torch.tensor(lost), kept.slots)
 
 
-def as_routing(decision: Choices, kept: Choices) -> Routing:
-    """What was kept, one column an expert, for those who read `MoEOutput.routing`."""
+def as_routing(decision: Choices, kept: Choices) -> tuple[Routing, DispatchPlan]:
+    """Return the decision and what was kept of it, one column per expert."""
     score_TE = decision.score_TE.detach()
     expert_TE = torch.arange(score_TE.shape[1]).expand_as(score_TE)
     keep_TE = kept.mask(score_TE)
-    return Routing(
-        expert_TE,
-        score_TE * keep_TE,
-        score_TE,
-        decision.logit_TE.detach(),
-        keep_TK=keep_TE,
-        slots=kept.slots,
+    logit_TE, selected_TE = decision.logit_TE.detach(), decision.mask(score_TE)
+    return (
+        Routing(expert_TE, score_TE, score_TE, logit_TE, selected_TK=selected_TE),
+        DispatchPlan(expert_TE, score_TE * keep_TE, keep_TE, score_TE.shape[1]),
     )

@@ -10,14 +10,16 @@ from dmoe.moe.routing import TokenContext
 from dmoe.verify.naive.queue import Choices
 
 
-def auxiliary(layer: MoE, decision: Choices, context: TokenContext) -> dict[str, Tensor]:
+def auxiliary(
+    layer: MoE, decision: Choices, context: TokenContext, sequences: int
+) -> dict[str, Tensor]:
     """Each loss in force, raw, by name: the mean over its units."""
     config, tokens = layer.balance, len(decision.experts_T)
     micro = _units(tokens, layer.virtual_ranks)
     losses: dict[str, Tensor] = {}
     if config.switch:
         level = {
-            "sequence": _units(tokens, context.sequences),
+            "sequence": _units(tokens, sequences),
             "micro_batch": micro,
             "global": _units(tokens, 1),
         }[config.switch_level]

@@ -17,26 +17,25 @@ from torch.nn.functional import softplus
 
 from dmoe.moe.layer import MoE
 from dmoe.moe.rng import keyed_noise
-from dmoe.moe.routers.static import hash_reference
-from dmoe.moe.routing import TokenContext
+from dmoe.moe.routing import BatchShape, TokenContext
 from dmoe.verify.naive.experts import work
 from dmoe.verify.naive.queue import Choices, slots
 
 
-def decide(layer: MoE, x_TD: Tensor, context: TokenContext) -> Choices:
+def decide(layer: MoE, x_TD: Tensor, context: TokenContext, sequences: int) -> Choices:
     """The experts of every token, and the weight of each."""
     valid = [True] * len(x_TD) if context.valid_T is None else [bool(v) for v in context.valid_T]
     kind = layer.router.config.kind
     if kind in ("fixed", "hash"):
         return _unlearned(layer, x_TD, context, valid)
-    clean_TE, std_TE, logit_TE = _logits(layer, x_TD, context)
+    clean_TE, std_TE, logit_TE = _logits(layer, x_TD, context, sequences)
     sigmoid = layer.router.config.score == "sigmoid"
     score_TE = (
         torch.sigmoid(logit_TE)
         if sigmoid
         else torch.exp(logit_TE) / torch.exp(logit_TE).sum(-1, keepdim=True)
     )
-    experts, spare = choose(layer, score_TE, valid, context.sequences)
+    experts, spare = choose(layer, score_TE, valid, sequences)
     weight_TE = _weights(layer, logit_TE, score_TE, experts)
     return Choices(
         experts, spare, logit_TE, score_TE, weight_TE, valid, clean_TE=clean_TE, std_TE=std_TE
@@ -62,32 +61,33 @@ def _to_float32(value: float) -> float:
     return float(np.float32(value))
 
 
-def _logits(layer: MoE, x_TD: Tensor, context: TokenContext) -> tuple[Tensor, Tensor, Tensor]:
+def _logits(
+    layer: MoE, x_TD: Tensor, context: TokenContext, sequences: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Clean logits, the standard deviation of their noise, and both together."""
-    router, config = layer.router, layer.router.config
+    router, config, shape = layer.router, layer.router.config, BatchShape(sequences)
     if layer.training and config.jitter:
-        uniform_TD = keyed_noise(torch.rand, "jitter", x_TD, x_TD.shape[1], layer.layer, context)
+        uniform_TD = keyed_noise(
+            torch.rand, "jitter", x_TD, x_TD.shape[1], layer.layer, context, shape
+        )
         x_TD = x_TD * (1 - config.jitter + 2 * config.jitter * uniform_TD)
     if config.kind == "budget" and config.per == "sequence":
-        x_TD = _means(x_TD, context)
+        x_TD = _means(x_TD, context, sequences)
     clean_TE = x_TD @ router.get_parameter("weight").t()
     if config.kind != "noisy":
         return clean_TE, torch.zeros_like(clean_TE), clean_TE
     std_TE = softplus(x_TD @ router.get_parameter("noise_weight").t())
     if not layer.training:
         return clean_TE, std_TE, clean_TE
-    return (
-        clean_TE,
-        std_TE,
-        clean_TE
-        + std_TE
-        * keyed_noise(torch.randn, "noise", clean_TE, layer.num_experts, layer.layer, context),
+    normal_TE = keyed_noise(
+        torch.randn, "noise", clean_TE, layer.num_experts, layer.layer, context, shape
     )
+    return clean_TE, std_TE, clean_TE + std_TE * normal_TE
 
 
-def _means(x_TD: Tensor, context: TokenContext) -> Tensor:
+def _means(x_TD: Tensor, context: TokenContext, sequences: int) -> Tensor:
     """Every token replaced by the mean of its sequence's real tokens."""
-    rows, size = list[Tensor](), len(x_TD) // context.sequences
+    rows, size = list[Tensor](), len(x_TD) // sequences
     for t in range(len(x_TD)):
         own = range(t // size * size, (t // size + 1) * size)
         real = [u for u in own if context.valid_T is None or bool(context.valid_T[u])]
@@ -163,7 +163,7 @@ def _unlearned(layer: MoE, x_TD: Tensor, context: TokenContext, valid: list[bool
     if layer.router.config.kind == "hash":
         assert context.token_id_T is not None
         experts = [
-            hash_reference(int(token), k, count, layer.layer) for token in context.token_id_T
+            hash_experts(int(token), k, count, layer.layer) for token in context.token_id_T
         ]
     else:
         assert context.label_T is not None
@@ -181,6 +181,29 @@ def _unlearned(layer: MoE, x_TD: Tensor, context: TokenContext, valid: list[bool
         score_TE * layer.router.config.scale,
         valid,
     )
+
+
+def hash_experts(token: int, top_k: int, num_experts: int, layer: int) -> list[int]:
+    """Draw one token's experts from a shrinking list (see `dmoe/moe/routers/static.py`).
+
+    Args:
+        token: token id.
+        top_k: K.
+        num_experts: E.
+        layer: index among the MoE layers.
+    """
+
+    def mix(word: int) -> int:
+        word ^= word >> 16
+        word = word * 0x7FEB352D % 2**32
+        word ^= word >> 15
+        word = word * 0x846CA68B % 2**32
+        return word ^ (word >> 16)
+
+    left = list(range(num_experts))
+    return [
+        left.pop(mix((mix(token) + k + 64 * layer) % 2**32) % len(left)) for k in range(top_k)
+    ]
 
 
 def _weights(layer: MoE, logit_TE: Tensor, score_TE: Tensor, experts: list[list[int]]) -> Tensor:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmoe.config.schema import RouterConfig
-from dmoe.moe.routers import RouterModule, build
-from dmoe.moe.routing import TokenContext
+from dmoe.moe.routers import RouterModule, build_router
+from dmoe.moe.routing import ONE_SEQUENCE, BatchShape, TokenContext
 
 __all__ = ["EVERY_KIND", "Case", "cases", "identity_router", "known", "options_of", "pairs"]
 
@@ -79,23 +79,23 @@ def cases(
 
 def identity_router(config: RouterConfig, case: Case) -> Any:
     """The router of `config` with W = 1, so that logits are inputs."""
-    router = build(config, case.num_experts, case.num_experts, case.top_k, 0)
+    router = build_router(config, case.num_experts, case.num_experts, case.top_k, 0)
     with torch.no_grad():
         router.weight.copy_(torch.eye(case.num_experts))
         router.bias_E.copy_(case.bias_E)
     return router.to(case.logit_TE.dtype)
 
 
-def pairs(router: RouterModule, case: Case, **context: Any) -> tuple[Any, list[dict[int, float]]]:
+def pairs(
+    router: RouterModule, case: Case, shape: BatchShape = ONE_SEQUENCE, **context: Any
+) -> tuple[Any, list[dict[int, float]]]:
     """The routing of a case, and of each token the weight of every expert it goes to."""
-    routing = router(case.logit_TE, TokenContext(valid_T=case.valid_T, **context))
-    keep_TK = (
-        torch.ones_like(routing.expert_TK, dtype=torch.bool)
-        if routing.keep_TK is None
-        else routing.keep_TK
-    )
+    routing = router(case.logit_TE, TokenContext(valid_T=case.valid_T, **context), shape)
     rows = zip(
-        routing.expert_TK.tolist(), routing.weight_TK.tolist(), keep_TK.tolist(), strict=True
+        routing.expert_TK.tolist(),
+        routing.weight_TK.tolist(),
+        routing.is_selected_TK.tolist(),
+        strict=True,
     )
     return routing, [{e: w for e, w, made in zip(*row, strict=True) if made} for row in rows]
 
@@ -113,13 +113,12 @@ def options_of(kind: str, num_experts: int = 6, top_k: int = 2) -> tuple[RouterC
     return config, num_experts if kind == "soft" else top_k
 
 
-def known(tokens: int, sequences: int = 1, **more: Any) -> TokenContext:
+def known(tokens: int, **more: Any) -> TokenContext:
     """A context with everything any router asks for."""
     position_T = torch.arange(tokens)
     return TokenContext(
         token_id_T=position_T % 251,
         label_T=position_T % 3,
         noise_key=(5, 9),
-        sequences=sequences,
         **more,
     )

@@ -10,10 +10,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dmoe.config.schema import RouterConfig
-from dmoe.moe.routers.adaptive import adaptive_reference
-from dmoe.moe.routers.base import next_experts_reference
+from dmoe.moe.routing import BatchShape
 from tests.moe.routers.cases import Case, cases, identity_router, pairs
 from tests.moe.strategies import drawn
+from tests.references.routers import adaptive_reference, next_experts_reference
 
 
 @drawn
@@ -33,7 +33,7 @@ def test_equals_the_definition(
     config = RouterConfig(
         "adaptive", weights_from=weights_from, renormalize=renormalize, top_p=top_p, k_min=k_min, scale=1.5  # type: ignore[arg-type]
     )  # fmt: skip
-    routing, got = pairs(identity_router(config, case), case, capacity=2)
+    routing, got = pairs(identity_router(config, case), case, BatchShape(capacity=2))
     spares = min(case.top_k, case.num_experts - k_min)
     assert routing.next_expert_TS.shape[1] == spares
     for t, logits in enumerate(case.logit_TE.tolist()):
@@ -89,6 +89,6 @@ def test_only_made_choices_send_gradient() -> None:
     assert bool(router.weight.grad.any())
     router = identity_router(RouterConfig("adaptive", renormalize=False), case)
     routing, _ = pairs(router, case)
-    assert routing.keep_TK.tolist() == [[True, False], [True, True]]
+    assert routing.selected_TK.tolist() == [[True, False], [True, True]]
     (routing.weight_TK * torch.tensor([1.0, 2.0])).sum().backward()
     assert bool(router.weight.grad.any())

@@ -10,10 +10,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dmoe.config.schema import RouterConfig
-from dmoe.moe.routers.budget import BudgetRouter, allowance, budget_reference
-from dmoe.moe.routing import TokenContext
+from dmoe.moe.routers.budget import BudgetRouter, allowance
+from dmoe.moe.routing import BatchShape, TokenContext
 from tests.moe.routers.cases import Case, cases, identity_router, pairs
 from tests.moe.strategies import drawn
+from tests.references.routers import budget_reference
 
 
 @drawn
@@ -48,7 +49,9 @@ def test_equals_the_definition(
         expected = {e: 1.5 * scores[e] for e in taken} if case.valid[t] else {}
         assert got[t] == pytest.approx(expected, rel=1e-5)
         assert sum(work[e] for e in got[t]) <= budget * sum(work) * (1 + 1e-9)
-        left_out = routing.weight_TK[t][~routing.keep_TK[t]] if case.valid[t] else torch.zeros(0)
+        left_out = (
+            routing.weight_TK[t][~routing.selected_TK[t]] if case.valid[t] else torch.zeros(0)
+        )
         assert not left_out.any(), "what was not taken weighs nothing"
 
 
@@ -91,11 +94,11 @@ def test_a_sequence_goes_one_way_and_padding_has_no_say() -> None:
         router.weight.copy_(torch.eye(4))
     x = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     valid_T = torch.tensor([True, True, True, True, True, False])
-    routing = router(x, TokenContext(valid_T=valid_T, sequences=2))
+    routing = router(x, TokenContext(valid_T=valid_T), BatchShape(2))
     for own, real in ((slice(0, 3), slice(0, 3)), (slice(3, 6), slice(3, 5))):
         torch.testing.assert_close(routing.logit_TE[own], x[real].mean(0).expand(3, 4))
         assert len({tuple(row) for row in routing.expert_TK[own].tolist()}) == 1
-    assert not routing.keep_TK[5].any()
+    assert not routing.selected_TK[5].any()
 
 
 def test_what_was_not_afforded_sends_no_gradient() -> None:

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.capacity import expert_capacity
-from dmoe.moe.routers.dense import soft_reference
-from dmoe.moe.routers.expert_choice import expert_choice_reference, taken_tokens
+from dmoe.moe.routers.expert_choice import taken_tokens
+from dmoe.moe.routing import BatchShape
 from tests.moe.routers.cases import Case, cases, identity_router, pairs
 from tests.moe.strategies import drawn
+from tests.references.routers import expert_choice_reference, soft_reference
 
 
 @drawn
@@ -37,7 +38,9 @@ def test_experts_choose_their_best_tokens(case: Case, groups: int, capacity: int
     case = Case(case.logit_TE[: groups * per_group], case.bias_E * 0, valid_T, case.top_k)
     offered = None if capacity is None else min(capacity, per_group)
     config = RouterConfig(kind="expert_choice", allow_future_leak=True, scale=2.0)
-    routing, got = pairs(identity_router(config, case), case, groups=groups, capacity=offered)
+    routing, got = pairs(
+        identity_router(config, case), case, BatchShape(groups=groups, capacity=offered)
+    )
     slots = (
         expert_capacity(1.0, per_group, case.top_k, case.num_experts, 1)
         if offered is None
@@ -49,7 +52,7 @@ def test_experts_choose_their_best_tokens(case: Case, groups: int, capacity: int
         scores = [math.exp(logit) / sum(map(math.exp, logits)) for logit in logits]
         assert got[t] == pytest.approx({e: 2.0 * scores[e] for e in got[t]}, rel=1e-5)
     real = [sum(case.valid[g * per_group : (g + 1) * per_group]) for g in range(groups)]
-    count_E = routing.keep_TK.sum(0)
+    count_E = routing.selected_TK.sum(0)
     assert count_E.tolist() == [sum(min(slots, r) for r in real)] * case.num_experts, (
         "the load is even by construction"
     )
@@ -70,6 +73,6 @@ def test_main_loss_reaches_the_router() -> None:
         config = RouterConfig(kind=kind, allow_future_leak=kind == "expert_choice")  # type: ignore[arg-type]
         router = identity_router(config, case)
         routing, _ = pairs(router, case)
-        made = 1.0 if routing.keep_TK is None else routing.keep_TK
+        made = 1.0 if routing.selected_TK is None else routing.selected_TK
         (routing.weight_TK * made * torch.arange(4.0)).sum().backward()
         assert bool(router.weight.grad.any())

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from dmoe import MoE
+from dmoe.config.router_kinds import kinds_where
 from dmoe.config.schema import BalanceConfig, CapacityConfig
-from dmoe.moe.routers import LEARNED, UNLEARNED, build
-from dmoe.moe.routing import TokenContext
+from dmoe.moe.routers import ROUTER_CLASSES, build_router
+from dmoe.moe.routing import BatchShape, TokenContext
 from tests.moe.layers import DIM, close, make, objective, tokens_of
 from tests.moe.routers.cases import EVERY_KIND, known, options_of
 
-LEARN = tuple(LEARNED)
+LEARNED = kinds_where(learned=True)
 
 
 def layer_of(kind: str, **options: Any) -> MoE:
@@ -24,7 +25,7 @@ def layer_of(kind: str, **options: Any) -> MoE:
 
 
 def test_the_registry_is_whole() -> None:
-    assert set(EVERY_KIND) == set(LEARNED) | set(UNLEARNED)
+    assert set(EVERY_KIND) == set(ROUTER_CLASSES)
 
 
 @pytest.mark.parametrize("exchange", ["packed", "padded"])
@@ -38,14 +39,14 @@ def test_output_is_the_weighted_sum_of_the_kept(
     layer = layer_of(kind, capacity=CapacityConfig(factor=factor), exchange=exchange)
     x = tokens_of(2, 6)
     output = layer(x, known(12))
-    routing, x_TD = output.routing, x.flatten(0, 1)
+    plan, x_TD = output.plan, x.flatten(0, 1)
     expected = torch.zeros(12, DIM, dtype=torch.float64)
-    for t, experts in enumerate(routing.expert_TK.tolist()):
+    for t, experts in enumerate(plan.expert_TK.tolist()):
         for k, e in enumerate(experts):
-            if routing.keep_TK is None or routing.keep_TK[t, k]:
+            if plan.is_kept_TK[t, k]:
                 one = x_TD[t] @ layer.experts.w_in[e]
                 gate, up = one.chunk(2)
-                expected[t] = expected[t] + routing.weight_TK[t, k] * (
+                expected[t] = expected[t] + plan.weight_TK[t, k] * (
                     (torch.nn.functional.silu(gate) * up) @ layer.experts.w_out[e]
                 )
     close(output.y.flatten(0, 1), expected)
@@ -57,7 +58,7 @@ def test_output_is_the_weighted_sum_of_the_kept(
         assert bool(parameter.grad.any()), name
 
 
-@pytest.mark.parametrize("kind", LEARN)
+@pytest.mark.parametrize("kind", LEARNED)
 def test_the_main_loss_alone_reaches_the_router(kind: str) -> None:
     layer = layer_of(kind, balance=BalanceConfig(switch=0.0, z=0.0))
     output = layer(tokens_of(2, 6), known(12))
@@ -66,7 +67,7 @@ def test_the_main_loss_alone_reaches_the_router(kind: str) -> None:
         assert bool(parameter.grad.any()), name
 
 
-@pytest.mark.parametrize("kind", sorted(UNLEARNED))
+@pytest.mark.parametrize("kind", sorted(kinds_where(learned=False)))
 def test_losses_of_a_router_without_parameters_are_measured_and_train_nothing(kind: str) -> None:
     layer = layer_of(kind)
     output = layer(tokens_of(2, 6), known(12))
@@ -83,7 +84,7 @@ def test_padding_is_never_routed(kind: str, factor: float | None) -> None:
     layer = layer_of(kind, capacity=CapacityConfig(factor=factor))
     valid_T = torch.tensor([True] * 4 + [False] * 2 + [True] * 5 + [False])
     output = layer(tokens_of(2, 6), replace(known(12), valid_T=valid_T))
-    assert not output.routing.keep_TK[~valid_T].any()
+    assert not output.plan.keep_TK[~valid_T].any()
     assert not output.y.flatten(0, 1)[~valid_T].any()
     nobody = layer(tokens_of(2, 6), replace(known(12), valid_T=torch.zeros(12, dtype=torch.bool)))
     assert not nobody.stats.choice_E.any()
@@ -93,7 +94,7 @@ def test_padding_is_never_routed(kind: str, factor: float | None) -> None:
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_no_tokens(kind: str) -> None:
     config, top_k = options_of(kind)
-    router = build(config, DIM, 6, top_k, 0).double()
+    router = build_router(config, DIM, 6, top_k, 0).double()
     routing = router(torch.zeros(0, DIM, dtype=torch.float64), known(0))
     assert routing.expert_TK.shape == routing.weight_TK.shape
     assert routing.score_TE.shape == routing.logit_TE.shape == (0, 6)
@@ -106,7 +107,7 @@ def test_fewer_tokens_than_choices_and_every_expert(kind: str) -> None:
     config, _ = options_of(kind)
     if kind == "group_limited":
         config = replace(config, topk_groups=3)
-    router = build(config, DIM, 6, 6, 0).double()
+    router = build_router(config, DIM, 6, 6, 0).double()
     router.initialize(0, 0, 1.0)
     routing = router(tokens_of(1)[:, :], known(1))
     assert sorted(routing.expert_TK[0].tolist()) == list(range(6))
@@ -118,14 +119,15 @@ def test_nothing_is_read_back(kind: str, capacity: int | None) -> None:
     """On the meta device there is no value to read: any `.item()` or mask of unknown size raises."""
     config, top_k = options_of(kind)
     with torch.device("meta"):
-        router = build(config, DIM, 6, top_k, 0)
+        router = build_router(config, DIM, 6, top_k, 0)
         router.initialize(0, 0, 0.02)
         number_T = torch.zeros(12, dtype=torch.int64)
         context = TokenContext(
-            torch.ones(12, dtype=torch.bool), token_id_T=number_T, label_T=number_T, noise_key=(0, 0), sequences=2, groups=2,
-            capacity=capacity,
+            torch.ones(12, dtype=torch.bool), token_id_T=number_T, label_T=number_T, noise_key=(0, 0)
         )  # fmt: skip
-        routing = router(torch.zeros(12, DIM, dtype=torch.bfloat16), context)
+        routing = router(
+            torch.zeros(12, DIM, dtype=torch.bfloat16), context, BatchShape(2, 2, capacity)
+        )
     assert routing.expert_TK.is_meta
     assert routing.expert_TK.shape == routing.weight_TK.shape
     assert routing.weight_TK.dtype == torch.float32
@@ -151,7 +153,7 @@ def test_sequences_route_alike_alone_and_together(kind: str) -> None:
             ),  # type: ignore[index]
         )
         assert torch.equal(alone.routing.expert_TK, together.routing.expert_TK[part])
-        assert torch.equal(alone.routing.keep_TK, together.routing.keep_TK[part])
+        assert torch.equal(alone.plan.keep_TK, together.plan.keep_TK[part])
         close(alone.y[0], together.y[b])
 
 
@@ -159,7 +161,7 @@ def test_sequences_route_alike_alone_and_together(kind: str) -> None:
 def test_one_hot_expert(kind: str) -> None:
     """Everybody prefers expert 5, or, where there is nothing to prefer, has the same label and token."""
     layer = layer_of(kind, capacity=CapacityConfig(factor=1.0))
-    if kind in LEARN:
+    if kind in LEARNED:
         with torch.no_grad():
             layer.router.weight[5] = 3.0
     x = tokens_of(1, 12).detach().abs().requires_grad_()

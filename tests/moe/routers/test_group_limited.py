@@ -12,12 +12,11 @@ from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from dmoe.config.schema import RouterConfig
-from dmoe.moe.routers import build
-from dmoe.moe.routers.base import next_experts_reference
-from dmoe.moe.routers.topk import eligible_reference
-from dmoe.moe.routing import TokenContext
+from dmoe.moe.routers import build_router
+from dmoe.moe.routing import BatchShape, TokenContext
 from tests.moe.routers.cases import Case, cases, identity_router, pairs
 from tests.moe.strategies import drawn
+from tests.references.routers import eligible_reference, next_experts_reference
 
 
 @drawn
@@ -36,7 +35,7 @@ def test_equals_the_definition(case: Case, data: st.DataObject) -> None:
         topk_groups=topk_groups,
         scale=2.0,
     )
-    routing, got = pairs(identity_router(config, case), case, capacity=2)
+    routing, got = pairs(identity_router(config, case), case, BatchShape(capacity=2))
     # Sums of two float32 scores tie where the same sums in float64 do not: the router's own scores decide.
     biased_TE = (routing.score_TE + case.bias_E).tolist()
     for t, logits in enumerate(case.logit_TE.tolist()):
@@ -78,7 +77,7 @@ def test_equals_transformers_deepseek_v3(
         groups=groups,
         topk_groups=topk_groups,
     )
-    ours = build(config, 10, experts, top_k, 0)
+    ours = build_router(config, 10, experts, top_k, 0)
     weight_ED = torch.randn(experts, 10, generator=generator)
     bias_E = torch.randn(experts, generator=generator) * 0.3
     with torch.no_grad():
@@ -103,7 +102,7 @@ def test_ties_go_to_the_lower_group() -> None:
     routing, _ = pairs(
         identity_router(RouterConfig("group_limited", groups=4, topk_groups=2), case),
         case,
-        capacity=1,
+        BatchShape(capacity=1),
     )
     assert routing.expert_TK.tolist() == [[0, 1, 2]] * 2
     assert routing.next_expert_TS.tolist() == [[3, -1, -1]] * 2

@@ -11,12 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoe.config.schema import RouterConfig
-from dmoe.moe.routers import build
-from dmoe.moe.routers.base import next_experts_reference
-from dmoe.moe.routers.learned import top_k_reference
-from dmoe.moe.routing import TokenContext
+from dmoe.moe.routers import build_router
+from dmoe.moe.routing import BatchShape, TokenContext
 from tests.moe.routers.cases import Case, cases, identity_router, pairs
 from tests.moe.strategies import drawn
+from tests.references.routers import next_experts_reference, top_k_reference
 
 CONFIGS = st.builds(
     RouterConfig,
@@ -49,7 +48,7 @@ def test_top_k_equals_the_formula(case: Case, config: RouterConfig) -> None:
 @given(case=cases(), config=CONFIGS)
 def test_spares_are_the_next_in_line(case: Case, config: RouterConfig) -> None:
     config = learnable(config, case.top_k)
-    routing, _ = pairs(identity_router(config, case), case, capacity=3)
+    routing, _ = pairs(identity_router(config, case), case, BatchShape(capacity=3))
     spares = min(case.top_k, case.num_experts - case.top_k)
     assert (
         routing.next_expert_TS.shape == routing.next_weight_TS.shape == (len(case.logit_TE), spares)
@@ -68,7 +67,7 @@ def test_spares_are_the_next_in_line(case: Case, config: RouterConfig) -> None:
 
 
 def test_without_a_capacity_there_is_no_spare() -> None:
-    router = build(RouterConfig(), 4, 8, 2, 0)
+    router = build_router(RouterConfig(), 4, 8, 2, 0)
     assert router(torch.ones(3, 4), TokenContext()).next_expert_TS is None
 
 
@@ -85,16 +84,16 @@ def test_the_bias_chooses_and_never_weighs() -> None:
 
 @pytest.mark.parametrize("kind", ["top_k", "noisy", "adaptive"])
 def test_spare_weights_carry_gradient(kind: str) -> None:
-    router = build(RouterConfig(kind=kind, renormalize=False), 4, 6, 2, 0).double().eval()  # type: ignore[arg-type]
+    router = build_router(RouterConfig(kind=kind, renormalize=False), 4, 6, 2, 0).double().eval()  # type: ignore[arg-type]
     router.initialize(0, 0, 1.0)
     router(
-        torch.randn(5, 4, dtype=torch.float64), TokenContext(capacity=4)
+        torch.randn(5, 4, dtype=torch.float64), TokenContext(), BatchShape(capacity=4)
     ).next_weight_TS.sum().backward()
     assert bool(router.weight.grad.any())  # type: ignore[union-attr]
 
 
 def test_the_bias_stays_float32_in_a_bf16_model() -> None:
-    router = build(RouterConfig(), 4, 6, 2, 0)
+    router = build_router(RouterConfig(), 4, 6, 2, 0)
     router.bias_E.fill_(0.501)  # type: ignore[operator, union-attr]
     router = router.bfloat16()
     assert router.weight.dtype == torch.bfloat16
@@ -116,6 +115,6 @@ def test_jitter_scales_the_input_within_its_bounds() -> None:
 
 
 def test_jitter_without_a_key_is_refused() -> None:
-    router = build(RouterConfig(jitter=0.1), 4, 6, 2, 0)
+    router = build_router(RouterConfig(jitter=0.1), 4, 6, 2, 0)
     with pytest.raises(ValueError, match=r"jitter in training.*noise_key=\(seed, step\)"):
         router(torch.ones(2, 4), TokenContext())

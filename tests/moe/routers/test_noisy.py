@@ -12,16 +12,17 @@ from torch import Tensor
 
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.rng import generator
-from dmoe.moe.routers import build
-from dmoe.moe.routers.noisy import NoisyRouter, noisy_reference
-from dmoe.moe.routing import TokenContext
+from dmoe.moe.routers import build_router
+from dmoe.moe.routers.noisy import NoisyRouter
+from dmoe.moe.routing import BatchShape, TokenContext
 from tests.moe.strategies import drawn
+from tests.references.routers import noisy_reference
 
 DIM = 4
 
 
 def noisy(num_experts: int, top_k: int, layer: int = 0) -> NoisyRouter:
-    router = build(RouterConfig(kind="noisy"), DIM, num_experts, top_k, layer)
+    router = build_router(RouterConfig(kind="noisy"), DIM, num_experts, top_k, layer)
     assert isinstance(router, NoisyRouter)
     router = router.double()
     router.initialize(3, layer, 0.8)
@@ -57,7 +58,7 @@ def test_equals_the_equations(
     top_k = data.draw(st.integers(2, min(4, num_experts)))
     router = noisy(num_experts, top_k).train(training)
     x_TD = inputs(sequences * length, data.draw(st.integers(0, 1000)))
-    routing = router(x_TD, TokenContext(noise_key=(7, 2), sequences=sequences, first_sequence=5))
+    routing = router(x_TD, TokenContext(noise_key=(7, 2), first_sequence=5), BatchShape(sequences))
     normal_TE = (
         normals(sequences, length, num_experts, 5)
         if training
@@ -77,19 +78,21 @@ def test_equals_the_equations(
 
 def test_the_noise_does_not_depend_on_how_the_batch_is_cut() -> None:
     router, x_TD = noisy(6, 2), inputs(24)
-    context = TokenContext(noise_key=(7, 2), sequences=6)
-    whole = router(x_TD, context).logit_TE
+    context = TokenContext(noise_key=(7, 2))
+    whole = router(x_TD, context, BatchShape(6)).logit_TE
     for ranks in (2, 3, 6):
         part, count = 24 // ranks, 6 // ranks
         cut = [
             router(
                 x_TD[r * part : (r + 1) * part],
-                replace(context, sequences=count, first_sequence=r * count),
+                replace(context, first_sequence=r * count),
+                BatchShape(count),
             ).logit_TE
             for r in range(ranks)
         ]
         torch.testing.assert_close(torch.cat(cut), whole, rtol=1e-12, atol=1e-12)
-    assert torch.equal(router(x_TD, context).logit_TE, whole), "recomputation sees the same noise"
+    again = router(x_TD, context, BatchShape(6)).logit_TE
+    assert torch.equal(again, whole), "recomputation sees the same noise"
 
 
 def test_the_noise_is_of_its_step_layer_sequence_and_seed() -> None:
@@ -148,7 +151,7 @@ def test_both_matrices_learn() -> None:
 
 
 def test_noise_starts_as_in_the_paper() -> None:
-    router = build(RouterConfig(kind="noisy"), DIM, 5, 2, 0)
+    router = build_router(RouterConfig(kind="noisy"), DIM, 5, 2, 0)
     router.initialize(0, 0, 0.02)
     routing = router(torch.randn(3, DIM), TokenContext(noise_key=(0, 0)))
     assert routing.noise.std_TE.unique().tolist() == [pytest.approx(0.6931, abs=1e-4)]

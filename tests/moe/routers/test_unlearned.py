@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoe.config.schema import RouterConfig
-from dmoe.moe.routers import build
-from dmoe.moe.routers.static import fixed_reference, hash_experts, hash_reference
+from dmoe.moe.routers import build_router
+from dmoe.moe.routers.static import hash_experts
 from dmoe.moe.routing import TokenContext
+from dmoe.verify.naive.routing import hash_experts as hash_reference
 from tests.moe.strategies import drawn
+from tests.references.routers import fixed_reference
 
 
 @drawn
@@ -35,7 +37,7 @@ def test_equals_the_definition(
     data: st.DataObject,
 ) -> None:
     top_k = data.draw(st.integers(1, min(4, num_experts)))
-    router = build(RouterConfig(kind=kind, scale=3.0), 5, num_experts, top_k, layer)  # type: ignore[arg-type]
+    router = build_router(RouterConfig(kind=kind, scale=3.0), 5, num_experts, top_k, layer)  # type: ignore[arg-type]
     number_T = torch.tensor(numbers, dtype=torch.int64)
     valid_T = data.draw(st.sampled_from([None, number_T % 2 == 0]))
     routing = router(
@@ -61,14 +63,14 @@ def test_equals_the_definition(
         score_TE[t, row] = 1 / top_k
     assert torch.equal(routing.score_TE, score_TE)
     assert routing.logit_TE.logsumexp(1).tolist() == pytest.approx([0.0] * len(numbers), abs=1e-6)
-    assert (routing.keep_TK is None) == (valid_T is None)
+    assert (routing.selected_TK is None) == (valid_T is None)
     if valid_T is not None:
-        assert torch.equal(routing.keep_TK, valid_T.unsqueeze(1).expand(-1, top_k))
+        assert torch.equal(routing.selected_TK, valid_T.unsqueeze(1).expand(-1, top_k))
     assert not list(router.parameters())
 
 
 def test_enough_labels_share_nothing() -> None:
-    router = build(RouterConfig(kind="fixed"), 4, 6, 2, 0)
+    router = build_router(RouterConfig(kind="fixed"), 4, 6, 2, 0)
     routing = router(torch.ones(3, 4), TokenContext(label_T=torch.arange(3)))
     assert routing.expert_TK.tolist() == [[0, 1], [2, 3], [4, 5]]
 
@@ -99,7 +101,7 @@ KNOWN_3 = [[3, 5], [0, 1], [4, 1], [4, 6]]
 
 @pytest.mark.parametrize(("kind", "field"), [("fixed", "label_T"), ("hash", "token_id_T")])
 def test_what_is_missing_is_said(kind: str, field: str) -> None:
-    router = build(RouterConfig(kind=kind), 4, 6, 2, 0)  # type: ignore[arg-type]
+    router = build_router(RouterConfig(kind=kind), 4, 6, 2, 0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=rf"router.kind={kind} needs .* TokenContext\({field}="):
         router(torch.ones(3, 4), TokenContext())
     with pytest.raises(ValueError, match=rf"{field} has shape \[2\]: must be \[3\]"):
