@@ -33,7 +33,7 @@ def command(
 ) -> None:
     """Compare runs in a table: held-out metric, parameters, FLOPs, tokens, time, drops, balance.
 
-    Below the table stand the reasons why runs may not be comparable. Reads metrics.jsonl of each
+    Below the table are the reasons why runs may not be comparable. Reads metrics.jsonl of each
     run, never a checkpoint. A quantity that was not recorded is a dash; if no run has it, it is
     left out.
 

@@ -83,7 +83,7 @@ def choose_world(config: Config, given: int | None) -> tuple[int, str]:
 
 
 def as_text(world: int, origin: str, sections: list[Section]) -> str:
-    """Render the sections, wrapped to the terminal; `origin` says where `world` comes from."""
+    """Render the sections, wrapped to the terminal; `origin` is the source of `world`."""
     hints = {"--world": "", "default": " (--world N for more)"}
     hint = hints.get(origin, f" (from {origin}; --world N explains another)")
     lines = [f"On {plural(world, 'rank')}{hint}:"]

@@ -1,4 +1,4 @@
-"""How the batch is divided, and how many tokens an expert takes in training and in evaluation.
+"""Division of the batch, and capacity of the experts in training and in evaluation.
 
 Letters: T_g tokens of a group, E experts, K experts per token, G groups of one forward, C slots of
 one (group, expert).
@@ -26,7 +26,7 @@ def explain_batch(setting: Setting) -> Section:
         f" = {plural(train.global_batch, unit)} per step.",
         f"One forward of one process has {setting.tokens:,} {task.unit}s "
         f"({plural(setting.sequences, unit)}). The {unit}s of a step depend on the seed and the "
-        "step alone, not on the number of ranks.",
+        "step only, not on the number of ranks.",
     ]
     if task.targets_per_sample == 1:
         sentences.append(

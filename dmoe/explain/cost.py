@@ -1,4 +1,4 @@
-"""What training costs: bytes between ranks, parameters, memory, arithmetic, and the optimizer.
+"""Cost of training: bytes between ranks, parameters, memory, FLOPs, and the optimizer.
 
 Letters: T tokens of one process, D width, E experts, K experts per token, G groups, C slots, EP
 expert-parallel size.

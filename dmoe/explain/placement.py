@@ -1,4 +1,4 @@
-"""Which rank has which experts, and which modules are attached to the network."""
+"""Placement of the experts on ranks, and modules attached to the network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How experts are chosen, weighted and balanced, and which settings are unusual.
+"""Choice, weights and balance of the experts, and settings outside of usual ranges.
 
 Letters: E experts, K experts per token.
 """

@@ -169,7 +169,7 @@ def build_matrix_chart(
         chart: chart without views and selectors.
         runs: the runs.
         views: per run, the views by label of the layer. Only as many layers are kept as fit the
-            page, and the caption says so.
+            page, and the caption reports it.
     """
     labels = max((list(by_label) for by_label in views), key=len, default=[])
     if not labels:

@@ -101,7 +101,7 @@ class RunSummary:
 
     @property
     def partly_trained(self) -> bool:
-        """Whether part of the model is frozen."""
+        """True if part of the model is frozen."""
         known = None not in (self.trainable_parameters, self.parameters)
         return known and self.trainable_parameters != self.parameters
 

@@ -1,7 +1,7 @@
 """Sentences about a config, the one renderer of `dmoe explain` and of the report.
 
-They need the config alone and import no torch, so that a report is written without it. What needs
-shapes, ranks or slots is added by `dmoe/explain/`.
+They depend on the config only and import no torch, so that a report can be written without it.
+Sentences about shapes, ranks and slots are in `dmoe/explain/`.
 
 Letters: E experts, K experts per token, C slots of an expert.
 """
@@ -160,7 +160,7 @@ def _weights(moe: MoEConfig) -> str:
     if not spec.learned:
         steps = [f"1/{moe.top_k} each"]
     elif spec.has_noise or over_chosen:
-        steps = ["a softmax over the chosen logits alone"]
+        steps = ["a softmax over the chosen logits only"]
     elif not spec.ordered_choices:
         steps = ["the scores"]
     elif router.renormalize:
