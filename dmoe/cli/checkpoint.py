@@ -15,7 +15,7 @@ import typer
 from dmoe.cli.common import ARGUMENTS_HELP, load_arguments
 
 if TYPE_CHECKING:
-    from dmoe.train.upcycle import Upcycled
+    from dmoe.train.upcycle import UpcycleResult
 
 
 def upcycle(
@@ -46,12 +46,12 @@ def upcycle(
     print(json.dumps(asdict(made), indent=2) if as_json else told(made))
 
 
-def told(made: Upcycled) -> str:
-    from dmoe.explain.section import many
+def told(made: UpcycleResult) -> str:
+    from dmoe.report.format import format_count
 
     return (
         f"{len(made.layers)} feed-forwards of {made.source}, step {made.step}, copied to {made.experts} experts each: "
-        f"{many(made.dense_parameters)} parameters are now {many(made.parameters)}\n"
+        f"{format_count(made.dense_parameters)} parameters are now {format_count(made.parameters)}\n"
         f"held-out logits differ by at most {made.difference:.1e}\n"
         f"go on with the same CONFIG and train.run_dir={made.path}"
     )
@@ -60,7 +60,7 @@ def told(made: Upcycled) -> str:
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dmoe.train.checkpoint_info import Contents, Found, VerifiedCheckpoint
+    from dmoe.train.checkpoint_info import CheckpointContents, CheckpointList, VerifiedCheckpoint
 
 
 app = typer.Typer(
@@ -88,8 +88,8 @@ def inspect(place: Place, as_json: AsJson = False) -> None:
     """
     from dmoe.train import checkpoint_info
 
-    found = checkpoint_info.find(place)
-    contents = checkpoint_info.inspect(checkpoint_info.newest(found))
+    found = checkpoint_info.find_checkpoints(place)
+    contents = checkpoint_info.inspect_checkpoint(checkpoint_info.newest_intact(found))
     if as_json:
         print_json({"checkpoint": asdict(contents), **_listed(found)})
     else:
@@ -105,9 +105,9 @@ def verify(place: Place, as_json: AsJson = False) -> None:
     """
     from dmoe.train import checkpoint_info
 
-    found = checkpoint_info.find(place)
+    found = checkpoint_info.find_checkpoints(place)
     proofs = [
-        proof for path in found.checkpoints if (proof := checkpoint_info.verify(path)) is not None
+        proof for path in found.checkpoints if (proof := checkpoint_info.verify_checkpoint(path)) is not None
     ]
     ok = all(proof.problem is None for proof in proofs)
     if as_json:
@@ -130,7 +130,7 @@ def print_json(content: dict[str, Any]) -> None:
     print(json.dumps(content, indent=2))
 
 
-def _listed(found: Found) -> dict[str, list[str]]:
+def _listed(found: CheckpointList) -> dict[str, list[str]]:
     return {
         "checkpoints": [str(path) for path in found.checkpoints],
         "partial": [str(path) for path in found.partial],
@@ -143,10 +143,10 @@ def _console() -> Console:
     return Console(highlight=False, markup=False)
 
 
-def _print_proofs(console: Console, proofs: list[VerifiedCheckpoint], found: Found) -> None:
+def _print_proofs(console: Console, proofs: list[VerifiedCheckpoint], found: CheckpointList) -> None:
     from rich.table import Table
 
-    from dmoe.explain.section import size_of
+    from dmoe.report.format import format_bytes
 
     table = Table(title=f"every byte of {found.root}", title_justify="left")
     for column in ("step", "files", "bytes", ""):
@@ -154,7 +154,9 @@ def _print_proofs(console: Console, proofs: list[VerifiedCheckpoint], found: Fou
     for proof in proofs:
         damaged = proof.problem is not None
         known = (
-            ("", "") if damaged and not proof.files else (str(proof.files), size_of(proof.bytes))
+            ("", "")
+            if damaged and not proof.files
+            else (str(proof.files), format_bytes(proof.bytes))
         )
         table.add_row(
             str(proof.step),
@@ -176,10 +178,10 @@ def _print_proofs(console: Console, proofs: list[VerifiedCheckpoint], found: Fou
     )
 
 
-def _print_contents(console: Console, contents: Contents, found: Found) -> None:
+def _print_contents(console: Console, contents: CheckpointContents, found: CheckpointList) -> None:
     from rich.table import Table
 
-    from dmoe.explain.section import ranges, size_of
+    from dmoe.report.format import format_bytes, format_ranges
 
     table = Table(title=contents.path, title_justify="left", show_header=False)
     table.add_column()
@@ -194,7 +196,10 @@ def _print_contents(console: Console, contents: Contents, found: Found) -> None:
         )
     for shard in _some(contents.files):
         files.add_row(
-            shard.name, size_of(shard.size), str(len(shard.pieces)), ranges(shard.experts) or "none"
+            shard.name,
+            format_bytes(shard.size),
+            str(len(shard.pieces)),
+            format_ranges(shard.experts) or "none",
         )
     console.print(files)
     if len(contents.files) > MOST_ROWS:
@@ -214,7 +219,7 @@ def _print_contents(console: Console, contents: Contents, found: Found) -> None:
     )
 
 
-def _print_partial(console: Console, found: Found) -> None:
+def _print_partial(console: Console, found: CheckpointList) -> None:
     for path in found.partial:
         console.print(
             f"{path.name} is partial: a save that runs, or was cut short; nothing reads it",
@@ -222,18 +227,18 @@ def _print_partial(console: Console, found: Found) -> None:
         )
 
 
-def _facts(contents: Contents) -> list[tuple[str, str]]:
+def _facts(contents: CheckpointContents) -> list[tuple[str, str]]:
     """Rows of the table; what the checkpoint does not say is `not said`."""
-    from dmoe.explain.section import many, ranges, size_of
+    from dmoe.report.format import format_bytes, format_count, format_ranges
 
     def bytes_of(parts: dict[str, int]) -> str:
-        return ", ".join(f"{name} {size_of(size)}" for name, size in parts.items())
+        return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
 
     def said(parts: dict[str, Any]) -> str:
         return ", ".join(f"{name} {value}" for name, value in parts.items()) or "not said"
 
     layers = (
-        f"{len(contents.layers)} x {ranges(sorted(set(contents.layers.values())))} experts"
+        f"{len(contents.layers)} x {format_ranges(sorted(set(contents.layers.values())))} experts"
         if contents.layers
         else "none"
     )
@@ -245,7 +250,7 @@ def _facts(contents: Contents) -> list[tuple[str, str]]:
         ("saved by", said(contents.topology)),
         ("versions", said(contents.versions)),
         ("tensors", f"{contents.tensors:,}"),
-        ("parameters", many(contents.parameters)),
+        ("parameters", format_count(contents.parameters)),
         ("bytes", bytes_of(contents.bytes_by_kind)),
         ("by type", bytes_of(contents.bytes_by_dtype)),
         ("MoE layers", layers),
@@ -254,7 +259,7 @@ def _facts(contents: Contents) -> list[tuple[str, str]]:
         rows.append(
             (
                 f"EP rank {owner['ep_rank']}",
-                f"experts {ranges(owner['experts'])}; rank {ranges(owner['ranks'])}",
+                f"experts {format_ranges(owner['experts'])}; rank {format_ranges(owner['ranks'])}",
             )
         )
     return rows
