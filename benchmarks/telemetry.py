@@ -25,11 +25,10 @@ from dmoe.config.schema import Config
 from dmoe.data import open_data
 from dmoe.distributed import init as worlds
 from dmoe.distributed.local_ranks import run_ranks
-from dmoe.moe.profiling import profiled
+from dmoe.moe.dispatch import profiled
 from dmoe.runs.metrics_log import MetricsFile
 from dmoe.train import engine as engines
-from dmoe.train.step import training_batches
-from dmoe.train.step import compute_gradients, update
+from dmoe.train.step import NULL_RECORDER, compute_gradients, training_batches, update
 from dmoe.train.telemetry import Telemetry
 
 WARM_UP = 3
@@ -46,19 +45,19 @@ def rounds_of(
     """What (plain, logged) steps took."""
     here = worlds.init_distributed(config.train.device)
     data = open_data(config.data, config.train.seed)
-    engine = engines.build(config, here, data.tokenizer.vocab_size)
+    engine = engines.build_engine(config, here, data.tokenizer.vocab_size)
     telemetry, file = Telemetry(engine, data.domains), MetricsFile(Path(folder) / f"{rank}.jsonl")
 
     def step(number: int, logged: bool) -> Seconds:
         began, busy = time.monotonic(), time.process_time()
         batches = training_batches(data.train, engine, number)
-        measurement = telemetry.begin(logged, began)
-        result = update(engine, compute_gradients(engine, batches, recorder=measurement), 1e-3)
+        recorder = telemetry.start_recording(began) if logged else NULL_RECORDER
+        result = update(engine, compute_gradients(engine, batches, recorder=recorder), 1e-3)
         if logged:
-            values = telemetry.train_line(
+            values = telemetry.train_record(
                 result, tokens=0, learning_rate=1e-3, seconds=1.0, steps=1
             )
-            telemetry.alerts.judge(values)
+            telemetry.alerts.check(values)
             file.write("train", number, values)
         return time.monotonic() - began, time.process_time() - busy
 

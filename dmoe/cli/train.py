@@ -10,7 +10,7 @@ import typer
 
 from dmoe.cli.common import ARGUMENTS_HELP, load_arguments
 from dmoe.config.errors import ConfigError
-from dmoe.config.launch_env import has_accelerator, launched, main_memory
+from dmoe.config.launch_env import has_accelerator, read_launch_env, main_memory
 from dmoe.config.rules import check, check_memory
 from dmoe.config.schema import Config
 from dmoe.distributed.launcher import exit_with_launcher
@@ -48,7 +48,7 @@ def command(
         signal.SIGUSR1, signal.SIG_IGN
     )  # "save now" means nothing yet, and would end the process by default
     config, given = load_arguments(arguments or [])
-    launcher = launched()
+    launcher = read_launch_env()
     if launcher is not None and ranks is not None:
         raise ConfigError(
             "--ranks",
@@ -57,7 +57,7 @@ def command(
             "leave --ranks out under torchrun",
         )
     world, local = (
-        (ranks or 1, ranks or 1) if launcher is None else (launcher.world, launcher.local)
+        (ranks or 1, ranks or 1) if launcher is None else (launcher.world_size, launcher.local_world_size)
     )
     check(config, world)
     if config.train.device == "cpu" or (config.train.device == "auto" and not has_accelerator()):
@@ -72,7 +72,7 @@ def command(
             )
         run_preflight(config)
     if ranks is None:
-        from dmoe.train.trainer import train
+        from dmoe.train.run import train
 
         train(config, given, quiet)
     else:

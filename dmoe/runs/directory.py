@@ -1,4 +1,4 @@
-"""The directory of a run: plain files that a person can read and compare."""
+"""The directory of a run: plain files that people can read and compare."""
 
 from __future__ import annotations
 
@@ -6,55 +6,68 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
+
 from dmoe.config.errors import ConfigError
 from dmoe.config.load import to_yaml
-from dmoe.config.schema import Config
+from dmoe.config.schema import Config, TrainConfig
 from dmoe.config.secrets import redact
-from dmoe.runs.metrics_log import MetricsFile
 
 
 class RunDir:
-    """`runs/NAME/` with `resolved.yaml`, `metrics.jsonl`, `checkpoints/`, `logs/`; `runs/latest` points at the newest."""
+    """`runs/NAME/` with `resolved.yaml`, `metrics.jsonl`, `checkpoints/` and `logs/`.
+
+    `runs/latest` is a link to the newest one.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoints, self.logs, self.metrics = path / "checkpoints", path / "logs", path / "metrics.jsonl"
+        self.checkpoints, self.logs = path / "checkpoints", path / "logs"
+        self.metrics = path / "metrics.jsonl"
 
-    def create(self, named: str | None) -> None:
-        """Make the directories. Raises ConfigError where that is not possible; `named` is `train.run_dir` as the user gave it."""
+    def create(self, given_path: str | None) -> None:
+        """Create the directories. Raises ConfigError where that is not possible.
+
+        `given_path`: `train.run_dir` as the user wrote it, for the message.
+        """
         try:
             for folder in (self.path, self.checkpoints, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise ConfigError(
-                "train.run_dir", named or self.path, f"cannot be written ({reason})", "choose a directory you may write to"
+                "train.run_dir",
+                given_path or self.path,
+                f"cannot be written ({reason})",
+                "choose a directory you may write to",
             ) from None
 
-    def record(self, config: Config, given: str) -> None:
-        """Write the config, as given and resolved, and point `latest` here: once the run is known to fit what the directory holds.
+    def write_config(self, config: Config, config_text: str) -> None:
+        """Write the config as given and as resolved, and link `latest` to this run.
 
-        A secret in what was given (a comment) is left out; `dmoe.config.secrets` has refused one in a field.
+        To be called once the run is known to fit the checkpoints in the directory. Secrets in the
+        text (in a comment) are redacted; `dmoe.config.secrets` has refused those in fields.
         """
-        (self.path / "config.yaml").write_text(redact(given), encoding="utf-8")
+        (self.path / "config.yaml").write_text(redact(config_text), encoding="utf-8")
         (self.path / "resolved.yaml").write_text(redact(to_yaml(config)), encoding="utf-8")
-        if (self.path.parent / "checkpoints").is_dir() and (self.path.parent / "logs").is_dir():
-            return  # a core, in the directory of the run that starts from it: people look for that one
-        with suppress(OSError):  # a convenience: a parent that may not be written is no reason not to train
-            self._point_latest()
+        parent = self.path.parent
+        if (parent / "checkpoints").is_dir() and (parent / "logs").is_dir():
+            return  # the run of a base model, inside the run that starts from it: no link to it
+        with suppress(OSError):  # the link is a convenience: the parent may be read-only
+            self._link_latest()
 
-    def _point_latest(self) -> None:
+    def _link_latest(self) -> None:
         link = self.path.parent / "latest"
         if link.is_symlink() or not link.exists():
-            fresh = link.with_name(f".latest-{os.getpid()}")
-            fresh.symlink_to(self.path.name)
-            fresh.replace(link)
+            new_link = link.with_name(f".latest-{os.getpid()}")
+            new_link.symlink_to(self.path.name)
+            new_link.replace(link)
 
 
-def name_run(config: Config) -> Path:
-    """Where this run goes: `train.run_dir`, or a new directory under runs/ named by the time."""
-    if config.train.run_dir:
-        return Path(os.path.realpath(Path(config.train.run_dir).expanduser()))  # runs/latest is the run it points to
+def name_run(config: TrainConfig) -> Path:
+    """Return the path of a run: `train.run_dir`, or a new one under runs/ named by the time."""
+    if config.run_dir:
+        # Resolved, so that runs/latest is the run that it links to.
+        return Path(os.path.realpath(Path(config.run_dir).expanduser()))
     base = Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     path, number = base, 1
     while path.exists():
@@ -64,8 +77,13 @@ def name_run(config: Config) -> Path:
 
 
 def find_run(path: str) -> RunDir:
-    """The run at `path`, e.g. `runs/latest`. Raises ConfigError if there is none."""
+    """Return the run at `path`, e.g. `runs/latest`. Raises ConfigError if there is none."""
     run = Path(path)
     if not (run / "resolved.yaml").is_file():
-        raise ConfigError("RUN", path, "is not a run directory (it has no resolved.yaml)", "give one, e.g. runs/latest")
+        raise ConfigError(
+            "RUN",
+            path,
+            "is not a run directory (it has no resolved.yaml)",
+            "give one, e.g. runs/latest",
+        )
     return RunDir(run.resolve())

@@ -1,11 +1,12 @@
-"""One job in a run directory: the file `lock`, held by rank 0 for the life of the run.
+"""Lock of a run directory: the file `lock`, held by rank 0 while the job runs.
 
-Two jobs that write one directory mix their metrics and delete each other's checkpoints. The lock is the kernel's (`flock`): it ends
-with the process that holds it, however that process dies, so a dead owner's lock needs no cleaning. The file's one line of JSON only
-says who holds it; after a clean end it is empty. The line decides in two cases that the kernel cannot: a file system without locks,
-where the owner's process is looked up, and an owner on another host, since network file systems may keep locks to one host.
+Two jobs in one directory would mix their metrics and delete each other's checkpoints. The lock is
+the kernel's (`flock`). It ends with its process however that dies, so there are no stale locks to
+clean up. The file holds one line of JSON that names the owner; after a clean end it is empty. The
+line decides where the kernel cannot: on a file system without locks, where the owner's process is
+looked up, and for an owner on another host, since network file systems may keep locks per host.
 
-Where there are no locks, the check is not free of races: two jobs that start within the same few milliseconds can both get in.
+Without kernel locks there is a race: two jobs that start within a few milliseconds can both get in.
 """
 
 from __future__ import annotations
@@ -19,85 +20,107 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+
 from dmoe.config.errors import ConfigError
 
-
 FIELD = "train.run_dir"
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
-LONGEST = 4096  # bytes of the line
+LOCKS_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
+MAX_LINE_BYTES = 4096
 
 
 @dataclass(frozen=True)
-class Owner:
-    """Who holds a lock. `boot` and `ticks` (the process's start, in clock ticks since boot) tell a process from a later one of the
-    same number; both are empty where there is no /proc."""
+class LockOwner:
+    """The process that holds a lock. Its field names are the keys of the file's JSON."""
 
     host: str
     pid: int
     started: str
+    """Local time."""
     job: str | None
+    """Elastic launcher's name of the job."""
     boot: str
+    """Boot id of the kernel; empty without /proc."""
     ticks: str
+    """Start of the process in clock ticks since boot, which tells it from a later process of the
+    same pid; empty without /proc."""
 
     @classmethod
-    def here(cls, job: str | None) -> Owner:
+    def current(cls, job: str | None) -> LockOwner:
         pid = os.getpid()
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        return cls(socket.gethostname(), pid, now, job, _boot(), _ticks(pid))
+        return cls(socket.gethostname(), pid, now, job, _boot_id(), _start_ticks(pid))
 
     @classmethod
-    def of(cls, line: bytes) -> Owner | None:
-        """The owner a lock file names; None if the line is empty, torn, or not ours."""
+    def parse(cls, line: bytes) -> LockOwner | None:
+        """Return the owner that a lock file names; None for a line that is empty or invalid."""
         try:
             owner = cls(**json.loads(line))
         except (ValueError, TypeError):
             return None
         texts = (owner.host, owner.started, owner.boot, owner.ticks)
-        sound = all(isinstance(text, str) for text in texts) and type(owner.pid) is int and isinstance(owner.job, str | None)
-        return owner if sound else None
+        valid = (
+            all(isinstance(text, str) for text in texts)
+            and type(owner.pid) is int
+            and isinstance(owner.job, str | None)
+        )
+        return owner if valid else None
 
     def __str__(self) -> str:
         return f"host {self.host}, pid {self.pid}, started {self.started}"
 
-    def is_elsewhere(self) -> bool:
-        """Whether another kernel knows the process. Containers of one machine differ in host name but share boot and locks."""
-        return self.host != socket.gethostname() and not (self.boot and self.boot == _boot())
+    def is_on_other_host(self) -> bool:
+        """Return whether the process belongs to another kernel.
 
-    def lives_here(self) -> bool:
-        """Whether the process still runs under this kernel: the same boot, the same number, the same start."""
-        return self.boot == _boot() and self.pid != os.getpid() and _ticks(self.pid) == self.ticks and _exists(self.pid)
+        Containers on one machine differ in host name, but share boot id and locks.
+        """
+        return self.host != socket.gethostname() and not (self.boot and self.boot == _boot_id())
+
+    def is_running_here(self) -> bool:
+        """Return whether the process still runs here: same boot id, same pid, same start."""
+        return (
+            self.boot == _boot_id()
+            and self.pid != os.getpid()
+            and _start_ticks(self.pid) == self.ticks
+            and _process_exists(self.pid)
+        )
 
 
 class RunLock:
-    """The lock of a run directory, once taken. Made by `RunLock.take`, ended by `release` or the end of the process."""
+    """An acquired lock. It ends with `release`, or with the process."""
 
-    def __init__(self, descriptor: int, directory: int, remark: str | None) -> None:
+    def __init__(self, descriptor: int, directory: int, warning: str | None) -> None:
         self._descriptor: int | None = descriptor
         self._directory = directory
-        self.remark = remark
-        """What the user should know about this lock, or None."""
+        self.warning = warning
+        """A limit of this lock that the user should know, or None."""
 
     @classmethod
-    def take(cls, run_path: Path, named: str | None) -> RunLock:
-        """Lock the directory, which must exist. `named`: what the launcher calls this job (TORCHELASTIC_RUN_ID), None without one.
+    def acquire(cls, run_path: Path, job_id: str | None) -> RunLock:
+        """Lock the directory, which must exist.
+
+        Args:
+            run_path: the run directory.
+            job_id: the launcher's name of this job (TORCHELASTIC_RUN_ID), None without one.
 
         Raises:
-            ConfigError: another job is at work there; or may be, on another host; or the file cannot be opened.
+            ConfigError: if another job uses the directory, or may do so on another host, or the
+                file cannot be opened.
         """
-        path, job = run_path / "lock", None if named in (None, "", "none") else named
-        descriptor, directory = _open(path), os.open(run_path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        path, job = run_path / "lock", None if job_id in (None, "", "none") else job_id
+        descriptor = _open(path)
+        directory = os.open(run_path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            remark = _hold(descriptor, path, job)
-            _hold_directory(directory, path)
-            _write(descriptor, json.dumps(asdict(Owner.here(job))).encode() + b"\n")
+            warning = _acquire(descriptor, path, job)
+            _acquire_directory(directory, path)
+            _write(descriptor, json.dumps(asdict(LockOwner.current(job))).encode() + b"\n")
         except BaseException:
             os.close(descriptor)
             os.close(directory)
             raise
-        return cls(descriptor, directory, remark)
+        return cls(descriptor, directory, warning)
 
     def release(self) -> None:
-        """Empty the file, which says that the run ended by itself, and let go. A second call does nothing."""
+        """Empty the file, which marks a clean end, and unlock. A second call does nothing."""
         if self._descriptor is not None:
             descriptor, self._descriptor = self._descriptor, None
             try:
@@ -109,62 +132,84 @@ class RunLock:
     def __enter__(self) -> RunLock:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.release()
 
 
 def _open(path: Path) -> int:
-    """Never truncated, since it may be another job's; closed in children (Python's default), which would keep the lock alive."""
+    """Open the file without truncating it, since it may be another job's.
+
+    Closed in child processes, which would keep the lock otherwise.
+    """
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise ConfigError(FIELD, path.parent, f"its lock file cannot be opened ({reason})", f"look at {path}") from None
+        problem = f"its lock file cannot be opened ({reason})"
+        raise ConfigError(FIELD, path.parent, problem, f"look at {path}") from None
 
 
-def _hold(descriptor: int, path: Path, job: str | None) -> str | None:
-    """Take the kernel's lock, or without one see whether the owner lives. Returns the remark; raises ConfigError if it is another's."""
-    remark = None
+def _acquire(descriptor: int, path: Path, job: str | None) -> str | None:
+    """Take the kernel's lock, or without one check whether the owner is alive.
+
+    Returns the lock's warning. Raises ConfigError if another job has the lock.
+    """
+    warning = None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise _refusal(path, Owner.of(_read(descriptor))) from None
+        raise _in_use_error(path, LockOwner.parse(_read(descriptor))) from None
     except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise ConfigError(FIELD, path.parent, f"cannot be locked ({error.strerror})", f"look at {path}") from None
-        remark = f"the file system of {path.parent} has no locks: two jobs on it that start at once would not notice each other"
-    owner = Owner.of(_read(descriptor))
+        if error.errno not in LOCKS_UNSUPPORTED:
+            problem = f"cannot be locked ({error.strerror})"
+            raise ConfigError(FIELD, path.parent, problem, f"look at {path}") from None
+        warning = (
+            f"the file system of {path.parent} has no locks: "
+            "two jobs on it that start at once would not notice each other"
+        )
+    owner = LockOwner.parse(_read(descriptor))
     if owner is None:
-        return remark
-    if owner.is_elsewhere():
-        if job is None or owner.job != job:  # the same job: the elastic launcher has moved rank 0 to this host
-            raise _refusal(path, owner, "may be", f"if that job is dead, delete {path}")
-    elif remark is not None and owner.lives_here():
-        raise _refusal(path, owner)
-    return remark
+        return warning
+    if owner.is_on_other_host():
+        # The same job is no conflict: the elastic launcher has moved rank 0 to this host.
+        if job is None or owner.job != job:
+            raise _in_use_error(path, owner, "may be", f"if that job is dead, delete {path}")
+    elif warning is not None and owner.is_running_here():
+        raise _in_use_error(path, owner)
+    return warning
 
 
-def _hold_directory(directory: int, path: Path) -> None:
-    """The directory itself as well: who deletes the file, of a job that lives, does not get in."""
+def _acquire_directory(directory: int, path: Path) -> None:
+    """Lock the directory too, so that deleting the file of a live job does not unlock it."""
     try:
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise _refusal(path, None) from None
+        raise _in_use_error(path, None) from None
     except OSError as error:
-        # No locks here, which the file has found out already; or (EBADF, on NFS) none on what cannot be opened for writing.
-        if error.errno not in NO_LOCKS | {errno.EBADF}:
-            raise ConfigError(FIELD, path.parent, f"cannot be locked ({error.strerror})", "look at it") from None
+        # Without locks the file's check has decided. NFS gives EBADF: no exclusive lock on what
+        # cannot be opened for writing.
+        if error.errno not in LOCKS_UNSUPPORTED | {errno.EBADF}:
+            problem = f"cannot be locked ({error.strerror})"
+            raise ConfigError(FIELD, path.parent, problem, "look at it") from None
 
 
-def _refusal(
-    path: Path, owner: Owner | None, sure: str = "is", fix: str = "wait for it, stop it, or name another directory"
+def _in_use_error(
+    path: Path,
+    owner: LockOwner | None,
+    verb: str = "is",
+    fix: str = "wait for it, stop it, or name another directory",
 ) -> ConfigError:
-    whose = str(owner) if owner else f"it has not written its name into {path.name} yet"
-    return ConfigError(FIELD, path.parent, f"another job {sure} at work there ({whose})", fix)
+    who = str(owner) if owner else f"it has not written its name into {path.name} yet"
+    return ConfigError(FIELD, path.parent, f"another job {verb} at work there ({who})", fix)
 
 
 def _read(descriptor: int) -> bytes:
-    return os.pread(descriptor, LONGEST, 0)
+    return os.pread(descriptor, MAX_LINE_BYTES, 0)
 
 
 def _write(descriptor: int, line: bytes) -> None:
@@ -173,17 +218,20 @@ def _write(descriptor: int, line: bytes) -> None:
     os.fsync(descriptor)
 
 
-def _boot() -> str:
-    """What tells one boot of this machine from the next; empty where the kernel does not say."""
+def _boot_id() -> str:
+    """Return the id of this boot of the machine, or an empty string without /proc."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return ""
 
 
-def _ticks(pid: int) -> str:
-    """Field 22 of /proc/PID/stat, counted from behind the command, which may hold blanks and brackets; empty if there is none,
-    or only the exit code of a dead process that nobody has asked for."""
+def _start_ticks(pid: int) -> str:
+    """Return the start time of a process: field 22 of /proc/PID/stat.
+
+    Counted from behind the command, which may hold blanks and brackets. Empty if there is no such
+    process, or only a zombie.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return "" if fields[0] in "ZX" else fields[19]
@@ -191,7 +239,7 @@ def _ticks(pid: int) -> str:
         return ""
 
 
-def _exists(pid: int) -> bool:
+def _process_exists(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,13 +1,12 @@
-"""What a run's checkpoints hold, and whether they are whole: read from manifests and headers, without building a model.
+"""Contents and integrity of a run's checkpoints, from manifests and headers, without a model.
 
-Three questions, from cheap to dear: which checkpoints are there (`find`), what does one hold (`inspect`: its manifest and the headers
-of its files), and is every byte still what was written (`verify`: all of it is hashed).
+From cheap to expensive: `find_checkpoints` lists them, `inspect_checkpoint` reads a manifest and
+the headers of its files, `verify_checkpoint` hashes all bytes.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections import Counter
@@ -26,36 +25,32 @@ from dmoe.checkpoint.manifest import verify as verify_manifest
 from dmoe.checkpoint.validate import check_shards
 from dmoe.config.errors import CheckpointError, ConfigError
 
-BYTES = {
-    "float64": 8,
-    "int64": 8,
-    "float32": 4,
-    "int32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int16": 2,
+BYTES_PER_ELEMENT = {
+    **dict.fromkeys(("float64", "int64"), 8),
+    **dict.fromkeys(("float32", "int32"), 4),
+    **dict.fromkeys(("float16", "bfloat16", "int16"), 2),
 }
-"""Of one element; the other types have one byte."""
+"""Of each dtype; the others have one byte."""
 EXPERTS = re.compile(r"model\.(.+)\.experts\.[^.]+")
-"""A stack of experts [E, ...]; the group names its layer."""
+"""Name of a stack of experts [E, ...]; the group is the layer."""
 ONE_EXPERT = re.compile(r"model\.(.+)\.experts\.(\d+)\.[^.]+")
-"""A matrix of one expert, where they differ in shape: layer and global id."""
+"""Name of a matrix of one of the experts that differ in shape; the groups are layer and id."""
 MOMENT = re.compile(r"optim\.exp_avg(_sq)?\.")
 
 
 @dataclass(frozen=True)
-class Found:
+class CheckpointList:
     """The checkpoints under a path, lowest step first."""
 
     root: Path
     checkpoints: list[Path]
     partial: list[Path]
-    """Saves that were not finished: no checkpoints, and no damage either."""
+    """Unfinished saves: neither checkpoints nor damage."""
 
 
 @dataclass(frozen=True)
 class ShardSlice:
-    """A part of a tensor in a file: `shape` elements at `offset` of the whole."""
+    """Part of a tensor in a file: `shape` elements at `offset` of the full tensor."""
 
     name: str
     offset: tuple[int, ...]
@@ -64,23 +59,26 @@ class ShardSlice:
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One file, with what its header says."""
+    """One file and the contents of its header."""
 
     name: str
     size: int
     pieces: list[ShardSlice]
     experts: list[int]
-    """Global ids of the routed experts of which it holds weights."""
+    """Global ids of the routed experts that have weights in it."""
 
 
 @dataclass(frozen=True)
-class Contents:
-    """What one checkpoint holds. What the program that saved it did not say is None or empty."""
+class CheckpointContents:
+    """Contents of one checkpoint; None or empty for what its writer did not record.
+
+    The field names are the keys of `dmoe checkpoint inspect --json`.
+    """
 
     path: str
     step: int
     written: str
-    """By the clock of the machine that wrote it."""
+    """Local time of the manifest file."""
     tokens: int | None
     data: str | None
     """Fingerprint of the data it was trained on."""
@@ -91,115 +89,110 @@ class Contents:
     bytes_by_kind: dict[str, int]
     bytes_by_dtype: dict[str, int]
     layers: dict[str, int]
-    """Experts of each mixture layer, by its name."""
+    """Number of experts of each MoE layer, by its name."""
     owners: list[dict[str, Any]]
-    """Which global experts lay on which EP rank, and which ranks those were."""
+    """Global experts of each EP rank, and the ranks with that EP rank."""
     files: list[ShardFile]
     problem: str | None
-    """What names and sizes alone show to be damaged; the bytes themselves are not looked at."""
+    """Damage that names and sizes show; the contents are not read."""
 
 
 @dataclass(frozen=True)
 class VerifiedCheckpoint:
-    """What `verify` found out about one checkpoint."""
+    """Result of `verify_checkpoint`."""
 
     path: str
     step: int
     files: int
     bytes: int
     problem: str | None
-    """The first one found, with the file's name; None: every byte is what was written."""
+    """The first damage found, with the file's name; None if every byte is as written."""
     seconds: float
 
 
-def find(given: str) -> Found:
-    """The checkpoints of a run directory, of a `checkpoints/` directory, or the one that `given` is.
+def find_checkpoints(given: str) -> CheckpointList:
+    """Return the checkpoints of a run, of a `checkpoints/` directory, or one checkpoint by its path.
 
-    Raises: ConfigError if it is none of these; CheckpointError if there is no checkpoint yet.
+    Raises: ConfigError if `given` is none of these; CheckpointError if there is no checkpoint yet.
     """
     path = Path(given)
     name = path.resolve().name
-    named = parse_step(name)
+    step = parse_step(name)
     if not path.is_dir():
-        raise ConfigError(
-            "RUN",
-            given,
-            "is no directory",
-            "give a run, e.g. runs/latest, or one of its checkpoints",
-        )
-    if named is not None and named[1]:
+        fix = "give a run, e.g. runs/latest, or one of its checkpoints"
+        raise ConfigError("RUN", given, "is no directory", fix)
+    if step is not None and step[1]:
         raise CheckpointError(f"{path} is no checkpoint: its save has not finished")
-    if named is not None or (path / MANIFEST).exists():
-        return Found(path, [path], [])
+    if step is not None or (path / MANIFEST).exists():
+        return CheckpointList(path, [path], [])
     root = path / "checkpoints"
     if not root.is_dir():
         root = path
-        if (
-            name != "checkpoints"
-            and not list_steps(path)
-            and not (path / "resolved.yaml").is_file()
-        ):
+        is_run = (path / "resolved.yaml").is_file()
+        if name != "checkpoints" and not list_steps(path) and not is_run:
             allowed = "is neither a run, nor a directory of checkpoints, nor a checkpoint"
             raise ConfigError("RUN", given, allowed, "give one, e.g. runs/latest")
-    found = Found(root, [step for _, step in list_steps(root)], _partial(root))
-    if not found.checkpoints:
-        raise CheckpointError(
-            f"{path} has no checkpoint yet: train longer, or lower checkpoint.every"
-        )
-    return found
+    checkpoints = [step_path for _, step_path in list_steps(root)]
+    if not checkpoints:
+        problem = f"{path} has no checkpoint yet"
+        raise CheckpointError(f"{problem}: train longer, or lower checkpoint.every")
+    return CheckpointList(root, checkpoints, _partial(root))
 
 
-def newest(found: Found) -> Path:
-    """The newest checkpoint whose files are there with the right sizes; if none is, the newest. Cost: reads manifests."""
-    whole = (path for path in reversed(found.checkpoints) if _problem(path) is None)
-    return next(whole, found.checkpoints[-1])
+def newest_intact(found: CheckpointList) -> Path:
+    """Return the newest checkpoint whose files have the right sizes; without one, the newest.
+
+    Cost: reads manifests.
+    """
+    intact = (path for path in reversed(found.checkpoints) if _problem(path) is None)
+    return next(intact, found.checkpoints[-1])
 
 
-def inspect(path: Path) -> Contents:
-    """What the checkpoint at `path` holds. Cost: reads headers only.
+def inspect_checkpoint(path: Path) -> CheckpointContents:
+    """Return the contents of the checkpoint at `path`. Cost: reads headers only.
 
-    Raises: CheckpointError for a manifest that cannot be read, or a checkpoint that is gone meanwhile.
+    Raises CheckpointError for an invalid manifest, or a checkpoint that was deleted meanwhile.
     """
     try:
         return _contents(path)
     except FileNotFoundError:
-        gone = f"{path} is gone: a run that goes on forgets its oldest checkpoints; ask again"
-        raise CheckpointError(gone) from None
+        problem = f"{path} is gone: a running job deletes its oldest checkpoints; ask again"
+        raise CheckpointError(problem) from None
 
 
-def _contents(path: Path) -> Contents:
+def _contents(path: Path) -> CheckpointContents:
     manifest = read_manifest(path)
     extra, tensors = manifest.extra, manifest.tensors
     layers, kinds = _layers(tensors), _kinds(tensors)
-    topology = _of(extra, "topology", dict, {})
+    topology = _typed_value(extra, "topology", dict, {})
     uniform = not any(map(ONE_EXPERT.fullmatch, tensors))
-    return Contents(
+    written = time.localtime((path / MANIFEST).stat().st_mtime)
+    weights = [entry for name, entry in tensors.items() if kinds[name] == "weights"]
+    return CheckpointContents(
         path=str(path),
         step=manifest.step,
-        written=time.strftime(
-            "%Y-%m-%d %H:%M:%S", time.localtime((path / MANIFEST).stat().st_mtime)
-        ),
-        tokens=_of(extra, "tokens", int, None),
-        data=_of(extra, "data", str, None),
+        written=time.strftime("%Y-%m-%d %H:%M:%S", written),
+        tokens=_typed_value(extra, "tokens", int, None),
+        data=_typed_value(extra, "data", str, None),
         topology=topology,
-        versions=_of(extra, "versions", dict, {}),
+        versions=_typed_value(extra, "versions", dict, {}),
         tensors=len(tensors),
-        parameters=sum(
-            prod(entry.shape) for name, entry in tensors.items() if kinds[name] == "weights"
-        ),
+        parameters=sum(prod(entry.shape) for entry in weights),
         bytes_by_kind=_bytes_by(tensors, kinds),
         bytes_by_dtype=_bytes_by(tensors, {name: entry.dtype for name, entry in tensors.items()}),
         layers=layers,
         owners=_owners(topology, layers) if uniform else [],
-        files=[_shard(path / name, manifest.files[name].size) for name in sorted(manifest.files)],
+        files=[
+            _shard_file(path / name, file.size) for name, file in sorted(manifest.files.items())
+        ],
         problem=_problem(path),
     )
 
 
-def verify(path: Path) -> VerifiedCheckpoint | None:
-    """Hash every byte of the checkpoint at `path`, and see that its files hold every tensor, whole. Cost: reads it once.
+def verify_checkpoint(path: Path) -> VerifiedCheckpoint | None:
+    """Hash every byte of a checkpoint and check that its files hold every tensor completely.
 
-    None for one that is gone meanwhile: a run that goes on forgets its oldest.
+    None for one that was deleted meanwhile by a running job. Cost: reads all files once.
     """
     start, named = time.monotonic(), parse_step(path.resolve().name)
     manifest, problem = None, None
@@ -218,12 +211,9 @@ def verify(path: Path) -> VerifiedCheckpoint | None:
 
 
 def _partial(root: Path) -> list[Path]:
-    named = (
-        ((parse_step(entry.name), entry.name) for entry in os.scandir(root))
-        if root.is_dir()
-        else ()
-    )
-    return sorted(root / name for step, name in named if step is not None and step[1])
+    paths = root.iterdir() if root.is_dir() else ()
+    steps = {path: parse_step(path.name) for path in paths}
+    return sorted(path for path, step in steps.items() if step is not None and step[1])
 
 
 def _problem(path: Path) -> str | None:
@@ -235,23 +225,22 @@ def _problem(path: Path) -> str | None:
 
 
 def _kinds(tensors: Mapping[str, TensorEntry]) -> dict[str, str]:
-    """A weight has moments; what the model keeps without (buffers) is `other`. Without an optimizer, all of the model is weights."""
+    """Return `weights`, `moments` or `other` for each tensor.
+
+    Weights have moments; buffers are `other`. Without an optimizer the whole model is weights.
+    """
     moments = {name for name in tensors if MOMENT.match(name)}
-    weights = (
-        {MOMENT.sub("model.", name) for name in moments}
-        if moments
-        else {n for n in tensors if n.startswith("model.")}
-    )
-    return {
-        name: "moments" if name in moments else "weights" if name in weights else "other"
-        for name in tensors
-    }
+    weights = {MOMENT.sub("model.", name) for name in moments}
+    weights = weights or {name for name in tensors if name.startswith("model.")}
+    kinds = dict.fromkeys(tensors, "other")
+    kinds |= dict.fromkeys(weights & kinds.keys(), "weights")
+    return kinds | dict.fromkeys(moments, "moments")
 
 
 def _bytes_by(tensors: Mapping[str, TensorEntry], group: Mapping[str, str]) -> dict[str, int]:
     count: Counter[str] = Counter()
     for name, entry in tensors.items():
-        count[group[name]] += prod(entry.shape) * BYTES.get(entry.dtype, 1)
+        count[group[name]] += prod(entry.shape) * BYTES_PER_ELEMENT.get(entry.dtype, 1)
     return dict(count.most_common())
 
 
@@ -264,58 +253,51 @@ def _layers(tensors: Mapping[str, TensorEntry]) -> dict[str, int]:
 
 
 def _owners(topology: Mapping[str, int], layers: Mapping[str, int]) -> list[dict[str, Any]]:
-    """EP rank r has the r-th share of each layer's experts; in the picture of topology.py it is every EP-th rank from r on. Nothing
-    where experts differ in shape: which file holds whom is in `files`."""
-    world, ep, experts = (
-        topology.get("world", 1),
-        topology.get("ep", 1),
-        max(layers.values(), default=0),
-    )
-    if not experts or ep < 1 or experts % ep:
+    """Return experts and ranks of each EP rank: it has the r-th part of each layer's experts.
+
+    In the ranks of `distributed/mesh.py` EP rank r is every EP-th rank from r on. Empty for experts
+    that differ in shape: which file holds which expert is in `files`.
+    """
+    world_size, ep = topology.get("world", 1), topology.get("ep", 1)
+    num_experts = max(layers.values(), default=0)
+    if not num_experts or ep < 1 or num_experts % ep:
         return []
-    share = experts // ep
+    share = num_experts // ep
     return [
         {
             "ep_rank": rank,
-            "ranks": list(range(rank, world, ep)),
+            "ranks": list(range(rank, world_size, ep)),
             "experts": list(range(rank * share, (rank + 1) * share)),
         }
         for rank in range(ep)
     ]
 
 
-def _shard(path: Path, size: int) -> ShardFile:
-    pieces = _pieces(path)
-    experts = {
-        piece.offset[0] + i
-        for piece in pieces
-        if EXPERTS.fullmatch(piece.name)
-        for i in range(piece.shape[0])
-    }
-    experts |= {
-        int(match[2]) for match in (ONE_EXPERT.fullmatch(piece.name) for piece in pieces) if match
-    }
-    return ShardFile(path.name, size, pieces, sorted(experts))
+def _shard_file(path: Path, size: int) -> ShardFile:
+    slices = _slices(path)
+    experts: set[int] = set()
+    for part in slices:
+        if EXPERTS.fullmatch(part.name):
+            experts.update(range(part.offset[0], part.offset[0] + part.shape[0]))
+        elif match := ONE_EXPERT.fullmatch(part.name):
+            experts.add(int(match[2]))
+    return ShardFile(path.name, size, slices, sorted(experts))
 
 
-def _pieces(path: Path) -> list[ShardSlice]:
-    """What the header names; nothing where it cannot be read, which `problem` and `verify` say in words."""
+def _slices(path: Path) -> list[ShardSlice]:
+    """Return the slices in a header; empty if it is invalid, which `problem` reports."""
     try:
         with safe_open(str(path), framework="np") as file:
             offsets = json.loads((file.metadata() or {})["DCP_SHARDING_INFO"])
-            names = sorted(file.keys())
+            shapes = {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
             return [
-                ShardSlice(
-                    name,
-                    tuple(offsets[name]["saved_offsets"]),
-                    tuple(file.get_slice(name).get_shape()),
-                )
-                for name in names
+                ShardSlice(name, tuple(offsets[name]["saved_offsets"]), tuple(shape))
+                for name, shape in shapes.items()
             ]
-    except Exception:  # as shards.py: whatever a malformed header makes the parsers raise
+    except Exception:  # whatever a malformed header makes the parsers raise
         return []
 
 
-def _of(extra: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
+def _typed_value(extra: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
     value = extra.get(key)
     return value if isinstance(value, kind) else default

@@ -1,7 +1,4 @@
-"""Saving, resuming and going back: what of a run a checkpoint holds, and when it may be taken up.
-
-When a checkpoint is due, and what one that fails does to the run.
-"""
+"""Checkpoints of a run: what they hold, how a run resumes and rolls back, and when one is saved."""
 
 from __future__ import annotations
 
@@ -26,132 +23,162 @@ from dmoe.train.engine import Engine
 from dmoe.train.reduction import Requests
 from dmoe.train.restore import check_same_run, describe_changes
 from dmoe.train.step_guard import StepGuard
-from dmoe.train.tasks import Data
-
-NOTHING: Mapping[str, torch.Tensor] = {}
+from dmoe.train.tasks import Dataset
 
 
 class Checkpointer:
-    """The checkpoints of one run. Every method but `failed` and `finished` is collective.
+    """The checkpoints of one run. Every method but `failed`, `take_finished` and `drain` is collective.
 
-    A step that is given is the number of optimizer steps done. The data order, the schedule and all noise are functions of it.
+    A step is the number of optimizer steps done. Data order, learning rate and all random numbers
+    are functions of it.
     """
 
-    def __init__(self, engine: Engine, data: Data, run: RunDir, guard: StepGuard) -> None:
-        self.engine, self.data, self.guard, self.root = engine, data, guard, run.checkpoints
-        config, self.group = engine.config.checkpoint, engine.mesh.checkpoint_group
-        """`group` has the long time-out: rank 0 may read for minutes. Nobody else uses it while nothing is being written."""
+    def __init__(self, engine: Engine, data: Dataset, run: RunDir, step_guard: StepGuard) -> None:
+        """Collect what a checkpoint holds.
+
+        Args:
+            engine: model, optimizer, loss scale and config.
+            data: its fingerprint is saved, and must be equal where the run resumes.
+            run: the run directory.
+            step_guard: its state is saved too.
+        """
+        self.engine, self.data, self.step_guard = engine, data, step_guard
+        self.root, self.group = run.checkpoints, engine.mesh.checkpoint_group
+        """`group` has a long timeout, since rank 0 may read for minutes. The writer's thread uses
+        it while a checkpoint is being written; nothing else may then."""
+        config = engine.config.checkpoint
         self.saver = AsyncSaver(run.checkpoints, config.keep, self.group, config.asynchronous)
-        self.saved = -1
-        """The last step that was given to `save`, or taken up."""
-        self.remarks: list[str] = []
-        """What `resume` has to say: what is redefined, what could not be restored."""
+        self.last_saved_step = -1
+        """The last step that was passed to `save`, or restored."""
+        self.notes: list[str] = []
+        """Notes of `resume`: what the new config redefines, and what could not be restored."""
 
     def resume(self) -> int:
-        """Take up the newest whole checkpoint, at whatever world or EP size it was written; the step it is of, 0 for none.
+        """Restore the newest intact checkpoint; return its step, or 0 if there is none.
 
-        Raises: CheckpointError if none is whole, or if the config means another run.
+        The world size and the expert-parallel size may differ from those it was written with.
+
+        Raises CheckpointError if none is intact, or the config describes another run.
         """
         remove_partials(self.root, group=self.group)
         path = save_load.find_latest(self.root, group=self.group)
         if path is None:
             return 0
+        config, mesh = self.engine.config, self.engine.mesh
         extra = save_load.read_manifest_on_all(path, group=self.group).extra
-        check_same_run(extra["config"], extra["data"], self.engine.config, self.data.fingerprint)
-        mesh, micro_batch = self.engine.mesh, self.engine.batching.micro_batch
+        check_same_run(extra["config"], extra["data"], config, self.data.fingerprint)
         line = describe_changes(
-            extra["topology"], mesh.world_size, mesh.ep, micro_batch, self.engine.config
+            extra["topology"],
+            mesh.world_size,
+            mesh.ep,
+            self.engine.batching.micro_batch,
+            config.moe,
         )
-        self.remarks = [line] if line else []
+        self.notes = [line] if line else []
         step = self._restore(path)
-        if (
-            step == 0
-        ):  # not a run's: nothing was drawn, and no group was formed, before it (`training/upcycle.py`)
-            self.remarks = []
+        if step == 0:
+            # Written by `dmoe upcycle`, not by a run: no random numbers were drawn and no batch was
+            # formed before it, so nothing is redefined.
+            self.notes = []
         return step
 
     def save(self, step: int) -> None:
-        """Save the state after `step` steps; in the background if so configured. Does nothing where it is saved already.
+        """Save the state after `step` steps, unless it is saved already.
 
-        Raises: CheckpointError on all ranks, of this save or of the one before it, which was still being written.
+        With `checkpoint.asynchronous` the files are written in the background.
+
+        Raises CheckpointError on all ranks, of this save or of the previous one if that was still
+        being written.
         """
-        if step == self.saved:
+        if step == self.last_saved_step:
             return
         state = training_state(self.engine) | gather_rng_state(self.engine.mesh.control_group)
         self.saver.save(step, state, self._extra(step))
-        self.saved = step
+        self.last_saved_step = step
 
     def rollback(self) -> int | None:
-        """Go back to the newest whole checkpoint; the step it is of, or None where there is none."""
+        """Restore the newest intact checkpoint; return its step, or None if there is none."""
         self.saver.wait()
         path = save_load.find_latest(self.root, group=self.group)
         if path is None:
             return None
         step = self._restore(path)
-        self.guard.rolled_back()
+        self.step_guard.reset_count()
         return step
 
     @property
     def failed(self) -> bool:
-        """A background save has failed on this rank, and nobody has been told. No collective."""
+        """A background save has failed on this rank, and that is not reported yet."""
         return self.saver.failed
 
-    def finished(self) -> list[SavedCheckpoint]:
-        """The checkpoints that have become complete since the last call. No collective."""
+    def take_finished(self) -> list[SavedCheckpoint]:
+        """Return the checkpoints that have become complete since the last call."""
         return self.saver.take_finished()
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises: CheckpointError on all ranks."""
+        """Wait for the background save. Raises CheckpointError on all ranks."""
         try:
             self.saver.wait()
         except CheckpointError:
-            self.saved = -1  # so that the same step can be saved again: it is not there
+            # Not on disk: `save` must accept the same step again.
+            self.last_saved_step = -1
             raise
 
     def close(self) -> None:
-        """Wait, and let go of the memory. Raises: CheckpointError on all ranks."""
+        """Wait for the background save and free its memory. Raises CheckpointError on all ranks."""
         self.saver.close()
 
     def drain(self) -> None:
-        """On the way out of an error, when the other ranks may be gone: give the writer a moment. Not collective."""
+        """Give the writer a moment, after an error that other ranks may not have survived."""
         self.saver.drain()
 
     def _restore(self, path: Path) -> int:
-        tables, remark = rng_tables(save_load.read_manifest(path), self.group)
-        extra = load(self.engine, path, tables)
-        set_rng_state(tables, self.group)
-        if remark:
-            self.remarks.append(remark)
-        self.guard.restore(extra.get("guard"))
-        self.saved = int(extra["step"])
-        return self.saved
+        rng_state, note = rng_tables(save_load.read_manifest(path), self.group)
+        extra = load_training_state(self.engine, path, rng_state)
+        set_rng_state(rng_state, self.group)
+        if note:
+            self.notes.append(note)
+        self.step_guard.load_state_dict(extra.get("guard"))
+        self.last_saved_step = int(extra["step"])
+        return self.last_saved_step
 
     def _extra(self, step: int) -> dict[str, Any]:
-        config = self.engine.config
-        scaler = self.engine.accelerator.scaler
+        """Return the JSON part of a checkpoint. Its keys are part of the file format."""
+        engine, scaler = self.engine, self.engine.accelerator.scaler
         return {
             "step": step,
-            "tokens": step * self.engine.targets,
-            "config": asdict(config),
+            "tokens": step * engine.targets_per_step,
+            "config": asdict(engine.config),
             "topology": {
-                "world": self.engine.process.world_size,
-                "ep": self.engine.mesh.ep,
-                "virtual_ranks": config.parallel.virtual_ranks,
-                "micro_batch": self.engine.batching.micro_batch,
+                "world": engine.process.world_size,
+                "ep": engine.mesh.ep,
+                "virtual_ranks": engine.config.parallel.virtual_ranks,
+                "micro_batch": engine.batching.micro_batch,
             },
             "data": self.data.fingerprint,
-            "guard": self.guard.state(),
-            "scaler": None if scaler is None else _plain(scaler.state_dict()),
+            "guard": self.step_guard.state_dict(),
+            "scaler": None if scaler is None else _as_numbers(scaler.state_dict()),
             "versions": {"dmoe": dmoe.__version__, "torch": torch.__version__},
         }
 
 
-def load(engine: Engine, path: Path, more: Mapping[str, torch.Tensor] = NOTHING) -> dict[str, Any]:
-    """Fill the weights, the optimizer's state, the loss scale and `more` from the checkpoint at `path`; its `extra`. Collective."""
-    state = training_state(engine)
+def load_training_state(
+    engine: Engine, path: Path, extra_tensors: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, Any]:
+    """Load weights, optimizer state and loss scale of a checkpoint in place. Collective.
+
+    Args:
+        engine: whose state is filled.
+        path: the checkpoint.
+        extra_tensors: further tensors to fill, by their names in the checkpoint.
+
+    Returns:
+        The checkpoint's `extra`: step, config, guard and so on.
+    """
+    state, more = training_state(engine), dict(extra_tensors or {})
     extra = save_load.load(
         path,
-        state | dict(more),
+        state | more,
         prefix=("model.", "optim.", *more),
         group=engine.mesh.checkpoint_group,
     )
@@ -164,13 +191,14 @@ def load(engine: Engine, path: Path, more: Mapping[str, torch.Tensor] = NOTHING)
 
 
 def training_state(engine: Engine) -> dict[str, torch.Tensor]:
+    """Return weights, buffers and optimizer state by their names in a checkpoint."""
     return model_state(engine.model, engine.mesh) | optimizer_state(
         engine.model, engine.optimizer, engine.mesh
     )
 
 
-def _plain(state: Mapping[str, Any]) -> dict[str, float]:
-    """A gradient scaler's state: the scale, how it grows, and how many good steps it has seen."""
+def _as_numbers(state: Mapping[str, Any]) -> dict[str, float]:
+    """Return a gradient scaler's state as JSON numbers: scale, growth, good steps seen."""
     return {
         key: value.item() if isinstance(value, torch.Tensor) else value
         for key, value in state.items()
@@ -178,59 +206,71 @@ def _plain(state: Mapping[str, Any]) -> dict[str, float]:
 
 
 class CheckpointScheduler:
-    """`checkpoint.every` and `checkpoint.on_error`. Every method is collective; all ranks come to the same end."""
+    """Saves when `checkpoint.every` says so or a signal asks; handles `checkpoint.on_error`.
+
+    Every method is collective, and all ranks decide alike.
+    """
 
     def __init__(
-        self, checkpoints: Checkpointer, logger: RunLogger, config: CheckpointConfig
+        self, checkpointer: Checkpointer, logger: RunLogger, config: CheckpointConfig
     ) -> None:
-        self.checkpoints, self.logger, self.config = checkpoints, logger, config
+        self.checkpointer, self.logger, self.config = checkpointer, logger, config
         self.overdue = False
-        """A checkpoint was due and could not be made yet."""
+        """A checkpoint was due and could not be saved yet."""
 
     def after_step(
-        self, done: int, requests: Requests, *, last_step_good: bool, last: bool
+        self, step: int, requests: Requests, *, last_step_good: bool, last: bool
     ) -> None:
-        """Save if it is due or was asked for, and tell what has become of the save before.
+        """Save if that is due or requested, and log the saves that have completed.
 
-        Nothing is saved in a row of bad steps (`calm` is false): it would push out the checkpoints that the run may have to go back to.
-        What was due then is saved after the next good step.
-        The `last` step has a save of its own.
+        During bad steps nothing is saved, since that would delete the checkpoints that the run may
+        have to roll back to. What was due then is saved after the next good step. The last step has
+        a save of its own (`save_final`).
 
-        Raises: CheckpointError if a save has failed and `checkpoint.on_error` is stop.
+        Args:
+            step: optimizer steps done.
+            requests: the requests of all ranks.
+            last_step_good: whether the step guard found nothing wrong with the last step.
+            last: whether it was the last step of the run.
+
+        Raises CheckpointError if a save has failed and `checkpoint.on_error` is stop.
         """
         if requests.failed:
-            self.wait_for_pending(done)
-        self.overdue |= self.config.every > 0 and done % self.config.every == 0
+            self.wait_for_pending(step)
+        self.overdue |= self.config.every > 0 and step % self.config.every == 0
         if ((last_step_good and self.overdue) or requests.save) and not last:
             self.overdue = False
-            self.wait_for_pending(done)
+            self.wait_for_pending(step)
             try:
-                self.checkpoints.save(done)
+                self.checkpointer.save(step)
             except CheckpointError as error:
-                self._failed(done, error)
-        self._tell()
+                self._handle_failure(step, error)
+        self._log_completed()
 
-    def save_last(self, done: int) -> None:
-        """The state as it is now, on disk for sure, whatever became of the save before. Raises: CheckpointError."""
-        self.wait_for_pending(done)
-        self.checkpoints.save(done)
-        self.checkpoints.close()
-        self._tell()
+    def save_final(self, step: int) -> None:
+        """Save the state and wait until it is on disk, whatever became of the previous save.
 
-    def wait_for_pending(self, done: int) -> None:
-        """Wait for the checkpoint that is still being written, and hear how it went."""
+        Raises CheckpointError.
+        """
+        self.wait_for_pending(step)
+        self.checkpointer.save(step)
+        self.checkpointer.close()
+        self._log_completed()
+
+    def wait_for_pending(self, step: int) -> None:
+        """Wait for the checkpoint that is being written, and handle its failure."""
         try:
-            self.checkpoints.wait()
+            self.checkpointer.wait()
         except CheckpointError as error:
-            self._failed(done, error)
+            self._handle_failure(step, error)
 
-    def _failed(self, done: int, error: CheckpointError) -> None:
-        self.logger.alert(done, "checkpoint failed", f"checkpoint failed: {error}")
+    def _handle_failure(self, step: int, error: CheckpointError) -> None:
+        self.logger.alert(step, "checkpoint failed", f"checkpoint failed: {error}")
         if self.config.on_error == "stop":
             raise error
 
-    def _tell(self) -> None:
-        for saved in self.checkpoints.take_finished():
+    def _log_completed(self) -> None:
+        for saved in self.checkpointer.take_finished():
             values = {
                 "seconds": saved.seconds,
                 "held": saved.blocking_seconds,

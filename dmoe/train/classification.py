@@ -1,4 +1,4 @@
-"""A sample belongs to one of a few classes. Its domain is its class, so an evaluation tells each class apart."""
+"""Classification: each sample has one class, which is its domain in evaluations too."""
 
 from __future__ import annotations
 
@@ -8,44 +8,46 @@ import torch
 from torch import Tensor
 
 from dmoe.config.schema import Config
-from dmoe.data.tables import SampleStream, Table, classes_of, open_table, widths_of
+from dmoe.data.tables import SampleDataset, TableSplits, num_classes, open_table, stream_widths
 from dmoe.models.base import Model
 from dmoe.models.classifier import Classifier
 from dmoe.train.tasks import Samples, Score
 
 
 class Classification:
-    name, unit, targets = "classification", "sample", 1
+    """Predict the class of a sample of numbers."""
+
+    name, unit, targets_per_sample = "classification", "sample", 1
 
     def __init__(self, config: Config) -> None:
-        self.config, self.outputs, self.widths = (
+        self.config, self.num_outputs, self.widths = (
             config,
-            classes_of(config.data),
-            widths_of(config.data),
+            num_classes(config.data),
+            stream_widths(config.data),
         )
         self.streams = tuple(self.widths) if len(self.widths) > 1 else ()
 
-    def model(self, virtual_ranks: int = 1, recompute: bool = False) -> Model:
+    def build_model(self, virtual_ranks: int = 1, recompute: bool = False) -> Model:
         model, moe = self.config.model, self.config.moe
         return Classifier(
             model,
             moe,
             list(self.widths.values()),
-            self.outputs,
+            self.num_outputs,
             virtual_ranks=virtual_ranks,
             recompute=recompute,
         )
 
-    def open(self) -> Table:
+    def open_data(self) -> TableSplits:
         return open_table(self.config.data, self.config.train.seed)
 
-    def training(
-        self, stream: SampleStream, step: int, first: int, count: int, global_batch: int
+    def training_samples(
+        self, dataset: SampleDataset, step: int, first: int, count: int, global_batch: int
     ) -> Samples:
-        return _samples(*stream.batch(step, first, count, global_batch))
+        return _samples(*dataset.batch(step, first, count, global_batch))
 
-    def samples(self, stream: SampleStream, first: int, count: int) -> Samples:
-        return _samples(*stream.rows(first, count))
+    def samples(self, dataset: SampleDataset, first: int, count: int) -> Samples:
+        return _samples(*dataset.samples(first, count))
 
     def dummy_batch(self, count: int) -> Samples:
         return Samples(
@@ -55,22 +57,22 @@ class Classification:
         )
 
     def mask_stream(self, input: Tensor, stream: str) -> Tensor:
-        """The same samples with a stream that is missing: NaN in its columns."""
+        """Return the samples with NaN in the columns of one stream."""
         names = list(self.widths)
         first = sum(self.widths[name] for name in names[: names.index(stream)])
         changed = input.clone()
         changed[:, first : first + self.widths[stream]] = math.nan
         return changed
 
-    def bytes_per_target(self, data: Table, target: Tensor) -> Tensor:
+    def bytes_per_target(self, data: TableSplits, target: Tensor) -> Tensor:
         return torch.zeros_like(target)
 
-    def measures(self, score: Score) -> dict[str, float]:
+    def metrics(self, score: Score) -> dict[str, float]:
         return (
             {} if score.correct is None else {"accuracy": score.correct / max(1.0, score.targets)}
         )
 
-    def sample(self, model: Model, data: Table) -> str | None:
+    def generate_sample(self, model: Model, data: TableSplits) -> str | None:
         return None
 
 

@@ -1,6 +1,7 @@
-"""AdamW and its parameter groups.
+"""AdamW with its parameter groups, and the learning rate.
 
-The learning rate as a pure function of the step: nothing to save, nothing that a wrapper can advance twice.
+The learning rate is a pure function of the step: there is no scheduler state to save, and none
+that a wrapper could advance twice.
 """
 
 from __future__ import annotations
@@ -20,51 +21,54 @@ NO_DECAY = (
     "modular.experts.l",
     "modular.experts.vector",
 )
+"""Parts of the names of parameters without weight decay, beside all vectors."""
 
 
-def build(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Matrices decay; vectors, norms, embeddings, routers and constant experts do not; nor do scaling modules (zero would switch
-    the network off) and prompts.  Fused: one kernel for all tensors of a group,
-    so what FSDP2 shards over different ranks makes groups of its own."""
-    by_kind: dict[tuple[object, float], list[nn.Parameter]] = {}
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Build AdamW; weight decay applies to matrices only.
+
+    Without decay: vectors, norms, embeddings, routers, constant experts, scaling modules (at zero
+    they would switch the network off) and prompts. The fused implementation needs all parameters
+    of a group on one device mesh, so what FSDP2 shards over different ranks is in groups of its
+    own.
+    """
+    params: dict[tuple[object, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            plain = parameter.ndim < 2 or any(part in name for part in NO_DECAY)
-            sharded_over = getattr(parameter, "device_mesh", None)
-            by_kind.setdefault((sharded_over, 0.0 if plain else config.weight_decay), []).append(
-                parameter
-            )
+            no_decay = parameter.ndim < 2 or any(part in name for part in NO_DECAY)
+            weight_decay = 0.0 if no_decay else config.weight_decay
+            device_mesh = getattr(parameter, "device_mesh", None)
+            params.setdefault((device_mesh, weight_decay), []).append(parameter)
     groups = [
-        {"params": parameters, "weight_decay": decay} for (_, decay), parameters in by_kind.items()
+        {"params": group, "weight_decay": weight_decay}
+        for (_, weight_decay), group in params.items()
     ]
     return torch.optim.AdamW(
         groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
     )
 
 
-def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Learning rate of optimizer step `step` (0-based) of `steps`.
+def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
+    """Return the learning rate of optimizer step `step`, from 0, of `num_steps`.
 
-    A linear warm-up over `warmup` steps to `lr`, then down to `lr * min_lr_ratio` at the last step: along a half cosine, a line,
-    or (wsd: warm-up, stable, decay; MiniCPM) a line over the last `decay_fraction` of the steps only; `constant` stays.
+    Linear warm-up over `warmup` steps to `lr`, then decay to `lr * min_lr_ratio` at the last step:
+    `cosine` or `linear` over all steps, `wsd` (warm-up, stable, decay; MiniCPM) linear over the
+    last `decay_fraction` of the steps, `constant` none.
     """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
-    return config.lr * (
-        config.min_lr_ratio + (1 - config.min_lr_ratio) * _height(step, steps, config)
-    )
+    factor = _decay_factor(step, num_steps, config)
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * factor)
 
 
-def _height(step: int, steps: int, config: OptimConfig) -> float:
-    """1 at the peak, 0 at the last step."""
+def _decay_factor(step: int, num_steps: int, config: OptimConfig) -> float:
+    """Return 1 at the peak, 0 at the last step."""
     if config.schedule == "constant":
         return 1.0
-    start = (
-        max(config.warmup, round(steps * (1 - config.decay_fraction)))
-        if config.schedule == "wsd"
-        else config.warmup
-    )
-    progress = min(1.0, max(0.0, (step - start) / max(1, steps - 1 - start)))
-    return (
-        0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0 - progress
-    )
+    decay_start = config.warmup
+    if config.schedule == "wsd":
+        decay_start = max(config.warmup, round(num_steps * (1 - config.decay_fraction)))
+    progress = min(1.0, max(0.0, (step - decay_start) / max(1, num_steps - 1 - decay_start)))
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0 - progress

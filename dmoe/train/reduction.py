@@ -1,6 +1,6 @@
-"""What all ranks know of a step: one float64 vector, summed once, read once.
+"""The control reduction of a step: one float64 vector, summed over all ranks and read once.
 
-Letters: L MoE layers, E experts.
+Letters: L MoE layers, E experts, n auxiliary losses per layer.
 """
 
 from __future__ import annotations
@@ -14,127 +14,142 @@ from torch import Tensor
 from dmoe.models.base import ModelOutput
 from dmoe.moe.metrics import LayerStats
 
-HEAD = 7
-STATS_TAIL = 4
+NUM_SCALARS = 7
+NUM_LAYER_SCALARS = 4
 
 
 @dataclass(frozen=True)
 class Requests:
-    """What one rank has heard and all must know before they go on; summed over the ranks, so that one is enough."""
+    """Requests of one rank that all ranks must know; any rank's request is enough."""
 
     stop: bool = False
-    """Told to end after this step (SIGTERM, SIGINT)."""
+    """Stop after this step (SIGTERM, SIGINT)."""
     save: bool = False
-    """Told to save after this step (SIGUSR1)."""
+    """Save after this step (SIGUSR1)."""
     failed: bool = False
-    """A checkpoint that is written in the background has failed here."""
+    """A background save has failed on this rank."""
 
 
 @dataclass(frozen=True)
 class LayerTotals:
-    """Sums of one MoE layer over all ranks and accumulation steps; see `moe.stats.LayerStats` for the fields."""
+    """Sums of one MoE layer over all ranks and accumulation steps; fields as in LayerStats."""
 
     aux: dict[str, float]
-    """Raw auxiliary losses, each the mean over its units in the global batch."""
-    choices: list[int]
-    kept: list[int]
+    """Auxiliary losses without coefficients, each the mean over its token groups."""
+    choice_counts: list[int]
+    """Assignments of each expert before any drop."""
+    kept_counts: list[int]
+    """Rows that each expert computed."""
     dropped_weight: float
     total_weight: float
     fully_dropped_tokens: int
     slots: int
     num_zero_cost: int = 0
-    """The last so many experts cost nothing and have no slots."""
+    """Number of zero-cost experts (highest ids), which have no slots."""
 
     @property
     def drop_rate(self) -> float:
-        return 1.0 - sum(self.kept) / max(1, sum(self.choices))
+        return 1.0 - sum(self.kept_counts) / max(1, sum(self.choice_counts))
 
     @property
     def load_max_over_mean(self) -> float:
-        """The busiest expert's choices over the mean: 1 is perfect balance, E is collapse."""
-        return max(self.choices) * len(self.choices) / max(1, sum(self.choices))
+        """Load of the busiest expert over the mean: 1 is perfect balance, E is collapse."""
+        return max(self.choice_counts) * len(self.choice_counts) / max(1, sum(self.choice_counts))
 
     @property
     def padding_waste(self) -> float:
-        """Share of the capacity's slots that no token used; 0 when dropless."""
-        return (
-            1.0 - sum(self.kept[: len(self.kept) - self.num_zero_cost]) / self.slots
-            if self.slots
-            else 0.0
-        )
+        """Fraction of the capacity's slots that no token used; 0 if dropless."""
+        num_capped = len(self.kept_counts) - self.num_zero_cost
+        return 1.0 - sum(self.kept_counts[:num_capped]) / self.slots if self.slots else 0.0
 
 
 @dataclass(frozen=True)
 class ReducedStep:
-    squares: float
+    """Sums over all ranks and accumulation steps of a step, equal on all ranks."""
+
+    squared_grad_norm: float
     """Square of the global gradient norm."""
-    expert_squares: float
+    squared_expert_grad_norm: float
     """The experts' part of it."""
     loss_sum: float
     """Cross-entropy in nats over all targets of the global batch."""
-    read_bytes: float
-    """Bytes of text those targets stand for."""
+    target_bytes: float
+    """Bytes of text of those targets."""
     requests: Requests
-    """What some rank asks for."""
+    """Requests of any rank."""
     layers: list[LayerTotals]
     modules: list[LayerTotals] = field(default_factory=list)
-    """The same of each place with modules."""
+    """The same for each adapter layer."""
 
 
 def pack(
-    squares: Tensor, outputs: list[ModelOutput], read_bytes: int, requests: Requests
+    squared_norms: Tensor, outputs: list[ModelOutput], target_bytes: int, requests: Requests
 ) -> Tensor:
-    """float64 vector of this rank's shares: [dense squares, expert squares, loss, bytes, stop, save, failed] + aux [L * n] +
-    stats [L * (2E + 4)]; places with modules are layers too, after the others."""
+    """Build this rank's vector for the reduction.
+
+    Args:
+        squared_norms: [2]: of the dense and the expert gradients.
+        outputs: of each accumulation step.
+        target_bytes: bytes of text of this rank's targets.
+        requests: of this rank.
+
+    Returns:
+        float64: dense and expert squared norm, loss, bytes, stop, save, failed; then auxiliary
+        losses [L n] and counts [L (2 E + 4)]. Adapter layers follow the MoE layers.
+    """
     loss = torch.stack([o.loss_sum.double() for o in outputs if o.loss_sum is not None]).sum()
-    known = (read_bytes, requests.stop, requests.save, requests.failed)
-    head = torch.cat(
-        [
-            squares.to(loss),
-            loss[None],
-            *(torch.full_like(loss[None], float(number)) for number in known),
-        ]
-    )
-    if not _stats(outputs[0]):
+    values = (target_bytes, requests.stop, requests.save, requests.failed)
+    scalars = [torch.full_like(loss[None], float(value)) for value in values]
+    head = torch.cat([squared_norms.to(loss), loss[None], *scalars])
+    if not _layer_stats(outputs[0]):
         return head
-    losses = [[value.double() for layer in _aux(o) for value in layer.values()] for o in outputs]
+    losses = [
+        [value.double() for layer in _aux_losses(o) for value in layer.values()] for o in outputs
+    ]
     aux = torch.stack([torch.stack(values) if values else head[:0] for values in losses])
-    stats = torch.stack([torch.cat([layer.as_vector() for layer in _stats(o)]) for o in outputs])
+    stats = torch.stack(
+        [torch.cat([layer.as_vector() for layer in _layer_stats(o)]) for o in outputs]
+    )
     return torch.cat([head, aux.mean(0), stats.sum(0)])
 
 
-def _aux(output: ModelOutput) -> list[dict[str, Tensor]]:
-    """Of mixture layers, then of modules."""
-    return [*output.aux, *output.module_aux]
-
-
-def _stats(output: ModelOutput) -> list[LayerStats]:
-    return [*output.stats, *output.module_stats]
-
-
-def unpack(numbers: list[float], like: ModelOutput) -> ReducedStep:
-    """The summed vector in words; `like` is any of the step's outputs, for the names and shapes."""
-    rest = iter(numbers[HEAD:])
-    losses = [{name: next(rest) for name in layer} for layer in _aux(like)]
+def unpack(numbers: list[float], template: ModelOutput) -> ReducedStep:
+    """Split the reduced vector; `template` is any output of the step, for names and shapes."""
+    rest = iter(numbers[NUM_SCALARS:])
+    losses = [{name: next(rest) for name in layer} for layer in _aux_losses(template)]
     layers = []
-    for aux, layer in zip(losses, _stats(like), strict=True):
-        experts = len(layer.choice_E)
-        own = list(islice(rest, 2 * experts + STATS_TAIL))
+    for aux, layer in zip(losses, _layer_stats(template), strict=True):
+        num_experts = len(layer.choice_E)
+        counts = list(islice(rest, 2 * num_experts + NUM_LAYER_SCALARS))
         layers.append(
             LayerTotals(
                 aux=aux,
-                choices=[int(n) for n in own[:experts]],
-                kept=[int(n) for n in own[experts : 2 * experts]],
-                dropped_weight=own[-4],
-                total_weight=own[-3],
-                fully_dropped_tokens=int(own[-2]),
-                slots=round(own[-1]),
+                choice_counts=[int(n) for n in counts[:num_experts]],
+                kept_counts=[int(n) for n in counts[num_experts : 2 * num_experts]],
+                dropped_weight=counts[-4],
+                total_weight=counts[-3],
+                fully_dropped_tokens=int(counts[-2]),
+                slots=round(counts[-1]),
                 num_zero_cost=layer.num_zero_cost,
             )
         )
-    requests = Requests(*(number > 0 for number in numbers[4:HEAD]))
-    mixtures = len(like.stats)
-    squares = (numbers[0] + numbers[1], numbers[1])
+    num_moe_layers = len(template.stats)
     return ReducedStep(
-        *squares, numbers[2], numbers[3], requests, layers[:mixtures], layers[mixtures:]
+        squared_grad_norm=numbers[0] + numbers[1],
+        squared_expert_grad_norm=numbers[1],
+        loss_sum=numbers[2],
+        target_bytes=numbers[3],
+        requests=Requests(*(number > 0 for number in numbers[4:NUM_SCALARS])),
+        layers=layers[:num_moe_layers],
+        modules=layers[num_moe_layers:],
     )
+
+
+def _aux_losses(output: ModelOutput) -> list[dict[str, Tensor]]:
+    """Return the losses of MoE layers, then of adapter layers."""
+    return [*output.aux, *output.module_aux]
+
+
+def _layer_stats(output: ModelOutput) -> list[LayerStats]:
+    """Return the counts of MoE layers, then of adapter layers."""
+    return [*output.stats, *output.module_stats]

@@ -1,4 +1,10 @@
-"""A model out of a run directory, in one process with all experts, at whatever world and EP size it was trained."""
+"""Restoring a run: a model for one process, and the check whether a config fits a checkpoint.
+
+A run is defined by its model, its data and its batches. What only changes speed, logging or
+storage may differ when a run resumes; the learning rate and its schedule may too. Any other change
+is refused by name, unless `checkpoint.accept_changes` lists it. Tensors of other shapes are always
+refused, when they are loaded.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +19,12 @@ from dmoe import checkpoint
 from dmoe.checkpoint.manifest import step_name
 from dmoe.config.errors import CheckpointError
 from dmoe.config.load import load as load_config
-from dmoe.config.schema import Config
+from dmoe.config.schema import Config, MoEConfig
 from dmoe.distributed.mesh import ParallelMesh
 from dmoe.distributed.state_dict import model_state
 from dmoe.models.base import Model
 from dmoe.runs.directory import RunDir
-from dmoe.train import engine as precisions
+from dmoe.train.engine import resolve_precision
 from dmoe.train.modular.attach import attach_modules
 from dmoe.train.tasks import Task, task_of
 
@@ -26,39 +32,47 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Restored:
+class RestoredModel:
+    """A trained model in evaluation mode, with all its experts on one device."""
+
     config: Config
     model: Model
-    """In evaluation mode."""
     task: Task
     step: int
     device: torch.device
 
     def autocast(self) -> torch.autocast:
-        """The precision the run was trained and evaluated in; float32 where this device does not have it."""
+        """Return the precision that the run was trained and evaluated in.
+
+        float32 where this device does not have it.
+        """
         wanted = self.config.train.precision
         lacking = wanted == "fp16" and self.device.type == "cpu"
         precision = (
-            "fp32" if lacking else precisions.resolve(wanted, self.device, self.config.model.dim)
+            "fp32" if lacking else resolve_precision(wanted, self.device, self.config.model.dim)
         )
         return torch.autocast(
             self.device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST
         )
 
 
-def restore(run: RunDir, step: int | None = None) -> Restored:
-    """The model of `run` after `step` steps, by default the newest whole checkpoint. Reads weights only, no optimizer state.
+def restore_model(run: RunDir, step: int | None = None) -> RestoredModel:
+    """Load the model of `run` after `step` steps, by default of its newest intact checkpoint.
 
-    Raises: CheckpointError if there is no such checkpoint, or none that is whole; ConfigError if the tokenizer's file is gone.
+    Runs in one process, whatever world and expert-parallel size the run had. Reads the weights
+    only, no optimizer state.
+
+    Raises: CheckpointError if there is no such checkpoint, or none that is intact; ConfigError if
+    the tokenizer's file is missing.
     """
     config = load_config(run.path / "resolved.yaml")
-    path = _find(run, step)
+    path = _find_checkpoint(run, step)
     task = task_of(config)
     device = torch.device(
         "cuda" if torch.cuda.is_available() and config.train.device != "cpu" else "cpu"
     )
     with torch.device("meta"):
-        model = task.model()
+        model = task.build_model()
         attach_modules(model, config)
     model.to_empty(device=device)
     state = model_state(model, ParallelMesh())
@@ -67,10 +81,10 @@ def restore(run: RunDir, step: int | None = None) -> Restored:
         "a buffer that no checkpoint holds"
     )
     extra = checkpoint.load(path, state, prefix="model.")
-    return Restored(config, model.eval(), task, int(extra["step"]), device)
+    return RestoredModel(config, model.eval(), task, int(extra["step"]), device)
 
 
-def _find(run: RunDir, step: int | None) -> Path:
+def _find_checkpoint(run: RunDir, step: int | None) -> Path:
     if step is None:
         newest = checkpoint.find_latest(run.checkpoints)
         if newest is None:
@@ -87,83 +101,97 @@ def _find(run: RunDir, step: int | None) -> Path:
     return path
 
 
-MEANING = ("model", "moe", "modular", "train.seed", "train.global_batch")
-"""Sections and fields that say what is trained, in which batches. What it is trained on, the data's fingerprint says."""
+FIXED_FIELDS = ("model", "moe", "modular", "train.seed", "train.global_batch")
+"""Sections and fields that define a run. Its data is compared by fingerprint."""
 
 
-NEUTRAL = ("moe.exchange", "modular.core", "modular.compositions")
-"""In those sections, what changes no number beyond rounding, or no number any more: what the weights started from; or
-no number of the training: what is evaluated at the end."""
+FREE_FIELDS = ("moe.exchange", "modular.core", "modular.compositions")
+"""Fields of those sections that may differ: they change no number beyond rounding (exchange), or
+only the start or the end of a run (weights to start from, evaluation at the end)."""
 
 
 ABSENT = object()
+"""Marks a field that the saved config does not have."""
 
 
 def check_same_run(saved: Mapping[str, Any], saved_data: str, config: Config, data: str) -> None:
-    """Refuse a config that means another run than `saved`, the config inside a checkpoint, whose data had fingerprint `saved_data`.
+    """Refuse a config that describes another run than the checkpoint's.
 
-    Raises: CheckpointError naming the field, both values, and how to go on.
+    Args:
+        saved: the config in the checkpoint.
+        saved_data: fingerprint of the data it was trained on.
+        config: the config to resume with.
+        data: fingerprint of the data to resume with.
+
+    Raises:
+        CheckpointError: naming the field, both values, and how to go on.
     """
+    accepted = config.checkpoint.accept_changes
     changed = list(_differences(saved, asdict(config)))
     for name, before, now in changed:
-        if _under(name, MEANING) and not _under(name, NEUTRAL):
-            _refuse(name, now, f"the checkpoint was trained with {before}", config)
-    if saved_data != data:
-        fields = [
-            change
-            for change in changed
-            if _under(change[0], ("data",)) and change[0] != "data.eval_source"
-        ]
-        for name, before, now in fields:
-            _refuse(name, now, f"the checkpoint was trained with {before}", config)
-        if not fields:
-            _refuse(
-                "data.source",
-                config.data.source,
-                "its content is not what the checkpoint was trained on",
-                config,
-            )
+        if _is_under(name, FIXED_FIELDS) and not _is_under(name, FREE_FIELDS):
+            _refuse(name, now, f"the checkpoint was trained with {before}", accepted)
+    if saved_data == data:
+        return
+    changed = [change for change in changed if _is_under(change[0], ("data",))]
+    changed = [change for change in changed if change[0] != "data.eval_source"]
+    for name, before, now in changed:
+        _refuse(name, now, f"the checkpoint was trained with {before}", accepted)
+    if not changed:
+        reason = "its content is not what the checkpoint was trained on"
+        _refuse("data.source", config.data.source, reason, accepted)
 
 
-def _refuse(name: str, now: object, was: str, config: Config) -> None:
-    if _under(name, ("modular",)):  # which tensors there are, and which have moments, depends on it
+def _refuse(name: str, now: object, reason: str, accepted: list[str]) -> None:
+    """Raise CheckpointError for a field that differs, unless it is under an accepted name."""
+    if _is_under(name, ("modular",)):
+        # Never acceptable: the tensors of the model and of the optimizer depend on it.
         raise CheckpointError(
-            f"{name}={now}: {was}; use that, or go on from this run in another train.run_dir, with this one as modular.core"
+            f"{name}={now}: {reason}; use that, or start another train.run_dir from this run, "
+            "with modular.core"
         )
-    accepted = config.checkpoint.accept_changes
-    if not _under(name, accepted):
-        all_of_them = ",".join([*accepted, name])
+    if not _is_under(name, accepted):
+        names = ",".join([*accepted, name])
         raise CheckpointError(
-            f"{name}={now}: {was}; use that, or another train.run_dir, or accept it with checkpoint.accept_changes=[{all_of_them}]"
+            f"{name}={now}: {reason}; use that, or another train.run_dir, or accept it with "
+            f"checkpoint.accept_changes=[{names}]"
         )
 
 
 def describe_changes(
-    saved: Mapping[str, Any], world: int, ep: int, micro_batch: int, config: Config
+    saved: Mapping[str, Any], world_size: int, ep: int, micro_batch: int, moe: MoEConfig
 ) -> str | None:
-    """One line on what another number of ranks or another micro-batch redefines, or None if nothing changes.
+    """Describe what a changed number of ranks or micro-batch size redefines, or return None.
 
-    `saved`: world, ep and micro_batch (sequences of one virtual rank) of the checkpoint. A group of tokens that share a capacity, or a
-    balance loss, is one micro-batch: consecutive sequences of the global batch, whoever holds them. So its size is all that counts.
+    Token groups, which share a capacity or a switch loss, are micro-batches: consecutive sequences
+    of the global batch, on whatever rank. So only their size counts.
+
+    Args:
+        saved: `world`, `ep` and `micro_batch` (sequences per virtual rank) of the checkpoint.
+        world_size: number of ranks now.
+        ep: expert-parallel size now.
+        micro_batch: sequences per virtual rank now.
+        moe: the section `moe` of the config now.
     """
-    moved, before = (saved["world"], saved["ep"]) != (world, ep), saved["micro_batch"]
-    capacity, balance = config.moe.capacity, config.moe.balance
-    grouped = {
+    resharded = (saved["world"], saved["ep"]) != (world_size, ep)
+    before = saved["micro_batch"]
+    capacity, balance = moe.capacity, moe.balance
+    per_micro_batch = {
         "capacity": capacity.factor is not None and capacity.group == "rank",
         "the switch loss": balance.switch > 0 and balance.switch_level == "micro_batch",
     }
-    what = [
-        name for name, by_micro_batch in grouped.items() if by_micro_batch and before != micro_batch
-    ]
+    redefined = [name for name, applies in per_micro_batch.items() if applies]
     parts = []
-    if moved:
-        was = f"written by {saved['world']} ranks with EP {saved['ep']}, goes on with {world} and EP {ep}"
-        parts.append(f"{was}: weights, moments and data order are the same")
-    if what:
-        goes = "goes" if len(what) == 1 else "go"
+    if resharded:
         parts.append(
-            f"{' and '.join(what)} now {goes} by groups of {micro_batch} sequences, not {before} "
-            f"(train.micro_batch={before} keeps them)"
+            f"written by {saved['world']} ranks with EP {saved['ep']}, goes on with {world_size} "
+            f"and EP {ep}: weights, moments and data order are the same"
+        )
+    if redefined and before != micro_batch:
+        go = "goes" if len(redefined) == 1 else "go"
+        parts.append(
+            f"{' and '.join(redefined)} now {go} by groups of {micro_batch} sequences, "
+            f"not {before} (train.micro_batch={before} keeps them)"
         )
     return "; ".join(parts) or None
 
@@ -175,11 +203,10 @@ def _differences(
         name, old = f"{prefix}{key}", before.get(key, ABSENT)
         if isinstance(value, dict):
             yield from _differences(old if isinstance(old, Mapping) else {}, value, f"{name}.")
-        elif (
-            old is not ABSENT and old != value
-        ):  # a field that a newer version has added means what was so before
+        # A field that a newer version has added is absent: its default keeps the old meaning.
+        elif old is not ABSENT and old != value:
             yield name, old, value
 
 
-def _under(name: str, sections: tuple[str, ...] | list[str]) -> bool:
+def _is_under(name: str, sections: tuple[str, ...] | list[str]) -> bool:
     return any(name == section or name.startswith(f"{section}.") for section in sections)

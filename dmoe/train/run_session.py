@@ -1,6 +1,6 @@
-"""Taking hold of a run directory, before anything is read from it or written to it.
+"""The run directory of one job: created and locked on rank 0, the outcome broadcast to all ranks.
 
-Rank 0 does it and all ranks hear how it went, so that a refusal ends all of them alike, with the same exit code.
+So a refusal ends all ranks with the same message and exit code.
 """
 
 from __future__ import annotations
@@ -12,92 +12,97 @@ from pathlib import Path
 
 from dmoe.config.errors import ConfigError, DmoeError, NoProgressError
 from dmoe.config.schema import Config, TrainConfig
-from dmoe.distributed import init as worlds
-from dmoe.distributed.init import ProcessInfo
+from dmoe.distributed.init import ProcessInfo, elastic_run_id, run_on_rank0
 from dmoe.runs.directory import RunDir, name_run
 from dmoe.runs.lock import RunLock
 from dmoe.runs.metrics_log import last_logged_step, read_metrics
-from dmoe.runs.restarts import (
-    earlier_fatal_error,
-    record_attempt,
-    record_fatal_error,
-)
+from dmoe.runs.restarts import earlier_fatal_error, record_attempt, record_fatal_error
 
 
 class RunSession:
-    """A run directory that is ours until `close`."""
+    """A run directory that this job has locked, until `close`."""
 
     def __init__(self, directory: RunDir, process: ProcessInfo, lock: RunLock | None) -> None:
+        """`lock`: held by rank 0, None on the others."""
         self.directory, self.process, self._lock = directory, process, lock
 
     @property
-    def remark(self) -> str | None:
-        return self._lock.remark if self._lock is not None else None
+    def lock_warning(self) -> str | None:
+        return self._lock.warning if self._lock is not None else None
 
-    def begin(self, resumed_step: int, attempts: int) -> None:
-        """Note where this attempt starts. Raises NoProgressError on all ranks after `attempts` starts of this job from one step."""
+    def record_attempt(self, resumed_step: int, max_attempts: int) -> None:
+        """Record that this attempt of the job starts from `resumed_step`. Collective.
 
-        def note() -> str:
-            last = last_logged_step(self.directory.metrics)
+        Raises NoProgressError on all ranks after `max_attempts` starts in a row from one step.
+        """
+
+        def record() -> str:
             record_attempt(
                 self.directory.path,
-                worlds.elastic_run_id(),
+                elastic_run_id(),
                 self.process.restart_count,
                 resumed_step,
-                last,
-                attempts,
+                last_logged_step(self.directory.metrics),
+                max_attempts,
             )
             return ""
 
         try:
-            _in_directory(self.process, self.directory.path, note)
-        except NoProgressError as error:  # on rank 0; the attempts that may follow end at once
+            _run_on_rank0(self.process, self.directory.path, record)
+        except NoProgressError as error:  # recorded: restarts that may follow end at once
             self.record_fatal_error(error)
             raise
 
-    def misses_evaluation(self, step: int, config: TrainConfig) -> bool:
-        """Whether the evaluation after `step` is due and not told: at the start, or where a process ended before it. Collective.
+    def check_steps_left(self, steps_done: int, config: TrainConfig) -> None:
+        """Raise ConfigError if the run has done more steps than `train.steps` asks for."""
+        if steps_done > config.steps:
+            allowed = f"the run in {self} has done {steps_done} steps already"
+            fix = "use more, or another train.run_dir"
+            raise ConfigError("train.steps", config.steps, allowed, fix)
 
-        A process that starts from nothing tells it in any case: an earlier one may have had another config, so other weights.
+    def is_evaluation_missing(self, step: int, config: TrainConfig) -> bool:
+        """Return whether the evaluation after `step` is due and not logged. Collective.
+
+        That is so at the start, and where a process ended before the evaluation. At step 0 the log
+        is not asked: an earlier process may have had another config, so other weights.
         """
 
-        def look() -> str:
+        def answer() -> str:
             if not step:
                 return "yes" if config.eval_first else "no"
             due = config.eval_every > 0 and step % config.eval_every == 0 and step < config.steps
-            written = (
-                read_metrics(self.directory.metrics)
-                if due and self.directory.metrics.exists()
-                else []
-            )
-            told = any(line["event"] == "eval" and line["step"] == step for line in written)
-            return "yes" if due and not told else "no"
+            path = self.directory.metrics
+            records = read_metrics(path) if due and path.exists() else []
+            logged = any(line["event"] == "eval" and line["step"] == step for line in records)
+            return "yes" if due and not logged else "no"
 
-        return _in_directory(self.process, self.directory.path, look) == "yes"
+        return _run_on_rank0(self.process, self.directory.path, answer) == "yes"
 
-    def record(self, config: Config, given: str) -> None:
-        """Write down what is run: once it is known to fit what the directory holds. Collective; raises ConfigError on all ranks."""
+    def write_config(self, config: Config, config_text: str) -> None:
+        """Write the config to the run directory, once it is known to fit the checkpoints there.
+
+        Collective. Raises ConfigError on all ranks where the directory cannot be written.
+        """
 
         def write() -> str:
-            self.directory.record(config, given)
-            self.directory.metrics.open(
-                "a"
-            ).close()  # or it would be refused on rank 0 alone, later
+            self.directory.write_config(config, config_text)
+            # A refusal later would come on rank 0 alone.
+            self.directory.metrics.open("a").close()
             return ""
 
-        _in_directory(self.process, self.directory.path, write)
+        _run_on_rank0(self.process, self.directory.path, write)
 
     def __str__(self) -> str:
-        """The path as a person in this directory would type it."""
+        """Return the path, relative to the working directory if the run is below it."""
         path, here = self.directory.path, Path.cwd()
         return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
     def record_fatal_error(self, error: DmoeError) -> None:
-        """Trying again would end the same way: what a launcher that restarts us is to be told."""
+        """Record an error that a restart cannot cure, for the attempts that the launcher starts."""
         if self.process.is_main:
             with suppress(OSError):  # a full disk must not hide why the run ends
                 record_fatal_error(
-                    self.directory.path, worlds.elastic_run_id(), error.exit_code, str(error)
+                    self.directory.path, elastic_run_id(), error.exit_code, str(error)
                 )
 
     def close(self) -> None:
@@ -105,31 +110,31 @@ class RunSession:
             self._lock.release()
 
 
-def open_session(config: Config, process: ProcessInfo) -> RunSession:
-    """Make the run directory and lock it. Collective.
+def open_session(config: TrainConfig, process: ProcessInfo) -> RunSession:
+    """Create and lock the run directory. Collective.
 
-    Raises, on all ranks: ConfigError where it cannot be written or another job has it; what an earlier attempt of this job said,
-    if it said that trying again would not help.
+    Raises on all ranks: ConfigError where it cannot be written or another job uses it; the recorded
+    error of an earlier attempt of this job, if a restart cannot cure it.
     """
-    held: list[RunLock] = []
+    locks: list[RunLock] = []
 
-    def take() -> str:
+    def create_and_lock() -> str:
         run = RunDir(name_run(config))
-        run.create(config.train.run_dir)
-        held.append(RunLock.take(run.path, worlds.elastic_run_id()))
-        verdict = earlier_fatal_error(run.path, worlds.elastic_run_id(), process.restart_count)
-        if verdict is not None:
-            raise _repeated(*verdict)
+        run.create(config.run_dir)
+        locks.append(RunLock.acquire(run.path, elastic_run_id()))
+        fatal_error = earlier_fatal_error(run.path, elastic_run_id(), process.restart_count)
+        if fatal_error is not None:
+            raise _repeat_error(*fatal_error)
         return str(Path(os.path.realpath(run.path)))
 
-    path = _in_directory(process, Path(config.train.run_dir or "runs"), take)
-    return RunSession(RunDir(Path(path)), process, held[0] if held else None)
+    path = _run_on_rank0(process, Path(config.run_dir or "runs"), create_and_lock)
+    return RunSession(RunDir(Path(path)), process, locks[0] if locks else None)
 
 
-def _in_directory(process: ProcessInfo, path: Path, action: Callable[[], str]) -> str:
-    """`worlds.on_first`, where what the system refuses is the user's to mend: one sentence on all ranks."""
+def _run_on_rank0(process: ProcessInfo, path: Path, action: Callable[[], str]) -> str:
+    """Run `action` on rank 0, with its OSError as a ConfigError of `train.run_dir` on all ranks."""
 
-    def careful() -> str:
+    def run() -> str:
         try:
             return action()
         except OSError as error:
@@ -141,10 +146,10 @@ def _in_directory(process: ProcessInfo, path: Path, action: Callable[[], str]) -
                 "look at it, or name another",
             ) from None
 
-    return worlds.run_on_rank0(process, careful)
+    return run_on_rank0(process, run)
 
 
-def _repeated(code: int, text: str) -> DmoeError:
+def _repeat_error(exit_code: int, text: str) -> DmoeError:
     error = DmoeError(f"not tried again: {text}")
-    error.exit_code = code
+    error.exit_code = exit_code
     return error

@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT ask for an orderly end, SIGUSR1 for a checkpoint: all ranks agree on a step first, and then act."""
+"""Signals: SIGTERM and SIGINT request an orderly stop, SIGUSR1 a checkpoint.
+
+All ranks agree on the step first, through the control reduction of the step, and then act.
+"""
 
 from __future__ import annotations
 
@@ -9,51 +12,69 @@ from types import FrameType
 
 from dmoe.train.reduction import Requests
 
-ECHO = 0.3
-"""Seconds within which a second signal is the first one once more: Slurm and the launcher can both pass on the same SIGTERM."""
+REPEAT_SECONDS = 0.3
+"""A second signal within this time is the first one again: Slurm and the launcher can both forward
+one SIGTERM."""
+
+
+class StopRequested(Exception):
+    """All ranks have agreed to stop, because a signal has reached at least one of them.
+
+    Raised on all ranks at the same point; the trainer saves the state and raises it again.
+    """
+
+    def __init__(self, signal_number: int = signal.SIGTERM) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
 
 
 class Signals:
-    """Remembers what this process was told; a second request to end is obeyed at once.
+    """Records the signals that reach this process; a second request to stop ends it at once.
 
-    A signal can reach one rank and not the others, and at any line of a step. So it only sets a flag here; the flag travels in the
-    step's control reduction, and all ranks act on the sum, after the same step.
+    A signal can reach one rank and not the others, at any line of a step. So the handlers only set
+    a flag; the step's control reduction sums the flags, and all ranks act on the sum after the same
+    step.
     """
 
     def __init__(self) -> None:
-        self.number = 0
-        """The signal that asked for the end, 0 for none."""
-        self._save, self._when = False, 0.0
+        self.stop_signal = 0
+        """Number of the signal that requested the stop, 0 for none."""
+        self._save_requested, self._stop_time = False, 0.0
 
-    @property
-    def stop(self) -> bool:
-        return self.number != 0
+    def is_stop_requested(self) -> bool:
+        return self.stop_signal != 0
 
-    def listen(self) -> None:
-        """Main thread only, as Python demands of signal handlers."""
-        signal.signal(signal.SIGTERM, self._remember)
-        signal.signal(signal.SIGINT, self._remember)
-        signal.signal(signal.SIGUSR1, self._remember_save)
+    def install_handlers(self) -> None:
+        """Install the handlers. Python allows that on the main thread only."""
+        signal.signal(signal.SIGTERM, self._on_stop_signal)
+        signal.signal(signal.SIGINT, self._on_stop_signal)
+        signal.signal(signal.SIGUSR1, self._on_save_signal)
 
-    def requests(self, failed: bool) -> Requests:
-        """What to tell the other ranks in this step; a request to save is told once."""
-        save, self._save = self._save, False
-        return Requests(self.stop, save, failed)
+    def take_requests(self, failed: bool) -> Requests:
+        """Return this rank's requests for the next control reduction, and clear that to save.
 
-    def saved(self) -> None:
-        """The state is on its way to the disk. A launcher that passes SIGUSR1 on reaches the ranks one after another: who hears of it
-        only now, before the next step changes anything, has what it asks for, and must not have it saved again."""
-        self._save = False
+        `failed`: whether a background save has failed on this rank.
+        """
+        save, self._save_requested = self._save_requested, False
+        return Requests(self.is_stop_requested(), save, failed)
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def clear_save_request(self) -> None:
+        """Clear the request to save, after a save that another rank has requested.
+
+        A launcher forwards SIGUSR1 to the ranks one after another. A rank that receives it after
+        the save, before the next step changes anything, must not have the state saved again.
+        """
+        self._save_requested = False
+
+    def _on_stop_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.stop and now - self._when < ECHO:
+        if self.is_stop_requested() and now - self._stop_time < REPEAT_SECONDS:
             return
-        self._when = now
-        if self.stop:
+        self._stop_time = now
+        if self.is_stop_requested():
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.number = number
+        self.stop_signal = number
 
-    def _remember_save(self, number: int, frame: FrameType | None) -> None:
-        self._save = True
+    def _on_save_signal(self, number: int, frame: FrameType | None) -> None:
+        self._save_requested = True

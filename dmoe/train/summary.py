@@ -75,7 +75,9 @@ def print_summary(logger: RunLogger) -> None:
         return
     lines: list[str] = []
     problem = run_with_timeout(
-        lambda: _read_results(logger, lines), MAX_SECONDS, f"it takes more than {MAX_SECONDS:g} seconds"
+        lambda: _read_results(logger, lines),
+        MAX_SECONDS,
+        f"it takes more than {MAX_SECONDS:g} seconds",
     )
     note = f"note: no result table: {problem}; see dmoe compare --full"
     logger.print(note if problem else "\n".join(["", *lines]))

@@ -1,6 +1,6 @@
-"""What a task is: a model, where its samples come from, and how well it does.
+"""Tasks: the model, the data and the metrics of a kind of training (`train.task`).
 
-Letters: B samples, S positions of each that have a target.
+Letters: B samples, S positions with a target per sample.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from dmoe.config.schema import Config
-from dmoe.data import Data as TextData
-from dmoe.data import Stream, open_data, open_tokenizer
+from dmoe.data import DatasetSplits, TokenDataset, open_data, open_tokenizer
 from dmoe.models.base import Model
 from dmoe.models.generate import generate
 from dmoe.models.transformer import Transformer
@@ -26,15 +25,15 @@ class Samples(NamedTuple):
     """Consecutive samples of one split."""
 
     input: Tensor
-    """[B, ...]: what the model reads."""
+    """[B, ...]: input of the model."""
     target: Tensor
     """int64 [B, S]."""
     label_B: Tensor
-    """int64: each sample's domain, an index into the data's `domains`."""
+    """int64: domain of each sample, an index into the data's `domains`."""
 
 
-class Data(Protocol):
-    """What a trainer knows of any data; `dmoe.data.Data` and `dmoe.data.table.Table` are such."""
+class Dataset(Protocol):
+    """Training and held-out split: `dmoe.data.DatasetSplits` or `dmoe.data.tables.TableSplits`."""
 
     @property
     def train(self) -> Any: ...
@@ -49,14 +48,15 @@ class Data(Protocol):
 
 @dataclass(frozen=True)
 class Score:
-    """Sums over some targets."""
+    """Sums over a number of targets."""
 
     loss_sum: float
+    """Cross-entropy in nats."""
     targets: float
-    read_bytes: float
-    """Of text that the targets stand for; 0 where they are no text."""
+    target_bytes: float
+    """Bytes of text of the targets; 0 if they are not text."""
     correct: float | None = None
-    """Targets the best guess was right on; None where nobody has counted, as in training."""
+    """Targets with the largest logit; None where that is not counted, as in training."""
 
     @property
     def loss(self) -> float:
@@ -64,106 +64,118 @@ class Score:
 
 
 class Task(Protocol):
-    """Everything that differs between learning to write and learning to tell things apart. Made from the config alone."""
+    """Everything that differs between language modelling and classification."""
 
     config: Config
     name: str
     unit: str
-    """What a target is called in words: token, sample."""
-    targets: int
-    """Of one sample: S."""
-    outputs: int
-    """Width V of the logits."""
+    """Word for a target: token or sample."""
+    targets_per_sample: int
+    """S."""
+    num_outputs: int
+    """Width V of the logits: vocabulary size or number of classes."""
 
     streams: tuple[str, ...]
-    """Parts of a sample that may be missing; empty where none may."""
+    """Parts of a sample that may be missing; empty if none may."""
 
-    def model(self, virtual_ranks: int = 1, recompute: bool = False) -> Model:
-        """A new model with the weights of seed 0; nothing is drawn under `torch.device("meta")`."""
+    def build_model(self, virtual_ranks: int = 1, recompute: bool = False) -> Model:
+        """Build the model with the weights of seed 0; under `torch.device("meta")` without weights."""
         ...
 
-    def open(self) -> Any:
-        """Read the data. Raises ConfigError on the field of data.* that cannot work."""
+    def open_data(self) -> Any:
+        """Read the data. Raises ConfigError on the field of `data` that cannot work."""
         ...
 
-    def training(
-        self, stream: Any, step: int, first: int, count: int, global_batch: int
+    def training_samples(
+        self, dataset: Any, step: int, first: int, count: int, global_batch: int
     ) -> Samples:
-        """Samples first .. first + count - 1 of the global batch of `step`: a function of these and the seed."""
+        """Return samples first .. first + count - 1 of the global batch of a step.
+
+        Args:
+            dataset: the training split.
+            step: number of the optimizer step.
+            first: index of the first sample in the global batch.
+            count: number of samples.
+            global_batch: samples per step. The result is a function of these and the seed.
+        """
         ...
 
-    def samples(self, stream: Any, first: int, count: int) -> Samples:
-        """Samples as stored, for evaluation."""
+    def samples(self, dataset: Any, first: int, count: int) -> Samples:
+        """Return samples first .. first + count - 1 of a split as stored, for evaluation."""
         ...
 
     def dummy_batch(self, count: int) -> Samples:
-        """So many samples that mean nothing, of the shapes and dtypes of real ones: padding, and the warm-up."""
+        """Return `count` meaningless samples of the real shapes and dtypes, for padding and warm-up."""
         ...
 
     def mask_stream(self, input: Tensor, stream: str) -> Tensor:
-        """The same samples with one of `streams` missing."""
+        """Return the samples with one of `streams` missing."""
         ...
 
     def bytes_per_target(self, data: Any, target: Tensor) -> Tensor:
-        """[B, S]: bytes of text each target stands for; on the target's device."""
+        """Return [B, S]: bytes of text of each target, on the target's device."""
         ...
 
-    def measures(self, score: Score) -> Mapping[str, float]:
-        """What people read beside the loss, by its name in metrics.jsonl: bits_per_byte, accuracy."""
+    def metrics(self, score: Score) -> Mapping[str, float]:
+        """Return the metrics beside the loss by their names in metrics.jsonl: bits_per_byte, accuracy."""
         ...
 
-    def sample(self, model: Model, data: Any) -> str | None:
-        """Something the model has made, to be shown at the end of a run; None where there is nothing to show. Collective."""
+    def generate_sample(self, model: Model, data: Any) -> str | None:
+        """Return a generated text to show at the end of a run, or None. Collective."""
         ...
 
 
 class LanguageModelling:
+    """Predict each token from the tokens before it."""
+
     name, unit = "language_modelling", "token"
     streams: tuple[str, ...] = ()
 
-    def __init__(self, config: Config, outputs: int | None = None) -> None:
-        """`outputs`: the vocabulary, where it is known and the tokenizer need not be asked."""
-        self.config, self.targets = config, config.data.seq_len
-        self.outputs = open_tokenizer(config.data).vocab_size if outputs is None else outputs
+    def __init__(self, config: Config, num_outputs: int | None = None) -> None:
+        """`num_outputs`: the vocabulary size, if known; else the tokenizer's file is read."""
+        self.config, self.targets_per_sample = config, config.data.seq_len
+        self.num_outputs = (
+            open_tokenizer(config.data).vocab_size if num_outputs is None else num_outputs
+        )
 
-    def model(self, virtual_ranks: int = 1, recompute: bool = False) -> Model:
+    def build_model(self, virtual_ranks: int = 1, recompute: bool = False) -> Model:
         return Transformer(
             self.config.model,
             self.config.moe,
-            self.outputs,
+            self.num_outputs,
             virtual_ranks=virtual_ranks,
             recompute=recompute,
         )
 
-    def open(self) -> TextData:
+    def open_data(self) -> DatasetSplits:
         return open_data(self.config.data, self.config.train.seed)
 
-    def training(
-        self, stream: Stream, step: int, first: int, count: int, global_batch: int
+    def training_samples(
+        self, dataset: TokenDataset, step: int, first: int, count: int, global_batch: int
     ) -> Samples:
-        return _shifted(
-            stream.batch(step, first, count, global_batch),
-            stream.labels(step, first, count, global_batch),
+        return _shift_targets(
+            dataset.batch(step, first, count, global_batch),
+            dataset.labels(step, first, count, global_batch),
         )
 
-    def samples(self, stream: Stream, first: int, count: int) -> Samples:
-        return _shifted(stream.rows(first, count), stream.row_labels(first, count))
+    def samples(self, dataset: TokenDataset, first: int, count: int) -> Samples:
+        return _shift_targets(dataset.samples(first, count), dataset.sample_labels(first, count))
 
     def dummy_batch(self, count: int) -> Samples:
-        token_BS = torch.zeros(count, self.targets, dtype=torch.int64)
+        token_BS = torch.zeros(count, self.targets_per_sample, dtype=torch.int64)
         return Samples(token_BS, token_BS.clone(), torch.zeros(count, dtype=torch.int64))
 
     def mask_stream(self, input: Tensor, stream: str) -> Tensor:
         raise AssertionError("text has no streams")
 
-    def bytes_per_target(self, data: TextData, target: Tensor) -> Tensor:
+    def bytes_per_target(self, data: DatasetSplits, target: Tensor) -> Tensor:
         return torch.from_numpy(data.tokenizer.token_bytes).to(target.device)[target.clamp(min=0)]
 
-    def measures(self, score: Score) -> dict[str, float]:
-        return {"bits_per_byte": bits_per_byte(score.loss_sum, score.read_bytes)}
+    def metrics(self, score: Score) -> dict[str, float]:
+        return {"bits_per_byte": bits_per_byte(score.loss_sum, score.target_bytes)}
 
-    def sample(self, model: Model, data: TextData) -> str | None:
-        """Every rank generates the same text: under expert parallelism each layer needs all of them."""
+    def generate_sample(self, model: Model, data: DatasetSplits) -> str | None:
+        """Generate the same text on all ranks: under expert parallelism each layer needs them."""
         train, tokenizer = self.config.train, data.tokenizer
         if not train.sample_tokens:
             return None
@@ -173,27 +185,30 @@ class LanguageModelling:
             model,
             prompt,
             train.sample_tokens,
-            window=self.targets,
+            window=self.targets_per_sample,
             temperature=0.7,
             seed=train.seed,
         )
         return tokenizer.decode([*prompt, *ids])
 
 
-def bits_per_byte(nats: float, read_bytes: float) -> float:
-    """Bits the model needs for a byte of text, from the summed cross-entropy over it. Comparable between tokenizers."""
-    return nats / math.log(2) / max(1.0, read_bytes)
+def bits_per_byte(loss_sum: float, target_bytes: float) -> float:
+    """Return bits per byte of text from the summed cross-entropy: comparable between tokenizers."""
+    return loss_sum / math.log(2) / max(1.0, target_bytes)
 
 
-def _shifted(token_BS: np.ndarray, label_B: np.ndarray) -> Samples:
+def _shift_targets(token_BS: np.ndarray, label_B: np.ndarray) -> Samples:
     tokens = torch.from_numpy(token_BS)
     return Samples(tokens[:, :-1], tokens[:, 1:], torch.from_numpy(label_B))
 
 
-def task_of(config: Config, outputs: int | None = None) -> Task:
-    """The task of a config; `outputs` where its number is known already. Reads a tokenizer's file at most, no data."""
+def task_of(config: Config, num_outputs: int | None = None) -> Task:
+    """Return the task of a config. Reads a tokenizer's file at most, no data.
+
+    `num_outputs`: the vocabulary size, if it is known.
+    """
     if config.train.task == "language_modelling":
-        return LanguageModelling(config, outputs)
+        return LanguageModelling(config, num_outputs)
     from dmoe.train.classification import Classification
 
     return Classification(config)

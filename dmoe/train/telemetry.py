@@ -1,6 +1,7 @@
-"""From a step's totals and measures to the metrics that every logger gets.
+"""Metrics of a step as they are logged.
 
-What a name means and where it is measured: `totals.py` (every step), `measurement.py` (logged steps), `probe.py` (evaluations).
+They are measured in `reduction.py` (every step), `step_metrics.py` (logged steps) and
+`routing_analysis.py` (evaluations).
 """
 
 from __future__ import annotations
@@ -10,91 +11,88 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from dmoe.config.schema import TrainConfig
+from dmoe.config.router_kinds import ROUTERS
 from dmoe.moe.layer import MoE
 from dmoe.moe.load_balancing import coefficients
 from dmoe.observability.alerts import Alerts
-from dmoe.observability.hardware import measured_peak
+from dmoe.observability.profiler import measure_peak_flops
 from dmoe.train.engine import Engine
-from dmoe.train.modular.attach import module_lines
+from dmoe.train.modular.attach import module_metrics
 from dmoe.train.reduction import LayerTotals
 from dmoe.train.routing_analysis import RoutingProbe
 from dmoe.train.step import StepResult
-from dmoe.train.step_metrics import (
-    NULL_RECORDER,
-    LayerMeasures,
-    NullStepRecorder,
-    StepMeasures,
-    StepRecorder,
-)
+from dmoe.train.step_metrics import LayerMetrics, StepMetrics, StepRecorder
 from dmoe.train.tasks import Score
-
-WITHOUT_LOGITS = ("fixed", "hash")
-"""Routers whose scores are made up (`routers/unlearned.py`): no entropy, no logits, no probability."""
-WITHOUT_ORDER = ("soft", "expert_choice")
-"""Routers that list all experts of a token by id: there is no first and no second choice."""
 
 
 class Telemetry:
-    """What a run remembers in order to measure: the peak of the hardware, the last decisions of the probe, the alerts said."""
+    """Measures a run: peak FLOP/s of the hardware, routing probe, alerts, step recorder."""
 
     def __init__(self, engine: Engine, domains: Sequence[str]) -> None:
-        """Takes 0.15 s for the peak."""
+        """Measure the peak FLOP/s, which takes 0.15 s. `domains`: names of the data's domains."""
         self.engine = engine
-        self.peak = measured_peak(engine.process.device, engine.precision)
-        self.flops_per_token = 3 * engine.model.flops_per_token(engine.task.targets)
-        """Of training: backward takes twice as many as forward."""
+        self.peak_flops = measure_peak_flops(engine.process.device, engine.precision)
+        self.flops_per_token = 3 * engine.model.flops_per_token(engine.task.targets_per_sample)
+        """Of training: backward takes twice as many FLOPs as forward."""
         self.probe = RoutingProbe(engine, domains)
         self.alerts = Alerts(engine.config.alerts, engine.config.moe.top_k)
-        self.measurement: NullStepRecorder = NULL_RECORDER
+        self.recorder: StepRecorder | None = None
 
-    def begin(self, logged: bool, began: float) -> NullStepRecorder:
-        """The measurement of the step whose data have been read since `began` (`time.monotonic`)."""
-        self.measurement = StepRecorder(self.engine, began) if logged else NULL_RECORDER
-        return self.measurement
+    def start_recording(self, began: float) -> StepRecorder:
+        """Start to record a step whose data were read since `began` (`time.monotonic`)."""
+        self.recorder = StepRecorder(self.engine, began)
+        return self.recorder
 
-    def train_line(
+    def train_record(
         self, result: StepResult, *, tokens: int, learning_rate: float, seconds: float, steps: int
     ) -> dict[str, Any]:
-        """One `train` line of metrics.jsonl: `tokens` since the start, `seconds` for the last `steps` steps. Collective.
+        """Return the values of a `train` line in metrics.jsonl. Collective.
 
-        `mfu` is PaLM's model FLOP utilisation (Chowdhery et al. 2022, appendix B): the FLOPs that the model's matrix products need a
-        token, forward and backward, times the tokens a second, over the measured peak of all ranks. Counted are the weights a token
-        passes and causal attention (`models.size`); not counted are activations computed again, padded slots, and all that is no
-        matrix product. Dropped choices are counted as if they had been computed.
+        `mfu` is PaLM's model FLOP utilization (Chowdhery et al. 2022, appendix B): the FLOPs per
+        token of the model's matrix products, forward and backward, times the tokens per second,
+        over the measured peak of all ranks. Counted are the weights that a token passes and causal
+        attention (`models.flops`); not counted are recomputed activations, padded slots and
+        everything that is no matrix product. Dropped assignments count as if computed.
+
+        Args:
+            result: of the step in the recorder.
+            tokens: since the start of the run.
+            learning_rate: of the step.
+            seconds: of the last `steps` steps, without evaluations and saves.
+            steps: since the last `train` line.
         """
-        measurement = self.measurement
-        assert isinstance(measurement, StepRecorder), "the step that is told was not measured"
-        measurement.mark("optimizer")
-        measures = measurement.reduce(self.peak)
-        speed = self.engine.targets * steps / seconds if seconds > 0 else math.nan
-        line = train_metrics(result, measures, self.engine)
-        return line | {
+        assert self.recorder is not None, "a step is logged that was not recorded"
+        recorder, self.recorder = self.recorder, None
+        recorder.mark("optimizer")
+        metrics = recorder.reduce(self.peak_flops)
+        speed = self.engine.targets_per_step * steps / seconds if seconds > 0 else math.nan
+        return train_metrics(result, metrics, self.engine) | {
             "lr": learning_rate,
             "tokens": tokens,
             "tokens_per_second": speed,
-            "mfu": self.flops_per_token * speed / measures.peak_flops,
+            "mfu": self.flops_per_token * speed / metrics.peak_flops,
         }
 
 
-def is_logged(done: int, first: int, config: TrainConfig) -> bool:
-    """Whether step number `done`, counted from 1, is told, in a process that began after step `first`. The same on all ranks."""
-    return done % config.log_every == 0 or done in (first + 1, config.steps)
+def train_metrics(result: StepResult, metrics: StepMetrics, engine: Engine) -> dict[str, Any]:
+    """Return the part of a `train` line that concerns the step itself.
 
-
-def train_metrics(result: StepResult, measures: StepMeasures, engine: Engine) -> dict[str, Any]:
-    """What a `train` line says of the step itself. `aux` is the mean over the layers, `aux_weighted` what the loss got from all."""
+    `aux` is the mean of an auxiliary loss over the MoE layers, `aux_weighted` the sum over the
+    layers of what it adds to the loss.
+    """
     totals = result.totals
-    score = Score(totals.loss_sum, engine.targets, totals.read_bytes)
+    score = Score(totals.loss_sum, engine.targets_per_step, totals.target_bytes)
     layers = [
-        _layer(*both, engine)
-        for both in zip(engine.model.moe_layers(), totals.layers, measures.layers, strict=True)
+        _layer_metrics(*layer, engine)
+        for layer in zip(engine.model.moe_layers(), totals.layers, metrics.layers, strict=True)
     ]
-    choices = sum(sum(layer.choices) for layer in totals.layers)
+    choices = sum(sum(layer.choice_counts) for layer in totals.layers)
+    kept = sum(sum(layer.kept_counts) for layer in totals.layers)
     names = list(totals.layers[0].aux) if layers else []
+    imbalances = (layer.load_max_over_mean for layer in totals.layers)
     return {
         "loss": score.loss,
-        **engine.task.measures(score),
+        **engine.task.metrics(score),
         "aux": {
             name: statistics.fmean(layer.aux[name] for layer in totals.layers) for name in names
         },
@@ -102,55 +100,52 @@ def train_metrics(result: StepResult, measures: StepMeasures, engine: Engine) ->
             name: sum(layer["aux_weighted"][name] for layer in layers) for name in names
         },
         "grad_norm": result.grad_norm,
-        **_norms(result, measures),
+        **_grad_norms(result, metrics),
         "clip_factor": result.clip_factor,
         "updated": result.updated,
-        "drop_rate": 1.0 - sum(sum(layer.kept) for layer in totals.layers) / choices
-        if choices
-        else 0.0,
-        "load_max_over_mean": max(
-            (layer.load_max_over_mean for layer in totals.layers), default=1.0
-        ),
-        "step_time": measures.seconds,
-        "bytes_exchanged": measures.exchanged_bytes,
-        "straggler": measures.straggler,
-        "memory": measures.memory,
+        "drop_rate": 1.0 - kept / choices if choices else 0.0,
+        "load_max_over_mean": max(imbalances, default=1.0),
+        "step_time": metrics.seconds,
+        "bytes_exchanged": metrics.all_to_all_bytes,
+        "straggler": metrics.straggler,
+        "memory": metrics.memory,
         "layers": layers,
-        **module_lines(engine.model, totals),
+        **module_metrics(engine.model, totals),
     }
 
 
-def _norms(result: StepResult, measures: StepMeasures) -> dict[str, float]:
-    """Three classes that share out all parameters: their squares sum to that of `grad_norm`."""
-    experts, routers = result.totals.expert_squares, measures.router_squares
+def _grad_norms(result: StepResult, metrics: StepMetrics) -> dict[str, float]:
+    """Return the norms of three classes of parameters; their squares add up to `grad_norm`'s."""
+    experts = result.totals.squared_expert_grad_norm
+    routers = metrics.squared_router_grad_norm
     squares = {
-        "dense": result.totals.squares - experts - routers,
+        "dense": result.totals.squared_grad_norm - experts - routers,
         "experts": experts,
         "router": routers,
     }
-    return {f"grad_norm_{name}": _root(square) for name, square in squares.items()}
+    return {f"grad_norm_{name}": _safe_sqrt(square) for name, square in squares.items()}
 
 
-def _root(square: float) -> float:
-    """A difference of float32 sums may end a little below zero."""
+def _safe_sqrt(square: float) -> float:
+    """Return the root; a difference of float32 sums may end a little below zero."""
     return math.sqrt(max(0.0, square)) if math.isfinite(square) else math.nan
 
 
-def _layer(
-    built: MoE, layer: LayerTotals, measures: LayerMeasures, engine: Engine
+def _layer_metrics(
+    moe: MoE, layer: LayerTotals, metrics: LayerMetrics, engine: Engine
 ) -> dict[str, Any]:
-    load, config = layer.choices, engine.config
-    mean, tokens = sum(load) / len(load), max(1.0, measures.sums["tokens"][0])
-    weights = coefficients(config.moe.balance)
-    line = {
-        "layer": built.layer,
+    """Return the entry of one MoE layer in `layers` of a `train` line."""
+    load, kept, config = layer.choice_counts, layer.kept_counts, engine.config.moe
+    mean, tokens = sum(load) / len(load), max(1.0, metrics.sums["tokens"][0])
+    weights, router = coefficients(config.balance), ROUTERS[config.router.kind]
+    cost = sum(rows * cost for rows, cost in zip(kept, moe.cost_E, strict=True))
+    values = {
+        "layer": moe.layer,
         "aux": layer.aux,
         "aux_weighted": {name: weights[name] * value for name, value in layer.aux.items()},
         "load": load,
-        "kept": layer.kept,
-        "load_by_rank": [
-            sum(load[expert] for expert in owned) for owned in built.placement.experts
-        ],
+        "kept": kept,
+        "load_by_rank": [sum(load[expert] for expert in ids) for ids in moe.placement.experts],
         "load_max_over_mean": layer.load_max_over_mean,
         "load_cv": statistics.pstdev(load) / mean if mean else 0.0,
         "dead_experts": load.count(0),
@@ -158,42 +153,42 @@ def _layer(
         "dropped_mass": layer.dropped_weight / layer.total_weight if layer.total_weight else 0.0,
         "lost_tokens": layer.fully_dropped_tokens,
         "padding_waste": layer.padding_waste,
-        "effective_k": sum(layer.kept) / tokens,
-        "cost_share": sum(rows * cost for rows, cost in zip(layer.kept, built.cost_E, strict=True))
-        / tokens,
-        "traffic": measures.traffic,
+        "effective_k": sum(kept) / tokens,
+        "cost_share": cost / tokens,
+        "traffic": metrics.traffic,
     }
-    if config.moe.router.kind not in WITHOUT_ORDER:
-        line |= _by_choice(measures.sums)
-    if config.moe.router.kind not in WITHOUT_LOGITS:
-        line |= _certainty(measures)
-    if measures.bias is not None:
-        line |= dict(zip(("bias_min", "bias_max", "bias_drift"), measures.bias, strict=True))
-    return line
+    if router.ordered_choices:
+        values |= _metrics_by_choice(metrics.sums)
+    if router.learned:
+        values |= _router_confidence(metrics)
+    if metrics.bias is not None:
+        values |= dict(zip(("bias_min", "bias_max", "bias_drift"), metrics.bias, strict=True))
+    return values
 
 
-def _by_choice(sums: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Of a token's first, second, ... choice: the share that was dropped, and the share of the router's weight that went with it."""
+def _metrics_by_choice(sums: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Return per choice (first, second ...) the fraction dropped, of assignments and of weight."""
     return {
         "drop_rate_by_choice": [
-            1 - _share(*pair) if pair[1] else 0.0
-            for pair in zip(sums["kept_K"], sums["made_K"], strict=True)
+            1 - _ratio(kept, selected) if selected else 0.0
+            for kept, selected in zip(sums["kept_K"], sums["made_K"], strict=True)
         ],
         "dropped_mass_by_choice": [
-            _share(*pair) for pair in zip(sums["dropped_K"], sums["weight_K"], strict=True)
+            _ratio(dropped, total)
+            for dropped, total in zip(sums["dropped_K"], sums["weight_K"], strict=True)
         ],
     }
 
 
-def _certainty(measures: LayerMeasures) -> dict[str, float]:
-    """`logit_max` is the largest absolute logit of any real token and expert, in the step, over all ranks."""
-    tokens = measures.sums["tokens"][0]
+def _router_confidence(metrics: LayerMetrics) -> dict[str, float]:
+    """Return entropy, top-1 probability and the largest absolute logit, over all real tokens."""
+    tokens = metrics.sums["tokens"][0]
     return {
-        "router_entropy": _share(measures.sums["entropy"][0], tokens),
-        "top1_probability": _share(measures.sums["top1"][0], tokens),
-        "logit_max": measures.maxima["logit_max"],
+        "router_entropy": _ratio(metrics.sums["entropy"][0], tokens),
+        "top1_probability": _ratio(metrics.sums["top1"][0], tokens),
+        "logit_max": metrics.maxima["logit_max"],
     }
 
 
-def _share(part: float, whole: float) -> float:
+def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0

@@ -1,324 +1,300 @@
-"""The run: steps, evaluations, checkpoints, in order, and one place where they are told to the world."""
+"""The training loop: steps, evaluations and checkpoints, in order, and what is logged of them."""
 
 from __future__ import annotations
 
 import signal
 import time
-from contextlib import nullcontext
 from typing import Any
 
-import torch
-
-from dmoe.config.errors import ConfigError, NumbersError
-from dmoe.config.rules import check
-from dmoe.config.schema import Config
-from dmoe.distributed import init as worlds
-from dmoe.distributed.rank_failure import LivenessResponder, is_collective_failure, lost_rank_error
-from dmoe.moe.rng import generator
-from dmoe.observability.display.format import measure_words
+from dmoe.config.errors import NumbersError
+from dmoe.config.schema import TrainConfig
+from dmoe.distributed.init import set_timeouts
+from dmoe.distributed.rank_failure import is_collective_failure, lost_rank_error
 from dmoe.observability.logger import RunLogger
-from dmoe.observability.profiler import Profiling
-from dmoe.train import engine as engines
+from dmoe.observability.profiler import StepProfiler
 from dmoe.train.checkpointer import Checkpointer, CheckpointScheduler
 from dmoe.train.engine import Engine
 from dmoe.train.evaluation import Evaluation, evaluate
-from dmoe.train.modular.session import Session, check_domains
-from dmoe.train.modular.stages import CORE, check_stages, is_config_file, needed, prepare
+from dmoe.train.modular.session import ModularSession
 from dmoe.train.optim import learning_rate
-from dmoe.train.run_session import RunSession, open_session
-from dmoe.train.signals import Signals
-from dmoe.train.step import StepResult, compute_gradients, grad_norm, training_batches, update
-from dmoe.train.step_guard import StepAction, StepGuard, StepHealth, check_first_step
-from dmoe.train.summary import print_summary
-from dmoe.train.tasks import Data, task_of
-from dmoe.train.telemetry import Telemetry, is_logged
+from dmoe.train.run_session import RunSession
+from dmoe.train.signals import Signals, StopRequested
+from dmoe.train.step import (
+    NULL_RECORDER,
+    StepResult,
+    compute_gradients,
+    grad_norm,
+    training_batches,
+    update,
+)
+from dmoe.train.step_guard import (
+    StepAction,
+    StepGuard,
+    StepHealth,
+    check_first_step,
+    describe_bad_step,
+)
+from dmoe.train.summary import log_start, print_summary
+from dmoe.train.tasks import Dataset
+from dmoe.train.telemetry import Telemetry
 
 
-def train(config: Config, given: str, quiet: bool = False) -> None:
-    """Train as `config` says, alone or as one rank of those the launcher started. `given` is the config file's text, for the record;
-    `quiet` leaves notes, alerts and where the run is.
-
-    Raises ConfigError before anything is written, CheckpointError for a run that cannot be taken up or saved, NumbersError where
-    training cannot go on, NoProgressError where a launcher has restarted it in vain, LostPeerError where another rank is gone.
-    """
-    check(config, worlds.launched_world_size())
-    check_stages(config, worlds.launched_world_size())
-    stopped_by = _train(config, given, quiet)
-    worlds.shutdown()
-    if stopped_by:
-        raise SystemExit(128 + stopped_by)
-
-
-def _train(config: Config, given: str, quiet: bool) -> int:
-    """One run; and before it the one that its core comes from, if that is to be trained first. The signal that stopped it, or 0."""
-    task = task_of(config)
-    data = task.open()
-    check_domains(config, data.domains)
-    process = worlds.init_distributed(
-        config.train.device, config.parallel.backend, config.parallel.start_timeout
-    )
-    # For what a user's own module draws: torch starts its generators from the clock, and no run would repeat another.
-    torch.manual_seed(generator(config.train.seed, "rank", process.rank).initial_seed())
-    run = open_session(config, process) if is_config_file(config.modular.core) else None
-    try:
-        if run is not None and needed(config, run.directory.path):
-            if process.is_main and not quiet:
-                print(f"first its core, from {config.modular.core}: {run}/{CORE}", flush=True)
-            stopped_by = prepare(
-                config, run.directory.path, lambda core, text: _train(core, text, quiet)
-            )
-            if stopped_by:
-                return stopped_by
-        engine = engines.build(config, process, task.outputs)
-        run = open_session(config, process) if run is None else run
-        with LivenessResponder() if process.world_size > 1 else nullcontext():
-            return Trainer(engine, data, run, given, quiet).run()
-    finally:
-        if run is not None:
-            run.close()
+def is_logged(step: int, start_step: int, config: TrainConfig) -> bool:
+    """Return whether step number `step`, from 1, of a process that began after `start_step` is
+    logged. Equal on all ranks."""
+    return step % config.log_every == 0 or step in (start_step + 1, config.steps)
 
 
 class Trainer:
-    """Owns the loop and nothing else: what a step, an evaluation or a checkpoint is, their modules say."""
+    """Run the training loop; steps, evaluations and checkpoints are defined in their modules."""
 
     def __init__(
-        self, engine: Engine, data: Data, run: RunSession, given: str, quiet: bool = False
+        self,
+        engine: Engine,
+        data: Dataset,
+        session: RunSession,
+        config_text: str,
+        quiet: bool = False,
     ) -> None:
-        self.engine, self.data, self.run_dir = engine, data, run
-        self.config, self.targets, self.task = engine.config.train, engine.targets, engine.task
+        """Restore the newest checkpoint, if there is one. Collective.
+
+        Args:
+            engine: model, optimizer and process groups.
+            data: training and held-out data.
+            session: the locked run directory.
+            config_text: text of the config file, stored in the run directory.
+            quiet: print notes, alerts and the run directory only.
+        """
+        config = engine.config
+        self.engine, self.data, self.session = engine, data, session
+        self.config, self.task = config.train, engine.task
         self.step_guard = StepGuard(
-            engine.config.guard, scaled=engine.accelerator.scaler is not None
+            config.guard, loss_scaling=engine.accelerator.scaler is not None
         )
-        self.checkpointer = Checkpointer(engine, data, run.directory, self.step_guard)
+        self.checkpointer = Checkpointer(engine, data, session.directory, self.step_guard)
         self.signals = Signals()
-        self.first = self.done = self.checkpointer.resume()
-        """Steps done: when this process began, and now."""
-        if self.first > self.config.steps:
-            done = f"the run in {run} has done {self.first} steps already"
-            raise ConfigError(
-                "train.steps", self.config.steps, done, "use more, or another train.run_dir"
-            )
-        self.modules = Session(engine, run.directory.path, fresh=self.checkpointer.saved < 0)
-        run.begin(self.first, engine.config.guard.attempts)
-        self.owes_evaluation = run.misses_evaluation(self.first, self.config)
-        run.record(engine.config, given)
-        self.logger = RunLogger(engine, run.directory, self.first, quiet)
+        self.start_step = self.steps_done = self.checkpointer.resume()
+        """Optimizer steps done: when this process began, and now."""
+        session.check_steps_left(self.start_step, self.config)
+        fresh = self.checkpointer.last_saved_step < 0
+        self.modular = ModularSession(engine, session.directory.path, fresh=fresh)
+        session.record_attempt(self.start_step, config.guard.attempts)
+        self.evaluation_missing = session.is_evaluation_missing(self.start_step, self.config)
+        session.write_config(config, config_text)
+        self.logger = RunLogger(
+            config,
+            engine.accelerator,
+            session.directory,
+            start_step=self.start_step,
+            is_main=engine.process.is_main,
+            quiet=quiet,
+        )
         self.checkpoint_scheduler = CheckpointScheduler(
-            self.checkpointer, self.logger, engine.config.checkpoint
+            self.checkpointer, self.logger, config.checkpoint
         )
         self.telemetry = Telemetry(engine, data.domains)
-        self.profiling = Profiling(
+        self.profiler = StepProfiler(
             self.config.profile_steps,
             self.config.profile_ranks,
             engine.process.rank,
-            run.directory.logs,
+            session.directory.logs,
             self.logger.print,
             exclude=self._exclude,
         )
+        self.step_began = self.interval_began = time.monotonic()
+        """When the step in progress began, and the interval whose throughput is logged next."""
+        self.interval_start_step = self.start_step
 
-    def run(self) -> int:
-        """Train to the last step, or to where all ranks agreed to stop: then the number of the signal, else 0."""
-        self._greet()
-        self.signals.listen()
-        self.clock, self.clock_step, self.began = time.monotonic(), self.first, time.monotonic()
+    def run(self) -> None:
+        """Train to the last step. Collective.
+
+        Raises:
+            StopRequested: after a stop that all ranks agreed on; the state is saved.
+            NumbersError, LostRankError: see `train`.
+        """
+        log_start(
+            self.logger, self.engine, self.data, self.session, self.checkpointer, self.modular
+        )
+        self.signals.install_handlers()
+        self.step_began = self.interval_began = time.monotonic()
         try:
-            code = self._train()
-            self.logger.write_report(self.done)
-            return code
+            self._train()
+            self.logger.write_report(self.steps_done)
+        except StopRequested:
+            self.logger.write_report(self.steps_done)
+            raise
         except NumbersError as error:
-            self.run_dir.record_fatal_error(error)
-            self.logger.alert(self.done, "stopped", str(error))
-            self.logger.log_event("end", self.done, {"failed": True})
-            self.logger.write_report(self.done)
+            self.session.record_fatal_error(error)
+            self.logger.alert(self.steps_done, "stopped", str(error))
+            self.logger.log_event("end", self.steps_done, {"failed": True})
+            self.logger.write_report(self.steps_done)
             raise
         except RuntimeError as error:
             if not is_collective_failure(error):
                 raise
-            raise lost_rank_error(error, self.done + 1, time.monotonic() - self.began) from error
+            seconds = time.monotonic() - self.step_began
+            raise lost_rank_error(error, self.steps_done + 1, seconds) from error
         finally:
             self.checkpointer.drain()
             self.logger.close()
 
-    def _train(self) -> int:
-        stopped = self.owes_evaluation and self._evaluate() is None
-        while self.done < self.config.steps and not stopped:
-            with self.profiling.around(self.done + 1):
-                stopped = self._step()
-        return self._leave() if stopped or self._finish() else 0
+    def _train(self) -> None:
+        """Run all steps and the end of the run. Raises StopRequested once the state is saved."""
+        try:
+            if self.evaluation_missing:
+                self._evaluate()
+            while self.steps_done < self.config.steps:
+                self._profiled_step()
+            self._finish()
+        except StopRequested:
+            self.checkpoint_scheduler.save_final(self.steps_done)
+            done = f"stopped after step {self.steps_done}, which is saved"
+            line = f"{done}; continue with train.run_dir={self.session}"
+            self.logger.log_event("end", self.steps_done, {"stopped": True}, line)
+            # The signal may have reached other ranks only.
+            raise StopRequested(self.signals.stop_signal or signal.SIGTERM) from None
 
-    def _step(self) -> bool:
-        """The next optimizer step, and what is due after it; whether some rank was told to stop."""
-        self.began = time.monotonic()
-        step = self.done
-        batches = training_batches(self.data.train, self.engine, step)
-        rate = learning_rate(step, self.config.steps, self.engine.config.optim)
-        read_bytes = sum(
+    def _profiled_step(self) -> None:
+        stop: StopRequested | None = None
+        with self.profiler.profile(self.steps_done + 1):
+            try:
+                self._step()
+            except StopRequested as request:  # held back: the trace of this step is written first
+                stop = request
+        if stop is not None:
+            raise stop
+
+    def _step(self) -> None:
+        """Take the next optimizer step, then log, save and evaluate where that is due."""
+        self.step_began = time.monotonic()
+        step, engine = self.steps_done, self.engine
+        batches = training_batches(self.data.train, engine, step)
+        lr = learning_rate(step, self.config.steps, engine.config.optim)
+        target_bytes = sum(
             int(self.task.bytes_per_target(self.data, batch.target).sum()) for batch in batches
         )
-        requests = self.signals.requests(self.checkpointer.failed)
-        measurement = self.telemetry.begin(is_logged(step + 1, self.first, self.config), self.began)
+        recorder = NULL_RECORDER
+        if is_logged(step + 1, self.start_step, self.config):
+            recorder = self.telemetry.start_recording(self.step_began)
         totals = compute_gradients(
-            self.engine, batches, read_bytes=read_bytes, requests=requests, recorder=measurement
+            engine,
+            batches,
+            target_bytes=target_bytes,
+            requests=self.signals.take_requests(self.checkpointer.failed),
+            recorder=recorder,
         )
-        kind, action = self.step_guard.check(
-            step, totals.loss_sum / self.targets, grad_norm(totals)
+        loss = totals.loss_sum / engine.targets_per_step
+        health, action = self.step_guard.check(step, loss, grad_norm(totals))
+        result = update(engine, totals, lr, apply=action is StepAction.APPLY)
+        self.steps_done = step + 1
+        self._after_first_step(step, result)
+        rolled_back = health is not StepHealth.GOOD and self._handle_bad_step(
+            step, health, action, result
         )
-        result = update(self.engine, totals, rate, take=action is StepAction.APPLY)
-        self.done = step + 1
-        self._check_first(step, result)
-        if kind is not StepHealth.GOOD and self._bad(step, kind, action, result):
-            return totals.requests.stop
-        self._log(result, rate)
-        began = time.monotonic()
-        self.checkpoint_scheduler.after_step(
-            self.done,
-            totals.requests,
-            last_step_good=self.step_guard.bad == 0,
-            last=self.done == self.config.steps,
-        )
-        if totals.requests.save:
-            self.signals.saved()
-        self._exclude(began)
-        if totals.requests.stop:
-            return True
-        due = (
-            self.config.eval_every
-            and self.done % self.config.eval_every == 0
-            and self.done < self.config.steps
-        )
-        return bool(due) and self._evaluate() is None
-
-    def _check_first(self, step: int, result: StepResult) -> None:
-        if step == self.first:
-            worlds.set_timeouts(self.engine.mesh.step_groups(), self.engine.config.parallel.timeout)
-        if step == 0:
-            remark = check_first_step(self.engine, result, self.task.outputs, self.targets)
-            if remark:
-                self.logger.note(1, remark)
-
-    def _bad(self, step: int, kind: StepHealth, action: StepAction, result: StepResult) -> bool:
-        """Tell of a bad step, and go back or end where the guard says so; whether the run went back."""
-        back = None
-        if action is StepAction.ROLLBACK:
-            self.checkpoint_scheduler.wait_for_pending(self.done)
-            back = self.checkpointer.rollback()
-            action = StepAction.STOP if back is None else action
-        first = step * self.config.global_batch
-        text = (
-            f"step {step + 1} is {kind.value} and {action.value} on all ranks: loss {result.totals.loss_sum / self.targets:.4g}, "
-            f"gradient norm {result.grad_norm:.4g}, samples {first} to {first + self.config.global_batch - 1}"
-        )
-        if action is StepAction.STOP:
-            raise NumbersError(
-                f"{text}; {self.step_guard.bad} bad steps in a row, and starting again would meet them again: lower optim.lr, look at "
-                "the data, or see guard.* in the config"
+        if not rolled_back:
+            self._log(result, lr)
+            began = time.monotonic()
+            self.checkpoint_scheduler.after_step(
+                self.steps_done,
+                totals.requests,
+                last_step_good=self.step_guard.bad_steps == 0,
+                last=self.steps_done == self.config.steps,
             )
-        self.logger.alert(self.done, "bad step", text)
-        if back is None:
+            if totals.requests.save:
+                self.signals.clear_save_request()
+            self._exclude(began)
+        if totals.requests.stop:
+            raise StopRequested
+        due = self.config.eval_every and self.steps_done % self.config.eval_every == 0
+        if due and self.steps_done < self.config.steps and not rolled_back:
+            self._evaluate()
+
+    def _after_first_step(self, step: int, result: StepResult) -> None:
+        """Shorten the timeouts after the first step of this process; check the run's first step."""
+        if step == self.start_step:
+            set_timeouts(self.engine.mesh.step_groups(), self.engine.config.parallel.timeout)
+        if step == 0:
+            warning = check_first_step(self.engine, result)
+            if warning:
+                self.logger.note(1, warning)
+
+    def _handle_bad_step(
+        self, step: int, health: StepHealth, action: StepAction, result: StepResult
+    ) -> bool:
+        """Log a bad step and roll back if the guard says so; return whether the run rolled back.
+
+        Raises NumbersError if the guard says stop, or there is no checkpoint to roll back to.
+        """
+        restored_step = None
+        if action is StepAction.ROLLBACK:
+            self.checkpoint_scheduler.wait_for_pending(self.steps_done)
+            restored_step = self.checkpointer.rollback()
+            action = StepAction.STOP if restored_step is None else action
+        text = describe_bad_step(step, health, action, result, self.engine)
+        if action is StepAction.STOP:
+            raise NumbersError(f"{text}; {self.step_guard.stop_reason()}")
+        self.logger.alert(self.steps_done, "bad step", text)
+        if restored_step is None:
             return False
-        self.done = self.clock_step = back
-        self.clock = time.monotonic()
-        self.logger.log_rollback(back)
+        self.steps_done = self.interval_start_step = restored_step
+        self.interval_began = time.monotonic()
+        self.logger.log_rollback(restored_step)
         self.telemetry.probe.previous = []
         return True
 
-    def _log(self, result: StepResult, rate: float) -> None:
-        done = self.done
-        if not is_logged(done, self.first, self.config):
-            self.logger.display.step(done)
+    def _log(self, result: StepResult, lr: float) -> None:
+        step = self.steps_done
+        if not is_logged(step, self.start_step, self.config):
+            self.logger.display.step(step)
             return
         now = time.monotonic()
-        values = self.telemetry.train_line(
+        values = self.telemetry.train_record(
             result,
-            tokens=done * self.targets,
-            learning_rate=rate,
-            seconds=now - self.clock,
-            steps=done - self.clock_step,
+            tokens=step * self.engine.targets_per_step,
+            learning_rate=lr,
+            seconds=now - self.interval_began,
+            steps=step - self.interval_start_step,
         )
-        self.clock, self.clock_step = now, done
-        self.logger.log_metrics("train", done, values)
-        for text in self.telemetry.alerts.judge(values):
-            self.logger.alert(done, "routing", text)
+        self.interval_began, self.interval_start_step = now, step
+        self.logger.log_metrics("train", step, values)
+        for text in self.telemetry.alerts.check(values):
+            self.logger.alert(step, "routing", text)
 
-    def _evaluate(self) -> Evaluation | None:
-        """Held-out loss, told to all; None if some rank was told to stop on the way."""
+    def _evaluate(self) -> Evaluation:
+        """Evaluate on the held-out data and log the result. Raises StopRequested."""
         began = time.monotonic()
-        result = evaluate(self.engine, self.data, lambda: self.signals.stop, self.telemetry.probe)
-        last = result is not None and self.done == self.config.steps
-        composed = self.modules.compositions(self.data, lambda: self.signals.stop) if last else []
-        self._exclude(began)
-        if result is None or composed is None:
-            return None
-        said = "".join(f", {measure_words(name, value)}" for name, value in result.measures.items())
-        line = f"step {self.done}: held-out loss {result.loss:.3f}{said} over {result.tokens:,} {self.task.unit}s"
-        self.logger.log_metrics(
-            "eval",
-            self.done,
-            result.line() | ({"compositions": composed} if composed else {}),
-            line,
-        )
+        compositions: list[dict[str, Any]] = []
+        try:
+            result = evaluate(
+                self.engine, self.data, self.signals.is_stop_requested, self.telemetry.probe
+            )
+            if self.steps_done == self.config.steps:
+                compositions = self.modular.evaluate_compositions(
+                    self.data, self.signals.is_stop_requested
+                )
+        finally:
+            self._exclude(began)
+        line = f"step {self.steps_done}: {result.summary(self.task.unit)}"
+        more = {"compositions": compositions} if compositions else {}
+        self.logger.log_metrics("eval", self.steps_done, result.record() | more, line)
         return result
 
-    def _leave(self) -> int:
-        """A stop that all ranks agreed on: save this step, say so, and tell the signal that asked for it."""
-        self.checkpoint_scheduler.save_last(self.done)
-        line = f"stopped after step {self.done}, which is saved; continue with train.run_dir={self.run_dir}"
-        self.logger.log_event("end", self.done, {"stopped": True}, line)
-        return self.signals.number or signal.SIGTERM
-
-    def _finish(self) -> bool:
-        """The end of a run: save, evaluate, show a sample and where everything is; whether some rank was told to stop before that."""
-        self.checkpoint_scheduler.save_last(self.done)
+    def _finish(self) -> None:
+        """Save, evaluate, and log the results, a sample and the end. Raises StopRequested."""
+        self.checkpoint_scheduler.save_final(self.steps_done)
         result = self._evaluate()
-        if result is None:
-            return True
         self.logger.display.close()
         print_summary(self.logger)
-        proven, words = self.modules.finish()
-        values: dict[str, Any] = {**result.measures, **proven}
-        if words:
-            self.logger.print(words)
-        sample = self.task.sample(self.engine.model, self.data)
+        unchanged, line = self.modular.finish()
+        values: dict[str, Any] = {**result.metrics, **unchanged}
+        if line:
+            self.logger.print(line)
+        sample = self.task.generate_sample(self.engine.model, self.data)
         if sample is not None:
             values["sample"] = sample
             self.logger.print(f"\nsample:\n{sample}\n")
-        self.logger.log_event("end", self.done, values, f"run directory: {self.run_dir}")
-        return False
-
-    def _greet(self) -> None:
-        engine, counts, say = self.engine, self.engine.model.num_parameters(), self.logger.print
-        say(f"data: {self.data.describe()}")
-        say(
-            f"model: {counts.total / 1e6:.2f} M parameters, {counts.active / 1e6:.2f} M active a token; "
-            f"{engine.precision} on {engine.process.device.type}"
-        )
-        say(
-            f"ranks: {engine.mesh}; {engine.config.train.global_batch} sequences a step = {engine.process.world_size} x "
-            f"{engine.sequences} x {engine.batching.accumulation} accumulated"
-        )
-        for remark in (self.run_dir.remark, *self.checkpointer.remarks):
-            if remark:
-                self.logger.note(self.first, remark)
-        resumed = f"resumed after step {self.first}; " if self.first else ""
-        say(f"{resumed}run directory: {self.run_dir}")
-        start = {
-            "parameters": counts.total,
-            "active_parameters": counts.active,
-            "trainable_parameters": self.modules.trained(counts.trained),
-            "flops_per_token": engine.model.flops_per_token(self.task.targets),
-            "task": self.task.name,
-            "world": engine.process.world_size,
-            "ep": engine.mesh.ep,
-            "precision": engine.precision,
-            "data": self.data.fingerprint,
-        }
-        again = {"resumed_from": self.first, "attempt": engine.process.restart_count}
-        self.logger.log_event(
-            "restart" if self.first or engine.process.restart_count else "start",
-            self.first,
-            start | again,
-        )
+        self.logger.log_event("end", self.steps_done, values, f"run directory: {self.session}")
 
     def _exclude(self, began: float) -> None:
-        """What is not training does not count in tokens per second."""
-        self.clock += time.monotonic() - began
+        """Leave the time since `began` out of the logged throughput."""
+        self.interval_began += time.monotonic() - began

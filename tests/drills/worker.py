@@ -13,8 +13,7 @@ from pathlib import Path
 
 from dmoe.config.errors import DmoeError
 from dmoe.config.load import load
-from dmoe.distributed import init as worlds
-from dmoe.train import trainer
+from dmoe.train import run as training
 from dmoe.train.engine import Engine
 from dmoe.verify.capture import state_arrays
 from tests.drills.driver import Faults, parse
@@ -50,9 +49,9 @@ def train_inside(
     faults = parse(fault, rank, restart=0)
     if faults:
         Faults(faults).install()
-    worlds.shutdown = lambda: None  # type: ignore[assignment]  # the group is run_ranks's
+    training.shutdown = lambda: None  # type: ignore[assignment]  # the group is run_ranks's
     try:
-        trainer.train(load(None, [*DRILL, f"train.run_dir={run}", *overrides]), "")
+        training.train(load(None, [*DRILL, f"train.run_dir={run}", *overrides]), "")
     except DmoeError as error:
         return Ending(error.exit_code, str(error))
     return Ending(0, "")

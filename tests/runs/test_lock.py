@@ -18,14 +18,14 @@ from typing import Any
 import pytest
 
 from dmoe.config.errors import ConfigError
-from dmoe.runs.lock import Owner, RunLock, _ticks
+from dmoe.runs.lock import LockOwner, RunLock, _start_ticks
 
 HOLDER = """
 import subprocess, sys
 from pathlib import Path
 from dmoe.runs.lock import RunLock
 
-lock = RunLock.take(Path(sys.argv[1]), "job-a")
+lock = RunLock.acquire(Path(sys.argv[1]), "job-a")
 child = None
 if sys.argv[2] == "child":  # with every descriptor that its parent does not close itself
     child = subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, close_fds=False)
@@ -61,7 +61,7 @@ def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def write_owner(run: Path, **changes: Any) -> None:
     (run / "lock").write_text(
-        json.dumps(asdict(replace(Owner.here(None), **changes))) + "\n", encoding="utf-8"
+        json.dumps(asdict(replace(LockOwner.current(None), **changes))) + "\n", encoding="utf-8"
     )
 
 
@@ -69,9 +69,9 @@ def test_a_second_job_is_refused_in_one_sentence_that_names_the_first(tmp_path: 
     with holder(tmp_path) as (first, _):
         line = json.loads((tmp_path / "lock").read_text(encoding="utf-8"))
         with pytest.raises(ConfigError) as refused:
-            RunLock.take(tmp_path, "job-b")
+            RunLock.acquire(tmp_path, "job-b")
         with pytest.raises(ConfigError):  # the same job is no excuse while the owner lives
-            RunLock.take(tmp_path, "job-a")
+            RunLock.acquire(tmp_path, "job-a")
     text = str(refused.value)
     assert refused.value.exit_code == 2
     assert refused.value.field == "train.run_dir"
@@ -84,8 +84,8 @@ def test_the_lock_of_a_killed_job_is_taken_over(tmp_path: Path) -> None:
     with holder(tmp_path) as (first, _):
         first.kill()
         first.wait()
-        with RunLock.take(tmp_path, None) as lock:
-            assert lock.remark is None
+        with RunLock.acquire(tmp_path, None) as lock:
+            assert lock.warning is None
             assert json.loads((tmp_path / "lock").read_bytes())["pid"] == os.getpid()
 
 
@@ -95,7 +95,7 @@ def test_a_child_that_outlives_the_job_does_not_hold_its_lock(tmp_path: Path) ->
         first.kill()
         first.wait()
         try:
-            RunLock.take(tmp_path, None).release()
+            RunLock.acquire(tmp_path, None).release()
         finally:
             os.kill(
                 child, signal.SIGKILL
@@ -103,28 +103,28 @@ def test_a_child_that_outlives_the_job_does_not_hold_its_lock(tmp_path: Path) ->
 
 
 def test_a_released_lock_is_an_empty_file_and_free(tmp_path: Path) -> None:
-    lock = RunLock.take(tmp_path, "job")
+    lock = RunLock.acquire(tmp_path, "job")
     lock.release()
     lock.release()
     assert (tmp_path / "lock").read_bytes() == b""
-    RunLock.take(tmp_path, None).release()
+    RunLock.acquire(tmp_path, None).release()
 
 
 def test_deleting_the_file_of_a_living_job_does_not_let_a_second_one_in(tmp_path: Path) -> None:
     """The refusal's own advice invites it. The directory is locked as well."""
-    first = RunLock.take(tmp_path, None)
+    first = RunLock.acquire(tmp_path, None)
     (tmp_path / "lock").unlink()
     with pytest.raises(ConfigError, match="another job is at work"):
-        RunLock.take(tmp_path, None)
+        RunLock.acquire(tmp_path, None)
     first.release()
-    RunLock.take(tmp_path, None).release()
+    RunLock.acquire(tmp_path, None).release()
 
 
 def test_an_owner_that_has_not_written_its_name_yet_still_counts(tmp_path: Path) -> None:
     with (tmp_path / "lock").open("wb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="has not written its name"):
-            RunLock.take(tmp_path, None)
+            RunLock.acquire(tmp_path, None)
 
 
 def test_an_owner_on_another_host_is_refused_with_the_file_to_delete(tmp_path: Path) -> None:
@@ -134,25 +134,25 @@ def test_an_owner_on_another_host_is_refused_with_the_file_to_delete(tmp_path: P
         with pytest.raises(
             ConfigError, match=r"host elsewhere.*; if that job is dead, delete .*/lock$"
         ):
-            RunLock.take(tmp_path, named)
+            RunLock.acquire(tmp_path, named)
     assert json.loads((tmp_path / "lock").read_bytes())["host"] == "elsewhere"
     (tmp_path / "lock").unlink()
-    RunLock.take(tmp_path, None).release()
+    RunLock.acquire(tmp_path, None).release()
 
 
 def test_the_same_job_may_go_on_from_another_host(tmp_path: Path) -> None:
     """The elastic launcher moves rank 0 when it loses a machine."""
     write_owner(tmp_path, host="elsewhere", boot="another", job="job-a")
-    RunLock.take(tmp_path, "job-a").release()
+    RunLock.acquire(tmp_path, "job-a").release()
 
 
 def test_another_container_of_this_machine_is_not_another_host(tmp_path: Path) -> None:
     """A container has a host name of its own, a new one at each start, but the kernel and its locks are the machine's."""
-    owner = Owner.here(None)
+    owner = LockOwner.current(None)
     if not owner.boot:
         pytest.skip("this kernel does not tell one boot from another")
     write_owner(tmp_path, host="container-1", pid=owner.pid + 1)
-    RunLock.take(tmp_path, None).release()
+    RunLock.acquire(tmp_path, None).release()
 
 
 @pytest.mark.parametrize(
@@ -160,13 +160,13 @@ def test_another_container_of_this_machine_is_not_another_host(tmp_path: Path) -
 )
 def test_a_torn_or_odd_line_is_no_owner(tmp_path: Path, line: bytes) -> None:
     (tmp_path / "lock").write_bytes(line)
-    RunLock.take(tmp_path, None).release()
+    RunLock.acquire(tmp_path, None).release()
 
 
 def test_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "lock").symlink_to(tmp_path / "precious")
     with pytest.raises(ConfigError, match="cannot be opened"):
-        RunLock.take(tmp_path, None)
+        RunLock.acquire(tmp_path, None)
     assert not (tmp_path / "precious").exists()
 
 
@@ -174,25 +174,25 @@ def test_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:
 def test_without_locks_the_user_is_told_and_a_living_owner_is_still_refused(tmp_path: Path) -> None:
     with holder(tmp_path) as (first, _):
         with pytest.raises(ConfigError, match=f"pid {first.pid}"):
-            RunLock.take(tmp_path, None)
+            RunLock.acquire(tmp_path, None)
         first.kill()  # a zombie until it is waited for: dead all the same
         os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)
-        lock = RunLock.take(tmp_path, None)
-    assert lock.remark is not None
-    assert "has no locks" in lock.remark
-    assert str(tmp_path) in lock.remark
+        lock = RunLock.acquire(tmp_path, None)
+    assert lock.warning is not None
+    assert "has no locks" in lock.warning
+    assert str(tmp_path) in lock.warning
     lock.release()
 
 
 @pytest.mark.usefixtures("no_locks")
 def test_without_locks_a_process_with_a_dead_owners_number_is_not_the_owner(tmp_path: Path) -> None:
     parent = os.getppid()
-    if not _ticks(parent):
+    if not _start_ticks(parent):
         pytest.skip("without /proc a number is all there is")
     write_owner(tmp_path, pid=parent, ticks="1")
-    RunLock.take(tmp_path, None).release()
-    write_owner(tmp_path, pid=parent, ticks=_ticks(parent), boot="before the power cut")
-    RunLock.take(tmp_path, None).release()
+    RunLock.acquire(tmp_path, None).release()
+    write_owner(tmp_path, pid=parent, ticks=_start_ticks(parent), boot="before the power cut")
+    RunLock.acquire(tmp_path, None).release()
 
 
 def test_another_failure_of_the_lock_is_an_error(
@@ -203,4 +203,4 @@ def test_another_failure_of_the_lock_is_an_error(
 
     monkeypatch.setattr(fcntl, "flock", fail)
     with pytest.raises(ConfigError, match="cannot be locked"):
-        RunLock.take(tmp_path, None)
+        RunLock.acquire(tmp_path, None)

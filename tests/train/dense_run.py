@@ -24,7 +24,7 @@ SPARSE = ("model.dense_dim=24", "model.init_std=0.3", "moe.balance.switch=0", "m
 
 def weights(config: Config) -> Model:
     """A model whose norms are not all ones, as after training."""
-    model = task_of(config).model()
+    model = task_of(config).build_model()
     model.initialize(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -36,7 +36,7 @@ def weights(config: Config) -> Model:
 def dense_run(path: Path, *overrides: str) -> RunDir:
     config, run = tiny(*DENSE, *overrides), RunDir(path)
     run.create(None)
-    run.record(config, "")
+    run.write_config(config, "")
     save(run.checkpoints, 5, model_state(weights(config), ParallelMesh()), {"step": 5})
     assert load(path / "resolved.yaml") == config
     return run

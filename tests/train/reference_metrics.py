@@ -18,7 +18,7 @@ from dmoe.moe.layer import MoEOutput
 from dmoe.train import engine as engines
 from dmoe.train.step import compute_gradients, forward, training_batches, update
 from dmoe.train.telemetry import Telemetry
-from dmoe.verify.decisions import recorded
+from dmoe.verify.decisions import record_routing
 
 __all__ = ["Decision", "Measured", "by_layer", "measured_step"]
 
@@ -60,7 +60,7 @@ def measured_step(rank: int, world: int, config: Config) -> Measured:
     telemetry, layers = Telemetry(engine, data.domains), engine.model.moe_layers()
     batches, decisions = training_batches(data.train, engine, 0), []
     for batch in batches:
-        with torch.no_grad(), recorded(layers) as (outputs, _):
+        with torch.no_grad(), record_routing(layers) as (outputs, _):
             forward(engine, batch, None)
         decisions += [decision(here.rank, n, output) for n, output in enumerate(outputs)]
     # Every rank reads its data a second longer than the previous one.

@@ -17,6 +17,7 @@ from dmoe.runs.directory import RunDir
 from dmoe.train import engine as engines
 from dmoe.train.evaluation import Evaluation, evaluate
 from dmoe.train.run_session import RunSession
+from dmoe.train.signals import StopRequested
 from dmoe.train.tasks import Score, task_of
 from tests.ranks import run_ranks
 from tests.tiny import tiny
@@ -41,8 +42,8 @@ GATED = (
 
 def evaluation(rank: int, world: int, config: Config) -> Evaluation:
     task = task_of(config)
-    engine = engines.build(config, worlds.init_distributed("cpu"), task.outputs)
-    result = evaluate(engine, task.open())
+    engine = engines.build_engine(config, worlds.init_distributed("cpu"), task.num_outputs)
+    result = evaluate(engine, task.open_data())
     assert result is not None
     return result
 
@@ -50,11 +51,11 @@ def evaluation(rank: int, world: int, config: Config) -> Evaluation:
 def recount(config: Config, without: str | None = None) -> dict[int, Score]:
     """By label, one sample at a time, in one process that holds every expert. Text: bytes are counted from the tokens."""
     task = task_of(config)
-    data, model = task.open(), task.model()
+    data, model = task.open_data(), task.build_model()
     model.initialize(config.train.seed)
     sums: dict[int, list[float]] = defaultdict(lambda: [0.0] * 4)
     for row in range(
-        min(config.train.eval_sequences, data.held_out.sequences or config.train.eval_sequences)
+        min(config.train.eval_sequences, data.held_out.num_sequences or config.train.eval_sequences)
     ):
         input, target, label_B = task.samples(data.held_out, row, 1)
         input = input if without is None else task.mask_stream(input, without)
@@ -96,12 +97,12 @@ def test_every_domain_is_what_a_loop_counts(world: int, tmp_path: Path) -> None:
         assert told["tokens"] == score.targets
         assert told["loss"] == pytest.approx(score.loss, rel=1e-5)
         assert told["bits_per_byte"] == pytest.approx(
-            score.loss_sum / score.read_bytes / math.log(2), rel=1e-5
+            score.loss_sum / score.target_bytes / math.log(2), rel=1e-5
         )
     nats, tokens = (
         sum(getattr(score, part) for score in expected.values()) for part in ("loss_sum", "targets")
     )
-    assert found[0].tokens == tokens
+    assert found[0].targets == tokens
     assert found[0].loss == pytest.approx(nats / tokens, rel=1e-5)
 
 
@@ -113,18 +114,18 @@ def test_every_class_and_every_missing_stream(world: int) -> None:
     whole = Score(
         *(
             sum(getattr(s, part) for s in expected.values())
-            for part in ("loss_sum", "targets", "read_bytes", "correct")
+            for part in ("loss_sum", "targets", "target_bytes", "correct")
         )
     )
     assert found.loss == pytest.approx(whole.loss, rel=1e-5)
-    assert found.measures == {"accuracy": pytest.approx(whole.correct / whole.targets)}
+    assert found.metrics == {"accuracy": pytest.approx(whole.correct / whole.targets)}
     assert {name: told["accuracy"] for name, told in found.by_domain.items()} == {
         str(label): pytest.approx(score.correct / score.targets)
         for label, score in sorted(expected.items())
     }
     for stream in ("a", "b"):
         less = recount(config, stream).values()
-        assert found.missing[stream] == pytest.approx(
+        assert found.missing_stream_accuracy[stream] == pytest.approx(
             sum(score.correct for score in less) / whole.targets
         )
 
@@ -132,19 +133,22 @@ def test_every_class_and_every_missing_stream(world: int) -> None:
 def test_a_single_domain_is_not_told_twice() -> None:
     found = run_ranks(1, evaluation, tiny())[0]
     assert found.by_domain == {}
-    assert "by_domain" not in found.line()
-    assert "missing" not in found.line()
+    assert "by_domain" not in found.record()
+    assert "missing" not in found.record()
 
 
 @pytest.mark.parametrize("batches", [0, 2, 7])
-def test_an_evaluation_told_to_stop_says_nothing(batches: int) -> None:
-    """Also where the signal comes while the samples are read again without a stream: five batches are the first reading."""
+def test_a_stop_request_ends_an_evaluation(batches: int) -> None:
+    """Also during the passes without a stream, which follow the five batches of the first pass."""
     config = tiny(*GATED)
-    engine = engines.build(config, worlds.init_distributed("cpu"), task_of(config).outputs)
+    engine = engines.build_engine(
+        config, worlds.init_distributed("cpu"), task_of(config).num_outputs
+    )
     left = iter([False] * batches)
-    assert evaluate(engine, engine.task.open(), lambda: next(left, True)) is None
+    with pytest.raises(StopRequested):
+        evaluate(engine, engine.task.open_data(), lambda: next(left, True))
     assert next(left, None) is None
-    assert engine.wrapped.training
+    assert engine.wrapped_model.training
 
 
 @pytest.mark.parametrize(
@@ -158,4 +162,4 @@ def test_the_evaluation_before_the_first_step_is_of_the_weights_that_are_trained
     run = RunSession(RunDir(tmp_path), worlds.init_distributed("cpu"), None)
     for step in told:
         run.directory.metrics.write_text(f'{{"event": "eval", "step": {step}, "time": 1.0}}\n')
-    assert run.misses_evaluation(0, replace(tiny().train, eval_first=first)) == due
+    assert run.is_evaluation_missing(0, replace(tiny().train, eval_first=first)) == due

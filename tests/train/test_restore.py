@@ -1,4 +1,4 @@
-"""Which changes of a config make another run of it, and what another number of ranks redefines."""
+"""Config changes that a resumed run accepts or refuses, and what other ranks redefine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dmoe.train.restore import check_same_run, describe_changes
 from tests.tiny import tiny
 
 SAVED: dict[str, Any] = json.loads(json.dumps(asdict(tiny())))
-"""As a manifest gives it back."""
+"""As it is read from a manifest."""
 
 
 def check(*overrides: str, data: str = "same") -> None:
@@ -53,7 +53,7 @@ def refusal(*overrides: str, data: str = "same") -> str:
         ),
     ],
 )
-def test_neutral_fields(change: str) -> None:
+def test_fields_that_may_change(change: str) -> None:
     more = ["moe.capacity.factor=1.25"] if "padded" in change else []
     if more:
         check_same_run(
@@ -75,40 +75,38 @@ def test_neutral_fields(change: str) -> None:
         ("model.layers", "2", "3"),
     ],
 )
-def test_a_field_that_means_another_run_is_refused_unless_it_is_named(
+def test_a_field_that_defines_the_run_is_refused_unless_accepted(
     name: str, before: str, now: str
 ) -> None:
-    said = refusal(f"{name}={now}")
-    assert said.startswith(f"{name}={now}: the checkpoint was trained with {before}; ")
-    assert said.endswith(f"checkpoint.accept_changes=[{name}]")
+    text = refusal(f"{name}={now}")
+    assert text.startswith(f"{name}={now}: the checkpoint was trained with {before}; ")
+    assert text.endswith(f"checkpoint.accept_changes=[{name}]")
     check(f"{name}={now}", f"checkpoint.accept_changes=[{name}]")
     check(f"{name}={now}", f"checkpoint.accept_changes=[{name.split('.')[0]}]")
     assert refusal(f"{name}={now}", "checkpoint.accept_changes=[train.stepsize]")
 
 
-def test_other_modules_are_another_run_even_if_accepted() -> None:
-    """The refusal once offered `accept_changes`, which then failed on tensors that are not there."""
+def test_other_modules_cannot_be_accepted() -> None:
+    """Once the refusal offered `accept_changes`, which then failed on missing tensors."""
     for change in ("modular.bank=low_rank", "modular.modules=2"):
         text = refusal("modular.bank=low_rank", change, "checkpoint.accept_changes=[modular]")
-        assert text.endswith(
-            "go on from this run in another train.run_dir, with this one as modular.core"
-        )
+        assert text.endswith("or start another train.run_dir from this run, with modular.core")
 
 
-def test_a_section_is_no_prefix_of_a_word() -> None:
+def test_accepted_names_match_whole_words() -> None:
     assert refusal("moe.num_experts=4", "checkpoint.accept_changes=[mo]")
     assert refusal("train.seed=3", "checkpoint.accept_changes=[train.see]")
 
 
-def test_the_line_that_is_suggested_keeps_what_was_accepted_before() -> None:
-    """It named the next field alone once, and whoever did as it said was told the first one again."""
-    said = refusal(
+def test_the_suggested_fix_keeps_what_was_accepted_before() -> None:
+    """Once it named only the next field, so the first one was refused again."""
+    text = refusal(
         "train.seed=1", "moe.num_experts=4", "checkpoint.accept_changes=[moe.num_experts]"
     )
-    assert said.endswith("checkpoint.accept_changes=[moe.num_experts,train.seed]")
+    assert text.endswith("checkpoint.accept_changes=[moe.num_experts,train.seed]")
 
 
-def test_other_data_is_named_by_the_fields_that_differ() -> None:
+def test_other_data_is_refused_by_the_fields_that_differ() -> None:
     assert refusal("data.seq_len=8", data="other").startswith(
         "data.seq_len=8: the checkpoint was trained with 16"
     )
@@ -116,13 +114,12 @@ def test_other_data_is_named_by_the_fields_that_differ() -> None:
         "data.source=synthetic:zipf: its content is not what the checkpoint was trained on"
     )
     check("checkpoint.accept_changes=[data.source]", data="other")
-    check(
-        "data.tokenizer=somewhere.json"
-    )  # the content decides: a file that has only moved is the same tokenizer
+    # The content decides: a file that was only moved is the same tokenizer.
+    check("data.tokenizer=somewhere.json")
 
 
-def test_to_accept_one_change_of_the_data_is_not_to_accept_another() -> None:
-    """It was: only the first of the fields that differ was looked at."""
+def test_accepting_one_data_field_does_not_accept_another() -> None:
+    """Once only the first of the fields that differ was checked."""
     both = ("data.source=synthetic:uniform", "data.seq_len=8")
     for accepted, missing in (("data.source", "data.seq_len"), ("data.seq_len", "data.source")):
         assert refusal(*both, f"checkpoint.accept_changes=[{accepted}]", data="other").startswith(
@@ -131,8 +128,8 @@ def test_to_accept_one_change_of_the_data_is_not_to_accept_another() -> None:
     check(*both, "checkpoint.accept_changes=[data.source,data.seq_len]", data="other")
 
 
-def test_fields_come_and_go_with_versions() -> None:
-    """One that is new means what was so before; one that is gone means nothing any more."""
+def test_fields_added_and_removed_by_versions() -> None:
+    """The default of a new field keeps the old meaning; a removed field is ignored."""
     saved = copy.deepcopy(SAVED)
     del saved["moe"]["router"]["jitter"], saved["model"]
     saved["moe"]["forgotten"] = 3
@@ -145,8 +142,8 @@ def written(world: int, ep: int, micro_batch: int = 2) -> dict[str, int]:
     return {"world": world, "ep": ep, "virtual_ranks": 1, "micro_batch": micro_batch}
 
 
-def test_the_same_ranks_redefine_nothing() -> None:
-    assert describe_changes(written(4, 2), 4, 2, 2, tiny("moe.capacity.factor=1.25")) is None
+def test_equal_ranks_redefine_nothing() -> None:
+    assert describe_changes(written(4, 2), 4, 2, 2, tiny("moe.capacity.factor=1.25").moe) is None
 
 
 @pytest.mark.parametrize(
@@ -172,8 +169,8 @@ def test_the_same_ranks_redefine_nothing() -> None:
         (["moe.balance.switch=0"], "data order are the same"),
     ],
 )
-def test_other_ranks_are_told_in_one_line(settings: list[str], words: str) -> None:
-    line = describe_changes(written(4, 4), 2, 2, 4, tiny(*settings))
+def test_other_ranks_are_described_in_one_line(settings: list[str], words: str) -> None:
+    line = describe_changes(written(4, 4), 2, 2, 4, tiny(*settings).moe)
     assert line is not None
     assert line.startswith("written by 4 ranks with EP 4, goes on with 2 and EP 2: ")
     assert words in line
@@ -181,15 +178,15 @@ def test_other_ranks_are_told_in_one_line(settings: list[str], words: str) -> No
     assert "\n" not in line
 
 
-def test_groups_of_the_same_size_are_the_same_groups() -> None:
-    """Whoever holds them: four ranks of two sequences, or two ranks that take theirs two at a time."""
-    line = describe_changes(written(4, 4), 2, 2, 2, tiny("moe.capacity.factor=1.25"))
+def test_equal_group_sizes_redefine_nothing() -> None:
+    """Four ranks of two sequences have the groups of two ranks with micro-batches of two."""
+    line = describe_changes(written(4, 4), 2, 2, 2, tiny("moe.capacity.factor=1.25").moe)
     assert line is not None
     assert line.endswith("data order are the same")
 
 
-def test_another_micro_batch_alone_is_told_too() -> None:
-    """It was not: only the number of ranks was looked at, and `train.micro_batch` changed who is dropped without a word."""
-    line = describe_changes(written(2, 2), 2, 2, 4, tiny("moe.capacity.factor=1.0"))
+def test_another_micro_batch_alone_is_described() -> None:
+    """Once only the number of ranks was compared; `train.micro_batch` changes the drops too."""
+    line = describe_changes(written(2, 2), 2, 2, 4, tiny("moe.capacity.factor=1.0").moe)
     assert line is not None
     assert line.startswith("capacity and the switch loss now go by groups of 4 sequences, not 2")

@@ -17,7 +17,7 @@ from dmoe.distributed import init as worlds
 from dmoe.train import engine as engines
 from dmoe.train.evaluation import evaluate
 from dmoe.train.routing_analysis import RoutingProbe, mutual_information
-from dmoe.verify.decisions import recorded
+from dmoe.verify.decisions import record_routing
 from tests.ranks import run_ranks
 from tests.tiny import tiny
 
@@ -28,12 +28,12 @@ class Labelled:
     """A stream whose sequences belong to three domains in turn."""
 
     def __init__(self, stream: Any) -> None:
-        self.stream, self.sequences, self.seq_len = stream, stream.sequences, stream.seq_len
+        self.stream, self.num_sequences, self.seq_len = stream, stream.num_sequences, stream.seq_len
 
-    def rows(self, first: int, count: int) -> np.ndarray:
-        return np.asarray(self.stream.rows(first, count))
+    def samples(self, first: int, count: int) -> np.ndarray:
+        return np.asarray(self.stream.samples(first, count))
 
-    def row_labels(self, first: int, count: int) -> np.ndarray:
+    def sample_labels(self, first: int, count: int) -> np.ndarray:
         return np.arange(first, first + count) % len(DOMAINS)
 
 
@@ -44,11 +44,11 @@ def evaluations(
     here = worlds.init_distributed("cpu")
     data = open_data(config.data, config.train.seed)
     data = replace(data, held_out=Labelled(data.held_out), domains=DOMAINS)  # type: ignore[arg-type]
-    engine = engines.build(config, here, data.tokenizer.vocab_size)
+    engine = engines.build_engine(config, here, data.tokenizer.vocab_size)
     probe, told, chosen = RoutingProbe(engine, data.domains), [], []
     layers = engine.model.moe_layers()
     for _ in range(2):
-        with recorded(layers) as (_, before):
+        with record_routing(layers) as (_, before):
             result = evaluate(engine, data, probe=probe)
         assert result is not None
         told.append(result.layers)
@@ -56,7 +56,7 @@ def evaluations(
         if changed:
             with torch.no_grad():
                 layers[0].router.weight.mul_(-1)
-    return told, chosen, engine.sequences
+    return told, chosen, engine.sequences_per_forward
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -122,7 +122,7 @@ def test_stability(world: int) -> None:
 def test_one_domain_has_no_table(tmp_path: Path) -> None:
     config = tiny()
     data = open_data(config.data, 0)
-    engine = engines.build(config, worlds.init_distributed("cpu"), data.tokenizer.vocab_size)
+    engine = engines.build_engine(config, worlds.init_distributed("cpu"), data.tokenizer.vocab_size)
     result = evaluate(engine, data, probe=RoutingProbe(engine, data.domains))
     assert result is not None
     assert set(result.layers[0]) == {"layer", "co_selection"}

@@ -127,20 +127,20 @@ def test_once_is_enough() -> None:
     """Back from step 10 to step 8; the same steps are bad again, and going back again would not help."""
     made = guard()
     assert actions(made, NAN, NAN, NAN) == [SKIP, SKIP, ROLLBACK]
-    made.rolled_back()
+    made.reset_count()
     assert actions(made, NAN, NAN, NAN) == [SKIP, SKIP, STOP]
 
 
 def test_once_the_place_is_passed_going_back_may_help_again() -> None:
     made = guard()
     assert actions(made, NAN, NAN, NAN) == [SKIP, SKIP, ROLLBACK]
-    made.rolled_back()
+    made.reset_count()
     assert actions(made, 2.0, 2.0, 2.0, NAN, NAN, NAN) == [TAKE] * 3 + [SKIP, SKIP, STOP], (
         "step 10 itself is not beyond it"
     )
     made = guard()
     actions(made, NAN, NAN, NAN)
-    made.rolled_back()
+    made.reset_count()
     assert actions(made, 2.0, 2.0, 2.0, 2.0, NAN, NAN, NAN) == [TAKE] * 4 + [SKIP, SKIP, ROLLBACK]
 
 
@@ -172,31 +172,31 @@ def test_a_resumed_guard_decides_as_the_unbroken_one(
     unbroken, resumed = StepGuard(config), StepGuard(config)
     for step, loss in enumerate(before):
         unbroken.check(step, loss, 1.0)
-    resumed.restore(json.loads(json.dumps(unbroken.state())))
+    resumed.load_state_dict(json.loads(json.dumps(unbroken.state_dict())))
     for step, loss in enumerate(after, len(before)):
         assert resumed.check(step, loss, 1.0) == unbroken.check(step, loss, 1.0)
 
 
 def test_a_checkpoint_from_before_does_not_undo_that_the_run_has_gone_back() -> None:
     made = guard()
-    before = made.state()
+    before = made.state_dict()
     assert actions(made, NAN, NAN, NAN)[-1] is ROLLBACK
-    made.restore(before)
-    made.rolled_back()
+    made.load_state_dict(before)
+    made.reset_count()
     assert actions(made, NAN, NAN, NAN)[-1] is STOP
 
 
 def test_a_checkpoint_that_kept_no_memory_is_an_empty_one() -> None:
     made = guard()
-    made.restore(None)
-    assert made.state() == StepGuard(CONFIG).state()
+    made.load_state_dict(None)
+    assert made.state_dict() == StepGuard(CONFIG).state_dict()
 
 
 def test_that_the_run_has_gone_back_travels_in_the_checkpoint() -> None:
     """It did not once: killed and resumed between, the run would have gone back a second time."""
     made = guard()
     assert actions(made, NAN, NAN, NAN)[-1] is ROLLBACK
-    made.rolled_back()
+    made.reset_count()
     resumed = StepGuard(CONFIG)
-    resumed.restore(json.loads(json.dumps(made.state())))
+    resumed.load_state_dict(json.loads(json.dumps(made.state_dict())))
     assert actions(resumed, NAN, NAN, NAN)[-1] is STOP

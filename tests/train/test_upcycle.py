@@ -65,7 +65,7 @@ def test_it_says_what_the_dense_model_says(router: str) -> None:
     kind = [override for override in ROUTERS[router] if "experts.kind" in override]
     config = tiny(*SPARSE, *ROUTERS[router])
     check_upcycle(tiny(*DENSE, *kind), config)
-    dense, sparse = weights(tiny(*DENSE, *kind)), task_of(config).model()
+    dense, sparse = weights(tiny(*DENSE, *kind)), task_of(config).build_model()
     assert (logits(dense) - logits(sparse)).abs().amax() > 0.1, "equal before anything is copied"
     assert len(copy_weights(dense, sparse)) == (1 if router == "every other block" else 2)
     for near in (1e-6, 1e-12):
@@ -78,7 +78,7 @@ def test_it_says_what_the_dense_model_says(router: str) -> None:
 def test_the_first_step_tells_the_router_nothing() -> None:
     """All experts agree and the weights sum to 1, so the loss does not depend on them: what separates the experts is whose tokens
     they are trained on."""
-    sparse = task_of(tiny(*SPARSE)).model().double()
+    sparse = task_of(tiny(*SPARSE)).build_model().double()
     copy_weights(weights(tiny(*DENSE)).double(), sparse)
     token_BS = torch.arange(3 * 16).view(3, 16) * 37 % VOCAB
     loss = sparse(token_BS, token_BS).loss_sum
@@ -98,10 +98,10 @@ class Seen(NamedTuple):
 
 
 def taken_up(rank: int, world: int, config: Config, path: str) -> Seen:
-    engine = engines.build(config, worlds.init_distributed("cpu"), VOCAB)
-    extra = checkpointer.load(engine, Path(path))
+    engine = engines.build_engine(config, worlds.init_distributed("cpu"), VOCAB)
+    extra = checkpointer.load_training_state(engine, Path(path))
     assert extra["step"] == 0
-    data = engine.task.open()
+    data = engine.task.open_data()
     found = evaluate(engine, data)
     assert found is not None
     before = alike(engine)
@@ -127,10 +127,10 @@ def alike(engine: engines.Engine) -> set[int]:
 
 
 def dense_loss(rank: int, world: int, config: Config, path: str) -> float:
-    engine = engines.build(config, worlds.init_distributed("cpu"), VOCAB)
+    engine = engines.build_engine(config, worlds.init_distributed("cpu"), VOCAB)
     known = {f"model.{name}": value.detach() for name, value in engine.model.named_parameters()}
     checkpoint.load(Path(path), known, prefix="model.")
-    found = evaluate(engine, engine.task.open())
+    found = evaluate(engine, engine.task.open_data())
     assert found is not None
     return found.loss
 

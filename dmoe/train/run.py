@@ -1,0 +1,83 @@
+"""One training run from its config to its end, after the run of its base model if there is one."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+
+from dmoe.config.rules import check
+from dmoe.config.schema import Config
+from dmoe.distributed.init import init_distributed, launched_world_size, shutdown
+from dmoe.distributed.rank_failure import LivenessResponder
+from dmoe.moe.rng import generator
+from dmoe.train.engine import build_engine
+from dmoe.train.modular.session import check_domains
+from dmoe.train.modular.stages import (
+    BASE_MODEL_DIR,
+    check_base_models,
+    is_config_file,
+    needs_base_model,
+    train_base_model,
+)
+from dmoe.train.run_session import open_session
+from dmoe.train.signals import StopRequested
+from dmoe.train.tasks import task_of
+from dmoe.train.trainer import Trainer
+
+
+def train(config: Config, config_text: str, quiet: bool = False) -> None:
+    """Train as `config` says, as the only process or as one rank of a launched job.
+
+    Args:
+        config: the whole config.
+        config_text: text of the config file, stored in the run directory.
+        quiet: print notes, alerts and the run directory only.
+
+    Raises:
+        ConfigError: for a config that cannot work; before anything is written.
+        CheckpointError: for a checkpoint that cannot be restored or saved.
+        NumbersError: where training cannot continue.
+        NoProgressError: where the launcher has restarted the job too often from one step.
+        LostRankError: where another rank is gone.
+        SystemExit: with 128 + signal after a stop by that signal; the state is saved then.
+    """
+    check(config, launched_world_size())
+    check_base_models(config, launched_world_size())
+    exit_code = 0
+    try:
+        _train(config, config_text, quiet)
+    except StopRequested as stop:
+        exit_code = 128 + stop.signal_number
+    shutdown()
+    if exit_code:
+        raise SystemExit(exit_code)
+
+
+def _train(config: Config, config_text: str, quiet: bool) -> None:
+    """Train one run, after the run of its base model if that has to be trained first."""
+    task = task_of(config)
+    data = task.open_data()
+    check_domains(config, data.domains)
+    process = init_distributed(
+        config.train.device, config.parallel.backend, config.parallel.start_timeout
+    )
+    # For the random numbers of a user's own module: torch seeds from the clock, so no run would
+    # repeat another.
+    torch.manual_seed(generator(config.train.seed, "rank", process.rank).initial_seed())
+    session = open_session(config.train, process) if is_config_file(config.modular.core) else None
+    try:
+        if session is not None and needs_base_model(config, session.directory.path):
+            if process.is_main and not quiet:
+                where = f"{session}/{BASE_MODEL_DIR}"
+                print(f"first its core, from {config.modular.core}: {where}", flush=True)
+            train_base_model(
+                config, session.directory.path, lambda base, text: _train(base, text, quiet)
+            )
+        engine = build_engine(config, process, task.num_outputs)
+        session = open_session(config.train, process) if session is None else session
+        with LivenessResponder() if process.world_size > 1 else nullcontext():
+            Trainer(engine, data, session, config_text, quiet).run()
+    finally:
+        if session is not None:
+            session.close()
