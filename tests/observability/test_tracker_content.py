@@ -210,10 +210,10 @@ def test_report_has_the_same_values(outputs: RunOutputs) -> None:
 
 
 def test_collapse_is_visible_everywhere(outputs: RunOutputs) -> None:
-    alone = [float(EXPERTS) if expert == FORCED else 0.0 for expert in range(EXPERTS)]
+    expected = [float(EXPERTS) if expert == FORCED else 0.0 for expert in range(EXPERTS)]
     for line in outputs.train.values():
         for layer in line["layers"]:
-            assert layer["load"] == [128 * share / EXPERTS for share in alone]
+            assert layer["load"] == [128 * share / EXPERTS for share in expected]
             assert layer["dead_experts"] == EXPERTS - 1
     alerts = [line["text"] for line in outputs.lines if line["event"] == "alert"]
     assert any("expert collapse" in text for text in alerts)
@@ -224,10 +224,10 @@ def test_collapse_is_visible_everywhere(outputs: RunOutputs) -> None:
     assert any("expert collapse" in text for text in tensorboard_texts(outputs, "alert/routing"))
     assert "expert collapse" in outputs.page.text
     assert outputs.figure("layer_00/load_expert_by_step")["data"][0]["z"] == [
-        [share] * STEPS for share in alone
+        [share] * STEPS for share in expected
     ]
     last = outputs.figure("experts/load_layer_by_expert")["data"][0]
-    assert (last["y"], last["x"], last["z"]) == ([0, 1], list(range(EXPERTS)), [alone, alone])
+    assert (last["y"], last["x"], last["z"]) == ([0, 1], list(range(EXPERTS)), [expected, expected])
     table = outputs.figure("experts/hottest_and_coldest")
     assert table["columns"] == ["layer", "place", "expert", "choices", "share"]
     assert [1, "hottest 1", FORCED, 128, float(EXPERTS)] in table["data"]

@@ -187,7 +187,7 @@ def event_text(event: str, step: int, values: dict[str, Any]) -> str:
     if event == "alert":
         return f"{'alert' if 'title' in values else 'note'}: {values.get('text', '')}"
     if event == "eval":
-        loss = f"step {step}: validation loss {format_value(values.get('loss'), '{:.3f}')}"
+        loss = f"step {step}: held-out loss {format_value(values.get('loss'), '{:.3f}')}"
         return ", ".join([loss, *format_measures(values)])
     if event == "end":
         if values.get("failed"):

@@ -123,7 +123,7 @@ class StallDetector:
     """Compares the time since the last line with the pauses between earlier lines.
 
     Pauses are differences of the writer's times in the lines. The time since the last line is
-    measured by this machine's monotonic clock, which nobody sets.
+    measured by this machine's monotonic clock, which is never adjusted.
     """
 
     def __init__(
