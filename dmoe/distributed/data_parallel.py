@@ -41,7 +41,9 @@ from dmoe.distributed.mesh import ParallelMesh
 
 
 class DataParallel(Protocol):
-    """How ranks replicate or shard parameters and sum their gradients: DDPStrategy, FSDPStrategy.
+    """Replication or sharding of parameters, and the sums of their gradients, over the ranks.
+
+    Implemented by `DDPStrategy` and `FSDPStrategy`.
 
     Made after `shard_experts` and the initialisation of the weights, and before the optimizer,
     since it may replace parameters. Collective over all ranks.
