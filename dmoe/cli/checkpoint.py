@@ -1,7 +1,4 @@
-"""`dmoe checkpoint inspect|verify|upcycle`
-
-`dmoe checkpoint upcycle`
-"""
+"""Commands `dmoe checkpoint inspect`, `verify` and `upcycle`."""
 
 from __future__ import annotations
 
@@ -15,122 +12,127 @@ import typer
 from dmoe.cli.common import ARGUMENTS_HELP, load_arguments
 
 if TYPE_CHECKING:
-    from dmoe.train.upcycle import UpcycleResult
-
-
-def upcycle(
-    run: Annotated[
-        str, typer.Argument(metavar="RUN", help="The run of a dense model (model.moe_every=0).")
-    ],
-    arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG] [K=V ...]", help=ARGUMENTS_HELP)
-    ] = None,
-    step: Annotated[
-        int | None, typer.Option(help="The checkpoint of this step. Default: the newest whole one.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON on stdout.")] = False,
-) -> None:
-    """Begin a mixture of experts with the weights of a dense run: every expert is a copy of its feed-forward.
-
-    CONFIG is that of the mixture. Its train.run_dir is made, with a checkpoint of step 0 that says what the dense model says; dmoe
-    train with the same CONFIG and train.run_dir goes on from there, on any number of ranks.
-
-    Example: dmoe checkpoint upcycle runs/dense configs/seeds/upcycle.yaml train.run_dir=runs/sparse
-    """
-    config, given = load_arguments(arguments or [])
-
-    from dmoe.runs.directory import find_run
-    from dmoe.train.upcycle import upcycle as make
-
-    made = make(find_run(run), config, given, step)
-    print(json.dumps(asdict(made), indent=2) if as_json else told(made))
-
-
-def told(made: UpcycleResult) -> str:
-    from dmoe.report.format import format_count
-
-    return (
-        f"{len(made.layers)} feed-forwards of {made.source}, step {made.step}, copied to {made.experts} experts each: "
-        f"{format_count(made.dense_parameters)} parameters are now {format_count(made.parameters)}\n"
-        f"held-out logits differ by at most {made.difference:.1e}\n"
-        f"go on with the same CONFIG and train.run_dir={made.path}"
-    )
-
-
-if TYPE_CHECKING:
     from rich.console import Console
 
     from dmoe.train.checkpoint_info import CheckpointContents, CheckpointList, VerifiedCheckpoint
-
+    from dmoe.train.upcycle import UpcycleResult
 
 app = typer.Typer(
-    no_args_is_help=True, help="Say what a checkpoint holds, prove that it is whole, go on from it."
+    no_args_is_help=True,
+    help="Inspect checkpoints, verify their content, initialize a sparse model from a dense one.",
 )
 
-Place = Annotated[
+CheckpointPath = Annotated[
     str,
     typer.Argument(
         metavar="RUN_OR_DIR",
         help="A run, e.g. runs/latest, its checkpoints/ directory, or one checkpoint.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="The same as JSON on stdout.")]
-MOST_ROWS = 16
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+MAX_ROWS = 16
 
 
 @app.command()
-def inspect(place: Place, as_json: AsJson = False) -> None:
-    """Say what the newest whole checkpoint holds: step, data, tensors, bytes, and which rank held which experts.
+def inspect(path: CheckpointPath, as_json: AsJson = False) -> None:
+    """Show the newest intact checkpoint: step, data, tensors, bytes, experts by rank.
 
-    Looks at names, sizes and headers only; `dmoe checkpoint verify` hashes the bytes too. Exit code 3 if it is damaged.
+    Reads names, sizes and headers only; `dmoe checkpoint verify` hashes the bytes too. Exit code 3
+    if it is damaged.
 
     Example: dmoe checkpoint inspect runs/latest
     """
     from dmoe.train import checkpoint_info
 
-    found = checkpoint_info.find_checkpoints(place)
+    found = checkpoint_info.find_checkpoints(path)
     contents = checkpoint_info.inspect_checkpoint(checkpoint_info.newest_intact(found))
     if as_json:
-        print_json({"checkpoint": asdict(contents), **_listed(found)})
+        print_json({"checkpoint": asdict(contents), **_paths_json(found)})
     else:
         _print_contents(_console(), contents, found)
     sys.exit(3 if contents.problem else 0)
 
 
 @app.command()
-def verify(place: Place, as_json: AsJson = False) -> None:
-    """Hash every byte of every checkpoint there, and compare with what was written. Exit code 3 if one is not whole.
+def verify(path: CheckpointPath, as_json: AsJson = False) -> None:
+    """Hash all bytes of all checkpoints and compare with the manifests.
+
+    Exit code 3 if one is damaged.
 
     Example: dmoe checkpoint verify runs/latest
     """
     from dmoe.train import checkpoint_info
 
-    found = checkpoint_info.find_checkpoints(place)
-    proofs = [
-        proof for path in found.checkpoints if (proof := checkpoint_info.verify_checkpoint(path)) is not None
+    found = checkpoint_info.find_checkpoints(path)
+    results = [
+        result
+        for path in found.checkpoints
+        if (result := checkpoint_info.verify_checkpoint(path)) is not None
     ]
-    ok = all(proof.problem is None for proof in proofs)
+    ok = all(result.problem is None for result in results)
     if as_json:
         print_json(
             {
                 "ok": ok,
-                "checkpoints": [asdict(proof) for proof in proofs],
+                "checkpoints": [asdict(result) for result in results],
                 "partial": [*map(str, found.partial)],
             }
         )
     else:
-        _print_proofs(_console(), proofs, found)
+        _print_verified(_console(), results, found)
     sys.exit(0 if ok else 3)
 
 
-app.command()(upcycle)
+@app.command()
+def upcycle(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="Run of a dense model (model.moe_every=0).")
+    ],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG] [K=V ...]", help=ARGUMENTS_HELP)
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(help="Step of the checkpoint. Default: the newest intact one.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+) -> None:
+    """Initialize a mixture of experts from a dense run: each expert is a copy of a feed-forward.
+
+    CONFIG is the config of the mixture. Creates its train.run_dir with a checkpoint of step 0 that
+    computes the same function as the dense model. Then dmoe train with the same CONFIG and
+    train.run_dir continues from it, on any number of ranks.
+
+    Example: dmoe checkpoint upcycle runs/dense configs/seeds/upcycle.yaml train.run_dir=runs/sparse
+    """
+    config, given = load_arguments(arguments or [])
+
+    from dmoe.runs.directory import find_run
+    from dmoe.train.upcycle import upcycle as upcycle_run
+
+    result = upcycle_run(find_run(run), config, given, step)
+    print(json.dumps(asdict(result), indent=2) if as_json else upcycle_text(result))
+
+
+def upcycle_text(result: UpcycleResult) -> str:
+    """Describe an upcycled run in sentences."""
+    from dmoe.report.format import format_count
+
+    return (
+        f"{len(result.layers)} feed-forwards of {result.source}, step {result.step}, "
+        f"copied to {result.experts} experts each: "
+        f"{format_count(result.dense_parameters)} parameters are now "
+        f"{format_count(result.parameters)}\n"
+        f"held-out logits differ by at most {result.difference:.1e}\n"
+        f"train it with the same CONFIG and train.run_dir={result.path}"
+    )
 
 
 def print_json(content: dict[str, Any]) -> None:
+    """Print `content` as indented JSON."""
     print(json.dumps(content, indent=2))
 
 
-def _listed(found: CheckpointList) -> dict[str, list[str]]:
+def _paths_json(found: CheckpointList) -> dict[str, list[str]]:
     return {
         "checkpoints": [str(path) for path in found.checkpoints],
         "partial": [str(path) for path in found.partial],
@@ -143,38 +145,40 @@ def _console() -> Console:
     return Console(highlight=False, markup=False)
 
 
-def _print_proofs(console: Console, proofs: list[VerifiedCheckpoint], found: CheckpointList) -> None:
+def _print_verified(
+    console: Console, results: list[VerifiedCheckpoint], found: CheckpointList
+) -> None:
     from rich.table import Table
 
     from dmoe.report.format import format_bytes
 
-    table = Table(title=f"every byte of {found.root}", title_justify="left")
+    table = Table(title=f"all bytes of {found.root}", title_justify="left")
     for column in ("step", "files", "bytes", ""):
         table.add_column(column, justify="left" if not column else "right")
-    for proof in proofs:
-        damaged = proof.problem is not None
-        known = (
+    for result in results:
+        damaged = result.problem is not None
+        size = (
             ("", "")
-            if damaged and not proof.files
-            else (str(proof.files), format_bytes(proof.bytes))
+            if damaged and not result.files
+            else (str(result.files), format_bytes(result.bytes))
         )
         table.add_row(
-            str(proof.step),
-            *known,
-            "DAMAGED" if damaged else "whole",
+            str(result.step),
+            *size,
+            "DAMAGED" if damaged else "intact",
             style="bold red" if damaged else None,
         )
     console.print(table)
     _print_partial(console, found)
-    for proof in proofs:
-        if proof.problem is not None:
-            console.print(f"step {proof.step}: {proof.problem}", soft_wrap=True)
-    seconds = sum(proof.seconds for proof in proofs)
-    bad = sum(proof.problem is not None for proof in proofs)
+    for result in results:
+        if result.problem is not None:
+            console.print(f"step {result.step}: {result.problem}", soft_wrap=True)
+    seconds = sum(result.seconds for result in results)
+    bad = sum(result.problem is not None for result in results)
     console.print(
-        f"{bad} of {len(proofs)} not whole"
+        f"{bad} of {len(results)} damaged"
         if bad
-        else f"{len(proofs)} of {len(proofs)} whole ({seconds:.1f} s)"
+        else f"{len(results)} of {len(results)} intact ({seconds:.1f} s)"
     )
 
 
@@ -186,7 +190,7 @@ def _print_contents(console: Console, contents: CheckpointContents, found: Check
     table = Table(title=contents.path, title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
-    for name, value in _facts(contents):
+    for name, value in _summary_rows(contents):
         table.add_row(name, value)
     console.print(table)
     files = Table(title="files", title_justify="left")
@@ -194,7 +198,7 @@ def _print_contents(console: Console, contents: CheckpointContents, found: Check
         files.add_column(
             column, justify="right" if column in ("bytes", "tensors") else "left", overflow="fold"
         )
-    for shard in _some(contents.files):
+    for shard in _first_rows(contents.files):
         files.add_row(
             shard.name,
             format_bytes(shard.size),
@@ -202,9 +206,9 @@ def _print_contents(console: Console, contents: CheckpointContents, found: Check
             format_ranges(shard.experts) or "none",
         )
     console.print(files)
-    if len(contents.files) > MOST_ROWS:
+    if len(contents.files) > MAX_ROWS:
         console.print(
-            f"and {len(contents.files) - MOST_ROWS} more (--json names them all, and every tensor in each)"
+            f"and {len(contents.files) - MAX_ROWS} more (--json lists all files and their tensors)"
         )
     _print_partial(console, found)
     if len(found.checkpoints) > 1:
@@ -212,7 +216,7 @@ def _print_contents(console: Console, contents: CheckpointContents, found: Check
             f"checkpoints: {', '.join(path.name for path in found.checkpoints)}", soft_wrap=True
         )
     console.print(
-        "whole, by names and sizes; `dmoe checkpoint verify` hashes every byte"
+        "intact by names and sizes; `dmoe checkpoint verify` hashes all bytes"
         if contents.problem is None
         else f"DAMAGED: {contents.problem}",
         soft_wrap=True,
@@ -222,20 +226,20 @@ def _print_contents(console: Console, contents: CheckpointContents, found: Check
 def _print_partial(console: Console, found: CheckpointList) -> None:
     for path in found.partial:
         console.print(
-            f"{path.name} is partial: a save that runs, or was cut short; nothing reads it",
+            f"{path.name} is partial: its save is running or was interrupted; it is never loaded",
             soft_wrap=True,
         )
 
 
-def _facts(contents: CheckpointContents) -> list[tuple[str, str]]:
-    """Rows of the table; what the checkpoint does not say is `not said`."""
+def _summary_rows(contents: CheckpointContents) -> list[tuple[str, str]]:
+    """Return the rows of the table; missing values are `not recorded`."""
     from dmoe.report.format import format_bytes, format_count, format_ranges
 
     def bytes_of(parts: dict[str, int]) -> str:
         return ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
 
-    def said(parts: dict[str, Any]) -> str:
-        return ", ".join(f"{name} {value}" for name, value in parts.items()) or "not said"
+    def values_of(parts: dict[str, Any]) -> str:
+        return ", ".join(f"{name} {value}" for name, value in parts.items()) or "not recorded"
 
     layers = (
         f"{len(contents.layers)} x {format_ranges(sorted(set(contents.layers.values())))} experts"
@@ -244,18 +248,18 @@ def _facts(contents: CheckpointContents) -> list[tuple[str, str]]:
     )
     rows = [
         ("step", str(contents.step)),
-        ("tokens", "not said" if contents.tokens is None else f"{contents.tokens:,}"),
+        ("tokens", "not recorded" if contents.tokens is None else f"{contents.tokens:,}"),
         ("written", contents.written),
-        ("data", contents.data or "not said"),
-        ("saved by", said(contents.topology)),
-        ("versions", said(contents.versions)),
+        ("data", contents.data or "not recorded"),
+        ("saved by", values_of(contents.topology)),
+        ("versions", values_of(contents.versions)),
         ("tensors", f"{contents.tensors:,}"),
         ("parameters", format_count(contents.parameters)),
         ("bytes", bytes_of(contents.bytes_by_kind)),
         ("by type", bytes_of(contents.bytes_by_dtype)),
         ("MoE layers", layers),
     ]
-    for owner in _some(contents.owners):
+    for owner in _first_rows(contents.owners):
         rows.append(
             (
                 f"EP rank {owner['ep_rank']}",
@@ -265,5 +269,5 @@ def _facts(contents: CheckpointContents) -> list[tuple[str, str]]:
     return rows
 
 
-def _some(items: list[Any]) -> list[Any]:
-    return items[:MOST_ROWS]
+def _first_rows(items: list[Any]) -> list[Any]:
+    return items[:MAX_ROWS]

@@ -1,6 +1,7 @@
-"""What the commands share: `[CONFIG] [section.field=value ...]`.
+"""Arguments and output that the commands share.
 
-stdout that may be a full disk, a pipe whose reader has left, or a terminal of few letters. None of them is a traceback.
+Arguments are `[CONFIG] [section.field=value ...]`. A stdout that is a full disk, a closed pipe or
+has a limited encoding causes no traceback.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ DEFAULTS = "# no file given: the defaults\n{}\n"
 
 
 def split(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The config file, if the first argument is one, and the overrides. A first argument that is a file's path may hold `=`."""
+    """Separate the path of the config file, if the first argument is one, from the overrides.
+
+    The path of an existing file may contain `=`.
+    """
     first = [
         argument for argument in arguments[:1] if "=" not in argument or os.path.isfile(argument)
     ]
@@ -39,7 +43,7 @@ def split(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def load_arguments(arguments: list[str]) -> tuple[Config, str]:
-    """The config, and what the user gave as text: the file, and the overrides as comments."""
+    """Return the config, and the user's input as text: the file, with overrides as comments."""
     path, overrides = split(arguments)
     text = DEFAULTS if path is None else read_text(path)
     config = load_text(text, str(path), overrides)
@@ -50,34 +54,39 @@ def load_arguments(arguments: list[str]) -> tuple[Config, str]:
 
 
 def _one_line(override: str) -> str:
-    """A line break in a prompt would end the comment, and what follows would be read as config."""
+    """Quote an override with a line break, which would end the comment in the config."""
     return override if override.isprintable() else json.dumps(override)
 
 
-class Complain(Protocol):
+class PrintError(Protocol):
+    """Function that prints an error message and returns its exit code."""
+
     def __call__(self, message: str, code: int) -> int: ...
 
 
 class OutputError(Exception):
-    """stdout could not be written, for the reason in `__cause__`.
+    """Failure to write to stdout, for the reason in `__cause__`.
 
-    No OSError: that may as well be of a file that the command writes, and typer ends a program on a broken pipe with code 1.
+    Not an OSError: a command raises that for its own files too, and typer would exit with code 1
+    on a broken pipe.
     """
 
-    def leave(self, complain: Complain) -> int:
-        """Give up stdout; the exit code. Quiet where the reader of a pipe has left (`| head`), as the signal of that name is."""
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # the interpreter flushes once more as it ends
+    def discard_output(self, print_error: PrintError) -> int:
+        """Redirect stdout to /dev/null and return the exit code.
+
+        Prints nothing if the reader of a pipe has exited (`| head`), like SIGPIPE.
+        """
+        # the interpreter flushes stdout once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(self.__cause__, BrokenPipeError):
             return 128 + signal.SIGPIPE
-        return complain(
-            f"stdout: cannot be written ({getattr(self.__cause__, 'strerror', None)}); choose another place for the output",
-            1,
+        reason = getattr(self.__cause__, "strerror", None)
+        return print_error(
+            f"stdout: cannot be written ({reason}); choose another place for the output", 1
         )
 
 
-class _Raw(io.FileIO):
+class _StdoutFile(io.FileIO):
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
@@ -86,13 +95,14 @@ class _Raw(io.FileIO):
 
 
 def guard_output() -> None:
-    """Have every failure to write to stdout raise OutputError, and letters that it does not know be written as `?`."""
+    """Make stdout raise OutputError on failure and write unknown characters as `?`."""
     old = sys.stdout
-    if not isinstance(old, io.TextIOWrapper):  # closed, or a test's
+    # stdout may be closed, or replaced by a test
+    if not isinstance(old, io.TextIOWrapper):
         return
     old.flush()
     sys.stdout = io.TextIOWrapper(
-        io.BufferedWriter(_Raw(old.fileno(), "w", closefd=False)),
+        io.BufferedWriter(_StdoutFile(old.fileno(), "w", closefd=False)),
         encoding=old.encoding,
         errors="replace",
         line_buffering=old.line_buffering,

@@ -1,4 +1,4 @@
-"""`dmoe generate`"""
+"""Command `dmoe generate`."""
 
 from __future__ import annotations
 
@@ -15,51 +15,56 @@ def command(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/latest.")],
     prompt: Annotated[str, typer.Option(help="Text to continue; may be empty.")],
     tokens: Annotated[
-        int, typer.Option(help="At most so many new tokens; a document's end comes first.")
+        int,
+        typer.Option(help="Maximum number of new tokens; stops earlier at the end of a document."),
     ] = 200,
     temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token, 1 samples as the model says.")
+        float,
+        typer.Option(
+            help="0 takes the most likely token, 1 samples from the model's distribution."
+        ),
     ] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k most likely tokens.")] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(help="Sample from the fewest tokens that reach this probability."),
+        typer.Option(help="Sample from the fewest tokens whose probabilities sum to this."),
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     step: Annotated[
-        int | None, typer.Option(help="The checkpoint of this step. Default: the newest whole one.")
+        int | None,
+        typer.Option(help="The checkpoint of this step. Default: the newest intact one."),
     ] = None,
 ) -> None:
-    """Continue a text with a trained model: one process, all experts, however many ranks trained it.
+    """Continue a text with a trained model, in one process with all experts.
 
     Example: dmoe generate runs/latest --prompt "def main(" --tokens 100 --temperature 0.7
     """
-    _check(tokens, temperature, top_k, top_p, seed, step)
+    _check_options(tokens, temperature, top_k, top_p, seed, step)
 
     directory = find_run(run)
 
     from dmoe.data import open_tokenizer
     from dmoe.models.generate import generate
     from dmoe.models.transformer import Transformer
-    from dmoe.train.restore import restore
+    from dmoe.train.restore import restore_model
 
-    found = restore(directory, step)
-    if found.config.train.task != "language_modelling":
+    restored = restore_model(directory, step)
+    if restored.config.train.task != "language_modelling":
         raise ConfigError(
             "RUN",
             directory.path,
-            "must be the run of a language model to write text",
+            "must be the run of a language model",
             "name another",
         )
-    assert isinstance(found.model, Transformer)
-    tokenizer = open_tokenizer(found.config.data)
+    assert isinstance(restored.model, Transformer)
+    tokenizer = open_tokenizer(restored.config.data)
     ids = tokenizer.encode(prompt.encode("utf-8", "surrogateescape")).tolist()
-    with found.autocast():
+    with restored.autocast():
         new = generate(
-            found.model,
+            restored.model,
             ids or [tokenizer.separator],
             tokens,
-            window=found.config.data.seq_len,
+            window=restored.config.data.seq_len,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -69,7 +74,7 @@ def command(
     print(tokenizer.decode([*ids, *new]))
 
 
-def _check(
+def _check_options(
     tokens: int,
     temperature: float,
     top_k: int | None,
@@ -84,7 +89,7 @@ def _check(
             "--temperature",
             temperature,
             "must be a finite number, 0 or more",
-            "use 0.8, or 0 for the likeliest text",
+            "use 0.8, or 0 for the most likely text",
         )
     if top_k is not None and top_k < 1:
         raise ConfigError(

@@ -1,6 +1,7 @@
-"""`dmoe COMMAND`. Nothing here imports torch: a typo is answered at once.
+"""Entry point `dmoe COMMAND`. Imports no torch, so that a typing error is reported at once.
 
-Exit codes: 0 done, 2 bad config or usage, 3 checkpoint, 4 numbers, 5 no progress, 1 anything else; 128 + n when stopped by signal n.
+Exit codes: 0 done, 2 bad config or usage, 3 checkpoint, 4 non-finite numbers, 5 no progress, 1
+anything else; 128 + n when stopped by signal n.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ from typing import Annotated, NoReturn
 import typer
 
 from dmoe import __version__
-from dmoe.cli import checkpoint, compare, explain, generate, modules, report, train, verify, watch
+from dmoe.cli import checkpoint, explain, generate, modules, runs, train, verify
 from dmoe.cli.common import OutputError, guard_output
 from dmoe.config.errors import DmoeError
 from dmoe.config.secrets import redact
 
-EXIT_CODES = "0 done, 2 bad config, 3 checkpoint, 4 numbers, 5 no progress, 1 anything else; 128 + n when stopped by signal n"
+EXIT_CODES = (
+    "0 done, 2 bad config, 3 checkpoint, 4 non-finite numbers, 5 no progress, 1 anything else; "
+    "128 + n when stopped by signal n"
+)
 
 
-def paragraphs(command: Callable[..., None]) -> str:
-    """A docstring for any width of terminal: typer keeps the line breaks of the source."""
+def help_text(command: Callable[..., None]) -> str:
+    """Join the lines of each paragraph of a docstring: typer would keep the line breaks."""
     return "\n\n".join(" ".join(part.split()) for part in (command.__doc__ or "").split("\n\n"))
 
 
@@ -36,8 +40,9 @@ app = typer.Typer(
 )
 
 
-def show_version(asked: bool) -> None:
-    if asked:
+def show_version(requested: bool) -> None:
+    """Print the version and exit."""
+    if requested:
         print(__version__)
         raise typer.Exit
 
@@ -47,76 +52,75 @@ def root(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", is_eager=True, callback=show_version, help="Print the version and leave."
+            "--version", is_eager=True, callback=show_version, help="Print the version and exit."
         ),
     ] = False,
 ) -> None:
-    """Distributed mixture-of-experts training: the same run on one process, N gloo ranks or N GPUs."""
+    """Distributed mixture-of-experts training: the same run on one process, N ranks or N GPUs."""
 
 
-COMMANDS = {
-    "train": train,
-    "watch": watch,
-    "report": report,
-    "compare": compare,
-    "explain": explain,
-    "verify": verify,
-    "generate": generate,
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train.command,
+    "watch": runs.watch,
+    "report": runs.report,
+    "compare": runs.compare,
+    "explain": explain.command,
+    "verify": verify.command,
+    "generate": generate.command,
 }
-for name, module in COMMANDS.items():
-    app.command(name=name, help=paragraphs(module.command))(module.command)
+for name, command in COMMANDS.items():
+    app.command(name=name, help=help_text(command))(command)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(modules.app, name="modules")
 
 
 def run() -> NoReturn:
-    """The entry point: a user's mistake is one line on stderr and its exit code, never a traceback."""
+    """Run a command and exit; a user's error is one line on stderr, never a traceback."""
     guard_output()
     try:
         code = dispatch_command()
         sys.stdout.flush()
     except OutputError as error:
-        code = error.leave(print_error)
-    except Exception:  # a defect of ours; what it prints must hold no secret either
+        code = error.discard_output(print_error)
+    except Exception:
+        # a bug in dmoe; its traceback must not show secrets either
         print(redact(traceback.format_exc()), file=sys.stderr, end="")
         code = 1
     sys.exit(code)
 
 
 def dispatch_command() -> int:
-    """Run the command; the exit code."""
+    """Run the command and return the exit code."""
     try:
         code = app(prog_name="dmoe", standalone_mode=False)
     except DmoeError as error:
         return print_error(str(error), error.exit_code, error.every_rank)
     except KeyboardInterrupt:
         return 130
-    except SystemExit as left:
-        if isinstance(left.code, str):
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
             raise
-        return left.code or 0
+        return ended.code or 0
     except Exception as error:
-        if not hasattr(
-            error, "format_message"
-        ):  # click's usage errors have it; typer carries a click of its own
+        # click's usage errors have this method; typer includes its own copy of click
+        if not hasattr(error, "format_message"):
             raise
-        context = getattr(error, "ctx", None)
-        if (
-            type(error).__name__ == "NoArgsIsHelpError"
-        ):  # click's message is the help; typer has printed it, and leaves none
-            print(error.format_message(), end="")
+        message, context = error.format_message(), getattr(error, "ctx", None)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            # the message is the help; typer has printed it and returns an empty one
+            print(message, end="")
             return 2
-        return print_error(
-            f"{error.format_message().rstrip('.')}; see {context.command_path if context else 'dmoe'} --help",
-            2,
-        )
-    return (
-        code if isinstance(code, int) else 0
-    )  # 130 after Ctrl-C, which typer turns into a return value
+        path = context.command_path if context else "dmoe"
+        return print_error(f"{message.rstrip('.')}; see {path} --help", 2)
+    # typer returns 130 after Ctrl-C
+    return code if isinstance(code, int) else 0
 
 
 def print_error(message: str, code: int, every_rank: bool = False) -> int:
-    """One line on stderr. Every rank of a launcher finds the same mistake; one says it, unless each has something of its own to say."""
+    """Print one line on stderr and return `code`.
+
+    All ranks of a launcher find the same error, so only rank 0 prints it, unless `every_rank`.
+    """
     rank, world = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
     if every_rank or not (rank.isdecimal() and world.isdecimal() and 0 < int(rank) < int(world)):
         print(f"dmoe: {redact(' '.join(message.splitlines()))}", file=sys.stderr)

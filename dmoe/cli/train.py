@@ -1,4 +1,4 @@
-"""`dmoe train`"""
+"""Command `dmoe train`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from dmoe.cli.common import ARGUMENTS_HELP, load_arguments
 from dmoe.config.errors import ConfigError
-from dmoe.config.launch_env import has_accelerator, read_launch_env, main_memory
+from dmoe.config.launch_env import has_accelerator, main_memory, read_launch_env
 from dmoe.config.rules import check, check_memory
 from dmoe.config.schema import Config
 from dmoe.distributed.launcher import exit_with_launcher
@@ -25,7 +25,10 @@ def command(
     ] = None,
     preflight: Annotated[
         bool,
-        typer.Option("--preflight", help="First prove on 2 ranks that EP is sound on this config."),
+        typer.Option(
+            "--preflight",
+            help="First verify on 2 ranks that expert parallelism is correct for this config.",
+        ),
     ] = False,
     port: Annotated[
         int | None,
@@ -33,20 +36,21 @@ def command(
     ] = None,
     quiet: Annotated[
         bool,
-        typer.Option("--quiet", help="Say only notes, alerts, and at the end where the run is."),
+        typer.Option(
+            "--quiet", help="Print only notes, alerts and, at the end, the run directory."
+        ),
     ] = False,
 ) -> None:
     """Train a mixture-of-experts language model.
 
-    Under torchrun, accelerate launch or Slurm it is one of their ranks; with --ranks N it starts N local ones; alone, it is one
-    process.
+    Under torchrun, accelerate launch or Slurm, it is one of their ranks; with --ranks N, it starts
+    N local ranks; otherwise it is one process.
 
     Example: dmoe train configs/quickstart.yaml moe.top_k=1 moe.router.renormalize=false --ranks 2
     """
     exit_with_launcher()
-    signal.signal(
-        signal.SIGUSR1, signal.SIG_IGN
-    )  # "save now" means nothing yet, and would end the process by default
+    # there is nothing to save yet, and the default action would end the process
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     config, given = load_arguments(arguments or [])
     launcher = read_launch_env()
     if launcher is not None and ranks is not None:
@@ -56,9 +60,9 @@ def command(
             "a launcher has already set the world size",
             "leave --ranks out under torchrun",
         )
-    world, local = (
-        (ranks or 1, ranks or 1) if launcher is None else (launcher.world_size, launcher.local_world_size)
-    )
+    world, local = ranks or 1, ranks or 1
+    if launcher is not None:
+        world, local = launcher.world_size, launcher.local_world_size
     check(config, world)
     if config.train.device == "cpu" or (config.train.device == "auto" and not has_accelerator()):
         check_memory(config, world, local, main_memory())
@@ -84,15 +88,13 @@ def command(
 
 
 def run_preflight(config: Config) -> None:
-    """The short form of `dmoe verify`: one world of two ranks. Leaves with exit code 1 and the first difference if there is one."""
+    """Run `dmoe verify` on two ranks; exit with code 1 and the first difference if there is one."""
     from dmoe.verify.verify import verify
 
     report = verify(config, worlds=[2])
     if report.first is not None:
         first = report.first
-        print(
-            f"dmoe: preflight: {first.quantity} differs in {first.case}: {first.where}: {first.cause}",
-            file=sys.stderr,
-        )
+        place = f"{first.quantity} differs in {first.case}: {first.where}"
+        print(f"dmoe: preflight: {place}: {first.cause}", file=sys.stderr)
         sys.exit(1)
     print(f"preflight: {len(report.cases)} cases train the same model ({report.seconds:.0f} s)")

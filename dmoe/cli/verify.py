@@ -1,4 +1,4 @@
-"""`dmoe verify`"""
+"""Command `dmoe verify`."""
 
 from __future__ import annotations
 
@@ -32,45 +32,47 @@ def command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Prove that one process and N ranks train the same model, on this config.
+    """Verify that one process and N ranks train the same model with this config.
 
-    Starts real gloo ranks for each world and EP size, with both exchanges and both modes, and compares loss, gradients, norm, clip,
-    drops, counts, bias, two steps and checkpoints with one process that computes the layer naively. Exit code 1 and the first
-    difference if they are not the same.
+    Starts gloo ranks for each number of ranks and expert-parallel size, with both exchanges and
+    both data-parallel modes. Compares loss, gradients, norm, clip, drops, counts, bias, two steps
+    and checkpoints with one process and a naive implementation of the layer. If they differ, the
+    exit code is 1 and the first difference is printed.
 
     Example: dmoe verify configs/olmoe_1b_7b.yaml --worlds 1,2,4
     """
     config, _ = load_arguments(arguments or [])
     check(config, config.parallel.ep if isinstance(config.parallel.ep, int) else 1)
-    numbers = _numbers(worlds)
+    world_sizes = _parse_worlds(worlds)
     if dtype not in ("float64", "float32"):
         raise ConfigError("--dtype", dtype, "must be float64 or float32", "use float64")
     from dmoe.verify.verify import verify
 
-    report = verify(config, numbers, dtype=dtype, full=full)
+    report = verify(config, world_sizes, dtype=dtype, full=full)
     if as_json:
         print(json.dumps(asdict(report) | {"ok": report.ok}, indent=2))
     else:
-        _print(report)
+        print_report(report)
     sys.exit(0 if report.ok else 1)
 
 
-def _numbers(worlds: str) -> list[int]:
+def _parse_worlds(worlds: str) -> list[int]:
     try:
-        numbers = sorted({int(part) for part in worlds.split(",")})
+        sizes = sorted({int(part) for part in worlds.split(",")})
     except ValueError:
-        numbers = []
-    if not numbers or numbers[0] < 1 or numbers[-1] > 64:
+        sizes = []
+    if not sizes or sizes[0] < 1 or sizes[-1] > 64:
         raise ConfigError(
             "--worlds",
             worlds,
             "must be numbers of ranks from 1 to 64, separated by commas",
             "use 1,2,4",
         )
-    return numbers
+    return sizes
 
 
-def _print(report: Report) -> None:
+def print_report(report: Report) -> None:
+    """Print the table of quantities and the first difference."""
     from rich.console import Console
     from rich.table import Table
 
@@ -94,11 +96,11 @@ def _print(report: Report) -> None:
     console.print(table)
     for case, reason in report.refused.items():
         console.print(f"not run: {case}: {reason}", markup=False)
-    for case, sentence in report.undecided.items():
-        console.print(f"undecided: {case}: {sentence}", markup=False)
+    for case, tie in report.undecided.items():
+        console.print(f"undecided: {case}: {tie}", markup=False)
     if report.first is None:
-        which = "every other case" if report.undecided else "every case"
-        console.print(f"{which} trains the same model ({report.seconds:.0f} s)")
+        cases = "every other case" if report.undecided else "every case"
+        console.print(f"{cases} trains the same model ({report.seconds:.0f} s)")
     else:
         first = report.first
         console.print(

@@ -1,9 +1,8 @@
-"""`dmoe verify`: proof, on the user's own config, that one process and N ranks train the same model.
+"""`dmoe verify`: check on the user's config that one process and N ranks train the same model.
 
-cases.py    what is compared: worlds, EP sizes, exchanges, modes      shrink.py   the config, small enough for two minutes
-naive.py    the layer by loops and dense sums: what everything is      capture.py  everything a step produces, as arrays
-            compared with                                              compare.py  two captures -> rows of a table
-causes.py   a difference -> its likeliest cause, in words              verify.py   runs the ranks, makes the report
-naive_*.py  its experts, routing, queue and losses
-decisions.py  float32: what every choice was made from                 ties.py     float32: is another choice rounding, or an error?
+verify.py     runs the ranks, makes the report        compare.py    two captures -> table rows
+cases.py      worlds, EP sizes, exchanges, modes;     causes.py     a difference -> likely cause
+              the small config                        decisions.py  float32: inputs of each choice
+capture.py    everything a step produces, as arrays   ties.py       float32: rounding, or an error?
+naive/        the layer by loops and dense sums: the reference
 """

@@ -1,8 +1,14 @@
-"""What is compared with what.
+"""Cases that `verify` compares, and the small config that they run.
 
-The truth is one process with the naive layer. Against it stand the real layer on one process, and on every world, EP size, exchange
-and mode. The number of groups of tokens (ranks times virtual ranks) is the same in all of them, because `capacity.group: rank` and
-losses of level `micro_batch` mean something else with other groups.
+The reference is one process with the naive layer. The real layer is compared with it on one
+process, and for every number of ranks, EP size, exchange and data-parallel mode. The number of
+token groups (ranks times virtual ranks) is the same in all cases, because `capacity.group: rank`
+and losses of level `micro_batch` depend on it.
+
+`shrink` keeps everything that decides how the config is trained: router, capacity, load balancing,
+kind of experts, shared experts, form of attention, sparse blocks, optimizer. It changes widths,
+depth, a number of experts above 16, batch and data (synthetic, so that nothing is read). `verify`
+sets the precision.
 """
 
 from __future__ import annotations
@@ -10,16 +16,30 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from dmoe.config.datasets import DATASETS
 from dmoe.config.errors import ConfigError
+from dmoe.config.expert_shapes import expert_shapes, multiply_adds
+from dmoe.config.router_kinds import ROUTERS
 from dmoe.config.rules import can_share, check, moe_widths, shares_something
-from dmoe.config.schema import Config
+from dmoe.config.schema import Config, DataConfig, ModelConfig, ModularConfig, MoEConfig
+from dmoe.train.modular.attach import BANK_FIELDS
 
 Exchange = Literal["packed", "padded"]
 Mode = Literal["ddp", "fsdp"]
 
+DIM, HEADS, EXPERT_DIM, SEQ_LEN = 32, 4, 24, 16
+MAX_EXPERTS, MAX_ZERO_COST = 16, 2
+MODULE_WIDTHS = {"rank": 4, "hidden": 6, "length": 3}
+ACCUMULATION_STEPS = 3
+"""More than two, so that the sum of the earlier steps is not the latest of them."""
+MICRO_BATCH = 2
+"""More than one, so that sequences and token groups differ."""
+
 
 @dataclass(frozen=True)
 class Case:
+    """One run to compare: number of ranks, EP size, exchange and data-parallel mode."""
+
     world: int
     ep: int
     virtual_ranks: int
@@ -35,7 +55,7 @@ class Case:
         return f"{ranks} {self.exchange} {self.mode}{' recompute' if self.recompute else ''}"
 
     def config(self, base: Config) -> Config:
-        """`base` as this case runs it."""
+        """Return `base` with this case's settings."""
         return replace(
             base,
             parallel=replace(
@@ -47,19 +67,22 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CasePlan:
+    """Cases to run."""
+
     cases: list[Case]
     refused: dict[str, str]
-    """Combinations that are not run, and why."""
+    """Reason for every combination that the config does not allow."""
 
 
-def reference(groups: int) -> Case:
+def reference_case(groups: int) -> Case:
+    """Return the case of one process with the naive layer and `groups` token groups."""
     return Case(1, 1, groups, "packed", "ddp", naive=True)
 
 
-def plan(config: Config, worlds: list[int], groups: int) -> Plan:
-    """All cases for these worlds that the config allows. `groups` is a multiple of each world."""
-    found, refused = list[Case](), dict[str, str]()
+def plan_cases(config: Config, worlds: list[int], groups: int) -> CasePlan:
+    """Return all cases for these numbers of ranks; `groups` is a multiple of each."""
+    cases, refused = list[Case](), dict[str, str]()
     exchanges: list[Exchange] = ["packed"]
     if moe_widths(config):
         if config.moe.capacity.factor is None:
@@ -69,20 +92,23 @@ def plan(config: Config, worlds: list[int], groups: int) -> Plan:
         else:
             exchanges.append("padded")
     for world in worlds:
-        for case in _of_world(config, world, groups, exchanges):
+        for case in _cases_of_world(config, world, groups, exchanges):
             try:
                 check(case.config(config), world)
-                found.append(case)
+                cases.append(case)
             except ConfigError as error:
                 refused[str(case)] = str(error)
-    largest = [case for case in found if case.world == max(worlds)]
-    if largest:  # recomputation must not count anything twice
-        found.append(replace(largest[0], ep=max(case.ep for case in largest), recompute=True))
-    return Plan(found, refused)
+    largest = [case for case in cases if case.world == max(worlds)]
+    if largest:
+        # recomputed activations must not be counted twice
+        cases.append(replace(largest[0], ep=max(case.ep for case in largest), recompute=True))
+    return CasePlan(cases, refused)
 
 
-def _of_world(config: Config, world: int, groups: int, exchanges: list[Exchange]) -> list[Case]:
-    sizes = [n for n in range(1, world + 1) if world % n == 0 and (n == 1 or _shards(config, n))]
+def _cases_of_world(
+    config: Config, world: int, groups: int, exchanges: list[Exchange]
+) -> list[Case]:
+    sizes = [n for n in range(1, world + 1) if world % n == 0 and (n == 1 or _can_shard(config, n))]
     modes: list[Mode] = ["ddp"] if world == 1 else ["ddp", "fsdp"]
     return [
         Case(world, ep, groups // world, exchange, mode)
@@ -92,5 +118,132 @@ def _of_world(config: Config, world: int, groups: int, exchanges: list[Exchange]
     ]
 
 
-def _shards(config: Config, ep: int) -> bool:
+def _can_shard(config: Config, ep: int) -> bool:
     return shares_something(config) and can_share(config, ep)
+
+
+def prepare(config: Config, groups: int) -> Config:
+    """Return `config` with synthetic data, three accumulation steps of small batches, and float32.
+
+    The model is not changed. One accumulation step has two sequences per token group.
+    """
+    return replace(
+        config,
+        data=_data(config),
+        modular=replace(config.modular, core=None),  # no base model is loaded
+        train=replace(
+            config.train,
+            steps=4,
+            global_batch=groups * ACCUMULATION_STEPS * MICRO_BATCH,
+            micro_batch=MICRO_BATCH,
+            precision="fp32",
+            device="cpu",
+            eval_sequences=groups,
+        ),
+        optim=replace(config.optim, warmup=0),
+        parallel=replace(config.parallel, backend="gloo"),
+    )
+
+
+def _data(config: Config) -> DataConfig:
+    """Return synthetic data: tokens, or a table with as many streams as the config has."""
+    data = replace(
+        config.data,
+        tokenizer="bytes",
+        tokenizer_vocab=None,
+        seq_len=min(config.data.seq_len, SEQ_LEN),
+    )
+    data = replace(data, temperature=None, eval_source=None)
+    if config.train.task == "language_modelling":
+        return replace(data, source="synthetic:zipf")
+    streams = list(DATASETS["synthetic:clusters"].streams)
+    return replace(
+        data, source="synthetic:clusters", streams=streams[: max(1, len(config.data.streams))]
+    )
+
+
+def shrink(config: Config) -> Config:
+    """Return `config` with narrow layers; the module's docstring lists what is kept."""
+    return replace(
+        config, model=_model(config.model), moe=_moe(config.moe), modular=_modular(config.modular)
+    )
+
+
+def _modular(modular: ModularConfig) -> ModularConfig:
+    """Return narrow modules; their number stays, because routing and exchange depend on it."""
+    small = {
+        name: min(getattr(modular, name), MODULE_WIDTHS[name])
+        for name in BANK_FIELDS.get(modular.bank, ())
+        if name in MODULE_WIDTHS
+    }
+    return replace(modular, **small)
+
+
+def _model(model: ModelConfig) -> ModelConfig:
+    every, first = min(model.moe_every, 2), min(model.dense_first, 1)
+    kv_heads = None if model.kv_heads is None else max(1, HEADS * model.kv_heads // model.heads)
+    return replace(
+        model,
+        dim=DIM,
+        heads=HEADS,
+        kv_heads=kv_heads,
+        head_dim=None,
+        dense_dim=None if model.dense_dim is None else 2 * DIM,
+        layers=min(model.layers, max(2, first + max(1, every))),
+        moe_every=every,
+        dense_first=first,
+        # with smaller weights, narrow layers would route all tokens alike
+        init_std=max(model.init_std, 0.1),
+    )
+
+
+def _moe(moe: MoEConfig) -> MoEConfig:
+    experts = min(moe.num_experts, MAX_EXPERTS)
+    zero_cost = sum(
+        min(number, MAX_ZERO_COST)
+        for number in (moe.experts.zero, moe.experts.copy, moe.experts.constant)
+    )
+    router = moe.router
+    if router.groups > 1 and experts != moe.num_experts:
+        groups = min(router.groups, 4)
+        router = replace(
+            router, groups=groups, topk_groups=max(1, min(router.topk_groups, groups // 2))
+        )
+    reachable = experts if router.groups == 1 else experts // router.groups * router.topk_groups
+    top_k = min(moe.top_k, experts + zero_cost)
+    if experts != moe.num_experts:
+        top_k = max(2, min(moe.top_k, reachable // 2)) if moe.top_k > 1 else 1
+    shared_dim = None if moe.experts.shared_dim is None else EXPERT_DIM
+    widest = max([width for shape in moe.experts.shapes for width in shape], default=EXPERT_DIM)
+    shapes = [
+        [max(2, width * EXPERT_DIM // max(EXPERT_DIM, widest)) for width in shape]
+        for shape in moe.experts.shapes
+    ]
+    small = replace(
+        moe,
+        num_experts=experts,
+        top_k=top_k,
+        expert_dim=EXPERT_DIM,
+        router=replace(router, k_min=min(router.k_min, top_k)),
+        experts=replace(
+            moe.experts,
+            shared_dim=shared_dim,
+            shapes=shapes[:experts],
+            **{
+                name: min(getattr(moe.experts, name), MAX_ZERO_COST)
+                for name in ("zero", "copy", "constant")
+            },
+        ),
+    )
+    if not ROUTERS[router.kind].has_budget:
+        return small
+    return replace(small, router=replace(small.router, budget=_budget(small)))
+
+
+def _budget(moe: MoEConfig) -> float:
+    """Return the budget, at least the cost of the cheapest expert.
+
+    Among narrow experts, a linear one has a larger share of the cost than in the full config.
+    """
+    cost = [multiply_adds(shape, DIM, DIM, moe.experts.kind) for shape in expert_shapes(moe)]
+    return max(moe.router.budget, min(cost) / sum(cost))

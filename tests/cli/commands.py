@@ -1,4 +1,4 @@
-"""The real command in a process of its own, as a user would type it; `answered` runs it in this one, where a start proves nothing."""
+"""Run the real command in a new process, or in this one (`run_in_process`), which is faster."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from typing import Any
 from unittest import mock
 
 from dmoe.cli.main import dispatch_command
-
-__all__ = ["SMALL", "answered", "dmoe", "launched", "metrics", "refused", "train_lines"]
 
 SMALL = (
     "model.dim=32",
@@ -38,7 +36,7 @@ LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 
 def environment() -> dict[str, str]:
-    """One thread a process: on two cores that others use too, more threads wait for each other."""
+    """Return the environment without a launcher's variables, with one thread per process."""
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
     return kept | {
         "OMP_NUM_THREADS": "1",
@@ -49,17 +47,18 @@ def environment() -> dict[str, str]:
 
 
 def dmoe(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run `dmoe ARGUMENTS` in a new process."""
     return _run([sys.executable, "-m", "dmoe", *arguments], cwd, env)
 
 
-def answered(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """What `dmoe` would give back, from this process. A defect of ours is raised here, with its traceback."""
+def run_in_process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run `dmoe ARGUMENTS` in this process; an error that is no user's mistake is raised."""
     out, err = io.StringIO(), io.StringIO()
-    asked = mock.patch.object(sys, "argv", ["dmoe", *arguments])
-    surroundings = mock.patch.dict(os.environ, environment(), clear=True)
+    arguments_patch = mock.patch.object(sys, "argv", ["dmoe", *arguments])
+    environment_patch = mock.patch.dict(os.environ, environment(), clear=True)
     with (
-        asked,
-        surroundings,
+        arguments_patch,
+        environment_patch,
         contextlib.chdir(cwd),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
@@ -69,7 +68,7 @@ def answered(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def launched(*arguments: str, cwd: Path, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    """`torchrun --standalone --nproc-per-node N -m dmoe ...`."""
+    """Run `torchrun --standalone --nproc-per-node N -m dmoe ...`."""
     launcher = [
         sys.executable,
         "-m",
@@ -97,7 +96,7 @@ def _run(command: list[str], cwd: Path, env: dict[str, str]) -> subprocess.Compl
 
 
 def refused(result: subprocess.CompletedProcess[str], *words: str, code: int = 2) -> None:
-    """One line on stderr with all of `words`, nothing on stdout, this exit code."""
+    """Assert one line on stderr with all of `words`, nothing on stdout, and this exit code."""
     assert result.returncode == code, result.stderr[-2000:]
     assert "Traceback" not in result.stderr
     lines = result.stderr.splitlines()
@@ -109,6 +108,7 @@ def refused(result: subprocess.CompletedProcess[str], *words: str, code: int = 2
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl."""
     return [
         json.loads(line)
         for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -116,5 +116,5 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def train_lines(run: Path) -> dict[int, dict[str, Any]]:
-    """The last `train` line of each step."""
+    """Return the last `train` line of each step."""
     return {line["step"]: line for line in metrics(run) if line["event"] == "train"}

@@ -1,4 +1,4 @@
-"""Runs that several tests look at, each trained once."""
+"""Runs that several tests share, each trained once."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ TEXT = "".join(
 
 @dataclass(frozen=True)
 class Run:
+    """Finished run."""
+
     path: Path
     stdout: str
     arguments: tuple[str, ...]
-    """What it was started with, without the run directory."""
+    """Overrides, without the run directory."""
 
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory all commands are called in; holds a corpus of four files."""
+    """Working directory of all commands, with a corpus of four files."""
     place = tmp_path_factory.mktemp("cli")
     (place / "corpus").mkdir()
     for number in range(4):
@@ -41,7 +43,7 @@ def small(place: Path) -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def alone(place: Path, small: tuple[str, ...]) -> Run:
-    """Six steps in one process, with both trackers."""
+    """Train six steps in one process, with both trackers."""
     path = place / "alone"
     result = dmoe(
         "train", *small, f"train.run_dir={path}", "tracking.trackers=[tensorboard,wandb]", cwd=place
@@ -52,7 +54,7 @@ def alone(place: Path, small: tuple[str, ...]) -> Run:
 
 @pytest.fixture(scope="session")
 def pair(place: Path, small: tuple[str, ...]) -> Run:
-    """The same on two local ranks that share the experts, in the directory dmoe chooses."""
+    """Train on two local ranks with expert parallelism, in the default run directory."""
     result = dmoe("train", *small, "--ranks", "2", cwd=place)
     assert result.returncode == 0, result.stderr[-3000:]
     return Run((place / "runs" / "latest").resolve(), result.stdout, small)
@@ -67,7 +69,7 @@ def under_torchrun(place: Path, small: tuple[str, ...]) -> Run:
 
 
 def resumed(run: Run, name: str) -> Run:
-    """A copy of `run` as it was after step 3, taken up again in one process."""
+    """Resume a copy of `run` after step 3 in one process."""
     path = run.path.parent / name
     shutil.copytree(run.path, path)
     shutil.rmtree(path / "checkpoints" / "step-00000006")
@@ -77,11 +79,11 @@ def resumed(run: Run, name: str) -> Run:
 
 
 @pytest.fixture(scope="session")
-def alone_again(alone: Run) -> Run:
-    return resumed(alone, "alone-again")
+def resumed_alone(alone: Run) -> Run:
+    return resumed(alone, "resumed-alone")
 
 
 @pytest.fixture(scope="session")
-def pair_alone(pair: Run) -> Run:
-    """What two ranks began, one process finishes."""
-    return resumed(pair, "pair-alone")
+def pair_resumed_alone(pair: Run) -> Run:
+    """Resume a run of two ranks in one process."""
+    return resumed(pair, "pair-resumed-alone")

@@ -1,4 +1,4 @@
-"""A user's mistake: one line with field, value and fix, exit code 2, no traceback, nothing written."""
+"""User errors: one line with field, value and fix, exit code 2, no traceback, nothing written."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ARGUMENTS = {
     "unknown option": (["--rank", "2"], ["--rank", "dmoe train --help"]),
     "no ranks": (["--ranks", "0"], ["--ranks", "1", "dmoe train --help"]),
 }
-NEVER_TORCH = {
+WITHOUT_TORCH = {
     "refused config": ["train", "moe.top_q=1"],
     "refused by check": ["train", "moe.top_k=9", "--ranks", "2"],
     "refused explain": ["explain", "moe.top_k=9"],
@@ -45,11 +45,11 @@ NEVER_TORCH = {
 
 
 @pytest.fixture
-def away(place: Path) -> Iterator[Path]:
-    """Where no run may be left."""
+def unused_run(place: Path) -> Iterator[Path]:
+    """Run directory that must not be created."""
     path = place / "must-not-exist"
     yield path
-    assert not path.exists(), "a refused run has left a directory"
+    assert not path.exists(), "a refused run has created its directory"
 
 
 @pytest.fixture(scope="module")
@@ -59,31 +59,34 @@ def taken_port() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("name", SAMPLE)
-def test_a_config_that_cannot_work(
-    name: str, away: Path, place: Path, small: tuple[str, ...]
-) -> None:
+def test_refused_configs(name: str, unused_run: Path, place: Path, small: tuple[str, ...]) -> None:
     case = REFUSALS[name]
     ranks = ["--ranks", str(case.world)] if case.world > 1 else []
-    result = dmoe("train", *small, f"train.run_dir={away}", *case.overrides, *ranks, cwd=place)
+    result = dmoe(
+        "train", *small, f"train.run_dir={unused_run}", *case.overrides, *ranks, cwd=place
+    )
     refused(result, *case.words)
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_arguments_that_cannot_work(
-    name: str, away: Path, place: Path, small: tuple[str, ...]
+def test_refused_arguments(
+    name: str, unused_run: Path, place: Path, small: tuple[str, ...]
 ) -> None:
     arguments, words = ARGUMENTS[name]
     overrides = (
-        [f"train.run_dir={away}"] if name == "no such file" else [*small, f"train.run_dir={away}"]
+        [f"train.run_dir={unused_run}"]
+        if name == "no such file"
+        else [*small, f"train.run_dir={unused_run}"]
     )
     first, last = (arguments, []) if name == "no such file" else ([], arguments)
     refused(dmoe("train", *first, *overrides, *last, cwd=place), *words)
 
 
-@pytest.mark.parametrize("name", NEVER_TORCH)
-def test_torch_is_never_imported_for(name: str, place: Path) -> None:
-    code = "import atexit, sys; from dmoe.cli.main import run; atexit.register(lambda: print('torch' in sys.modules)); run()"
-    command = [sys.executable, "-c", code, *NEVER_TORCH[name]]
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_torch_is_not_imported_for(name: str, place: Path) -> None:
+    code = "import atexit, sys; from dmoe.cli.main import run; "
+    code += "atexit.register(lambda: print('torch' in sys.modules)); run()"
+    command = [sys.executable, "-c", code, *WITHOUT_TORCH[name]]
     result = subprocess.run(
         command,
         cwd=place,
@@ -97,8 +100,8 @@ def test_torch_is_never_imported_for(name: str, place: Path) -> None:
     assert result.returncode == (0 if name in ("help", "fields") else 2)
 
 
-def texts(place: Path) -> dict[str, tuple[list[str], list[str]]]:
-    """Overrides and the words of the refusal."""
+def machine_refusals(place: Path) -> dict[str, tuple[list[str], list[str]]]:
+    """Return overrides and words of the refusal, for files and devices that are missing."""
     short = ["data.source=short.txt", "data.seq_len=512"]
     (place / "empty.txt").touch()
     (place / "short.txt").write_text("Just a few words in here.\n" * 3, encoding="utf-8")
@@ -122,18 +125,20 @@ def texts(place: Path) -> dict[str, tuple[list[str], list[str]]]:
 @pytest.mark.parametrize(
     "name", ["missing corpus", "empty corpus", "too short a corpus", "no CUDA"]
 )
-def test_what_only_the_machine_can_tell(
-    name: str, away: Path, place: Path, small: tuple[str, ...]
+def test_configs_that_this_machine_cannot_run(
+    name: str, unused_run: Path, place: Path, small: tuple[str, ...]
 ) -> None:
-    overrides, words = texts(place)[name]
-    refused(dmoe("train", *small, *overrides, f"train.run_dir={away}", cwd=place), *words)
+    overrides, words = machine_refusals(place)[name]
+    refused(dmoe("train", *small, *overrides, f"train.run_dir={unused_run}", cwd=place), *words)
 
 
 @pytest.mark.parametrize("name", ["empty corpus", "no CUDA"])
-def test_two_ranks_say_it_once(name: str, away: Path, place: Path, small: tuple[str, ...]) -> None:
-    overrides, words = texts(place)[name]
+def test_two_ranks_print_one_line(
+    name: str, unused_run: Path, place: Path, small: tuple[str, ...]
+) -> None:
+    overrides, words = machine_refusals(place)[name]
     refused(
-        dmoe("train", *small, *overrides, f"train.run_dir={away}", "--ranks", "2", cwd=place),
+        dmoe("train", *small, *overrides, f"train.run_dir={unused_run}", "--ranks", "2", cwd=place),
         *words,
     )
 
@@ -142,7 +147,7 @@ def test_two_ranks_say_it_once(name: str, away: Path, place: Path, small: tuple[
 def test_a_run_directory_that_cannot_be_written(
     ranks: list[str], place: Path, small: tuple[str, ...]
 ) -> None:
-    """Below a regular file nobody can write, not even root."""
+    """A path below a regular file cannot be created, not even by root."""
     (place / "file").write_text("mine", encoding="utf-8")
     result = dmoe("train", *small, "train.run_dir=file/run", *ranks, cwd=place)
     refused(result, "train.run_dir=file/run", "cannot be written", "choose a directory")
@@ -150,7 +155,7 @@ def test_a_run_directory_that_cannot_be_written(
 
 
 def test_the_rendezvous_port_of_a_launcher_is_in_use(
-    taken_port: int, away: Path, place: Path, small: tuple[str, ...]
+    taken_port: int, unused_run: Path, place: Path, small: tuple[str, ...]
 ) -> None:
     launcher = {
         "RANK": "0",
@@ -159,17 +164,17 @@ def test_the_rendezvous_port_of_a_launcher_is_in_use(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(taken_port),
     }
-    result = dmoe("train", *small, f"train.run_dir={away}", cwd=place, **launcher)
+    result = dmoe("train", *small, f"train.run_dir={unused_run}", cwd=place, **launcher)
     refused(result, f"MASTER_PORT={taken_port}", "in use", "--master-port")
 
 
 def test_the_port_of_local_ranks_is_in_use(
-    taken_port: int, away: Path, place: Path, small: tuple[str, ...]
+    taken_port: int, unused_run: Path, place: Path, small: tuple[str, ...]
 ) -> None:
     result = dmoe(
         "train",
         *small,
-        f"train.run_dir={away}",
+        f"train.run_dir={unused_run}",
         "--ranks",
         "2",
         "--port",

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dmoe.cli.compare import command, terminal_width
+from dmoe.cli.runs import compare, terminal_width
 from dmoe.config.errors import ConfigError
 from dmoe.report.comparison import comparison_lines
 from dmoe.report.results import result_lines
@@ -42,14 +42,14 @@ def run(tmp_path: Path) -> Path:
 
 def test_one_row_per_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "latest").symlink_to(run)
-    command([run, tmp_path / "latest"])
+    compare([run, tmp_path / "latest"])
     _, _, *rows = capsys.readouterr().out.splitlines()[:4]
     assert [row.split()[0] for row in rows] == ["run", "run"]
     assert all("2.8750" in row for row in rows)
 
 
 def test_json_has_every_digit(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command([run], as_json=True)
+    compare([run], as_json=True)
     (found,) = json.loads(capsys.readouterr().out)["runs"]
     assert (found["name"], found["bits_per_byte"], found["parameters"], found["drop_rate"]) == (
         "run",
@@ -61,7 +61,7 @@ def test_json_has_every_digit(run: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_full_prints_the_results_of_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command([run], full=True)
+    compare([run], full=True)
     assert capsys.readouterr().out.splitlines() == result_lines(
         read_metrics_tolerant(run / "metrics.jsonl")
     )
@@ -78,7 +78,7 @@ def test_the_trainer_prints_the_same(run: Path, capsys: pytest.CaptureFixture[st
         print=printed.append,
     )
     print_summary(logger)  # type: ignore[arg-type]
-    command([run], full=True)
+    compare([run], full=True)
     assert printed == ["\n" + capsys.readouterr().out.rstrip()]
 
 
@@ -96,7 +96,7 @@ def test_missing_results_are_a_note(tmp_path: Path) -> None:
 
 
 def test_full_marks_unfinished_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command(
+    compare(
         [write(tmp_path / "run", [line("start", 0), line("end", 3, stopped=True)])] * 2, full=True
     )
     output = capsys.readouterr().out
@@ -106,9 +106,9 @@ def test_full_marks_unfinished_runs(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_a_path_without_a_run_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a run directory"):
-        command([run, tmp_path])
+        compare([run, tmp_path])
     with pytest.raises(ConfigError, match=r"--json.*does not go with --full"):
-        command([run], full=True, as_json=True)
+        compare([run], full=True, as_json=True)
 
 
 @pytest.mark.parametrize(("given", "width"), [("20", 80), ("90", 90), ("200", 120)])

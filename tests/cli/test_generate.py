@@ -1,4 +1,4 @@
-"""`dmoe generate`: from one process's run and from two ranks' run."""
+"""Command `dmoe generate`, from runs of one process and of two ranks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 from dmoe.runs.directory import RunDir
-from dmoe.train.restore import restore
+from dmoe.train.restore import restore_model
 from tests.cli.commands import dmoe, refused
 from tests.cli.conftest import Run
 
 
-def test_it_repeats_the_sample_of_the_run(alone: Run, place: Path) -> None:
+def test_it_generates_the_sample_of_the_run(alone: Run, place: Path) -> None:
     """The sample at the end of training is drawn at temperature 0.7 with the run's seed."""
     sample = alone.stdout.split("sample:\n")[1].split("\nrun directory")[0].strip("\n")
     result = dmoe(
@@ -41,22 +41,24 @@ def test_one_process_generates_from_two_ranks_run(pair: Run, place: Path) -> Non
     assert result.stdout.startswith("def é")
 
 
-def test_a_step_can_be_named(alone: Run) -> None:
-    weights = [restore(RunDir(alone.path), step).model.embedding.weight for step in (3, 6, None)]
+def test_step_option(alone: Run) -> None:
+    weights = [
+        restore_model(RunDir(alone.path), step).model.embedding.weight for step in (3, 6, None)
+    ]
     assert weights[1].equal(weights[2])
     assert not weights[0].equal(weights[1])
 
 
-def test_all_experts_of_two_ranks_are_there(pair: Run, pair_alone: Run) -> None:
-    """Step 3 was saved by two ranks; the copy that one process took up holds the same file."""
-    ours = restore(RunDir(pair.path), 3).model.state_dict()
-    theirs = restore(RunDir(pair_alone.path), 3).model.state_dict()
+def test_all_experts_of_two_ranks_are_loaded(pair: Run, pair_resumed_alone: Run) -> None:
+    """Step 3 was saved by two ranks; the copy that one process resumed has the same files."""
+    ours = restore_model(RunDir(pair.path), 3).model.state_dict()
+    theirs = restore_model(RunDir(pair_resumed_alone.path), 3).model.state_dict()
     assert all(value.equal(theirs[name]) for name, value in ours.items())
     assert all(value.isfinite().all() for value in ours.values())
     assert len(ours["blocks.0.feed_forward.experts.w_in"]) == 8
 
 
-def test_no_run_no_checkpoint_no_such_step(alone: Run, place: Path) -> None:
+def test_missing_run_checkpoint_or_step(alone: Run, place: Path) -> None:
     refused(
         dmoe("generate", "nowhere", "--prompt", "a", cwd=place),
         "RUN=nowhere",

@@ -1,4 +1,4 @@
-"""What the entry point prints of a defect of dmoe's own."""
+"""Entry point: the traceback of a bug in dmoe."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import pytest
 from dmoe.cli import main
 
 
-def test_a_traceback_holds_no_secret(
+def test_a_traceback_has_no_secret(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An error that is no user's mistake was raised again as it was, with the value of MY_TOKEN in the path it named."""
+    """The traceback of a bug contained the value of MY_TOKEN, as part of a path."""
 
     def broken() -> int:
         raise IsADirectoryError("/home/hunter2hunter2/run")
@@ -18,9 +18,9 @@ def test_a_traceback_holds_no_secret(
     monkeypatch.setenv("MY_TOKEN", "hunter2hunter2")
     monkeypatch.setattr(main, "dispatch_command", broken)
     monkeypatch.setattr(main, "guard_output", lambda: None)
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as ended:
         main.run()
-    told = capsys.readouterr().err
-    assert left.value.code == 1
-    assert "IsADirectoryError" in told
-    assert "hunter2" not in told
+    printed = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert "IsADirectoryError" in printed
+    assert "hunter2" not in printed

@@ -1,4 +1,4 @@
-"""stdout that is full, closed early, or of few letters; and the command without arguments."""
+"""A stdout that is full, closed or ASCII only; and the command without arguments."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.cli.commands import dmoe, environment, refused
 FULL = Path("/dev/full")
 
 
-def written_to(target: int, *arguments: str, cwd: Path) -> tuple[int, str]:
-    """Exit code and stderr of a command whose stdout is a file descriptor."""
+def run_with_stdout(target: int, *arguments: str, cwd: Path) -> tuple[int, str]:
+    """Return exit code and stderr of a command whose stdout is this file descriptor."""
     command = [sys.executable, "-m", "dmoe", *arguments]
     result = subprocess.run(
         command,
@@ -36,35 +36,36 @@ def written_to(target: int, *arguments: str, cwd: Path) -> tuple[int, str]:
     "arguments", [["explain", "--fields"], ["--version"], ["--help"]], ids=" ".join
 )
 def test_a_full_disk_is_one_sentence(arguments: list[str], place: Path) -> None:
-    """It was a traceback, or the interpreter's own `Exception ignored` with exit code 120, for a text that fits the buffer."""
+    """It was a traceback, or `Exception ignored` with exit code 120 if the text fits the buffer."""
     with FULL.open("wb") as full:
-        code, error = written_to(full.fileno(), *arguments, cwd=place)
+        code, error = run_with_stdout(full.fileno(), *arguments, cwd=place)
     assert (code, error.count("\n")) == (1, 1), error
     assert error.startswith("dmoe: stdout: cannot be written (No space left on device)")
 
 
 @pytest.mark.parametrize("arguments", [["explain", "--fields"], ["--version"]], ids=" ".join)
-def test_a_reader_that_has_left_is_no_error(arguments: list[str], place: Path) -> None:
-    """As in `dmoe explain --fields | head -1`: quiet, and the exit code of a process that SIGPIPE ended."""
+def test_a_closed_pipe_is_no_error(arguments: list[str], place: Path) -> None:
+    """As in `dmoe explain --fields | head -1`: silent, with the exit code of SIGPIPE."""
     reader, writer = os.pipe()
     os.close(reader)
-    code, error = written_to(writer, *arguments, cwd=place)
+    code, error = run_with_stdout(writer, *arguments, cwd=place)
     os.close(writer)
     assert (code, error) == (141, "")
 
 
-def test_an_error_of_the_command_itself_wins(place: Path) -> None:
+def test_an_error_of_the_command_comes_first(place: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    code, error = written_to(writer, "explain", "moe.top_q=1", cwd=place)
+    code, error = run_with_stdout(writer, "explain", "moe.top_q=1", cwd=place)
     os.close(writer)
     assert code == 2
     assert "no such field" in error
 
 
-def test_letters_that_stdout_does_not_know(place: Path) -> None:
-    """A UnicodeEncodeError, at the end of a training whose sample held one letter that is not ASCII."""
-    code = "from dmoe.cli import explain, main; explain.fields_as_text = lambda: 'a\\u0142b'; main.run()"
+def test_characters_outside_the_encoding_of_stdout(place: Path) -> None:
+    """A sample with one non-ASCII character ended a training with a UnicodeEncodeError."""
+    code = "from dmoe.cli import explain, main; "
+    code += "explain.fields_as_text = lambda: 'a\\u0142b'; main.run()"
     command = [sys.executable, "-c", code, "explain", "--fields"]
     env = environment() | {"PYTHONIOENCODING": "ascii"}
     result = subprocess.run(
@@ -74,7 +75,7 @@ def test_letters_that_stdout_does_not_know(place: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [[], ["checkpoint"]], ids=["dmoe", "dmoe checkpoint"])
-def test_nothing_asked_is_answered_with_the_help(arguments: list[str], place: Path) -> None:
+def test_no_arguments_print_the_help(arguments: list[str], place: Path) -> None:
     """It also said `dmoe: ; see dmoe --help`."""
     result = dmoe(*arguments, cwd=place)
     assert result.returncode == 2
@@ -82,7 +83,7 @@ def test_nothing_asked_is_answered_with_the_help(arguments: list[str], place: Pa
     assert result.stderr == ""
 
 
-HALF = {
+INCOMPLETE_LAUNCHERS = {
     "no number": ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc"),
     "no rank": ({"WORLD_SIZE": "2"}, "RANK="),
     "a rank outside": ({"WORLD_SIZE": "2", "RANK": "5"}, "RANK=5"),
@@ -91,14 +92,14 @@ HALF = {
 }
 
 
-@pytest.mark.parametrize("name", HALF)
-def test_half_a_launcher_is_refused_before_torch_starts(name: str, place: Path) -> None:
-    env, words = HALF[name]
+@pytest.mark.parametrize("name", INCOMPLETE_LAUNCHERS)
+def test_an_incomplete_launcher_is_refused_before_torch_is_imported(name: str, place: Path) -> None:
+    env, words = INCOMPLETE_LAUNCHERS[name]
     refused(dmoe("train", "train.steps=1", cwd=place, **env), words, "start it with torchrun")
 
 
-def test_a_model_that_this_machine_cannot_hold(place: Path) -> None:
-    """The kernel ended the process, after minutes of swapping. What follows `gives` depends on the machine."""
+def test_a_model_larger_than_the_memory(place: Path) -> None:
+    """The kernel killed the process after minutes of swapping."""
     huge = [
         "model.dim=1048576",
         "model.layers=8",

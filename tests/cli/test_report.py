@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dmoe.cli.report import command
+from dmoe.cli.runs import report
 from dmoe.config.errors import ConfigError
 from tests.report.runs import line, write
 
@@ -19,7 +19,7 @@ def run(tmp_path: Path) -> Path:
 def test_the_report_of_one_run_is_in_its_directory(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command([run])
+    report([run])
     assert capsys.readouterr().out == f"report: {run / 'report.html'}\n"
     assert "Report on run" in (run / "report.html").read_text(encoding="utf-8")
 
@@ -28,20 +28,20 @@ def test_the_report_of_several_runs_is_in_the_working_directory(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    command([run, run])
+    report([run, run])
     assert "Report on 2 runs" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not (run / "report.html").exists()
 
 
 def test_output_option(run: Path, tmp_path: Path) -> None:
-    command([run], output=tmp_path / "elsewhere.html")
+    report([run], output=tmp_path / "elsewhere.html")
     assert (tmp_path / "elsewhere.html").is_file()
     assert not (run / "report.html").exists()
 
 
 def test_a_path_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a run directory") as refused:
-        command([tmp_path])
+        report([tmp_path])
     assert refused.value.exit_code == 2
     assert list(tmp_path.iterdir()) == []
 
@@ -50,4 +50,4 @@ def test_an_output_that_cannot_be_written_is_refused(run: Path, tmp_path: Path) 
     with pytest.raises(
         ConfigError, match=r"--output=.*cannot be written \(No such file or directory\)"
     ):
-        command([run], output=tmp_path / "nowhere" / "report.html")
+        report([run], output=tmp_path / "nowhere" / "report.html")

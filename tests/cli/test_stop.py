@@ -1,4 +1,4 @@
-"""A run that is told to stop saves the step it is at, on every rank, and continues there."""
+"""A stop signal saves the current step on all ranks, for a later resume."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ def wait_for_steps(run: Path, process: subprocess.Popen[str], count: int = 3) ->
 
 @pytest.mark.parametrize("ranks", [[], ["--ranks", "2"]], ids=["alone", "two ranks"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_leaves(
-    tmp_path: Path, ranks: list[str], number: signal.Signals
-) -> None:
+def test_a_signal_saves_and_exits(tmp_path: Path, ranks: list[str], number: signal.Signals) -> None:
     command = [sys.executable, "-m", "dmoe", "train", *ENDLESS, *ranks]
     process = subprocess.Popen(
         command,

@@ -1,4 +1,4 @@
-"""`dmoe train` as a user starts it: alone, on local ranks, under torchrun, and taken up again."""
+"""Command `dmoe train`: one process, local ranks, torchrun, and resuming."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def losses(run: Run) -> dict[int, float]:
     return {step: line["loss"] for step, line in train_lines(run.path).items()}
 
 
-def test_metrics_tell_the_whole_run_in_order(alone: Run) -> None:
+def test_metrics_have_all_events_in_order(alone: Run) -> None:
     lines = metrics(alone.path)
     assert [line["event"] for line in lines if line["event"] != "alert"] == EVENTS
     assert all(line.keys() >= ALWAYS for line in lines)
     assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
 
 
-def test_metrics_have_the_keys_that_are_promised(alone: Run) -> None:
+def test_metrics_have_the_documented_keys(alone: Run) -> None:
     for line in train_lines(alone.path).values():
         assert line.keys() >= TRAIN
         assert line["aux"].keys() == {"switch", "z"}
@@ -57,12 +57,12 @@ def test_metrics_have_the_keys_that_are_promised(alone: Run) -> None:
         assert line.keys() >= {"loss", "bits_per_byte", "split"}
 
 
-def test_it_learns_and_counts_what_the_capacity_drops(alone: Run) -> None:
+def test_it_learns_and_reports_dropped_tokens(alone: Run) -> None:
     assert losses(alone)[6] < losses(alone)[1]
     assert all(0 < line["drop_rate"] < 1 for line in train_lines(alone.path).values())
 
 
-def test_the_run_directory_is_plain_and_complete(alone: Run) -> None:
+def test_files_of_the_run_directory(alone: Run) -> None:
     assert {path.name for path in alone.path.iterdir()} >= {
         "config.yaml",
         "resolved.yaml",
@@ -83,7 +83,7 @@ def test_the_run_directory_is_plain_and_complete(alone: Run) -> None:
     assert kinds == {".json", ".safetensors"}
 
 
-def test_the_output_names_the_essentials(alone: Run) -> None:
+def test_the_output_has_the_main_facts(alone: Run) -> None:
     for words in ("parameters", "run directory: alone", "step 6/6", "bits/byte", "sample:\ndef "):
         assert words in alone.stdout
 
@@ -92,17 +92,17 @@ def test_tensorboard_reads_back_what_was_logged(alone: Run) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     files = list((alone.path / "logs").rglob("events.out.tfevents*"))
-    seen: dict[str, dict[int, float]] = {}
+    recorded: dict[str, dict[int, float]] = {}
     for folder in {path.parent for path in files}:
         events = EventAccumulator(str(folder)).Reload()
-        seen |= {
+        recorded |= {
             tag: {event.step: event.value for event in events.Scalars(tag)}
             for tag in events.Tags()["scalars"]
         }
     for key in ("loss", "grad_norm", "lr", "drop_rate"):
-        told = {step: line[key] for step, line in train_lines(alone.path).items()}
-        assert seen[f"train/{key}"] == pytest.approx(told, rel=1e-6)
-    assert seen["eval/bits_per_byte"].keys() == {3, 6}
+        logged = {step: line[key] for step, line in train_lines(alone.path).items()}
+        assert recorded[f"train/{key}"] == pytest.approx(logged, rel=1e-6)
+    assert recorded["eval/bits_per_byte"].keys() == {3, 6}
 
 
 def test_wandb_keeps_the_run_offline(alone: Run) -> None:
@@ -118,7 +118,7 @@ def test_two_ranks_train_in_a_directory_of_their_own(pair: Run, place: Path) -> 
     assert (start["event"], start["world"], start["ep"]) == ("start", 2, 2)
     assert [line["event"] for line in metrics(pair.path) if line["event"] != "alert"] == EVENTS
     assert pair.stdout.count("run directory: runs/") == 2, (
-        "said once at the start and once at the end, by one rank"
+        "printed at the start and at the end, by one rank"
     )
 
 
@@ -127,8 +127,8 @@ def test_torchrun_gives_the_same_numbers_as_ranks(pair: Run, under_torchrun: Run
     assert final(under_torchrun.path) == final(pair.path)
 
 
-def test_a_resumed_run_repeats_the_unbroken_one_exactly(alone: Run, alone_again: Run) -> None:
-    lines = metrics(alone_again.path)
+def test_a_resumed_run_equals_the_uninterrupted_one(alone: Run, resumed_alone: Run) -> None:
+    lines = metrics(resumed_alone.path)
     restart = next(index for index, line in enumerate(lines) if line["event"] == "restart")
     assert lines[restart]["step"] == 3
     again = {line["step"]: line for line in lines[restart:] if line["event"] == "train"}
@@ -138,12 +138,12 @@ def test_a_resumed_run_repeats_the_unbroken_one_exactly(alone: Run, alone_again:
         assert {key: line[key] for key in TRAIN - {"tokens_per_second"}} == {
             key: before[key] for key in TRAIN - {"tokens_per_second"}
         }
-    assert final(alone_again.path) == final(alone.path)
-    assert "resumed after step 3" in alone_again.stdout
+    assert final(resumed_alone.path) == final(alone.path)
+    assert "resumed after step 3" in resumed_alone.stdout
 
 
-def test_one_process_continues_what_two_ranks_began(pair: Run, pair_alone: Run) -> None:
-    lines = metrics(pair_alone.path)
+def test_one_process_continues_a_run_of_two_ranks(pair: Run, pair_resumed_alone: Run) -> None:
+    lines = metrics(pair_resumed_alone.path)
     restart = next(index for index, line in enumerate(lines) if line["event"] == "restart")
     assert (lines[restart]["step"], lines[restart]["world"]) == (3, 1)
     again = {line["step"]: line["loss"] for line in lines[restart:] if line["event"] == "train"}

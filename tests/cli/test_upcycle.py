@@ -1,4 +1,4 @@
-"""`dmoe checkpoint upcycle`: from a dense run to a mixture that `dmoe train` goes on with."""
+"""Command `dmoe checkpoint upcycle`: a dense run becomes a mixture that is trained on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.train.dense_run import SPARSE, dense_run
 CONFIG = (*SMALL, *SPARSE, "train.steps=2", "train.log_every=1", "train.sample_tokens=0")
 
 
-def test_it_is_made_and_trained(tmp_path: Path) -> None:
+def test_upcycle_and_train(tmp_path: Path) -> None:
     dense_run(tmp_path / "dense")
     new = "train.run_dir=sparse"
     result = dmoe("checkpoint", "upcycle", "dense", *CONFIG, new, "--json", cwd=tmp_path)

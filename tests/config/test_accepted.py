@@ -7,7 +7,7 @@ import pytest
 from dmoe.config.load import load
 from dmoe.config.rules import check
 from dmoe.moe.routers import build_router
-from dmoe.verify.shrink import prepare, shrink
+from dmoe.verify.cases import prepare, shrink
 
 KIND = "moe.router.kind="
 FACTOR = "moe.capacity.factor=1.0"

@@ -1,6 +1,6 @@
-"""Fifteen bugs that users of other systems had, each as a patch of this one.
+"""Fifteen bugs that users of other systems reported, each as a patch of dmoe.
 
-A patch is called in every rank before anything is built. The numbers are those of the list in docs/verify.md.
+A patch is called in every rank before anything is built. Numbers as in docs/verify.md.
 """
 
 from __future__ import annotations
@@ -21,49 +21,45 @@ from dmoe.moe.experts.grouped_mlp import MLPExperts
 from dmoe.moe.routers import base
 from dmoe.train import engine, step
 
-__all__ = ["BUGS"]
-
 Patch = Callable[[], None]
 
 
 def divided_by_edp() -> None:
-    """1: expert gradients averaged over their copies, while dense ones are summed over the world (DeepSpeed#6545)."""
+    """1: average expert gradients over replicas, but sum dense ones (DeepSpeed#6545)."""
     finish = gradients.ExpertGradients.wait_for_grads
 
     def finish_and_divide(self: Any) -> None:
         finish(self)
         for parameter in self.parameters:
-            parameter.grad /= self.copies
+            parameter.grad /= self.replicas
 
     create = gradients.ExpertGradients.__init__
 
-    def remember(self: Any, model: Any, mesh: Any) -> None:
+    def store_replicas(self: Any, model: Any, mesh: Any) -> None:
         create(self, model, mesh)
-        self.parameters, self.copies = list(expert_parameters(model).values()), mesh.edp
+        self.parameters, self.replicas = list(expert_parameters(model).values()), mesh.edp
 
-    gradients.ExpertGradients.__init__ = remember
+    gradients.ExpertGradients.__init__ = store_replicas
     gradients.ExpertGradients.wait_for_grads = finish_and_divide
 
 
 def norm_per_rank() -> None:
-    """2: the global norm from this rank's own experts (Megatron-LM#785): replicas are clipped differently."""
-    squares: list[Tensor] = []
+    """2: compute the global norm from this rank's experts only (Megatron-LM#785)."""
+    own_sums: list[Tensor] = []
     unpack, square_sums = step.unpack, step.squared_grad_norms
 
-    def local_squares(model: Any, mesh: Any) -> Tensor:
-        squares[:] = [
-            square_sums(model, mesh) * torch.tensor([mesh.world_size, mesh.edp])
-        ]
-        return squares[0]
+    def own_experts_only(model: Any, mesh: Any) -> Tensor:
+        own_sums[:] = [square_sums(model, mesh) * torch.tensor([mesh.world_size, mesh.edp])]
+        return own_sums[0]
 
-    step.squared_grad_norms = local_squares
+    step.squared_grad_norms = own_experts_only
     step.unpack = lambda numbers, like: replace(
-        unpack(numbers, like), squares=float(squares[0].sum())
+        unpack(numbers, like), squared_grad_norm=float(own_sums[0].sum())
     )
 
 
-def experts_inside_the_average() -> None:
-    """3: experts of different ranks averaged with each other, as plain DDP would (trap 3 of accelerate)."""
+def experts_averaged() -> None:
+    """3: average the experts of different ranks, as plain DDP does."""
     finish = data_parallel.DDPStrategy.wait_for_grads
 
     def finish_and_average(self: Any) -> None:
@@ -76,7 +72,7 @@ def experts_inside_the_average() -> None:
 
 
 def broadcast_at_start() -> None:
-    """4: rank 0's experts over all others (DDP's constructor)."""
+    """4: broadcast the experts of rank 0 to all ranks (DDP's constructor)."""
     build = engine._build_model
 
     def build_and_broadcast(*args: Any) -> Any:
@@ -90,7 +86,7 @@ def broadcast_at_start() -> None:
 
 
 def one_ranks_experts_saved() -> None:
-    """5: a checkpoint with one rank's experts in every place (DeepSpeed#6589, transformers#45662)."""
+    """5: save the experts of one rank for all ranks (DeepSpeed#6589, transformers#45662)."""
     model_state = state_dict.model_state
 
     def first_ranks(model: Any, mesh: Any) -> dict[str, Tensor]:
@@ -109,22 +105,22 @@ def one_ranks_experts_saved() -> None:
                 )
         return found
 
-    _everywhere("model_state", first_ranks)
+    _replace_in_all_modules("model_state", first_ranks)
 
 
 def bias_after_drops() -> None:
-    """6: the balancing bias fed with what was computed, not with what was chosen (Megatron, drop and pad): it never moves."""
-    measure = layer.layer_stats
+    """6: update the bias from kept choices instead of all choices (Megatron, drop and pad)."""
+    layer_stats = layer.layer_stats
 
     def after_drops(*args: Any) -> Any:
-        seen = measure(*args)
-        return replace(seen, choice_E=seen.kept_E)
+        stats = layer_stats(*args)
+        return replace(stats, choice_E=stats.kept_E)
 
     layer.layer_stats = after_drops
 
 
 def auxiliary_over_world() -> None:
-    """7: auxiliary losses scaled by 1/W once more (FastMoE: 1/W^2)."""
+    """7: scale auxiliary losses by 1/W once more (FastMoE: 1/W^2)."""
     auxiliary = layer.auxiliary_losses
 
     def scaled(
@@ -137,78 +133,79 @@ def auxiliary_over_world() -> None:
 
 
 def router_detached() -> None:
-    """8: combine weights without a gradient: the router learns nothing from the main loss (Automodel#2995)."""
-    weigh = base.combine_weights
-    base.combine_weights = lambda *args, **kwargs: weigh(*args, **kwargs).detach()
+    """8: detach the combine weights from the main loss (Automodel#2995)."""
+    combine_weights = base.combine_weights
+    base.combine_weights = lambda *args, **kwargs: combine_weights(*args, **kwargs).detach()
 
 
 def race() -> None:
-    """9: who is dropped decided by whoever comes first (FastMoE's atomics)."""
+    """9: drop assignments in a random order (FastMoE's atomics)."""
     position = expert_queue.local_positions
 
-    def shuffled(line: Any) -> Tensor:
-        """The same queues, each in a random order."""
-        tokens, top_k = line.expert_TK.shape
-        return position(replace(line, score_TK=torch.rand(tokens, top_k, dtype=torch.float64)))
+    def shuffled(assignments: Any) -> Tensor:
+        """Compute the positions of the same queues in a random order."""
+        tokens, top_k = assignments.expert_TK.shape
+        return position(
+            replace(assignments, score_TK=torch.rand(tokens, top_k, dtype=torch.float64))
+        )
 
     torch.manual_seed(dist.get_rank() if dist.is_initialized() else 99)
     expert_queue.local_positions = shuffled
 
 
 def capacity_from_rank() -> None:
-    """10: capacity from a number of tokens that differs by rank (tutel#173)."""
-    slots = layer.expert_capacity
+    """10: compute the capacity from a number of tokens that differs by rank (tutel#173)."""
+    expert_capacity = layer.expert_capacity
 
     def of_this_rank(factor: float, tokens: int, *rest: Any) -> int:
         rank = dist.get_rank() if dist.is_initialized() else 0
-        return slots(factor * (1 + 0.5 * rank), tokens, *rest)
+        return expert_capacity(factor * (1 + 0.5 * rank), tokens, *rest)
 
     layer.expert_capacity = of_this_rank
 
 
 def wrong_inverse() -> None:
-    """11: the rows of one expert returned in the wrong order."""
-    place = dispatch.packed_permutation
+    """11: return the rows of one expert in the wrong order."""
+    packed_permutation = dispatch.packed_permutation
 
     def swapped(routing: Any) -> Any:
-        placement, count_E = place(routing)
-        mine_TK = routing.expert_TK == 1
-        rows = placement.row_TK[mine_TK]
-        wrong_TK = placement.row_TK.clone()
-        wrong_TK[mine_TK] = rows.roll(1)
-        return replace(placement, row_TK=wrong_TK), count_E
+        permutation, count_E = packed_permutation(routing)
+        own_TK = routing.expert_TK == 1
+        rows = permutation.row_TK[own_TK]
+        wrong_TK = permutation.row_TK.clone()
+        wrong_TK[own_TK] = rows.roll(1)
+        return replace(permutation, row_TK=wrong_TK), count_E
 
-    _everywhere("packed_permutation", swapped)
+    _replace_in_all_modules("packed_permutation", swapped)
 
 
 def weights_twice() -> None:
-    """12: combine weights applied at the source and once more."""
+    """12: apply the combine weights twice."""
     combine = dispatch.unpermute
-    _everywhere(
+    _replace_in_all_modules(
         "unpermute",
-        lambda rows, weight_TK, placement: combine(rows, weight_TK * weight_TK, placement),
+        lambda rows, weight_TK, permutation: combine(rows, weight_TK * weight_TK, permutation),
     )
 
 
 def initialised_by_rank() -> None:
-    """13: an expert's weights depend on the EP rank (Megatron)."""
+    """13: initialize experts from a seed that depends on the EP rank (Megatron)."""
     initialize = MLPExperts.initialize
     MLPExperts.initialize = lambda self, seed, *rest: initialize(self, seed + self.first, *rest)
 
 
 def moments_not_resharded() -> None:
-    """14: weights are resharded, Adam's moments stay where they were (Megatron-LM#5844)."""
+    """14: reshard weights but not Adam's moments (Megatron-LM#5844)."""
     optimizer_state = state_dict.optimizer_state
 
     def only_weights(model: Any, optimizer: Any, mesh: Any) -> dict[str, Tensor]:
         found = optimizer_state(model, optimizer, mesh)
         for name, value in found.items():
-            if (
-                ".experts." in name and mesh.ep_group is not None
-            ):  # moments of some other rank's experts
-                turned = gradients.local_tensor(value).roll(1, 0)
+            if ".experts." in name and mesh.ep_group is not None:
+                # moments of other experts
+                rolled = gradients.local_tensor(value).roll(1, 0)
                 found[name] = type(value).from_local(
-                    turned,
+                    rolled,
                     value.device_mesh,
                     value.placements,
                     run_check=False,
@@ -217,24 +214,24 @@ def moments_not_resharded() -> None:
                 )
         return found
 
-    _everywhere("optimizer_state", only_weights)
+    _replace_in_all_modules("optimizer_state", only_weights)
 
 
 def counted_twice() -> None:
-    """15: recomputed activations count their choices again (torchtitan halves its counters)."""
+    """15: count the choices of recomputed activations again (torchtitan halves its counters)."""
     run = transformer.Transformer.run_block
 
     def run_and_count(self: Any, *args: Any) -> Any:
-        x, aux, seen = run(self, *args)
-        if self.recompute and torch.is_grad_enabled() and seen is not None:
-            seen = replace(seen, choice_E=seen.choice_E * 2)
-        return x, aux, seen
+        x, aux, stats = run(self, *args)
+        if self.recompute and torch.is_grad_enabled() and stats is not None:
+            stats = replace(stats, choice_E=stats.choice_E * 2)
+        return x, aux, stats
 
     transformer.Transformer.run_block = run_and_count
 
 
-def _everywhere(name: str, replacement: Any) -> None:
-    """Replace a function in every module of dmoe that has imported it by name."""
+def _replace_in_all_modules(name: str, replacement: Any) -> None:
+    """Replace a function in every module of dmoe that imports it by name."""
     import sys
 
     for module in [m for key, m in sys.modules.items() if key.startswith("dmoe.")]:
@@ -244,10 +241,9 @@ def _everywhere(name: str, replacement: Any) -> None:
 
 CAPACITY = ["moe.capacity.factor=1.0"]
 BUGS: dict[str, tuple[Patch, list[str], str, str]] = {
-    # name: the patch, what the config needs to show it, the quantity that must be the first to differ, a word of the cause
     "1 divided by EDP": (divided_by_edp, [], "expert gradients", "times too small"),
     "2 norm per rank": (norm_per_rank, [], "global norm", "this rank's experts only"),
-    "3 experts averaged": (experts_inside_the_average, [], "expert gradients", "DDP"),
+    "3 experts averaged": (experts_averaged, [], "expert gradients", "DDP"),
     "4 broadcast at start": (broadcast_at_start, [], "initial weights", "broadcast"),
     "5 one rank's experts saved": (
         one_ranks_experts_saved,
@@ -276,3 +272,4 @@ BUGS: dict[str, tuple[Patch, list[str], str, str]] = {
     ),
     "15 counted twice": (counted_twice, [], "counts", "recomputed"),
 }
+"""Patch, overrides that it needs, first differing quantity and a phrase of the cause, by name."""

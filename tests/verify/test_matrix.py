@@ -1,12 +1,15 @@
-"""`dmoe verify` on every router, capacity and shipped config: slow, so `.ci/run` runs it after the README's line.
+"""`dmoe verify` on every router, capacity and shipped config; slow.
 
-What is run, and that it is enough: every router with every capacity factor, on two or on four ranks; of the (EP, exchange, mode) that
-`verify` would compare there, one half. A half (`in_half`) is an orthogonal array: any two of EP, exchange and mode meet in all their
-values, and the other rows of the same router run the other half. So every pair of router, factor, ranks, EP, exchange and mode is
-compared, which `test_every_pair_is_compared` counts; what would stay unseen is a fault that needs three of them at once, in a router
-of its own. Every other capacity, and every shipped config, runs a half on four ranks, where experts are both shared and copied.
+Every router runs with every capacity factor, on two or on four ranks. Of the (EP, exchange, mode)
+that `verify` would compare there, one half runs. A half (`in_half`) is an orthogonal array: any two
+of EP, exchange and mode meet in all their values, and the other rows of the same router run the
+other half. So every pair of router, factor, ranks, EP, exchange and mode is compared, which
+`test_every_pair_is_compared` counts. A bug that needs three of them at once, in one router, would
+not be found. Every other capacity, and every shipped config, runs a half on four ranks, where
+experts are both sharded and replicated.
 
-All of it, about four times as long: `DMOE_FULL_MATRIX=1 pytest -m slow tests/verify/test_matrix.py`.
+All combinations, about four times as long: `DMOE_FULL_MATRIX=1 pytest -m slow
+tests/verify/test_matrix.py`.
 """
 
 from __future__ import annotations
@@ -21,8 +24,7 @@ import pytest
 
 import dmoe.verify.verify as verification
 from dmoe.config.load import load
-from dmoe.verify.cases import Case, Plan, plan
-from dmoe.verify.shrink import prepare, shrink
+from dmoe.verify.cases import Case, CasePlan, plan_cases, prepare, shrink
 from tests.verify.test_verify import lines
 
 FULL = os.environ.get("DMOE_FULL_MATRIX") == "1"
@@ -90,7 +92,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def in_half(case: Case, half: int) -> bool:
-    """All of one process, and of several ranks every second one in each direction: half 0 or 1. Recomputation is in half 0."""
+    """Return True if the case is in this half (0 or 1).
+
+    Both halves have the cases of one process; recomputation is in half 0.
+    """
     if case.world == 1:
         return True
     if case.recompute:
@@ -99,26 +104,27 @@ def in_half(case: Case, half: int) -> bool:
 
 
 def row(router: str, factor: str) -> tuple[list[str], int, int]:
-    """Overrides, ranks and half. Each router has four ranks with one of the two capacities, and one router without any."""
+    """Return overrides, ranks and half.
+
+    Each router runs on four ranks with one of the two capacities; one router runs there without.
+    """
     number, column = list(ROUTERS).index(router), FACTORS.index(factor)
     ranks = 4 if number == column == 0 or column == 1 + number % 2 else 2
     return [*ROUTERS[router], f"moe.capacity.factor={factor}"], ranks, (number + column) % 2
 
 
 @pytest.fixture
-def green(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Verify on one process and so many ranks, in one half; all of it on request."""
+def verify_half(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Verify one half of the cases on one process and some ranks; all cases on request."""
 
     def check(overrides: list[str], ranks: int, half: int, path: Path | None = None) -> None:
-        def halved(*arguments: object) -> Plan:
-            whole = plan(*arguments)  # type: ignore[arg-type]
-            return (
-                whole
-                if FULL
-                else replace(whole, cases=[case for case in whole.cases if in_half(case, half)])
-            )
+        def half_of_the_plan(*arguments: object) -> CasePlan:
+            plan = plan_cases(*arguments)  # type: ignore[arg-type]
+            if FULL:
+                return plan
+            return replace(plan, cases=[case for case in plan.cases if in_half(case, half)])
 
-        monkeypatch.setattr(verification, "plan", halved)
+        monkeypatch.setattr(verification, "plan_cases", half_of_the_plan)
         report = verification.verify(
             load(path, overrides), worlds=[1, 2, 4] if FULL else [1, ranks]
         )
@@ -129,24 +135,24 @@ def green(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize(("router", "factor"), ROWS)
-def test_routers(router: str, factor: str, green: Callable[..., None]) -> None:
-    green(*row(router, factor))
+def test_routers(router: str, factor: str, verify_half: Callable[..., None]) -> None:
+    verify_half(*row(router, factor))
 
 
 @pytest.mark.parametrize("capacity", CAPACITIES)
-def test_capacities(capacity: str, green: Callable[..., None]) -> None:
-    green(
+def test_capacities(capacity: str, verify_half: Callable[..., None]) -> None:
+    verify_half(
         [*CAPACITIES[capacity], "moe.capacity.factor=1.0"], 4, list(CAPACITIES).index(capacity) % 2
     )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configs(path: Path, green: Callable[..., None]) -> None:
-    green([], 4, len(path.stem) % 2, path)
+def test_shipped_configs(path: Path, verify_half: Callable[..., None]) -> None:
+    verify_half([], 4, len(path.stem) % 2, path)
 
 
 def pairs(row: tuple[str, str], cases: list[Case]) -> Iterator[frozenset[tuple[str, object]]]:
-    """Every two settings that meet in these cases."""
+    """Yield every pair of settings that occurs in these cases."""
     for case in cases:
         settings: dict[str, object] = {
             "router": row[0],
@@ -159,11 +165,11 @@ def pairs(row: tuple[str, str], cases: list[Case]) -> Iterator[frozenset[tuple[s
 
 
 def test_every_pair_is_compared() -> None:
-    """A row that is moved or dropped must not take with it what no other row has."""
+    """Moving or removing a row must not lose a pair that no other row has."""
     compared, possible = set[frozenset[tuple[str, object]]](), set[frozenset[tuple[str, object]]]()
     for name in ROWS:
         overrides, ranks, half = row(*name)
-        cases = plan(prepare(shrink(load(None, overrides)), 4), [1, 2, 4], 4).cases
+        cases = plan_cases(prepare(shrink(load(None, overrides)), 4), [1, 2, 4], 4).cases
         possible |= set(pairs(name, cases))
         compared |= set(
             pairs(

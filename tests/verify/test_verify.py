@@ -1,12 +1,11 @@
-"""`dmoe verify` is green on sound code, and red, in the right place, on each of fifteen bugs that others had."""
+"""`dmoe verify` passes on correct code and names the right quantity for fifteen known bugs."""
 
 from __future__ import annotations
 
 import pytest
 
 from dmoe.config.load import load
-from dmoe.verify.cases import plan
-from dmoe.verify.shrink import prepare, shrink
+from dmoe.verify.cases import plan_cases, prepare, shrink
 from dmoe.verify.verify import Report, verify
 from tests.verify.bugs import BUGS
 
@@ -14,6 +13,7 @@ SHORT = ["model.layers=1", "moe.num_experts=4"]
 
 
 def lines(report: Report) -> str:
+    """Describe the quantities that differ."""
     return "\n".join(
         f"{row.quantity}: {row.size:.2e} in {row.case}: {row.where} ({row.cause})"
         for row in report.rows
@@ -22,16 +22,16 @@ def lines(report: Report) -> str:
 
 
 @pytest.mark.parametrize("name", BUGS)
-def test_each_bug_is_found_and_named(name: str) -> None:
-    patch, settings, quantity, word = BUGS[name]
+def test_each_bug_is_found_with_its_cause(name: str) -> None:
+    patch, settings, quantity, phrase = BUGS[name]
     report = verify(load(None, [*SHORT, *settings]), worlds=[2], patch=patch)
-    assert not report.ok, "verify did not see it"
+    assert not report.ok, "not found"
     assert report.first is not None
     assert report.first.quantity == quantity, lines(report)
-    assert word in report.first.cause, report.first.cause
+    assert phrase in report.first.cause, report.first.cause
 
 
-def test_sound_code_is_green() -> None:
+def test_correct_code_passes() -> None:
     report = verify(
         load(None, [*SHORT, "moe.capacity.factor=1.0", "moe.balance.bias=0.01"]), worlds=[1, 2]
     )
@@ -48,7 +48,7 @@ def test_float32() -> None:
 
 def test_the_plan_covers_every_world_ep_exchange_and_mode() -> None:
     config = prepare(shrink(load(None, ["moe.capacity.factor=1.25"])), 4)
-    cases = plan(config, [1, 2, 4], 4).cases
+    cases = plan_cases(config, [1, 2, 4], 4).cases
     assert {(case.world, case.ep) for case in cases} == {
         (1, 1),
         (2, 1),
@@ -64,6 +64,6 @@ def test_the_plan_covers_every_world_ep_exchange_and_mode() -> None:
     assert all(case.world * case.virtual_ranks == 4 for case in cases)
 
 
-def test_what_is_not_run_has_a_reason() -> None:
-    refused = plan(prepare(shrink(load()), 4), [1, 2], 4).refused
+def test_refused_cases_have_a_reason() -> None:
+    refused = plan_cases(prepare(shrink(load()), 4), [1, 2], 4).refused
     assert "no fixed number of slots" in refused["padded"]

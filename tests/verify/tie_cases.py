@@ -1,4 +1,4 @@
-"""Two experts that every token likes equally, and ranks that do not quite agree: a tie, made to order."""
+"""Setups and patches that make ties: two experts with equal scores, and logits scaled on ranks."""
 
 from __future__ import annotations
 
@@ -9,28 +9,26 @@ from torch import Tensor
 
 from dmoe.moe.routers.base import LearnedRouter
 
-__all__ = ["nudged", "pushed", "twins"]
 
-
-def twins() -> None:
-    """Rows 0 and 1 of every router are the same at the start."""
+def equal_experts() -> None:
+    """Initialize rows 0 and 1 of every router alike."""
     initialize = LearnedRouter.initialize
 
-    def initialize_twins(self: Any, *args: Any) -> None:
+    def initialize_equal(self: Any, *args: Any) -> None:
         initialize(self, *args)
         with torch.no_grad():
             self.weight[1] = self.weight[0]
 
-    LearnedRouter.initialize = initialize_twins  # type: ignore[method-assign]
+    LearnedRouter.initialize = initialize_equal  # type: ignore[method-assign]
 
 
-def nudged() -> None:
-    """Expert 1's logits three units in the last place larger than they are."""
+def shift_by_rounding() -> None:
+    """Increase the logits of expert 1 by three units in the last place."""
     scale_second_expert(1 + 3 * 2**-23)
 
 
-def pushed() -> None:
-    """Expert 1's logits a thousandth larger than they are."""
+def shift_beyond_rounding() -> None:
+    """Increase the logits of expert 1 by a thousandth."""
     scale_second_expert(1.001)
 
 

@@ -1,8 +1,8 @@
-"""Every router of dmoe/moe/routers by its formula, one token at a time. See there for the papers.
+"""All routers of `dmoe/moe/routers` by their formulas, one token at a time; see there for papers.
 
-Only the random numbers and the hash are taken from there: they are definitions, not computations.
+Only the random numbers are taken from the product: their keys are a definition.
 
-Letters: T tokens, D width, E experts, K experts a token, S tokens a sequence.
+Letters: T tokens, D width, E experts, K experts per token, S tokens per sequence.
 """
 
 from __future__ import annotations
@@ -18,16 +18,22 @@ from torch.nn.functional import softplus
 from dmoe.moe.layer import MoE
 from dmoe.moe.rng import keyed_noise
 from dmoe.moe.routing import BatchShape, TokenContext
-from dmoe.verify.naive.experts import work
-from dmoe.verify.naive.queue import Choices, slots
+from dmoe.verify.naive.capacity import Choices, capacity_and_groups
 
 
-def decide(layer: MoE, x_TD: Tensor, context: TokenContext, sequences: int) -> Choices:
-    """The experts of every token, and the weight of each."""
+def route(layer: MoE, x_TD: Tensor, context: TokenContext, sequences: int) -> Choices:
+    """Choose the experts of every token and compute their weights.
+
+    Args:
+        layer: its router and, for zero-cost experts, its experts.
+        x_TD: router inputs.
+        context: noise key, labels, token ids and padding.
+        sequences: B.
+    """
     valid = [True] * len(x_TD) if context.valid_T is None else [bool(v) for v in context.valid_T]
     kind = layer.router.config.kind
     if kind in ("fixed", "hash"):
-        return _unlearned(layer, x_TD, context, valid)
+        return _static(layer, x_TD, context, valid)
     clean_TE, std_TE, logit_TE = _logits(layer, x_TD, context, sequences)
     sigmoid = layer.router.config.score == "sigmoid"
     score_TE = (
@@ -35,24 +41,43 @@ def decide(layer: MoE, x_TD: Tensor, context: TokenContext, sequences: int) -> C
         if sigmoid
         else torch.exp(logit_TE) / torch.exp(logit_TE).sum(-1, keepdim=True)
     )
-    experts, spare = choose(layer, score_TE, valid, sequences)
+    experts, next_experts = choose_experts(layer, score_TE, valid, sequences)
     weight_TE = _weights(layer, logit_TE, score_TE, experts)
     return Choices(
-        experts, spare, logit_TE, score_TE, weight_TE, valid, clean_TE=clean_TE, std_TE=std_TE
+        experts,
+        next_experts,
+        logit_TE,
+        score_TE,
+        weight_TE,
+        valid,
+        clean_TE=clean_TE,
+        std_TE=std_TE,
     )
 
 
-def choose(
+def choose_experts(
     layer: MoE, score_TE: Tensor, valid: list[bool], sequences: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """A learned router's choice from its scores: the experts of every token and, after them, its spare ones, best first."""
+    """Choose experts from the scores of a learned router.
+
+    Args:
+        layer: gives the router's config and bias.
+        score_TE: scores; their dtype is the precision of the comparisons.
+        valid: [T], False for padding.
+        sequences: B.
+
+    Returns:
+        Chosen experts and next experts of every token, best first.
+    """
     if layer.router.config.kind == "expert_choice":
-        return _experts_choose(layer, score_TE, valid, sequences), [[] for _ in valid]
+        return _expert_choice(layer, score_TE, valid, sequences), [[] for _ in valid]
     biased_TE = (score_TE + layer.router.get_buffer("bias_E")).tolist()
     exact = score_TE.dtype == torch.float64
     pairs = [
-        _tokens_choose(layer, scores, biased, float if exact else _to_float32) if real else ([], [])
-        for scores, biased, real in zip(score_TE.tolist(), biased_TE, valid, strict=True)
+        _token_choice(layer, scores, biased, float if exact else _to_float32)
+        if is_valid
+        else ([], [])
+        for scores, biased, is_valid in zip(score_TE.tolist(), biased_TE, valid, strict=True)
     ]
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
@@ -64,7 +89,7 @@ def _to_float32(value: float) -> float:
 def _logits(
     layer: MoE, x_TD: Tensor, context: TokenContext, sequences: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Clean logits, the standard deviation of their noise, and both together."""
+    """Return logits, the standard deviation of their noise, and logits with noise."""
     router, config, shape = layer.router, layer.router.config, BatchShape(sequences)
     if layer.training and config.jitter:
         uniform_TD = keyed_noise(
@@ -72,7 +97,7 @@ def _logits(
         )
         x_TD = x_TD * (1 - config.jitter + 2 * config.jitter * uniform_TD)
     if config.kind == "budget" and config.per == "sequence":
-        x_TD = _means(x_TD, context, sequences)
+        x_TD = _sequence_means(x_TD, context, sequences)
     clean_TE = x_TD @ router.get_parameter("weight").t()
     if config.kind != "noisy":
         return clean_TE, torch.zeros_like(clean_TE), clean_TE
@@ -85,22 +110,32 @@ def _logits(
     return clean_TE, std_TE, clean_TE + std_TE * normal_TE
 
 
-def _means(x_TD: Tensor, context: TokenContext, sequences: int) -> Tensor:
-    """Every token replaced by the mean of its sequence's real tokens."""
+def _sequence_means(x_TD: Tensor, context: TokenContext, sequences: int) -> Tensor:
+    """Replace every token by the mean over the tokens of its sequence that are not padding."""
     rows, size = list[Tensor](), len(x_TD) // sequences
     for t in range(len(x_TD)):
         own = range(t // size * size, (t // size + 1) * size)
-        real = [u for u in own if context.valid_T is None or bool(context.valid_T[u])]
+        valid = [u for u in own if context.valid_T is None or bool(context.valid_T[u])]
         rows.append(
-            torch.stack([x_TD[u] for u in real]).mean(0) if real else torch.zeros_like(x_TD[t])
+            torch.stack([x_TD[u] for u in valid]).mean(0) if valid else torch.zeros_like(x_TD[t])
         )
     return torch.stack(rows)
 
 
-def _tokens_choose(
+def _token_choice(
     layer: MoE, scores: list[float], biased: list[float], rounded: Callable[[float], float]
 ) -> tuple[list[int], list[int]]:
-    """One token's experts and, after them, its spare ones, best first. `rounded` gives a sum the precision of the scores."""
+    """Choose the experts of one token.
+
+    Args:
+        layer: gives the router's config.
+        scores: [E].
+        biased: [E], score + load-balancing bias.
+        rounded: rounds a sum to the precision of the scores.
+
+    Returns:
+        Chosen experts and next experts, best first.
+    """
     config, count = layer.router.config, layer.num_experts
     order = sorted(range(count), key=lambda e: (-biased[e], e))
     if config.kind == "soft":
@@ -132,43 +167,50 @@ def _tokens_choose(
 def _within_budget(
     layer: MoE, scores: list[float], order: list[int], rounded: Callable[[float], float]
 ) -> list[int]:
-    """Heaviest first, whoever weighs enough and can still be paid. A budget, being a decimal fraction, may be missed by a 10^-9th."""
-    price, spent, taken = work(layer), 0, list[int]()
-    purse = layer.router.config.budget * sum(price) * (1 + 1e-9)
+    """Take experts by descending score while their cost fits the budget.
+
+    The budget is a decimal fraction, so it has a relative tolerance of 1e-9.
+    """
+    cost, used, chosen = expert_costs(layer), 0, list[int]()
+    budget = layer.router.config.budget * sum(cost) * (1 + 1e-9)
     for e in order:
-        if scores[e] > rounded(layer.router.config.min_weight) and spent + price[e] <= purse:
-            taken.append(e)
-            spent += price[e]
-    return taken
+        if scores[e] > rounded(layer.router.config.min_weight) and used + cost[e] <= budget:
+            chosen.append(e)
+            used += cost[e]
+    return chosen
 
 
-def _experts_choose(
+def expert_costs(layer: MoE) -> list[int]:
+    """Return the multiply-adds per row of every expert of all ranks; 0 for zero-cost experts."""
+    cost = [sum(rows * columns for rows, columns in sizes) for sizes in layer.experts.matrices]
+    return cost + [0] * (layer.num_experts - len(cost))
+
+
+def _expert_choice(
     layer: MoE, score_TE: Tensor, valid: list[bool], sequences: int
 ) -> list[list[int]]:
-    """Each expert takes the best tokens of each group."""
-    capacity, groups = slots(layer, len(valid), sequences, otherwise=1.0)
+    """Let each expert take the tokens of largest score in each group."""
+    capacity, groups = capacity_and_groups(layer, len(valid), sequences, default_factor=1.0)
     experts: list[list[int]] = [[] for _ in valid]
     size, scores = len(valid) // groups, score_TE.to(torch.float32).tolist()
     for e in range(layer.num_experts):
         for g in range(groups):
-            real = [t for t in range(g * size, (g + 1) * size) if valid[t]]
-            for t in sorted(real, key=lambda t: (-scores[t][e], t))[:capacity]:
+            tokens = [t for t in range(g * size, (g + 1) * size) if valid[t]]
+            for t in sorted(tokens, key=lambda t: (-scores[t][e], t))[:capacity]:
                 experts[t].append(e)
     return experts
 
 
-def _unlearned(layer: MoE, x_TD: Tensor, context: TokenContext, valid: list[bool]) -> Choices:
-    """Experts from the token's id or label, with equal weights; nothing has a gradient."""
+def _static(layer: MoE, x_TD: Tensor, context: TokenContext, valid: list[bool]) -> Choices:
+    """Choose experts by token id or label, with equal weights and no gradient."""
     count, k = layer.num_experts, layer.top_k
     if layer.router.config.kind == "hash":
         assert context.token_id_T is not None
-        experts = [
-            hash_experts(int(token), k, count, layer.layer) for token in context.token_id_T
-        ]
+        experts = [hash_experts(int(token), k, count, layer.layer) for token in context.token_id_T]
     else:
         assert context.label_T is not None
         experts = [[(int(label) * k + i) % count for i in range(k)] for label in context.label_T]
-    experts = [own if real else [] for own, real in zip(experts, valid, strict=True)]
+    experts = [own if is_valid else [] for own, is_valid in zip(experts, valid, strict=True)]
     score_TE = torch.zeros(len(valid), count, dtype=x_TD.dtype)
     for t, own in enumerate(experts):
         score_TE[t, own] = 1.0 / k
@@ -200,14 +242,18 @@ def hash_experts(token: int, top_k: int, num_experts: int, layer: int) -> list[i
         word = word * 0x846CA68B % 2**32
         return word ^ (word >> 16)
 
-    left = list(range(num_experts))
+    remaining = list(range(num_experts))
     return [
-        left.pop(mix((mix(token) + k + 64 * layer) % 2**32) % len(left)) for k in range(top_k)
+        remaining.pop(mix((mix(token) + k + 64 * layer) % 2**32) % len(remaining))
+        for k in range(top_k)
     ]
 
 
 def _weights(layer: MoE, logit_TE: Tensor, score_TE: Tensor, experts: list[list[int]]) -> Tensor:
-    """weight[t, e] for every e: its score, over the sum of the chosen ones' where the config says so, times the scale."""
+    """Return the combine weight of every expert: its score, times the scale.
+
+    If the config says so, the score is divided by the sum over the chosen experts.
+    """
     config = layer.router.config
     chosen_TE = torch.zeros_like(score_TE)
     for t, own in enumerate(experts):

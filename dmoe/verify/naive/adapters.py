@@ -1,17 +1,19 @@
-"""Modules on the network as the formulas say it: one token at a time, by `contribution_reference`, routed by `naive_routing.py`.
+"""Adapter modules by their formulas, one token at a time, with the naive routers.
 
-Nothing is dispatched or grouped. Of the real layer are taken: the weights, the formula of one row (`Bank.one`, `Aggregation.one`), and
-the keys of the random numbers.
+Nothing is dispatched or grouped. Only the weights, the formula of one row (`AdapterBank.reference`,
+`Aggregation.reference`) and the keys of the random numbers are taken from the real layer.
 
-Fresh modules change nothing, and what changes nothing cannot differ: `stir` gives every module small numbers, the same in every world.
+Fresh modules add zero, which would hide differences: `randomize` gives the parameters of all
+modules small numbers, the same for every number of ranks.
 
-Letters: T tokens (sequences, for prompts), B sequences, D width, M modules, K modules a token.
+Letters: T tokens (sequences, for prompts), B sequences, D width, M modules, K modules per token,
+W width of a contribution, Q width of the router's input, L labels.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import MethodType
 from typing import Any, cast
 
@@ -33,54 +35,54 @@ from dmoe.moe.rng import generator
 from dmoe.moe.routers.base import RouterModule
 from dmoe.moe.routing import DispatchPlan, Routing, TokenContext, dropless_plan
 from dmoe.train.engine import Engine
-from dmoe.verify.naive.losses import auxiliary
-from dmoe.verify.naive.queue import Choices
-from dmoe.verify.naive.routing import decide
+from dmoe.verify.naive.capacity import Choices
+from dmoe.verify.naive.layer import auxiliary_losses
+from dmoe.verify.naive.routing import route
 
 RANDOMIZE_SCALE = 0.05
 
 
-def domains(config: Config, most: int) -> int:
-    """How many domains the made-up labels may be of: `most`, or as many as a table or a router by task knows."""
+def num_labels(config: Config, maximum: int) -> int:
+    """Return the number of synthetic labels: `maximum`, or fewer if the router has fewer."""
     modular = config.modular
-    known = len(modular.table) if modular.routing == "table" else modular.labels or most
-    return min(most, known)
+    known = len(modular.table) if modular.routing == "table" else modular.labels or maximum
+    return min(maximum, known)
 
 
 def randomize(engine: Engine) -> None:
     """Add small keyed numbers to the parameters of all modules and aggregations. Collective."""
-    moved = {
+    randomized = {
         f"model.{name}"
         for name, _ in engine.model.named_parameters()
         if CHILD in name.split(".") and ".router." not in name
     }
     for name, value in sorted(model_state(engine.model, engine.mesh).items()):
-        if name in moved:
-            whole = full_tensor(value)
-            drawn = torch.randn(whole.shape, generator=generator("stir", name), dtype=torch.float64)
-            copy_full_into_shard(value, whole + RANDOMIZE_SCALE * drawn.to(whole))
+        if name in randomized:
+            full = full_tensor(value)
+            drawn = torch.randn(full.shape, generator=generator("stir", name), dtype=torch.float64)
+            copy_full_into_shard(value, full + RANDOMIZE_SCALE * drawn.to(full))
 
 
 def install(model: nn.Module) -> None:
-    """Give every layer of modules the naive forward, losses and counts. One process that holds all modules."""
+    """Replace forward, losses and statistics of every adapter layer, in one process."""
     for layer in adapter_layers(model).values():
         for name, method in (("forward", forward), ("losses", losses), ("stats", stats)):
             setattr(layer, name, MethodType(method, layer))
 
 
 @dataclass(frozen=True)
-class Decided:
-    """What the layer decided in its latest forward."""
+class LatestRouting:
+    """Routing of the latest forward of an adapter layer, for its losses and statistics."""
 
-    view: View
+    layer: LayerView
     choices: Choices
     context: TokenContext
     sequences: int
 
 
 @dataclass(frozen=True)
-class View:
-    """A layer of modules as `naive_routing.py` and `naive_losses.py` look at a mixture layer."""
+class LayerView:
+    """Attributes of an MoE layer that the naive routers and losses read, for adapters."""
 
     router: RouterModule
     training: bool
@@ -92,26 +94,28 @@ class View:
     capacity: CapacityConfig = field(default_factory=CapacityConfig)
 
     @property
-    def as_layer(self) -> MoE:
+    def as_moe(self) -> MoE:
+        """Return this object, typed as the layer that it stands for."""
         return cast(MoE, self)
 
 
 def forward(layer: AdapterLayer, x: Tensor, y: Tensor) -> Tensor:
-    """`y + sum_m weight[t, m] * module_m(x_t)`, or what the aggregation makes of it."""
+    """Compute `y + sum_m weight[t, m] * module_m(x_t)`, or another aggregation."""
     sequences = math.prod(y.shape[:-2])
-    each = y.shape[-2]
+    length = y.shape[-2]
     label_T = layer.context.label_T
     bank = layer.experts
     if bank.input_kind == "sequence":
         rows_TD = torch.ones(sequences, 1, dtype=y.dtype)
-        router_input_TQ = y.reshape(sequences, each, -1)[:, bank.num_prefix_tokens :].mean(1)
+        router_input_TQ = y.reshape(sequences, length, -1)[:, bank.num_prefix_tokens :].mean(1)
         label_T = None if label_T is None else label_T.view(sequences, -1)[:, 0]
     else:
         rows_TD = (x if bank.input_kind == "input" else y).flatten(0, -2)
         router_input_TQ = rows_TD
     context = replace(layer.context, label_T=label_T, prior_count_LE=None)
-    choices = _decide(layer, layer.router, router_input_TQ, context, sequences)
-    layer.__dict__["decided"] = Decided(_view(layer, _inner(layer.router)), choices, context, sequences)
+    choices = _route(layer, layer.router, router_input_TQ, context, sequences)
+    view = _view(layer, _innermost(layer.router))
+    layer.__dict__["latest"] = LatestRouting(view, choices, context, sequences)
     routing = _as_routing(choices, layer.router.top_k)
     contribution_TW = contribution_reference(
         layer, rows_TD, router_input_TQ, dropless_plan(routing), sequences
@@ -126,7 +130,18 @@ def contribution_reference(
     plan: DispatchPlan,
     sequences: int,
 ) -> Tensor:
-    """Compute the result [T, W] of `layer.aggregation` one token at a time."""
+    """Compute the result of `layer.aggregation` one token at a time.
+
+    Args:
+        layer: its modules and its aggregation.
+        rows_TD: input of the modules.
+        router_input_TQ: for aggregations that compute weights of their own.
+        plan: chosen modules and their weights.
+        sequences: B.
+
+    Returns:
+        Contribution of the modules [T, W].
+    """
     tokens_per_sequence = len(rows_TD) // sequences
     contributions = []
     for t in range(len(rows_TD)):
@@ -147,45 +162,45 @@ def contribution_reference(
 
 
 def losses(layer: AdapterLayer, balance: BalanceConfig) -> dict[str, Tensor]:
+    """Compute the auxiliary losses of the latest forward; none if the router learns nothing."""
     if not any(True for _ in layer.router.parameters()):
         return {}
-    decided: Decided = layer.__dict__["decided"]
-    return auxiliary(
-        replace(decided.view, balance=balance).as_layer, decided.choices, decided.context, decided.sequences
-    )
+    latest: LatestRouting = layer.__dict__["latest"]
+    view = replace(latest.layer, balance=balance)
+    return auxiliary_losses(view.as_moe, latest.choices, latest.context, latest.sequences)
 
 
 def stats(layer: AdapterLayer) -> LayerStats:
-    decided: Decided = layer.__dict__["decided"]
-    counts = [0] * decided.view.num_experts
+    """Count the choices of the latest forward token by token; nothing is dropped."""
+    latest: LatestRouting = layer.__dict__["latest"]
+    counts = [0] * latest.layer.num_experts
     weight = 0.0
-    for t, modules in enumerate(decided.choices.experts_T):
+    for t, modules in enumerate(latest.choices.experts_T):
         for m in modules:
             counts[m] += 1
-            weight += float(decided.choices.weight_TE[t, m].detach())
-    number = torch.tensor(counts)
+            weight += float(latest.choices.weight_TE[t, m].detach())
+    count_M = torch.tensor(counts)
     zero = torch.zeros((), dtype=torch.float64)
     return LayerStats(
-        number, number, zero, torch.tensor(weight, dtype=torch.float64), torch.tensor(0), 0
+        count_M, count_M, zero, torch.tensor(weight, dtype=torch.float64), torch.tensor(0), 0
     )
 
 
-def _decide(
+def _route(
     layer: AdapterLayer, router: RouterModule, x_TD: Tensor, context: TokenContext, sequences: int
 ) -> Choices:
     if isinstance(router, PerSequence):
-        each = len(x_TD) // sequences
-        starts = x_TD.view(sequences, each, -1)[:, : router.first or each]
-        context = _of_sequences(context, each)
-        return _repeated(
-            _decide(layer, router.router, starts.mean(1), context, sequences), each
-        )
+        length = len(x_TD) // sequences
+        starts = x_TD.view(sequences, length, -1)[:, : router.first or length]
+        context = _sequence_context(context, length)
+        choices = _route(layer, router.router, starts.mean(1), context, sequences)
+        return _repeat_for_tokens(choices, length)
     if isinstance(router, PerTask):
         assert context.label_T is not None
         one_hot_TL = F.one_hot(context.label_T, router.labels).to(x_TD.dtype)
-        return _decide(layer, router.router, one_hot_TL, context, sequences)
+        return _route(layer, router.router, one_hot_TL, context, sequences)
     if isinstance(router, ConstantRouter):
-        return _given(
+        return _fixed_choices(
             x_TD,
             [(list(range(router.num_experts)), list(router.weights))] * len(x_TD),
             router.num_experts,
@@ -193,52 +208,46 @@ def _decide(
     if isinstance(router, TableRouter):
         assert context.label_T is not None
         rows = [[m for m in router.rows[int(label)] if m >= 0] for label in context.label_T]
-        return _given(x_TD, [(row, [router.weight] * len(row)) for row in rows], router.num_experts)
-    return decide(_view(layer, router).as_layer, x_TD, context, sequences)
+        return _fixed_choices(
+            x_TD, [(row, [router.weight] * len(row)) for row in rows], router.num_experts
+        )
+    return route(_view(layer, router).as_moe, x_TD, context, sequences)
 
 
-def _inner(router: RouterModule) -> RouterModule:
-    return _inner(router.router) if isinstance(router, PerSequence | PerTask) else router
+def _innermost(router: RouterModule) -> RouterModule:
+    return _innermost(router.router) if isinstance(router, PerSequence | PerTask) else router
 
 
-def _view(layer: AdapterLayer, router: RouterModule) -> View:
-    return View(
+def _view(layer: AdapterLayer, router: RouterModule) -> LayerView:
+    return LayerView(
         router, layer.training, layer.virtual_ranks, layer.layer, router.num_experts, router.top_k
     )
 
 
-def _of_sequences(context: TokenContext, each: int) -> TokenContext:
+def _sequence_context(context: TokenContext, length: int) -> TokenContext:
+    """Return the context with one label per sequence of `length` tokens."""
     label_T = context.label_T
-    return replace(context, label_T=None if label_T is None else label_T[::each])
+    return replace(context, label_T=None if label_T is None else label_T[::length])
 
 
-def _repeated(of_B: Choices, each: int) -> Choices:
-    """The decision of a sequence for each of its tokens."""
+def _repeat_for_tokens(choices_B: Choices, length: int) -> Choices:
+    """Give the choices of a sequence to each of its `length` tokens."""
 
-    def rows(value: Any) -> Any:
+    def repeated(value: Any) -> Any:
         if value is None:
             return None
-        return (
-            value.repeat_interleave(each, 0)
-            if isinstance(value, Tensor)
-            else [one for one in value for _ in range(each)]
-        )
+        if isinstance(value, Tensor):
+            return value.repeat_interleave(length, 0)
+        return [row for row in value for _ in range(length)]
 
-    names = (
-        "experts_T",
-        "spare_T",
-        "logit_TE",
-        "score_TE",
-        "weight_TE",
-        "valid_T",
-        "clean_TE",
-        "std_TE",
-    )
-    return replace(of_B, **{name: rows(getattr(of_B, name)) for name in names})
+    per_token = {f.name: getattr(choices_B, f.name) for f in fields(choices_B) if f.name != "slots"}
+    return replace(choices_B, **{name: repeated(value) for name, value in per_token.items()})
 
 
-def _given(x_TD: Tensor, rows: list[tuple[list[int], list[float]]], modules: int) -> Choices:
-    """Choices and weights that nobody learned."""
+def _fixed_choices(
+    x_TD: Tensor, rows: list[tuple[list[int], list[float]]], modules: int
+) -> Choices:
+    """Return given choices and weights, without a router."""
     weight_TM = torch.zeros(len(rows), modules, dtype=x_TD.dtype)
     for t, (chosen, weights) in enumerate(rows):
         weight_TM[t, chosen] = torch.tensor(weights, dtype=x_TD.dtype)
@@ -254,13 +263,14 @@ def _given(x_TD: Tensor, rows: list[tuple[list[int], list[float]]], modules: int
 
 
 def _as_routing(choices: Choices, top_k: int) -> Routing:
-    filled = [[*chosen, *[0] * (top_k - len(chosen))] for chosen in choices.experts_T]
-    made = [[k < len(chosen) for k in range(top_k)] for chosen in choices.experts_T]
-    expert_TK = torch.tensor(filled)
+    """Return the choices as [T, K], padded with module 0 that is not selected."""
+    padded = [[*chosen, *[0] * (top_k - len(chosen))] for chosen in choices.experts_T]
+    selected = [[k < len(chosen) for k in range(top_k)] for chosen in choices.experts_T]
+    expert_TK = torch.tensor(padded)
     return Routing(
         expert_TK,
         choices.weight_TE.gather(1, expert_TK),
         choices.score_TE,
         choices.logit_TE,
-        selected_TK=torch.tensor(made),
+        selected_TK=torch.tensor(selected),
     )
