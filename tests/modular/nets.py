@@ -1,4 +1,4 @@
-"""Networks to attach modules to, and modules that do something: a fresh one changes nothing and would prove nothing."""
+"""Networks to attach modules to, and modules with random weights, since new ones change nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ M, D, O = 4, 6, 5  # noqa: E741 (the width out, as everywhere)
 
 
 def banks(in_dim: int = D, out_dim: int = O) -> dict[str, AdapterBank]:
-    """One of every kind, with drawn weights, float64."""
+    """Create one bank of every kind with random weights, float64."""
     made = {
         "low_rank": LowRank(M, in_dim, out_dim, rank=3, alpha=5.0),
         "adapter": Adapter(M, in_dim, out_dim, hidden=3),
@@ -34,7 +34,7 @@ def banks(in_dim: int = D, out_dim: int = O) -> dict[str, AdapterBank]:
 
 
 def randomize(model: nn.Module) -> None:
-    """Draw every weight of every module, router and aggregation anew."""
+    """Give every parameter of modules, routers and aggregations random values."""
     for layer in adapter_layers(model).values():
         randomize_bank(layer)
 
@@ -65,7 +65,7 @@ def transformer(*overrides: str) -> Transformer:
 
 
 def hugging_face() -> nn.Module:
-    """A Llama of two tiny layers with random weights, made from its config alone."""
+    """Create a Llama of two tiny layers with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(5)

@@ -1,4 +1,4 @@
-"""How the outputs of a token's modules become one: each way against its formula, one token at a time."""
+"""Aggregations against their formulas, one token at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dmoe.modular import (
 from dmoe.modular.aggregation import Attention, Concat, Gated, Mean
 from dmoe.modular.aggregation.fixed import sequence_weights
 from dmoe.moe.routing import BatchShape, TokenContext, dropless_plan
-from dmoe.verify.naive.modular import contribution_reference
+from dmoe.verify.naive.adapters import contribution_reference
 from tests.modular.nets import D, M, O, drawn, randomize
 
 ROUTERS = {
@@ -41,7 +41,7 @@ OPTIONS = {"low_rank": {"rank": 3}, "adapter": {"hidden": 3}, "scale": {}}
 
 
 def allowed(kind: str, aggregation: str, router: str) -> bool:
-    """What `attach` does not refuse: see test_attach."""
+    """Return True for combinations that `attach` accepts (see test_attach)."""
     unused_weights = aggregation in ("mean", "gated") and router not in ("table", "constant")
     return not unused_weights and not (aggregation == "stacked" and kind == "low_rank")
 
@@ -54,7 +54,9 @@ TRIPLES = [
 
 
 @pytest.mark.parametrize(("kind", "aggregation", "router"), TRIPLES)
-def test_each_way_equals_one_token_at_a_time(kind: str, aggregation: str, router: str) -> None:
+def test_each_aggregation_equals_one_token_at_a_time(
+    kind: str, aggregation: str, router: str
+) -> None:
     linear = nn.Linear(D, O).double()
     layer = attach(
         linear,
@@ -112,8 +114,8 @@ def test_padding_gets_nothing_and_gives_no_nan(aggregation: type[nn.Module]) -> 
     assert all(p.grad.isfinite().all() for p in linear.parameters() if p.grad is not None)
 
 
-def test_two_streams_are_a_sigmoid_gate() -> None:
-    """y = g a + (1 - g) b, g = sigmoid([a | b] G + c): the softmax over two streams must be exactly that."""
+def test_gated_fusion_of_two_choices_is_a_sigmoid_gate() -> None:
+    """y = g a + (1 - g) b, g = sigmoid([a | b] G + c) must equal the softmax over two."""
     linear = nn.Linear(D, O).double()
     layer = attach(linear, "", partial(BANKS["low_rank"], 2), constant(1.0, 1.0), Gated)[""]
     randomize(linear)
@@ -127,7 +129,7 @@ def test_two_streams_are_a_sigmoid_gate() -> None:
     )
 
 
-def test_fresh_aggregations_are_plain() -> None:
+def test_new_aggregations_are_sum_and_mean() -> None:
     """Before training, concatenation is the weighted sum and the gate is the mean."""
     for fresh, plain in (("concat", "weighted_sum"), ("gated", "mean")):
         outputs = []
@@ -149,7 +151,7 @@ def test_fresh_aggregations_are_plain() -> None:
 
 
 def test_a_sequence_has_the_mean_weights_of_its_routed_tokens() -> None:
-    """The reference above takes these as given, so they have a loop of their own."""
+    """The reference above uses the tested function, so these weights have a loop of their own."""
     router = ROUTERS["top_k"](D, 0).double()
     router.initialize(0, 0, 1.0)
     routing = router(drawn(8, D), KNOWN)

@@ -1,4 +1,4 @@
-"""Modules on networks that know nothing of them: the reference transformer, any nn.Module, a Hugging Face model; and off again."""
+"""Attaching to the reference transformer, any nn.Module and a Hugging Face model; detaching."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def logits(model: nn.Module) -> Tensor:
     ],
 )
 @pytest.mark.parametrize("bank", [LOW, partial(Adapter, M, hidden=3)], ids=["low_rank", "adapter"])
-def test_on_and_off_leaves_every_bit(make: object, pattern: str, count: int, bank: object) -> None:
+def test_attach_and_detach_leave_every_bit(
+    make: object, pattern: str, count: int, bank: object
+) -> None:
     model = make()  # type: ignore[operator]
     names, before = list(model.state_dict()), copy.deepcopy(model.state_dict())
     plain = logits(model)
@@ -76,7 +78,7 @@ def test_on_and_off_leaves_every_bit(make: object, pattern: str, count: int, ban
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_place_computes_the_formula() -> None:
+def test_a_target_computes_the_formula() -> None:
     """One module for every token: y = f(x) + scale x A B, in the middle of a network."""
     model = mlp()
     attach(model, "2", partial(LowRank, 1, rank=2, alpha=6.0), constant(1.0))
@@ -87,8 +89,8 @@ def test_a_place_computes_the_formula() -> None:
     torch.testing.assert_close(model(x), expected)
 
 
-def test_labels_reach_the_modules_through_the_model_or_around_it() -> None:
-    """The reference transformer is handed a TokenContext; other models are run inside `given`, with a label a token or a sequence."""
+def test_labels_reach_the_modules_by_argument_and_by_context_manager() -> None:
+    """By a `TokenContext` argument or `adapter_context`; labels per token or per sequence."""
     model = transformer()
     attach(model, "*.attention.w_out", LOW, table([[0], [1, 2], [3]], M))
     randomize(model)
@@ -104,7 +106,7 @@ def test_labels_reach_the_modules_through_the_model_or_around_it() -> None:
         model(TOKENS)
 
 
-def test_a_model_that_is_handed_its_context_keeps_none_from_before() -> None:
+def test_a_context_argument_replaces_the_one_before() -> None:
     model = transformer()
     attach(model, "*.attention.w_out", LOW, table([[0], [1]], M))
     randomize(model)
@@ -139,7 +141,7 @@ def test_modules_of_a_bfloat16_network_are_float32() -> None:
 
 
 class Reads(nn.Module):
-    """A parent that reads its child's weight and never calls it."""
+    """A parent that reads its child's weight without calling the child."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,8 +151,8 @@ class Reads(nn.Module):
         return nn.functional.linear(x, self.inner.weight)
 
 
-def test_modules_that_nobody_calls_are_told() -> None:
-    """A hook is passed by where the weight is read directly; training would run and change nothing."""
+def test_modules_that_are_never_called_are_reported() -> None:
+    """A hook is not called where the weight is read directly: training would change nothing."""
     model = Reads()
     attach(model, "inner", LOW, TOP)
     with pytest.raises(RuntimeError, match="modules at inner changed nothing"):
@@ -184,7 +186,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_attached(
     assert adapter_layers(model) == {}
 
 
-def test_a_place_takes_one_bank() -> None:
+def test_a_target_takes_one_bank() -> None:
     model = mlp()
     attach(model, "0", LOW, TOP)
     with pytest.raises(ConfigError, match="has modules already"):
@@ -220,10 +222,10 @@ def test_balance_losses_of_the_modules_are_those_of_the_layer() -> None:
     [LOW, partial(SparseDelta, M, density=0.2, mask="magnitude")],
     ids=["low_rank", "magnitude"],
 )
-def test_modules_of_a_model_on_the_meta_device_are_drawn_when_it_has_weights(
+def test_modules_on_the_meta_device_are_initialized_with_the_weights(
     bank: object, router: object
 ) -> None:
-    """The trainer builds on meta, shards and then materialises: tables and places must come back too, not only weights."""
+    """Tables and positions are buffers, which must be restored after `to_empty` like weights."""
     direct, late = mlp(), mlp()
     attach(direct, "[02]", bank, router, seed=4)  # type: ignore[arg-type]
     core = {name: value.clone() for name, value in late.state_dict().items()}

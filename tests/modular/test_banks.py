@@ -1,4 +1,4 @@
-"""What a module computes: the grouped computation against one row at a time, and how banks shard, grow and start."""
+"""Banks: the grouped computation against one row at a time; sharding, adding, initialization."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_equal_groups_may_be_one_number_and_empty_slots_stay_zero(kind: str) -> 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_module_without_rows_has_a_zero_gradient(kind: str) -> None:
-    """Zero, not None: on other ranks the sum over the copies of a module is a collective that every rank enters."""
+    """Zero, not None: the sum over a module's replicas is a collective that every rank enters."""
     bank = banks()[kind]
     bank(rows_of(kind, 3), torch.tensor([3, 0, 0, 0])).sum().backward()
     for parameter in bank.parameters():
@@ -79,8 +79,8 @@ def test_a_shard_computes_what_the_whole_bank_computes(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(BANKS))
-def test_a_module_is_drawn_by_its_id_alone(kind: str) -> None:
-    """The same weights in a bank of any size, on any rank, and grown later."""
+def test_initial_weights_depend_on_the_module_id_only(kind: str) -> None:
+    """The same weights in a bank of any size, on any rank, and added later."""
     large, small = BANKS[kind](6, D, O), BANKS[kind](4, D, O)
     for bank in (large, small):
         bank.initialize(11, 2)
@@ -97,7 +97,7 @@ def test_a_module_is_drawn_by_its_id_alone(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", NEUTRAL)
-def test_a_fresh_module_changes_nothing(kind: str) -> None:
+def test_a_new_module_changes_nothing(kind: str) -> None:
     bank = banks()[kind]
     bank.initialize(0, 0)
     assert not bank(rows_of(kind, 8), 2).any()
@@ -105,7 +105,7 @@ def test_a_fresh_module_changes_nothing(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_averaged_parameters_are_those_of_one_module_with_the_sum(kind: str) -> None:
-    """A weight of one on a module is that module; mixtures are checked against a bank that is filled with the sums."""
+    """Weight 1 gives that module; mixtures equal a bank that holds the weighted sums."""
     bank, rows = banks()[kind], rows_of(kind, 6)
     alone_BM = torch.eye(M, dtype=torch.float64)[[2, 0]]
     expected = torch.cat([reference_of(bank, rows[:3], 2), reference_of(bank, rows[3:], 0)])
@@ -128,7 +128,7 @@ def reference_of(bank: nn.Module, rows: Tensor, module: int) -> Tensor:
     return torch.stack([bank.reference(row, module) for row in rows])
 
 
-def test_magnitude_places_are_where_the_frozen_weight_is_largest() -> None:
+def test_magnitude_positions_are_those_of_the_largest_frozen_weights() -> None:
     frozen = nn.Linear(D, O).double()
     bank = SparseDelta(M, D, O, density=0.2, mask="magnitude")
     bank.bind(frozen)
@@ -143,10 +143,10 @@ def test_magnitude_places_are_where_the_frozen_weight_is_largest() -> None:
 
 @pytest.mark.parametrize("tokens_per_module", [torch.tensor([2, 0, 3, 1]), 2])
 @pytest.mark.parametrize(("width", "out"), [(6, 5), (1, 8), (8, 3), (16, 8)])
-def test_the_product_with_filled_up_widths_is_the_product(
+def test_the_product_with_padded_widths_is_the_product(
     width: int, out: int, tokens_per_module: Tensor | int
 ) -> None:
-    """What CUDA runs for narrow modules, whose rows would not start at multiples of 16 bytes."""
+    """The CUDA path of narrow modules, whose rows do not start at multiples of 16 bytes."""
     results = []
     for function in (padded_grouped_product, grouped_linear):
         rows = drawn(8 if isinstance(tokens_per_module, int) else 6, width).requires_grad_()
@@ -173,6 +173,6 @@ def test_the_product_with_filled_up_widths_is_the_product(
         (lambda: Adapter(2, D, O).weight_delta(0), "adds no matrix"),
     ],
 )
-def test_what_means_nothing_is_refused(make: object, word: str) -> None:
+def test_invalid_settings_are_refused(make: object, word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         make()  # type: ignore[operator]

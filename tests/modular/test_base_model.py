@@ -1,4 +1,4 @@
-"""What stays as it was: the core under training, the other modules beside the one that is trained or added."""
+"""The base model and the other modules keep their bits when modules are trained or added."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def train(
         optimizer.step()
 
 
-def test_the_hash_is_of_the_core_alone() -> None:
+def test_the_hash_is_of_the_base_model_only() -> None:
     model = mlp()
     before = base_model_hash(model)
     attach(model, "0", partial(LowRank, M), routed("top_k", M, 2))
@@ -72,7 +72,7 @@ def test_the_hash_sees(change: str) -> None:
     assert base_model_hash(model) != before
 
 
-def test_training_modules_leaves_the_core_alone() -> None:
+def test_training_modules_does_not_change_the_base_model() -> None:
     model = mlp()
     attach(model, "[02]", partial(LowRank, M), routed("top_k", M, 2))
     before = freeze(model)
@@ -92,7 +92,7 @@ def test_training_modules_leaves_the_core_alone() -> None:
         ("router", False, False, True),
     ],
 )
-def test_what_is_trained(what: str, core: bool, bank: bool, router: bool) -> None:
+def test_each_mode_trains_its_parts(what: str, core: bool, bank: bool, router: bool) -> None:
     model = mlp()
     layer = attach(model, "0", partial(LowRank, M), routed("top_k", M, 2))["0"]
     chosen = {id(parameter) for parameter in select_trainable(model, what)}
@@ -108,21 +108,21 @@ def test_what_is_trained(what: str, core: bool, bank: bool, router: bool) -> Non
     assert chosen == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
 
 
-def test_another_word_for_what_is_trained_is_refused() -> None:
+def test_an_unknown_training_mode_is_refused() -> None:
     with pytest.raises(ConfigError, match="joint, modules, one_module, router"):
         select_trainable(mlp(), "everything")
 
 
 @pytest.mark.parametrize("kind", ["low_rank", "adapter", "scale", "sparse_delta"])
 def test_one_module_is_trained_and_the_others_keep_their_bits(kind: str) -> None:
-    """A zero gradient is not enough: AdamW's weight decay and old moments move a slice without one. Every label is in the batch."""
+    """AdamW's weight decay and old moments move a slice even with a zero gradient."""
     model = mlp()
     attach(model, "[02]", partial(BANKS[kind], M), table([[0], [1], [2], [3]], M))
     randomize(model)
     select_trainable(model, "modules")
     labels = torch.tensor([0, 1, 2, 3, 2, 2])
     optimizer = torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.1)
-    train(model, optimizer, labels)  # moments are there for every module
+    train(model, optimizer, labels)  # so that every module has moments
     before, core = (
         {n: p.detach().clone() for n, p in model.named_parameters()},
         base_model_hash(model),
@@ -143,15 +143,15 @@ def test_one_module_is_trained_and_the_others_keep_their_bits(kind: str) -> None
     assert base_model_hash(model) == core
 
 
-def test_a_module_that_is_not_there_cannot_be_trained() -> None:
+def test_an_unknown_module_cannot_be_trained() -> None:
     model = mlp()
     attach(model, "0", partial(LowRank, M), routed("top_k", M, 2))
     with pytest.raises(ConfigError, match="0 to 3"):
         freeze_all_but(model, M, torch.optim.SGD(model.parameters(), 0.1))
 
 
-def test_adding_a_language_leaves_the_others_outputs_alone() -> None:
-    """Grow, give the new module a label, train it alone: what the old labels compute is bit-identical."""
+def test_adding_a_language_does_not_change_the_others_outputs() -> None:
+    """Add a module, give it a label, train it alone: outputs of old labels are bit-identical."""
     model = mlp()
     attach(model, "[02]", partial(Adapter, 2, hidden=3), table([[0], [1]], 2))
     randomize(model)
@@ -172,7 +172,7 @@ def test_adding_a_language_leaves_the_others_outputs_alone() -> None:
         assert not torch.equal(model(x), untrained)
 
 
-def test_what_cannot_grow_says_so_before_anything_changes() -> None:
+def test_refusing_to_add_modules_changes_nothing() -> None:
     model = mlp()
     attach(model, "[02]", partial(LowRank, M), routed("soft", M, M), Concat)
     with pytest.raises(ConfigError, match="Concat"):

@@ -1,4 +1,4 @@
-"""Modules in files of their own: what comes back, what is refused, and that a refusal changes nothing."""
+"""Module files: round trip, refusals, and that a refusal changes nothing."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def attached(
     return model
 
 
-def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
+def test_a_round_trip_keeps_every_bit(tmp_path: Path) -> None:
     for bank in (partial(LowRank, M, rank=2), partial(SparseDelta, M, density=0.2)):
         one, other = attached(bank), attached(bank, seed=9)
         randomize(one)
@@ -61,7 +61,7 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == [tmp_path / "modules.safetensors"]
 
 
-def test_a_file_says_what_it_holds_without_a_model(tmp_path: Path) -> None:
+def test_a_file_is_listed_without_a_model(tmp_path: Path) -> None:
     model = attached(router=TABLE)
     save_modules(model, tmp_path / "m")
     saved = inspect_modules(tmp_path / "m")

@@ -1,4 +1,4 @@
-"""What a hostile reading of the modules found: each test tells of a call that went wrong, most of them silently."""
+"""Regressions of adapter layers: calls that failed, most of them silently."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LOW, TOP = partial(LowRank, M, rank=2), routed("top_k", M, 2)
 
 
 class Twice(nn.Module):
-    """One part in two places, as tied layers are."""
+    """One submodule used twice, as tied layers are."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,14 +51,14 @@ class Twice(nn.Module):
 
 
 class Handed(nn.Sequential):
-    """Takes a context, as dmoe's models do."""
+    """A model with a context argument, as dmoe's models have."""
 
     def forward(self, x: Tensor, context: TokenContext | None = None) -> Tensor:
         return super().forward(x)
 
 
 class Tied(nn.Module):
-    """A head that is the embedding's table."""
+    """A head whose weight is the embedding's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,8 +69,8 @@ class Tied(nn.Module):
         return self.head(self.table(token))
 
 
-def test_a_refusal_at_the_second_place_leaves_nothing_at_the_first() -> None:
-    """`magnitude` asks the place for its weight; it did so when half of the places had their modules already."""
+def test_a_refusal_at_the_second_target_leaves_nothing_at_the_first() -> None:
+    """`magnitude` reads the target's weight; it did so after half of the layers were attached."""
     model = nn.Sequential(nn.Linear(D, D), nn.Tanh())
     core = base_model_hash(model)
     with pytest.raises(ConfigError, match="reads the weight of a Linear"):
@@ -85,8 +85,8 @@ def test_a_refusal_at_the_second_place_leaves_nothing_at_the_first() -> None:
     assert base_model_hash(model) == core
 
 
-def test_ids_are_no_vectors() -> None:
-    """LowRank beside an embedding multiplied the ids themselves, and failed in the first forward with a shape."""
+def test_an_embedding_has_no_input_vectors() -> None:
+    """LowRank beside an embedding multiplied the ids, and failed in the first forward."""
     with pytest.raises(ConfigError, match="ids, not vectors"):
         attach(nn.Embedding(9, D), "", LOW, TOP)
     place = nn.Embedding(9, D)
@@ -94,16 +94,16 @@ def test_ids_are_no_vectors() -> None:
     assert place(torch.tensor([[1, 2]])).shape == (1, 2, D)
 
 
-def test_a_part_that_has_the_name_of_the_modules_is_refused() -> None:
-    """The core's hash leaves out what has `modular` in its path; a model's own part of that name would have been free to move."""
+def test_a_child_with_the_name_of_adapter_layers_is_refused() -> None:
+    """The hash skips paths that contain `modular`: a child of that name was not hashed."""
     model = nn.Sequential(nn.Linear(D, D))
     model.add_module("modular", nn.Linear(D, D))
     with pytest.raises(ConfigError, match="is a name the model uses itself, at modular"):
         attach(model, "0", LOW, TOP)
 
 
-def test_a_context_of_one_forward_is_forgotten_in_the_next() -> None:
-    """A model that was handed labels once used them in the next forward, which was given none."""
+def test_a_context_argument_is_valid_for_one_forward() -> None:
+    """Labels of one forward were used in the next one, which had none."""
     model = Handed(nn.Linear(D, O)).double()
     attach(model, "0", LOW, table([[0], [1]], M))
     randomize(model)
@@ -112,15 +112,13 @@ def test_a_context_of_one_forward_is_forgotten_in_the_next() -> None:
     with pytest.raises(ValueError, match="label_T"):
         model(x)
     handed = model(x, context=TokenContext(label_T=torch.tensor([0, 1, 1])))
-    with adapter_context(
-        model, label_T=torch.tensor([1, 1, 1])
-    ):  # what the caller gives is not the model's to forget
+    with adapter_context(model, label_T=torch.tensor([1, 1, 1])):  # the caller's context stays
         assert not torch.equal(model(x), handed)
         assert torch.equal(model(x), model(x))
 
 
 def test_a_model_can_be_copied_after_a_forward() -> None:
-    """The latest routing hung on the layer, and torch refuses to copy a tensor that a graph made."""
+    """Torch refuses to copy the latest routing, whose tensors belong to an autograd graph."""
     model, x = mlp(), drawn(3, D)
     attach(model, "[02]", LOW, TOP)
     randomize(model)
@@ -133,8 +131,8 @@ def test_a_model_can_be_copied_after_a_forward() -> None:
     assert torch.equal(model(x), y)
 
 
-def test_a_part_used_in_two_places_is_saved_once_and_comes_back(tmp_path: Path) -> None:
-    """It has two names in the model's state, and safetensors refuses tensors that share their memory."""
+def test_a_submodule_used_twice_is_saved_once(tmp_path: Path) -> None:
+    """It has two names in the model's state, and safetensors refuses tensors that share memory."""
     model, other = Twice().double(), Twice().double()
     other.load_state_dict(model.state_dict())
     for net in (model, other):
@@ -148,7 +146,7 @@ def test_a_part_used_in_two_places_is_saved_once_and_comes_back(tmp_path: Path) 
 def test_a_file_that_cannot_be_written_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No folder: an error of the library with its traceback. A full disk: the half file stayed."""
+    """No folder gave the library's traceback; a full disk left a partial file."""
     model = mlp()
     attach(model, "0", LOW, TOP)
     with pytest.raises(CheckpointError, match="cannot be written"):
@@ -164,7 +162,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(
 
 
 def test_a_tied_weight_is_not_merged_into() -> None:
-    """The embedding was changed with the head, silently."""
+    """The embedding was changed with the head, without an error."""
     model = Tied()
     attach(model, "head", partial(LowRank, 1), constant(1.0))
     randomize(model)
@@ -175,7 +173,7 @@ def test_a_tied_weight_is_not_merged_into() -> None:
     assert adapter_layers(model)
     shared = Twice()
     attach(shared, "first", partial(LowRank, 1), constant(1.0))
-    merge(shared, [1.0])  # one part, one weight, whatever its names
+    merge(shared, [1.0])  # one submodule with two names
 
 
 class Block(nn.Module):
@@ -187,8 +185,8 @@ class Block(nn.Module):
         return self.parts(x)
 
 
-def test_places_within_places() -> None:
-    """A block and a part of it: each has its modules, and off they are as they came."""
+def test_nested_targets() -> None:
+    """A block and its child: each has its modules, and detaching restores both."""
     model, x = nn.Sequential(Block(), nn.Linear(O, O).double()), drawn(4, D)
     bare, core = model(x), base_model_hash(model)
     attach(model, "0.parts.2", LOW, TOP)
@@ -204,11 +202,11 @@ def test_places_within_places() -> None:
 
 
 class Part(Tensor):
-    """What FSDP2 makes of a parameter is a kind of tensor too."""
+    """A tensor subclass, as FSDP2's parameters are."""
 
 
-def test_a_bank_that_is_split_trains_all_its_modules_or_none() -> None:
-    """Under FSDP2 with copies of the modules it ended in torch's own words about mixed tensors."""
+def test_one_module_of_a_bank_split_by_fsdp_cannot_be_trained() -> None:
+    """Under FSDP2 with replicas of the modules it ended in torch's error about mixed tensors."""
     model = mlp()
     bank = attach(model, "0", LOW, TOP)["0"].experts
     bank.a = nn.Parameter(bank.a.data.as_subclass(Part))
@@ -217,14 +215,14 @@ def test_a_bank_that_is_split_trains_all_its_modules_or_none() -> None:
     assert model[0].weight.requires_grad
 
 
-def test_a_row_of_parts_takes_no_modules() -> None:
-    """A Sequential calls all of its children: the modules were called as one more of them, with one argument too few."""
+def test_a_sequential_takes_no_modules() -> None:
+    """A Sequential calls all its children, so it called the adapter layer with one argument."""
     with pytest.raises(ConfigError, match="treat the adapter layer as a member"):
         attach(mlp(), "", partial(Adapter, M), TOP, width=(D, O))
 
 
 class Named(nn.Module):
-    """`head`, and a block whose own part has that name too."""
+    """`head`, and a block whose child has that name too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -235,8 +233,8 @@ class Named(nn.Module):
         return self.head(self.block["head"](x))
 
 
-def test_an_export_names_its_places_and_no_others(tmp_path: Path) -> None:
-    """peft takes a name for the end of names: `head` would be looked for in `block.head` too, which is no Linear, and be refused."""
+def test_an_export_names_its_targets_and_no_others(tmp_path: Path) -> None:
+    """peft matches endings of names: `head` also matched `block.head`, which is not a Linear."""
     peft = pytest.importorskip("peft", reason="peft is not installed: it is what reads the export")
     model = Named()
     bare = copy.deepcopy(model)
@@ -256,10 +254,10 @@ def test_an_export_names_its_places_and_no_others(tmp_path: Path) -> None:
     ("setting", "value"),
     [("init_lora_weights", "pissa"), ("alora_invocation_tokens", [3]), ("use_qalora", True)],
 )
-def test_an_adapter_that_means_something_else_is_not_imported(
+def test_an_unsupported_adapter_is_not_imported(
     setting: str, value: object, tmp_path: Path
 ) -> None:
-    """PiSSA subtracts from the core, an activated adapter waits for its tokens: both were read as plain LoRA."""
+    """PiSSA changes the base model, an activated adapter needs tokens: read as LoRA."""
     model = mlp(torch.float32)
     attach(model, "0", partial(LowRank, 1, rank=2), constant(1.0))
     export_peft(model, 0, tmp_path)
@@ -270,8 +268,8 @@ def test_an_adapter_that_means_something_else_is_not_imported(
         read_peft(tmp_path)
 
 
-def test_the_hash_sees_what_the_bytes_mean() -> None:
-    """Zeros are the same bytes in every type of four."""
+def test_the_hash_includes_the_dtype() -> None:
+    """Zeros are the same bytes in every dtype of four bytes."""
     model, other = nn.Module(), nn.Module()
     model.register_buffer("count", torch.zeros(3, dtype=torch.float32))
     other.register_buffer("count", torch.zeros(3, dtype=torch.int32))

@@ -1,4 +1,4 @@
-"""What a hostile reading of routing and aggregation of modules found: zero rows, odd labels, padding in front, a router that grows."""
+"""Regressions of routing to modules and aggregation: zero rows, labels, left padding, growing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LOW, TOP = partial(LowRank, M, rank=2), routed("top_k", M, 2)
 
 
 def test_growing_is_all_or_nothing_and_can_be_done_twice() -> None:
-    """A router that refuses was asked after others had grown; then their banks had one module too few."""
+    """A router refused after others had grown, whose banks then lacked a module."""
     model = mlp()
     attach(model, "0", LOW, TOP)
     attach(model, "2", LOW, routed("hash", M, 1))
@@ -56,8 +56,8 @@ def test_growing_is_all_or_nothing_and_can_be_done_twice() -> None:
     assert model(drawn(2, 3, D)).shape == (2, 3, O)
 
 
-def test_a_loaded_table_keeps_its_rows_when_it_gets_one_more(tmp_path: Path) -> None:
-    """The rows were kept beside the buffer too: a file changes the buffer alone, and one more row brought the old ones back."""
+def test_a_loaded_table_keeps_its_rows_when_one_is_added(tmp_path: Path) -> None:
+    """Loading changes only the buffer: a new row restored the rows from before the load."""
     model, other = mlp(), mlp()
     attach(model, "0", LOW, table([[3], [2]], M))
     attach(other, "0", LOW, table([[0], [1]], M))
@@ -69,8 +69,8 @@ def test_a_loaded_table_keeps_its_rows_when_it_gets_one_more(tmp_path: Path) -> 
     assert router.module_LK.tolist() == [[3], [2], [1]]
 
 
-def test_a_label_below_zero_is_no_row_from_the_end() -> None:
-    """-1 took the last row, as an index does; of padding any number is allowed, since its row is not used."""
+def test_a_negative_label_is_refused() -> None:
+    """-1 selected the last row. Padding may have any label, since its row is not used."""
     router = table([[0], [1]], M)(D, 0)
     with pytest.raises(IndexError):
         router(drawn(2, D), TokenContext(label_T=torch.tensor([0, -1])))
@@ -81,16 +81,16 @@ def test_a_label_below_zero_is_no_row_from_the_end() -> None:
     assert by_task(drawn(2, D), padded).selected_TK.tolist() == [[True, True], [False, False]]
 
 
-def test_padding_in_front_of_a_sequence_is_not_its_first_token() -> None:
-    """Batches for generation are padded on the left: the first token was padding, its vector zero and its label any number."""
+def test_left_padding_is_not_the_first_token() -> None:
+    """Batches for generation are padded on the left, so the first token was padding."""
     x, valid = drawn(8, D), torch.tensor([False, False, True, True, True, True, False, False])
     assert torch.equal(sequence_mean(x, valid, 2, first=1), x[[2, 4]])
     context = TokenContext(label_T=torch.tensor([-1, -1, 3, 3, 5, 5, -1, -1]), valid_T=valid)
     assert sequence_context(context, 2).label_T.tolist() == [3, 5]
 
 
-def test_a_choice_without_a_prior_does_not_silence_the_others() -> None:
-    """Its score was the largest: what the others have of the whole was lost in float32, and the token got nothing."""
+def test_a_choice_without_a_prior_does_not_change_the_others() -> None:
+    """It had the largest score, so the others' weights underflowed in float32."""
     score, prior = torch.tensor([[0.0, 80.0, 1.0]]), torch.tensor([[1.0, 0.0, 1.0]])
     got = attention_weights(score, prior, torch.ones(1, 3, dtype=torch.bool))
     e = 1 / (1 + torch.tensor(1.0).exp())
@@ -100,7 +100,7 @@ def test_a_choice_without_a_prior_does_not_silence_the_others() -> None:
 @pytest.mark.parametrize("aggregation", sorted(AGGREGATIONS))
 @pytest.mark.parametrize("bank", ["adapter", "prompt"])
 def test_no_sequences_at_all(aggregation: str, bank: str) -> None:
-    """A rank may have no row in a step: shapes that were left to torch (-1) have no meaning for zero rows."""
+    """A rank may have no rows in a step; -1 in a shape is undefined for zero rows."""
     if bank == "prompt" and aggregation == "stacked":
         pytest.skip("stacking needs modules that read and write one width")
     model = mlp()
@@ -126,7 +126,7 @@ def test_no_sequences_at_all(aggregation: str, bank: str) -> None:
 
 
 def test_the_mean_of_weights_is_over_the_tokens_that_were_routed() -> None:
-    """From the formula, by hand: the reference asks the same function, so a sum in place of the mean was seen by no test."""
+    """Against numbers computed by hand: the reference calls the same function."""
     expert = torch.tensor([[0], [2], [2], [1]])
     weight = torch.tensor([[0.5], [1.0], [0.25], [7.0]], dtype=torch.float64)
     keep = torch.tensor([[True], [True], [True], [False]])

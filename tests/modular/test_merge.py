@@ -1,4 +1,4 @@
-"""Modules become weights: the merged network computes what the mixture with constant weights computed."""
+"""Merging: the merged network computes what the mixture with constant weights computed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MERGEABLE = ("low_rank", "sparse_delta", "scale")
 def test_merged_weights_equal_the_mixture_with_constant_weights(
     kind: str, weights: list[float]
 ) -> None:
-    """Task arithmetic, in float32 and for any signs; the bias too, which a rescaling multiplies."""
+    """Task arithmetic in float32 with weights of any sign; Scale changes the bias too."""
     model = mlp(torch.float32)
     attach(model, "[02]", partial(BANKS[kind], M), constant(*weights))
     randomize(model)

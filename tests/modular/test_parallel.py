@@ -1,4 +1,4 @@
-"""Modules spread over ranks: two ranks that hold half of each bank compute what one process computes, outputs and gradients."""
+"""Sharded banks: two ranks with half of each bank compute outputs and gradients of one process."""
 
 from __future__ import annotations
 
@@ -58,9 +58,7 @@ ROUTERS = {
 
 def model_of(bank: str, aggregation: str, router: str, dtype: torch.dtype) -> nn.Module:
     model = mlp(dtype)
-    places = (
-        "0" if bank == "prompt" else "[02]"
-    )  # a second prompt would write over what the first one wrote
+    places = "0" if bank == "prompt" else "[02]"  # a second prompt would overwrite the first one
     attach(
         model,
         places,
@@ -75,7 +73,7 @@ def model_of(bank: str, aggregation: str, router: str, dtype: torch.dtype) -> nn
 def numbers(
     rank: int, world: int, ep: int, case: tuple[str, str, str], dtype: torch.dtype
 ) -> dict[str, np.ndarray]:
-    """Loss of the global batch of eight sequences: outputs here, and every gradient, whole."""
+    """Return local outputs and all full gradients of the loss over a global batch of eight."""
     groups = mesh.build_mesh(ep, torch.device("cpu"))
     model = model_of(*case, dtype)
     freeze(model)
@@ -88,7 +86,7 @@ def numbers(
     x = drawn(8, 4, D, dtype=dtype)[rank * each : (rank + 1) * each].clone().requires_grad_()
     with adapter_context(
         model, label_T=torch.zeros(each, dtype=torch.int64)
-    ):  # for "lonely": the second rank's modules get no row at all
+    ):  # for "lonely": the second rank's modules get no rows
         y = model(x)
     y.square().sum().backward()
     out = {"y": y.detach().numpy(), "x": x.grad.numpy()}
@@ -130,7 +128,7 @@ def test_two_ranks_are_one_process(
 
 
 def steps(rank: int, world: int, ep: int, bank: str) -> dict[str, np.ndarray]:
-    """Three steps of the real thing: DDP for routers and aggregations, the experts beside it; then the whole state by name."""
+    """Train three steps with the engine and return the full state by name."""
     groups = mesh.build_mesh(ep, torch.device("cpu"))
     model = model_of(bank, "attention", "top_k", torch.float64)
     freeze(model)
@@ -155,7 +153,7 @@ def steps(rank: int, world: int, ep: int, bank: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("bank", ["low_rank", "sparse_delta"])
 @pytest.mark.parametrize(("world", "ep"), [(2, 2), (2, 1)])
 def test_training_on_ranks_is_training_on_one(world: int, ep: int, bank: str) -> None:
-    """Weights after three steps, gathered by name: the places of sparse modules, which are buffers, are gathered with them."""
+    """Weights after three steps, gathered by name, including the positions of sparse modules."""
     alone = run_ranks(1, steps, 1, bank)[0]
     assert any(name.endswith("experts.index") for name in alone) == (bank == "sparse_delta")
     start = model_state(model_of(bank, "attention", "top_k", torch.float64), mesh.ParallelMesh())

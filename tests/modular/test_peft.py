@@ -1,4 +1,4 @@
-"""`LowRank` beside Hugging Face's peft: the same numbers on the same weights, and files that both read."""
+"""`LowRank` against Hugging Face's peft: equal numbers, and files that both read."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def peft_model(rank: int = 3, **options: object) -> nn.Module:
-    """peft's own LoRA with random factors; B is drawn too, since zeros prove nothing."""
+    """Create peft's LoRA with random factors, B included."""
     config = peft.LoraConfig(
         r=rank, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, **options
     )
@@ -94,7 +94,7 @@ def test_what_peft_saved_is_imported(options: dict[str, bool], tmp_path: Path) -
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-6)
 
 
-def test_out_and_in_again_is_bit_identical_and_several_make_a_mixture(tmp_path: Path) -> None:
+def test_a_round_trip_is_bit_identical_and_several_make_a_mixture(tmp_path: Path) -> None:
     model = hugging_face()
     attach(model, PATTERN, partial(LowRank, 2, rank=3, alpha=8.0), constant(0.25, 0.75))
     randomize(model)
@@ -120,7 +120,7 @@ def test_out_and_in_again_is_bit_identical_and_several_make_a_mixture(tmp_path: 
         ("r", 5),
     ],
 )
-def test_what_low_rank_cannot_mean_is_refused(field: str, value: object, tmp_path: Path) -> None:
+def test_unsupported_settings_are_refused(field: str, value: object, tmp_path: Path) -> None:
     peft_model().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, field: value}))

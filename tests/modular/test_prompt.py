@@ -1,4 +1,4 @@
-"""Input composition: what stands at the first positions, and what the later ones see of it."""
+"""Input composition: the first positions, and what later positions read from them."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from tests.modular.nets import M, hugging_face, randomize, transformer
 
 P = 3
 TOKENS = torch.arange(20).view(2, 10)
-ROOMY = with_prefix_tokens(TOKENS, P)
+PREFIXED = with_prefix_tokens(TOKENS, P)
 
 
 def test_a_prompt_is_what_the_model_computes_for_these_embeddings() -> None:
-    """Hugging Face models take embeddings: the prompt in front of the tokens' own must give the same logits."""
+    """Equals a Hugging Face model that gets the prompt before the tokens' embeddings."""
     model = hugging_face()
     attach(model, "model.embed_tokens", partial(Prompt, 1, length=P), constant(1.0))
     randomize(model)
     got, prompt = (
-        model(ROOMY).logits,
+        model(PREFIXED).logits,
         adapter_layers(model)["model.embed_tokens"].experts.vector[0].detach(),
     )
     detach(model)
@@ -43,14 +43,14 @@ def test_a_prompt_is_what_the_model_computes_for_these_embeddings() -> None:
 
 
 def test_a_prefix_is_a_cache_of_keys_and_values() -> None:
-    """Later positions see exactly what they would see of a key/value cache that holds the learned prefix, rotated to its positions."""
+    """Equals a key/value cache that holds the learned prefix, rotated to its positions."""
     from transformers import DynamicCache
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     model = hugging_face()
     attach(model, "*.[kv]_proj", partial(Prefix, 1, length=P), constant(1.0))
     randomize(model)
-    got = model(ROOMY).logits[:, P:]
+    got = model(PREFIXED).logits[:, P:]
     learned = {
         name: layer.experts.vector[0].detach() for name, layer in adapter_layers(model).items()
     }
@@ -68,7 +68,7 @@ def test_a_prefix_is_a_cache_of_keys_and_values() -> None:
 
 
 def test_the_reference_transformer_takes_a_prefix_on_a_part_of_a_projection() -> None:
-    """w_qkv stacks queries, keys and values: only the last two are written, and placeholders are then read by nobody."""
+    """Only keys and values of `w_qkv` are written, after which the placeholders are not read."""
     model = transformer("model.moe_every=0", "model.qk_norm=false")
     dim = model.config.dim
     attach(
@@ -81,14 +81,14 @@ def test_the_reference_transformer_takes_a_prefix_on_a_part_of_a_projection() ->
             outputs.append(model(with_prefix_tokens(TOKENS, P, fill)).logits[:, P:])
     torch.testing.assert_close(*outputs)
     with adapter_context(model, label_T=torch.tensor([1, 1])):
-        other = model(ROOMY).logits[:, P:]
+        other = model(PREFIXED).logits[:, P:]
     torch.testing.assert_close(other[1], outputs[0][1])
     assert (other[0] - outputs[0][0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("aggregation", [None, Concat, Attention, ParameterMean])
 def test_a_learned_router_mixes_prompts_by_sequence(aggregation: object) -> None:
-    """It sees the mean of what stands behind the room, and gets a gradient."""
+    """It reads the mean after the prefix, and gets a gradient."""
     model = hugging_face()
     layer = attach(
         model,
@@ -98,7 +98,7 @@ def test_a_learned_router_mixes_prompts_by_sequence(aggregation: object) -> None
         *([aggregation] if aggregation else []),
     )["model.embed_tokens"]
     randomize(model)
-    model(ROOMY).logits.square().sum().backward()
+    model(PREFIXED).logits.square().sum().backward()
     assert layer.last_routing.expert_TK.shape == (2, 2)
     assert layer.router.weight.grad.any()
     means = model.model.embed_tokens.weight[TOKENS].mean(1)
@@ -111,12 +111,12 @@ def test_a_learned_router_mixes_prompts_by_sequence(aggregation: object) -> None
                 for b in range(2)
             ]
         )
-        got: Tensor = model.model.embed_tokens(ROOMY)
+        got: Tensor = model.model.embed_tokens(PREFIXED)
         torch.testing.assert_close(got[:, :P].flatten(1), mixed)
         assert torch.equal(got[:, P:], model.model.embed_tokens.weight[TOKENS])
 
 
-def test_a_call_without_room_is_refused() -> None:
+def test_a_call_without_prefix_tokens_is_refused() -> None:
     model = hugging_face()
     attach(model, "model.embed_tokens", partial(Prompt, 1, length=P), constant(1.0))
     with pytest.raises(ValueError, match="with_prefix_tokens"):

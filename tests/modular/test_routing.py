@@ -1,4 +1,4 @@
-"""Which modules a token visits: tables and constants against plain Python, sequences and tasks against a loop, and growing routers."""
+"""Routing to modules: tables, constants, sequences and tasks against loops; growing routers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_mean_of_a_sequence(
         torch.testing.assert_close(got, expected)
 
 
-def test_by_sequence_all_tokens_go_where_their_mean_goes() -> None:
+def test_per_sequence_all_tokens_follow_their_mean() -> None:
     router = routed("top_k", 5, 2, per="sequence", score="sigmoid", renormalize=False)(
         D, 0
     ).double()
@@ -88,7 +88,7 @@ def test_by_sequence_all_tokens_go_where_their_mean_goes() -> None:
     )
 
 
-def test_by_task_the_token_itself_does_not_matter() -> None:
+def test_per_task_the_decision_depends_on_the_label_only() -> None:
     router = routed("top_k", 5, 2, per="task", labels=3)(D, 0).double()
     router.initialize(1, 0, 1.0)
     label = TokenContext(label_T=torch.tensor([2, 0, 2, 1]))
@@ -120,7 +120,7 @@ def test_unnormalised_scores_do_not_sum_to_one() -> None:
         table(ROWS, 4),
     ],
 )
-def test_a_router_grows_and_keeps_what_it_knew(make: object) -> None:
+def test_a_router_grows_and_keeps_its_old_logits(make: object) -> None:
     router = make(D, 0).double()  # type: ignore[operator]
     router.initialize(3, 0, 1.0)
     context, x = TokenContext(label_T=torch.tensor([0, 1, 2])), drawn(3, D)
@@ -160,7 +160,7 @@ def test_a_new_label_gets_a_row() -> None:
         (lambda: grow_router(routed("hash", 4, 2)(D, 0), 1, 0), "HashRouter"),
     ],
 )
-def test_what_means_nothing_is_refused(act: object, word: str) -> None:
+def test_invalid_settings_are_refused(act: object, word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         act()  # type: ignore[operator]
 

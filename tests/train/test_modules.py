@@ -1,9 +1,9 @@
-"""Modules in the trainer: what starts from what, what is trained, what is proven, and that ranks change none of it."""
+"""Adapter modules in a run: base models, trained and frozen parts, equality over ranks."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from accelerate.state import AcceleratorState
 
 from dmoe.checkpoint import save_load
 from dmoe.config.errors import CheckpointError, ConfigError, NumbersError
-from dmoe.config.load import to_yaml
 from dmoe.config.rules import check, expert_parallel
 from dmoe.config.schema import Config
 from dmoe.distributed import init as worlds
@@ -24,8 +23,6 @@ from dmoe.train import engine as engines
 from dmoe.train.engine import Engine
 from dmoe.train.modular.base_model import load_base_model
 from dmoe.train.modular.session import ModularSession, check_domains
-from dmoe.train.modular.stages import check_base_models
-from dmoe.train.run import train
 from dmoe.train.step import train_step, training_batches
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, tiny
@@ -40,9 +37,8 @@ LORA = (
 
 
 def build(config: Config) -> Engine:
-    AcceleratorState._reset_state(
-        reset_partial_state=True
-    )  # one process builds many engines; accelerate expects one
+    # one process builds many engines, but accelerate expects one
+    AcceleratorState._reset_state(reset_partial_state=True)
     check(config, worlds.launched_world_size())
     return engines.build_engine(config, worlds.init_distributed("cpu"), VOCAB)
 
@@ -73,26 +69,34 @@ def lines(run: Path) -> list[dict[str, Any]]:
 REFUSED = {
     "modular.rank=3": "without modules",
     "modular.bank=low_rank modular.hidden=3": "only for adapter",
-    "modular.bank=low_rank modular.modules=2 modular.routing=top_k modular.renormalize=true": r"modular\.top_k=1 makes every weight 1",
+    (
+        "modular.bank=low_rank modular.modules=2 modular.routing=top_k modular.renormalize=true"
+    ): r"modular\.top_k=1 makes every weight 1",
     "modular.bank=low_rank modular.routing=table": "must name the modules of each domain",
     "modular.bank=low_rank modular.routing=table modular.table=[[1]]": "from 0 to 0",
     "modular.bank=low_rank modular.weights=[1,2]": "one weight for each",
     "modular.bank=prompt modular.modules=2 modular.routing=soft": "reads the whole sequence",
-    "modular.bank=adapter modular.modules=2 modular.routing=soft modular.aggregation=mean": "learn nothing",
+    (
+        "modular.bank=adapter modular.modules=2 modular.routing=soft modular.aggregation=mean"
+    ): "learn nothing",
     "modular.bank=low_rank modular.train=router": "trains nothing",
     "modular.bank=low_rank modular.train=one_module parallel.mode=fsdp": "cuts modules into pieces",
-    "modular.bank=low_rank modular.modules=3 parallel.ep=2": r"modular\.modules=3: must be divisible by parallel\.ep=2",
-    "modular.bank=low_rank modular.modules=2 modular.routing=soft modular.per=task": "number of domains",
+    (
+        "modular.bank=low_rank modular.modules=3 parallel.ep=2"
+    ): r"modular\.modules=3: must be divisible by parallel\.ep=2",
+    (
+        "modular.bank=low_rank modular.modules=2 modular.routing=soft modular.per=task"
+    ): "number of domains",
 }
 
 
 @pytest.mark.parametrize("overrides", REFUSED)
-def test_what_means_nothing_is_refused(overrides: str) -> None:
+def test_invalid_settings_are_refused(overrides: str) -> None:
     with pytest.raises(ConfigError, match=REFUSED[overrides]):
         check(tiny(*overrides.split()), 2)
 
 
-def test_ranks_share_what_all_of_them_can_have_a_part_of() -> None:
+def test_expert_parallel_size_divides_the_modules() -> None:
     assert expert_parallel(tiny("modular.bank=low_rank"), 2) == 1
     assert expert_parallel(tiny("modular.bank=low_rank", "modular.modules=4"), 4) == 4
     assert (
@@ -101,7 +105,7 @@ def test_ranks_share_what_all_of_them_can_have_a_part_of() -> None:
     )
 
 
-def test_a_pattern_that_names_nothing_is_refused_by_its_field() -> None:
+def test_a_pattern_without_matches_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"modular\.at=\*\.nothing"):
         build(tiny(*LORA, "modular.at=*.nothing"))
 
@@ -117,7 +121,7 @@ def test_every_domain_has_its_modules() -> None:
 def test_what_is_frozen_keeps_its_bits_and_the_rest_moves(what: str, tmp_path: Path) -> None:
     engine = build(tiny(*LORA, f"modular.train={what}"))
     for layer in adapter_layers(engine.model).values():
-        torch.nn.init.normal_(layer.experts.b.data)  # else there is nothing for a router to choose
+        torch.nn.init.normal_(layer.experts.b.data)  # so that the router matters
     session = ModularSession(engine, tmp_path, fresh=True)
     before = {name: value.clone() for name, value in engine.model.state_dict().items()}
     core = base_model_hash(engine.model)
@@ -164,8 +168,8 @@ def test_the_proof_sees_one_changed_number(name: str, tmp_path: Path) -> None:
         session.finish()
 
 
-def test_the_bias_of_a_frozen_router_stands_still() -> None:
-    """The bias controller moves buffers that no optimizer sees: a core with `requires_grad` off was not frozen all the same."""
+def test_the_bias_of_a_frozen_router_is_not_updated() -> None:
+    """The bias update changes buffers, which `requires_grad` does not freeze."""
     engine = build(tiny(*LORA, "moe.balance.bias=0.1"))
     steps(engine, 1)
     assert not engine.model.moe_layers()[0].router.get_buffer("bias_E").any()
@@ -174,7 +178,7 @@ def test_the_bias_of_a_frozen_router_stands_still() -> None:
     )
 
 
-def test_a_run_with_more_modules_goes_on_from_those_there_are(tmp_path: Path) -> None:
+def test_a_run_with_more_modules_starts_from_the_present_ones(tmp_path: Path) -> None:
     core = build(tiny(*LORA))
     steps(core)
     old = core.model.state_dict()
@@ -211,7 +215,7 @@ def read(rank: int, world: int, path: Path, *overrides: str) -> dict[str, np.nda
     return found
 
 
-def test_two_ranks_read_a_core_of_one_and_train_the_same(tmp_path: Path) -> None:
+def test_two_ranks_load_a_base_model_of_one_and_train_equally(tmp_path: Path) -> None:
     path = saved(build(tiny(*LORA)), tmp_path)
     alone = read(0, 1, path)
     for mode in ("ddp", "fsdp"):
@@ -223,8 +227,8 @@ def test_two_ranks_read_a_core_of_one_and_train_the_same(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("bank", ["prompt", "prefix"])
-def test_room_is_nobody_elses_business(bank: str) -> None:
-    """Outside, S positions a sequence: losses, hits and logits, and what the layers tell of each token."""
+def test_prefix_positions_are_internal(bank: str) -> None:
+    """Losses, correctness, logits and per-token metrics have S positions per sequence."""
     engine = build(tiny(f"modular.bank={bank}", "modular.length=3"))
     input, target, _ = engine.task.dummy_batch(2)
     output = engine.model.eval()(input, target, return_logits=True)
@@ -236,53 +240,7 @@ def test_room_is_nobody_elses_business(bank: str) -> None:
     assert len(set(steps(engine, 2))) == 2
 
 
-def test_a_core_in_a_config_file_is_trained_first_and_once(tmp_path: Path) -> None:
-    (tmp_path / "core.yaml").write_text(to_yaml(tiny("train.steps=2", "train.sample_tokens=0")))
-    config = tiny(
-        *LORA,
-        "train.steps=2",
-        "train.sample_tokens=0",
-        f"train.run_dir={tmp_path / 'run'}",
-        f"modular.core={tmp_path}/core.yaml",
-    )
-    AcceleratorState._reset_state(reset_partial_state=True)
-    train(config, "", quiet=True)
-    core, run = lines(tmp_path / "run" / "core"), lines(tmp_path / "run")
-    assert core[-1]["event"] == run[-1]["event"] == "end"
-    assert run[-1]["core_unchanged"] is True
-    start = next(line for line in run if line["event"] == "start")
-    assert 0 < start["trainable_parameters"] < start["parameters"]
-    told = next(line for line in run if line["event"] == "train")["modules"]
-    assert [place["place"] for place in told][:1] == ["blocks.0.attention.w_qkv"]
-    assert sum(told[0]["load"]) == 2 * 8 * 16
-    AcceleratorState._reset_state(reset_partial_state=True)
-    train(
-        replace(config, train=replace(config.train, run_dir=str(tmp_path / "again"))),
-        "",
-        quiet=True,
-    )
-    assert lines(tmp_path / "again" / "core")[-1]["step"] == 2
-    AcceleratorState._reset_state(reset_partial_state=True)
-    train(
-        replace(config, train=replace(config.train, steps=3), checkpoint=config.checkpoint),
-        "",
-        quiet=True,
-    )
-    assert lines(tmp_path / "run" / "core") == core, "a finished core was trained again"
-
-
-def test_a_core_that_cannot_be_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    (tmp_path / "core.yaml").write_text(to_yaml(tiny("model.dim=64")))
-    with pytest.raises(ConfigError, match=r"model\.dim=32: the base model .* has 64"):
-        check_base_models(tiny(*LORA, f"modular.core={tmp_path}/core.yaml"), 1)
-    with pytest.raises(ConfigError, match=r"modular\.core=nowhere"):
-        check_base_models(tiny(*LORA, "modular.core=nowhere"), 1)
-    (tmp_path / "round.yaml").write_text(to_yaml(tiny(f"modular.core={tmp_path}/round.yaml")))
-    with pytest.raises(ConfigError, match="start from each other"):
-        check_base_models(tiny(f"modular.core={tmp_path}/round.yaml"), 1)
-
-
-def test_a_core_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+def test_a_base_model_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     path = saved(build(tiny()), tmp_path)
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(CheckpointError, match="embedding"):
@@ -291,8 +249,8 @@ def test_a_core_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_one_module_of_three_is_what_is_trained() -> None:
-    """The start of a run gave the whole bank's parameters as trained, of which one module's move."""
+def test_one_module_of_three_is_counted_as_trained() -> None:
+    """The start of a run counted the whole bank as trained."""
     adapter = (
         "modular.bank=adapter",
         "modular.modules=3",
