@@ -94,7 +94,7 @@ class CheckpointContents:
     """Global experts of each EP rank, and the ranks with that EP rank."""
     files: list[ShardFile]
     problem: str | None
-    """Damage that names and sizes show; the contents are not read."""
+    """Damage that names and sizes show, or None."""
 
 
 @dataclass(frozen=True)
@@ -111,15 +111,15 @@ class VerifiedCheckpoint:
 
 
 def find_checkpoints(given: str) -> CheckpointList:
-    """Return the checkpoints of a run, of a `checkpoints/` directory, or one checkpoint by its path.
+    """Return the checkpoints of a run or of a `checkpoints/` directory, or the given checkpoint.
 
     Raises: ConfigError if `given` is none of these; CheckpointError if there is no checkpoint yet.
     """
     path = Path(given)
     name = path.resolve().name
     step = parse_step(name)
+    fix = "give a run, e.g. runs/latest, or one of its checkpoints"
     if not path.is_dir():
-        fix = "give a run, e.g. runs/latest, or one of its checkpoints"
         raise ConfigError("RUN", given, "is no directory", fix)
     if step is not None and step[1]:
         raise CheckpointError(f"{path} is no checkpoint: its save has not finished")
@@ -195,7 +195,7 @@ def verify_checkpoint(path: Path) -> VerifiedCheckpoint | None:
     None for one that was deleted meanwhile by a running job. Cost: reads all files once.
     """
     start, named = time.monotonic(), parse_step(path.resolve().name)
-    manifest, problem = None, None
+    manifest = problem = None
     try:
         manifest = verify_manifest(path)
         check_shards(path, manifest.files, manifest.tensors)
@@ -263,14 +263,9 @@ def _owners(topology: Mapping[str, int], layers: Mapping[str, int]) -> list[dict
     if not num_experts or ep < 1 or num_experts % ep:
         return []
     share = num_experts // ep
-    return [
-        {
-            "ep_rank": rank,
-            "ranks": list(range(rank, world_size, ep)),
-            "experts": list(range(rank * share, (rank + 1) * share)),
-        }
-        for rank in range(ep)
-    ]
+    ranks = [list(range(rank, world_size, ep)) for rank in range(ep)]
+    experts = [list(range(rank * share, (rank + 1) * share)) for rank in range(ep)]
+    return [{"ep_rank": r, "ranks": ranks[r], "experts": experts[r]} for r in range(ep)]
 
 
 def _shard_file(path: Path, size: int) -> ShardFile:

@@ -27,7 +27,7 @@ from dmoe.train.tasks import Dataset
 
 
 class Checkpointer:
-    """The checkpoints of one run. Every method but `failed`, `take_finished` and `drain` is collective.
+    """The checkpoints of one run. Collective but for `failed`, `take_finished` and `drain`.
 
     A step is the number of optimizer steps done. Data order, learning rate and all random numbers
     are functions of it.

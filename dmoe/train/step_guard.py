@@ -3,7 +3,7 @@
 All ranks decide from the same reduced values and the same history; no extra collective.
 
     not finite = loss or gradient norm is not finite
-    spike      = loss > mean + max(deviations * std, 0.02 * |mean|) of the last `spike_window` losses
+    spike      = loss > mean + max(deviations * std, 0.02 |mean|) of the last `spike_window` losses
 
 Losses of bad steps are not in the history. The floor of 2% keeps the noise of a converged run from
 being called a spike.

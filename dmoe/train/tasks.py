@@ -79,7 +79,7 @@ class Task(Protocol):
     """Parts of a sample that may be missing; empty if none may."""
 
     def build_model(self, virtual_ranks: int = 1, recompute: bool = False) -> Model:
-        """Build the model with the weights of seed 0; under `torch.device("meta")` without weights."""
+        """Build the model with the weights of seed 0, or without under `torch.device("meta")`."""
         ...
 
     def open_data(self) -> Any:
@@ -105,7 +105,7 @@ class Task(Protocol):
         ...
 
     def dummy_batch(self, count: int) -> Samples:
-        """Return `count` meaningless samples of the real shapes and dtypes, for padding and warm-up."""
+        """Return `count` zero samples of the real shapes and dtypes, for padding and warm-up."""
         ...
 
     def mask_stream(self, input: Tensor, stream: str) -> Tensor:
@@ -117,7 +117,7 @@ class Task(Protocol):
         ...
 
     def metrics(self, score: Score) -> Mapping[str, float]:
-        """Return the metrics beside the loss by their names in metrics.jsonl: bits_per_byte, accuracy."""
+        """Return the metrics by their names in metrics.jsonl: bits_per_byte or accuracy."""
         ...
 
     def generate_sample(self, model: Model, data: Any) -> str | None:

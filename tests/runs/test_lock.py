@@ -1,4 +1,4 @@
-"""One job in a run directory: the second is refused, a dead one's lock is taken over, and nothing depends on cleaning up."""
+"""Run lock: a second job is refused, the lock of a dead one is taken over without cleaning up."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ from dmoe.runs.lock import RunLock
 
 lock = RunLock.acquire(Path(sys.argv[1]), "job-a")
 child = None
-if sys.argv[2] == "child":  # with every descriptor that its parent does not close itself
-    child = subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, close_fds=False)
+if sys.argv[2] == "child":  # inherits all descriptors that its parent does not close
+    null = subprocess.DEVNULL
+    child = subprocess.Popen(["sleep", "60"], stdin=null, stdout=null, close_fds=False)
 print(child.pid if child else 0, flush=True)
 sys.stdin.read()
 """
@@ -36,7 +37,7 @@ sys.stdin.read()
 
 @contextmanager
 def holder(run: Path, kind: str = "alone") -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A process that holds the lock until its stdin ends, and its child's pid if it has one."""
+    """Start a process that holds the lock until its stdin ends; yield it and its child's pid."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(run), kind],
         stdin=subprocess.PIPE,
@@ -65,7 +66,7 @@ def write_owner(run: Path, **changes: Any) -> None:
     )
 
 
-def test_a_second_job_is_refused_in_one_sentence_that_names_the_first(tmp_path: Path) -> None:
+def test_a_second_job_is_refused_with_the_owner_named(tmp_path: Path) -> None:
     with holder(tmp_path) as (first, _):
         line = json.loads((tmp_path / "lock").read_text(encoding="utf-8"))
         with pytest.raises(ConfigError) as refused:
@@ -90,7 +91,7 @@ def test_the_lock_of_a_killed_job_is_taken_over(tmp_path: Path) -> None:
 
 
 def test_a_child_that_outlives_the_job_does_not_hold_its_lock(tmp_path: Path) -> None:
-    """An flock belongs to the open file, and whoever inherits the descriptor keeps it: a tracker's helper process would for hours."""
+    """An flock belongs to the open file: a helper process that inherits it keeps the lock."""
     with holder(tmp_path, "child") as (first, child):
         first.kill()
         first.wait()
@@ -110,8 +111,8 @@ def test_a_released_lock_is_an_empty_file_and_free(tmp_path: Path) -> None:
     RunLock.acquire(tmp_path, None).release()
 
 
-def test_deleting_the_file_of_a_living_job_does_not_let_a_second_one_in(tmp_path: Path) -> None:
-    """The refusal's own advice invites it. The directory is locked as well."""
+def test_deleting_the_file_of_a_live_job_does_not_unlock(tmp_path: Path) -> None:
+    """The refusal itself suggests deleting it, so the directory is locked too."""
     first = RunLock.acquire(tmp_path, None)
     (tmp_path / "lock").unlink()
     with pytest.raises(ConfigError, match="another job is at work"):
@@ -120,7 +121,7 @@ def test_deleting_the_file_of_a_living_job_does_not_let_a_second_one_in(tmp_path
     RunLock.acquire(tmp_path, None).release()
 
 
-def test_an_owner_that_has_not_written_its_name_yet_still_counts(tmp_path: Path) -> None:
+def test_an_owner_without_a_line_yet_still_counts(tmp_path: Path) -> None:
     with (tmp_path / "lock").open("wb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="has not written its name"):
@@ -140,14 +141,14 @@ def test_an_owner_on_another_host_is_refused_with_the_file_to_delete(tmp_path: P
     RunLock.acquire(tmp_path, None).release()
 
 
-def test_the_same_job_may_go_on_from_another_host(tmp_path: Path) -> None:
+def test_the_same_job_may_continue_on_another_host(tmp_path: Path) -> None:
     """The elastic launcher moves rank 0 when it loses a machine."""
     write_owner(tmp_path, host="elsewhere", boot="another", job="job-a")
     RunLock.acquire(tmp_path, "job-a").release()
 
 
 def test_another_container_of_this_machine_is_not_another_host(tmp_path: Path) -> None:
-    """A container has a host name of its own, a new one at each start, but the kernel and its locks are the machine's."""
+    """A container has its own host name at each start, but the machine's kernel and locks."""
     owner = LockOwner.current(None)
     if not owner.boot:
         pytest.skip("this kernel does not tell one boot from another")
@@ -158,7 +159,7 @@ def test_another_container_of_this_machine_is_not_another_host(tmp_path: Path) -
 @pytest.mark.parametrize(
     "line", [b"", b'{"host": "elsew', b"[]", b"\xff\xfe", b'{"host": 1}', b"null"]
 )
-def test_a_torn_or_odd_line_is_no_owner(tmp_path: Path, line: bytes) -> None:
+def test_an_invalid_line_names_no_owner(tmp_path: Path, line: bytes) -> None:
     (tmp_path / "lock").write_bytes(line)
     RunLock.acquire(tmp_path, None).release()
 
@@ -171,7 +172,7 @@ def test_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_locks")
-def test_without_locks_the_user_is_told_and_a_living_owner_is_still_refused(tmp_path: Path) -> None:
+def test_without_kernel_locks_a_live_owner_is_still_refused(tmp_path: Path) -> None:
     with holder(tmp_path) as (first, _):
         with pytest.raises(ConfigError, match=f"pid {first.pid}"):
             RunLock.acquire(tmp_path, None)
@@ -185,7 +186,7 @@ def test_without_locks_the_user_is_told_and_a_living_owner_is_still_refused(tmp_
 
 
 @pytest.mark.usefixtures("no_locks")
-def test_without_locks_a_process_with_a_dead_owners_number_is_not_the_owner(tmp_path: Path) -> None:
+def test_without_kernel_locks_a_reused_pid_is_not_the_owner(tmp_path: Path) -> None:
     parent = os.getppid()
     if not _start_ticks(parent):
         pytest.skip("without /proc a number is all there is")
@@ -195,9 +196,7 @@ def test_without_locks_a_process_with_a_dead_owners_number_is_not_the_owner(tmp_
     RunLock.acquire(tmp_path, None).release()
 
 
-def test_another_failure_of_the_lock_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_error_of_flock_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(descriptor: int, operation: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 

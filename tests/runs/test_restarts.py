@@ -1,4 +1,4 @@
-"""Restarts that lead nowhere end: after `limit` attempts from one step, or at once where a restart cannot help."""
+"""Restarts end after `limit` attempts from one step, or at once if a restart cannot help."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from dmoe.runs.restarts import (
     record_fatal_error,
 )
 
-ODD = [b"", b"{", b"[]", b"null", b"1e999", b"\xff", b'{"fatal_error": null}', b"[" * 100_000]
-ODD += [
+INVALID = [b"", b"{", b"[]", b"null", b"1e999", b"\xff", b'{"fatal_error": null}', b"[" * 100_000]
+INVALID += [
     json.dumps(
         {"job": "a", "restart": 0, "resumed_step": 4, "count": count, "fatal_error": verdict}
     ).encode()
@@ -44,7 +44,8 @@ def test_the_fourth_attempt_from_one_step_is_refused(tmp_path: Path) -> None:
         record_attempt(tmp_path, "a", 3, resumed_step=40, last_step=57, limit=3)
     assert refused.value.exit_code == 5
     assert str(refused.value).startswith(
-        "3 attempts in a row ended without a checkpoint after step 40 (the last one reached step 57)"
+        "3 attempts in a row ended without a checkpoint after step 40 "
+        "(the last one reached step 57)"
     )
     assert "not starting again" in str(refused.value)
 
@@ -55,7 +56,7 @@ def test_a_checkpoint_between_two_failures_is_progress(tmp_path: Path) -> None:
     assert count(tmp_path) == 1
 
 
-def test_a_persons_own_start_and_another_job_count_afresh(tmp_path: Path) -> None:
+def test_a_manual_start_and_another_job_reset_the_count(tmp_path: Path) -> None:
     for restart in range(3):
         record_attempt(tmp_path, "a", restart, resumed_step=0, last_step=0, limit=3)
     record_attempt(tmp_path, "b", 3, resumed_step=0, last_step=0, limit=3)
@@ -72,7 +73,7 @@ def test_jobs_without_a_name_are_counted_too(tmp_path: Path) -> None:
         record_attempt(tmp_path, None, 1, resumed_step=0, last_step=0, limit=1)
 
 
-def test_a_verdict_ends_the_restarts_of_this_job_only(tmp_path: Path) -> None:
+def test_a_fatal_error_ends_the_restarts_of_this_job_only(tmp_path: Path) -> None:
     record_attempt(tmp_path, "a", 0, resumed_step=8, last_step=9, limit=3)
     record_fatal_error(tmp_path, "a", 4, "10 steps in a row were not finite")
     assert earlier_fatal_error(tmp_path, "a", 1) == (4, "10 steps in a row were not finite")
@@ -84,7 +85,7 @@ def test_a_verdict_ends_the_restarts_of_this_job_only(tmp_path: Path) -> None:
     assert earlier_fatal_error(tmp_path, "a", 1) is None
 
 
-def test_a_verdict_does_not_change_the_count_and_needs_no_attempt_before(tmp_path: Path) -> None:
+def test_a_fatal_error_does_not_change_the_count(tmp_path: Path) -> None:
     record_fatal_error(tmp_path, "a", 4, "first")
     assert earlier_fatal_error(tmp_path, "a", 1) == (4, "first")
     for restart in range(3):
@@ -93,8 +94,8 @@ def test_a_verdict_does_not_change_the_count_and_needs_no_attempt_before(tmp_pat
     assert count(tmp_path) == 3
 
 
-@pytest.mark.parametrize("content", ODD)
-def test_a_torn_or_odd_file_is_no_file(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("content", INVALID)
+def test_an_invalid_file_counts_as_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "attempts.json").write_bytes(content)
     assert earlier_fatal_error(tmp_path, "a", 1) is None
     record_attempt(tmp_path, "a", 1, resumed_step=4, last_step=4, limit=3)

@@ -1,4 +1,4 @@
-"""A run directory with a dense model in it, as `dmoe train` would leave it, without the training."""
+"""A run directory with a dense model, as after `dmoe train`, but without the training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPARSE = ("model.dense_dim=24", "model.init_std=0.3", "moe.balance.switch=0", "m
 
 
 def weights(config: Config) -> Model:
-    """A model whose norms are not all ones, as after training."""
+    """Return a model whose norms are not all ones, as after training."""
     model = task_of(config).build_model()
     model.initialize(7)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A measured step on any number of ranks, what its routers decided, and the same measures counted again by loops."""
+"""A recorded step on any number of ranks, and its metrics recomputed by loops."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Decision", "Measured", "by_layer", "measured_step"]
 
 @dataclass
 class Decision:
-    """One forward of one layer on one rank, as plain arrays."""
+    """Decisions of one layer in one forward on one rank, as plain arrays."""
 
     rank: int
     layer: int
@@ -53,7 +53,7 @@ class Measured:
 
 
 def measured_step(rank: int, world: int, config: Config) -> Measured:
-    """The first step of training, measured. What was decided is recorded in a forward of its own, without gradients, before it."""
+    """Record the first training step; its decisions in an extra forward without gradients."""
     here = worlds.init_distributed("cpu")
     data = open_data(config.data, config.train.seed)
     engine = engines.build_engine(config, here, data.tokenizer.vocab_size)
@@ -99,7 +99,7 @@ def decision(rank: int, layer: int, output: MoEOutput) -> Decision:
 
 
 def by_layer(decisions: list[Decision], experts: int, ep: int) -> list[dict[str, Any]]:
-    """What a `train` line says of each layer, one assignment at a time, from the decisions of all ranks."""
+    """Recompute `layers` of a `train` line, one assignment at a time, from all ranks' decisions."""
     return [
         _one([d for d in decisions if d.layer == n], experts, ep)
         for n in sorted({d.layer for d in decisions})

@@ -17,7 +17,7 @@ NONE, SAVE, FAILED = Requests(), Requests(save=True), Requests(failed=True)
 
 
 class FakeCheckpointer:
-    """Records its calls. A save of a step in `broken` fails, at once or (background) in the next wait."""
+    """Records its calls. Saves of steps in `broken` fail at once, or (background) in the next wait."""
 
     def __init__(self, *broken: int, background: bool = False) -> None:
         self.broken, self.background, self.calls = broken, background, list[str]()
@@ -138,7 +138,7 @@ def test_final_save_must_succeed(policy: str, background: bool) -> None:
 
 
 def test_save_due_on_a_bad_step_follows_after_the_next_good_step() -> None:
-    """Once it waited for the next multiple: `every: 300` and a spike at step 300 put 600 at risk."""
+    """Once it waited for the next multiple: with `every: 300`, a spike put 600 steps at risk."""
     checkpointer = FakeCheckpointer()
     scheduler, _ = scheduler_of(checkpointer, every=4)
     for done in range(1, 11):

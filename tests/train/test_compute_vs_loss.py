@@ -1,4 +1,4 @@
-"""Experts taken against the loss, counted again token by token from what all ranks decided."""
+"""Experts per token against the loss, recomputed token by token from the decisions of all ranks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Told = tuple[list[dict[str, Any]], list[list[tuple[int, float]]]]
 
 
 def evaluation(rank: int, world: int, config: Config) -> Told:
-    """What is reported of each layer; and (experts taken, loss) of each real token of this rank, by layer."""
+    """Return each layer's report, and by layer (experts, loss) of this rank's real tokens."""
     engine = engines.build_engine(config, worlds.init_distributed("cpu"), VOCAB)
     difficulty, sums, seen = (
         ComputeVsLoss(engine),
@@ -67,7 +67,7 @@ def evaluation(rank: int, world: int, config: Config) -> Told:
 @pytest.mark.parametrize(
     ("router", "world"), [(ADAPTIVE, 2), (BUDGET, 1)], ids=["adaptive on two ranks", "budget"]
 )
-def test_it_is_what_a_loop_counts(router: tuple[str, ...], world: int) -> None:
+def test_rows_equal_a_loop(router: tuple[str, ...], world: int) -> None:
     ranks: list[Told] = run_ranks(world, evaluation, tiny(*PADDED, *router))
     for layer in range(2):
         tokens = [token for _, seen in ranks for token in seen[layer]]
@@ -89,20 +89,20 @@ def test_it_is_what_a_loop_counts(router: tuple[str, ...], world: int) -> None:
             )
 
 
-def test_a_budget_too_small_is_a_row_of_its_own() -> None:
-    """A real token that takes no expert is k = 0; padding, which takes none either, is no token."""
+def test_tokens_without_experts_have_a_row() -> None:
+    """A real token without experts has k = 0; padding has none either, but is not counted."""
     told, seen = evaluation(0, 1, tiny(*PADDED, *BUDGET, "moe.router.min_weight=0.5"))
     none = sum(taken == 0 for taken, _ in seen[0])
     assert told[0]["k_loss"][0][:2] == [0, none]
     assert 0 < none < 9 * 16
 
 
-def test_nothing_is_told_of_a_router_that_always_takes_as_many() -> None:
+def test_nothing_is_reported_with_constant_k() -> None:
     assert evaluation(0, 1, tiny(*PADDED))[0] == [{}, {}]
 
 
 def test_correlation() -> None:
-    """Twice k nats: 1. Falling with k: -1. The same k for all, or the same loss: none."""
+    """Loss 2k: 1. Loss falling with k: -1. Equal k or equal loss for all: none."""
     assert correlation([[0, 0, 0], [3, 6, 12], [2, 8, 32]]) == pytest.approx(1)
     assert correlation([[1, 5, 25], [1, 4, 16], [1, 3, 9]]) == pytest.approx(-1)
     assert correlation([[0, 0, 0], [3, 6, 14]]) is None

@@ -1,4 +1,4 @@
-"""What an evaluation says in all, of each domain and without a stream, counted again sample by sample from the logits."""
+"""Evaluation: total, per domain and without a stream, recomputed sample by sample from logits."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def evaluation(rank: int, world: int, config: Config) -> Evaluation:
     return result
 
 
-def recount(config: Config, without: str | None = None) -> dict[int, Score]:
-    """By label, one sample at a time, in one process that holds every expert. Text: bytes are counted from the tokens."""
+def naive_scores(config: Config, without: str | None = None) -> dict[int, Score]:
+    """Score each label, one sample at a time, in one process; bytes are counted from tokens."""
     task = task_of(config)
     data, model = task.open_data(), task.build_model()
     model.initialize(config.train.seed)
@@ -75,7 +75,7 @@ def recount(config: Config, without: str | None = None) -> dict[int, Score]:
 
 
 def text(path: Path) -> Config:
-    """ASCII, so that a byte is a token that stands for one; two domains of different size."""
+    """Write two ASCII domains of different size: each token is one byte of text."""
     for name, count in (("long", 40), ("short", 9)):
         (path / name).mkdir()
         for number in range(count):
@@ -86,10 +86,10 @@ def text(path: Path) -> Config:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_every_domain_is_what_a_loop_counts(world: int, tmp_path: Path) -> None:
+def test_domains_equal_a_loop(world: int, tmp_path: Path) -> None:
     config = text(tmp_path)
     found = run_ranks(world, evaluation, config)
-    expected = recount(config)
+    expected = naive_scores(config)
     assert all(result == found[0] for result in found)
     assert list(found[0].by_domain) == ["long", "short"]
     for label, name in enumerate(found[0].by_domain):
@@ -107,10 +107,10 @@ def test_every_domain_is_what_a_loop_counts(world: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_every_class_and_every_missing_stream(world: int) -> None:
+def test_classes_and_missing_streams_equal_a_loop(world: int) -> None:
     config = tiny(*GATED)
     found = run_ranks(world, evaluation, config)[0]
-    expected = recount(config)
+    expected = naive_scores(config)
     whole = Score(
         *(
             sum(getattr(s, part) for s in expected.values())
@@ -124,13 +124,13 @@ def test_every_class_and_every_missing_stream(world: int) -> None:
         for label, score in sorted(expected.items())
     }
     for stream in ("a", "b"):
-        less = recount(config, stream).values()
+        less = naive_scores(config, stream).values()
         assert found.missing_stream_accuracy[stream] == pytest.approx(
             sum(score.correct for score in less) / whole.targets
         )
 
 
-def test_a_single_domain_is_not_told_twice() -> None:
+def test_a_single_domain_is_not_repeated() -> None:
     found = run_ranks(1, evaluation, tiny())[0]
     assert found.by_domain == {}
     assert "by_domain" not in found.record()
@@ -154,11 +154,13 @@ def test_a_stop_request_ends_an_evaluation(batches: int) -> None:
 @pytest.mark.parametrize(
     ("told", "first", "due"), [((), True, True), ((0,), True, True), ((), False, False)]
 )
-def test_the_evaluation_before_the_first_step_is_of_the_weights_that_are_trained(
+def test_evaluation_at_step_0_is_repeated_by_a_new_start(
     told: tuple[int, ...], first: bool, due: bool, tmp_path: Path
 ) -> None:
-    """A job that was killed after it and before the first checkpoint starts from nothing again, maybe with another seed: it was taken
-    for told already, and the result table gave the other weights' accuracy as that of step 0."""
+    """A job that was killed before the first checkpoint starts anew, maybe with another seed.
+
+    Once its evaluation at step 0 counted as done, and the result table showed the other weights'.
+    """
     run = RunSession(RunDir(tmp_path), worlds.init_distributed("cpu"), None)
     for step in told:
         run.directory.metrics.write_text(f'{{"event": "eval", "step": {step}, "time": 1.0}}\n')

@@ -1,4 +1,4 @@
-"""What an evaluation tells of the experts, against loops over the recorded decisions of all ranks."""
+"""Routing analysis of an evaluation, against loops over the recorded decisions of all ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DOMAINS = ("first", "second", "third")
 
 
 class Labelled:
-    """A stream whose sequences belong to three domains in turn."""
+    """A dataset whose sequences belong to three domains in turn."""
 
     def __init__(self, stream: Any) -> None:
         self.stream, self.num_sequences, self.seq_len = stream, stream.num_sequences, stream.seq_len
@@ -40,10 +40,14 @@ class Labelled:
 def evaluations(
     rank: int, world: int, config: Config, changed: bool
 ) -> tuple[list[Any], list[list[np.ndarray]], int]:
-    """The `layers` of two evaluations, with other routers in between; each batch's experts [layer][T, K]; sequences a batch."""
+    """Evaluate twice, with changed routers in between.
+
+    Returns `layers` of both, experts [layer][T, K] of each batch, and sequences per batch.
+    """
     here = worlds.init_distributed("cpu")
     data = open_data(config.data, config.train.seed)
-    data = replace(data, held_out=Labelled(data.held_out), domains=DOMAINS)  # type: ignore[arg-type]
+    held_out: Any = Labelled(data.held_out)
+    data = replace(data, held_out=held_out, domains=DOMAINS)
     engine = engines.build_engine(config, here, data.tokenizer.vocab_size)
     probe, told, chosen = RoutingProbe(engine, data.domains), [], []
     layers = engine.model.moe_layers()
@@ -93,7 +97,7 @@ def test_counts_equal_the_loop(world: int) -> None:
 
 
 def naive_information(count: np.ndarray) -> float:
-    """H(domain) + H(expert) - H(both), in bits: another formula than the module's."""
+    """Compute H(domain) + H(expert) - H(both) in bits: another formula than the module's."""
 
     def entropy(counts: np.ndarray) -> float:
         return -sum(c / count.sum() * math.log2(c / count.sum()) for c in counts.flatten() if c)
@@ -103,7 +107,7 @@ def naive_information(count: np.ndarray) -> float:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_stability(world: int) -> None:
-    """Of the first batch alone, order of the choices aside; absent at the first evaluation, 0 where nothing has changed."""
+    """Of the first batch, whatever the order of choices; absent at first, 0 if nothing changed."""
     config = tiny()
     calm = run_ranks(1, evaluations, config, False)[0][0]
     assert ["stability" in line for line in calm[0]] == [False, False]
@@ -130,7 +134,7 @@ def test_one_domain_has_no_table(tmp_path: Path) -> None:
 
 
 def test_mutual_information() -> None:
-    """Experts of their own for each of four domains: 2 bits. The same experts for all: none. Nothing: none."""
+    """Own experts for each of four domains: 2 bits. The same experts for all: 0. No counts: 0."""
     assert mutual_information(
         [[5, 0, 0, 0], [0, 5, 0, 0], [0, 0, 5, 0], [0, 0, 0, 5]]
     ) == pytest.approx(2)

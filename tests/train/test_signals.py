@@ -71,7 +71,8 @@ def test_second_stop_signal_ends_the_process_at_once(first: str, second: str) ->
     program = (
         "from dmoe.train.signals import Signals\nimport time\n"
         "signals = Signals(); signals.install_handlers(); print('ready', flush=True)\n"
-        "while not signals.is_stop_requested(): time.sleep(0.01)\nprint('stopping', flush=True)\ntime.sleep(60)"
+        "while not signals.is_stop_requested(): time.sleep(0.01)\n"
+        "print('stopping', flush=True)\ntime.sleep(60)"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True

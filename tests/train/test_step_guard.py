@@ -1,4 +1,4 @@
-"""What is bad, what is done about it, and that all of it comes back from a checkpoint."""
+"""Step guard: what is bad, what is done about it, and its state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAN, INF = math.nan, math.inf
 
 
 def guard(scaled: bool = False, **changes: Any) -> StepGuard:
-    """One that has seen eight losses around 2."""
+    """Make a guard that has seen eight losses around 2."""
     made = StepGuard(replace(CONFIG, **changes), scaled)
     for step in range(WINDOW):
         assert made.check(step, 2.0 + 0.01 * (-1) ** step, 1.0) == (
@@ -44,15 +44,15 @@ def test_a_loss_or_a_norm_that_is_not_finite(loss: float, norm: float) -> None:
     assert guard().check(WINDOW, loss, norm) == (StepHealth.NONFINITE, SKIP)
 
 
-def test_a_spike_is_so_many_deviations_above_the_mean_and_never_below_it() -> None:
+def test_a_spike_is_above_the_mean_never_below() -> None:
     for loss in (2.0, 2.05, 0.1, -9.0):
         assert guard().check(WINDOW, loss, 1.0)[0] is StepHealth.GOOD, loss
     for loss in (2.07, 50.0):
         assert guard().check(WINDOW, loss, 1.0)[0] is StepHealth.SPIKE, loss
 
 
-def test_a_calm_run_is_allowed_two_percent() -> None:
-    """Losses that are all equal have no deviation: any rounding would be a spike."""
+def test_two_percent_are_no_spike() -> None:
+    """Equal losses have no deviation: any rounding would be a spike."""
     calm = StepGuard(CONFIG)
     for step in range(WINDOW):
         calm.check(step, 2.0, 1.0)
@@ -73,7 +73,7 @@ def test_nothing_is_a_spike_before_a_quarter_of_the_window_is_known(
         )
 
 
-def test_bad_losses_are_not_remembered() -> None:
+def test_bad_losses_are_not_in_the_history() -> None:
     made = guard(spike="warn", patience=99)
     for step in range(WINDOW, 3 * WINDOW):
         assert made.check(step, 50.0, 1.0) == (StepHealth.SPIKE, TAKE), (
@@ -106,7 +106,7 @@ def test_policies_for_spikes(policy: str, expected: list[StepAction]) -> None:
     assert actions(guard(spike=policy), *[9.0] * len(expected)) == expected
 
 
-def test_a_good_step_between_bad_ones_counts_afresh() -> None:
+def test_a_good_step_resets_the_count() -> None:
     assert actions(guard(), NAN, NAN, 2.0, NAN, NAN, 2.0, NAN) == [
         SKIP,
         SKIP,
@@ -123,15 +123,15 @@ def test_nan_counts_as_a_spike() -> None:
     assert actions(guard(), 9.0, 9.0, NAN) == [TAKE, TAKE, ROLLBACK]
 
 
-def test_once_is_enough() -> None:
-    """Back from step 10 to step 8; the same steps are bad again, and going back again would not help."""
+def test_a_second_rollback_to_one_place_stops() -> None:
+    """Rolled back from step 10 to 8, the same steps are bad again: a second rollback is no help."""
     made = guard()
     assert actions(made, NAN, NAN, NAN) == [SKIP, SKIP, ROLLBACK]
     made.reset_count()
     assert actions(made, NAN, NAN, NAN) == [SKIP, SKIP, STOP]
 
 
-def test_once_the_place_is_passed_going_back_may_help_again() -> None:
+def test_a_rollback_is_allowed_again_once_the_place_is_passed() -> None:
     made = guard()
     assert actions(made, NAN, NAN, NAN) == [SKIP, SKIP, ROLLBACK]
     made.reset_count()
@@ -144,7 +144,7 @@ def test_once_the_place_is_passed_going_back_may_help_again() -> None:
     assert actions(made, 2.0, 2.0, 2.0, 2.0, NAN, NAN, NAN) == [TAKE] * 4 + [SKIP, SKIP, ROLLBACK]
 
 
-def test_under_a_loss_scale_an_overflow_is_no_fault_until_there_are_too_many() -> None:
+def test_overflows_under_loss_scaling_are_skipped_up_to_patience() -> None:
     for policy in ("skip", "stop", "rollback"):
         assert actions(guard(scaled=True, nonfinite=policy), NAN, NAN, NAN) == [
             SKIP,
@@ -165,10 +165,10 @@ policies = st.builds(
 
 
 @given(before=losses, after=losses, config=policies)
-def test_a_resumed_guard_decides_as_the_unbroken_one(
+def test_a_resumed_guard_decides_as_an_uninterrupted_one(
     before: list[float], after: list[float], config: GuardConfig
 ) -> None:
-    """Through JSON, as the manifest keeps it."""
+    """Through JSON, as in the manifest."""
     unbroken, resumed = StepGuard(config), StepGuard(config)
     for step, loss in enumerate(before):
         unbroken.check(step, loss, 1.0)
@@ -177,7 +177,7 @@ def test_a_resumed_guard_decides_as_the_unbroken_one(
         assert resumed.check(step, loss, 1.0) == unbroken.check(step, loss, 1.0)
 
 
-def test_a_checkpoint_from_before_does_not_undo_that_the_run_has_gone_back() -> None:
+def test_an_older_checkpoint_does_not_undo_the_rollback() -> None:
     made = guard()
     before = made.state_dict()
     assert actions(made, NAN, NAN, NAN)[-1] is ROLLBACK
@@ -186,14 +186,14 @@ def test_a_checkpoint_from_before_does_not_undo_that_the_run_has_gone_back() -> 
     assert actions(made, NAN, NAN, NAN)[-1] is STOP
 
 
-def test_a_checkpoint_that_kept_no_memory_is_an_empty_one() -> None:
+def test_a_checkpoint_without_state_resets_the_guard() -> None:
     made = guard()
     made.load_state_dict(None)
     assert made.state_dict() == StepGuard(CONFIG).state_dict()
 
 
-def test_that_the_run_has_gone_back_travels_in_the_checkpoint() -> None:
-    """It did not once: killed and resumed between, the run would have gone back a second time."""
+def test_the_rollback_is_saved_in_the_checkpoint() -> None:
+    """Once it was not saved: killed and resumed in between, the run rolled back a second time."""
     made = guard()
     assert actions(made, NAN, NAN, NAN)[-1] is ROLLBACK
     made.reset_count()

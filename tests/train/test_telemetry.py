@@ -1,4 +1,4 @@
-"""A `train` line against an independent recount from the recorded decisions of all ranks."""
+"""A `train` line, recomputed from the recorded decisions of all ranks."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_layers_equal_the_recount(name: str) -> None:
 
 
 def test_gradient_norms_by_class() -> None:
-    """Dense, experts and routers share out all parameters; the routers' and the dense ones are the same on both ranks."""
+    """Dense, experts and routers are all parameters; routers and dense are equal on both ranks."""
     _, ranks = measured(2, "optim.clip=0.1")
     line, experts = ranks[0].line, set(ranks[0].experts)
     assert experts
@@ -94,7 +94,7 @@ def test_weighted_losses() -> None:
 
 
 def test_bias() -> None:
-    """After the step; without recentring the biases can drift together, which is what `bias_drift` shows: their mean."""
+    """After the step. Without recentering the biases can drift: `bias_drift` is their mean."""
     _, (alone,) = measured(1, "moe.balance.bias=0.25", "moe.balance.recenter=false")
     for layer, bias in zip(alone.line["layers"], alone.bias, strict=True):
         assert layer["bias_min"] == bias.min() == -0.25
@@ -106,7 +106,7 @@ def test_bias() -> None:
 
 @pytest.mark.parametrize("exchange", ["packed", "padded"])
 def test_bytes_exchanged(exchange: str) -> None:
-    """Rows for the other rank travel out and back, forward and backward; packed sends the counts of its experts besides."""
+    """Rows go out and back, forward and backward; packed also sends the counts per expert."""
     config, ranks = measured(2, f"moe.exchange={exchange}", DROPS, "train.micro_batch=2")
     width, experts = config.model.dim * 4, config.moe.num_experts
     layers = ranks[0].line["layers"]
@@ -119,7 +119,7 @@ def test_bytes_exchanged(exchange: str) -> None:
     assert ranks[0].line["bytes_exchanged"] == rows * width * 4 + counts
 
 
-def test_nothing_travels_alone() -> None:
+def test_no_bytes_on_one_rank() -> None:
     _, (alone,) = measured(1)
     assert alone.line["bytes_exchanged"] == 0
     assert alone.line["step_time"]["exchange"] == 0
@@ -128,7 +128,7 @@ def test_nothing_travels_alone() -> None:
 
 
 def test_time_is_the_mean_and_the_straggler_the_slowest() -> None:
-    """The second rank reads its data a second longer than the first, which is much longer than the step."""
+    """The second rank reads its data one second longer, which is much longer than the step."""
     _, ranks = measured(2)
     split, own = ranks[0].line["step_time"], [rank.seconds for rank in ranks]
     assert tuple(split) == PHASES
@@ -144,8 +144,8 @@ def test_time_is_the_mean_and_the_straggler_the_slowest() -> None:
     assert compute[1] == max(compute) > 1
 
 
-def test_utilisation_counts_what_the_model_needs() -> None:
-    """PaLM's convention: 6 FLOPs a token for each weight it passes, and causal attention. One step in one second."""
+def test_mfu_counts_the_models_flops() -> None:
+    """PaLM's convention: 6 FLOPs per token and weight, plus causal attention."""
     config, ranks = measured(2, "train.recompute=true", DROPS)
     model, moe, length = config.model, config.moe, config.data.seq_len
     attention, router, experts = (
@@ -161,17 +161,20 @@ def test_utilisation_counts_what_the_model_needs() -> None:
     assert ranks[0].line["mfu"] == pytest.approx(flops / sum(rank.peak for rank in ranks))
 
 
-class Ticking(StepTimer):
-    """Its clock shows what it is given."""
+class FakeTimer(StepTimer):
+    """A timer whose clock shows given times."""
 
     def now(self) -> float:
         return self.time
 
 
-def test_a_stopwatch_books_every_second_once() -> None:
-    """Forward takes 10 s, of which 4 in an exchange; backward 6, of which 1; nothing that comes after `stop_meters` is an exchange."""
+def test_timer_books_every_second_once() -> None:
+    """Forward takes 10 s, 4 of them in an all-to-all; backward 6, 1 of them in an all-to-all.
+
+    Nothing after `stop_comm_timers` counts as all-to-all.
+    """
     meter = CommTimer()
-    watch = Ticking(torch.device("cpu"), [meter], began=100.0)
+    watch = FakeTimer(torch.device("cpu"), [meter], began=100.0)
     watch.time = 102.0
     watch.mark("data")
     meter.seconds, meter.sent_bytes, watch.time = 4.0, 70, 112.0
@@ -194,7 +197,7 @@ def test_a_stopwatch_books_every_second_once() -> None:
 
 
 @pytest.mark.parametrize("kind", ["fixed", "hash", "soft", "expert_choice"])
-def test_what_has_no_meaning_is_left_out(kind: str) -> None:
+def test_meaningless_metrics_are_left_out(kind: str) -> None:
     more = (
         ["moe.top_k=8"]
         if kind == "soft"
@@ -232,11 +235,11 @@ def test_which_steps_are_logged() -> None:
 def test_a_collapsed_router_shows_everywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A whole run whose every token goes to expert 3 with certainty, as users find it in metrics.jsonl."""
+    """A whole run in which all tokens go to expert 3 with certainty, as in metrics.jsonl."""
     logits = LearnedRouter.logits
 
-    def collapsed(self: Any, x_TD: Any, context: Any) -> Any:
-        return logits(self, x_TD, context) + 30.0 * (torch.arange(8) == 3)
+    def collapsed(self: Any, *args: Any) -> Any:
+        return logits(self, *args) + 30.0 * (torch.arange(8) == 3)
 
     monkeypatch.setattr(LearnedRouter, "logits", collapsed)
     options = (
@@ -280,8 +283,11 @@ def test_a_collapsed_router_shows_everywhere(
 
 
 def test_experts_of_different_shape() -> None:
-    """The heaviest expert has a rank of its own, and the other three share one: loads by rank were once cut by id, two and two. What a
-    token spends is the work of the experts that computed it, as a share of that of all."""
+    """The largest expert has a rank of its own, the other three share one.
+
+    Once loads by rank were cut by id, two and two. The cost of a token is the work of the experts
+    that computed it, as a fraction of the work of all experts.
+    """
     widths = [(), (8,), (8,), (96,)]
     _, ranks = measured(
         2,

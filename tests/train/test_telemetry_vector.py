@@ -1,4 +1,4 @@
-"""What telemetry costs a step, and that its packed vector is read by the names it was written with."""
+"""The cost of telemetry per step, and the names in its packed vector."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.tiny import VOCAB, tiny
 
 
 def costs_of_two_steps(rank: int, world: int, config: Config) -> list[Counter[str]]:
-    """Collectives and host reads of a plain step and of a logged one, the line included."""
+    """Count collectives and host reads of an unlogged and of a logged step with its line."""
     here = worlds.init_distributed("cpu")
     data = open_data(config.data, config.train.seed)
     engine = engines.build_engine(config, here, data.tokenizer.vocab_size)
@@ -55,8 +55,8 @@ def costs_of_two_steps(rank: int, world: int, config: Config) -> list[Counter[st
 
 
 @pytest.mark.parametrize("exchange", ["packed", "padded"])
-def test_what_logging_costs(exchange: str) -> None:
-    """Two small reductions and a host read of each, on the steps that are logged; on the others nothing."""
+def test_cost_of_logging(exchange: str) -> None:
+    """Two small reductions and one host read of each in logged steps; nothing in others."""
     config = tiny(
         f"moe.exchange={exchange}",
         "moe.capacity.factor=1.0",
@@ -68,8 +68,8 @@ def test_what_logging_costs(exchange: str) -> None:
         assert not plain - logged
 
 
-def test_every_sum_is_asked_for() -> None:
-    """The names in the packed vector are those the observer returns; one too few would shift all that follow."""
+def test_all_names_are_packed() -> None:
+    """The vector's names are those of the metrics function; one less would shift the rest."""
     from dmoe.moe.layer import MoE
     from dmoe.moe.metrics import router_metrics
     from dmoe.moe.routing import TokenContext
@@ -78,8 +78,8 @@ def test_every_sum_is_asked_for() -> None:
     assert tuple(seen) == (*SUMS, *MAXIMA)
 
 
-def test_a_step_that_is_not_a_number_keeps_its_keys() -> None:
-    """`bits_per_byte` of a step whose loss was NaN was left out of its line for a day, as if it were what training does not count."""
+def test_a_step_of_nan_loss_keeps_its_keys() -> None:
+    """Once `bits_per_byte` was missing from the line of a step whose loss was NaN."""
     line = run_ranks(1, line_of_a_bad_step, tiny())[0]
     assert math.isnan(line["loss"])
     assert math.isnan(line["bits_per_byte"])

@@ -1,4 +1,4 @@
-"""A dense model becomes a mixture: equal outputs at step 0, at any EP size, and experts that then differ."""
+"""Upcycling: equal outputs at step 0, at any EP size, and experts that then differ."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def logits(model: Model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_it_says_what_the_dense_model_says(router: str) -> None:
+def test_outputs_equal_the_dense_model(router: str) -> None:
     kind = [override for override in ROUTERS[router] if "experts.kind" in override]
     config = tiny(*SPARSE, *ROUTERS[router])
     check_upcycle(tiny(*DENSE, *kind), config)
@@ -75,9 +75,11 @@ def test_it_says_what_the_dense_model_says(router: str) -> None:
         dense.double(), sparse.double()
 
 
-def test_the_first_step_tells_the_router_nothing() -> None:
-    """All experts agree and the weights sum to 1, so the loss does not depend on them: what separates the experts is whose tokens
-    they are trained on."""
+def test_no_router_gradient_in_the_first_step() -> None:
+    """All experts agree and the weights sum to 1, so the loss does not depend on the router.
+
+    The experts then differ by the tokens that they are trained on.
+    """
     sparse = task_of(tiny(*SPARSE)).build_model().double()
     copy_weights(weights(tiny(*DENSE)).double(), sparse)
     token_BS = torch.arange(3 * 16).view(3, 16) * 37 % VOCAB
@@ -90,14 +92,14 @@ def test_the_first_step_tells_the_router_nothing() -> None:
         assert all(not torch.equal(experts[0], experts[e]) for e in range(1, 8))
 
 
-class Seen(NamedTuple):
+class ResumedResult(NamedTuple):
     loss: float
-    together: bool
-    apart: bool
-    """Whether the experts of the first mixture are all alike when loaded, and all different after three steps."""
+    all_equal: bool
+    all_different: bool
+    """Experts of the first MoE layer: equal when loaded, different after three steps."""
 
 
-def taken_up(rank: int, world: int, config: Config, path: str) -> Seen:
+def resumed(rank: int, world: int, config: Config, path: str) -> ResumedResult:
     engine = engines.build_engine(config, worlds.init_distributed("cpu"), VOCAB)
     extra = checkpointer.load_training_state(engine, Path(path))
     assert extra["step"] == 0
@@ -107,11 +109,11 @@ def taken_up(rank: int, world: int, config: Config, path: str) -> Seen:
     before = alike(engine)
     for step in range(3):
         train_step(engine, training_batches(data.train, engine, step), 0.01)
-    return Seen(found.loss, before == {0}, len(alike(engine)) == 8)
+    return ResumedResult(found.loss, before == {0}, len(alike(engine)) == 8)
 
 
 def alike(engine: engines.Engine) -> set[int]:
-    """For each expert of the first mixture the lowest one that is equal to it."""
+    """Return for each expert of the first MoE layer the lowest one that is equal to it."""
     model = engine.model
     whole = gather_full(
         dict(model.named_parameters()),
@@ -135,7 +137,7 @@ def dense_loss(rank: int, world: int, config: Config, path: str) -> float:
     return found.loss
 
 
-def test_two_ranks_take_it_up_with_the_loss_of_the_dense_run(tmp_path: Path) -> None:
+def test_two_ranks_resume_with_the_loss_of_the_dense_run(tmp_path: Path) -> None:
     run = dense_run(tmp_path / "dense")
     config = tiny(*SPARSE, f"train.run_dir={tmp_path / 'sparse'}", "parallel.ep=2")
     made = upcycle(run, config, "")
@@ -144,10 +146,10 @@ def test_two_ranks_take_it_up_with_the_loss_of_the_dense_run(tmp_path: Path) -> 
     assert made.parameters > made.dense_parameters + 7 * 2 * 3 * 32 * 24
     there = str(checkpoint.find_latest(tmp_path / "sparse" / "checkpoints"))
     known = run_ranks(1, dense_loss, tiny(*DENSE), str(run.checkpoints / "step-00000005"))[0]
-    for seen in run_ranks(2, taken_up, config, there):
+    for seen in run_ranks(2, resumed, config, there):
         assert seen.loss == pytest.approx(known, rel=1e-6)
-        assert seen.together
-        assert seen.apart
+        assert seen.all_equal
+        assert seen.all_different
     with pytest.raises(ConfigError, match=r"train\.run_dir=.*holds a run with checkpoints"):
         upcycle(run, config, "")
 
@@ -158,7 +160,7 @@ def test_two_ranks_take_it_up_with_the_loss_of_the_dense_run(tmp_path: Path) -> 
         ([], ["model.moe_every=0"], "leaves no block to upcycle"),
         (["model.moe_every=2"], [], "RUN=model.moe_every=2: is not dense"),
         ([], ["model.layers=3"], "model.layers=3: the dense run has 2"),
-        # Its modules were left out without a word; and a mixture with modules got a checkpoint that training could not load.
+        # Once modules were dropped silently, and training could not load the checkpoint.
         (MODULES, [], "modular.bank=adapter: adds modules"),
         ([], MODULES, "modular.bank=adapter: adds modules"),
         ([], ["model.tie_embeddings=false"], "model.tie_embeddings=False: the dense run has True"),
@@ -181,7 +183,7 @@ def test_two_ranks_take_it_up_with_the_loss_of_the_dense_run(tmp_path: Path) -> 
         ),
     ],
 )
-def test_what_would_not_be_equal_is_refused(
+def test_unequal_models_are_refused(
     dense: list[str], sparse: list[str], words: str, tmp_path: Path
 ) -> None:
     run = dense_run(tmp_path / "dense", *dense)
