@@ -57,9 +57,9 @@ def check(config: Config, world: int = 1) -> None:
     """
     refuse_secrets(config)
     # Fields that nothing reads come before their values: the fix is to leave them out.
+    check_modules_used(config.modular)
     check_only_for(config)
     check_fields_read(config.moe.router)
-    check_modules_used(config.modular)
     check_bounds(config)
     check_world(world)
     check_task(config)

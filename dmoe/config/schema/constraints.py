@@ -47,45 +47,45 @@ class ItemsFrom:
 
 
 def only_for(name: str, *values: str) -> OnlyFor:
-    """The field is read only if the field `name` has one of `values`."""
+    """Require the default unless the field `name` has one of `values`."""
     return OnlyFor(name, values)
 
 
 def items_from(*values: str, fix: str) -> ItemsFrom:
-    """Each item of the list is one of `values`."""
+    """Require that each item of the list is one of `values`."""
     return ItemsFrom(values, fix)
 
 
 def at_least(low: int) -> Bound:
-    """A number of `low` or more."""
+    """Require a number of `low` or more."""
     allowed = f"must be {low} or more" if low else "must not be negative"
     return Bound(lambda value: value >= low, allowed, f"use {low}")
 
 
 def above(low: int, allowed: str = "", fix: str = "use a positive number or leave it out") -> Bound:
-    """A number greater than `low`."""
+    """Require a number greater than `low`."""
     return Bound(lambda value: value > low, allowed or f"must be greater than {low}", fix)
 
 
 def below(high: int) -> Bound:
-    """A number less than `high`."""
+    """Require a number less than `high`."""
     return Bound(lambda value: value < high, f"must be below {high}", "use the default")
 
 
 def at_most(high: int, unit: str = "", fix: str = "is there a digit too many?") -> Bound:
-    """An upper bound far above any useful value: it catches typos before they exhaust memory."""
+    """Require at most `high`, far above any useful value: a typo must not exhaust the memory."""
     allowed = f"must be at most {high}{unit}"
     return Bound(lambda value: value <= high, allowed, fix, replaces_largest=True)
 
 
 def from_to(low: int, high: int) -> Bound:
-    """An integer from `low` to `high`, both included."""
+    """Require an integer from `low` to `high`, both included."""
     allowed = f"must be from {low} to {high}"
     return Bound(lambda value: low <= value <= high, allowed, "use the default")
 
 
 def fraction(ends: str = "[]", fix: str = "use the default") -> Bound:
-    """A number from 0 to 1. `ends`: `[` and `]` include the end, `(` and `)` exclude it."""
+    """Require a number from 0 to 1. `ends`: `[` and `]` include the end, `(` and `)` exclude it."""
     allowed = {
         "[]": "must be between 0 and 1",
         "()": "must be between 0 and 1, both excluded",
