@@ -1,7 +1,7 @@
-"""Every test starts with accelerate's process-wide state empty: it remembers the first precision a process asked for.
+"""Settings of all tests: fresh accelerate state, one torch thread per worker, long files first.
 
-And how the tests share two cores: one thread for each worker of pytest, and the directories that start processes first. A worker of
-`--dist loadfile` takes a file at a time, by itself those with the fewest tests last: the longest file would begin when the others end.
+A worker of `--dist loadfile` takes one file at a time, those with the fewest tests last. The
+directories that start processes have the longest files, so they come first.
 """
 
 from collections.abc import Iterator
@@ -9,19 +9,19 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-PROCESSES = ("verification", "distributed", "training", "cli", "launch", "checkpoint")
+MULTI_PROCESS = ("verify", "distributed", "train", "cli", "launch", "checkpoint")
 """Directories whose tests start processes, the longest files first."""
 
 torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=place_in_line)
+    items.sort(key=directory_rank)
 
 
-def place_in_line(item: pytest.Item) -> int:
+def directory_rank(item: pytest.Item) -> int:
     directory = item.path.parent.name
-    return PROCESSES.index(directory) if directory in PROCESSES else len(PROCESSES)
+    return MULTI_PROCESS.index(directory) if directory in MULTI_PROCESS else len(MULTI_PROCESS)
 
 
 @pytest.fixture(autouse=True)

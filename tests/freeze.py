@@ -7,7 +7,7 @@ Recorded, through the command line alone so that no rename can hide a change: th
 `dmoe explain --json` for every shipped config, every number that `dmoe train` logs in the first 20
 steps of five configs on 1 and 2 ranks (as `float.hex()`, times and speeds left out), the manifest
 of one checkpoint, and `dmoe verify --json` of three configs. The file belongs to one machine:
-another CPU rounds GEMMs otherwise.
+another CPU rounds matrix products differently.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ VERIFIED = {
     "deepseek": ["configs/deepseek_moe_16b.yaml"],
     "modules": ["configs/modular/mixture_of_lora.yaml"],
 }
-CLOCKS = (
+TIME_KEYS = (
     "time",
     "second",
     "mfu",
@@ -62,6 +62,7 @@ CLOCKS = (
 
 
 def dmoe(*arguments: str) -> str:
+    """Run a command; return its output, or its exit code and errors."""
     command = [sys.executable, "-m", "dmoe", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -71,9 +72,11 @@ def dmoe(*arguments: str) -> str:
 
 
 def numbers(value: Any) -> Any:
-    """`value` with floats as hex, without sentences and clocks."""
+    """Return `value` with floats as hex, without sentences and times."""
     if isinstance(value, dict):
-        kept = {k: v for k, v in value.items() if k != "words" and not any(c in k for c in CLOCKS)}
+        kept = {
+            k: v for k, v in value.items() if k != "words" and not any(c in k for c in TIME_KEYS)
+        }
         return {key: numbers(inner) for key, inner in kept.items()}
     if isinstance(value, list):
         return [numbers(inner) for inner in value]
@@ -81,10 +84,12 @@ def numbers(value: Any) -> Any:
 
 
 def parsed(text: str) -> Any:
+    """Parse JSON output; an error stays text."""
     return text if text.startswith("exit ") else numbers(json.loads(text))
 
 
 def record() -> dict[str, Any]:
+    """Run all commands and return their outputs by name."""
     found: dict[str, Any] = {}
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
         name = str(path.relative_to(ROOT))
@@ -93,7 +98,7 @@ def record() -> dict[str, Any]:
         for name, overrides in RUNS.items():
             for ranks in (1, 2):
                 run = Path(scratch) / f"{name}-{ranks}"
-                said = dmoe(
+                output = dmoe(
                     "train",
                     *overrides,
                     *SHORT,
@@ -102,7 +107,7 @@ def record() -> dict[str, Any]:
                     "--ranks",
                     str(ranks),
                 )
-                found[f"train {name} on {ranks}"] = lines(run) or said
+                found[f"train {name} on {ranks}"] = lines(run) or output
                 if name == "quickstart":
                     found[f"manifest on {ranks}"] = manifest(run)
     for name, overrides in VERIFIED.items():
@@ -111,17 +116,20 @@ def record() -> dict[str, Any]:
 
 
 def lines(run: Path) -> list[Any]:
+    """Return the `train` and `eval` lines of a run."""
     path = run / "metrics.jsonl"
     every = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [numbers(line) for line in every if line["event"] in ("train", "eval")]
 
 
 def manifest(run: Path) -> Any:
+    """Return the manifest of the newest checkpoint."""
     path = max(run.glob("checkpoints/*/manifest.json"), default=None)
     return None if path is None else numbers(json.loads(path.read_text()))
 
 
 def differences(before: Any, after: Any, where: str) -> Iterator[str]:
+    """Yield a line for every differing value, with its path."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in {**before, **after}:
             yield from differences(before.get(key), after.get(key), f"{where}/{key}")

@@ -1,4 +1,4 @@
-"""Real gloo ranks for tests: the same processes `dmoe verify` uses."""
+"""Gloo ranks for tests, started as `dmoe verify` does."""
 
 from dmoe.distributed.local_ranks import RankError, run_ranks
 

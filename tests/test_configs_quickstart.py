@@ -1,4 +1,4 @@
-"""The quickstart file spells out the defaults; the dense twin is its fair opponent."""
+"""configs/quickstart.yaml has the defaults; the dense config has the same active parameters."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def active_parameters(config: Config) -> int:
         return Transformer(config.model, config.moe, 256).num_parameters().active
 
 
-def test_no_file_is_the_quickstart() -> None:
+def test_the_defaults_are_the_quickstart() -> None:
     assert load(CONFIGS / "quickstart.yaml") == load()
 
 
-def test_the_dense_twin_has_the_same_active_parameters_up_to_the_routers() -> None:
+def test_the_dense_config_has_the_same_active_parameters_without_routers() -> None:
     sparse, dense = load(CONFIGS / "quickstart.yaml"), load(CONFIGS / "quickstart_dense.yaml")
     routers = sparse.model.layers * sparse.moe.num_experts * sparse.model.dim
     assert active_parameters(sparse) == active_parameters(dense) + routers

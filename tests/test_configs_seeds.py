@@ -1,5 +1,7 @@
-"""The systems the project grew from, as language models: each file loads, says what it shows, and trains alike on one process and two
-ranks; those that are compared have the same data, batch, steps and, as far as it can be, arithmetic."""
+"""configs/seeds: every file loads, has its header, and trains alike on one process and two ranks.
+
+The compared files have the same data, batch, steps and, as far as possible, arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from dmoe.config.expert_shapes import all_choices
+from dmoe.config.expert_shapes import count_choices
 from dmoe.config.load import load
 from dmoe.config.rules import check
 from dmoe.config.schema import Config
@@ -19,10 +21,9 @@ from dmoe.distributed import init as worlds
 from dmoe.explain import explain
 from dmoe.models.transformer import Transformer
 from dmoe.train import engine as engines
-from dmoe.train.step import training_batches
 from dmoe.train.reduction import LayerTotals
-from dmoe.train.step import train_step
-from dmoe.verify.shrink import prepare, shrink
+from dmoe.train.step import train_step, training_batches
+from dmoe.verify.cases import prepare, shrink
 from tests.ranks import run_ranks
 
 SEEDS = Path(__file__).parents[1] / "configs" / "seeds"
@@ -32,7 +33,7 @@ Found = dict[str, list[tuple[float, list[LayerTotals]]]]
 
 
 def short(name: str) -> Config:
-    """The file with a small batch of synthetic text: what is tested is that it runs, not what it learns."""
+    """Return the config with a small batch of synthetic text."""
     config = load(SEEDS / f"{name}.yaml")
     return replace(
         config,
@@ -42,15 +43,14 @@ def short(name: str) -> Config:
 
 
 def three_steps(rank: int, world: int) -> Found:
-    """Of every file, one after the other. One process takes two virtual ranks, so that the groups are the same."""
+    """Train three steps of every file; one process has two virtual ranks (equal token groups)."""
     found: Found = {}
     for name in NAMES:
         config = short(name)
         config = replace(config, parallel=replace(config.parallel, virtual_ranks=2 // world))
-        AcceleratorState._reset_state(
-            reset_partial_state=True
-        )  # one process builds many engines; accelerate expects one
-        engine = engines.build(config, worlds.init_distributed("cpu"), 256)
+        # one process builds many engines; accelerate expects one
+        AcceleratorState._reset_state(reset_partial_state=True)
+        engine = engines.build_engine(config, worlds.init_distributed("cpu"), 256)
         data, found[name] = open_data(config.data, config.train.seed), []
         for step in range(3):
             totals = train_step(engine, training_batches(data.train, engine, step), 0.004).totals
@@ -60,8 +60,8 @@ def three_steps(rank: int, world: int) -> Found:
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SEEDS.glob("*.yaml")))
-def test_what_verify_makes_of_each_is_allowed(name: str) -> None:
-    """Made-up samples had two streams, so `dmoe verify` refused the file with three, naming a field the user had right."""
+def test_the_small_config_of_verify_is_allowed(name: str) -> None:
+    """Synthetic samples had two streams, so `dmoe verify` refused the file with three."""
     check(prepare(shrink(load(SEEDS / f"{name}.yaml")), 2), 1)
 
 
@@ -71,10 +71,10 @@ def trained() -> tuple[Found, list[Found]]:
 
 
 @pytest.mark.parametrize("path", sorted(SEEDS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_says_what_it_shows(path: Path) -> None:
+def test_header_and_explain(path: Path) -> None:
     header = path.read_text(encoding="utf-8").splitlines()
-    for words in ("# What it shows", "# What it needs", "# What to expect"):
-        assert any(line.startswith(words) for line in header), words
+    for heading in ("# What it shows", "# What it needs", "# What to expect"):
+        assert any(line.startswith(heading) for line in header), heading
     for world in (1, 2):
         check(load(path), world)
         assert all(section.sentences for section in explain(load(path), world))
@@ -84,21 +84,24 @@ def test_says_what_it_shows(path: Path) -> None:
 def test_trains_alike_on_one_process_and_two_ranks(
     name: str, trained: tuple[Found, list[Found]]
 ) -> None:
-    """The loss, and each balance loss: `usage_std`, of which every rank has its half, among them."""
+    """Equal loss and load-balancing losses, also `usage_std`, a sum over the ranks."""
     alone, ranks = trained[0][name], [found[name] for found in trained[1]]
     for rank in ranks:
         assert [loss for loss, _ in rank] == pytest.approx([loss for loss, _ in alone], rel=1e-4)
-        for (_, mine), (_, theirs) in zip(rank, alone, strict=True):
-            for layer, expected in zip(mine, theirs, strict=True):
+        for (_, layers), (_, expected_layers) in zip(rank, alone, strict=True):
+            for layer, expected in zip(layers, expected_layers, strict=True):
                 assert layer.aux == pytest.approx(expected.aux, rel=1e-3)
-                assert len(layer.choices) == all_choices(load(SEEDS / f"{name}.yaml").moe)
+                assert len(layer.choice_counts) == count_choices(load(SEEDS / f"{name}.yaml").moe)
     assert alone[2][0] < alone[0][0]
     assert ("usage_std" in alone[0][1][0].aux if alone[0][1] else False) == (name == "top_k")
 
 
-def test_what_is_compared_is_comparable() -> None:
-    """Data, batch, steps, optimizer and width are those of the dense baseline, and so is the arithmetic of a token's feed-forward:
-    exactly for what always takes K experts, at most for a budget, on average for zero-cost experts chosen as often as others."""
+def test_compared_files_are_comparable() -> None:
+    """Data, batch, steps, optimizer and width are those of the dense baseline.
+
+    The FLOPs of a token's feed-forward are equal too: exactly with K experts, at most with a
+    budget, on average with zero-cost experts that are chosen as often as others.
+    """
     static = load(SEEDS / "static.yaml")
     sizes = {}
     for name in COMPARED:
@@ -121,14 +124,14 @@ def test_what_is_compared_is_comparable() -> None:
         sizes["deepseek_moe"].total - routers["deepseek_moe"]
         == sizes["top_k"].total - routers["top_k"]
     )
-    free = load(SEEDS / "zero_cost.yaml").moe
+    zero_cost = load(SEEDS / "zero_cost.yaml").moe
     assert (
-        free.top_k * free.num_experts / all_choices(free) * free.expert_dim
+        zero_cost.top_k * zero_cost.num_experts / count_choices(zero_cost) * zero_cost.expert_dim
         == static.model.dense_dim
     )
 
 
-def test_explain_tells_cost_and_placement() -> None:
+def test_explain_shows_cost_and_placement() -> None:
     sections = {section.key: section for section in explain(load(SEEDS / "budget.yaml"), 2)}
     numbers, words = sections["experts"].numbers, " ".join(sections["experts"].sentences)
     assert sorted(e for owner in numbers["owners"] for e in owner["experts"]) == [0, 1, 2, 3, 4]

@@ -1,9 +1,7 @@
-"""A model small enough to train for ten steps on four ranks of two cores, with every part of the real one."""
+"""Smallest config for tests: ten steps on four ranks, with every part of a real model."""
 
 from dmoe.config.load import load
 from dmoe.config.schema import Config
-
-__all__ = ["VOCAB", "tiny"]
 
 VOCAB = 256
 
@@ -25,4 +23,5 @@ SMALL = (
 
 
 def tiny(*overrides: str) -> Config:
+    """Return the config of a tiny model with overrides."""
     return load(None, [*SMALL, *overrides])

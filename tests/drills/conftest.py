@@ -1,4 +1,4 @@
-"""The unbroken runs that the drills are compared with: each made once, by the same driver without a fault."""
+"""Uninterrupted runs that drills compare with: each made once, by the driver without a fault."""
 
 from __future__ import annotations
 
@@ -10,39 +10,40 @@ from typing import Any
 
 import pytest
 
-from tests.drills.jobs import Outcome, same, start
-
-__all__ = ["EPOCH", "Reference"]
+from tests.drills.jobs import Outcome, assert_same_result, start
 
 EPOCH = 10
-"""Steps in which the small text is read once."""
+"""Steps per epoch of the small text."""
 SEQUENCES, TOKENS = 8 * EPOCH, 16
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A job that ran to its end, and how it was started."""
+    """Finished job, and the arguments that it was started with."""
 
     run: Path
     overrides: tuple[str, ...]
     ranks: int
     trace: bool = False
 
-    def again(self, run: Path, fault: str, **how: Any) -> Outcome:
-        """The same job with a fault in it."""
+    def repeat(self, run: Path, fault: str, **how: Any) -> Outcome:
+        """Run the same job with a fault."""
         return start(run, *self.overrides, ranks=self.ranks, trace=self.trace, fault=fault, **how)
 
-    def equals(self, run: Path) -> None:
+    def assert_equals(self, run: Path) -> None:
         """Assert that `run` ended with the same bits."""
-        same(run, self.run)
+        assert_same_result(run, self.run)
 
 
-Unbroken = Callable[..., Reference]
+UninterruptedRuns = Callable[..., Reference]
 
 
 @pytest.fixture(scope="session")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
-    """`unbroken(*overrides, ranks=4)`: that job without a fault; run at the first call with these arguments, remembered after."""
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> UninterruptedRuns:
+    """Return a function that runs a job without a fault, once for the same arguments.
+
+    `uninterrupted(*overrides, ranks=4)`.
+    """
     made: dict[tuple[Any, ...], Reference] = {}
 
     def get(*overrides: str, ranks: int = 4, trace: bool = False) -> Reference:
@@ -51,7 +52,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
             reference = Reference(
                 tmp_path_factory.mktemp("unbroken") / "run", overrides, ranks, trace
             )
-            outcome = reference.again(reference.run, fault="")
+            outcome = reference.repeat(reference.run, fault="")
             assert outcome.code == 0, outcome.errors[-3000:]
             made[key] = reference
         return made[key]
@@ -60,13 +61,18 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
 
 
 @pytest.fixture(scope="session")
-def two_ranks(unbroken: Unbroken, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """Two ranks, two epochs and a little of ten steps each, no two sequences alike, a checkpoint after every fifth step; traced."""
+def two_ranks(
+    uninterrupted: UninterruptedRuns, tmp_path_factory: pytest.TempPathFactory
+) -> Reference:
+    """Run two ranks for 23 steps, with a trace and a checkpoint every 5 steps.
+
+    An epoch has ten steps, and all sequences are different.
+    """
     text = tmp_path_factory.mktemp("text") / "text.txt"
     text.write_text(
         "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz ", k=1430)), encoding="utf-8"
     )
-    return unbroken(
+    return uninterrupted(
         f"data.source={text}",
         "data.holdout=0.1",
         "train.steps=23",

@@ -1,28 +1,32 @@
-"""`dmoe` with a fault in it: `torchrun -m tests.drills.driver train ...` is `torchrun -m dmoe train ...` until the fault strikes.
+"""Fault injection: `torchrun -m tests.drills.driver train ...` runs dmoe with faults.
 
-The faults stand in the environment, so that the program itself needs no hook for them: DMOE_FAULT holds one or more, divided by
-semicolons, each `ACTION@POINT key=value ...`. They strike at restart 0 alone, unless `restarts` says otherwise.
+The faults are in the environment, so that the product needs no hook for them. DMOE_FAULT has one or
+more, separated by semicolons, each `ACTION@POINT key=value ...`. They apply to restart 0 only,
+unless `restarts` is given.
 
-    kill | term | stop | usr1    the signal, sent to this very process
+Actions:
+    kill | term | stop | usr1    send this signal to this process
     full                         OSError "No space left on device"
-    hold                         wait until the file DMOE_DRILL.go exists; DMOE_DRILL.held says that this process does
-    back                         from here on this process's clock shows one hour less
-    skip                         this rank leaves the exchange out, and takes zeros for what its peers send
-    nan | inf | spike            what the loss of this rank becomes (spike: fifty times itself)
+    hold                         create DMOE_DRILL.held, then wait until DMOE_DRILL.go exists
+    back                         set the clock of this process back by one hour
+    skip                         leave this rank's exchange out; it receives zeros
+    nan | inf | spike            replace the loss of this rank (spike: 50 times itself)
 
-    step            after backward, before the ranks' one reduction; with nan, inf, spike: in the forward
-    exchange        the first dispatch of tokens in a step, of MoE layer 0; for skip
-    shard           in the middle of this rank's shard file: half of it is there
+Points:
+    step            after backward, before the reduction; for nan, inf, spike: in the forward
+    exchange        first dispatch of tokens in a step, in MoE layer 0; for skip
+    shard           in the middle of this rank's shard file: half of it is written
     fsync           before the os.fsync number `call` (from 0) of the save of `step`
-    before-rename   before, after-rename: after the rename that makes the checkpoint of `step`
+    before-rename   before, after-rename: after the rename that creates the checkpoint of `step`
 
+Keys:
     rank=1          on this rank (default 0; any: on all)
     step=3          at this optimizer step, counted from 1 (default: at any)
-    count=5         in so many steps, from `step` on (nan, inf, spike)
+    count=5         in this many steps, from `step` on (nan, inf, spike)
     restarts=0-2    in these attempts (default 0; any)
-    after=0.5       after so many seconds
+    after=0.5       after this many seconds
 
-With DMOE_TRACE=FOLDER every rank writes down what it reads and draws: see `Trace`.
+With DMOE_TRACE=FOLDER, every rank records its samples and random numbers: see `Trace`.
 """
 
 from __future__ import annotations
@@ -49,15 +53,19 @@ FACTORS = {"nan": float("nan"), "inf": float("inf"), "spike": 50.0}
 
 @dataclass
 class Fault:
+    """One fault: action, point and keys."""
+
     action: str
     point: str
     keys: dict[str, str] = field(default_factory=dict)
 
-    def strikes(self, point: str, step: int) -> bool:
+    def matches(self, point: str, step: int) -> bool:
+        """Return True if the fault applies at this point of this step."""
         first, count = int(self.keys.get("step", "-1")), int(self.keys.get("count", "1"))
         return self.point == point and (first < 0 or first <= step < first + count)
 
-    def strike(self) -> None:
+    def inject(self) -> None:
+        """Perform the action."""
         time.sleep(float(self.keys.get("after", "0")))
         if self.action == "full":
             raise OSError(28, "No space left on device")
@@ -71,38 +79,44 @@ class Fault:
 
 
 def parse(text: str, rank: int, restart: int) -> list[Fault]:
-    """The faults of `text` that are meant for this rank and this attempt."""
+    """Return the faults of `text` for this rank and this attempt."""
     faults = []
-    for part in filter(None, (piece.strip() for piece in text.split(";"))):
-        head, *pairs = part.split()
+    for item in filter(None, (part.strip() for part in text.split(";"))):
+        head, *pairs = item.split()
         action, point = head.split("@")
         keys = dict(pair.split("=", 1) for pair in pairs)
         first, _, last = keys.get("restarts", "0").partition("-")
-        here = keys.get("rank", "0") in ("any", str(rank))
-        now = first == "any" or int(first) <= restart <= int(last or first)
-        if here and now:
+        this_rank = keys.get("rank", "0") in ("any", str(rank))
+        this_attempt = first == "any" or int(first) <= restart <= int(last or first)
+        if this_rank and this_attempt:
             faults.append(Fault(action, point, keys))
     return faults
 
 
-class Faults:
-    """Puts the faults into the functions of dmoe and of `os` through which their points pass."""
+class FaultInjector:
+    """Replaces functions of dmoe and of `os` to inject the faults."""
 
     def __init__(self, faults: list[Fault]) -> None:
         self.faults, self.step = faults, 0
         self.calls: dict[int, int] = {}
-        """fsync calls so far, of each save."""
+        """Number of fsync calls by step of the save."""
 
     def install(self) -> None:
+        """Replace the functions."""
         from dmoe.distributed.all_to_all import ExpertGroup
         from dmoe.train import step as steps
         from dmoe.train import trainer
 
         self._wrap(trainer, "training_batches", before=self._at_batches)
-        steps.squared_grad_norms = self._after(steps.squared_grad_norms, lambda: self._reach("step"))  # type: ignore[attr-defined]
+        steps.squared_grad_norms = self._after(  # type: ignore[attr-defined]
+            steps.squared_grad_norms, lambda: self._reach("step")
+        )
         forward = steps.forward
-        steps.forward = lambda engine, batch, prior: self._spoil(forward(engine, batch, prior))  # type: ignore[assignment]
-        ExpertGroup.all_to_all = self._exchange(ExpertGroup.all_to_all)  # type: ignore[method-assign]
+        steps.forward = (  # type: ignore[assignment]
+            lambda engine, batch, prior: self._scale_loss(forward(engine, batch, prior))
+        )
+        all_to_all = self._exchange(ExpertGroup.all_to_all)
+        ExpertGroup.all_to_all = all_to_all  # type: ignore[method-assign]
         os.fsync = self._fsync(os.fsync)  # type: ignore[assignment]
         os.rename = self._rename(os.rename)  # type: ignore[assignment]
 
@@ -128,28 +142,28 @@ class Faults:
 
     def _reach(self, point: str, step: int | None = None) -> None:
         for fault in self.faults:
-            if fault.action not in FACTORS and fault.strikes(
+            if fault.action not in FACTORS and fault.matches(
                 point, self.step if step is None else step
             ):
-                fault.strike()
+                fault.inject()
 
-    def _spoil(self, output: Any) -> Any:
+    def _scale_loss(self, output: Any) -> Any:
         for fault in self.faults:
-            if fault.action in FACTORS and fault.strikes("step", self.step):
+            if fault.action in FACTORS and fault.matches("step", self.step):
                 output.loss_sum = output.loss_sum * FACTORS[fault.action]
         return output
 
     def _exchange(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(route: Any, rows: Any, send: Any, receive: Any, operation: str) -> Any:
+        def wrapped(group: Any, rows: Any, send: Any, receive: Any, operation: str) -> Any:
             if (
-                route.layer == 0
+                group.layer == 0
                 and operation == "dispatch"
-                and any(fault.strikes("exchange", self.step) for fault in self.faults)
+                and any(fault.matches("exchange", self.step) for fault in self.faults)
             ):
                 return rows.new_zeros(
                     len(rows) if receive is None else sum(receive), *rows.shape[1:]
                 )
-            return original(route, rows, send, receive, operation)
+            return original(group, rows, send, receive, operation)
 
         return wrapped
 
@@ -160,26 +174,26 @@ class Faults:
             if found:
                 step = int(found[1])
                 if path.suffix == ".safetensors" and any(
-                    fault.strikes("shard", step) for fault in self.faults
+                    fault.matches("shard", step) for fault in self.faults
                 ):
                     os.truncate(path, path.stat().st_size // 2)
                     self._reach("shard", step)
                 call = self.calls.get(step, 0)
                 self.calls[step] = call + 1
                 for fault in self.faults:
-                    if fault.strikes("fsync", step) and int(fault.keys.get("call", "0")) == call:
-                        fault.strike()
+                    if fault.matches("fsync", step) and int(fault.keys.get("call", "0")) == call:
+                        fault.inject()
             original(descriptor)
 
         return wrapped
 
     def _rename(self, original: Callable[..., None]) -> Callable[..., None]:
-        def wrapped(source: Any, target: Any, **more: Any) -> None:
+        def wrapped(source: Any, target: Any, **kwargs: Any) -> None:
             found = re.fullmatch(r"step-(\d+)", Path(target).name)
             step = int(found[1]) if found else None
             if step is not None:
                 self._reach("before-rename", step)
-            original(source, target, **more)
+            original(source, target, **kwargs)
             if step is not None:
                 self._reach("after-rename", step)
 
@@ -187,13 +201,17 @@ class Faults:
 
 
 class Trace:
-    """One line a step in FOLDER/rank-R.jsonl: the SHA-256 of each sequence this rank reads, and R + 1 numbers drawn from torch's
-    default generator. Ranks draw unequally often, so that no two of them are in the same state after the first step."""
+    """Record of one line per step in FOLDER/rank-R.jsonl.
+
+    A line has the SHA-256 of each sequence of this rank, and R + 1 numbers from torch's default
+    generator: the ranks' generators differ from the first step on.
+    """
 
     def __init__(self, folder: Path, rank: int, restart: int) -> None:
         self.path, self.rank, self.restart = folder / f"rank-{rank}.jsonl", rank, restart
 
     def install(self) -> None:
+        """Replace `training_batches`."""
         from dmoe.train import trainer
 
         original = trainer.training_batches
@@ -222,20 +240,20 @@ class Trace:
 
 
 def sequences(batch: Any) -> Any:
-    """[B, S+1]: the stored sequences, of which the batch has inputs and targets."""
+    """Return the stored sequences [B, S+1] from the inputs and targets of a batch."""
     import torch
 
     return torch.cat([batch.input[:, :1], batch.target], 1).numpy()
 
 
 def digest(row_S: Any) -> str:
-    """What tells one sequence of tokens (a numpy row) from another."""
+    """Return a short hash of a sequence of tokens (a numpy row)."""
     return hashlib.sha256(row_S.astype("int64").tobytes()).hexdigest()[:16]
 
 
 def _set_clock_back() -> None:
-    true = time.time
-    time.time = lambda: true() - 3600.0  # type: ignore[assignment]
+    real_time = time.time
+    time.time = lambda: real_time() - 3600.0  # type: ignore[assignment]
 
 
 def _hold(drill: str) -> None:
@@ -245,17 +263,16 @@ def _hold(drill: str) -> None:
 
 
 def main() -> None:
+    """Install the faults of the environment and run dmoe."""
     from dmoe.cli.main import run
 
-    rank, restart = (
-        int(os.environ.get("RANK", "0")),
-        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
-    )
+    rank = int(os.environ.get("RANK", "0"))
+    restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     faults = parse(os.environ.get("DMOE_FAULT", ""), rank, restart)
     if "DMOE_TRACE" in os.environ:
         Trace(Path(os.environ["DMOE_TRACE"]), rank, restart).install()
     if faults:
-        Faults(faults).install()
+        FaultInjector(faults).install()
     run()
 
 

@@ -1,4 +1,4 @@
-"""Whole jobs for the drills: torchrun and its ranks, started as a user starts them, hurt, waited for, and compared bit by bit."""
+"""Jobs for the drills: start torchrun and its ranks, add faults, wait, compare bit by bit."""
 
 from __future__ import annotations
 
@@ -18,22 +18,6 @@ from dmoe.checkpoint import latest, verify
 from dmoe.runs.metrics_log import read_metrics
 from tests.cli.commands import SMALL, environment
 
-__all__ = [
-    "DRILL",
-    "Job",
-    "Outcome",
-    "finish",
-    "footprint",
-    "job",
-    "losses",
-    "processes_of",
-    "same",
-    "start",
-    "state_of",
-    "trace",
-    "until",
-]
-
 ROOT = Path(__file__).parent.parent.parent
 DRILL = (
     *SMALL,
@@ -46,18 +30,20 @@ DRILL = (
     "parallel.start_timeout=60",
     "parallel.timeout=20",
 )
-"""Twelve steps of a few milliseconds, a checkpoint after every fourth. Last override wins, so a drill may change any of it."""
-PATIENCE = 180.0
-"""Seconds a job may take in all on a busy machine; no drill waits for it unless something hangs."""
+"""Twelve steps of a few milliseconds, a checkpoint every 4. Later overrides replace these."""
+TIMEOUT_SECONDS = 180.0
+"""Maximum duration of a job on a busy machine, in seconds; reached only if it hangs."""
 
 
 @dataclass
 class Job:
+    """Running launcher and its run directory."""
+
     process: subprocess.Popen[str]
     run: Path
 
     def workers(self) -> list[int]:
-        """Process ids of the ranks that are alive, rank 0 first."""
+        """Return the process ids of the live ranks, rank 0 first."""
         found: dict[int, int] = {}
         for pid in processes_of(self.run):
             rank = _environment_of(pid).get("RANK")
@@ -66,7 +52,7 @@ class Job:
         return [found[rank] for rank in sorted(found)]
 
     def steps(self) -> int:
-        """The last step in `metrics.jsonl`, 0 before the first."""
+        """Return the last step in `metrics.jsonl`, 0 before the first."""
         lines = (
             read_metrics(self.run / "metrics.jsonl")
             if (self.run / "metrics.jsonl").exists()
@@ -75,12 +61,14 @@ class Job:
         return max((line["step"] for line in lines), default=0)
 
     def signal(self, number: int) -> None:
-        """To the launcher."""
+        """Send a signal to the launcher."""
         self.process.send_signal(number)
 
 
 @dataclass(frozen=True)
 class Outcome:
+    """Exit code and output of a launcher."""
+
     code: int
     output: str
     errors: str
@@ -96,25 +84,35 @@ def job(
     trace: bool = False,
     module: str = "tests.drills.driver",
     prefix: Sequence[str] = (),
-    meeting: Sequence[str] = ("--standalone",),
+    rendezvous: Sequence[str] = ("--standalone",),
     log: Path | None = None,
     **env: str,
 ) -> Iterator[Job]:
-    """`torchrun --nproc-per-node RANKS --max-restarts RESTARTS -m tests.drills.driver train ...`; nothing of it outlives the block.
+    """Run `torchrun -m tests.drills.driver train ...`; kill all its processes at the end.
 
-    trace: with the driver's record of samples and draws, in RUN.trace. prefix: a command to run it under. meeting: torchrun's
-    options for how its nodes find each other. log: a file that takes what it says, in place of `finish`. env: more of the environment.
+    Args:
+        run: run directory.
+        overrides: of the config.
+        ranks: `--nproc-per-node`.
+        restarts: `--max-restarts`.
+        fault: value of DMOE_FAULT, see driver.py.
+        trace: record samples and random numbers in RUN.trace.
+        module: module to run in the ranks.
+        prefix: command to run torchrun under.
+        rendezvous: rendezvous options of torchrun.
+        log: file for the output, instead of `finish`.
+        env: additional environment variables.
     """
     launcher = [
         *prefix,
         sys.executable,
         "-m",
         "torch.distributed.run",
-        *meeting,
+        *rendezvous,
         "--nproc-per-node",
         str(ranks),
     ]
-    more = {"DMOE_TRACE": f"{run}.trace"} if trace else {}
+    tracing = {"DMOE_TRACE": f"{run}.trace"} if trace else {}
     command = [
         *launcher,
         "--max-restarts",
@@ -131,7 +129,7 @@ def job(
             cwd=run.parent,
             env=environment()
             | {"PYTHONPATH": str(ROOT), "DMOE_FAULT": fault, "DMOE_DRILL": str(run)}
-            | more
+            | tracing
             | env,
             stdout=output,
             stderr=output,
@@ -144,22 +142,23 @@ def job(
     finally:
         process.kill()
         for pid in processes_of(run):
-            with_suppressed(os.kill, pid, signal.SIGKILL)
+            ignore_os_error(os.kill, pid, signal.SIGKILL)
         process.communicate()
 
 
-def finish(started: Job, timeout: float = PATIENCE) -> Outcome:
+def finish(started: Job, timeout: float = TIMEOUT_SECONDS) -> Outcome:
+    """Wait for the end of a job."""
     output, errors = started.process.communicate(timeout=timeout)
     return Outcome(started.process.returncode, output, errors)
 
 
-def start(run: Path, *overrides: str, timeout: float = PATIENCE, **how: Any) -> Outcome:
-    """A whole job, from start to end."""
-    with job(run, *overrides, **how) as started:
+def start(run: Path, *overrides: str, timeout: float = TIMEOUT_SECONDS, **kwargs: Any) -> Outcome:
+    """Run a job to its end."""
+    with job(run, *overrides, **kwargs) as started:
         return finish(started, timeout)
 
 
-def until(
+def wait_until(
     condition: Callable[[], bool], started: Job | None = None, timeout: float = 60.0, what: str = ""
 ) -> None:
     """Wait for `condition`; fail if the job ends before, or after `timeout` seconds."""
@@ -173,11 +172,11 @@ def until(
                 f"ended with {outcome.code} before {what}: {outcome.errors[-3000:]}"
             )
         time.sleep(0.02)
-    raise AssertionError(f"{what or 'the condition'} did not come within {timeout:.0f} s")
+    raise AssertionError(f"{what or 'the condition'} was not reached within {timeout:.0f} s")
 
 
 def losses(run: Path) -> dict[int, str]:
-    """Every logged training loss, to the bit, by step; the numbers of attempts that came to nothing are gone."""
+    """Return the logged training losses as hex by step, without those of superseded attempts."""
     return {
         line["step"]: line["loss"].hex()
         for line in read_metrics(run / "metrics.jsonl")
@@ -185,22 +184,22 @@ def losses(run: Path) -> dict[int, str]:
     }
 
 
-def footprint(run: Path) -> dict[str, Any]:
-    """The newest checkpoint of a run, every byte of its tensors proven: step, and the SHA-256 of each file."""
+def checkpoint_hashes(run: Path) -> dict[str, Any]:
+    """Verify the newest checkpoint; return its step and the SHA-256 of each file."""
     newest = latest(run / "checkpoints")
     assert newest is not None, f"no checkpoint under {run}"
     found = verify(newest)
     return {"step": found.step} | {name: entry.sha256 for name, entry in found.files.items()}
 
 
-def same(run: Path, unbroken: Path) -> None:
-    """Assert that a run came to the same end as another, bit for bit: every logged loss, every byte of the last checkpoint."""
-    assert losses(run) == losses(unbroken)
-    assert footprint(run) == footprint(unbroken)
+def assert_same_result(run: Path, uninterrupted: Path) -> None:
+    """Assert that two runs have the same losses and the same newest checkpoint, bit for bit."""
+    assert losses(run) == losses(uninterrupted)
+    assert checkpoint_hashes(run) == checkpoint_hashes(uninterrupted)
 
 
 def trace(run: Path) -> list[dict[str, Any]]:
-    """What the ranks of a run with `trace=True` read and drew, in every attempt, by step and rank."""
+    """Return the lines of a run with `trace=True`, of all attempts, by step and rank."""
     files = sorted(Path(f"{run}.trace").glob("rank-*.jsonl"))
     lines = [
         json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()
@@ -209,17 +208,17 @@ def trace(run: Path) -> list[dict[str, Any]]:
 
 
 def processes_of(run: Path) -> list[int]:
-    """Every process of this machine that was started for `run`, also one that has lost its parent."""
-    mine = str(run)
+    """Return all processes that were started for `run`, also those without a parent."""
+    name = str(run)
     return [
         pid
         for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
-        if _environment_of(pid).get("DMOE_DRILL") == mine
+        if _environment_of(pid).get("DMOE_DRILL") == name
     ]
 
 
 def state_of(pid: int) -> str:
-    """The kernel's letter for a process: R or S runs or waits, T is stopped, Z has ended; empty where there is none."""
+    """Return the kernel's state of a process: R, S, T (stopped), Z (zombie); empty if none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -237,11 +236,12 @@ def _environment_of(pid: int) -> dict[str, str]:
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    """All lines of one kind, also those of attempts that came to nothing."""
+    """Return all lines of one kind, also those of superseded attempts."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [line for line in map(json.loads, lines) if line["event"] == kind]
 
 
-def with_suppressed(function: Callable[..., Any], *args: Any) -> None:
+def ignore_os_error(function: Callable[..., Any], *args: Any) -> None:
+    """Call a function and ignore an OSError."""
     with suppress(OSError):
         function(*args)

@@ -1,6 +1,6 @@
-"""Fault 26: numbers that are no numbers, on one rank, in one expert, in one logit. All ranks leave the step out, to the bit.
+"""Fault 26: NaN and infinity on one rank, in one expert, in one logit: all ranks skip the step.
 
-The policies, and how a job ends that cannot be trained, are in test_bad_steps.py.
+The policies and the end of a job that cannot be trained are in test_bad_steps.py.
 """
 
 from __future__ import annotations
@@ -22,87 +22,87 @@ from dmoe.train import step as steps
 from dmoe.train.engine import Engine
 from dmoe.train.step import training_batches
 from dmoe.train.step_guard import StepAction, StepGuard
-from tests.checkpoint.saving import patched
+from tests.checkpoint.helpers import patched
 from tests.drills.worker import digest_of, run_ranks
 from tests.tiny import tiny
 
 pytestmark = pytest.mark.drills
 
 BAD, LAST, RATE = 2, 4, 1e-2
-"""The step whose numbers are spoilt, and the last one; the learning rate."""
-Spoiler = Callable[[Engine], AbstractContextManager[None]]
+"""Step with bad numbers, last step, learning rate."""
+Corruption = Callable[[Engine], AbstractContextManager[None]]
 
 
 @contextmanager
 def nan_loss(engine: Engine) -> Iterator[None]:
     forward = steps.forward
 
-    def spoilt(*args: Any) -> Any:
+    def corrupted(*args: Any) -> Any:
         output = forward(*args)
         output.loss_sum = output.loss_sum * math.nan
         return output
 
-    with patched(steps, "forward", spoilt):
+    with patched(steps, "forward", corrupted):
         yield
 
 
 @contextmanager
 def inf_in_one_expert(engine: Engine) -> Iterator[None]:
-    """One number in the gradient of one expert, after all sums over ranks: nothing but the norm can tell the others."""
+    """Set one number of an expert's gradient after all sums: other ranks see only the norm."""
     finish, parameter = (
         engine.data_parallel.wait_for_grads,
         next(engine.model.moe_layers()[1].experts.parameters()),
     )
 
-    def spoilt() -> None:
+    def corrupted() -> None:
         finish()
         assert parameter.grad is not None
         local_tensor(parameter.grad).view(-1)[-1] = math.inf
 
-    with patched(engine.data_parallel, "wait_for_grads", spoilt):
+    with patched(engine.data_parallel, "wait_for_grads", corrupted):
         yield
 
 
 @contextmanager
 def nan_logit(engine: Engine) -> Iterator[None]:
-    """One logit of one token: the order of its experts, its weights and its losses have no meaning; the exchanges must still fit."""
+    """Set one logit of one token: its routing is arbitrary, but the exchanges must still match."""
     router = engine.model.moe_layers()[0].router
     logits = router.logits
 
-    def spoilt(x_TD: torch.Tensor, context: Any) -> torch.Tensor:
+    def corrupted(x_TD: torch.Tensor, context: Any) -> torch.Tensor:
         logit_TE = logits(x_TD, context).clone()
         logit_TE[3, 5] = math.nan
         return logit_TE
 
-    with patched(router, "logits", spoilt):
+    with patched(router, "logits", corrupted):
         yield
 
 
 def train_through(
-    rank: int, world: int, config: Config, spoil: Spoiler | None
+    rank: int, world: int, config: Config, corrupt: Corruption | None
 ) -> list[tuple[str, str, str]]:
-    """Of each step: what was decided, the digest of the whole state after it, the loss. Rank 1 alone spoils step `BAD`.
+    """Return decision, digest of the state and loss of each step; rank 1 corrupts step `BAD`.
 
-    Without a spoiler step `BAD` is left out all the same: that is what a run which has skipped it must be equal to.
+    Without a corruption, step `BAD` is skipped too: the expected result.
     """
     here, data = worlds.init_distributed("cpu"), open_data(config.data, config.train.seed)
     engine = engines.build_engine(config, here, data.tokenizer.vocab_size)
-    guard, seen = StepGuard(config.guard), []
+    guard, results = StepGuard(config.guard), []
     for step in range(LAST + 1):
         bad = step == BAD
-        with spoil(engine) if spoil is not None and bad and rank == 1 else nullcontext():
+        with corrupt(engine) if corrupt is not None and bad and rank == 1 else nullcontext():
             totals = steps.compute_gradients(engine, training_batches(data.train, engine, step))
         kind, action = guard.check(step, totals.loss_sum, steps.grad_norm(totals))
         before = digest_of(engine)
         result = steps.update(
-            engine, totals, RATE, apply=action is StepAction.APPLY and not (bad and spoil is None)
+            engine, totals, RATE, apply=action is StepAction.APPLY and not (bad and corrupt is None)
         )
         assert result.updated is (not bad)
         assert (digest_of(engine) == before) is bad, (
-            f"step {step}: {action.value}, and the state says otherwise"
+            f"step {step}: {action.value}, but the state disagrees"
         )
-        seen.append((f"{kind.value}, {action.value}", digest_of(engine), totals.loss_sum.hex()))
-    return seen
+        results.append((f"{kind.value}, {action.value}", digest_of(engine), totals.loss_sum.hex()))
+    return results
 
 
 def settings(mode: str) -> Config:
@@ -110,21 +110,21 @@ def settings(mode: str) -> Config:
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp"])
-def left_out(request: pytest.FixtureRequest) -> tuple[str, list[tuple[str, str, str]]]:
-    """A mode, and the run in which nothing is bad and step `BAD` is not done."""
+def skipped_run(request: pytest.FixtureRequest) -> tuple[str, list[tuple[str, str, str]]]:
+    """Return a mode and its run without corruption, in which step `BAD` is skipped."""
     return request.param, run_ranks(2, train_through, settings(request.param), None)[0]
 
 
-@pytest.mark.parametrize("spoil", [nan_loss, inf_in_one_expert, nan_logit])
-def test_one_bad_number_on_one_rank_costs_all_ranks_the_step_and_nothing_else(
-    spoil: Spoiler, left_out: tuple[str, list[tuple[str, str, str]]]
+@pytest.mark.parametrize("corrupt", [nan_loss, inf_in_one_expert, nan_logit])
+def test_one_bad_number_on_one_rank_skips_the_step_on_all_ranks(
+    corrupt: Corruption, skipped_run: tuple[str, list[tuple[str, str, str]]]
 ) -> None:
-    """Parameters, moments, step counts and biases are as before it, on every rank, and the steps after it are taken."""
-    mode, expected = left_out
-    here, there = run_ranks(2, train_through, settings(mode), spoil)
+    """Parameters, moments, step counts and biases do not change; later steps are applied."""
+    mode, expected = skipped_run
+    here, there = run_ranks(2, train_through, settings(mode), corrupt)
     assert here == there
-    decided = [what for what, _, _ in here]
-    assert decided == ["good, taken"] * BAD + ["not finite, skipped"] + ["good, taken"] * (
+    decisions = [decision for decision, _, _ in here]
+    assert decisions == ["good, taken"] * BAD + ["not finite, skipped"] + ["good, taken"] * (
         LAST - BAD
     )
     assert [(state, loss) for _, state, loss in here[BAD + 1 :]] == [

@@ -1,7 +1,7 @@
-"""Faults 26 and 27: what the run does about steps whose numbers are bad, from one of them to too many.
+"""Faults 26 and 27: bad steps, from one to too many.
 
-Most are the real trainer in two ranks of `run_ranks`; what only torch's launcher shows, the exit code and that nothing is tried again,
-is in two whole jobs at the end.
+Most tests run the real trainer in two ranks of `run_ranks`. Two jobs at the end test with torch's
+launcher the exit code and that the job is not retried.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import pytest
 
 from dmoe.runs.metrics_log import read_metrics
 from tests.drills.jobs import Outcome, events, start
-from tests.drills.worker import Ending, alerts, run_ranks, train_inside
+from tests.drills.worker import RankOutcome, alerts, run_ranks, train_with_fault
 
 pytestmark = pytest.mark.drills
 
 LONG = ("train.steps=30", "guard.spike_window=8", "guard.patience=5")
-"""Spikes are judged from the third good loss on."""
+"""Spikes are detected from the third good loss on."""
 NUMBERS = 4
 
 
-def train(run: Path, fault: str, *overrides: str) -> tuple[Ending, list[dict[str, Any]]]:
-    """How all ranks ended, alike, and every line of metrics.jsonl."""
-    here, there = run_ranks(2, train_inside, run, (*LONG, *overrides), fault)
+def train(run: Path, fault: str, *overrides: str) -> tuple[RankOutcome, list[dict[str, Any]]]:
+    """Train on two ranks; return their common result and all lines of metrics.jsonl."""
+    here, there = run_ranks(2, train_with_fault, run, (*LONG, *overrides), fault)
     assert here == there
     return here, read_metrics(run / "metrics.jsonl", include_void=True)
 
@@ -38,14 +38,14 @@ def steps_in(lines: list[dict[str, Any]]) -> list[int]:
     return [line["step"] for line in lines if line["event"] == "train"]
 
 
-def test_some_bad_steps_are_left_out_and_told_with_their_samples(tmp_path: Path) -> None:
-    """Four in a row, one less than patience allows, and later one more: the good one between them counts afresh."""
+def test_bad_steps_are_skipped_and_reported_with_their_samples(tmp_path: Path) -> None:
+    """Twice four in a row, one less than guard.patience; the good step between resets the count."""
     ending, lines = train(
         tmp_path / "run", "nan@step rank=1 step=6 count=4; inf@step rank=0 step=11 count=4"
     )
     assert ending.code == 0, ending.text
-    told = alerts(lines, "not finite and skipped on all ranks")
-    assert [int(re.findall(r"step (\d+)", text)[0]) for text in told] == [
+    texts = alerts(lines, "not finite and skipped on all ranks")
+    assert [int(re.findall(r"step (\d+)", text)[0]) for text in texts] == [
         6,
         7,
         8,
@@ -55,7 +55,7 @@ def test_some_bad_steps_are_left_out_and_told_with_their_samples(tmp_path: Path)
         13,
         14,
     ]
-    assert "samples 40 to 47" in told[0], "eight sequences a step, counted from 0"
+    assert "samples 40 to 47" in texts[0], "eight sequences a step, counted from 0"
     assert steps_in(lines) == list(range(1, 31))
     assert [
         line["step"] for line in lines if line["event"] == "train" and line["loss"] is None
@@ -63,8 +63,8 @@ def test_some_bad_steps_are_left_out_and_told_with_their_samples(tmp_path: Path)
     assert rollbacks(lines) == []
 
 
-def test_bad_steps_that_go_on_roll_back_once_and_then_stop(tmp_path: Path) -> None:
-    """Patience ends at step 10. The checkpoint that was due after step 8, in the row, was not made: the run goes back to 4."""
+def test_continuing_bad_steps_roll_back_once_and_then_stop(tmp_path: Path) -> None:
+    """guard.patience ends at step 10. No checkpoint is made among bad steps: back to step 4."""
     ending, lines = train(tmp_path / "run", "nan@step rank=1 step=6 count=20")
     assert ending.code == NUMBERS
     assert rollbacks(lines) == [4]
@@ -74,7 +74,7 @@ def test_bad_steps_that_go_on_roll_back_once_and_then_stop(tmp_path: Path) -> No
     assert alerts(lines, ending.text) == [ending.text]
 
 
-def test_without_a_checkpoint_to_go_back_to_the_run_stops(tmp_path: Path) -> None:
+def test_without_a_checkpoint_the_run_stops(tmp_path: Path) -> None:
     ending, lines = train(tmp_path / "run", "nan@step rank=0 step=2 count=20", "checkpoint.every=0")
     assert ending.code == NUMBERS
     assert rollbacks(lines) == []
@@ -90,8 +90,8 @@ def test_the_stricter_policies_do_not_wait_for_patience(tmp_path: Path, policy: 
 
 
 @pytest.mark.parametrize(("policy", "word"), [("warn", "taken"), ("skip", "skipped")])
-def test_one_spike_is_warned_of_or_left_out(tmp_path: Path, policy: str, word: str) -> None:
-    """A step that is left out leaves the loss of the next as it would have been two steps later; one that is taken does not."""
+def test_one_spike_is_reported_or_skipped(tmp_path: Path, policy: str, word: str) -> None:
+    """The losses after a spike are normal, whether its step is applied or skipped."""
     ending, lines = train(tmp_path / "run", "spike@step rank=0 step=12", f"guard.spike={policy}")
     assert ending.code == 0, ending.text
     assert (
@@ -108,7 +108,7 @@ def test_one_spike_is_warned_of_or_left_out(tmp_path: Path, policy: str, word: s
 
 @pytest.mark.parametrize("policy", ["warn", "skip"])
 def test_a_spike_that_stays_ends_the_run(tmp_path: Path, policy: str) -> None:
-    """Twenty steps of it; the fifth is too much. Going back would meet the same samples, so there is no rollback."""
+    """The fifth of 20 bad steps ends the run, without a rollback: samples would be the same."""
     ending, lines = train(
         tmp_path / "run", "spike@step rank=1 step=12 count=20", f"guard.spike={policy}"
     )
@@ -119,7 +119,7 @@ def test_a_spike_that_stays_ends_the_run(tmp_path: Path, policy: str) -> None:
 
 @pytest.mark.parametrize("policy", ["stop", "rollback"])
 def test_the_stricter_policies_for_a_spike(tmp_path: Path, policy: str) -> None:
-    """After the rollback the same spike comes again, and once more would not help."""
+    """After the rollback the same spike occurs again, so the run stops."""
     ending, lines = train(tmp_path / "run", "spike@step rank=1 step=12", f"guard.spike={policy}")
     assert ending.code == NUMBERS
     assert ending.text.startswith("step 12 is a spike and stopped on all ranks")
@@ -136,8 +136,8 @@ def test_nan_counts_as_a_spike(tmp_path: Path) -> None:
     assert len(alerts(lines, "not finite and skipped")) == 2
 
 
-def test_a_background_save_that_fails_does_not_keep_the_run_from_going_back(tmp_path: Path) -> None:
-    """`back` has to wait for the writer, and its error once ended a run that was told to outlive failed saves."""
+def test_a_failed_background_save_does_not_prevent_a_rollback(tmp_path: Path) -> None:
+    """`rollback` waits for the writer; its error once ended a run with on_error=continue."""
     settings = (
         "checkpoint.asynchronous=true",
         "checkpoint.on_error=continue",
@@ -151,8 +151,8 @@ def test_a_background_save_that_fails_does_not_keep_the_run_from_going_back(tmp_
     assert alerts(lines, "checkpoint failed", "No space left on device")
 
 
-def not_tried_again(outcome: Outcome, run: Path) -> None:
-    """The launcher restarted it, and the second attempt ended with the first one's words before it trained."""
+def assert_not_retried(outcome: Outcome, run: Path) -> None:
+    """Assert that the second attempt ended with the message of the first, before training."""
     assert outcome.code != 0
     codes = [int(code) for code in re.findall(r"exitcode: (-?\d+)", outcome.errors)]
     assert codes == [NUMBERS, NUMBERS], outcome.errors[-3000:]
@@ -168,7 +168,7 @@ def test_a_job_that_cannot_be_trained_is_not_tried_again(tmp_path: Path) -> None
     outcome = start(
         run, *LONG, ranks=2, restarts=1, fault="nan@step rank=1 step=6 count=20 restarts=any"
     )
-    not_tried_again(outcome, run)
+    assert_not_retried(outcome, run)
     assert len(events(run, "rollback")) == 1
     assert "samples 40 to 47" in alerts(events(run, "alert"), "step 6 ")[0]
 
@@ -178,7 +178,7 @@ def test_a_job_with_a_spike_that_stays_is_not_tried_again(tmp_path: Path) -> Non
     outcome = start(
         run, *LONG, ranks=2, restarts=1, fault="spike@step rank=1 step=12 count=20 restarts=any"
     )
-    not_tried_again(outcome, run)
+    assert_not_retried(outcome, run)
     assert (
         "do not retry" in outcome.errors or "starting again would meet them again" in outcome.errors
     )

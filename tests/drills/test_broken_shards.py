@@ -1,4 +1,4 @@
-"""Fault 19: shards that are cut, gone, too many, empty, or another run's, and a manifest of another world. Never a partial load."""
+"""Fault 19: truncated, missing, extra, empty or foreign shards and manifests: no partial load."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["original"]
 pytestmark = pytest.mark.drills
 
 SHARD = "shard-00002-model-00001-of-00001.safetensors"
-"""What rank 1 wrote."""
+"""Shard of rank 1."""
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another run, of the same shape: only its numbers differ."""
+    """Train another run of the same shapes."""
     return trained(tmp_path_factory.mktemp("other") / "run", "train.seed=1")
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run in one process."""
+    """Train the same run in one process."""
     return trained(tmp_path_factory.mktemp("alone") / "run", "parallel.virtual_ranks=2", ranks=1)
 
 
@@ -57,30 +57,30 @@ DAMAGE: dict[str, Callable[[Path, Path], object]] = {
     ),
 }
 FILE = {"extra": SHARD.replace("00002", "00003"), "two for one": SHARD.replace("00002", "00001")}
-"""The file that is to be named, where it is not `SHARD`."""
+"""Expected file in the message, if it is not `SHARD`."""
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_broken_shard_is_a_fall_back_and_never_a_partial_load(
+def test_a_broken_shard_falls_back_without_a_partial_load(
     damage: str, original: Path, other: Path, resumer: Resumer, tmp_path: Path
 ) -> None:
     with copied(original, tmp_path) as run:
         newest = run / "checkpoints" / step_name(NEW)
         DAMAGE[damage](newest, other / "checkpoints" / step_name(NEW))
-        resumer.falls_back(run, FILE.get(damage, SHARD))
+        resumer.assert_falls_back(run, FILE.get(damage, SHARD))
         shutil.rmtree(newest.with_name(step_name(OLD)))
-        resumer.refuses(run, FILE.get(damage, SHARD))
+        resumer.assert_refuses(run, FILE.get(damage, SHARD))
 
 
 def test_a_manifest_of_another_world_size(
     original: Path, alone: Path, resumer: Resumer, tmp_path: Path
 ) -> None:
-    """One process wrote one shard: its manifest neither knows rank 1's nor has rank 0's digest."""
+    """A manifest of one process has no shard of rank 1 and another hash for rank 0."""
     with copied(original, tmp_path) as run:
         newest = run / "checkpoints" / step_name(NEW)
         shutil.copy(
             alone / "checkpoints" / step_name(NEW) / "manifest.json", newest / "manifest.json"
         )
-        resumer.falls_back(run, "shard-0000")
+        resumer.assert_falls_back(run, "shard-0000")
         shutil.rmtree(newest.with_name(step_name(OLD)))
-        resumer.refuses(run, "shard-0000")
+        resumer.assert_refuses(run, "shard-0000")

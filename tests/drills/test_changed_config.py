@@ -1,5 +1,8 @@
-"""Fault 29: a run is taken up with another config. What only says how fast or how often may change; what means another run may not,
-unless one says so; and what does not fit the tensors may not at all."""
+"""Fault 29: resuming with another config.
+
+Fields about speed and frequency may change. Fields that define the run need
+`checkpoint.accept_changes`. Fields that change the shapes of tensors are refused.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from dmoe.train.checkpointer import Checkpointer, training_state
 from dmoe.train.step_guard import StepGuard
 from tests.drills.jobs import DRILL
 from tests.drills.two_ranks import STEPS, trained
-from tests.drills.worker import Ending, run_ranks, train_inside
+from tests.drills.worker import RankOutcome, run_ranks, train_with_fault
 
 pytestmark = pytest.mark.drills
 
@@ -52,7 +55,7 @@ def original(tmp_path_factory: pytest.TempPathFactory, corpus: tuple[str, ...]) 
 
 @pytest.fixture
 def run(original: Path, tmp_path: Path) -> Path:
-    """As it was after step 4."""
+    """Copy the run as it was after step 4."""
     run = shutil.copytree(original, tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / step_name(8))
     return run
@@ -60,7 +63,7 @@ def run(original: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of the bytes in another order: as many tokens, which mean something else."""
+    """Write a tokenizer of the bytes in another order: the same number of tokens."""
     path = tmp_path_factory.mktemp("tokenizer") / "other.tiktoken"
     lines = [f"{base64.b64encode(bytes([255 - byte])).decode()} {byte}" for byte in range(256)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -68,13 +71,13 @@ def ranks_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def taken_up(run: Path, corpus: tuple[str, ...]) -> Callable[..., Ending]:
-    """Train on with these overrides beside the original ones."""
-    return lambda *overrides: run_ranks(1, train_inside, run, (*STEPS, *corpus, *overrides))[0]
+def resume(run: Path, corpus: tuple[str, ...]) -> Callable[..., RankOutcome]:
+    """Return a function that resumes the run with additional overrides."""
+    return lambda *overrides: run_ranks(1, train_with_fault, run, (*STEPS, *corpus, *overrides))[0]
 
 
-def untouched(run: Path) -> dict[str, bytes]:
-    """What a refusal must leave as it is."""
+def snapshot(run: Path) -> dict[str, bytes]:
+    """Return the files that a refusal must not change."""
     kept = ("resolved.yaml", "config.yaml", "metrics.jsonl")
     return {name: (run / name).read_bytes() for name in kept} | {
         path.name: b"" for path in (run / "checkpoints").iterdir()
@@ -91,11 +94,9 @@ NEUTRAL = (
 )
 
 
-def test_what_does_not_change_the_run_may_change(
-    run: Path, taken_up: Callable[..., Ending]
-) -> None:
-    """Learning rate and schedule too: changing them in the middle is what people do."""
-    assert taken_up(*NEUTRAL) == Ending(0, "")
+def test_neutral_fields_may_change(run: Path, resume: Callable[..., RankOutcome]) -> None:
+    """Learning rate and schedule may change too: a common practice."""
+    assert resume(*NEUTRAL) == RankOutcome(0, "")
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["resumed_from"] for line in lines if line["event"] == "restart"] == [4]
     assert [line["step"] for line in lines if line["event"] == "end"] == [8]
@@ -114,66 +115,66 @@ CHANGED = {
     "model.dim": "64",
     "data.seq_len": "8",
 }
-"""Fields that mean another run, and their new values."""
+"""Fields that define the run, and new values."""
 MISFITS = {"moe.num_experts": ".experts.", "moe.router.kind": ".router.", "model.dim": "model."}
-"""Those that nobody can accept, and the tensor that says so."""
+"""Fields that cannot be accepted, and part of the name of a tensor that does not fit."""
 
 
 @pytest.mark.parametrize("name", CHANGED)
-def test_what_means_another_run_is_refused_by_name_until_it_is_accepted(
-    name: str, run: Path, taken_up: Callable[..., Ending]
+def test_changes_of_the_run_are_refused_by_name_until_accepted(
+    name: str, run: Path, resume: Callable[..., RankOutcome]
 ) -> None:
-    change, before = f"{name}={CHANGED[name]}", untouched(run)
-    refused = taken_up(change)
+    change, before = f"{name}={CHANGED[name]}", snapshot(run)
+    refused = resume(change)
     assert refused.code == CHECKPOINT
     assert refused.text.startswith(f"{change}: the checkpoint was trained with ")
     assert refused.text.endswith(f"checkpoint.accept_changes=[{name}]")
-    assert untouched(run) == before
-    accepted = taken_up(change, f"checkpoint.accept_changes=[{name}]")
+    assert snapshot(run) == before
+    accepted = resume(change, f"checkpoint.accept_changes=[{name}]")
     if name in MISFITS:
         assert accepted.code == CHECKPOINT
         assert MISFITS[name] in accepted.text
-        assert untouched(run) == before
+        assert snapshot(run) == before
     else:
-        assert accepted == Ending(0, "")
+        assert accepted == RankOutcome(0, "")
         assert max(line["step"] for line in read_metrics(run / "metrics.jsonl")) == 8
 
 
 def test_another_corpus_and_another_tokenizer(
-    run: Path, taken_up: Callable[..., Ending], tmp_path: Path, ranks_file: Path
+    run: Path, resume: Callable[..., RankOutcome], tmp_path: Path, ranks_file: Path
 ) -> None:
-    """Two changes: to accept one is not to accept the other, and the line that is suggested holds both."""
+    """Accepting one of two changes does not accept the other; the suggested fix has both."""
     other, tokenizer = text(tmp_path / "other.txt", 1), f"data.tokenizer={ranks_file}"
-    assert taken_up(other).text.endswith("checkpoint.accept_changes=[data.source]")
-    assert taken_up(tokenizer).text.endswith("checkpoint.accept_changes=[data.tokenizer]")
-    both = taken_up(other, tokenizer, "checkpoint.accept_changes=[data.source]")
+    assert resume(other).text.endswith("checkpoint.accept_changes=[data.source]")
+    assert resume(tokenizer).text.endswith("checkpoint.accept_changes=[data.tokenizer]")
+    both = resume(other, tokenizer, "checkpoint.accept_changes=[data.source]")
     assert both.code == CHECKPOINT
     assert both.text.startswith(f"{tokenizer}: the checkpoint was trained with bytes")
     assert both.text.endswith("checkpoint.accept_changes=[data.source,data.tokenizer]")
-    assert taken_up(other, "checkpoint.accept_changes=[data.source]") == Ending(0, "")
+    assert resume(other, "checkpoint.accept_changes=[data.source]") == RankOutcome(0, "")
 
 
-def test_a_corpus_whose_content_has_changed_under_its_name(
-    run: Path, taken_up: Callable[..., Ending], corpus: tuple[str, ...]
+def test_changed_content_of_the_corpus(
+    run: Path, resume: Callable[..., RankOutcome], corpus: tuple[str, ...]
 ) -> None:
     path = Path(corpus[0].removeprefix("data.source="))
     content = path.read_bytes()
     try:
         path.write_bytes(content.replace(b"a", b"b"))
-        refused = taken_up()
+        refused = resume()
         assert refused.code == CHECKPOINT
         assert refused.text.startswith(
             f"{corpus[0]}: its content is not what the checkpoint was trained on"
         )
-        assert taken_up("checkpoint.accept_changes=[data]") == Ending(0, "")
+        assert resume("checkpoint.accept_changes=[data]") == RankOutcome(0, "")
     finally:
         path.write_bytes(content)
 
 
-def rewritten(
+def save_changed_state(
     rank: int, world: int, run: Path, overrides: tuple[str, ...], name: str, extra: bool
 ) -> str:
-    """The state of step 4 with one tensor more or less, whole and well hashed, as step 5; the tensor's name."""
+    """Save the state of step 4 with one tensor more or less as step 5; return its name."""
     config = load(None, [*DRILL, *STEPS, *overrides])
     data = open_data(config.data, config.train.seed)
     engine = engines.build_engine(config, worlds.init_distributed("cpu"), data.tokenizer.vocab_size)
@@ -196,13 +197,13 @@ def rewritten(
 
 @pytest.mark.parametrize("extra", [False, True])
 @pytest.mark.parametrize("name", ["model.", "optim.exp_avg_sq."])
-def test_a_tensor_more_or_less_is_an_error(
-    name: str, extra: bool, run: Path, taken_up: Callable[..., Ending], corpus: tuple[str, ...]
+def test_an_extra_or_missing_tensor_is_an_error(
+    name: str, extra: bool, run: Path, resume: Callable[..., RankOutcome], corpus: tuple[str, ...]
 ) -> None:
-    """No flag accepts it: a model that was half loaded looks trained."""
-    (found,) = run_ranks(1, rewritten, run, corpus, name, extra)
-    before = untouched(run)
-    ending = taken_up("checkpoint.accept_changes=[model,moe,data,train]")
+    """No option accepts it: a partially loaded model looks trained."""
+    (found,) = run_ranks(1, save_changed_state, run, corpus, name, extra)
+    before = snapshot(run)
+    ending = resume("checkpoint.accept_changes=[model,moe,data,train]")
     assert ending.code == CHECKPOINT
     assert (f"{found}.more" if extra else found) in ending.text
-    assert untouched(run) == before
+    assert snapshot(run) == before

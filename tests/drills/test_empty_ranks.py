@@ -1,6 +1,7 @@
-"""Fault 15: ranks with nothing to do. No hang, no NaN, and every gradient is that of the one process that does it all.
+"""Fault 15: ranks without tokens: no hang, no NaN, and the gradients of one process.
 
-tutel#173, DeepSpeed#5794 (a capacity from the local number of tokens), Automodel#935, DeepSpeed#7461 (a rank without tokens).
+tutel#173, DeepSpeed#5794 (a capacity from the local number of tokens), Automodel#935,
+DeepSpeed#7461 (a rank without tokens).
 """
 
 from __future__ import annotations
@@ -33,14 +34,19 @@ Arrays = dict[str, np.ndarray]
 def gradients_of(
     rank: int, world: int, config: Config
 ) -> tuple[Arrays, float, float, list[list[int]]]:
-    """Of the first step: every gradient, whole, the loss, the norm, and each layer's choices by expert."""
+    """Return full gradients, loss, norm and choice counts of each layer in the first step."""
     here, data = worlds.init_distributed("cpu"), open_data(config.data, config.train.seed)
     engine = engines.build_engine(config, here, data.tokenizer.vocab_size, torch.float64)
     totals = compute_gradients(engine, training_batches(data.train, engine, 0))
     values = {name: p.grad for name, p in engine.model.named_parameters() if p.grad is not None}
-    whole = gather_full(values, set(expert_parameters(engine.model)), engine.mesh)
-    found = {name: value.numpy().copy() for name, value in whole.items()}
-    return found, totals.loss_sum, grad_norm(totals), [layer.choice_counts for layer in totals.layers]
+    full = gather_full(values, set(expert_parameters(engine.model)), engine.mesh)
+    found = {name: value.numpy().copy() for name, value in full.items()}
+    return (
+        found,
+        totals.loss_sum,
+        grad_norm(totals),
+        [layer.choice_counts for layer in totals.layers],
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,7 +59,7 @@ def gradients_of(
     ids=["dropless", "capacity", "padded"],
 )
 def test_all_tokens_to_one_expert(settings: list[str]) -> None:
-    """Fixed routing by a domain of which there is one: expert 0 gets every token, and three ranks of four receive not one row."""
+    """Fixed routing with one domain: expert 0 gets all tokens, three ranks of four none."""
     one = [
         "moe.router.kind=fixed",
         "moe.top_k=1",
@@ -77,7 +83,7 @@ def test_all_tokens_to_one_expert(settings: list[str]) -> None:
             np.testing.assert_allclose(found[name], value, rtol=1e-8, atol=1e-12, err_msg=name)
     experts = [value for name, value in alone.items() if ".experts." in name]
     assert all(value[0].any() and not value[1:].any() for value in experts), (
-        "the test would prove less than it says"
+        "other experts have tokens too"
     )
 
 
@@ -88,9 +94,10 @@ def inputs() -> Tensor:
 def layer_gradients(
     rank: int, world: int, exchange: str, factor: float | None, padding: bool
 ) -> tuple[Arrays, np.ndarray]:
-    """Of the sum of squares of the layer's output over all tokens but those of sequence 2: of its weights, whole, and of its input.
+    """Return the gradients of full weights and of the input, for the sum of squared outputs.
 
-    Alone, all sequences (without the third, or with padding in its place); on four ranks, one each, and rank 2 has none (or padding).
+    Sequence 2 is left out or replaced by padding. One process has all other sequences; of four
+    ranks each has one, and rank 2 has none (or padding).
     """
     limits = CapacityConfig(factor=factor)
     layer = MoE(
@@ -106,14 +113,14 @@ def layer_gradients(
     if world > 1:
         shard_experts(layer, groups)
         layer.initialize(0)
-    mine = list(range(W)) if world == 1 else [rank]
+    own = list(range(W)) if world == 1 else [rank]
     x = inputs()[
-        mine if padding else [sequence for sequence in mine if sequence != 2]
+        own if padding else [sequence for sequence in own if sequence != 2]
     ].requires_grad_()
-    there = torch.ones(len(x), S, dtype=torch.bool)
-    if padding and 2 in mine:
-        there[mine.index(2)] = False
-    output = layer(x, TokenContext(valid_T=there.flatten()) if padding else TokenContext())
+    valid = torch.ones(len(x), S, dtype=torch.bool)
+    if padding and 2 in own:
+        valid[own.index(2)] = False
+    output = layer(x, TokenContext(valid_T=valid.flatten()) if padding else TokenContext())
     output.y.square().sum().backward()
     values = {
         name: p.grad if p.grad is not None else torch.zeros_like(p)
@@ -122,9 +129,9 @@ def layer_gradients(
     experts = set(expert_parameters(layer))
     for name in values.keys() - experts:
         values[name] = all_reduce_sum(values[name], groups)
-    whole = gather_full(values, experts, groups)
+    full = gather_full(values, experts, groups)
     assert x.grad is not None
-    return {name: value.numpy().copy() for name, value in whole.items()}, x.grad.numpy().copy()
+    return {name: value.numpy().copy() for name, value in full.items()}, x.grad.numpy().copy()
 
 
 @pytest.mark.parametrize(
@@ -132,7 +139,10 @@ def layer_gradients(
     [("packed", None, False), ("packed", None, True), ("packed", 1.0, True), ("padded", 1.0, True)],
 )
 def test_a_rank_without_tokens(exchange: str, factor: float | None, padding: bool) -> None:
-    """No tokens at all, or padding only, as at the end of an evaluation. (A capacity needs equal shapes on all ranks.)"""
+    """No tokens, or only padding, as at the end of an evaluation.
+
+    A capacity needs equal shapes on all ranks, so it is tested with padding.
+    """
     ((alone, x_alone),) = run_ranks(1, layer_gradients, exchange, factor, padding)
     ranks = run_ranks(W, layer_gradients, exchange, factor, padding)
     for found, _ in ranks:

@@ -1,6 +1,6 @@
-"""Fault 20: 3,000 malformed safetensors headers, under hashes that agree with them: what the parsers make of them is a CheckpointError.
+"""Fault 20: 3,000 malformed safetensors headers with matching hashes are CheckpointErrors.
 
-A run of the same bytes with a good header is loaded, so the manifest does not refuse for another reason.
+The same bytes with a valid header are loaded, so the manifest does not refuse them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 from dmoe.checkpoint import load, read_manifest, save
 from dmoe.checkpoint.manifest import MANIFEST, Manifest, hash_file, write
 from dmoe.config.errors import CheckpointError
-from tests.checkpoint.experts import blank, same, whole
+from tests.checkpoint.states import full_state, ones_like, states_equal
 
 pytestmark = pytest.mark.drills
 
@@ -43,30 +43,30 @@ def framed(header: bytes, data: bytes, length: int | None = None) -> bytes:
     return struct.pack("<Q", len(header) if length is None else length) + header + data
 
 
-def bytes_replaced(dice: random.Random, header: bytes, data: bytes) -> bytes:
+def bytes_replaced(rng: random.Random, header: bytes, data: bytes) -> bytes:
     bad = bytearray(header)
-    for _ in range(dice.randrange(1, 6)):
-        bad[dice.randrange(len(bad))] = dice.choice(b'\0\xff0123456789{}[],:"- aFIB')
+    for _ in range(rng.randrange(1, 6)):
+        bad[rng.randrange(len(bad))] = rng.choice(b'\0\xff0123456789{}[],:"- aFIB')
     return framed(bytes(bad), data)
 
 
-def length_lies(dice: random.Random, header: bytes, data: bytes) -> bytes:
-    return framed(header, data, dice.choice([*LENGTHS, dice.randrange(2 * len(header))]))
+def length_lies(rng: random.Random, header: bytes, data: bytes) -> bytes:
+    return framed(header, data, rng.choice([*LENGTHS, rng.randrange(2 * len(header))]))
 
 
-def cut_short(dice: random.Random, header: bytes, data: bytes) -> bytes:
-    return framed(header, data)[: dice.randrange(len(header) + 8)]
+def cut_short(rng: random.Random, header: bytes, data: bytes) -> bytes:
+    return framed(header, data)[: rng.randrange(len(header) + 8)]
 
 
-def other_json(dice: random.Random, header: bytes, data: bytes) -> bytes:
-    return framed(dice.choice(ODD).encode(errors="surrogatepass"), data)
+def other_json(rng: random.Random, header: bytes, data: bytes) -> bytes:
+    return framed(rng.choice(ODD).encode(errors="surrogatepass"), data)
 
 
-def field_changed(dice: random.Random, header: bytes, data: bytes) -> bytes:
-    """Well-formed, and wrong: one tensor's dtype, shape or place in the file, its name, or where it belongs in the whole tensor."""
+def field_changed(rng: random.Random, header: bytes, data: bytes) -> bytes:
+    """Change dtype, shape, offsets or name of one tensor in a well-formed header."""
     tensors = json.loads(header)
-    name = dice.choice([name for name in tensors if name != "__metadata__"])
-    kind = dice.choice(
+    name = rng.choice([name for name in tensors if name != "__metadata__"])
+    kind = rng.choice(
         ["dtype", "shape", "data_offsets", "name", "gone", "saved_offsets", "no metadata"]
     )
     if kind == "name":
@@ -77,7 +77,7 @@ def field_changed(dice: random.Random, header: bytes, data: bytes) -> bytes:
         del tensors["__metadata__"]
     elif kind == "saved_offsets":
         info = json.loads(tensors["__metadata__"]["DCP_SHARDING_INFO"])
-        info[name] = dice.choice(
+        info[name] = rng.choice(
             [None, [], {"saved_offsets": [-1]}, {"saved_offsets": "0"}, {"saved_offsets": [9] * 9}]
         )
         tensors["__metadata__"]["DCP_SHARDING_INFO"] = json.dumps(info)
@@ -92,22 +92,22 @@ def field_changed(dice: random.Random, header: bytes, data: bytes) -> bytes:
             ["a"],
             {},
             "F32",
-            [dice.randrange(99), dice.randrange(99)],
+            [rng.randrange(99), rng.randrange(99)],
             "U128",
         ]
-        tensors[name][kind] = dice.choice(odd)
+        tensors[name][kind] = rng.choice(odd)
     return framed(json.dumps(tensors).encode(), data)
 
 
-def test_3000_malformed_headers_are_checkpoint_errors_and_nothing_else(tmp_path: Path) -> None:
-    good = (save(tmp_path / "good", 1, whole(), {}) / SHARD).read_bytes()
+def test_malformed_headers_are_checkpoint_errors(tmp_path: Path) -> None:
+    good = (save(tmp_path / "good", 1, full_state(), {}) / SHARD).read_bytes()
     length = struct.unpack("<Q", good[:8])[0]
     header, data = good[8 : 8 + length], good[8 + length :]
-    dice, path, refusals = random.Random(20), tmp_path / "step-00000001", Counter[str]()
+    rng, path, refusals = random.Random(20), tmp_path / "step-00000001", Counter[str]()
     contents = read_manifest(tmp_path / "good" / "step-00000001").tensors
     path.mkdir()
-    state = {name: blank(tensor) for name, tensor in whole().items()}
-    untouched = {name: blank(tensor) for name, tensor in whole().items()}
+    state = {name: ones_like(tensor) for name, tensor in full_state().items()}
+    unchanged = {name: ones_like(tensor) for name, tensor in full_state().items()}
     kinds = [bytes_replaced, length_lies, cut_short, other_json, field_changed]
 
     def accepts(content: bytes) -> bool:
@@ -122,19 +122,19 @@ def test_3000_malformed_headers_are_checkpoint_errors_and_nothing_else(tmp_path:
 
     for number in range(HEADERS):
         kind = kinds[number % len(kinds)]
-        if not accepts(kind(dice, header, data)):
+        if not accepts(kind(rng, header, data)):
             refusals[kind.__name__] += 1
-            assert same(state, untouched)
-        for tensor, fresh in zip(state.values(), untouched.values(), strict=True):
+            assert states_equal(state, unchanged)
+        for tensor, fresh in zip(state.values(), unchanged.values(), strict=True):
             tensor.copy_(fresh)
     each = HEADERS // len(kinds)
     assert refusals["cut_short"] == refusals["other_json"] == each
     assert refusals["field_changed"] > 0.9 * each, (
         "some changes are none: a tensor without elements, a scalar's empty shape"
     )
-    assert refusals["length_lies"] > 0.9 * each, "now and then the length is the true one"
+    assert refusals["length_lies"] > 0.9 * each, "sometimes the length is the true one"
     assert refusals["bytes_replaced"] > 0.6 * each, (
-        "white space, or a digit of the metadata that nobody reads"
+        "white space, or an unused digit of the metadata"
     )
     assert accepts(good)
-    assert same(state, whole())
+    assert states_equal(state, full_state())

@@ -1,4 +1,4 @@
-"""Fault 21: checkpoints by somebody who wants to run code, or to write elsewhere. Nothing is executed, nothing leaves the run."""
+"""Fault 21: malicious checkpoints: no code is executed, no file outside the run is touched."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
 
 class Payload:
-    """Makes a directory when it is unpickled."""
+    """Object that creates a directory when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -33,7 +33,7 @@ class Payload:
 
 
 def forge(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """A manifest whose own digest is right: by someone who knows how it is made."""
+    """Change a manifest and compute its hash again."""
     body = json.loads((checkpoint / MANIFEST).read_text())["manifest"]
     change(body)
     digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
@@ -42,8 +42,8 @@ def forge(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
     )
 
 
-def agreeing(checkpoint: Path, name: str) -> Callable[[dict[str, Any]], object]:
-    """The file `name` as it now is, in the manifest."""
+def with_hash_of(checkpoint: Path, name: str) -> Callable[[dict[str, Any]], object]:
+    """Return a change of the manifest that records the present content of the file `name`."""
     content = (checkpoint / name).read_bytes()
     return lambda body: body["files"].update(
         {name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
@@ -62,18 +62,18 @@ def resumer() -> Resumer:
 def test_a_pickle_in_any_file_is_not_unpickled(
     name: str, protocol: int, original: Path, resumer: Resumer, tmp_path: Path
 ) -> None:
-    """In place of a shard or the manifest, beside them, and where torch's own storage would look for one; hashed by its author."""
+    """As a shard, manifest, extra shard or torch's `.metadata`; also with valid hashes."""
     mark, armed = tmp_path / "was-executed", tmp_path / "armed"
-    pickle.loads(pickle.dumps(Payload(armed), protocol))  # noqa: S301 (the payload works)
+    pickle.loads(pickle.dumps(Payload(armed), protocol))  # noqa: S301
     assert armed.is_dir()
     with copied(original, tmp_path) as run:
         newest = run / "checkpoints" / step_name(NEW)
         (newest / name).write_bytes(pickle.dumps(Payload(mark), protocol))
-        resumer.falls_back(run, name)
+        resumer.assert_falls_back(run, name)
         if name.endswith(".safetensors"):
-            forge(newest, agreeing(newest, name))
+            forge(newest, with_hash_of(newest, name))
             shutil.rmtree(newest.with_name(step_name(OLD)))
-            resumer.refuses(run, name)
+            resumer.assert_refuses(run, name)
     assert not mark.exists()
 
 
@@ -87,14 +87,14 @@ def test_a_pickle_in_any_file_is_not_unpickled(
         "..",
     ],
 )
-def test_a_name_that_leads_out_is_refused(
+def test_a_name_outside_the_checkpoint_is_refused(
     name: str, original: Path, resumer: Resumer, tmp_path: Path
 ) -> None:
     with copied(original, tmp_path) as run:
         newest = run / "checkpoints" / step_name(NEW)
         shutil.copy(newest / SHARD, newest.parent / "escaped.safetensors")
         forge(newest, lambda body: body["files"].update({name: body["files"].pop(SHARD)}))
-        resumer.falls_back(run, MANIFEST)
+        resumer.assert_falls_back(run, MANIFEST)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -109,7 +109,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 def test_a_link_is_not_followed(
     name: str, original: Path, resumer: Resumer, tmp_path: Path
 ) -> None:
-    """Not even to a file whose bytes are the right ones: what it points to can change between the check and the use."""
+    """Not even to a file with the right bytes: the target can change between check and use."""
     outside = tmp_path / "outside"
     outside.mkdir()
     with copied(original, tmp_path) as run:
@@ -117,14 +117,14 @@ def test_a_link_is_not_followed(
         (newest / name).rename(outside / name)
         (newest / name).symlink_to(outside / name)
         before = snapshot(outside)
-        resumer.falls_back(run, name)
+        resumer.assert_falls_back(run, name)
         assert snapshot(outside) == before
 
 
-def test_links_in_the_place_of_checkpoints_are_not_followed_and_not_emptied(
+def test_links_instead_of_checkpoints_are_not_followed_or_emptied(
     original: Path, resumer: Resumer, tmp_path: Path
 ) -> None:
-    """A link named like a step is none, and of a link named like half a step only the link is removed."""
+    """A link is no checkpoint; of a link named like a partial one, only the link is removed."""
     outside = tmp_path / "outside"
     with copied(original, tmp_path) as run:
         checkpoints = run / "checkpoints"

@@ -1,10 +1,10 @@
-"""Drill 35: two hosts, and the link between them is cut in the middle of a step.
+"""Drill 35: the link between two hosts is cut in the middle of a step.
 
-The hosts are two network namespaces with a cable (a veth pair) between them, each with a launcher of its own and one rank:
+The hosts are two network namespaces with a veth pair between them, each with a launcher and a rank:
 
-    namespace a: torchrun, keeps the rendezvous | 10.77.0.1 ---- cable ---- 10.77.0.2 | namespace b: torchrun
+    namespace a: torchrun, rendezvous | 10.77.0.1 ---- link ---- 10.77.0.2 | namespace b: torchrun
 
-What one rank sends the other hears nothing of, and no reset arrives, as with a switch that has died: only a time-out can tell.
+Packets are lost and no connection is reset, as with a failed switch: only a timeout detects it.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ from pathlib import Path
 import pytest
 
 from tests.drills.conftest import Reference
-from tests.drills.jobs import Job, events, finish, job, processes_of, until
+from tests.drills.jobs import Job, events, finish, job, processes_of, wait_until
 
 pytestmark = pytest.mark.drills
 
 TIMEOUT = 6
-"""Seconds, `parallel.timeout`."""
+"""`parallel.timeout` in seconds."""
 
 
 @dataclass(frozen=True)
 class Hosts:
-    """Two namespaces, and the name of each one's end of the cable."""
+    """Two network namespaces and the interface of each."""
 
     names: tuple[str, str]
-    ends: tuple[str, str]
+    interfaces: tuple[str, str]
 
     def address(self, host: int) -> str:
+        """Return the IP address of host 0 or 1."""
         return f"10.77.0.{host + 1}"
 
-    def cable(self, state: str) -> None:
-        """Put the cable `up` or `down`, at both ends."""
-        for name, end in zip(self.names, self.ends, strict=True):
-            _ip("-n", name, "link", "set", end, state)
+    def set_link(self, state: str) -> None:
+        """Set both interfaces `up` or `down`."""
+        for name, interface in zip(self.names, self.interfaces, strict=True):
+            _ip("-n", name, "link", "set", interface, state)
 
 
 def _ip(*arguments: str) -> None:
@@ -52,7 +53,7 @@ def _ip(*arguments: str) -> None:
 def _build(hosts: Hosts) -> None:
     for name in hosts.names:
         _ip("netns", "add", name)
-    first, second = hosts.ends
+    first, second = hosts.interfaces
     _ip(
         "link",
         "add",
@@ -67,14 +68,14 @@ def _build(hosts: Hosts) -> None:
         "netns",
         hosts.names[1],
     )
-    for host, (name, end) in enumerate(zip(hosts.names, hosts.ends, strict=True)):
-        _ip("-n", name, "address", "add", f"{hosts.address(host)}/24", "dev", end)
+    for host, (name, interface) in enumerate(zip(hosts.names, hosts.interfaces, strict=True)):
+        _ip("-n", name, "address", "add", f"{hosts.address(host)}/24", "dev", interface)
         _ip("-n", name, "link", "set", "lo", "up")
-    hosts.cable("up")
+    hosts.set_link("up")
 
 
 def _remove(hosts: Hosts) -> None:
-    """End what runs in the namespaces, then forget them; the cable goes with them."""
+    """Kill all processes in the namespaces and delete them with their interfaces."""
     for name in hosts.names:
         inside = subprocess.run(
             ["ip", "netns", "pids", name], capture_output=True, text=True, timeout=20, check=False
@@ -106,10 +107,13 @@ def hosts() -> Iterator[Hosts]:
 def start_nodes(
     stack: ExitStack, hosts: Hosts, run: Path, reference: Reference, fault: str
 ) -> list[Job]:
-    """One launcher a host, as launch/multi_node.sh starts them: the first keeps the rendezvous, and shares its store with no rank."""
+    """Start one launcher per host as launch/multi_node.sh does.
+
+    The first runs the rendezvous and does not share its store with the ranks.
+    """
     nodes = []
     for host, name in enumerate(hosts.names):
-        meeting = [
+        rendezvous = [
             *(
                 "--nnodes",
                 "2",
@@ -136,8 +140,8 @@ def start_nodes(
             fault=fault,
             trace=True,
             prefix=("ip", "netns", "exec", name),
-            meeting=meeting,
-            GLOO_SOCKET_IFNAME=hosts.ends[host],
+            rendezvous=rendezvous,
+            GLOO_SOCKET_IFNAME=hosts.interfaces[host],
             TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
         )
         nodes.append(stack.enter_context(node))
@@ -147,25 +151,27 @@ def start_nodes(
 def test_the_link_is_cut_in_a_step_and_restored(
     tmp_path: Path, hosts: Hosts, two_ranks: Reference
 ) -> None:
-    """Both ranks end after the time-out and name the other; with the link back, the job goes on from its checkpoint, bit for bit."""
+    """Both ranks time out and name each other; with the link restored, the job resumes exactly."""
     run = tmp_path / "run"
     with ExitStack() as stack:
         first, second = start_nodes(stack, hosts, run, two_ranks, "hold@step rank=1 step=13")
-        until(lambda: Path(f"{run}.held").exists(), first, timeout=120, what="step 13 on rank 1")
+        wait_until(
+            lambda: Path(f"{run}.held").exists(), first, timeout=120, what="step 13 on rank 1"
+        )
         ranks = set(first.workers())
         assert len(ranks) == 2
-        hosts.cable("down")
+        hosts.set_link("down")
         Path(f"{run}.go").touch()
-        until(
+        wait_until(
             lambda: not ranks & set(processes_of(run)),
             timeout=60,
-            what="the end of both ranks, which cannot hear each other",
+            what="the end of both disconnected ranks",
         )
-        hosts.cable("up")
+        hosts.set_link("up")
         outcomes = [finish(node) for node in (first, second)]
     assert [outcome.code for outcome in outcomes] == [0, 0]
     assert "dmoe: rank 0 lost rank 1 in step 13" in outcomes[0].errors
     assert "dmoe: rank 1 lost rank 0" in outcomes[1].errors
     assert [line["resumed_from"] for line in events(run, "restart")] == [10]
-    two_ranks.equals(run)
+    two_ranks.assert_equals(run)
     assert processes_of(run) == []

@@ -1,6 +1,7 @@
-"""Every fault of the list has its drill: the docstrings here say which. (No drill itself, so it runs in the ordinary suite.)
+"""Every fault of docs/reliability.md has a drill. This test is no drill and always runs.
 
-A module or a test says `Fault 4: ...`, `Faults 7 and 8`, `Drills 1, 2, 3 and 5`, in its docstring, with a capital letter.
+Docstrings of modules and tests name their faults: `Fault 4: ...`, `Faults 7 and 8`, `Drills 1, 2, 3
+and 5`, with a capital letter.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 FAULTS = range(1, 36)
-SOAK = "random_faults.py"
-"""The drill of ten minutes, a program of its own."""
-SAID = re.compile(r"\b(?:Fault|Drill)s?\s+(\d+(?:(?:\s*,\s*|\s+and\s+|\s*,\s*and\s+)\d+)*)")
+RANDOM_FAULTS = "random_faults.py"
+"""Drill of ten minutes, a separate program."""
+NUMBERS = re.compile(r"\b(?:Fault|Drill)s?\s+(\d+(?:(?:\s*,\s*|\s+and\s+|\s*,\s*and\s+)\d+)*)")
 
 
 def docstrings(path: Path) -> Iterator[str]:
-    """Of the module and of every test in it."""
+    """Yield the docstrings of the module and of its tests."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Module) or (
             isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
@@ -27,16 +28,18 @@ def docstrings(path: Path) -> Iterator[str]:
 
 
 def numbers(docstring: str) -> set[int]:
-    """The faults a docstring names, at the beginning of a sentence."""
+    """Return the faults that a docstring names."""
     return {
-        int(number) for said in SAID.finditer(docstring) for number in re.findall(r"\d+", said[1])
+        int(number)
+        for match in NUMBERS.finditer(docstring)
+        for number in re.findall(r"\d+", match[1])
     }
 
 
 def drills() -> dict[int, set[str]]:
-    """By fault, the files that claim it."""
+    """Return the files by fault."""
     found: dict[int, set[str]] = {}
-    for path in [*sorted(HERE.glob("test_*.py")), HERE / SOAK]:
+    for path in [*sorted(HERE.glob("test_*.py")), HERE / RANDOM_FAULTS]:
         if path.name == Path(__file__).name:
             continue
         for number in (number for docstring in docstrings(path) for number in numbers(docstring)):
@@ -48,12 +51,13 @@ def test_every_fault_has_its_drill() -> None:
     found = drills()
     absent = [number for number in FAULTS if number not in found]
     assert not absent, (
-        f"no drill says that it is of fault {absent}; there are { ({n: sorted(found[n]) for n in sorted(found)}) }"
+        f"no drill for faults {absent}; there are "
+        f"{ ({n: sorted(found[n]) for n in sorted(found)}) }"
     )
-    assert set(found) <= set(FAULTS), "a drill of a fault that is not on the list"
+    assert set(found) <= set(FAULTS), "a drill for a fault that is not in the table"
 
 
-def test_the_table_of_the_documentation_names_each_drill_where_it_is() -> None:
+def test_the_table_of_the_documentation_names_the_files_of_each_drill() -> None:
     text = (HERE.parent.parent / "docs" / "reliability.md").read_text(encoding="utf-8")
     rows = {
         int(row[1]): set(re.findall(r"`(\w+\.py)`", row[2]))
@@ -69,12 +73,12 @@ def test_the_table_of_the_documentation_names_each_drill_where_it_is() -> None:
 
 
 def test_every_file_with_a_drill_is_marked() -> None:
-    """Without the marker a drill would run in the ordinary suite, and for minutes."""
-    for name in {name for names in drills().values() for name in names} - {SOAK}:
+    """Without the marker, a drill would run for minutes in the default suite."""
+    for name in {name for names in drills().values() for name in names} - {RANDOM_FAULTS}:
         assert "pytest.mark.drills" in (HERE / name).read_text(encoding="utf-8"), name
 
 
-def test_the_numbers_are_read_as_people_write_them() -> None:
+def test_numbers_in_docstrings_are_found() -> None:
     assert numbers("Fault 4: a death") == {4}
     assert numbers("Drills 1, 2, 3 and 5: ranks that are killed") == {1, 2, 3, 5}
     assert numbers("Faults 26 and 27: what the run does") == {26, 27}

@@ -1,4 +1,4 @@
-"""Drill 33: twenty short jobs of four ranks. Starting and leaving are where races live; none may show in twenty tries."""
+"""Drill 33: twenty short jobs of four ranks, to find races at start and shutdown."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ pytestmark = [pytest.mark.drills, pytest.mark.timeout(1200)]
 RUNS = 20
 
 
-def test_twenty_short_runs_all_leave_well(tmp_path: Path) -> None:
-    """Without a barrier at the end a finished rank could be killed by a peer's closed socket (SIGABRT) and fail the job."""
+def test_twenty_short_runs_all_end_well(tmp_path: Path) -> None:
+    """Without a final barrier, a peer's closed socket could abort a finished rank (SIGABRT)."""
     codes, seen = [], []
     for number in range(RUNS):
         run = tmp_path / f"run-{number}"

@@ -1,4 +1,4 @@
-"""Fault 30: secrets in the environment, on the command line, in the config: in no file of the run, no output, no file of wandb."""
+"""Fault 30: secrets of the environment, command line and config are in no file and no output."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ pytestmark = pytest.mark.drills
 TOKEN = "correct-horse-battery-staple"
 KEY = "ab12cd34" * 5
 LONG = "xY7-" * 20
-"""Longer than what a message shows of a value: what is left of a cut secret is a secret still."""
+"""Longer than a value in a message: the shown part is a secret too."""
 SECRETS = {"MY_SERVICE_TOKEN": TOKEN, "WANDB_API_KEY": KEY, "DB_PASSWORD": LONG}
-UNKNOWN = "hf_" + "aB3d" * 9
-"""In no variable: known by its format."""
+BY_FORMAT = "hf_" + "aB3d" * 9
+"""In no environment variable: recognized by its format."""
 TRACKED = ("tracking.trackers=[wandb,tensorboard]", "tracking.wandb_mode=offline")
 
 
-def assert_nowhere(place: Path, result: subprocess.CompletedProcess[str], *given: Path) -> None:
-    """In no byte of the directory but the files the user gave, and in no output; also no piece of 12 characters."""
-    for secret in (*SECRETS.values(), UNKNOWN):
+def assert_absent(place: Path, result: subprocess.CompletedProcess[str], *given: Path) -> None:
+    """Assert that no 12 characters of a secret are in the output or a file that dmoe wrote."""
+    for secret in (*SECRETS.values(), BY_FORMAT):
         for piece in (secret[start : start + 12] for start in range(0, len(secret) - 11, 4)):
             assert piece not in result.stdout
             assert piece not in result.stderr
@@ -39,25 +39,24 @@ def train(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_in_the_environment_and_in_comments(tmp_path: Path) -> None:
     given = tmp_path / "given.yaml"
     given.write_text(
-        f"# mine: {TOKEN}\n# wandb login {KEY}\n# api_key: hunter2-and-more\ntracking:\n  project: mine  # {UNKNOWN}, {LONG}\n",
+        f"# mine: {TOKEN}\n# wandb login {KEY}\n# api_key: hunter2-and-more\n"
+        f"tracking:\n  project: mine  # {BY_FORMAT}, {LONG}\n",
         encoding="utf-8",
     )
     result = train(tmp_path, "given.yaml", *TRACKED)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert_nowhere(tmp_path, result, given)
+    assert_absent(tmp_path, result, given)
     kept = (tmp_path / "run/config.yaml").read_text(encoding="utf-8")
     assert "project: mine" in kept
     assert "[redacted]" in kept
     assert "hunter2" not in kept
-    assert list((tmp_path / "run/logs/wandb").glob("offline-run-*/*.wandb")), (
-        "wandb's file was looked at"
-    )
+    assert list((tmp_path / "run/logs/wandb").glob("offline-run-*/*.wandb")), "wandb wrote no file"
 
 
 MISTAKES = {
     "part of a path": ("data.source", f"data.source=/data/{TOKEN}/x.txt"),
     "part of a name": ("tracking.project", f"tracking.project=p-{LONG}"),
-    "known by its format": ("tracking.project", f"tracking.project={UNKNOWN}"),
+    "known by its format": ("tracking.project", f"tracking.project={BY_FORMAT}"),
     "a wandb key": ("train.sample_prompt", f"train.sample_prompt={KEY}"),
     "a list": ("checkpoint.accept_changes", f"checkpoint.accept_changes=[{TOKEN}]"),
     "a field that there is not": ("tracking.api_key", f"tracking.api_key={KEY}"),
@@ -80,7 +79,7 @@ def test_by_mistake_on_the_command_line(name: str, tmp_path: Path) -> None:
     assert field in result.stderr
     assert "[redacted]" in result.stderr
     assert "hunter2" not in result.stderr
-    assert_nowhere(tmp_path, result)
+    assert_absent(tmp_path, result)
     assert not (tmp_path / "run").exists(), "nothing is written before the refusal"
 
 
@@ -98,5 +97,5 @@ def test_by_mistake_in_the_config_file(text: str, tmp_path: Path) -> None:
     given.write_text(text, encoding="utf-8")
     result = train(tmp_path, "given.yaml")
     assert result.returncode == 2, result.stderr[-3000:]
-    assert_nowhere(tmp_path, result, given)
+    assert_absent(tmp_path, result, given)
     assert not (tmp_path / "run").exists()

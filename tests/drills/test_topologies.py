@@ -1,4 +1,4 @@
-"""Fault 23: written by four ranks with EP = 4, taken up at other sizes, written there, and taken up by four ranks again."""
+"""Fault 23: a checkpoint of four ranks with EP = 4 is resumed at other sizes and back."""
 
 from __future__ import annotations
 
@@ -30,21 +30,25 @@ SETTINGS = (
     "moe.balance.switch_level=sequence",
     "moe.balance.bias=0.01",
 )
-"""Nothing here goes by the groups of tokens of a rank, whose number eight ranks cannot keep: see `redefined`."""
+"""No setting depends on the number of token groups, which eight ranks cannot keep."""
 
 
 @dataclass
-class Part:
+class RankResult:
+    """State, loss and samples of one rank."""
+
     state: Capture
-    """Weights, moments, step counts and biases, whole, by name: experts stacked by their global id."""
+    """Full weights, moments, step counts and biases by name; experts by global id."""
     loss: float
-    """Of the next step."""
+    """Loss of the next step."""
     samples: dict[int, str]
-    """What this rank reads in it, by place in the global batch."""
+    """Hash of this rank's samples by place in the global batch."""
 
 
-def carried(rank: int, world: int, config: Config, source: Path | None, target: Path) -> Part:
-    """Take up `source` (or train `STEPS` steps), save what is there under `target`, and do the next step."""
+def resume_and_step(
+    rank: int, world: int, config: Config, source: Path | None, target: Path
+) -> RankResult:
+    """Resume `source` (or train `STEPS` steps), save to `target`, and do the next step."""
     here, data = worlds.init_distributed("cpu"), open_data(config.data, config.train.seed)
     engine = engines.build_engine(config, here, data.tokenizer.vocab_size)
     if source is None:
@@ -60,63 +64,63 @@ def carried(rank: int, world: int, config: Config, source: Path | None, target: 
         for batch in batches
         for i, row in enumerate(batch.input.numpy())
     }
-    return Part(state, train_step(engine, batches, RATE).totals.loss_sum, samples)
+    return RankResult(state, train_step(engine, batches, RATE).totals.loss_sum, samples)
 
 
-def four(source: Path | None, target: Path) -> list[Part]:
-    return run_ranks(4, carried, tiny(*SETTINGS, "parallel.ep=4"), source, target)
+def on_four_ranks(source: Path | None, target: Path) -> list[RankResult]:
+    return run_ranks(4, resume_and_step, tiny(*SETTINGS, "parallel.ep=4"), source, target)
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Part]]:
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[RankResult]]:
     folder = tmp_path_factory.mktemp("four") / "run"
-    return folder, four(None, folder)
+    return folder, on_four_ranks(None, folder)
 
 
-def equal(found: list[Part], expected: list[Part]) -> None:
-    """The same state on every rank, to the bit; the same samples in the same places; the same loss, as far as sums may round."""
-    for part in found:
-        assert part.state.keys() == expected[0].state.keys()
+def assert_equal(found: list[RankResult], expected: list[RankResult]) -> None:
+    """Assert equal state bit for bit, equal samples in their places, equal loss up to rounding."""
+    for result in found:
+        assert result.state.keys() == expected[0].state.keys()
         for name, array in expected[0].state.items():
-            assert np.array_equal(part.state[name], array), name
-        assert part.loss == pytest.approx(expected[0].loss, rel=1e-6)
-    assert together(found) == together(expected)
+            assert np.array_equal(result.state[name], array), name
+        assert result.loss == pytest.approx(expected[0].loss, rel=1e-6)
+    assert all_samples(found) == all_samples(expected)
 
 
-def together(parts: list[Part]) -> list[tuple[int, str]]:
-    return sorted(item for part in parts for item in part.samples.items())
+def all_samples(parts: list[RankResult]) -> list[tuple[int, str]]:
+    return sorted(item for result in parts for item in result.samples.items())
 
 
 @pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 2), (4, 2), (8, 8)])
 def test_there_and_back(
-    world: int, ep: int, written: tuple[Path, list[Part]], tmp_path: Path
+    world: int, ep: int, written: tuple[Path, list[RankResult]], tmp_path: Path
 ) -> None:
     folder, expected = written
-    there = run_ranks(
-        world, carried, tiny(*SETTINGS, f"parallel.ep={ep}"), folder, tmp_path / "there"
+    other = run_ranks(
+        world, resume_and_step, tiny(*SETTINGS, f"parallel.ep={ep}"), folder, tmp_path / "other"
     )
-    equal(there, expected)
-    back = four(tmp_path / "there", tmp_path / "back")
-    equal(back, expected)
-    assert [part.loss.hex() for part in back] == [part.loss.hex() for part in expected], (
+    assert_equal(other, expected)
+    back = on_four_ranks(tmp_path / "other", tmp_path / "back")
+    assert_equal(back, expected)
+    assert [result.loss.hex() for result in back] == [result.loss.hex() for result in expected], (
         "the same ranks again: to the bit"
     )
 
 
-def test_the_comparison_sees_something(written: tuple[Path, list[Part]]) -> None:
-    """The experts of a layer differ, and so do their moments; the samples are all different; some bias has moved."""
-    _, (part, *_) = written
+def test_the_compared_state_is_not_trivial(written: tuple[Path, list[RankResult]]) -> None:
+    """Experts, moments and samples differ from each other; some bias is not zero."""
+    _, (first, *_) = written
     _, parts = written
     experts = [
         (name, array)
-        for name, array in part.state.items()
+        for name, array in first.state.items()
         if ".experts." in name and not name.startswith("step")
     ]
     assert {name.split(".")[0] for name, _ in experts} == {"model", "exp_avg", "exp_avg_sq"}
     for name, array in experts:
         assert len(array) == 8
         assert len({expert.tobytes() for expert in array}) == 8, name
-    places = together(parts)
+    places = all_samples(parts)
     assert [place for place, _ in places] == list(range(8))
     assert len({sample for _, sample in places}) == 8
-    assert any(name.startswith("buffer.") and array.any() for name, array in part.state.items())
+    assert any(name.startswith("buffer.") and array.any() for name, array in first.state.items())

@@ -1,4 +1,4 @@
-"""A real run of two ranks that the drills damage: two shards, checkpoints of steps 4 and 8, trained once a module."""
+"""A run of two ranks to be damaged: two shards, checkpoints of steps 4 and 8, once per module."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dmoe.train import engine as engines
 from dmoe.train.checkpointer import Checkpointer
 from dmoe.train.step_guard import StepGuard
 from tests.drills.jobs import DRILL
-from tests.drills.worker import Ending, digest_of, run_ranks, train_inside
+from tests.drills.worker import RankOutcome, digest_of, run_ranks, train_with_fault
 
 __all__ = ["NEW", "OLD", "STEPS", "Resumer", "copied", "original", "trained"]
 
@@ -29,9 +29,9 @@ OLD, NEW = 4, 8
 
 
 def trained(run: Path, *overrides: str, ranks: int = 2) -> Path:
-    """A run of eight steps that went well."""
-    endings = run_ranks(ranks, train_inside, run, (*STEPS, *overrides))
-    assert endings == [Ending(0, "")] * ranks
+    """Train eight steps without a fault."""
+    endings = run_ranks(ranks, train_with_fault, run, (*STEPS, *overrides))
+    assert endings == [RankOutcome(0, "")] * ranks
     return run
 
 
@@ -42,7 +42,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def copied(run: Path, place: Path) -> Iterator[Path]:
-    """A copy that may be damaged, and goes afterwards."""
+    """Copy a run to be damaged; delete the copy at the end."""
     copy = shutil.copytree(run, place / "copy", symlinks=True)
     try:
         yield copy
@@ -51,7 +51,7 @@ def copied(run: Path, place: Path) -> Iterator[Path]:
 
 
 class Resumer:
-    """One process with a model, that takes up a run again and again: what the trainer does at its start."""
+    """One process with a model that resumes runs repeatedly, as the trainer does at its start."""
 
     def __init__(self) -> None:
         config = load(None, [*DRILL, *STEPS])
@@ -61,7 +61,7 @@ class Resumer:
         )
 
     def resume(self, run: Path) -> tuple[int, list[str]]:
-        """The step that was taken up, and all warnings on the way."""
+        """Return the resumed step and all warnings."""
         guard = StepGuard(self.engine.config.guard)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -70,17 +70,17 @@ class Resumer:
             str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)
         ]
 
-    def falls_back(self, run: Path, name: str) -> None:
-        """The newest checkpoint is refused, with one warning that names `name`, before a tensor of it is used; the older one serves."""
-        step, told = self.resume(run)
+    def assert_falls_back(self, run: Path, name: str) -> None:
+        """Assert that the older checkpoint is loaded, with one warning about the file `name`."""
+        step, messages = self.resume(run)
         assert step == OLD
-        (warning,) = told
+        (warning,) = messages
         assert warning.startswith(f"falling back to {step_name(OLD)}: ")
         assert f"{step_name(NEW)}/{name}" in warning or f"{step_name(NEW)} " in warning, warning
         assert name in warning, warning
 
-    def refuses(self, run: Path, *words: str) -> None:
-        """The only checkpoint is refused, and not one bit of the model or the optimizer has changed."""
+    def assert_refuses(self, run: Path, *words: str) -> None:
+        """Assert that the only checkpoint is refused and model and optimizer are unchanged."""
         before = digest_of(self.engine)
         with pytest.raises(CheckpointError) as refused:
             self.resume(run)
