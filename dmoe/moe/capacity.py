@@ -90,7 +90,7 @@ def apply_capacity(
 
     Args:
         routing: the router's decision.
-        shape: groups and capacity of this forward; `capacity` None is dropless and keeps everything.
+        shape: groups and capacity of this forward; `capacity` None is dropless.
         config: group, priority, overflow, renormalize.
         comm: all data-parallel ranks; used by group `global` only.
         num_zero_cost: number of zero-cost experts (highest ids): no queue, always kept.
@@ -131,9 +131,9 @@ def apply_capacity(
 
 
 def _kept_weights(weight_TK: Tensor, keep_TK: Tensor, scale: float, renormalize: bool) -> Tensor:
-    """Zero the weights of dropped assignments; `renormalize` divides the rest by their sum, times scale.
+    """Zero the weights of dropped assignments.
 
-    DeepSpeed renormalizes for K >= 2.
+    `renormalize` divides the rest by their sum, times `scale` (DeepSpeed does for K >= 2).
     """
     kept_TK = weight_TK.masked_fill(~keep_TK, 0.0)
     if not renormalize:

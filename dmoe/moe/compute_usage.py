@@ -26,7 +26,7 @@ class ComputeUsage:
     plan: DispatchPlan
     """The assignments computed after capacity."""
     cost_E: tuple[float, ...]
-    """Multiply-adds of a row with each expert, as a share of those of all experts; 0 if zero-cost."""
+    """Multiply-adds per row with each expert, as a share of those of all experts."""
     names_E: tuple[str, ...]
     router: RouterConfig
     budget: float | None
@@ -52,7 +52,7 @@ class ComputeUsage:
         return (cost_E[self.plan.expert_TK] * self.plan.is_kept_TK).sum(1)
 
     def of_token(self, token: int) -> str:
-        """Explain the decision for one token, expert by expert. Reads the values back to the host."""
+        """Explain the decision for one token, expert by expert. Reads values on the host."""
         left, parts = 1.0 if self.budget is None else self.budget, list[str]()
         experts, keep = self.plan.expert_TK[token].tolist(), self.plan.is_kept_TK[token].tolist()
         kept = {expert for expert, is_kept in zip(experts, keep, strict=True) if is_kept}

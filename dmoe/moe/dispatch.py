@@ -38,7 +38,8 @@ def profiled(stage: str) -> AbstractContextManager[object]:
     `record_function` costs about 14 microseconds per use even without a profiler (torch 2.13); this
     check costs less than one, so layers can always use it.
     """
-    return record_function(stage) if torch.autograd._profiler_enabled() else NO_RANGE  # type: ignore[attr-defined]
+    is_profiling: bool = torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    return record_function(stage) if is_profiling else NO_RANGE
 
 
 class PackedLocal:
@@ -87,9 +88,11 @@ class Permutation:
 
     @property
     def token_R(self) -> Tensor:
+        """int64: the token of each row."""
         return self.assignment_R // self.row_TK.shape[1]
 
     def first_rows(self, count: int) -> Permutation:
+        """Return the permutation without the rows of dropped assignments, which are last."""
         return replace(self, assignment_R=self.assignment_R[:count])
 
 

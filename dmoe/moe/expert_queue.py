@@ -123,7 +123,7 @@ def positions_by_position(assignments: Assignments, comm: DataParallelComm) -> Q
 def positions_by_score(
     assignments: Assignments, score_TK: Tensor, comm: DataParallelComm
 ) -> QueuePositions:
-    """Return positions by score over all ranks; ties in the order (choice k, rank, token), exactly."""
+    """Return positions by score; exact ties are in the order (choice k, rank, token)."""
     tokens, top_k = assignments.expert_TK.shape
     # id E marks inactive assignments
     expert_TK = assignments.expert_TK.masked_fill(~assignments.active_TK, assignments.num_experts)

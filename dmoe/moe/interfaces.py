@@ -50,7 +50,7 @@ class Dispatcher(Protocol):
     """Moves token rows to their experts and back."""
 
     def dispatch(self, x_TD: Tensor, plan: DispatchPlan) -> tuple[Tensor, TokensPerExpert, Any]:
-        """Return rows_RD grouped by local expert, the rows per expert, and metadata for `combine`."""
+        """Return rows_RD grouped by local expert, rows per expert, and `combine`'s metadata."""
         ...
 
     def combine(self, rows_RD: Tensor, weight_TK: Tensor, metadata: Any) -> Tensor:

@@ -50,7 +50,7 @@ class MoEOutput:
 
 
 class MoE(nn.Module):
-    """A sparse mixture of `num_experts` feed-forward experts, `top_k` per token, for any [..., dim].
+    """A sparse mixture of feed-forward experts, `top_k` per token, for any [..., dim].
 
     Works without a process group. Under expert parallelism, `distributed.expert_parallel` replaces
     the dispatchers and keeps only this rank's experts; nothing else of the layer changes.
@@ -61,13 +61,13 @@ class MoE(nn.Module):
     Args:
         dim: input width D.
         expert_dim: hidden width F of one expert.
-        num_experts: E over all ranks; `experts.zero`, `copy` and `constant` are added, with higher ids.
+        num_experts: E over all ranks, without the zero-cost experts, which have higher ids.
         top_k: K.
         out_dim: output width M; default `dim`.
-        router, capacity, balance, experts: the config sections of the same name (`dmoe.config.schema`).
-        exchange: `packed` moves exactly the rows there are (one host sync); `padded` moves fixed slots
-            (no host sync; needs `capacity.factor`). A forward without capacity, such as evaluation by
-            default, is always packed.
+        router, capacity, balance, experts: config sections (`dmoe.config.schema`).
+        exchange: `packed` moves exactly the rows there are (one host sync); `padded` moves fixed
+            slots (no host sync; needs `capacity.factor`). A forward without capacity, such as
+            evaluation by default, is always packed.
         virtual_ranks: groups of tokens that `capacity.group=rank` and losses of level `micro_batch`
             treat as ranks of their own. The number of tokens must divide by it.
         layer: index among the MoE layers; part of the key of the initialization.
@@ -109,10 +109,8 @@ class MoE(nn.Module):
         self.router.set_expert_costs((*self.experts.multiply_adds, *[0] * self.num_zero_cost))
         self.placement = self.experts.placement(1)
         self.cost_E = (*self.experts.cost, *[0.0] * self.num_zero_cost)
-        self.names_E = (
-            *(f"expert {e}" for e in range(num_experts)),
-            *(self.zero_cost.names if self.zero_cost else ()),
-        )
+        zero_cost_names = self.zero_cost.names if self.zero_cost else ()
+        self.names_E = (*(f"expert {e}" for e in range(num_experts)), *zero_cost_names)
         shared_dim = experts.shared * (experts.shared_dim or expert_dim)
         self.shared = (
             FeedForward(experts.kind, dim, shared_dim, out_dim) if experts.shared else None
@@ -132,7 +130,12 @@ class MoE(nn.Module):
         virtual_ranks: int = 1,
         layer: int = 0,
     ) -> Self:
-        """Build the layer of a config section; see the class for the arguments."""
+        """Build the layer of a config section.
+
+        Args:
+            config: section `moe`.
+            dim, out_dim, virtual_ranks, layer: see the class.
+        """
         return cls(
             dim,
             config.expert_dim,
@@ -149,7 +152,10 @@ class MoE(nn.Module):
         )
 
     def initialize(self, seed: int, std: float = 0.02, out_std: float | None = None) -> None:
-        """Draw all weights: experts keyed by (seed, layer, global expert id), others by (seed, name)."""
+        """Draw all weights.
+
+        Experts are keyed by (seed, layer, global expert id), others by (seed, name).
+        """
         out_std = std if out_std is None else out_std
         self.router.initialize(seed, self.layer, std)
         self.experts.initialize(seed, self.layer, std, out_std)
@@ -241,8 +247,8 @@ class MoE(nn.Module):
             )
         if not 0 <= compute_budget <= 1:
             raise ValueError(
-                f"compute_budget={compute_budget}: must be from 0 to 1, the share of the cost of all "
-                "experts"
+                f"compute_budget={compute_budget}: must be from 0 to 1, the share of the cost of "
+                "all experts"
             )
         return replace(context, budget=compute_budget)
 
@@ -268,7 +274,7 @@ class MoE(nn.Module):
 
 
 def expert_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which experts compute and rows are exchanged: autocast's, else the input's."""
+    """Return the dtype of experts and exchanged rows: autocast's, else the input's."""
     device = x.device.type
     # meta does not support autocast
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -276,12 +282,17 @@ def expert_dtype(x: Tensor) -> torch.dtype:
 
 
 def check_layer(num_experts: int, top_k: int, limits: CapacityConfig, exchange: str) -> None:
-    """Raise ValueError for impossible layer settings; `build_router` checks the router's."""
+    """Raise ValueError for impossible layer settings; `build_router` checks the router's.
+
+    Args:
+        num_experts: E, zero-cost experts included.
+        top_k: K.
+        limits: section `moe.capacity`.
+        exchange: `packed` or `padded`.
+    """
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"top_k={top_k}: must be between 1 and num_experts={num_experts}")
     if exchange not in ("packed", "padded"):
         raise ValueError(f"exchange={exchange!r}: must be packed or padded")
     if exchange == "padded" and limits.factor is None:
-        raise ValueError(
-            "exchange='padded' sends a fixed number of slots, so it needs capacity.factor, e.g. 1.25"
-        )
+        raise ValueError("exchange='padded' has fixed slots and needs capacity.factor, e.g. 1.25")

@@ -85,7 +85,7 @@ def layer_stats(
             dropped_weight=weight_TK.new_zeros(()),
             total_weight=weight_TK.sum(),
             fully_dropped_tokens=torch.zeros_like(choice_E[0]),
-            slots=0,
+            slots=0.0,
             num_zero_cost=plan.num_zero_cost,
             metrics=metrics,
         )
@@ -148,7 +148,8 @@ def decisions(routing: Routing, plan: DispatchPlan, context: TokenContext) -> di
     """Return each token's experts before any drop, one-hot; a `MetricsFn`.
 
     Returns:
-        `chosen_TE`, bool: all selected experts. `first_TE`, bool: the first of them; False for padding.
+        `chosen_TE`, bool: all selected experts. `first_TE`, bool: the first one; False for
+        padding.
     """
     selected_TK = routing.is_selected_TK
     zero_TE = torch.zeros_like(routing.score_TE, dtype=torch.int64)

@@ -4,8 +4,8 @@ Uniform experts are placed in equal, contiguous runs. Experts of different cost 
 the ranks have equal expected work, by longest processing time first (Graham 1969; at most 4/3 of
 the best makespan):
 
-    in descending order of cost, ties to the lower id, each expert goes to the rank with the least work
-    so far; among several, to the one with fewer experts, then to the lower rank
+    in descending order of cost, ties to the lower id, each expert goes to the rank with the least
+    work so far; among several, to the one with fewer experts, then to the lower rank
 
 Expected work is the cost, as if all experts were selected equally often. Ranks may then hold
 different numbers of experts. So that the exchange still sees equal runs, every rank has S physical

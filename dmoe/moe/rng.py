@@ -20,7 +20,7 @@ from dmoe.moe.routing import BatchShape, TokenContext
 
 
 def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a generator whose seed is a hash of `key`, e.g. `generator(seed, "expert", layer, id)`.
+    """Return a generator seeded by a hash of `key`, e.g. `generator(seed, "expert", layer, id)`.
 
     Different keys give unrelated streams (64 bits of BLAKE2b). No collective, no host sync.
     """

@@ -79,7 +79,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Routing:
-    """The router's decision: token t goes to the experts `expert_TK[t]`, weighted by `weight_TK[t]`.
+    """The router's decision: the experts of each token and their weights.
 
     An assignment is one (token, choice) pair, T*K of them.
     """
@@ -108,6 +108,7 @@ class Routing:
 
     @property
     def num_experts(self) -> int:
+        """E, zero-cost experts included."""
         return self.score_TE.shape[1]
 
     @property
@@ -183,7 +184,9 @@ class Router(Protocol):
 
 
 def count_per_expert(expert_TK: Tensor, active_TK: Tensor, groups: int, num_experts: int) -> Tensor:
-    """Count the active assignments of each (group, expert), with integer atomics only: deterministic.
+    """Count the active assignments of each (group, expert).
+
+    Uses integer atomics only, so it is deterministic.
 
     Args:
         expert_TK: int64 expert ids in [0, E).

@@ -1,4 +1,4 @@
-"""Small layers in float64 with weights large enough that every path matters, and their gradients by name."""
+"""Small float64 layers with large weights, and their gradients by name."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from torch import Tensor
 from dmoe import MoE
 from dmoe.moe.layer import MoEOutput
 from dmoe.moe.routing import TokenContext
-
-__all__ = ["DIM", "close", "gradients", "make", "objective", "tokens_of"]
 
 DIM = 6
 

@@ -1,6 +1,7 @@
-"""The whole layer as loops over tokens, written from the formulas alone: it shares no code with `dmoe.moe`.
+"""The whole layer as loops over tokens, from the formulas: no code shared with `dmoe.moe`.
 
-Everything is plain tensor arithmetic, so autograd through it gives the gradients that the layer must have.
+Everything is plain tensor arithmetic, so autograd through it gives the gradients that the layer
+must have.
 
 Letters: T tokens, D width, E experts, K experts a token.
 """
@@ -14,8 +15,6 @@ import torch
 from torch import Tensor
 
 from dmoe import MoE
-
-__all__ = ["NaiveOutput", "naive_moe"]
 
 
 @dataclass

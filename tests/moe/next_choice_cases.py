@@ -10,32 +10,32 @@ from hypothesis import strategies as st
 from dmoe.moe.routing import Routing
 from tests.moe.strategies import random_routing
 
-__all__ = ["crowded", "spared_routings", "with_spares"]
 
-
-def with_spares(routing: Routing, spares: int, seed: int = 0, holes: bool = True) -> Routing:
-    """`spares` of the experts each token did not choose, in random order, the last ones missing at random if `holes`."""
+def with_next_experts(routing: Routing, count: int, seed: int = 0, holes: bool = True) -> Routing:
+    """Add `count` next experts in random order; with `holes`, the last are missing at random."""
     generator = torch.Generator().manual_seed(seed)
     tokens, num_experts = routing.score_TE.shape
     order_TE = torch.rand(tokens, num_experts, generator=generator).scatter(
         1, routing.expert_TK, -1.0
     )
-    spare_TK = order_TE.argsort(dim=1, descending=True)[:, :spares].contiguous()
+    next_TK = order_TE.argsort(dim=1, descending=True)[:, :count].contiguous()
     if holes:
-        there_T1 = torch.randint(0, spares + 1, (tokens, 1), generator=generator)
-        spare_TK = spare_TK.masked_fill(torch.arange(spares) >= there_T1, -1)
-    weight_TK = torch.rand(tokens, spares, generator=generator, dtype=routing.weight_TK.dtype) + 0.1
-    return replace(routing, next_expert_TS=spare_TK, next_weight_TS=weight_TK)
+        there_T1 = torch.randint(0, count + 1, (tokens, 1), generator=generator)
+        next_TK = next_TK.masked_fill(torch.arange(count) >= there_T1, -1)
+    weight_TK = torch.rand(tokens, count, generator=generator, dtype=routing.weight_TK.dtype) + 0.1
+    return replace(routing, next_expert_TS=next_TK, next_weight_TS=weight_TK)
 
 
-def crowded(seed: int) -> Routing:
-    """Many tokens, few experts: spares that are partly taken already, which small random cases seldom have."""
-    return with_spares(random_routing(96, 6, 2, seed, levels=20, hot=seed % 6, masked=0.1), 3, seed)
+def crowded_routing(seed: int) -> Routing:
+    """Many tokens, few experts: next experts that are partly full, rare in small random cases."""
+    return with_next_experts(
+        random_routing(96, 6, 2, seed, levels=20, hot=seed % 6, masked=0.1), 3, seed
+    )
 
 
 @st.composite
-def spared_routings(draw: st.DrawFn, ranks: int | None = None) -> tuple[Routing, int]:
-    """A routing with spares, and a number of groups (or ranks) that divides its tokens."""
+def next_choice_routings(draw: st.DrawFn, ranks: int | None = None) -> tuple[Routing, int]:
+    """A routing with count, and a number of groups (or ranks) that divides its tokens."""
     groups = draw(st.integers(1, 4)) if ranks is None else ranks
     tokens = groups * draw(st.integers(0 if ranks else 1, 9))
     num_experts = draw(st.sampled_from([1, 2, 3, 5, 7, 12]))
@@ -51,6 +51,6 @@ def spared_routings(draw: st.DrawFn, ranks: int | None = None) -> tuple[Routing,
         masked=draw(st.sampled_from([None, 0.0, 0.4, 1.0])),
         dtype=draw(st.sampled_from([torch.float32, torch.float64])),
     )
-    return with_spares(
+    return with_next_experts(
         routing, draw(st.integers(0, num_experts - top_k)), seed, draw(st.booleans())
     ), groups

@@ -13,9 +13,7 @@ from torch import Tensor
 from dmoe.config.schema import CapacityConfig
 from dmoe.moe.capacity import apply_capacity, expert_capacity
 from dmoe.moe.interfaces import NoComm
-from dmoe.moe.routing import BatchShape, Routing
-
-__all__ = ["drawn", "limit_to", "random_routing", "routings", "slots"]
+from dmoe.moe.routing import BatchShape, DispatchPlan, Routing
 
 drawn = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 """The same examples in every run: a red test can be run again."""
@@ -32,8 +30,10 @@ def random_routing(
     masked: float | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Routing:
-    """K distinct experts a token and scores of a few `levels`; `hot` is every token's first choice; `masked` is the share of
-    tokens that are padding."""
+    """Draw K distinct experts per token, and scores of a few `levels`.
+
+    `hot` is every token's first choice; `masked` is the share of padding.
+    """
     generator = torch.Generator().manual_seed(seed)
     order_TE = torch.rand(tokens, num_experts, generator=generator)
     if hot is not None:
@@ -75,7 +75,7 @@ def slots(routing: Routing, config: CapacityConfig, factor: float, groups: int) 
 
 def limit_to(
     routing: Routing, config: CapacityConfig, factor: float | None, groups: int
-) -> Routing:
-    """`limit` with the slots that a layer would offer."""
+) -> DispatchPlan:
+    """Apply capacity with the slots that a layer would offer."""
     capacity = None if factor is None else slots(routing, config, factor, groups)
     return apply_capacity(routing, BatchShape(groups=groups, capacity=capacity), config, NoComm())

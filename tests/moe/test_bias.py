@@ -1,4 +1,4 @@
-"""The bias controller against its loop, and what makes it safe: exact ties, no drift, equal bits on every rank."""
+"""The bias update against its loop: exact ties, no drift, equal bits on every rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dmoe.moe.load_balancing import choice_count, updated_bias
 from tests.moe.strategies import drawn, random_routing
-from tests.moe.threaded_ranks import cut, sing
+from tests.moe.threaded_ranks import run_threads, split_over_ranks
 from tests.references.load_balancing import bias_reference
 
 
@@ -43,7 +43,7 @@ def test_direction() -> None:
 
 @pytest.mark.parametrize("large", [2**24, 2**53])
 def test_counts_that_float_cannot_tell_apart(large: int) -> None:
-    """One choice more is one too many, also among 16 million (float32) or 9e15 (float64): compared in integers."""
+    """Counts are compared as integers: exact at 16 million (float32) and at 9e15 (float64)."""
     assert updated_bias(
         torch.zeros(2), torch.tensor([large, large + 1]), 0.5, recenter=False
     ).tolist() == [0.5, -0.5]
@@ -89,9 +89,9 @@ def test_every_rank_has_the_same_bits_for_any_number_of_ranks() -> None:
     bias_E = torch.linspace(-1, 1, 5)
     alone = updated_bias(bias_E, choice_count(routing, 1)[0], 0.01, recenter=True)
     for ranks in (2, 3, 4):
-        parts = cut(routing, ranks)
-        counts = sing(
-            ranks, lambda peers, parts=parts: peers.sum(choice_count(parts[peers.rank], 1)[0])
+        parts = split_over_ranks(routing, ranks)
+        counts = run_threads(
+            ranks, lambda comm, parts=parts: comm.sum(choice_count(parts[comm.rank], 1)[0])
         )  # type: ignore[misc]
         assert all(
             torch.equal(updated_bias(bias_E, count_E, 0.01, recenter=True), alone)

@@ -1,4 +1,4 @@
-"""Which assignments find a slot: against the walk over the queues, and the promises made to users."""
+"""Expert capacity against the walk over the queues, and its documented properties."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_slots_are_unique_and_in_range(
     plan = limit_to(routing, config, factor, groups)
     assert plan.keep_TK is not None
     assert plan.slots is not None
-    assert plan.groups == groups
+    assert plan.slots.groups == groups
     per_group = len(routing.expert_TK) // groups
     places = [
         (t // per_group, int(routing.expert_TK[t, k]), int(plan.slots.position_TK[t, k]))
@@ -98,9 +98,13 @@ def test_slots_formula_in_exact_arithmetic(
     assert expert_capacity(hundredths / 100, tokens, top_k, num_experts, least) == expected
 
 
-def test_dropless_is_the_same_object() -> None:
+def test_dropless_keeps_the_same_tensors() -> None:
     routing = random_routing(6, 3, 2)
-    assert limit_to(routing, CapacityConfig(), None, 1) is routing
+    plan = limit_to(routing, CapacityConfig(), None, 1)
+    assert plan.expert_TK is routing.expert_TK
+    assert plan.weight_TK is routing.weight_TK
+    assert plan.keep_TK is routing.selected_TK is None
+    assert plan.slots is None
 
 
 def test_position_serves_first_choices_of_late_tokens_before_second_choices_of_early_ones() -> None:
@@ -123,7 +127,7 @@ def test_score_serves_the_surest_and_ties_by_position() -> None:
 
 @pytest.mark.parametrize("priority", ["position", "score"])
 def test_sequence_groups_do_not_see_each_other(priority: str) -> None:
-    """With a group a sequence, splitting the batch over calls (or ranks) cannot change who is dropped."""
+    """With one group per sequence, drops do not depend on the split over calls (or ranks)."""
     config = CapacityConfig(priority=priority)
     routing = random_routing(4 * 6, 5, 2, seed=3, hot=1, masked=0.2)
     whole = limit_to(routing, config, 0.8, groups=4)
@@ -152,7 +156,7 @@ def rows_of(routing: Routing, rows: slice) -> Routing:
         weight_TK=routing.weight_TK[rows],
         score_TE=routing.score_TE[rows],
         logit_TE=routing.logit_TE[rows],
-        keep_TK=routing.selected_TK[rows],
+        selected_TK=routing.selected_TK[rows],
     )
 
 
@@ -160,7 +164,7 @@ def test_padding_takes_no_slot() -> None:
     routing = random_routing(8, 4, 1, hot=2)
     valid_T = torch.tensor([False, True] * 4)
     plan = limit_to(
-        replace(routing, keep_TK=valid_T.unsqueeze(1)), CapacityConfig(), 2.0, 1
+        replace(routing, selected_TK=valid_T.unsqueeze(1)), CapacityConfig(), 2.0, 1
     )  # C = 4: one for each real token
     assert plan.keep_TK is not None
     assert plan.keep_TK[:, 0].tolist() == valid_T.tolist()
@@ -187,7 +191,7 @@ def test_no_tokens(priority: str) -> None:
 
 @pytest.mark.parametrize("group", ["rank", "sequence", "global"])
 def test_evaluation_has_a_factor_of_its_own(group: str) -> None:
-    """Dropless by default, whatever training drops; with a factor, what training would drop with that factor."""
+    """Dropless by default; with a factor, the drops of training with that factor."""
     x = tokens_of(4, 6)
 
     def kept(training: bool, factor: float | None, eval_factor: float | None = None) -> Tensor:
@@ -200,9 +204,10 @@ def test_evaluation_has_a_factor_of_its_own(group: str) -> None:
 
 
 def test_equal_tokens_are_served_by_position_whatever_the_last_bit_says() -> None:
-    """Two sequences that begin alike have equal scores there, up to a last bit that depends on the shape of the product.
+    """Tokens with equal scores but for the last bit are ties: the position decides.
 
-    With `priority: score` that bit chose who was dropped, so in float64 four ranks dropped other tokens than one process.
+    With `priority: score` that bit chose who was dropped, so in float64 four ranks dropped other
+    tokens than one process.
     """
     score_TE = torch.tensor([[0.7, 0.3], [0.7 + 1e-16, 0.3]], dtype=torch.float64)
     assert score_TE[0, 0] != score_TE[1, 0]

@@ -1,4 +1,4 @@
-"""Token order <-> expert order: against the loops, forward and backward."""
+"""Permutations against loops, forward and backward."""
 
 from __future__ import annotations
 

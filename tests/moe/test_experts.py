@@ -1,4 +1,4 @@
-"""What experts compute: the grouped product and the activations, against loops and against torch's own."""
+"""Grouped product and activations, against loops and against torch's own."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_fused_equals_step_by_step(kind: str, per_expert: Tensor | int) -> None:
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_an_expert_without_rows_has_a_zero_gradient(counts: list[int], dtype: torch.dtype) -> None:
-    """Zero, not None: the sum over the expert's copies on other ranks is a collective that every rank must enter."""
+    """Zero, not None: every rank must enter the sum over an expert's copies on other ranks."""
     experts = MLPExperts("swiglu", 8, 16, 4, 8).to(dtype)
     experts.initialize(0, 0, 0.3, 0.3)
     experts(draw(sum(counts), 8, dtype=dtype), torch.tensor(counts)).sum().backward()

@@ -1,4 +1,4 @@
-"""`capacity.group: global`: one queue an expert for the tokens of all ranks, on any number of ranks."""
+"""`capacity.group: global`: one queue per expert for the tokens of all ranks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from dmoe.config.schema import CapacityConfig
 from dmoe.moe.capacity import apply_capacity
 from dmoe.moe.dispatch import padded_permutation
 from dmoe.moe.interfaces import DataParallelComm
-from dmoe.moe.routing import BatchShape, Routing
+from dmoe.moe.routing import BatchShape, DispatchPlan, Routing
 from tests.moe.layers import close, make, tokens_of
-from tests.moe.next_choice_cases import crowded, spared_routings, with_spares
+from tests.moe.next_choice_cases import crowded_routing, next_choice_routings, with_next_experts
 from tests.moe.strategies import drawn, random_routing, slots
-from tests.moe.threaded_ranks import Singer, cut, sing
+from tests.moe.threaded_ranks import ThreadComm, run_threads, split_over_ranks
 from tests.references.capacity import apply_capacity_reference
 
 factors = st.sampled_from([0.1, 0.5, 1.0, 1.25, 2.0, 100.0])
@@ -30,18 +30,16 @@ configs = st.builds(
     overflow=st.sampled_from(["drop", "next_choice"]),
     renormalize=st.booleans(),
 )
-worlds = st.sampled_from([1, 2, 3, 4]).flatmap(lambda ranks: spared_routings(ranks))
+worlds = st.sampled_from([1, 2, 3, 4]).flatmap(lambda ranks: next_choice_routings(ranks))
 
 
 def limit_on_ranks(
     routing: Routing, config: CapacityConfig, factor: float, ranks: int
-) -> list[Routing]:
-    parts, capacity = cut(routing, ranks), slots(routing, config, factor, 1)
-    return sing(
+) -> list[DispatchPlan]:
+    parts, capacity = split_over_ranks(routing, ranks), slots(routing, config, factor, 1)
+    return run_threads(
         ranks,
-        lambda peers: apply_capacity(
-            parts[peers.rank], BatchShape(capacity=capacity), config, peers
-        ),
+        lambda comm: apply_capacity(parts[comm.rank], BatchShape(capacity=capacity), config, comm),
     )
 
 
@@ -68,7 +66,7 @@ def test_ranks_equal_one_walk_over_all_tokens(
 def test_slots_on_each_rank_have_no_gap(
     world: tuple[Routing, int], config: CapacityConfig, factor: float
 ) -> None:
-    """The padded exchange has min(C, T) slots for each rank's share of the queue: they must suffice whoever is served."""
+    """min(C, T) slots for each rank's share of the queue suffice in the padded exchange."""
     routing, ranks = world
     capacity, num_experts = slots(routing, config, factor, 1), routing.score_TE.shape[1]
     plan = limit_on_ranks(routing, config, factor, ranks)
@@ -99,10 +97,10 @@ def test_slots_on_each_rank_have_no_gap(
 @pytest.mark.parametrize("priority", ["position", "score"])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_crowded_ranks_equal_the_walk(ranks: int, priority: str) -> None:
-    """Second chances with experts that are partly taken on other ranks, and on this one: keep set, and slots without a gap."""
+    """Rerouting to experts that are partly full on other ranks and on this one."""
     config = CapacityConfig(group="global", priority=priority, overflow="next_choice")  # type: ignore[arg-type]
     for seed in range(6):
-        routing = crowded(seed)
+        routing = crowded_routing(seed)
         plan = limit_on_ranks(routing, config, 1.0, ranks)
         keep_TK, expert_TK = apply_capacity_reference(
             routing, config, 1, slots(routing, config, 1.0, 1)
@@ -141,10 +139,10 @@ def test_first_choices_of_the_last_rank_come_before_second_choices_of_the_first(
         random_routing(4, 2, 2), expert_TK=torch.tensor([[1, 0], [1, 0], [0, 1], [0, 1]])
     )
     config = CapacityConfig(group="global")
-    plan = sing(
+    plan = run_threads(
         2,
-        lambda peers: apply_capacity(
-            cut(routing, 2)[peers.rank], BatchShape(capacity=3), config, peers
+        lambda comm: apply_capacity(
+            split_over_ranks(routing, 2)[comm.rank], BatchShape(capacity=3), config, comm
         ),
     )
     assert [part.keep_TK.tolist() for part in plan if part.keep_TK is not None] == [
@@ -156,15 +154,17 @@ def test_first_choices_of_the_last_rank_come_before_second_choices_of_the_first(
 @pytest.mark.parametrize("priority", ["position", "score"])
 @pytest.mark.parametrize(("overflow", "collectives"), [("drop", 1), ("next_choice", 2)])
 def test_collectives(priority: str, overflow: str, collectives: int) -> None:
-    routing = with_spares(random_routing(8, 5, 2), 2)
+    routing = with_next_experts(random_routing(8, 5, 2), 2)
     config = CapacityConfig(group="global", priority=priority, overflow=overflow)  # type: ignore[arg-type]
 
-    def counted(peers: DataParallelComm) -> int:
-        apply_capacity(cut(routing, 2)[peers.rank], BatchShape(capacity=2), config, peers)
-        assert isinstance(peers, Singer)
-        return peers.collectives
+    def counted(comm: DataParallelComm) -> int:
+        apply_capacity(
+            split_over_ranks(routing, 2)[comm.rank], BatchShape(capacity=2), config, comm
+        )
+        assert isinstance(comm, ThreadComm)
+        return comm.collectives
 
-    assert sing(2, counted) == [collectives] * 2
+    assert run_threads(2, counted) == [collectives] * 2
 
 
 @pytest.mark.parametrize("exchange", ["packed", "padded"])
@@ -174,13 +174,13 @@ def test_layer_on_ranks_equals_the_layer_alone(priority: str, exchange: str) -> 
     x = tokens_of(4, 6).detach()
     alone = make(capacity=limits, exchange=exchange, virtual_ranks=4)(x)
 
-    def run(peers: DataParallelComm) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(comm: DataParallelComm) -> tuple[torch.Tensor, torch.Tensor]:
         layer = make(capacity=limits, exchange=exchange, virtual_ranks=2)
-        layer.comm = peers
-        output = layer(x[2 * peers.rank : 2 * peers.rank + 2])
+        layer.comm = comm
+        output = layer(x[2 * comm.rank : 2 * comm.rank + 2])
         return output.y.detach(), output.stats.as_vector()
 
-    parts = sing(2, run)
+    parts = run_threads(2, run)
     assert int(alone.stats.kept_E.sum()) < int(alone.stats.choice_E.sum())
     close(torch.cat([y for y, _ in parts]), alone.y.detach(), 1e-12)
     close(parts[0][1] + parts[1][1], alone.stats.as_vector(), 1e-12)

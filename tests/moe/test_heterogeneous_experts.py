@@ -1,4 +1,4 @@
-"""Experts of different shape: what they compute, what they cost, and that a layer of them is the sum it says."""
+"""Experts of different shape: outputs, costs, and the layer as their weighted sum."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def results(experts: HeterogeneousExperts, rows: Tensor, out: Tensor) -> list[Te
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("empty", [0, 2])
 def test_equal_one_row_at_a_time(kind: str, counts: list[int], empty: int) -> None:
-    """Rows stand by place: experts of one shape side by side. Places without an expert have no rows."""
+    """Rows are ordered by physical expert; unused physical experts have no rows."""
     fast, slow = mixed(kind), mixed(kind)
     assert fast.owned == (0, 4, 1, 3, 2, 5)
     placed = [counts[e] for e in fast.owned]
@@ -59,7 +59,7 @@ def test_equal_one_row_at_a_time(kind: str, counts: list[int], empty: int) -> No
 
 @pytest.mark.parametrize(("each", "empty"), itertools.product([0, 1, 4], [0, 1]))
 def test_equal_groups_equal_counts(each: int, empty: int) -> None:
-    """The padded exchange hands over one number, for empty places too: their rows are zero and stay so."""
+    """The padded exchange gives one number of rows, for unused physical experts too: zeros."""
     experts = mixed()
     experts.shard(experts.placement(2), 1)
     places = len(experts.owned) + empty
@@ -218,8 +218,7 @@ def test_wrong_calls_are_refused() -> None:
     ids=["nothing is heavy enough", "a noisy router that takes all"],
 )
 def test_the_naive_layer_knows_the_corners(layer: MoE) -> None:
-    """It divided by the number of choices, which a budget can make zero, and asked for the K-th best of K - 1 others: `dmoe verify`
-    ended with a traceback where the layer itself was right."""
+    """The naive layer handles tokens without experts (budget), and the load loss with K = E."""
     layer, x = layer.double(), tokens_of(2, 5)
     context = TokenContext(noise_key=(0, 1))
     got, expected = layer(x, context), naive_forward(layer, x, context)
@@ -234,7 +233,7 @@ def test_the_naive_layer_knows_the_corners(layer: MoE) -> None:
 def test_narrow_numbers_and_no_tokens(
     dtype: torch.dtype, factor: float | None, exchange: str
 ) -> None:
-    """The dtype of the model is that of output and gradients, and every weight has a gradient, of no token at all a zero one."""
+    """Output and gradients have the model's dtype; without tokens, gradients are zero."""
     layer = layer_of(capacity=CapacityConfig(factor=factor), exchange=exchange).to(dtype)
     for shape in ((3, 4, DIM), (0, 4, DIM), (0, DIM)):
         layer.zero_grad()

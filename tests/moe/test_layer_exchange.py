@@ -1,4 +1,4 @@
-"""Packed and padded are one computation: the same choices and drops, exactly; the same numbers, within rounding."""
+"""Packed and padded give the same assignments exactly, the same values within rounding."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_packed_equals_padded_in_float32() -> None:
 
 @pytest.mark.parametrize(("eval_factor", "evaluated"), [(None, torch.Tensor), (1.5, int)])
 def test_which_exchange_is_taken(eval_factor: float | None, evaluated: type) -> None:
-    """Padded slots come as one number an expert. Without a capacity there are no slots, so the forward is packed."""
+    """Padded gives one number of rows; without a capacity the forward is packed."""
     layer = make(capacity=CapacityConfig(factor=0.9, eval_factor=eval_factor), exchange="padded")
     seen: list[type] = []
     layer.experts.register_forward_pre_hook(lambda module, inputs: seen.append(type(inputs[1])))

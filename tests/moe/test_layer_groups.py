@@ -31,7 +31,7 @@ def objective_of_all(shares: list[MoEOutput]) -> torch.Tensor:
 def separate(
     x: torch.Tensor, context: TokenContext, **options: object
 ) -> tuple[list[MoEOutput], dict[str, torch.Tensor]]:
-    """The batch in RANKS calls, gradients summed. Each call reads a whole loss; over RANKS units its share is 1/RANKS."""
+    """The batch in RANKS calls, gradients summed; the share of each call's loss is 1/RANKS."""
     layer = make(**options)  # type: ignore[arg-type]
     outputs = []
     for part in range(RANKS):

@@ -1,4 +1,4 @@
-"""The layer against an independent implementation: transformers' Mixtral block with the same weights."""
+"""The layer against transformers' Mixtral block with the same weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def copied(block: torch.nn.Module) -> MoE:
 
 
 def test_forward_and_every_gradient() -> None:
-    """The peer's router works in float32 whatever it is given, so float32 is where the two can be compared."""
+    """Mixtral's router always computes in float32, so the comparison is in float32."""
     block = mixtral_block()
     layer = copied(block)
     x = torch.randn(3, 21, DIM, generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""The layer against a loop over tokens that shares no code with it: output, losses, drops, every gradient."""
+"""The layer against an independent loop over tokens: output, losses, drops, gradients."""
 
 from __future__ import annotations
 

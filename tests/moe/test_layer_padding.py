@@ -1,7 +1,8 @@
 """Padding is nobody: it takes no slot, counts in no loss, and what it holds is felt by no one.
 
-The routed part of a padded position is exactly zero. Shared experts are a dense feed-forward beside it and pass every position, as
-the rest of a transformer does: its output there is never read, and leaving it out would cost a gather.
+The routed part of a padded position is exactly zero. Shared experts are a dense feed-forward beside
+it and pass every position, as the rest of a transformer does: its output there is never read, and
+leaving it out would cost a gather.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def test_what_padding_holds_is_felt_by_no_one(
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_padding_can_be_left_out_when_dropless(level: str) -> None:
-    """A padded batch of one sequence equals the short sequence itself. (A capacity counts positions, so there it may differ.)"""
+    """A padded sequence equals the short one (dropless: a capacity counts positions)."""
     layer = make(balance=BalanceConfig(switch_level=level))  # type: ignore[arg-type]
     x = tokens_of(1, 6)
     padded, gradient = gradients(

@@ -32,7 +32,7 @@ def test_a_view_that_is_not_contiguous() -> None:
     ("exchange", "factor"), [("packed", None), ("packed", 1.0), ("padded", 1.0)]
 )
 def test_no_tokens(shape: tuple[int, ...], exchange: str, factor: float | None) -> None:
-    """A rank without tokens still runs its forward and backward; every gradient is there and zero."""
+    """A rank without tokens runs forward and backward; every gradient exists and is zero."""
     layer = make(
         capacity=CapacityConfig(factor=factor), exchange=exchange, experts=ExpertsConfig(shared=1)
     )

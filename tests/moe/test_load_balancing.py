@@ -26,7 +26,7 @@ LEVELS = ["sequence", "micro_batch", "global"]
 TOKENS, SEQUENCES, RANKS = 24, 6, 2
 
 
-class Two:
+class TwoEqualRanks:
     """This rank and one that chose and holds the same: every sum doubles."""
 
     size = 2
@@ -40,14 +40,14 @@ def losses(
     level: str,
     valid_T: Tensor | None = None,
     prior: Tensor | None = None,
-    peers: object = None,
+    comm: object = None,
 ) -> dict[str, Tensor]:
     return auxiliary_losses(
         routing,
         BalanceConfig(switch_level=level),  # type: ignore[arg-type]
         TokenContext(valid_T=valid_T, prior_count_LE=prior),
         BatchShape(SEQUENCES),
-        peers or NoComm(),  # type: ignore[arg-type]
+        comm or NoComm(),  # type: ignore[arg-type]
         layer=1,
         micro_batches=RANKS,
     )
@@ -102,7 +102,10 @@ def test_losses_equal_the_loops(level: str, masked: float | None) -> None:
 @pytest.mark.parametrize("level", LEVELS)
 def test_shares_of_equal_ranks_sum_to_the_loss(level: str) -> None:
     routing, valid_T = case(0.3)
-    alone, share = losses(routing, level, valid_T), losses(routing, level, valid_T, peers=Two())
+    alone, share = (
+        losses(routing, level, valid_T),
+        losses(routing, level, valid_T, comm=TwoEqualRanks()),
+    )
     close(alone, {name: 2 * value for name, value in share.items()}, 1e-12)
 
 
@@ -137,7 +140,7 @@ def test_collapse_costs_e(level: str) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_scores_are_normalised(level: str) -> None:
-    """Sigmoid scores do not sum to one; P_e must, or the loss could be lowered by lowering every score."""
+    """P_e is normalized: otherwise lowering every sigmoid score would lower the loss."""
     routing, _ = case()
     scale_T1 = torch.rand(TOKENS, 1, dtype=torch.float64) + 0.5
     close(
@@ -150,7 +153,7 @@ def test_scores_are_normalised(level: str) -> None:
 @pytest.mark.parametrize("masked", [None, 0.4])
 @pytest.mark.parametrize("level", LEVELS)
 def test_gradient_flows_through_p_only(level: str, masked: float | None) -> None:
-    """d/ds of sum_e f_e P_e with f held: E * (f_e - sum f s) / S for a token whose scores sum to one."""
+    """d/ds of sum_e f_e P_e with f fixed: E * (f_e - sum f s) / S if the scores sum to 1."""
     routing, valid_T = case(masked)
     score_TE = torch.softmax(routing.logit_TE, -1).requires_grad_()
     losses(replace(routing, score_TE=score_TE), level, valid_T)["switch"].backward()

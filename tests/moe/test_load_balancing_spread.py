@@ -22,7 +22,7 @@ from dmoe.moe.load_balancing.losses import (
 from dmoe.moe.routing import BatchShape, Noise, Routing, TokenContext
 from tests.moe.layers import close
 from tests.moe.strategies import drawn, random_routing
-from tests.moe.threaded_ranks import cut, sing
+from tests.moe.threaded_ranks import run_threads, split_over_ranks
 from tests.references.load_balancing import (
     importance_reference,
     load_reference,
@@ -35,7 +35,7 @@ ALL = BalanceConfig(switch=1.0, z=1.0, importance=1.0, load=1.0, usage_std=1.0)
 
 
 def noisy(routing: Routing, seed: int = 0, std: float = 0.5) -> Routing:
-    """The same routing, as if noise had led to its logits and the K largest of them had been chosen."""
+    """The same routing with noise, its experts the K largest noisy logits."""
     generator = torch.Generator().manual_seed(seed)
     like = routing.logit_TE
     std_TE = torch.rand(like.shape, generator=generator, dtype=like.dtype) * std + 0.05
@@ -48,7 +48,7 @@ def noisy(routing: Routing, seed: int = 0, std: float = 0.5) -> Routing:
 
 @st.composite
 def noisy_routings(draw: st.DrawFn) -> tuple[Routing, int]:
-    """A noisy routing, ties in its logits, and a number of units that divides its tokens (which may be none)."""
+    """A noisy routing with ties, and a number of units that divides its tokens (maybe 0)."""
     units = draw(st.integers(1, 4))
     num_experts = draw(st.sampled_from([1, 2, 3, 5, 7, 12]))
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
@@ -139,7 +139,7 @@ def test_gradients_are_finite_and_padding_has_none(drawn_routing: tuple[Routing,
 def test_shares_of_different_ranks_sum_to_the_mean_over_all_units(
     drawn_routing: tuple[Routing, int], level: str
 ) -> None:
-    """One unit a rank, some of them of padding alone: the shares add up to what one process with as many virtual ranks reads."""
+    """The ranks' shares sum to the loss of one process with as many virtual ranks."""
     routing, ranks = drawn_routing
     config = replace(ALL, switch_level=level)  # type: ignore[arg-type]
     valid_T = valid_of(routing)
@@ -153,20 +153,20 @@ def test_shares_of_different_ranks_sum_to_the_mean_over_all_units(
         micro_batches=ranks,
     )
     assert routing.noise is not None
-    pieces = cut(routing, ranks)
+    pieces = split_over_ranks(routing, ranks)
     clean, std = (
         routing.noise.clean_TE.tensor_split(ranks),
         routing.noise.std_TE.tensor_split(ranks),
     )
 
-    def share(peers: DataParallelComm) -> dict[str, Tensor]:
-        piece = replace(pieces[peers.rank], noise=Noise(clean[peers.rank], std[peers.rank]))
+    def share(comm: DataParallelComm) -> dict[str, Tensor]:
+        piece = replace(pieces[comm.rank], noise=Noise(clean[comm.rank], std[comm.rank]))
         context = TokenContext(valid_T=valid_of(piece))
         return auxiliary_losses(
-            piece, config, context, BatchShape(1), peers, layer=0, micro_batches=1
+            piece, config, context, BatchShape(1), comm, layer=0, micro_batches=1
         )
 
-    shares = sing(ranks, share)
+    shares = run_threads(ranks, share)
     tolerance = 1e-4 if routing.score_TE.dtype == torch.float32 else 1e-12
     close({name: sum(share[name] for share in shares) for name in alone}, alone, tolerance)
 
@@ -187,7 +187,7 @@ def test_switch_and_z_equal_their_references(drawn_routing: tuple[Routing, int])
 
 
 def test_smooth_load_is_the_chance_to_be_chosen() -> None:
-    """P(x, e) by its meaning: draw e's noise again, 20000 times, the other logits held, and count how often e is chosen."""
+    """P(x, e) equals the frequency of e over 20000 new draws of its noise."""
     routing = noisy(random_routing(3, 5, 2, seed=8, levels=1000))
     assert routing.noise is not None
     chance_TE = smooth_load(routing.logit_TE, routing.noise, 2)
@@ -236,14 +236,14 @@ def test_perfect_balance_costs_nothing_and_has_a_finite_gradient() -> None:
 
 
 def test_collapse() -> None:
-    """All on one of E = 4: CV^2 = E - 1 and std = sqrt(E - 1) / E, whatever the number of tokens."""
+    """All tokens on one of E = 4 experts: CV^2 = E - 1 and std = sqrt(E - 1) / E."""
     score_TE = torch.eye(4, dtype=torch.float64)[torch.zeros(10, dtype=torch.int64)]
     assert float(importance_loss(score_TE, None, 1)) == pytest.approx(3.0)
     assert float(usage_std_loss(score_TE, None, 1)) == pytest.approx(3**0.5 / 4)
 
 
 def test_noise_that_rounds_to_zero() -> None:
-    """softplus of a very negative number is 0 in float32: the load is then the hard count, and its gradient still finite."""
+    """A noise of 0 (softplus in float32) gives the hard count and a finite gradient."""
     logit_TE = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [2.0, 0.0, 1.0]], requires_grad=True)
     std_TE = torch.zeros(3, 3, requires_grad=True)
     chance_TE = smooth_load(logit_TE, Noise(logit_TE, std_TE), 1)

@@ -1,6 +1,7 @@
-"""Capacity, losses, bias and stats run on the meta device, where any read of a value, any mask index and any `nonzero` raises.
+"""Capacity, losses, bias and stats run on the meta device, where reading a value raises.
 
-That is what lets the padded layer run without a host sync on CUDA, and at any world size without hardware.
+That is what lets the padded layer run without a host sync on CUDA, and at any world size without
+hardware.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from dmoe.moe.capacity import apply_capacity
 from dmoe.moe.load_balancing import auxiliary_losses, updated_bias
 from dmoe.moe.metrics import layer_stats
 from dmoe.moe.routing import BatchShape, Noise, Routing, TokenContext
-from tests.moe.next_choice_cases import with_spares
+from tests.moe.next_choice_cases import with_next_experts
 from tests.moe.strategies import random_routing
 
 TOKENS, WORLD = 24, 64
 
 
-class Far:
+class MetaComm:
     """A rank of 64 that has no values, only shapes."""
 
     size, rank = WORLD, 5
@@ -42,7 +43,7 @@ def on_meta(routing: Routing) -> Routing:
 
 
 def routing_and_context(masked: float | None) -> tuple[Routing, TokenContext]:
-    routing = on_meta(with_spares(random_routing(TOKENS, 5, 2, masked=masked), 3))
+    routing = on_meta(with_next_experts(random_routing(TOKENS, 5, 2, masked=masked), 3))
     score_TE = routing.score_TE.requires_grad_()
     routing = replace(
         routing, score_TE=score_TE, logit_TE=score_TE.log(), weight_TK=score_TE[:, :2]
@@ -64,7 +65,7 @@ def test_capacity_and_stats(group: str, priority: str, overflow: str, masked: fl
     routing, _ = routing_and_context(masked)
     shape = BatchShape(4, 1, 3 * WORLD) if group == "global" else BatchShape(4, 4, 3)
     config = CapacityConfig(group=group, priority=priority, overflow=overflow, renormalize=True)  # type: ignore[arg-type]
-    plan = apply_capacity(routing, shape, config, Far())
+    plan = apply_capacity(routing, shape, config, MetaComm())
     assert plan.slots is not None
     assert plan.slots.position_TK.shape == plan.expert_TK.shape
     assert plan.slots.capacity == (TOKENS if group == "global" else 3)
@@ -79,7 +80,7 @@ def test_losses(level: str, masked: float | None) -> None:
     routing = replace(routing, noise=Noise(routing.logit_TE, routing.score_TE))
     config = BalanceConfig(1.0, level, 1.0, 1.0, 1.0, 1.0)  # type: ignore[arg-type]
     losses = auxiliary_losses(
-        routing, config, context, BatchShape(4, 4, 3), Far(), layer=1, micro_batches=2
+        routing, config, context, BatchShape(4, 4, 3), MetaComm(), layer=1, micro_batches=2
     )
     assert list(losses) == ["switch", "z", "importance", "load", "usage_std"]
     sum(losses.values(), torch.zeros((), device="meta")).backward()

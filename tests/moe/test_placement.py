@@ -1,4 +1,4 @@
-"""Which rank has which experts, and that a choice finds its place."""
+"""Expert placement, and the map from logical to physical ids."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.moe.strategies import drawn, random_routing
 
 
 def test_longest_first_by_hand() -> None:
-    """The picture in ownership.py; then ties: to the rank with less work, fewer experts, lower number."""
+    """The example of placement.py; ties go to less work, fewer experts, the lower rank."""
     assert balanced_placement([6, 5, 4, 3, 2], range(5), 2) == ExpertPlacement(((0, 3, 4), (1, 2)))
     assert balanced_placement([6, 5, 4, 3, 2], range(5), 2).physical_ids.values == (0, 3, 4, 1, 2)
     assert balanced_placement([9, 1, 1, 1], range(4), 2) == ExpertPlacement(((0,), (1, 2, 3))), (
@@ -75,7 +75,7 @@ def test_every_choice_stands_in_the_queue_of_its_place(masked: float | None) -> 
 
 
 def test_what_costs_nothing_stays_at_home() -> None:
-    """Two real experts, two of zero cost: only choices of the first two have rows, in either exchange."""
+    """Assignments of the two zero-cost experts have no rows, in either exchange."""
     expert_TK = torch.tensor([[0, 2], [3, 1], [2, 3]])
     slots = ExpertSlots(torch.zeros_like(expert_TK), capacity=2, groups=1, offered=4.0)
     plan = DispatchPlan(expert_TK, torch.ones(3, 2), None, 4, num_zero_cost=2, slots=slots)

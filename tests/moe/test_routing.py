@@ -29,7 +29,7 @@ from tests.references.routers import top_k_stable_reference
 def test_choice_equals_the_loop(
     tokens: int, num_experts: int, data: st.DataObject, levels: int, bf16: bool
 ) -> None:
-    """bf16 keeps 8 bits, so scores that came through it tie often even when they were drawn apart."""
+    """Scores rounded to bf16's 8 bits tie often."""
     top_k = data.draw(st.integers(1, num_experts))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
     score_TE = torch.randint(0, levels, (tokens, num_experts), generator=generator).float() / levels

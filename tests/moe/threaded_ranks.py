@@ -1,4 +1,4 @@
-"""Several ranks in one process, one thread each: `Peers` that really differ, fast enough for property tests."""
+"""Several ranks in one process, one thread each, fast enough for property tests."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from torch import Tensor
 from dmoe.moe.interfaces import DataParallelComm
 from dmoe.moe.routing import Routing
 
-__all__ = ["Singer", "cut", "sing"]
-
 Result = TypeVar("Result")
 
 
-class Singer:
-    """`Peers` of one rank. Counts its collectives."""
+class ThreadComm:
+    """`DataParallelComm` of one thread; counts its collectives."""
 
     def __init__(self, rank: int, parts: list[Tensor], barrier: threading.Barrier) -> None:
         self.rank, self.size, self.parts, self.barrier = rank, len(parts), parts, barrier
@@ -40,13 +38,13 @@ class Singer:
         return self.gather(value).sum(0)
 
 
-def sing(world: int, function: Callable[[DataParallelComm], Result]) -> list[Result]:
-    """`[function(peers of rank) for rank in range(world)]`, together."""
+def run_threads(world: int, function: Callable[[DataParallelComm], Result]) -> list[Result]:
+    """Run `function(comm)` on every rank at the same time; return the results by rank."""
     barrier, parts = threading.Barrier(world, timeout=30), [torch.empty(0)] * world
 
     def one(rank: int) -> Result:
         try:
-            return function(Singer(rank, parts, barrier))
+            return function(ThreadComm(rank, parts, barrier))
         except BaseException:
             barrier.abort()  # the others must not wait for it
             raise
@@ -60,8 +58,8 @@ def sing(world: int, function: Callable[[DataParallelComm], Result]) -> list[Res
     return [future.result() for future in futures]
 
 
-def cut(routing: Routing, ranks: int) -> list[Routing]:
-    """The same tokens on so many ranks, in order."""
+def split_over_ranks(routing: Routing, ranks: int) -> list[Routing]:
+    """Split the tokens over `ranks` ranks, in order."""
     per_rank = len(routing.expert_TK) // ranks
 
     def rows(value: Tensor | None, rank: int) -> Tensor | None:

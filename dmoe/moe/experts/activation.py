@@ -48,9 +48,9 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]]
 
 
 def activate(kind: str, hidden_RH: Tensor) -> Tensor:
-    """Compute `f(gate) * up` of [gate | up] for gated kinds (Shazeer 2020), else `f(hidden)`; [R, F].
+    """Compute the activation without autograd, [R, F].
 
-    Without autograd.
+    `f(gate) * up` of [gate | up] for gated kinds (Shazeer 2020), else `f(hidden)`.
     """
     nonlinearity, _ = ACTIVATIONS[kind]
     if kind not in GATED:

@@ -28,7 +28,7 @@ class Experts(nn.Module):
 
     @property
     def flops(self) -> tuple[int, ...]:
-        """Forward FLOPs of one row with each expert: two per multiply-add; backward takes twice that."""
+        """Forward FLOPs per row with each expert, two per multiply-add; backward takes twice."""
         return tuple(2 * number for number in self.multiply_adds)
 
     @property

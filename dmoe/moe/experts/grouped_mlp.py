@@ -1,4 +1,4 @@
-"""Feed-forward experts, stacked on the expert dimension so that they shard, and the dense feed-forward.
+"""Feed-forward experts, stacked on the expert dimension, and the dense feed-forward.
 
 `feed_forward` computes all experts as one autograd function, one expert at a time on the CPU:
 between the two products of an expert its hidden rows are still in the cache, and no temporary is
@@ -72,7 +72,7 @@ class MLPExperts(Experts):
             setattr(self, name, nn.Parameter(kept))
 
     def initialize(self, seed: int, layer: int, std: float, out_std: float) -> None:
-        """Draw each expert from its own generator, keyed by its global id: the same at any EP size."""
+        """Draw each expert from a generator keyed by its global id: the same at any EP size."""
         for local in range(len(self.w_in)):
             expert = self.first + local
             normal_(self.w_in[local], std, seed, "expert", layer, expert, "in")
@@ -130,7 +130,7 @@ def feed_forward(
 def feed_forward_in_steps(
     kind: str, rows_RD: Tensor, w_in: Tensor, w_out: Tensor, tokens_per_expert: TokensPerExpert
 ) -> Tensor:
-    """Compute `feed_forward` one operation after the other: the CUDA path, and the tests' reference."""
+    """Compute `feed_forward` in three steps: the CUDA path, and the tests' reference."""
     return grouped_linear(
         ACTIVATION_FNS[kind](grouped_linear(rows_RD, w_in, tokens_per_expert)),
         w_out,

@@ -95,7 +95,7 @@ class HeterogeneousExperts(Experts):
                 delattr(self, str(expert))
 
     def initialize(self, seed: int, layer: int, std: float, out_std: float) -> None:
-        """Draw weights keyed by global id; equal to those of `MLPExperts` for shapes `[expert_dim]`."""
+        """Draw weights keyed by global id, equal to `MLPExperts` for shapes `[expert_dim]`."""
         for expert in self.owned:
             last = len(self.matrices[expert]) - 1
             for n in range(last):

@@ -1,4 +1,6 @@
-"""Zero-cost experts (Jin et al. 2024, "MoE++: Accelerating Mixture-of-Experts Methods with Zero-Computation Experts"):
+"""Zero-cost experts.
+
+Jin et al. 2024, "MoE++: Accelerating Mixture-of-Experts Methods with Zero-Computation Experts":
 
     zero(x) = 0        copy(x) = x        constant_j(x) = v_j, a trainable vector
 
@@ -37,8 +39,8 @@ class ZeroCost(nn.Module):
         super().__init__()
         if config.copy and dim != out_dim:
             raise ValueError(
-                f"experts.copy={config.copy}: a copy of width {dim} is no output of width {out_dim}; "
-                "use 0"
+                f"experts.copy={config.copy}: a copy of width {dim} is no output of width "
+                f"{out_dim}; use 0"
             )
         self.zero, self.copy, self.constant = config.zero, config.copy, config.constant
         self.num_experts = count_zero_cost(config)

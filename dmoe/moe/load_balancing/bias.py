@@ -1,4 +1,4 @@
-"""Auxiliary-loss-free load balancing: a bias on the scores that affects only the selection, updated once per step.
+"""Auxiliary-loss-free load balancing: a selection bias, updated once per step.
 
     b_e += u * sign(mean over experts of c  -  c_e);  then b -= mean(b) if recentered
 

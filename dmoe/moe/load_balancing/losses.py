@@ -190,8 +190,8 @@ def smooth_load(logit_TE: Tensor, noise: Noise, top_k: int) -> Tensor:
         return torch.ones_like(logit_TE)
     sorted_TE = logit_TE.sort(dim=-1, descending=True).values
     last_T1, next_T1 = sorted_TE[:, top_k - 1 : top_k], sorted_TE[:, top_k : top_k + 1]
-    # Without e, the K-th largest is the next one down if e is among the K best, else unchanged. Both
-    # are equal where e ties with the K-th.
+    # Without e, the K-th largest is the next one down if e is among the K best, else unchanged.
+    # Both are equal where e ties with the K-th.
     threshold_TE = torch.where(logit_TE >= last_T1, next_T1, last_T1)
     # softplus can round to zero, and the gradient would be 0/0
     std_TE = noise.std_TE.clamp(min=1e-10)

@@ -1,7 +1,10 @@
-"""Adaptive k, top-p routing (Huang et al. 2024, "Harder Tasks Need More Experts"): unsure tokens take more experts.
+"""Adaptive k, top-p routing: unsure tokens take more experts.
+
+Huang et al. 2024, "Harder Tasks Need More Experts":
 
     p = softmax(x W^T), experts in descending order of p + bias
-    k_t = the smallest k in [k_min, k_max] with  p_1 + ... + p_k >= top_p;   k_max = moe.top_k if the sum never gets there
+    k_t = the smallest k in [k_min, k_max] with  p_1 + ... + p_k >= top_p,  k_max = moe.top_k if
+          the sum never gets there
 
 `selected_TK` marks the k_t selected experts; the others have weight 0. Weights as configured, over
 the selected.
@@ -56,7 +59,7 @@ class AdaptiveRouter(LearnedRouter):
         )
         if shape.capacity is None:
             return routing
-        # The next expert of a token that took k_t of its K is the one after the k_t-th, not after the K-th.
+        # The next expert of a token with k_t of its K experts follows the k_t-th, not the K-th.
         count = min(self.top_k, self.num_experts - self.config.k_min)
         position_TS = taken_TK.sum(1, keepdim=True) + torch.arange(count, device=taken_TK.device)
         exists_TS = position_TS < self.num_experts
@@ -67,7 +70,7 @@ class AdaptiveRouter(LearnedRouter):
 
 
 def until_top_p(probability_TK: Tensor, top_p: float, k_min: int) -> Tensor:
-    """Select experts whose predecessors do not reach `top_p` or are fewer than `k_min`; bool [T, K]."""
+    """Select experts while those before them are below `top_p` or `k_min`; bool [T, K]."""
     before_TK = probability_TK.cumsum(1).roll(1, 1)
     before_TK[:, 0] = 0.0
     below_min_K = torch.arange(probability_TK.shape[1], device=probability_TK.device) < k_min

@@ -1,8 +1,11 @@
 """Base classes of routers, and the steps that learned routers share.
 
-    logit = x W^T        score = softmax(logit) | sigmoid(logit)        selected = the K largest of score + bias
-    weight = score of the selected, renormalized, scaled: the bias affects the selection, never the weights
-    (Wang et al. 2024, DeepSeek-V3)
+    logit    = x W^T
+    score    = softmax(logit) | sigmoid(logit)
+    selected = the K largest of score + bias
+    weight   = score of the selected, renormalized, scaled
+
+The bias affects the selection, never the weights (Wang et al. 2024, DeepSeek-V3).
 
 In training, Switch's jitter may multiply the router's input by uniform noise in [1 - jitter, 1 +
 jitter] (Fedus et al. 2021, 2.4).
@@ -74,8 +77,8 @@ class LearnedRouter(RouterModule):
     """
 
     bias_E: Tensor
-    """float32 or float64. Saved with the weights; updated once per step by the bias controller, never
-    by the optimizer."""
+    """float32 or float64. Saved with the weights; updated once per step by the bias controller,
+    never by the optimizer."""
 
     def __init__(
         self, config: RouterConfig, dim: int, num_experts: int, top_k: int, layer: int = 0
@@ -167,9 +170,8 @@ def per_token_input(
     Args:
         value_T: the context's field.
         x_TD: the tokens.
-        kind: router kind, for the message.
-        field: name of the field of `TokenContext`, for the message.
-        meaning: the field in words, for the message.
+        kind, field, meaning: router kind, field of `TokenContext` and the field in words, for the
+            message.
 
     Raises:
         ValueError: it is missing or has another shape.
@@ -181,20 +183,17 @@ def per_token_input(
         )
     if value_T.shape != x_TD.shape[:1]:
         raise ValueError(
-            f"{field} has shape {list(value_T.shape)}: must be [{x_TD.shape[0]}], one {meaning} for "
-            "each token"
+            f"{field} has shape {list(value_T.shape)}: must be [{x_TD.shape[0]}], one {meaning} "
+            "for each token"
         )
     return value_T
 
 
 def project(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """Compute x W^T in `router_dtype`, regardless of autocast."""
-    dtype = router_dtype(x_TD)
+    dtype, device = router_dtype(x_TD), x_TD.device.type
     # meta does not support autocast
-    full_precision = (
-        nullcontext() if x_TD.is_meta else torch.autocast(x_TD.device.type, enabled=False)
-    )
-    with full_precision:
+    with nullcontext() if x_TD.is_meta else torch.autocast(device, enabled=False):
         return x_TD.to(dtype) @ weight_ED.to(dtype).t()
 
 

@@ -1,7 +1,7 @@
 """Routing within a compute budget, over experts of different cost.
 
-    p = softmax(x W^T) over all experts; a token's K experts of largest p + bias are tried in descending order,
-    and one is taken if
+    p = softmax(x W^T) over all experts; a token's K experts of largest p + bias are tried in
+    descending order, and one is taken if
         p > min_weight        and        its cost fits what is left of the token's budget
 
 The cost of an expert is its multiply-adds per row as a share of those of all experts, so a budget
@@ -95,7 +95,7 @@ def allowance(budget: float, multiply_adds: Sequence[int]) -> int:
 
 
 def affordable(enough_TK: Tensor, cost_TK: Tensor, budget: int) -> Tensor:
-    """Take, in order, the `enough_TK` experts whose cost fits what earlier ones left; bool [T, K]."""
+    """Take, in order, `enough_TK` experts whose cost fits what earlier ones left; bool [T, K]."""
     left_T = torch.full_like(cost_TK[:, 0], budget)
     taken = []
     for enough_T, cost_T in zip(enough_TK.unbind(1), cost_TK.unbind(1), strict=True):

@@ -1,8 +1,9 @@
-"""Expert choice routing (Zhou et al. 2022): experts select tokens, so the load is perfectly balanced by construction.
+"""Expert choice routing (Zhou et al. 2022): experts select tokens, so the load is balanced.
 
     S = softmax(x W^T) over the experts
     expert e takes the C tokens of each group with the largest S[:, e], with weight S[t, e], scaled
-    C = slots of one (group, expert): K * T_g / E times `capacity.factor` (1 without one), so K experts per token on average
+    C = slots of one (group, expert): K * T_g / E times `capacity.factor` (1 without one), so K
+        experts per token on average
 
 A token may have none or all. Ties go to the earlier token; padding is never taken. As a `Routing`,
 a token lists all E experts, and `selected_TK` marks those that take it. There is no bias: no expert

@@ -1,7 +1,7 @@
 """Noisy top-k gating (Shazeer et al. 2017, section 2.1):
 
-    H = x W_g^T + StandardNormal * softplus(x W_noise^T)                                         (eq. 4)
-    G = softmax(KeepTopK(H, K)),   KeepTopK sets all but the K largest to minus infinity          (eq. 3, 5)
+    H = x W_g^T + StandardNormal * softplus(x W_noise^T)                              (eq. 4)
+    G = softmax(KeepTopK(H, K)),  KeepTopK sets all but the K largest to -infinity     (eq. 3, 5)
 
 The noise lets a nearly good enough expert be tried, and makes the load differentiable:
 `Routing.noise` is the input of the smooth load loss (appendix A). Evaluation routes by H = x W_g^T.

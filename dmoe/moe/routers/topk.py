@@ -3,16 +3,20 @@
 Plain (Switch, Fedus et al. 2021; Mixtral, OLMoE, Qwen with softmax; DeepSeek-V3 without groups with
 sigmoid):
 
-    score = softmax|sigmoid(x W^T)        experts = the K largest of score + bias        weights = their scores
+    score   = softmax|sigmoid(x W^T)
+    experts = the K largest of score + bias
+    weights = their scores
 
 renormalized, scaled and biased as `base.py` describes, and at its cost.
 
 Group-limited (DeepSeek-V3, section 2.1.2; `noaux_tc`): a token's experts come from a few groups of
 neighbours.
 
-    s' = score + bias                           group g = experts g*E/G .. (g+1)*E/G - 1
-    S_g = sum of the two largest s' in g        eligible = the experts of the `topk_groups` groups with the largest S_g
-    selected = the K largest s' among the eligible;   weights = their scores without the bias, renormalized, scaled
+    s' = score + bias;   group g = experts g*E/G .. (g+1)*E/G - 1
+    S_g      = sum of the two largest s' in g
+    eligible = the experts of the `topk_groups` groups with the largest S_g
+    selected = the K largest s' among the eligible
+    weights  = their scores without the bias, renormalized, scaled
 
 Experts of one group usually share a node, so the number of groups bounds the nodes that a token is
 sent to. Ties between groups go to the lower group. A group of one expert has its s' as S_g.

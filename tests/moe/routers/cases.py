@@ -1,4 +1,4 @@
-"""Routers whose logits are their inputs, and awkward inputs for them: ties, one hot expert, padding, no tokens, bf16.
+"""Routers with logits equal to their inputs: ties, a hot expert, padding, no tokens, bf16.
 
 Letters: T tokens, E experts, K experts a token.
 """
@@ -15,8 +15,6 @@ from torch import Tensor
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.routers import RouterModule, build_router
 from dmoe.moe.routing import ONE_SEQUENCE, BatchShape, TokenContext
-
-__all__ = ["EVERY_KIND", "Case", "cases", "identity_router", "known", "options_of", "pairs"]
 
 EVERY_KIND = (
     "top_k",

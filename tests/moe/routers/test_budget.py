@@ -64,7 +64,7 @@ def taken(probabilities: list[float], work: list[int], **options: float) -> list
 
 
 def test_by_descending_weight_what_fits() -> None:
-    """The project's first example: 0.1 is the least weight, the budget is half of what all three cost."""
+    """Example: minimum weight 0.1, budget half of the cost of all three experts."""
     assert taken([0.5, 0.3, 0.2], [1, 5, 4], budget=0.5) == [0, 2], (
         "expert 1 does not fit the 4 left, the lighter expert 2 does"
     )
@@ -79,7 +79,7 @@ def test_by_descending_weight_what_fits() -> None:
 
 @pytest.mark.parametrize("experts", [3, 7, 10, 49, 1000])
 def test_a_budget_of_one_lets_everything_run_and_decimal_shares_are_exact(experts: int) -> None:
-    """Shares as floats would not do: 49 times 1/49 is less than 1, and 0.29 of 100 is 28.999999999999996."""
+    """Exact where floats are not: 49 * (1/49) < 1, and 0.29 * 100 = 28.999999999999996."""
     assert allowance(1.0, [1] * experts) == experts
     assert allowance(0.29, [1] * 100) == 29
     assert allowance(0.7, [123457] * 10) == 7 * 123457

@@ -1,4 +1,4 @@
-"""Every router through the whole layer: shapes, padding, empty ranks, groups, gradients, and no host read."""
+"""Every router in the whole layer: shapes, padding, groups, gradients, no host read."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_fewer_tokens_than_choices_and_every_expert(kind: str) -> None:
 @pytest.mark.parametrize("capacity", [None, 4])
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_nothing_is_read_back(kind: str, capacity: int | None) -> None:
-    """On the meta device there is no value to read: any `.item()` or mask of unknown size raises."""
+    """No host read: on the meta device, `.item()` or a mask of unknown size raises."""
     config, top_k = options_of(kind)
     with torch.device("meta"):
         router = build_router(config, DIM, 6, top_k, 0)
@@ -159,7 +159,7 @@ def test_sequences_route_alike_alone_and_together(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
 def test_one_hot_expert(kind: str) -> None:
-    """Everybody prefers expert 5, or, where there is nothing to prefer, has the same label and token."""
+    """All tokens prefer expert 5; for static routers, all have the same label and token id."""
     layer = layer_of(kind, capacity=CapacityConfig(factor=1.0))
     if kind in LEARNED:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Group-limited routing against its definition, and against DeepSeek-V3's router in transformers."""
+"""Group-limited routing against its definition and DeepSeek-V3's router in transformers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_equals_the_definition(case: Case, data: st.DataObject) -> None:
         scale=2.0,
     )
     routing, got = pairs(identity_router(config, case), case, BatchShape(capacity=2))
-    # Sums of two float32 scores tie where the same sums in float64 do not: the router's own scores decide.
+    # Sums of two float32 scores can tie where the float64 sums do not: use the router's scores.
     biased_TE = (routing.score_TE + case.bias_E).tolist()
     for t, logits in enumerate(case.logit_TE.tolist()):
         scores = [1 / (1 + math.exp(-logit)) for logit in logits]

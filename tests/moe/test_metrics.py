@@ -14,7 +14,7 @@ from dmoe.moe.capacity import expert_capacity
 from dmoe.moe.metrics import decisions, layer_stats, router_metrics
 from dmoe.moe.routing import Routing, TokenContext, dropless_plan
 from tests.moe.layers import gradients, make, tokens_of
-from tests.moe.next_choice_cases import spared_routings
+from tests.moe.next_choice_cases import next_choice_routings
 from tests.moe.strategies import drawn, limit_to, random_routing, routings, slots
 from tests.references.capacity import apply_capacity_reference
 
@@ -71,14 +71,14 @@ def test_slots_bound_what_is_kept() -> None:
 
 @drawn
 @given(
-    drawn_routing=spared_routings(),
+    drawn_routing=next_choice_routings(),
     factor=st.sampled_from([0.2, 0.7, 1.5]),
     priority=st.sampled_from(["position", "score"]),
 )
 def test_rerouted_rows_count_where_they_go(
     drawn_routing: tuple[Routing, int], factor: float, priority: str
 ) -> None:
-    """Choices stay with the expert the router chose, rows with the one that computes; only what nobody took is dropped."""
+    """Choices count at the router's expert, rows at the expert that computes them."""
     routing, groups = drawn_routing
     config = CapacityConfig(overflow="next_choice", priority=priority)  # type: ignore[arg-type]
     keep_TK, expert_TK = apply_capacity_reference(
@@ -177,7 +177,7 @@ def test_decisions_equal_the_loop(drawn_routing: tuple[Routing, int]) -> None:
 
 
 def test_observers_read_no_value() -> None:
-    """On the meta device a host read would raise; a rank without tokens has no largest logit, and says 0."""
+    """No host read on the meta device; a rank without tokens has logit_max 0."""
     empty = random_routing(0, 5, 2)
     assert router_metrics(empty, dropless_plan(empty), TokenContext())["logit_max"].tolist() == [
         0.0

@@ -1,4 +1,4 @@
-"""What learned routers share: the bias chooses and never weighs, spares follow the same rule, jitter is keyed."""
+"""Learned routers: the bias affects the selection only, next experts, keyed jitter."""
 
 from __future__ import annotations
 

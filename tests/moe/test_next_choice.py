@@ -1,4 +1,4 @@
-"""`capacity.overflow: next_choice`: who is late is offered one more expert, behind everybody who was in time."""
+"""`capacity.overflow: next_choice`: overflowed assignments get one further offer."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dmoe.config.schema import CapacityConfig
 from dmoe.moe.capacity import apply_capacity
 from dmoe.moe.dispatch import padded_permutation
 from dmoe.moe.interfaces import NoComm
-from dmoe.moe.routing import BatchShape, Routing
-from tests.moe.next_choice_cases import crowded, spared_routings, with_spares
+from dmoe.moe.routing import BatchShape, DispatchPlan, Routing
+from tests.moe.next_choice_cases import crowded_routing, next_choice_routings, with_next_experts
 from tests.moe.strategies import drawn, limit_to, random_routing, slots
 from tests.references.capacity import apply_capacity_reference
 
@@ -31,7 +31,7 @@ configs = st.builds(
 
 crowds = [
     example(
-        drawn_routing=(crowded(seed), 3),
+        drawn_routing=(crowded_routing(seed), 3),
         config=CapacityConfig(priority=order, overflow="next_choice"),
         factor=1.0,
     )
@@ -47,7 +47,7 @@ def with_crowds(test: Callable[..., None]) -> Callable[..., None]:
 
 @drawn
 @with_crowds
-@given(drawn_routing=spared_routings(), config=configs, factor=factors)
+@given(drawn_routing=next_choice_routings(), config=configs, factor=factors)
 def test_second_chances_equal_the_walk(
     drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float
 ) -> None:
@@ -63,7 +63,7 @@ def test_second_chances_equal_the_walk(
 
 @drawn
 @with_crowds
-@given(drawn_routing=spared_routings(), config=configs, factor=factors)
+@given(drawn_routing=next_choice_routings(), config=configs, factor=factors)
 def test_slots_stay_unique_and_without_a_gap(
     drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float
 ) -> None:
@@ -83,11 +83,11 @@ def test_slots_stay_unique_and_without_a_gap(
 
 
 @drawn
-@given(drawn_routing=spared_routings(), config=configs, factor=factors)
+@given(drawn_routing=next_choice_routings(), config=configs, factor=factors)
 def test_weights_of_rerouted(
     drawn_routing: tuple[Routing, int], config: CapacityConfig, factor: float
 ) -> None:
-    """The spare's own weight at the place of the one it replaces; renormalised over all that survive in the end."""
+    """The next expert's own weight replaces the old one; renormalized over all kept ones."""
     routing, groups = replace(drawn_routing[0], scale=1.5), drawn_routing[1]
     plan = limit_to(routing, config, factor, groups)
     assert plan.keep_TK is not None
@@ -109,8 +109,8 @@ def test_weights_of_rerouted(
         assert plan.weight_TK[t].tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def by_hand(priority: str) -> Routing:
-    """C = 2, five tokens on expert 0, whose next are 1, 1, 2; token 4 chose 1 first and is served before all of them."""
+def by_hand(priority: str) -> DispatchPlan:
+    """C = 2, five tokens on expert 0 with next experts 1, 1, 1, 1, 2; token 5 selects 1 first."""
     expert_TK = torch.tensor([[0], [0], [0], [0], [0], [1]])
     score_TE = torch.tensor(
         [
@@ -122,13 +122,13 @@ def by_hand(priority: str) -> Routing:
             [0.1, 0.1, 0.1],
         ]
     )
-    spare_TK = torch.tensor([[1], [1], [1], [1], [2], [2]])
+    next_TK = torch.tensor([[1], [1], [1], [1], [2], [2]])
     routing = Routing(
         expert_TK,
         torch.ones(6, 1),
         score_TE,
         score_TE.log(),
-        next_expert_TS=spare_TK,
+        next_expert_TS=next_TK,
         next_weight_TS=torch.full((6, 1), 0.5),
     )
     config = CapacityConfig(overflow="next_choice", priority=priority)  # type: ignore[arg-type]
@@ -145,7 +145,7 @@ def test_position_by_hand() -> None:
 
 
 def test_score_by_hand() -> None:
-    """The slot left goes to token 3, surer of expert 1 (0.7) than token 2 (0.2); yet not before token 5, which chose it (0.1)."""
+    """The free slot goes to token 3 (score 0.7), behind the first round's token 5 (0.1)."""
     plan = by_hand("score")
     assert plan.keep_TK is not None
     assert plan.keep_TK[:, 0].tolist() == [True, True, False, True, True, True]
@@ -154,7 +154,7 @@ def test_score_by_hand() -> None:
 
 def test_each_overflow_of_a_token_gets_a_spare_of_its_own() -> None:
     expert_TK = torch.tensor([[0, 1], [0, 1]])
-    spare_TK, spare_weight_TK = (
+    next_TK, next_weight_TK = (
         torch.tensor([[2, 3], [3, 2]]),
         torch.tensor([[0.3, 0.4], [0.5, 0.6]]),
     )
@@ -164,8 +164,8 @@ def test_each_overflow_of_a_token_gets_a_spare_of_its_own() -> None:
         torch.ones(2, 2),
         score_TE,
         score_TE,
-        next_expert_TS=spare_TK,
-        next_weight_TS=spare_weight_TK,
+        next_expert_TS=next_TK,
+        next_weight_TS=next_weight_TK,
     )
     plan = apply_capacity(
         routing, BatchShape(capacity=1), CapacityConfig(overflow="next_choice"), NoComm()
@@ -175,15 +175,15 @@ def test_each_overflow_of_a_token_gets_a_spare_of_its_own() -> None:
 
 
 def test_an_offer_is_made_once() -> None:
-    """All want 0, whose next is 1 for all: with C = 1 the third token goes away with nothing, though expert 2 is free."""
+    """With C = 1 the third token is dropped although expert 2 is free."""
     score_TE = torch.full((3, 3), 1 / 3)
-    spare_TK = torch.tensor([[1, 2]] * 3)
+    next_TK = torch.tensor([[1, 2]] * 3)
     routing = Routing(
         torch.zeros(3, 1, dtype=torch.int64),
         torch.ones(3, 1),
         score_TE,
         score_TE,
-        next_expert_TS=spare_TK,
+        next_expert_TS=next_TK,
         next_weight_TS=torch.ones(3, 2),
     )
     plan = apply_capacity(
@@ -194,22 +194,22 @@ def test_an_offer_is_made_once() -> None:
 
 
 def test_gradient_reaches_the_spares_that_are_used() -> None:
-    routing = with_spares(random_routing(12, 5, 2, hot=0), 3, holes=False)
+    routing = with_next_experts(random_routing(12, 5, 2, hot=0), 3, holes=False)
     assert routing.next_weight_TS is not None
-    weight_TK, spare_weight_TK = (
+    weight_TK, next_weight_TK = (
         routing.weight_TK.clone().requires_grad_(),
         routing.next_weight_TS.clone().requires_grad_(),
     )
-    routing = replace(routing, weight_TK=weight_TK, next_weight_TS=spare_weight_TK)
+    routing = replace(routing, weight_TK=weight_TK, next_weight_TS=next_weight_TK)
     plan = limit_to(routing, CapacityConfig(overflow="next_choice"), 0.6, 1)
     plan.weight_TK.sum().backward()
     assert plan.keep_TK is not None
     moved_TK = plan.expert_TK != routing.expert_TK
     assert 0 < int(moved_TK.sum()) < int(plan.keep_TK.sum())
     assert weight_TK.grad is not None
-    assert spare_weight_TK.grad is not None
+    assert next_weight_TK.grad is not None
     assert torch.equal(weight_TK.grad, (plan.keep_TK & ~moved_TK).double())
-    assert int(spare_weight_TK.grad.sum()) == int(moved_TK.sum())
+    assert int(next_weight_TK.grad.sum()) == int(moved_TK.sum())
 
 
 def test_a_router_without_an_order_is_refused() -> None:
@@ -218,7 +218,7 @@ def test_a_router_without_an_order_is_refused() -> None:
 
 
 def test_where_nothing_overflows_next_choice_is_drop() -> None:
-    routing = with_spares(random_routing(12, 5, 2, seed=4), 3)
+    routing = with_next_experts(random_routing(12, 5, 2, seed=4), 3)
     one, two = (
         limit_to(routing, CapacityConfig(overflow=o), 50.0, 2) for o in ("drop", "next_choice")
     )  # type: ignore[arg-type]
