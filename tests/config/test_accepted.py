@@ -74,9 +74,12 @@ def test_layer_accepted(overrides: list[str]) -> None:
     check(load(None, overrides))
 
 
-def test_what_can_be_trained_can_be_verified() -> None:
-    """Verification trains narrow layers, where a linear expert costs a larger share of all: a budget that afforded it did so no more,
-    and `dmoe verify` refused a config that `dmoe train` takes."""
+def test_config_that_trains_can_be_verified() -> None:
+    """`dmoe verify` takes every config that `dmoe train` takes.
+
+    It trains narrow layers, where a linear expert costs a larger share of all experts, so that a
+    budget may no longer afford it.
+    """
     config = load(
         None,
         [

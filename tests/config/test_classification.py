@@ -1,4 +1,4 @@
-"""`train.task=classification`: what fits together, and one sentence for what does not."""
+"""`train.task=classification`: widths of the MoE layers and ranks that share them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_every_mixture_layer_has_its_widths() -> None:
     assert moe_widths(load(None, ["model.dense_first=1"])) == [(128, 128)] * 2
 
 
-def test_what_is_about_attention_is_not_asked_of_a_classifier() -> None:
+def test_rules_about_attention_do_not_apply_to_a_classifier() -> None:
     check(configured("model.dim=31", "model.layers=1"))
     check(configured("moe.router.kind=expert_choice"))  # no sample comes after another
 

@@ -1,4 +1,4 @@
-"""What a launcher left in the environment is whole, or refused by name."""
+"""The launcher's environment variables are complete and in range, or refused by name."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ WRONG = {
 }
 
 
-def test_a_launchers_environment_is_read() -> None:
+def test_launch_env_is_read() -> None:
     assert read_launch_env(TORCHRUN) == LaunchEnv(rank=3, world_size=4, local_world_size=2)
     assert read_launch_env({}) is None
     assert read_launch_env({"RANK": "abc"}) is None, "without WORLD_SIZE there is no launcher"
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_half_a_launcher_is_refused(name: str) -> None:
-    """WORLD_SIZE=abc was a traceback; WORLD_SIZE without the rest waited for ranks that did not exist."""
+def test_incomplete_launch_env_is_refused(name: str) -> None:
+    """WORLD_SIZE alone would wait for ranks that do not exist."""
     variable, value, words = WRONG[name]
     environment = {
         key: text for key, text in (TORCHRUN | {variable: value}).items() if text is not None

@@ -43,8 +43,8 @@ def value_of(config: Config, override: str) -> Any:
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_the_value_is_what_stands_there(name: str) -> None:
-    """All values went through YAML: 0123 was 83, a star began an alias, and a colon at the end made a mapping."""
+def test_text_is_taken_literally(name: str) -> None:
+    """As YAML, 0123 is 83, a star begins an alias, and a colon at the end makes a mapping."""
     override, expected = TEXTS[name]
     config = load(None, [override])
     assert value_of(config, override) == expected
@@ -54,7 +54,7 @@ def test_the_value_is_what_stands_there(name: str) -> None:
 
 
 def test_the_file_is_kept_as_given_with_the_overrides_after_it(tmp_path: Path) -> None:
-    """Without a line break at its end, the first override went into the file's last line: `top_k: 1# override: ...`."""
+    """Without a line break at its end, an override could join the file's last line."""
     file = tmp_path / "small.yaml"
     file.write_text("moe: {num_experts: 4}\ntrain:\n  run_dir: here", encoding="utf-8")
     _, given = load_arguments([str(file), "moe.top_k=1", "train.steps=3"])
@@ -67,7 +67,7 @@ def test_the_file_is_kept_as_given_with_the_overrides_after_it(tmp_path: Path) -
 
 
 def test_an_override_cannot_leave_its_comment() -> None:
-    """A line break in a prompt ended the comment, and the run's config.yaml held what came after it."""
+    """A line break in a prompt must not end the comment in the run's config.yaml."""
     _, given = load_arguments(["train.sample_prompt=a\nmodel: {dim: 3}"])
     assert load_text(given, "config.yaml") == Config()
 

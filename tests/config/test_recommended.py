@@ -1,4 +1,4 @@
-"""Recommended ranges: the defaults and every shipped config are inside, or say why not; who is outside hears it, and is not refused."""
+"""Recommended ranges: defaults and shipped configs keep them or give a reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.tiny import tiny
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
-WHY = {
+OVERRIDES = {
     "jitter": ["moe.router.jitter=0.5"],
     "top_p": ["moe.router.kind=adaptive", "moe.router.renormalize=false", "moe.router.top_p=0.95"],
     "min_weight": [
@@ -32,7 +32,7 @@ WHY = {
 
 
 def test_every_default_that_is_a_value_is_inside_its_range() -> None:
-    """Those that are off by default (0, null) have none; what only one kind of router reads is read here as that kind would."""
+    """Mechanisms that are off by default have no value; here every field is read."""
     assert out_of_range(Config()) == []
     for item in RECOMMENDED:
         value = replace(item, applies=lambda moe: True).value(Config().moe)
@@ -52,7 +52,7 @@ def test_a_shipped_config_is_inside_or_says_why(path: Path) -> None:
 def test_outside_is_a_remark_and_no_refusal(item: object) -> None:
     """Each field in turn beyond its upper end; at the end itself there is nothing to say."""
     field, name = f"moe.{item.field}", item.field.rpartition(".")[2]  # type: ignore[attr-defined]
-    overrides = WHY.get(name, [f"{field}={2 * item.high:g}"])  # type: ignore[attr-defined]
+    overrides = OVERRIDES.get(name, [f"{field}={2 * item.high:g}"])  # type: ignore[attr-defined]
     config = tiny(*overrides)
     check(config)
     assert [remark.field for remark in out_of_range(config)] == [field]
@@ -60,13 +60,13 @@ def test_outside_is_a_remark_and_no_refusal(item: object) -> None:
     assert f"{field}=" in sections["recommended"].sentences[0]
     assert " is above the recommended " in sections["recommended"].sentences[0]
     assert sections["recommended"].numbers[field]["high"] == item.high  # type: ignore[attr-defined]
-    at_the_end = [
+    at_upper_end = [
         f"{field}={item.high:g}" if word.startswith(field) else word for word in overrides
     ]  # type: ignore[attr-defined]
-    assert "recommended" not in {section.key for section in explain(tiny(*at_the_end), 1)}
+    assert "recommended" not in {section.key for section in explain(tiny(*at_upper_end), 1)}
 
 
-def test_what_a_router_does_not_read_has_no_range() -> None:
+def test_field_that_the_router_does_not_read_has_no_range() -> None:
     """For adaptive, moe.top_k is the most a token takes, and for soft it is all experts."""
     many = ["moe.num_experts=16", "moe.top_k=16"]
     assert [remark.field for remark in out_of_range(tiny(*many))] == ["moe.top_k"]
@@ -76,7 +76,7 @@ def test_what_a_router_does_not_read_has_no_range() -> None:
     )
 
 
-def test_below_is_said_too_and_a_dense_model_hears_nothing() -> None:
+def test_below_the_range_is_a_remark_and_a_dense_model_has_none() -> None:
     assert "is below the recommended 1 to 2" in str(
         out_of_range(tiny("moe.capacity.factor=0.5"))[0]
     )

@@ -1,4 +1,4 @@
-"""What counts as a secret, and what has to survive."""
+"""Secrets are found and removed; ordinary text survives."""
 
 from __future__ import annotations
 
@@ -34,12 +34,16 @@ FORMATS = {
     "sk, project": "sk-proj-" + "aB3d" * 8,
     "aws": "AKIA" + "ABCD" * 4,
     "wandb": "wandb_v1_" + "aB3d" * 8,
-    "json web token": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9P",
-    "private key": "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAABG5v\n-----END OPENSSH PRIVATE KEY-----",
+    "json web token": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0."
+    "dozjgNryP4J3jVmNHl0w5N_XgL0n3I9P",
+    "private key": "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAABG5v\n"
+    "-----END OPENSSH PRIVATE KEY-----",
 }
-NAMES = """WANDB_API_KEY HF_TOKEN AWS_SECRET_ACCESS_KEY GITHUB_TOKEN DB_PASSWORD PG_PASSWD MY_CREDENTIAL APIKEY openaiApiKey KEY
+NAMES = """WANDB_API_KEY HF_TOKEN AWS_SECRET_ACCESS_KEY GITHUB_TOKEN
+    DB_PASSWORD PG_PASSWD MY_CREDENTIAL APIKEY openaiApiKey KEY
     x-auth-token"""
-PLAIN_NAMES = """KEYBOARD MASTER_PORT TOKENIZERS_PARALLELISM PWD OLDPWD AWS_SHARED_CREDENTIALS_FILE SSH_KEY_PATH PATH HOME
+PLAIN_NAMES = """KEYBOARD MASTER_PORT TOKENIZERS_PARALLELISM PWD OLDPWD
+    AWS_SHARED_CREDENTIALS_FILE SSH_KEY_PATH PATH HOME
     XKB_KEYMAP tokens tokens_per_second data.tokenizer MONKEY"""
 SURVIVES = [
     f"commit {HEX_40}",
@@ -65,12 +69,12 @@ def test_the_value_of_a_variable_that_names_a_secret(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PLAIN_NAMES.split())
-def test_a_variable_that_only_sounds_like_one(name: str) -> None:
+def test_variable_with_a_similar_name_is_no_secret(name: str) -> None:
     assert not is_secret_name(name)
     assert redact("a /some/long/value", {name: "/some/long/value"}) == "a /some/long/value"
 
 
-def test_short_and_empty_values_blacken_nothing() -> None:
+def test_short_and_empty_values_are_ignored() -> None:
     assert (
         redact("turned on for 1234567", {"MY_TOKEN": "on", "HF_TOKEN": "", "KEY": "1234567"})
         == "turned on for 1234567"
@@ -97,7 +101,7 @@ def test_well_known_formats_need_no_variable(name: str) -> None:
     assert find_secret(f"/path/{FORMATS[name]}", {}) is not None
 
 
-def test_what_stands_behind_a_telling_name() -> None:
+def test_value_behind_a_secret_name() -> None:
     for text in (
         "# api_key: {}",
         "override: tracking.api_key={}",
@@ -118,12 +122,12 @@ def test_what_stands_behind_a_telling_name() -> None:
 
 
 @pytest.mark.parametrize("text", SURVIVES)
-def test_what_has_to_survive(text: str) -> None:
+def test_ordinary_text_survives(text: str) -> None:
     assert redact(text, {}) == text
 
 
 def test_no_field_and_no_file_of_the_project_looks_like_a_secret() -> None:
-    """A field whose name looked like one would be blackened in every resolved.yaml."""
+    """A field whose name looked like one would be redacted in every resolved.yaml."""
     assert [field.name for field in list_fields() if is_secret_name(field.name)] == []
     for text in [
         to_yaml(Config()),
@@ -187,7 +191,7 @@ def test_a_secret_in_any_kind_of_field(config: Config) -> None:
         refuse_secrets(config, {"MY_TOKEN": "correct-horse", "MY_PASSWORD": "1234567890"})
 
 
-def test_what_a_config_may_hold() -> None:
+def test_hashes_in_paths_are_accepted() -> None:
     refuse_secrets(Config(), {"WANDB_API_KEY": HEX_40})
     refuse_secrets(
         load(None, [f"train.run_dir=runs/{HEX_40}", f"data.source=/data/{'0f' * 32}"]), {}

@@ -1,4 +1,4 @@
-"""Numbers that no machine can mean, and names that no field has: refused before anything is allocated."""
+"""Worlds and models that are too large, and names in checkpoint.accept_changes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ GIB = 1 << 30
 
 @pytest.mark.parametrize("world", [0, -1, 10**10])
 def test_a_world_that_cannot_be_is_refused(world: int) -> None:
-    """`dmoe explain parallel.ep=3 --world 10000000000` listed every number up to the world that divides it."""
+    """The divisors of a world of 10000000000 ranks would take minutes to list."""
     with pytest.raises(ConfigError, match=r"world=.*must be a number of ranks"):
         check(load(None, ["parallel.ep=3"]), world)
 
 
 def test_memory_counts_what_each_rank_of_this_machine_holds() -> None:
-    """4 layers, 64 experts of 3 * 1024 * 4096 weights: each takes 16 bytes with its gradient and moments."""
+    """4 layers, 64 experts of 3 * 1024 * 4096 weights, 16 bytes each with gradient and moments."""
     config = load(
         None,
         [
