@@ -18,7 +18,7 @@ from dmoe.modular import adapter_layers
 from dmoe.moe.layer import MoE
 from dmoe.report.format import format_bytes, format_count, format_flops, plural
 from dmoe.report.sentences import EXCHANGE, model_sentence, optimizer_sentences
-from dmoe.train.optim import learning_rate
+from dmoe.train.engine import learning_rate
 
 COLLECTIVES = {"packed": (3, 2, 1), "padded": (2, 2, 0)}
 """Collectives of forward and of backward, and host syncs, per layer; tests/distributed counts."""

@@ -80,7 +80,14 @@ def record_attempt(
 
 
 def record_fatal_error(run: Path, job: str | None, code: int, text: str) -> None:
-    """Record that the job ended with this exit code and message, which a restart cannot cure."""
+    """Record that the job ended with an error that a restart cannot cure.
+
+    Args:
+        run: the run directory.
+        job: the launcher's name of the job, None without a launcher.
+        code: exit code.
+        text: message.
+    """
     before = _read(run)
     if before is None or before.job != job:
         before = RestartRecord(job, restart=0, resumed_step=0, count=1)

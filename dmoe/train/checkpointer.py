@@ -23,7 +23,7 @@ from dmoe.train.engine import Engine
 from dmoe.train.reduction import Requests
 from dmoe.train.restore import check_same_run, describe_changes
 from dmoe.train.step_guard import StepGuard
-from dmoe.train.tasks import Dataset
+from dmoe.train.tasks import DataSplits
 
 
 class Checkpointer:
@@ -33,7 +33,9 @@ class Checkpointer:
     are functions of it.
     """
 
-    def __init__(self, engine: Engine, data: Dataset, run: RunDir, step_guard: StepGuard) -> None:
+    def __init__(
+        self, engine: Engine, data: DataSplits, run: RunDir, step_guard: StepGuard
+    ) -> None:
         """Collect what a checkpoint holds.
 
         Args:
@@ -168,7 +170,7 @@ def load_training_state(
     """Load weights, optimizer state and loss scale of a checkpoint in place. Collective.
 
     Args:
-        engine: whose state is filled.
+        engine: its model, optimizer and loss scale are filled.
         path: the checkpoint.
         extra_tensors: further tensors to fill, by their names in the checkpoint.
 
@@ -217,6 +219,13 @@ class CheckpointScheduler:
         self.checkpointer, self.logger, self.config = checkpointer, logger, config
         self.overdue = False
         """A checkpoint was due and could not be saved yet."""
+        self.num_open = 0
+        """Saves that were started, and have neither failed nor been logged as complete."""
+
+    @property
+    def failed(self) -> bool:
+        """A background save has failed on this rank, and that is not reported yet. Local."""
+        return self.num_open > 0 and self.checkpointer.failed
 
     def after_step(
         self, step: int, requests: Requests, *, last_step_good: bool, last: bool
@@ -243,6 +252,7 @@ class CheckpointScheduler:
             self.wait_for_pending(step)
             try:
                 self.checkpointer.save(step)
+                self.num_open += 1
             except CheckpointError as error:
                 self._handle_failure(step, error)
         self._log_completed()
@@ -254,6 +264,7 @@ class CheckpointScheduler:
         """
         self.wait_for_pending(step)
         self.checkpointer.save(step)
+        self.num_open += 1
         self.checkpointer.close()
         self._log_completed()
 
@@ -262,6 +273,7 @@ class CheckpointScheduler:
         try:
             self.checkpointer.wait()
         except CheckpointError as error:
+            self.num_open -= 1
             self._handle_failure(step, error)
 
     def _handle_failure(self, step: int, error: CheckpointError) -> None:
@@ -270,7 +282,10 @@ class CheckpointScheduler:
             raise error
 
     def _log_completed(self) -> None:
+        if not self.num_open:
+            return
         for saved in self.checkpointer.take_finished():
+            self.num_open -= 1
             values = {
                 "seconds": saved.seconds,
                 "held": saved.blocking_seconds,

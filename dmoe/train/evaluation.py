@@ -20,7 +20,7 @@ from dmoe.observability.display.state import format_measure
 from dmoe.train.engine import Engine
 from dmoe.train.routing_analysis import ComputeVsLoss, RoutingProbe, RoutingSnapshot
 from dmoe.train.signals import StopRequested
-from dmoe.train.tasks import Dataset, Score
+from dmoe.train.tasks import DataSplits, Score
 
 NUM_SUMS = 4  # fields of a Score
 UpdateFn = Callable[[ModelOutput, Tensor, Tensor], None]
@@ -71,10 +71,12 @@ class Evaluation:
         return f"held-out loss {self.loss:.3f}{metrics} over {self.targets:,} {unit}s"
 
 
-@torch.no_grad()  # not inference_mode: training could not write into what FSDP2 gathers into then
+# Not inference_mode: FSDP2 keeps the tensors that it gathers into, and training could not write
+# into them afterwards.
+@torch.no_grad()
 def evaluate(
     engine: Engine,
-    data: Dataset,
+    data: DataSplits,
     stop: Callable[[], bool] = lambda: False,
     probe: RoutingProbe | None = None,
 ) -> Evaluation:
@@ -161,7 +163,7 @@ def _no_update(output: ModelOutput, label_T: Tensor, valid_T: Tensor) -> None:
 
 def _domain_scores(
     engine: Engine,
-    data: Dataset,
+    data: DataSplits,
     stop: Callable[[], bool],
     update: UpdateFn = _no_update,
     metrics_fn: MetricsFn | None = None,
@@ -189,7 +191,7 @@ def _domain_scores(
 
 
 def _batch_sums(
-    engine: Engine, data: Dataset, batch: EvalBatch, label_T: Tensor, output: ModelOutput
+    engine: Engine, data: DataSplits, batch: EvalBatch, label_T: Tensor, output: ModelOutput
 ) -> Tensor:
     """Return the fields of each domain's Score, from this rank's batch: float64 [M, 4]."""
     loss_T, correct_T = output.loss_T, output.correct_T

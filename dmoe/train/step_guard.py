@@ -49,8 +49,11 @@ class StepGuard:
     """The guard of `guard.*`. Its state is saved in checkpoints, so a resumed run decides alike."""
 
     def __init__(self, config: GuardConfig, loss_scaling: bool = False) -> None:
-        """`loss_scaling`: fp16 gradients overflow until the loss scale fits; such a step is skipped
-        whatever `guard.nonfinite` says."""
+        """Start with an empty history.
+
+        `loss_scaling`: fp16 gradients overflow until the loss scale fits. Such a step is skipped,
+        whatever `guard.nonfinite` says.
+        """
         self.config, self.loss_scaling = config, loss_scaling
         self.losses: deque[float] = deque(maxlen=config.spike_window)
         self.bad_steps = 0

@@ -8,7 +8,7 @@ from dmoe.train.checkpointer import Checkpointer
 from dmoe.train.engine import Engine
 from dmoe.train.modular.session import ModularSession
 from dmoe.train.run_session import RunSession
-from dmoe.train.tasks import Dataset
+from dmoe.train.tasks import DataSplits
 
 MAX_SECONDS = 10.0
 """Time limit of reading the metrics for the result table: the other ranks wait meanwhile."""
@@ -17,7 +17,7 @@ MAX_SECONDS = 10.0
 def log_start(
     logger: RunLogger,
     engine: Engine,
-    data: Dataset,
+    data: DataSplits,
     session: RunSession,
     checkpointer: Checkpointer,
     modular: ModularSession,

@@ -32,7 +32,7 @@ class Samples(NamedTuple):
     """int64: domain of each sample, an index into the data's `domains`."""
 
 
-class Dataset(Protocol):
+class DataSplits(Protocol):
     """Training and held-out split: `dmoe.data.DatasetSplits` or `dmoe.data.tables.TableSplits`."""
 
     @property
@@ -68,13 +68,13 @@ class Task(Protocol):
 
     config: Config
     name: str
+    """Value of `train.task`."""
     unit: str
     """Word for a target: token or sample."""
     targets_per_sample: int
     """S."""
     num_outputs: int
     """Width V of the logits: vocabulary size or number of classes."""
-
     streams: tuple[str, ...]
     """Parts of a sample that may be missing; empty if none may."""
 

@@ -61,7 +61,7 @@ class Telemetry:
             seconds: of the last `steps` steps, without evaluations and saves.
             steps: since the last `train` line.
         """
-        assert self.recorder is not None, "a step is logged that was not recorded"
+        assert self.recorder is not None, "only a recorded step can be logged"
         recorder, self.recorder = self.recorder, None
         recorder.mark("optimizer")
         metrics = recorder.reduce(self.peak_flops)

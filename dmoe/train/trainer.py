@@ -13,10 +13,9 @@ from dmoe.distributed.rank_failure import is_collective_failure, lost_rank_error
 from dmoe.observability.logger import RunLogger
 from dmoe.observability.profiler import StepProfiler
 from dmoe.train.checkpointer import Checkpointer, CheckpointScheduler
-from dmoe.train.engine import Engine
+from dmoe.train.engine import Engine, learning_rate
 from dmoe.train.evaluation import Evaluation, evaluate
 from dmoe.train.modular.session import ModularSession
-from dmoe.train.optim import learning_rate
 from dmoe.train.run_session import RunSession
 from dmoe.train.signals import Signals, StopRequested
 from dmoe.train.step import (
@@ -35,13 +34,12 @@ from dmoe.train.step_guard import (
     describe_bad_step,
 )
 from dmoe.train.summary import log_start, print_summary
-from dmoe.train.tasks import Dataset
+from dmoe.train.tasks import DataSplits
 from dmoe.train.telemetry import Telemetry
 
 
 def is_logged(step: int, start_step: int, config: TrainConfig) -> bool:
-    """Return whether step number `step`, from 1, of a process that began after `start_step` is
-    logged. Equal on all ranks."""
+    """Return whether step `step`, from 1, of a process that began after `start_step` is logged."""
     return step % config.log_every == 0 or step in (start_step + 1, config.steps)
 
 
@@ -51,7 +49,7 @@ class Trainer:
     def __init__(
         self,
         engine: Engine,
-        data: Dataset,
+        data: DataSplits,
         session: RunSession,
         config_text: str,
         quiet: bool = False,
@@ -180,7 +178,7 @@ class Trainer:
             engine,
             batches,
             target_bytes=target_bytes,
-            requests=self.signals.take_requests(self.checkpointer.failed),
+            requests=self.signals.take_requests(self.checkpoint_scheduler.failed),
             recorder=recorder,
         )
         loss = totals.loss_sum / engine.targets_per_step

@@ -7,7 +7,7 @@ whatever the router selects. So in the first step the router gets no gradient of
 experts agree; only the load-balancing losses move it. Experts become different because each is
 trained on the tokens routed to it, scaled by their weights. No noise is added to the copies.
 
-Optimizer state and learning-rate schedule start anew, as in the paper's default.
+Optimizer state and learning-rate schedule start from zero, as in the paper's default.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from dmoe.moe.experts import FeedForward, MLPExperts
 from dmoe.moe.layer import MoE
 from dmoe.moe.routing import TokenContext
 from dmoe.runs.directory import RunDir
-from dmoe.train.optim import build_optimizer
+from dmoe.train.engine import build_optimizer
 from dmoe.train.restore import RestoredModel, restore_model
 from dmoe.train.run_session import open_session
 from dmoe.train.step_guard import StepGuard
-from dmoe.train.tasks import Dataset, Task, task_of
+from dmoe.train.tasks import DataSplits, Task, task_of
 
 FREE_MODEL_FIELDS = ("moe_every", "dense_first", "dense_dim", "init_std")
 """Fields of `model` that may differ: which blocks are sparse, and the init of the routers."""
@@ -219,7 +219,9 @@ def _check_weights(moe: MoEConfig) -> None:
 
 
 @torch.no_grad()
-def _max_logit_difference(dense: RestoredModel, sparse: Model, task: Task, data: Dataset) -> float:
+def _max_logit_difference(
+    dense: RestoredModel, sparse: Model, task: Task, data: DataSplits
+) -> float:
     """Return the largest absolute difference of any logit on a few held-out sequences."""
     available = data.held_out.num_sequences
     count = NUM_CHECK_SEQUENCES if available is None else min(NUM_CHECK_SEQUENCES, available)
@@ -252,7 +254,7 @@ def _write_run(config: Config, config_text: str, model: Model, extra: dict[str, 
     return session.directory.path
 
 
-def _extra(config: Config, data: Dataset, origin: str) -> dict[str, Any]:
+def _extra(config: Config, data: DataSplits, origin: str) -> dict[str, Any]:
     """Return the `extra` of a trainer's checkpoint of step 0, and the origin of the weights."""
     return {
         "step": 0,

@@ -24,7 +24,7 @@ from torch import Tensor
 from dmoe.distributed.expert_parallel import expert_buffers, expert_locations, expert_parameters
 from dmoe.distributed.full_tensors import broadcast_expert, gather_full
 from dmoe.train.engine import Engine
-from dmoe.train.optim import learning_rate
+from dmoe.train.engine import learning_rate
 from dmoe.train.step import Batch, compute_gradients, forward, training_batches, update
 from dmoe.verify.decisions import computed_experts, decision_inputs, record_routing
 from dmoe.verify.naive.adapters import num_labels

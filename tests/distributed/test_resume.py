@@ -13,7 +13,7 @@ from dmoe.distributed.init import init_distributed
 from dmoe.runs.directory import RunDir
 from dmoe.train.checkpointer import Checkpointer
 from dmoe.train.engine import build_engine
-from dmoe.train.optim import learning_rate
+from dmoe.train.engine import learning_rate
 from dmoe.train.step import train_step, training_batches
 from dmoe.train.step_guard import StepGuard
 from dmoe.verify.capture import Capture, state_arrays

@@ -18,7 +18,7 @@ from dmoe.distributed.mesh import ParallelMesh
 from dmoe.explain import explain
 from dmoe.models.transformer import Transformer
 from dmoe.moe.layer import MoE
-from dmoe.train.optim import learning_rate
+from dmoe.train.engine import learning_rate
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, tiny
 

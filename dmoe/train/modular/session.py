@@ -23,7 +23,7 @@ from dmoe.train.evaluation import evaluate
 from dmoe.train.modular.attach import freezes_base_model
 from dmoe.train.modular.base_model import find_base_model, load_base_model
 from dmoe.train.modular.stages import BASE_MODEL_DIR, is_config_file
-from dmoe.train.tasks import Dataset
+from dmoe.train.tasks import DataSplits
 
 
 class ModularSession:
@@ -60,7 +60,7 @@ class ModularSession:
         return parameters // self.engine.config.modular.modules
 
     def evaluate_compositions(
-        self, data: Dataset, stop: Callable[[], bool]
+        self, data: DataSplits, stop: Callable[[], bool]
     ) -> list[dict[str, Any]]:
         """Evaluate with each set of `modular.compositions`. Collective. Raises StopRequested."""
         return evaluate_compositions(self.engine, data, stop)
@@ -95,7 +95,7 @@ def check_domains(config: Config, domains: Sequence[str]) -> None:
 
 
 def evaluate_compositions(
-    engine: Engine, data: Dataset, stop: Callable[[], bool]
+    engine: Engine, data: DataSplits, stop: Callable[[], bool]
 ) -> list[dict[str, Any]]:
     """Evaluate with each set of `modular.compositions`. Collective.
 
