@@ -37,9 +37,9 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     """Load from the text of a file; `source` is its name in errors."""
     merged = _writable(OmegaConf.structured(Config))
-    merged = _merge(merged, _mapping(text, source), source)
+    _merge(merged, _mapping(text, source), source)
     for override in overrides:
-        merged = _merge(merged, parse_override(override))
+        _merge(merged, parse_override(override))
     return cast(Config, OmegaConf.to_object(merged))
 
 
@@ -69,10 +69,11 @@ def _mapping(text: str, source: str) -> dict[Any, Any]:
     return content
 
 
-def _merge(base: DictConfig, given: dict[Any, Any], source: str = "") -> DictConfig:
+def _merge(base: DictConfig, given: dict[Any, Any], source: str = "") -> None:
+    """Merge into `base` in place: `OmegaConf.merge` would copy the whole config."""
     check_given(given, source)
     try:
-        return cast(DictConfig, OmegaConf.merge(base, OmegaConf.create(given)))
+        base.merge_with(given)
     except OmegaConfBaseException as error:
         field = field_named(error.full_key or "")
         if field is None:
