@@ -1,4 +1,4 @@
-"""The rules of the house that an import can break, read from the source with `ast`: nothing is imported to check them."""
+"""Rules on imports, unsafe calls and file length, checked in the source with `ast`."""
 
 from __future__ import annotations
 
@@ -19,43 +19,44 @@ LEVELS = [
     ("moe", "runs", "checkpoint", "data"),
     ("config",),
 ]
-HEIGHT = {name: len(LEVELS) - position for position, names in enumerate(LEVELS) for name in names}
+LEVEL_OF = {name: len(LEVELS) - position for position, names in enumerate(LEVELS) for name in names}
 ROOT_MODULES = {"": {"moe"}, "__main__": {"cli"}}
-"""`dmoe/__init__.py` offers the layer, `dmoe/__main__.py` the command line; nothing else may stand beside the packages."""
+"""`dmoe/__init__.py` exports the layer, `dmoe/__main__.py` runs the command line; no others."""
 FORBIDDEN_CALLS = {"eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve"}
-LONGEST = 300
+MAX_LINES = 300
 
 
 def violations(package: Path) -> list[str]:
+    """Return every broken rule with its file."""
     found = []
-    for path in sorted(package.rglob("*.py")):
-        source = path.read_text(encoding="utf-8")
-        place = path.relative_to(package)
+    for file in sorted(package.rglob("*.py")):
+        source = file.read_text(encoding="utf-8")
+        path = file.relative_to(package)
         tree = ast.parse(source)
         found += [
-            f"{place}: {complaint}"
-            for complaint in (*arrows(tree, place), *collectives(tree, place), *unsafe(tree))
+            f"{path}: {violation}"
+            for violation in (*arrows(tree, path), *collectives(tree, path), *unsafe(tree))
         ]
-        if (lines := len(source.splitlines())) > LONGEST:
-            found.append(f"{place}: {lines} lines, more than {LONGEST}")
+        if (lines := len(source.splitlines())) > MAX_LINES:
+            found.append(f"{path}: {lines} lines, more than {MAX_LINES}")
     return found
 
 
-def imported(tree: ast.Module, place: Path) -> Iterator[str]:
-    """Every module and every name that is imported, dotted, with relative imports resolved (`dmoe.a.b`)."""
-    here = ("dmoe", *place.parts[:-1])
+def imported(tree: ast.Module, path: Path) -> Iterator[str]:
+    """Yield all imported modules and names, dotted and absolute (`dmoe.a.b`)."""
+    package = ("dmoe", *path.parts[:-1])
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = [*here[: len(here) - node.level + 1]] if node.level else []
+            base = [*package[: len(package) - node.level + 1]] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 def dotted(node: ast.AST) -> str:
-    """`a.b.c` of an attribute chain; empty where it does not start at a name."""
+    """Return `a.b.c` for an attribute chain; empty if it does not start with a name."""
     parts: list[str] = []
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)
@@ -63,36 +64,37 @@ def dotted(node: ast.AST) -> str:
     return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else ""
 
 
-def arrows(tree: ast.Module, place: Path) -> Iterator[str]:
-    owner = place.parts[0] if len(place.parts) > 1 else ""
-    stem = "" if place.stem == "__init__" else place.stem
-    if owner and owner not in HEIGHT:
-        yield f"package {owner} has no place among the levels"
+def arrows(tree: ast.Module, path: Path) -> Iterator[str]:
+    owner = path.parts[0] if len(path.parts) > 1 else ""
+    stem = "" if path.stem == "__init__" else path.stem
+    if owner and owner not in LEVEL_OF:
+        yield f"package {owner} has no level"
         return
     if not owner and stem not in ROOT_MODULES:
         yield "a module beside the packages"
         return
-    for name in imported(tree, place):
+    for name in imported(tree, path):
         parts = name.split(".")
         if parts[0] != "dmoe" or len(parts) < 2 or parts[1].startswith("__"):
             continue
         target = parts[1]
-        if target not in HEIGHT:
-            if owner:  # a name that dmoe/__init__.py hands on, such as MoE: packages import it from where it is
+        if target not in LEVEL_OF:
+            # a name that dmoe/__init__.py exports, such as MoE
+            if owner:
                 yield f"imports {name} through dmoe/__init__.py"
         elif not owner:
             if target not in ROOT_MODULES[stem]:
                 yield f"imports {name}"
-        elif target != owner and HEIGHT[target] >= HEIGHT[owner]:
+        elif target != owner and LEVEL_OF[target] >= LEVEL_OF[owner]:
             yield f"imports {name}: arrows point down"
         elif owner == "data" and target not in ("data", "config"):
             yield f"imports {name}: data knows config only"
 
 
-def collectives(tree: ast.Module, place: Path) -> Iterator[str]:
-    if place.parts[0] in ("distributed", "checkpoint"):
+def collectives(tree: ast.Module, path: Path) -> Iterator[str]:
+    if path.parts[0] in ("distributed", "checkpoint"):
         return
-    for name in imported(tree, place):
+    for name in imported(tree, path):
         if name == "torch.distributed" or name.startswith("torch.distributed."):
             yield f"imports {name} outside distributed"
     torch_names = {"torch"} | {
@@ -128,12 +130,12 @@ def unsafe(tree: ast.Module) -> Iterator[str]:
             yield f"line {node.lineno}: calls {dotted(node.func)}"
 
 
-def test_the_house_keeps_its_rules() -> None:
-    assert len(list(PACKAGE.rglob("*.py"))) > 20  # or the walk went past the package
+def test_the_product_keeps_the_rules() -> None:
+    assert len(list(PACKAGE.rglob("*.py"))) > 20
     assert violations(PACKAGE) == []
 
 
-CAUGHT = {
+BROKEN = {
     "upwards": ("moe/a.py", "from dmoe.distributed.init import rank"),
     "upwards, relative": ("moe/routers/a.py", "from ...train import trainer"),
     "upwards, inside a function": ("moe/a.py", "def f():\n    import dmoe.cli.main"),
@@ -170,37 +172,41 @@ CAUGHT = {
     "exec": ("cli/a.py", "exec('1')"),
     "yaml": ("config/a.py", "import yaml\nyaml.load('a: 1')"),
     "yaml, from": ("config/a.py", "from yaml import load"),
-    "too long": ("moe/a.py", "x = 1\n" * (LONGEST + 1)),
+    "too long": ("moe/a.py", "x = 1\n" * (MAX_LINES + 1)),
 }
 ALLOWED = {
     "downwards": (
         "train/a.py",
-        "from dmoe.distributed import init\nfrom dmoe.models import x\nfrom dmoe.config.schema import Config",
+        "from dmoe.distributed import init\nfrom dmoe.models import x\n"
+        "from dmoe.config.schema import Config",
     ),
     "inside": (
         "moe/a.py",
         "from dmoe.moe.routing import Routing\nfrom . import b\nfrom .routing import Routing",
     ),
     "version": ("cli/a.py", "from dmoe import __version__"),
-    "collective at home": ("distributed/a.py", "import torch.distributed as dist\ndist.barrier()"),
+    "collective in distributed": (
+        "distributed/a.py",
+        "import torch.distributed as dist\ndist.barrier()",
+    ),
     "a method called eval": ("train/a.py", "model.eval()"),
     "safe yaml": ("config/a.py", "import yaml\nyaml.safe_load('a: 1')"),
-    "long enough": ("moe/a.py", "x = 1\n" * LONGEST),
+    "long enough": ("moe/a.py", "x = 1\n" * MAX_LINES),
 }
 
 
-@pytest.mark.parametrize("name", CAUGHT)
-def test_a_broken_rule_is_seen(name: str, tmp_path: Path) -> None:
-    assert len(violations(tree_with(tmp_path, *CAUGHT[name]))) >= 1
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_rule_is_found(name: str, tmp_path: Path) -> None:
+    assert len(violations(tree_with(tmp_path, *BROKEN[name]))) >= 1
 
 
 @pytest.mark.parametrize("name", ALLOWED)
-def test_what_is_allowed_is_not_complained_of(name: str, tmp_path: Path) -> None:
+def test_allowed_code_has_no_violation(name: str, tmp_path: Path) -> None:
     assert violations(tree_with(tmp_path, *ALLOWED[name])) == []
 
 
-def tree_with(folder: Path, place: str, source: str) -> Path:
-    path = folder / "dmoe" / place
-    path.parent.mkdir(parents=True)
-    path.write_text(source, encoding="utf-8")
+def tree_with(folder: Path, path: str, source: str) -> Path:
+    file = folder / "dmoe" / path
+    file.parent.mkdir(parents=True)
+    file.write_text(source, encoding="utf-8")
     return folder / "dmoe"
