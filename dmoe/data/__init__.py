@@ -2,10 +2,11 @@
 
 dataset.py       open_data: the datasets of a run     order.py        shuffled order, random numbers
 sources.py       data.source, data.eval_source        mixture.py      domains drawn by temperature
-corpus.py        documents, duplicates, hold-out      shards.py       token streams on disk
-debian_guide.py  the Debian installation guide        shard_index.py  their index.json
-packing.py       token stream -> sequences            synthetic.py    endless datasets
-tokenizers/      bytes, tokenizer.json, tiktoken      tables.py       samples for classification
+files.py         which files are text                 shards.py       token streams on disk
+corpus.py        documents, duplicates, hold-out      shard_index.py  their index.json
+debian_guide.py  the Debian installation guide        synthetic.py    endless datasets
+packing.py       token stream -> sequences            tables.py       samples for classification
+tokenizers/      bytes, tokenizer.json, tiktoken
 """
 
 from __future__ import annotations

@@ -76,6 +76,11 @@ def unique_documents(documents: list[Document]) -> tuple[tuple[Document, ...], i
     return tuple(seen.values()), len(documents) - len(seen)
 
 
+def count_files(count: int) -> str:
+    """Return `1 file` or `2 files`."""
+    return "1 file" if count == 1 else f"{count} files"
+
+
 def holdout_hash(key: bytes) -> float:
     """Hash a split key to [0, 1): the document is held out if this is less than data.holdout."""
     # Salted, so that the split is independent of any other use of a file's SHA-256.

@@ -17,7 +17,7 @@ import numpy as np
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
-from dmoe.data.corpus import Corpus, Document, split_corpus
+from dmoe.data.corpus import Corpus, count_files, split_corpus
 from dmoe.data.mixture import mix_domains
 from dmoe.data.packing import (
     DomainRuns,
@@ -31,7 +31,7 @@ from dmoe.data.shard_index import SPLITS, is_shard_directory, read_index
 from dmoe.data.shards import map_shards
 from dmoe.data.sources import EvalOnlyText, read_corpus, read_eval_only
 from dmoe.data.synthetic import SyntheticDataset
-from dmoe.data.tokenizers import Tokenizer, decode_utf8, open_tokenizer
+from dmoe.data.tokenizers import Tokenizer, encoding_notes, open_tokenizer
 
 
 class TokenDataset(Protocol):
@@ -145,13 +145,14 @@ class _TokenStreams:
 
 
 def _open_text(config: DataConfig, seed: int, tokenizer: Tokenizer) -> DatasetSplits:
-    train, held_out = split_corpus(read_corpus(config.source), config.holdout)
+    corpus = read_corpus(config.source)
+    train, held_out = split_corpus(corpus, config.holdout)
     names = tuple(sorted({*train.document_domains, *held_out.document_domains}))
     train_N, train_runs = _tokenize(train, tokenizer, names)
     held_out_N, held_out_runs = _tokenize(held_out, tokenizer, names)
-    documents = (*train.documents, *held_out.documents)
-    size = (train.num_bytes + held_out.num_bytes) / 1e6
-    origin = f"{config.source}: {len(documents)} files, {size:.1f} MB"
+    # A single file is cut in two documents, and is one file all the same.
+    files, size = count_files(len(corpus.documents)), corpus.num_bytes / 1e6
+    origin = f"{config.source}: {files}, {size:.1f} MB"
     if len(train.bytes_per_domain) > 1:
         shares = ", ".join(
             f"{domain} {num_bytes / train.num_bytes:.0%}"
@@ -163,7 +164,7 @@ def _open_text(config: DataConfig, seed: int, tokenizer: Tokenizer) -> DatasetSp
         (train_runs, held_out_runs),
         (token_hash([train_N]), token_hash([held_out_N])),
         config.holdout,
-        "; ".join((origin, *train.notes, *_encoding_notes(documents, tokenizer))),
+        "; ".join((origin, *train.notes, *encoding_notes(corpus.contents(), tokenizer))),
     )
     eval_only = read_eval_only(
         config.eval_source, train.documents, held_out.documents, tokenizer, names
@@ -195,9 +196,12 @@ def _open_shards(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Dataset
     files, size = train.documents + held_out.documents, train.text_bytes + held_out.text_bytes
     count = len(arrays[0]) + len(arrays[1])
     summary = (
-        f"{directory}: {files} files, {size / 1e6:.1f} MB in {count} shards, "
+        f"{directory}: {count_files(files)}, {size / 1e6:.1f} MB in {count} shards, "
         f"holdout {index.holdout}"
     )
+    if config.holdout not in (index.holdout, DataConfig.holdout):
+        summary += f" (of the shards; data.holdout={config.holdout:g} is not used)"
+    summary = "; ".join((summary, *index.notes))
     streams = _TokenStreams(
         arrays,
         (train.runs, held_out.runs),
@@ -272,20 +276,6 @@ def _pack(
     return DatasetSplits(
         train, held_out, tokenizer, fingerprint, "; ".join(notes), domains, eval_only.eval_only
     )
-
-
-def _encoding_notes(documents: Sequence[Document], tokenizer: Tokenizer) -> list[str]:
-    """Describe what encoding changes in the text, so that nothing is lost silently."""
-    notes = []
-    if removed := sum(document.content.count(0) for document in documents):
-        notes.append(f"{removed} NUL bytes removed")
-    if tokenizer.name != "bytes":
-        damaged = sum("\ufffd" in decode_utf8(document.content) for document in documents)
-        if damaged:
-            notes.append(
-                f"{damaged} files are not UTF-8 or hold U+FFFD (undecodable bytes become U+FFFD)"
-            )
-    return notes
 
 
 def _sha256(*parts: object) -> str:

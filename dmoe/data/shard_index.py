@@ -3,7 +3,7 @@
     {"format": "dmoe-shards", "version": 1, "dtype": "uint16",
      "tokenizer": {"name": "bytes", "fingerprint": "...", "vocab_size": 256, "separator": 0},
      "holdout": 0.05,
-     "domains": ["de", "python"],
+     "domains": ["de", "python"], "notes": ["duplicate or empty files left out (2)"],
      "splits": {"train": {"documents": 700, "text_bytes": 11500000,
                           "sha256": "<of the whole token stream>",
                           "runs": [[0, 1], [7000, 0]],
@@ -12,7 +12,8 @@
                 "held_out": {...}}}
 
 "runs" says where the domain changes (`packing.DomainRuns`). Without "runs" and "domains" (shards of
-an older version) there is one domain.
+an older version) there is one domain. "documents" of both splits add up to the files that were
+read: of a single file, whose end is held out, "held_out" has 0.
 """
 
 from __future__ import annotations
@@ -28,10 +29,9 @@ from typing import Any
 import numpy as np
 
 from dmoe.config.errors import ConfigError
+from dmoe.data.files import FORMAT, INDEX
 from dmoe.data.packing import ONE_DOMAIN, DomainRuns
 
-FORMAT = "dmoe-shards"
-INDEX = "index.json"
 SPLITS = ("train", "held_out")
 _VERSION = 1
 _DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -69,6 +69,8 @@ class ShardIndex:
     holdout: float
     splits: Mapping[str, Split]
     domains: tuple[str, ...] = ("text",)
+    notes: tuple[str, ...] = ()
+    """What was left out or changed when the text was read."""
 
     def to_json(self) -> str:
         """Return the text of index.json."""
@@ -79,6 +81,7 @@ class ShardIndex:
             "tokenizer": dict(self.tokenizer),
             "holdout": self.holdout,
             "domains": list(self.domains),
+            "notes": list(self.notes),
             "splits": {name: asdict(split) for name, split in self.splits.items()},
         }
         return json.dumps(body, indent=1) + "\n"
@@ -142,14 +145,17 @@ def _parse(body: dict[str, Any]) -> ShardIndex:
     }
     domains = _domains(body.get("domains", ["text"]))
     splits = {name: _split(body["splits"][name], dtype, len(domains)) for name in SPLITS}
-    return ShardIndex(dtype, header, holdout, splits, domains)
+    notes = body.get("notes", [])
+    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+        raise ValueError(f"notes {notes!r}")
+    return ShardIndex(dtype, header, holdout, splits, domains, tuple(notes))
 
 
 def _split(body: dict[str, Any], dtype: np.dtype, num_domains: int) -> Split:
     shards = tuple(_shard(entry, dtype) for entry in body["shards"])
     runs = _runs(body.get("runs", ONE_DOMAIN), num_domains)
     return Split(
-        _count(body, "documents", 1),
+        _count(body, "documents", 0),
         _count(body, "text_bytes", 1),
         _hash(body, "sha256"),
         shards,

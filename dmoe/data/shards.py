@@ -19,9 +19,9 @@ import numpy as np
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data.corpus import split_corpus
+from dmoe.data.files import INDEX
 from dmoe.data.packing import ONE_DOMAIN, domain_runs, record_lengths, token_chunks, token_dtype
 from dmoe.data.shard_index import (
-    INDEX,
     SPLITS,
     Shard,
     ShardIndex,
@@ -31,7 +31,7 @@ from dmoe.data.shard_index import (
     read_index,
 )
 from dmoe.data.sources import read_corpus
-from dmoe.data.tokenizers import Tokenizer, open_tokenizer
+from dmoe.data.tokenizers import Tokenizer, encoding_notes, open_tokenizer
 
 _BLOCK_BYTES = 2**22
 """Bytes per read when a file is hashed."""
@@ -59,17 +59,24 @@ def prepare_shards(config: DataConfig, directory: Path, shard_tokens: int = 2**2
             "name text files, a glob or stdlib",
         )
     tokenizer = open_tokenizer(config)
-    train, held_out = split_corpus(read_corpus(config.source), config.holdout)
+    corpus = read_corpus(config.source)
+    train, held_out = split_corpus(corpus, config.holdout)
+    # A single file is cut in two documents, and is one file all the same.
+    files = {
+        "train": len(train.documents),
+        "held_out": len(corpus.documents) - len(train.documents),
+    }
     splits = {
         name: SplitContent(
-            token_chunks(corpus.contents(), tokenizer),
-            len(corpus.documents),
-            corpus.num_bytes,
-            corpus.document_domains,
+            token_chunks(split.contents(), tokenizer),
+            files[name],
+            split.num_bytes,
+            split.document_domains,
         )
-        for name, corpus in (("train", train), ("held_out", held_out))
+        for name, split in (("train", train), ("held_out", held_out))
     }
-    return write_shards(directory, tokenizer, config.holdout, splits, shard_tokens)
+    notes = (*train.notes, *encoding_notes(corpus.contents(), tokenizer))
+    return write_shards(directory, tokenizer, config.holdout, splits, shard_tokens, notes)
 
 
 def write_shards(
@@ -78,6 +85,7 @@ def write_shards(
     holdout: float,
     splits: Mapping[str, SplitContent],
     shard_tokens: int = 2**27,
+    notes: tuple[str, ...] = (),
 ) -> ShardIndex:
     """Write both splits as shards, then the index.
 
@@ -87,6 +95,7 @@ def write_shards(
         holdout: data.holdout of the split; recorded in the index.
         splits: `train` and `held_out`.
         shard_tokens: tokens per shard; the last shard of a split is shorter.
+        notes: what was left out or changed; recorded in the index.
 
     Raises:
         ConfigError: on `directory`, if it is not empty.
@@ -117,7 +126,7 @@ def write_shards(
         name: _write_split(directory, name, splits[name], dtype, shard_tokens, domains)
         for name in SPLITS
     }
-    index = ShardIndex(dtype, header, holdout, written, domains)
+    index = ShardIndex(dtype, header, holdout, written, domains, notes)
     temporary = directory / (INDEX + ".partial")
     _write_durably(temporary, index.to_json().encode())
     os.replace(temporary, directory / INDEX)

@@ -17,18 +17,36 @@ import dataclasses
 import glob
 import importlib.util
 import logging
-import os
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dmoe.config.errors import ConfigError
-from dmoe.data.corpus import Corpus, Document, apply_transform, split_transform, unique_documents
+from dmoe.data.corpus import (
+    Corpus,
+    Document,
+    apply_transform,
+    count_files,
+    split_transform,
+    unique_documents,
+)
 from dmoe.data.debian_guide import read_guide
+from dmoe.data.files import (
+    PROBE_BYTES,
+    Listing,
+    holds_shards,
+    keep_text,
+    list_directory,
+    list_glob,
+    literal_root,
+    other_format,
+    special_kind,
+    walk,
+)
 from dmoe.data.packing import DomainRuns, domain_runs, token_chunks
-from dmoe.data.tokenizers import Tokenizer
+from dmoe.data.tokenizers import Tokenizer, encoding_notes
 
 _log = logging.getLogger(__name__)
 _ALLOWED = (
@@ -39,7 +57,6 @@ _ALLOWED = (
 _EXCLUDED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 )
-_BINARY_PROBE_BYTES = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,25 +70,29 @@ class _SourceField:
     def error(self, value: object, allowed: str, fix: str) -> ConfigError:
         return ConfigError(self.field, value, allowed, fix)
 
+    def unreadable(self, path: object, error: OSError) -> ConfigError:
+        allowed = f"must be readable, but {path} is not ({error.strerror})"
+        return self.error(self.value, allowed, "check the file")
+
 
 def read_corpus(source: str, field: str = "data.source") -> Corpus:
     """Read all documents of `source`, without duplicates, ordered by entry and then by path.
 
-    Contents are raw bytes. A file that an entry names, or a glob matches, is always read. From a
-    directory, hidden files are left out, and so are binary ones (a NUL in the first 8 KiB), which
-    the notes count. Raises ConfigError on `field`: nothing found, a missing or unreadable file,
-    only empty files.
+    Contents are raw bytes. The notes count what is left out (files.py). Raises ConfigError on
+    `field`: nothing found, a missing or unreadable file, a named file that is no plain text, only
+    empty files.
     """
-    origin = _SourceField(field, source)
-    documents = [
-        document
-        for entry in source.split(",")
-        if entry.strip()
-        for document in _read_entry(origin, entry.strip())
-    ]
+    origin, documents = _SourceField(field, source), list[Document]()
+    first_entry: dict[str, str] = {}
+    for entry in filter(None, map(str.strip, source.split(","))):
+        found = _read_entry(origin, entry)
+        for domain in sorted({document.domain for document in found}):
+            if (first := first_entry.setdefault(domain, entry)) != entry:
+                origin.notes.append(f"{first} and {entry} are one domain, {domain}")
+        documents += found
     unique, removed = unique_documents(documents)
     if removed:
-        origin.notes.append(f"{removed} duplicate or empty files left out")
+        origin.notes.append(f"duplicate or empty files left out ({removed})")
     if not unique:
         raise origin.error(
             source or "''", f"{_ALLOWED}, and hold at least one byte of text", "name a text"
@@ -97,7 +118,7 @@ def _read_entry(origin: _SourceField, entry: str) -> list[Document]:
 def _read_library(origin: _SourceField) -> list[Document]:
     """Read Python's standard library, or torch's Python files if the library is zipped."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    paths = list(_walk(root, _is_library_file, _is_library_directory))
+    paths = list(walk(root, _is_library_file, _is_library_directory))
     if not paths:
         # find_spec of a top-level name locates the package without importing it.
         spec = importlib.util.find_spec("torch")
@@ -113,7 +134,7 @@ def _read_library(origin: _SourceField) -> list[Document]:
             "torch's own source is used instead"
         )
         _log.warning("%s=stdlib: %s", origin.field, origin.notes[-1])
-        paths = list(_walk(root, _is_library_file, _is_library_directory))
+        paths = list(walk(root, _is_library_file, _is_library_directory))
     return [
         _read(origin, path, f"python/{path.relative_to(root).as_posix()}", "python")
         for path in paths
@@ -134,85 +155,71 @@ def _is_library_file(name: str) -> bool:
 
 
 def _read_files(origin: _SourceField, entry: str) -> list[Document]:
+    """Read a file, a directory or a glob; what is left out of the last two is noted."""
     path = Path(entry).expanduser()
-    if path.is_dir():
-        return _read_directory(origin, path)
-    if path.is_file():
-        return [_read(origin, path, f"{path.stem}/{path.name}", path.stem)]
-    if not glob.has_magic(entry):
-        raise origin.error(entry, f"{_ALLOWED}, and there is no such file", "check the path")
-    root = _literal_root(path)
-    matches = sorted(
-        (Path(match) for match in glob.glob(str(path), recursive=True)),
-        key=lambda match: match.parts,
-    )
-    files = [match for match in matches if match.is_file()]
-    if not files:
+    kind = special_kind(path)
+    if kind == "directory":
+        if holds_shards(path):
+            raise origin.error(
+                entry,
+                "is a directory of shards, which can only be the whole of data.source",
+                "name it alone, or name the text that they were made from",
+            )
+        return _read_listing(origin, path, path, lambda: list_directory(path))
+    if kind is not None:
         raise origin.error(
-            entry, f"{_ALLOWED}, and no file matches this glob", "check it with ls, and quote it"
+            entry,
+            f"is a {kind}, not a file that every start and every rank could read",
+            "check the link" if "link" in kind else "write its content to a file",
         )
+    if path.is_file():
+        return [_read_named(origin, path)]
+    if not glob.has_magic(entry):
+        missing = "and there is no such file"
+        if entry.startswith("synthetic:"):
+            missing = "and a synthetic source can only be the whole of data.source"
+        raise origin.error(entry, f"{_ALLOWED}, {missing}", "check the path")
+    return _read_listing(origin, path, literal_root(path), lambda: list_glob(path))
+
+
+def _read_named(origin: _SourceField, path: Path) -> Document:
+    document = _read(origin, path, f"{path.stem}/{path.name}", path.stem)
+    if found := other_format(path, document.content[:PROBE_BYTES]):
+        allowed = (
+            f"is a {found[0]} file, and its raw bytes would be trained on as if they were text"
+        )
+        raise origin.error(path, allowed, found[1])
+    return document
+
+
+def _read_listing(
+    origin: _SourceField, entry: Path, root: Path, find: Callable[[], Listing]
+) -> list[Document]:
+    """Read the text files that `find` returns, named by their path below `root`."""
+    try:
+        listing = find()
+        keep_text(listing)
+    except OSError as error:
+        raise origin.unreadable(error.filename or entry, error) from error
+    notes = listing.notes(entry)
+    if not listing.paths:
+        found = f" ({notes[0]})" if listing.left_out else ""
+        raise origin.error(
+            entry, f"{_ALLOWED}, and no text file is found here{found}", "check it with ls"
+        )
+    origin.notes.extend(notes)
     domain = root.resolve().name
     return [
-        _read(origin, match, f"{domain}/{match.relative_to(root).as_posix()}", domain)
-        for match in files
-    ]
-
-
-def _read_directory(origin: _SourceField, root: Path) -> list[Document]:
-    domain = root.resolve().name
-    documents = [
         _read(origin, path, f"{domain}/{path.relative_to(root).as_posix()}", domain)
-        for path in _walk(root, _is_visible, _is_visible)
+        for path in listing.paths
     ]
-    text = [
-        document for document in documents if b"\0" not in document.content[:_BINARY_PROBE_BYTES]
-    ]
-    if len(text) < len(documents):
-        origin.notes.append(f"{len(documents) - len(text)} binary files of {root} left out")
-    if not text:
-        raise origin.error(
-            root, f"{_ALLOWED}, and this directory holds no text file", "check the path"
-        )
-    return text
-
-
-def _is_visible(name: str) -> bool:
-    return not name.startswith(".") and name != "__pycache__"
-
-
-def _literal_root(path: Path) -> Path:
-    """Return the part of a glob before its first wildcard."""
-    root = Path(path.anchor)
-    for part in path.parts[len(root.parts) : -1]:
-        if glob.has_magic(part):
-            break
-        root /= part
-    return root
-
-
-def _walk(
-    root: Path, takes_file: Callable[[str], bool], enters_directory: Callable[[str], bool]
-) -> Iterator[Path]:
-    """Yield regular files below `root` by name, ordered by path parts; links are not followed."""
-    found = []
-    for directory, names, files in os.walk(root):
-        names[:] = [name for name in names if enters_directory(name)]
-        found += [Path(directory, name) for name in files if takes_file(name)]
-    yield from sorted(
-        (path for path in found if path.is_file() and not path.is_symlink()),
-        key=lambda path: path.parts,
-    )
 
 
 def _read(origin: _SourceField, path: Path, name: str, domain: str) -> Document:
     try:
         return Document(path.read_bytes(), name, domain)
     except OSError as error:
-        raise origin.error(
-            origin.value,
-            f"must be readable, but {path} is not ({error.strerror})",
-            "check the file",
-        ) from error
+        raise origin.unreadable(path, error) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,8 +288,12 @@ def read_eval_only(
     chunks = list(token_chunks((document.content for document in documents), tokenizer))[1:]
     runs = domain_runs([len(chunk) for chunk in chunks], names, (*domains, *eval_only))
     size = sum(len(document.content) for document in documents) / 1e6
-    notes = [f"evaluation only: {source}, {len(documents)} files, {size:.2f} MB", *corpus.notes]
+    notes = [
+        f"evaluation only: {source}, {count_files(len(documents))}, {size:.2f} MB",
+        *corpus.notes,
+        *encoding_notes((document.content for document in documents), tokenizer),
+    ]
     if excluded := len(corpus.documents) - len(documents):
-        notes.append(f"{excluded} of its files left out: data.source has them or a version of them")
+        notes.append(f"files that data.source has, or a version of them, left out ({excluded})")
     token_N = np.concatenate(chunks)
     return EvalOnlyText(token_N, runs, (*domains, *eval_only), eval_only, tuple(notes))

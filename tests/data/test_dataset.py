@@ -83,13 +83,15 @@ def test_seeds_change_the_order(config: DataConfig) -> None:
 
 
 def test_what_encoding_changes_is_said(tmp_path: Path, rank_file: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9 \0\0 " * 300)
+    (tmp_path / "a.txt").write_bytes(
+        b"caf\xe9 and words without it " * 300 + b"\0 " * 50 + b"tail of words" * 300
+    )
     config = DataConfig(source=str(tmp_path / "a.txt"), seq_len=16)
     data = open_data(config, 0)
-    assert "600 NUL bytes removed" in data.describe()
+    assert "NUL bytes removed (50)" in data.describe()
     assert 0xE9 in data.train.samples(0, 1), "the byte tokenizer keeps bytes as they are"
     described = open_data(replace(config, tokenizer=str(rank_file)), 0)
-    assert "2 files are not UTF-8" in described.describe(), "both halves of the cut file"
+    assert "hold U+FFFD (1)" in described.describe(), "the halves of the cut file are one"
     assert "caf\ufffd" in described.tokenizer.decode(described.train.samples(0, 1)[0])
 
 

@@ -239,3 +239,55 @@ def test_a_missing_package_is_named(
     monkeypatch.setitem(__import__("sys").modules, package, None)
     with pytest.raises(ConfigError, match=f"pip install {package}"):
         open_file(path)
+
+
+def with_normalizer(tmp_path: Path, normalizer: dict[str, Any]) -> Path:
+    path = trained_json(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": normalizer}))
+    return path
+
+
+def test_qwens_normalizer_is_dropped_so_that_bytes_are_counted_exactly(tmp_path: Path) -> None:
+    """NFC composes e + accent: 3 bytes became 2. The probe held composed characters only, so such a
+    file passed, and bits per byte were those of another text."""
+    tokenizer = open_file(with_normalizer(tmp_path, {"type": "NFC"}))
+    assert tokenizer.name == "trained.json, without its NFC normalizer"
+    for text in ("e\u0301", "\u212b and \u1100\u1161"):
+        assert_lossless(tokenizer, text)
+    assert tokenizer.fingerprint != open_file(trained_json(tmp_path)).fingerprint
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        {"type": "NFKC"},
+        {"type": "NFD"},
+        {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]},
+        {"type": "Strip", "strip_left": True, "strip_right": False},
+        {"type": "Strip", "strip_left": False, "strip_right": True},
+        {"type": "StripAccents"},
+    ],
+    ids=lambda normalizer: normalizer["type"],
+)
+def test_other_normalizers_are_refused_at_the_start(
+    tmp_path: Path, normalizer: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match="must be a lossless byte-level BPE, but it changes"):
+        open_file(with_normalizer(tmp_path, normalizer))
+
+
+def test_a_rule_that_no_probe_meets_is_found_in_the_text(tmp_path: Path) -> None:
+    """A normalizer may replace one word only; every text is compared with its tokens."""
+    replace = {"type": "Replace", "pattern": {"String": "colour"}, "content": "color"}
+    tokenizer = open_file(with_normalizer(tmp_path, replace))
+    with pytest.raises(ConfigError, match=r"it changes .* word colour again'"):
+        tokenizer.encode(b"the word colour again")
+
+
+def test_a_word_pattern_with_gaps_is_found_in_the_text(tekken_file: Path) -> None:
+    """tiktoken drops what a tekken.json's pattern does not match, here all but letters."""
+    body = json.loads(tekken_file.read_text())
+    body["config"]["pattern"] = r"\p{L}+"
+    tekken_file.write_text(json.dumps(body))
+    with pytest.raises(ConfigError, match=r"must keep the text, but it changes 'the end'"):
+        open_file(tekken_file).encode(b"the end")

@@ -47,9 +47,10 @@ class ParallelConfig:
 class DataConfig:
     source: str = "stdlib"
     """stdlib (the source of Python's standard library), guide:LANG (Debian's installation guide in
-    one language), text files or globs, separated by commas; upper:ENTRY is one of these in upper
-    case. Or a directory of shards, or synthetic:KIND. For train.task=classification:
-    sklearn:digits, sklearn:wine, sklearn:breast_cancer or synthetic:clusters."""
+    one language), plain text files, directories or globs, separated by commas (JSON Lines, CSV and
+    compressed files are refused); upper:ENTRY is one of these in upper case. Or a directory of
+    shards, or synthetic:KIND. For train.task=classification: sklearn:digits, sklearn:wine,
+    sklearn:breast_cancer or synthetic:clusters."""
     streams: Annotated[list[str], only_for("train.task", "classification")] = field(
         default_factory=list
     )

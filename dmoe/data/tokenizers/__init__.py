@@ -18,6 +18,7 @@ import numpy as np
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
+from dmoe.data.files import special_kind
 
 _ALLOWED = "must be bytes, a tokenizers .json file, a .tiktoken rank file or Mistral's tekken.json"
 _REPLACEMENT = "\ufffd".encode()
@@ -69,6 +70,8 @@ class ByteLevelTokenizer:
     separator: int
     fingerprint: str
     encoder: Callable[[bytes], np.ndarray]
+    lossless_by_construction: bool = False
+    """True: `encode` does not compare the tokens with the text."""
     token_bytes: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -83,8 +86,28 @@ class ByteLevelTokenizer:
         return len(self.pieces)
 
     def encode(self, data: bytes) -> np.ndarray:
-        """Return the ids of a text without separators: int64 [n]. NUL bytes are removed first."""
-        return self.encoder(data.replace(b"\0", b""))
+        """Return the ids of a text without separators: int64 [n]. NUL bytes are removed first.
+
+        Raises ConfigError on data.tokenizer if the ids do not stand for exactly this text: a file
+        may hold a rule (a normalizer, a word pattern with gaps) that no probe at the start meets.
+        """
+        text = data.replace(b"\0", b"")
+        ids = self.encoder(text)
+        if self.lossless_by_construction:
+            return ids
+        kept = b"".join([self.pieces[i] for i in ids.tolist()])
+        wanted = decode_utf8(text).encode()
+        if kept != wanted:
+            pairs = enumerate(zip(wanted, kept, strict=False))
+            first = next((i for i, (a, b) in pairs if a != b), min(len(wanted), len(kept)))
+            part = wanted[max(0, first - 10) : first + 20].decode("utf-8", "replace")
+            raise ConfigError(
+                "data.tokenizer",
+                self.name,
+                f"must keep the text, but it changes {part!r}, so bits per byte would be wrong",
+                "use bytes, or a lossless byte-level BPE",
+            )
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; invalid UTF-8 and unknown ids give U+FFFD."""
@@ -102,6 +125,7 @@ def byte_tokenizer() -> ByteLevelTokenizer:
         separator=0,
         fingerprint=hashlib.sha256(b"dmoe bytes tokenizer 1").hexdigest(),
         encoder=lambda data: np.frombuffer(data, dtype=np.uint8).astype(np.int64),
+        lossless_by_construction=True,
     )
 
 
@@ -136,6 +160,11 @@ def open_tokenizer(config: DataConfig) -> Tokenizer:
 
 def read_tokenizer_file(path: str) -> bytes:
     """Return the content of a tokenizer file; ConfigError on data.tokenizer if unreadable."""
+    kind = special_kind(Path(path).expanduser())
+    if kind is not None:
+        raise ConfigError(
+            "data.tokenizer", path, f"{_ALLOWED}, and this is a {kind}", "name a plain file"
+        )
     try:
         return Path(path).expanduser().read_bytes()
     except OSError as error:
@@ -150,3 +179,18 @@ def read_tokenizer_file(path: str) -> bytes:
 def decode_utf8(data: bytes) -> str:
     """Decode text for a tokenizer of characters; invalid bytes become U+FFFD (3 bytes each)."""
     return data.decode("utf-8", "replace")
+
+
+def encoding_notes(contents: Iterable[bytes], tokenizer: Tokenizer) -> list[str]:
+    """Describe what encoding changes in the texts, so that nothing is lost silently."""
+    num_nul = num_damaged = 0
+    for content in contents:
+        num_nul += content.count(0)
+        num_damaged += tokenizer.name != "bytes" and "\ufffd" in decode_utf8(content)
+    notes = [f"NUL bytes removed ({num_nul})"] if num_nul else []
+    if num_damaged:
+        notes.append(
+            f"files that are not UTF-8 or hold U+FFFD ({num_damaged}): bytes that cannot be "
+            "decoded become U+FFFD"
+        )
+    return notes
