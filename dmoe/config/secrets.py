@@ -39,8 +39,20 @@ SECRET_WORDS = COMMON_WORDS | {
     "CREDENTIAL",
     "CREDENTIALS",
 }
-LOCATION_WORDS = {"FILE", "PATH", "DIR", "NAME", "TYPE", "ID", "PORT", "HOST", "LENGTH", "SIZE"}
-"""Last words of names that say where a secret is, not what it is: AWS_SHARED_CREDENTIALS_FILE."""
+ORDINARY_WORDS = frozenset(
+    {"BOS", "EOS", "PAD", "UNK", "SEP", "CLS", "MASK", "SPECIAL", "NOISE", "SPLIT", "GROUP", "SORT"}
+    | {"MISSING", "UNEXPECTED", "UNKNOWN", "INVALID", "DUPLICATE"}
+)
+"""Beside one of COMMON_WORDS, in lower case, they make a name of code or of a tokenizer: split_key,
+eos_token."""
+PUBLIC_WORDS = {"FILE", "PATH", "DIR", "NAME", "TYPE", "ID", "PORT", "HOST", "LENGTH", "SIZE"} | {
+    "ERROR",
+    "EXCEPTION",
+    "WARNING",
+    "COUNT",
+}
+"""Last words of names that say where a secret is, not what it is (AWS_SHARED_CREDENTIALS_FILE), or
+what went wrong with one (KeyError: what follows is the most useful word of a traceback)."""
 FORMATS = re.compile(
     "|".join(
         (
@@ -121,12 +133,13 @@ def find_secret(value: str, environment: Mapping[str, str] = os.environ) -> str 
 def is_secret_name(name: str) -> bool:
     """Return whether a variable, key or field of this name holds a secret.
 
-    Yes: HF_TOKEN, tracking.api_key, wandbApiKey. No: KEYBOARD, tokens_per_second, PWD (in every
-    shell the working directory).
+    Yes: HF_TOKEN, tracking.api_key, wandbApiKey. No: KEYBOARD, tokens_per_second, KeyError, PWD
+    (in every shell the working directory).
     """
     words = _words(name)
-    telling = words and words[-1] not in LOCATION_WORDS and not SECRET_WORDS.isdisjoint(words)
-    return bool(telling) and name not in ("PWD", "OLDPWD")
+    telling = words and words[-1] not in PUBLIC_WORDS and not SECRET_WORDS.isdisjoint(words)
+    ordinary = len(words) > 1 and set(words) <= COMMON_WORDS | ORDINARY_WORDS
+    return bool(telling) and not ordinary and name not in ("PWD", "OLDPWD")
 
 
 def _words(name: str) -> list[str]:
@@ -147,8 +160,9 @@ def _without_value(found: re.Match[str]) -> str:
     name, sign, quoted = found.groups()
     value = quoted.strip("\"'") if quoted[0] in "\"'" else quoted
     words = _words(name)
-    # `token=...` alone: the value has to look random.
-    certain = len(words) > 1 or COMMON_WORDS.isdisjoint(words)
+    # `token=...` alone, or `eos_token=...`: the value has to look random.
+    telling = [word for word in words if name != name.lower() or word not in ORDINARY_WORDS]
+    certain = len(telling) > 1 or COMMON_WORDS.isdisjoint(words)
     random = len(value) >= 16 and any(letter.isdigit() for letter in value)
     if not is_secret_name(name) or value.startswith(("$", REDACTED)) or not (certain or random):
         return found[0]

@@ -41,7 +41,7 @@ FORMATS = {
 }
 NAMES = """WANDB_API_KEY HF_TOKEN AWS_SECRET_ACCESS_KEY GITHUB_TOKEN
     DB_PASSWORD PG_PASSWD MY_CREDENTIAL APIKEY openaiApiKey KEY
-    x-auth-token"""
+    x-auth-token GROUP_TOKEN AUTH_TOKEN SPLIT_API_KEY"""
 PLAIN_NAMES = """KEYBOARD MASTER_PORT TOKENIZERS_PARALLELISM PWD OLDPWD
     AWS_SHARED_CREDENTIALS_FILE SSH_KEY_PATH PATH HOME
     XKB_KEYMAP tokens tokens_per_second data.tokenizer MONKEY"""
@@ -56,6 +56,15 @@ SURVIVES = [
     "see the risk-averse-and-disk-bound-1-list-of-tasks",
     "https://example.org/path?q=1",
     "password: $DB_PASSWORD",
+    "KeyError: 'nearest'",
+    "UnknownTokenError: 'nearest'",
+    "AuthError: 'denied'",
+    "context = TokenContext(noise_key=noise, label_T=label)",
+    "sorted(found, sort_key=by_name), split_key: bytes",
+    "the eos_token: '<|endoftext|>', pad_token='<pad>'",
+    "unexpected_key: model.blocks.0.norm.weight, missing.key=model.head",
+    "duplicate_key: 'moe.top_k'",
+    "num_tokens: 12345, token_count=12345",
 ]
 
 
@@ -107,6 +116,8 @@ def test_value_behind_a_secret_name() -> None:
         "override: tracking.api_key={}",
         '{{"apiKey": "{}"}}',
         "export WANDB_API_KEY={}",
+        "GROUP_TOKEN={}",
+        "auth_token: {}",
         "password = '{}'",
     ):
         for value in ("hunter2", HEX_40):
