@@ -138,8 +138,7 @@ def is_secret_name(name: str) -> bool:
     """
     words = _words(name)
     telling = words and words[-1] not in PUBLIC_WORDS and not SECRET_WORDS.isdisjoint(words)
-    ordinary = len(words) > 1 and set(words) <= COMMON_WORDS | ORDINARY_WORDS
-    return bool(telling) and not ordinary and name not in ("PWD", "OLDPWD")
+    return bool(telling) and name not in ("PWD", "OLDPWD")
 
 
 def _words(name: str) -> list[str]:
