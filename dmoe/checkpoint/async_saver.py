@@ -9,8 +9,8 @@ a failure, which is kept until the trainer asks and is reported once.
 
 The writer is a daemon thread. A run that ends normally waits for it (`close`). If the trainer
 fails, its peers may be dead or frozen, and an ordinary thread would keep the process until the
-group's time-out, minutes after the error was printed. Such a thread leaves a `.tmp` directory, which is
-not taken for a checkpoint and is deleted by the next run.
+group's time-out, minutes after the error was printed. Such a thread leaves a `.tmp` directory,
+which is not taken for a checkpoint and is deleted by the next run.
 """
 
 from __future__ import annotations
