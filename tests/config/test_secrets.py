@@ -62,7 +62,7 @@ SURVIVES = [
     "context = TokenContext(noise_key=noise, label_T=label)",
     "sorted(found, sort_key=by_name), split_key: bytes",
     "the eos_token: '<|endoftext|>', pad_token='<pad>'",
-    "unexpected_key: model.blocks.0.norm.weight, missing.key=model.head",
+    "unexpected_key: model.head, missing.key=model.head",
     "duplicate_key: 'moe.top_k'",
     "num_tokens: 12345, token_count=12345",
 ]
