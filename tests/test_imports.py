@@ -148,7 +148,7 @@ BROKEN = {
     "config upwards": ("config/a.py", "import dmoe.moe.layer"),
     "data and moe": ("data/a.py", "from dmoe.moe import routing"),
     "through the root": ("models/a.py", "from dmoe import MoE"),
-    "a package nobody knows": ("misc/a.py", "x = 1"),
+    "an unknown package": ("misc/a.py", "x = 1"),
     "a module beside the packages": ("helpers.py", "x = 1"),
     "root to training": ("__init__.py", "from dmoe.train import t"),
     "collective": ("moe/a.py", "import torch.distributed as dist"),

@@ -38,10 +38,10 @@ def run(place: Path, small: tuple[str, ...]) -> Path:
 
 
 def test_list_export_and_list_the_file(run: Path, place: Path) -> None:
-    told = json.loads(run_in_process("modules", "list", str(run), "--json", cwd=place).stdout)[
+    listed = json.loads(run_in_process("modules", "list", str(run), "--json", cwd=place).stdout)[
         "places"
     ]
-    assert told[0] == {
+    assert listed[0] == {
         "place": "blocks.0.attention.w_qkv",
         "bank": "LowRank",
         "router": "ConstantRouter",

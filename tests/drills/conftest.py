@@ -50,7 +50,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> UninterruptedRuns
         key = (overrides, ranks, trace)
         if key not in made:
             reference = Reference(
-                tmp_path_factory.mktemp("unbroken") / "run", overrides, ranks, trace
+                tmp_path_factory.mktemp("uninterrupted") / "run", overrides, ranks, trace
             )
             outcome = reference.repeat(reference.run, fault="")
             assert outcome.code == 0, outcome.errors[-3000:]

@@ -82,7 +82,7 @@ def test_numbers_in_docstrings_are_found() -> None:
     assert numbers("Fault 4: a death") == {4}
     assert numbers("Drills 1, 2, 3 and 5: ranks that are killed") == {1, 2, 3, 5}
     assert numbers("Faults 26 and 27: what the run does") == {26, 27}
-    assert numbers("Drills 7, 8, 9 and SIGUSR1: who is told") == {7, 8, 9}
+    assert numbers("Drills 7, 8, 9 and SIGUSR1: all ranks stop") == {7, 8, 9}
     assert numbers("Faults 1, 2, and 3.") == {1, 2, 3}
     assert numbers("Given to the real command. Fault 32 of the list.") == {32}
     assert numbers("As in drill 5: 200 defaults, 3 ranks") == set()

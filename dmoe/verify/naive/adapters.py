@@ -95,7 +95,7 @@ class LayerView:
 
     @property
     def as_moe(self) -> MoE:
-        """Return this object, typed as the layer that it stands for."""
+        """Return this object, typed as an MoE layer."""
         return cast(MoE, self)
 
 
