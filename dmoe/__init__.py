@@ -1,4 +1,4 @@
-"""dmoe: distributed mixture-of-experts training, the same run on one process, N gloo ranks or N GPUs."""
+"""Distributed mixture-of-experts training: one run on one process, N gloo ranks or N GPUs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Import the layer on first use, so that `dmoe --help` and the config checks do not wait for torch."""
+    """Import the layer on first use, so that `dmoe --help` does not wait for torch."""
     if name == "MoE":
         from dmoe.moe.layer import MoE
 

@@ -213,7 +213,7 @@ def holds_shards(directory: Path) -> bool:
 def walk(
     root: Path, takes_file: Callable[[str], bool], enters_directory: Callable[[str], bool]
 ) -> Iterator[Path]:
-    """Yield the files of an installed package by name, ordered by path parts; links are not followed."""
+    """Yield an installed package's files by name, ordered by path parts; links are not followed."""
     found = []
     for directory, names, files in os.walk(root):
         names[:] = [name for name in names if enters_directory(name)]

@@ -24,7 +24,7 @@ from dmoe.modular.attach import (
 from dmoe.modular.banks import (
     BANKS,
     Adapter,
-    LowRank,
+    LoRA,
     Prefix,
     Prompt,
     Scale,
@@ -51,7 +51,7 @@ __all__ = [
     "TRAIN_MODES",
     "Adapter",
     "AdapterLayer",
-    "LowRank",
+    "LoRA",
     "Prefix",
     "Prompt",
     "Scale",

@@ -32,7 +32,7 @@ from dmoe.moe.routing import EMPTY_CONTEXT, TokenContext
 CHILD = "modular"
 """Name of the child that holds the adapter layer. Paths that contain it are not base model."""
 BankMaker = Callable[[int, int], AdapterBank]
-"""(in_dim, out_dim) -> bank, e.g. `partial(LowRank, 4, rank=8)`."""
+"""(in_dim, out_dim) -> bank, e.g. `partial(LoRA, 4, rank=8)`."""
 AggregationMaker = Callable[[int, int, int], Aggregation]
 """(width, router_dim, top_k) -> aggregation: a class, or a partial of it."""
 
@@ -151,7 +151,8 @@ def adapter_context(
     For models whose forward takes no `TokenContext`. Labels are int64, one per token or one per
     sequence. Where blocks are recomputed, the backward belongs inside too.
     """
-    context = replace(EMPTY_CONTEXT if context is None else context, **fields)  # type: ignore[arg-type]
+    given = EMPTY_CONTEXT if context is None else context
+    context = replace(given, **fields)  # type: ignore[arg-type]
     layers = adapter_layers(model).values()
     before = [layer.context for layer in layers]
     for layer in layers:

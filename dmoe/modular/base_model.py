@@ -224,7 +224,8 @@ def freeze_all_but(
         for parameter in bank.parameters():
             others_e = torch.arange(len(parameter), device=parameter.device) + bank.first != module
             saved.append((parameter, others_e, parameter.detach()[others_e].clone()))
-            handles.append(parameter.register_hook(_zero_gradient_of(others_e)))  # type: ignore[no-untyped-call]
+            hook = _zero_gradient_of(others_e)
+            handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
 
     def restore(*_: object) -> None:
         with torch.no_grad():

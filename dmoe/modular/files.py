@@ -22,6 +22,8 @@ from dmoe.modular.attach import CHILD, adapter_layers
 from dmoe.modular.base_model import base_model_hash
 
 FORMAT = "dmoe modules 1"
+RENAMED = {"LowRank": "LoRA", "SoftRouter": "DenseRouter"}
+"""Class names in module files written before 2026-12, and what they are called now."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def _check_same_layers(model: nn.Module, path: str | Path, saved: SavedModules) 
         layer = layers[name]
         kinds = [type(part).__name__ for part in (layer.experts, layer.router, layer.aggregation)]
         if (
-            kinds != [target["bank"], target["router"], target["aggregation"]]
+            kinds != [_current_name(target[part]) for part in ("bank", "router", "aggregation")]
             or target["modules"] != layer.experts.num_modules
         ):
             in_model = f"{layer.experts.num_modules} of {' with '.join(kinds)}"
@@ -168,6 +170,11 @@ def _check_same_layers(model: nn.Module, path: str | Path, saved: SavedModules) 
                 f"with {target['aggregation']}"
             )
             raise CheckpointError(f"{path}: at {name} it has {in_file}, the model {in_model}")
+
+
+def _current_name(class_name: str) -> str:
+    """Return today's name of a class that files of earlier versions name otherwise."""
+    return RENAMED.get(class_name, class_name)
 
 
 def _local_part(model: nn.Module, name: str, value: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from dmoe.modular.routing import ConstantRouter
 def merge(model: nn.Module, weights: Sequence[float]) -> None:
     """Merge all modules into the base model with one weight per module, and detach them.
 
-    Works for LowRank, SparseDelta and Scale beside a Linear. The hash of the base model changes.
+    Works for LoRA, SparseDelta and Scale beside a Linear. The hash of the base model changes.
 
     Raises: ConfigError if a target cannot be merged. Then nothing is changed.
     """

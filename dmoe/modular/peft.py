@@ -3,7 +3,7 @@
     peft's lora_A.weight [r, D] = A_m^T     lora_B.weight [O, r] = B_m^T     scaling = alpha / r
 
 A folder (adapter_config.json, adapter_model.safetensors) is one module of every target. Settings
-that `LowRank` does not support are refused, never ignored.
+that `LoRA` does not support are refused, never ignored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dmoe.config.errors import CheckpointError, ConfigError
 from dmoe.modular.aggregation import WeightedSum
 from dmoe.modular.attach import AggregationMaker, adapter_layers, attach
 from dmoe.modular.banks.base import AdapterBank
-from dmoe.modular.banks.weight_delta import LowRank
+from dmoe.modular.banks.weight_delta import LoRA
 from dmoe.modular.layer import AdapterLayer
 from dmoe.modular.routing import RouterMaker, constant
 
@@ -48,7 +48,7 @@ UNSUPPORTED = (
     "use_bdlora",
     "use_qalora",
 )
-"""Settings that change what an adapter computes and that `LowRank` lacks: they must be off."""
+"""Settings that change what an adapter computes and that `LoRA` lacks: they must be off."""
 SAFE_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that initialize the factors only. The others (pissa, olora, loftq,
 corda, ...) subtract the factors' product from the base model's weights when peft creates or loads
@@ -79,7 +79,7 @@ def export_peft(
     The router is not exported: peft applies a module to every token.
 
     Args:
-        model: a network with LowRank modules beside Linear targets.
+        model: a network with LoRA modules beside Linear targets.
         module: id of the module.
         folder: output folder.
         base_model: name of the base model, for the config.
@@ -92,14 +92,14 @@ def export_peft(
     rank, alpha = _common_rank_and_alpha(banks)
     tensors = {}
     for name, bank in banks.items():
-        assert isinstance(bank, LowRank)
+        assert isinstance(bank, LoRA)
         target = model.get_submodule(name)
         if not isinstance(target, nn.Linear) or not name:
             what = (
                 f"{name} is a {type(target).__name__}" if name else "the model itself has no name"
             )
             allowed = f"{what}, and peft finds Linear modules by name"
-            raise ConfigError("export", name, allowed, "attach LowRank to such modules")
+            raise ConfigError("export", name, allowed, "attach LoRA to such modules")
         if not 0 <= module < bank.num_modules or not bank.holds_all_modules:
             allowed = f"must be one of 0 to {bank.num_modules - 1}, on a rank that holds all"
             raise ConfigError("module", module, allowed, "name one of them")
@@ -125,11 +125,11 @@ def export_peft(
 
 def _common_rank_and_alpha(banks: Mapping[str, AdapterBank]) -> tuple[int, float]:
     kinds = {type(bank).__name__ for bank in banks.values()}
-    if kinds != {"LowRank"}:
+    if kinds != {"LoRA"}:
         shown = ", ".join(sorted(kinds)) or "nothing"
-        allowed = "peft's LoRA format holds LowRank modules only"
-        raise ConfigError("export", shown, allowed, "attach LowRank")
-    settings = {(bank.rank, bank.alpha) for bank in banks.values() if isinstance(bank, LowRank)}
+        allowed = "peft's LoRA format holds LoRA modules only"
+        raise ConfigError("export", shown, allowed, "attach LoRA")
+    settings = {(bank.rank, bank.alpha) for bank in banks.values() if isinstance(bank, LoRA)}
     if len(settings) != 1:
         allowed = "must be the same for every target"
         raise ConfigError("rank, alpha", sorted(settings), allowed, "export one rank at a time")
@@ -184,7 +184,7 @@ def read_peft(folder: str | Path) -> PeftAdapter:
 
 
 def _unsupported_setting(config: Mapping[str, Any]) -> str | None:
-    """Return what `LowRank` does not support in an adapter's config, in words."""
+    """Return what `LoRA` does not support in an adapter's config, in words."""
     if config.get("peft_type") != "LORA":
         return f"is an adapter of type {config.get('peft_type')}; only LORA is supported"
     if wrong := [name for name in UNSUPPORTED if config.get(name)]:
@@ -234,11 +234,11 @@ def import_peft(
     first = adapters[0]
     _check_fits(model, folders[0], first)
     pattern = re.compile("|".join(map(re.escape, first.factors)))
-    bank = partial(LowRank, len(folders), rank=first.rank, alpha=first.alpha)
+    bank = partial(LoRA, len(folders), rank=first.rank, alpha=first.alpha)
     layers = attach(model, pattern, bank, router, aggregation)
     with torch.no_grad():
         for name, layer in layers.items():
-            assert isinstance(layer.experts, LowRank)
+            assert isinstance(layer.experts, LoRA)
             for module, adapter in enumerate(adapters):
                 a, b = adapter.factors[name]
                 layer.experts.a[module].copy_(a)

@@ -94,7 +94,7 @@ class Checkpointer:
         """
         if step == self.last_saved_step:
             return
-        state = training_state(self.engine) | gather_rng_state(self.engine.mesh.control_group)
+        state = train_state(self.engine) | gather_rng_state(self.engine.mesh.control_group)
         self.saver.save(step, state, self._extra(step))
         self.last_saved_step = step
 
@@ -177,7 +177,7 @@ def load_training_state(
     Returns:
         The checkpoint's `extra`: step, config, guard and so on.
     """
-    state, more = training_state(engine), dict(extra_tensors or {})
+    state, more = train_state(engine), dict(extra_tensors or {})
     extra = save_load.load(
         path,
         state | more,
@@ -192,7 +192,7 @@ def load_training_state(
     return extra
 
 
-def training_state(engine: Engine) -> dict[str, torch.Tensor]:
+def train_state(engine: Engine) -> dict[str, torch.Tensor]:
     """Return weights, buffers and optimizer state by their names in a checkpoint."""
     return model_state(engine.model, engine.mesh) | optimizer_state(
         engine.model, engine.optimizer, engine.mesh

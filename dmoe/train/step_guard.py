@@ -114,7 +114,7 @@ class StepGuard:
     def _classify(self, loss: float, norm: float) -> StepHealth:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return StepHealth.NONFINITE
-        return StepHealth.SPIKE if _is_spike(loss, self.losses, self.config) else StepHealth.GOOD
+        return StepHealth.SPIKE if _is_loss_spike(loss, self.losses, self.config) else StepHealth.GOOD
 
     def _action(self, health: StepHealth, step: int) -> StepAction:
         is_spike = health is StepHealth.SPIKE
@@ -135,7 +135,7 @@ class StepGuard:
         return StepAction.ROLLBACK
 
 
-def _is_spike(loss: float, losses: Sequence[float], config: GuardConfig) -> bool:
+def _is_loss_spike(loss: float, losses: Sequence[float], config: GuardConfig) -> bool:
     if len(losses) < max(2, config.spike_window // 4):
         return False
     mean = statistics.fmean(losses)

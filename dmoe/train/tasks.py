@@ -104,8 +104,11 @@ class Task(Protocol):
         """Return samples first .. first + count - 1 of a split as stored, for evaluation."""
         ...
 
-    def dummy_batch(self, count: int) -> Samples:
-        """Return `count` zero samples of the real shapes and dtypes, for padding and warm-up."""
+    def dummy_batch(self, count: int, random: torch.Generator | None = None) -> Samples:
+        """Return `count` samples of the real shapes and dtypes.
+
+        All zero, for padding; with `random` drawn evenly from all inputs, for the warm-up.
+        """
         ...
 
     def mask_stream(self, input: Tensor, stream: str) -> Tensor:
@@ -153,17 +156,21 @@ class LanguageModelling:
     def training_samples(
         self, dataset: TokenDataset, step: int, first: int, count: int, global_batch: int
     ) -> Samples:
-        return _shift_targets(
+        return _collate(
             dataset.batch(step, first, count, global_batch),
             dataset.labels(step, first, count, global_batch),
         )
 
     def samples(self, dataset: TokenDataset, first: int, count: int) -> Samples:
-        return _shift_targets(dataset.samples(first, count), dataset.sample_labels(first, count))
+        return _collate(dataset.samples(first, count), dataset.sample_labels(first, count))
 
-    def dummy_batch(self, count: int) -> Samples:
+    def dummy_batch(self, count: int, random: torch.Generator | None = None) -> Samples:
         token_BS = torch.zeros(count, self.targets_per_sample, dtype=torch.int64)
-        return Samples(token_BS, token_BS.clone(), torch.zeros(count, dtype=torch.int64))
+        label_B = torch.zeros(count, dtype=torch.int64)
+        if random is not None:
+            token_BS.random_(self.num_outputs, generator=random)
+            label_B.random_(num_labels(self.config), generator=random)
+        return Samples(token_BS, token_BS.clone(), label_B)
 
     def mask_stream(self, input: Tensor, stream: str) -> Tensor:
         raise AssertionError("text has no streams")
@@ -192,12 +199,19 @@ class LanguageModelling:
         return tokenizer.decode([*prompt, *ids])
 
 
+def num_labels(config: Config) -> int:
+    """Count the labels that send samples to different experts; 1 if routing ignores labels."""
+    if config.moe.router.kind != "fixed" or config.modular.bank != "none":
+        return 1
+    return max(1, config.moe.num_experts // config.moe.top_k)
+
+
 def bits_per_byte(loss_sum: float, target_bytes: float) -> float:
     """Return bits per byte of text from the summed cross-entropy: comparable between tokenizers."""
     return loss_sum / math.log(2) / max(1.0, target_bytes)
 
 
-def _shift_targets(token_BS: np.ndarray, label_B: np.ndarray) -> Samples:
+def _collate(token_BS: np.ndarray, label_B: np.ndarray) -> Samples:
     tokens = torch.from_numpy(token_BS)
     return Samples(tokens[:, :-1], tokens[:, 1:], torch.from_numpy(label_B))
 

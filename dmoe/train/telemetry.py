@@ -66,11 +66,12 @@ class Telemetry:
         recorder.mark("optimizer")
         metrics = recorder.reduce(self.peak_flops)
         speed = self.engine.targets_per_step * steps / seconds if seconds > 0 else math.nan
+        mfu = self.flops_per_token * speed / metrics.peak_flops
         return train_metrics(result, metrics, self.engine) | {
             "lr": learning_rate,
             "tokens": tokens,
             "tokens_per_second": speed,
-            "mfu": self.flops_per_token * speed / metrics.peak_flops,
+            "mfu": mfu,
         }
 
 

@@ -43,7 +43,7 @@ def test_list_export_and_list_the_file(run: Path, place: Path) -> None:
     ]
     assert listed[0] == {
         "place": "blocks.0.attention.w_qkv",
-        "bank": "LowRank",
+        "bank": "LoRA",
         "router": "ConstantRouter",
         "aggregation": "WeightedSum",
         "modules": 2,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.models.transformer import Transformer
-from dmoe.modular import Adapter, LowRank, Prefix, Prompt, Scale, SparseDelta, adapter_layers
+from dmoe.modular import Adapter, LoRA, Prefix, Prompt, Scale, SparseDelta, adapter_layers
 from dmoe.modular.banks.base import AdapterBank
 from tests.tiny import VOCAB, tiny
 
@@ -18,7 +18,7 @@ M, D, O = 4, 6, 5  # noqa: E741 (the width out, as everywhere)
 def banks(in_dim: int = D, out_dim: int = O) -> dict[str, AdapterBank]:
     """Create one bank of every kind with random weights, float64."""
     made = {
-        "low_rank": LowRank(M, in_dim, out_dim, rank=3, alpha=5.0),
+        "low_rank": LoRA(M, in_dim, out_dim, rank=3, alpha=5.0),
         "adapter": Adapter(M, in_dim, out_dim, hidden=3),
         "parallel_adapter": Adapter(
             M, in_dim, out_dim, hidden=3, activation="gelu", input_kind="input"

@@ -14,7 +14,7 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.schema import BalanceConfig
 from dmoe.modular import (
     Adapter,
-    LowRank,
+    LoRA,
     Scale,
     SparseDelta,
     adapter_context,
@@ -31,7 +31,7 @@ from dmoe.modular.aggregation import Gated, Mean, Stacked, WeightedSum
 from dmoe.moe.routing import TokenContext
 from tests.modular.nets import D, M, O, drawn, hugging_face, mlp, randomize, transformer
 
-LOW = partial(LowRank, M, rank=2)
+LOW = partial(LoRA, M, rank=2)
 TOP = routed("top_k", M, 2)
 TOKENS = torch.arange(32).view(2, 16) % 40
 
@@ -81,7 +81,7 @@ def test_attach_and_detach_leave_every_bit(
 def test_a_target_computes_the_formula() -> None:
     """One module for every token: y = f(x) + scale x A B, in the middle of a network."""
     model = mlp()
-    attach(model, "2", partial(LowRank, 1, rank=2, alpha=6.0), constant(1.0))
+    attach(model, "2", partial(LoRA, 1, rank=2, alpha=6.0), constant(1.0))
     randomize(model)
     x, bank = drawn(3, D), adapter_layers(model)["2"].experts
     hidden = model[0](x).relu()

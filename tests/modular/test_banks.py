@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
-from dmoe.modular import BANKS, Adapter, LowRank, Prompt, SparseDelta
+from dmoe.modular import BANKS, Adapter, LoRA, Prompt, SparseDelta
 from dmoe.modular.banks.base import padded_grouped_product
 from dmoe.moe.experts.grouped_mlp import grouped_linear
 from tests.modular.nets import D, M, O, banks, drawn
@@ -161,8 +161,8 @@ def test_the_product_with_padded_widths_is_the_product(
 @pytest.mark.parametrize(
     ("make", "word"),
     [
-        (lambda: LowRank(0, D, O), "modules"),
-        (lambda: LowRank(2, D, O, rank=0), "rank"),
+        (lambda: LoRA(0, D, O), "modules"),
+        (lambda: LoRA(2, D, O, rank=0), "rank"),
         (lambda: Adapter(2, D, O, activation="swiglu"), "activation"),
         (lambda: Adapter(2, D, O, input_kind="sequence"), "input_kind"),
         (lambda: SparseDelta(2, D, O, density=0.0), "density"),

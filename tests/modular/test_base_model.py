@@ -12,7 +12,7 @@ from dmoe.config.errors import ConfigError
 from dmoe.modular import (
     BANKS,
     Adapter,
-    LowRank,
+    LoRA,
     adapter_context,
     adapter_layers,
     add_modules,
@@ -45,7 +45,7 @@ def train(
 def test_the_hash_is_of_the_base_model_only() -> None:
     model = mlp()
     before = base_model_hash(model)
-    attach(model, "0", partial(LowRank, M), routed("top_k", M, 2))
+    attach(model, "0", partial(LoRA, M), routed("top_k", M, 2))
     randomize(model)
     assert base_model_hash(model) == before
     detach(model)
@@ -74,7 +74,7 @@ def test_the_hash_sees(change: str) -> None:
 
 def test_training_modules_does_not_change_the_base_model() -> None:
     model = mlp()
-    attach(model, "[02]", partial(LowRank, M), routed("top_k", M, 2))
+    attach(model, "[02]", partial(LoRA, M), routed("top_k", M, 2))
     before = freeze(model)
     bank = adapter_layers(model)["0"].experts
     start = bank.b.detach().clone()
@@ -94,7 +94,7 @@ def test_training_modules_does_not_change_the_base_model() -> None:
 )
 def test_each_mode_trains_its_parts(what: str, core: bool, bank: bool, router: bool) -> None:
     model = mlp()
-    layer = attach(model, "0", partial(LowRank, M), routed("top_k", M, 2))["0"]
+    layer = attach(model, "0", partial(LoRA, M), routed("top_k", M, 2))["0"]
     chosen = {id(parameter) for parameter in select_trainable(model, what)}
     assert (
         model[0].weight.requires_grad,
@@ -145,7 +145,7 @@ def test_one_module_is_trained_and_the_others_keep_their_bits(kind: str) -> None
 
 def test_an_unknown_module_cannot_be_trained() -> None:
     model = mlp()
-    attach(model, "0", partial(LowRank, M), routed("top_k", M, 2))
+    attach(model, "0", partial(LoRA, M), routed("top_k", M, 2))
     with pytest.raises(ConfigError, match="0 to 3"):
         freeze_all_but(model, M, torch.optim.SGD(model.parameters(), 0.1))
 
@@ -174,7 +174,7 @@ def test_adding_a_language_does_not_change_the_others_outputs() -> None:
 
 def test_refusing_to_add_modules_changes_nothing() -> None:
     model = mlp()
-    attach(model, "[02]", partial(LowRank, M), routed("soft", M, M), Concat)
+    attach(model, "[02]", partial(LoRA, M), routed("soft", M, M), Concat)
     with pytest.raises(ConfigError, match="Concat"):
         add_modules(model)
     assert all(layer.experts.num_modules == M for layer in adapter_layers(model).values())

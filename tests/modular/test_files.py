@@ -13,7 +13,7 @@ from torch import nn
 from dmoe.config.errors import CheckpointError
 from dmoe.modular import (
     Adapter,
-    LowRank,
+    LoRA,
     SparseDelta,
     adapter_layers,
     attach,
@@ -38,7 +38,7 @@ def attached(
     attach(
         model,
         places,
-        bank or partial(LowRank, M, rank=2),
+        bank or partial(LoRA, M, rank=2),
         router or routed("top_k", M, 2),
         Attention,
         seed=seed,
@@ -47,7 +47,7 @@ def attached(
 
 
 def test_a_round_trip_keeps_every_bit(tmp_path: Path) -> None:
-    for bank in (partial(LowRank, M, rank=2), partial(SparseDelta, M, density=0.2)):
+    for bank in (partial(LoRA, M, rank=2), partial(SparseDelta, M, density=0.2)):
         one, other = attached(bank), attached(bank, seed=9)
         randomize(one)
         save_modules(one, tmp_path / "modules.safetensors")
@@ -67,7 +67,7 @@ def test_a_file_is_listed_without_a_model(tmp_path: Path) -> None:
     saved = inspect_modules(tmp_path / "m")
     assert saved.base_model == base_model_hash(model)
     assert saved.targets["0"] == {
-        "bank": "LowRank",
+        "bank": "LoRA",
         "router": "TableRouter",
         "aggregation": "Attention",
         "modules": M,
@@ -89,9 +89,9 @@ def other_core(tmp_path: Path) -> nn.Module:
     [
         (other_core, "belongs to another base model"),
         (lambda _: attached(places="0"), "has modules at 0, 2, the model at 0"),
-        (lambda _: attached(partial(Adapter, M)), "LowRank"),
+        (lambda _: attached(partial(Adapter, M)), "LoRA"),
         (lambda _: attached(router=TABLE), "TopKRouter"),
-        (lambda _: attached(partial(LowRank, M, rank=3)), r"\[4, 6, 2\] in the file"),
+        (lambda _: attached(partial(LoRA, M, rank=3)), r"\[4, 6, 2\] in the file"),
         (lambda _: mlp(), "no target"),
     ],
 )
@@ -143,3 +143,17 @@ def test_a_part_of_a_bank_is_loaded_and_never_saved(tmp_path: Path) -> None:
 def test_a_model_without_modules_has_nothing_to_save(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no modules"):
         save_modules(mlp(), tmp_path / "m")
+
+
+def test_a_file_with_a_class_name_of_an_earlier_version_is_loaded(tmp_path: Path) -> None:
+    """The bank `LowRank` was renamed to `LoRA`; files that people have name the old class."""
+    one, other = attached(), attached(seed=9)
+    randomize(one)
+    save_modules(one, tmp_path / "new")
+    raw = (tmp_path / "new").read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + size].replace(b'\\"LoRA\\"', b'\\"LowRank\\"').rstrip()
+    assert b"LowRank" in header
+    (tmp_path / "old").write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + size :])
+    load_modules(other, tmp_path / "old")
+    assert torch.equal(one(drawn(5, 6)), other(drawn(5, 6)))

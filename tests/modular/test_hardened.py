@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dmoe.config.errors import CheckpointError, ConfigError
 from dmoe.modular import (
     Adapter,
-    LowRank,
+    LoRA,
     Scale,
     SparseDelta,
     adapter_context,
@@ -35,7 +35,7 @@ from dmoe.modular.peft import read_peft
 from dmoe.moe.routing import TokenContext
 from tests.modular.nets import D, M, O, drawn, mlp, randomize
 
-LOW, TOP = partial(LowRank, M, rank=2), routed("top_k", M, 2)
+LOW, TOP = partial(LoRA, M, rank=2), routed("top_k", M, 2)
 
 
 class Twice(nn.Module):
@@ -86,7 +86,7 @@ def test_a_refusal_at_the_second_target_leaves_nothing_at_the_first() -> None:
 
 
 def test_an_embedding_has_no_input_vectors() -> None:
-    """LowRank beside an embedding multiplied the ids, and failed in the first forward."""
+    """LoRA beside an embedding multiplied the ids, and failed in the first forward."""
     with pytest.raises(ConfigError, match="ids, not vectors"):
         attach(nn.Embedding(9, D), "", LOW, TOP)
     place = nn.Embedding(9, D)
@@ -164,7 +164,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(
 def test_a_tied_weight_is_not_merged_into() -> None:
     """The embedding was changed with the head, without an error."""
     model = Tied()
-    attach(model, "head", partial(LowRank, 1), constant(1.0))
+    attach(model, "head", partial(LoRA, 1), constant(1.0))
     randomize(model)
     before = model.table.weight.clone()
     with pytest.raises(ConfigError, match="shares its weight with a Embedding"):
@@ -172,7 +172,7 @@ def test_a_tied_weight_is_not_merged_into() -> None:
     assert torch.equal(model.table.weight, before)
     assert adapter_layers(model)
     shared = Twice()
-    attach(shared, "first", partial(LowRank, 1), constant(1.0))
+    attach(shared, "first", partial(LoRA, 1), constant(1.0))
     merge(shared, [1.0])  # one submodule with two names
 
 
@@ -238,7 +238,7 @@ def test_an_export_names_its_targets_and_no_others(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed: it is what reads the export")
     model = Named()
     bare = copy.deepcopy(model)
-    attach(model, "head", partial(LowRank, 1, rank=2, alpha=5.0), constant(1.0))
+    attach(model, "head", partial(LoRA, 1, rank=2, alpha=5.0), constant(1.0))
     randomize(model)
     export_peft(model, 0, tmp_path)
     x = torch.randn(3, D)
@@ -259,7 +259,7 @@ def test_an_unsupported_adapter_is_not_imported(
 ) -> None:
     """PiSSA changes the base model, an activated adapter needs tokens: read as LoRA."""
     model = mlp(torch.float32)
-    attach(model, "0", partial(LowRank, 1, rank=2), constant(1.0))
+    attach(model, "0", partial(LoRA, 1, rank=2), constant(1.0))
     export_peft(model, 0, tmp_path)
     read_peft(tmp_path)
     path = tmp_path / "adapter_config.json"

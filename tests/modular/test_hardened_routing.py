@@ -12,7 +12,7 @@ from dmoe.config.errors import ConfigError
 from dmoe.modular import (
     AGGREGATIONS,
     Adapter,
-    LowRank,
+    LoRA,
     Prompt,
     SparseDelta,
     adapter_context,
@@ -32,7 +32,7 @@ from dmoe.modular.routing.learned import sequence_context, sequence_mean
 from dmoe.moe.routing import DispatchPlan, TokenContext
 from tests.modular.nets import D, M, O, drawn, mlp
 
-LOW, TOP = partial(LowRank, M, rank=2), routed("top_k", M, 2)
+LOW, TOP = partial(LoRA, M, rank=2), routed("top_k", M, 2)
 
 
 def test_growing_is_all_or_nothing_and_can_be_done_twice() -> None:

@@ -13,7 +13,7 @@ from dmoe.config.errors import ConfigError
 from dmoe.modular import (
     BANKS,
     Adapter,
-    LowRank,
+    LoRA,
     SparseDelta,
     adapter_layers,
     attach,
@@ -49,7 +49,7 @@ def test_merged_weights_equal_the_mixture_with_constant_weights(
 
 def test_a_hugging_face_model_merges() -> None:
     model, tokens = hugging_face(), torch.arange(8).view(1, 8)
-    attach(model, "*_proj", partial(LowRank, 2, rank=2), constant(0.7, 0.3))
+    attach(model, "*_proj", partial(LoRA, 2, rank=2), constant(0.7, 0.3))
     randomize(model)
     mixture = model(tokens).logits
     merge(model, [0.7, 0.3])
@@ -89,8 +89,8 @@ def test_modules_of_one_start_average_to_themselves() -> None:
     ("bank", "act", "weights", "word"),
     [
         (partial(Adapter, M), merge, [1.0] * M, "adds no matrix"),
-        (partial(LowRank, M), merge, [1.0], "one weight for each of the 4"),
-        (partial(LowRank, M), average, [1.0], "one weight for each of the 4"),
+        (partial(LoRA, M), merge, [1.0], "one weight for each of the 4"),
+        (partial(LoRA, M), average, [1.0], "one weight for each of the 4"),
         (partial(SparseDelta, M), average, [1.0] * M, "different positions"),
     ],
 )

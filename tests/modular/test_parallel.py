@@ -20,7 +20,7 @@ from dmoe.distributed.state_dict import model_state
 from dmoe.modular import (
     AGGREGATIONS,
     BANKS,
-    LowRank,
+    LoRA,
     Prompt,
     SparseDelta,
     adapter_context,
@@ -171,13 +171,13 @@ def test_training_on_ranks_is_training_on_one(world: int, ep: int, bank: str) ->
 
 def test_a_number_of_modules_that_ranks_cannot_share_is_refused() -> None:
     model = nn.Linear(D, O)
-    layer = attach(model, "", partial(LowRank, 3), routed("top_k", 3, 1, renormalize=False))[""]
+    layer = attach(model, "", partial(LoRA, 3), routed("top_k", 3, 1, renormalize=False))[""]
     with pytest.raises(ConfigError, match="divide by the 2 ranks"):
         layer.shard(2, 0)
 
 
 def test_parameters_cannot_be_averaged_over_ranks() -> None:
-    for bank in (partial(LowRank, M), partial(SparseDelta, M), partial(Prompt, M, length=1)):
+    for bank in (partial(LoRA, M), partial(SparseDelta, M), partial(Prompt, M, length=1)):
         model = nn.Linear(D, O)
         attach(model, "", bank, routed("top_k", M, 2), AGGREGATIONS["parameter_mean"])[""].shard(
             2, 0

@@ -1,4 +1,4 @@
-"""`LowRank` against Hugging Face's peft: equal numbers, and files that both read."""
+"""`LoRA` against Hugging Face's peft: equal numbers, and files that both read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dmoe.config.errors import CheckpointError, ConfigError
 from dmoe.modular import (
     Adapter,
-    LowRank,
+    LoRA,
     adapter_layers,
     attach,
     constant,
@@ -54,7 +54,7 @@ def peft_model(rank: int = 3, **options: object) -> nn.Module:
 
 def test_one_module_equals_pefts_lora_forward_and_backward() -> None:
     theirs, ours = peft_model(), hugging_face()
-    made = attach(ours, PATTERN, partial(LowRank, 1, rank=3, alpha=8.0), constant(1.0))
+    made = attach(ours, PATTERN, partial(LoRA, 1, rank=3, alpha=8.0), constant(1.0))
     with torch.no_grad():
         for name, layer in made.items():
             place = theirs.base_model.model.get_submodule(name)
@@ -74,7 +74,7 @@ def test_one_module_equals_pefts_lora_forward_and_backward() -> None:
 
 def test_what_is_exported_peft_loads(tmp_path: Path) -> None:
     model = hugging_face()
-    attach(model, PATTERN, partial(LowRank, 2, rank=3, alpha=8.0), constant(0.0, 1.0))
+    attach(model, PATTERN, partial(LoRA, 2, rank=3, alpha=8.0), constant(0.0, 1.0))
     randomize(model)
     export_peft(model, 1, tmp_path, base_model="tiny", task_type="CAUSAL_LM")
     theirs = peft.PeftModel.from_pretrained(hugging_face(), tmp_path)
@@ -96,7 +96,7 @@ def test_what_peft_saved_is_imported(options: dict[str, bool], tmp_path: Path) -
 
 def test_a_round_trip_is_bit_identical_and_several_make_a_mixture(tmp_path: Path) -> None:
     model = hugging_face()
-    attach(model, PATTERN, partial(LowRank, 2, rank=3, alpha=8.0), constant(0.25, 0.75))
+    attach(model, PATTERN, partial(LoRA, 2, rank=3, alpha=8.0), constant(0.25, 0.75))
     randomize(model)
     mixture, before = logits(model), copy.deepcopy(adapter_layers(model))
     for module in range(2):

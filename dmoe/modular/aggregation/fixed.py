@@ -126,7 +126,7 @@ class ParameterMean(Aggregation):
     y_t = f(x_t; theta_b)
 
     Differentiable in the router although no choice is discrete. If f is linear in theta
-    (SparseDelta, Prompt) it equals the weighted sum. For LowRank the factors are averaged, which
+    (SparseDelta, Prompt) it equals the weighted sum. For LoRA the factors are averaged, which
     differs from the mean of the products. With routing per token the mean over a sequence reads
     later tokens: for causal models see `routing/learned.py`. All modules must be on this rank.
     Cost: one module's work per token whatever K is, and B sets of parameters of memory.

@@ -1,6 +1,6 @@
 """Banks of modules, by how a module changes the network (Pfeiffer et al. 2023, section 3).
 
-parameter composition  weight_delta  LowRank, SparseDelta
+parameter composition  weight_delta  LoRA, SparseDelta
 input composition      prompt        Prompt, Prefix
 function composition   adapter       Adapter, Scale
 """
@@ -10,13 +10,13 @@ from __future__ import annotations
 from dmoe.modular.banks.adapter import Adapter, Scale
 from dmoe.modular.banks.base import AdapterBank
 from dmoe.modular.banks.prompt import Prefix, Prompt, with_prefix_tokens
-from dmoe.modular.banks.weight_delta import LowRank, SparseDelta
+from dmoe.modular.banks.weight_delta import LoRA, SparseDelta
 
 __all__ = [
     "BANKS",
     "Adapter",
     "AdapterBank",
-    "LowRank",
+    "LoRA",
     "Prefix",
     "Prompt",
     "Scale",
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 BANKS: dict[str, type[AdapterBank]] = {
-    "low_rank": LowRank,
+    "low_rank": LoRA,
     "adapter": Adapter,
     "prompt": Prompt,
     "prefix": Prefix,

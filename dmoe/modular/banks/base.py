@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -107,7 +106,7 @@ class AdapterBank(nn.Module):
             "modules",
             type(self).__name__,
             "adds no matrix",
-            "merge LowRank or SparseDelta, or average the modules",
+            "merge LoRA or SparseDelta, or average the modules",
         )
 
     def initialize(self, seed: int, layer: int) -> None:
@@ -183,36 +182,11 @@ class AdapterBank(nn.Module):
         return out
 
 
-WIDTH_MULTIPLE = 8
-"""Rows of bfloat16 matrices of this many columns start at multiples of 16 bytes."""
-
-
 def grouped_product(
     rows_RI: Tensor, weight_eIO: Tensor, tokens_per_module: TokensPerExpert
 ) -> Tensor:
     """Multiply each row by the matrix of its module; the result [R, O] has the rows' dtype."""
-    weight_eIO = weight_eIO.to(rows_RI.dtype)
-    function = padded_grouped_product if rows_RI.is_cuda else grouped_linear
-    return function(rows_RI, weight_eIO, tokens_per_module)
-
-
-def padded_grouped_product(
-    rows_RI: Tensor, weight_eIO: Tensor, tokens_per_module: TokensPerExpert
-) -> Tensor:
-    """Compute `grouped_product` with both widths zero-padded to multiples of 8.
-
-    CUDA's grouped GEMM needs matrix rows that start at multiples of 16 bytes. A rank of 4 or a
-    column of ones is narrower. The zeros change no number. Cost: a copy of what is padded.
-    """
-    more_in, more_out = (-size % WIDTH_MULTIPLE for size in weight_eIO.shape[1:])
-    if not more_in and not more_out:
-        return grouped_linear(rows_RI, weight_eIO, tokens_per_module)
-    padded_RO = grouped_linear(
-        F.pad(rows_RI, (0, more_in)),
-        F.pad(weight_eIO, (0, more_out, 0, more_in)),
-        tokens_per_module,
-    )
-    return padded_RO[:, : weight_eIO.shape[2]]
+    return grouped_linear(rows_RI, weight_eIO.to(rows_RI.dtype), tokens_per_module)
 
 
 def vector_per_row(

@@ -17,7 +17,7 @@ from dmoe.moe.interfaces import TokensPerExpert
 from dmoe.moe.rng import generator, normal_
 
 
-class LowRank(AdapterBank):
+class LoRA(AdapterBank):
     """Low-rank modules (LoRA, Hu et al. 2021).
 
     y = x W + (alpha / r) * (x A_m) B_m

@@ -197,5 +197,5 @@ class StallDetector:
             return ""
         return (
             f"no line for {format_clock(self.seconds)}; the longest pause before was "
-            f"{format_clock(longest)}. The run may have been killed, hang, or be in a long operation"
+            f"{format_clock(longest)}. The run may have been killed, hang, or be busy"
         )

@@ -113,7 +113,7 @@ def _bank(modular: ModularConfig, model: ModelConfig) -> BankMaker:
         if modular.bank == "prefix":
             # `w_qkv` stacks queries, keys and values: skip the queries
             queries = model.heads * (model.head_dim or model.dim // model.heads)
-            return kind(modular.modules, in_dim, out_dim, columns=(queries, out_dim), **options)  # type: ignore[call-arg]
+            options["columns"] = (queries, out_dim)
         return kind(modular.modules, in_dim, out_dim, **options)
 
     return make

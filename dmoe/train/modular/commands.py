@@ -56,7 +56,8 @@ def list_modules(source: Path) -> list[TargetSummary]:
     """
     if source.is_file():
         saved = inspect_modules(source).targets
-        return [TargetSummary(name, **{**fields}) for name, fields in saved.items()]  # type: ignore[arg-type]
+        summary: Any = TargetSummary
+        return [summary(name, **fields) for name, fields in saved.items()]
     found = _restore_with_modules(RunDir(source))
     return [
         TargetSummary(
