@@ -3,6 +3,12 @@
 A value outside its range is no error, and may be the point of an experiment: `dmoe explain` only
 remarks on it. Values that cannot work are refused by the schema's constraints and by `rules/`. The
 table in docs/semantics.md is `as_table()`. Imports no torch.
+
+Coefficients of auxiliary losses are in dmoe's units: a loss is 1 at perfect balance (the Switch
+loss) and the losses are summed over the MoE layers, as in Switch, ST-MoE and DeepSeekMoE. A
+coefficient that was published for a mean over L layers is divided by L, and one for a loss that is
+K at balance (transformers' `load_balancing_loss_func`) is multiplied by K: Mixtral 0.02 x 2 / 32,
+Qwen3 0.001 x 8 / 48, OLMoE 0.01 / 16.
 """
 
 from __future__ import annotations
@@ -55,8 +61,13 @@ RECOMMENDED = (
     ),
     Recommended("capacity.factor", 1.0, 2.0, "Switch 1.0 to 1.25, GShard 2.0"),
     Recommended("capacity.eval_factor", 1.0, 2.0, "ST-MoE 2.0"),
-    Recommended("balance.switch", 0.001, 0.1, "Switch 0.01, Qwen3 and DeepSeekMoE 0.001"),
-    Recommended("balance.z", 1e-4, 1e-2, "ST-MoE 0.001"),
+    Recommended(
+        "balance.switch",
+        1e-4,
+        0.1,
+        "Switch 0.01, DeepSeekMoE 0.001; converted: Mixtral 0.00125, OLMoE 0.000625, Qwen3 0.00017",
+    ),
+    Recommended("balance.z", 5e-5, 1e-2, "ST-MoE 0.001; converted: OLMoE 0.0000625"),
     Recommended("balance.importance", 0.01, 0.1, "Shazeer 2017: 0.1, for translation 0.01"),
     Recommended("balance.load", 0.01, 0.1, "Shazeer 2017: 0.1, for translation 0.01"),
     Recommended("balance.usage_std", 0.01, 0.1, "the project's source documents"),

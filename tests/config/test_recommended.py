@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from dmoe.config.load import load
 from dmoe.config.recommended import RECOMMENDED, as_table, out_of_range
@@ -86,3 +87,44 @@ def test_below_the_range_is_a_remark_and_a_dense_model_has_none() -> None:
 
 def test_the_document_shows_the_table_that_is_checked() -> None:
     assert as_table() in (ROOT / "docs" / "semantics.md").read_text(encoding="utf-8")
+
+
+PUBLISHED = {
+    "switch.yaml": ("switch", 0.01, 1, 1),
+    "deepseek_moe_16b.yaml": ("switch", 0.001, 1, 1),
+    "mixtral_8x7b.yaml": ("switch", 0.02, 2, 32),
+    "qwen3_30b_a3b.yaml": ("switch", 0.001, 8, 48),
+    "olmoe_1b_7b.yaml": ("switch", 0.01, 1, 16),
+}
+"""Loss, published coefficient, value of the published loss at balance, layers it is averaged over."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_coefficients_are_converted(name: str) -> None:
+    """Three configs had the published number under a comment that gave another one (6 to 16 times
+    smaller), and `dmoe explain` warned against the number of the comment."""
+    loss, coefficient, at_balance, layers = PUBLISHED[name]
+    config = load(ROOT / "configs" / name)
+    converted = coefficient * at_balance / layers
+    assert getattr(config.moe.balance, loss) == pytest.approx(converted, rel=5e-3)
+    assert config.model.layers == layers or layers == 1
+    assert out_of_range(config) == []
+
+
+def test_converted_coefficients_pull_on_a_router_as_published() -> None:
+    """The gradient of transformers' loss of 32 equal layers, times 0.02, in one layer's logits is
+    that of dmoe's Switch loss, times 0.00125."""
+    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    logit_TE = torch.randn(64, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    layers = tuple(logit_TE.detach().clone().requires_grad_() for _ in range(32))
+    (0.02 * mixtral.load_balancing_loss_func(layers, num_experts=8, top_k=2)).backward()
+    score_TE = logit_TE.softmax(-1)
+    count_E = torch.bincount(score_TE.topk(2).indices.flatten(), minlength=8)
+    (0.00125 * 8 * (count_E / count_E.sum() * score_TE.mean(0)).sum()).backward()
+    assert torch.allclose(layers[7].grad, logit_TE.grad, rtol=1e-4, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["moe.balance.switch", "moe.balance.z"])
+def test_faithful_values_are_no_remark_and_a_tenth_of_them_is(name: str) -> None:
+    low = next(item.low for item in RECOMMENDED if f"moe.{item.field}" == name)
+    assert [remark.field for remark in out_of_range(tiny(f"{name}={low / 10:g}"))] == [name]
