@@ -1,13 +1,16 @@
 """The launcher's environment variables and the machine's resources, checked before torch starts.
 
-torchrun, accelerate launch and Slurm scripts set `RANK`, `WORLD_SIZE`, `LOCAL_RANK`,
-`LOCAL_WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` for each process. If only some are set (a common
-mistake by hand), torch would wait minutes for ranks that do not exist.
+torchrun, accelerate launch and a replica of a PyTorchJob set `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and
+`MASTER_PORT` for each process; the first two also `LOCAL_RANK` and `LOCAL_WORLD_SIZE`, without which
+a process is the only one of its machine. If only some are set (a common mistake by hand), torch
+would wait minutes for ranks that do not exist. Other launchers (mpirun, plain srun) set variables
+of their own; a process that they start among others is refused, or each would train alone.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +19,16 @@ from pathlib import Path
 from dmoe.config.errors import ConfigError
 
 FIX = "start it with torchrun, or unset WORLD_SIZE"
+FOREIGN_LAUNCHERS = {
+    "OMPI_COMM_WORLD_SIZE": "mpirun of Open MPI",
+    "MV2_COMM_WORLD_SIZE": "mpirun of MVAPICH",
+    "PMI_SIZE": "mpirun or srun",
+    "PMIX_SIZE": "prun or srun",
+    "SLURM_STEP_NUM_TASKS": "srun",
+}
+"""The world size under launchers that set neither RANK nor MASTER_ADDR, and their names."""
+INTERFACES = ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
+"""Variables that name network interfaces exactly, separated by commas."""
 ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """Device files of the drivers of NVIDIA, of AMD, and of the Windows Subsystem for Linux."""
 
@@ -34,9 +47,12 @@ def read_launch_env(environment: Mapping[str, str] = os.environ) -> LaunchEnv | 
     """Read the launcher's variables; None without a launcher.
 
     Raises:
-        ConfigError: a variable that is missing or out of range.
+        ConfigError: a variable that is missing or out of range, a launcher that is not supported,
+            or a network interface that does not exist.
     """
+    _check_interfaces(environment)
     if "WORLD_SIZE" not in environment:
+        _refuse_foreign_launchers(environment)
         return None
     world_size = _integer(environment, "WORLD_SIZE", 1, 1 << 20)
     rank = _integer(environment, "RANK", 0, world_size - 1)
@@ -50,6 +66,26 @@ def read_launch_env(environment: Mapping[str, str] = os.environ) -> LaunchEnv | 
     if "LOCAL_WORLD_SIZE" in environment:
         local_world_size = _integer(environment, "LOCAL_WORLD_SIZE", 1, world_size)
     return LaunchEnv(rank, world_size, local_world_size)
+
+
+def _refuse_foreign_launchers(environment: Mapping[str, str]) -> None:
+    """Refuse a process that another launcher started as one of several ranks."""
+    for name, launcher in FOREIGN_LAUNCHERS.items():
+        text = environment.get(name, "").strip()
+        if text and text != "1":
+            allowed = f"{launcher} has started several processes, and each would train alone"
+            fix = "use torchrun or launch/slurm.sbatch, or unset it for a run of one process"
+            raise ConfigError(name, text[:40], allowed, fix)
+
+
+def _check_interfaces(environment: Mapping[str, str]) -> None:
+    """Refuse names of network interfaces that do not exist: gloo would end in a C++ trace."""
+    known = [name for _, name in socket.if_nameindex()]
+    for variable in INTERFACES:
+        for name in filter(None, environment.get(variable, "").split(",")):
+            if name not in known:
+                allowed = f"must name a network interface of this machine: {', '.join(known)}"
+                raise ConfigError(variable, name[:40], allowed, "correct it or unset it")
 
 
 def has_accelerator() -> bool:

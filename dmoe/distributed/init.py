@@ -14,6 +14,7 @@ from torch.distributed.distributed_c10d import PrefixStore, _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from dmoe.config.errors import ConfigError, DmoeError
+from dmoe.config.launch_env import read_launch_env
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,15 @@ def init_distributed(
         timeout: seconds any collective may wait, until `set_timeouts`.
 
     Raises:
-        ConfigError: no CUDA device, fewer GPUs than local ranks, or the rendezvous port in use.
+        ConfigError: no CUDA device, fewer GPUs than local ranks, the rendezvous port in use, or a
+            launcher that is not supported.
     """
+    if not dist.is_initialized():
+        read_launch_env()  # the command has asked already; a caller from Python has not
     world_size, rank = launched_world_size(), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     restart_count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    set_cuda_environment()
     own_device = _resolve_device(device, local_rank)
     own_backend = _resolve_backend(backend, own_device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
@@ -68,6 +73,21 @@ def init_distributed(
     return ProcessInfo(
         rank, world_size, local_rank, own_device, restart_count, dist.is_initialized()
     )
+
+
+CUDA_ENVIRONMENT = {
+    # A dropless layer has another number of rows in every step, which fragments fixed blocks.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+}
+"""Environment variables of CUDA and NCCL that differ from their defaults."""
+
+
+def set_cuda_environment() -> None:
+    """Set `CUDA_ENVIRONMENT` where the user has set nothing. Before CUDA starts."""
+    if "PYTORCH_CUDA_ALLOC_CONF" in os.environ:  # the older name of PYTORCH_ALLOC_CONF
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", os.environ["PYTORCH_CUDA_ALLOC_CONF"])
+    for name, value in CUDA_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def shutdown() -> None:

@@ -17,17 +17,20 @@ from torch import nn
 from dmoe.config.errors import ConfigError
 from dmoe.config.rules import Batching, batching, expert_parallel
 from dmoe.config.schema import Config, OptimConfig
+from dmoe.distributed.accelerate_env import make_accelerator
 from dmoe.distributed.collective_check import CollectiveChecker
 from dmoe.distributed.data_parallel import (
     DataParallel,
     DDPStrategy,
     FSDPStrategy,
+    broadcast_weights,
     make_grad_scaler,
 )
 from dmoe.distributed.expert_parallel import shard_experts
 from dmoe.distributed.init import ProcessInfo
 from dmoe.distributed.mesh import ParallelMesh, build_mesh
 from dmoe.models.base import Model, ModelOutput
+from dmoe.moe.rng import generator
 from dmoe.moe.routing import TokenContext
 from dmoe.train.modular.attach import (
     attach_modules,
@@ -40,7 +43,6 @@ DATA_PARALLEL: dict[str, Callable[[nn.Module, ParallelMesh, Accelerator], DataPa
     "ddp": DDPStrategy,
     "fsdp": FSDPStrategy,
 }
-ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 @dataclass
@@ -105,11 +107,8 @@ def build_engine(
     )
     task = task_of(config, num_outputs)
     model = _build_model(task, mesh, checker, process, dtype)
-    accelerator = Accelerator(
-        cpu=process.device.type == "cpu",
-        mixed_precision=ACCELERATE_PRECISION[precision],
-        step_scheduler_with_optimizer=False,
-    )
+    broadcast_weights(model, mesh)
+    accelerator = make_accelerator(process, precision)
     if precision == "fp16":
         accelerator.scaler = make_grad_scaler(mesh, process.device)
     data_parallel = DATA_PARALLEL[config.parallel.mode](model, mesh, accelerator)
@@ -132,18 +131,23 @@ def build_engine(
 
 
 def _warm_up(engine: Engine) -> None:
-    """Run one forward and backward on a dummy batch and discard the gradients.
+    """Run one forward and backward on random samples and discard the gradients.
+
+    Random, as on equal samples all tokens of all ranks would go to the same K experts, whose ranks
+    would need up to E / K times the memory of a step.
 
     So every communicator is first used under the timeout of the start. And DDP orders its buckets
     anew after its first backward; a ring all-reduce sums a number in an order that depends on its
     place in the bucket. Without this, the second step after a restart would round differently from
     the same step of the uninterrupted run on three ranks or more (measured: 1e-7 of the loss).
     """
-    input, target, _ = (
-        part.to(engine.process.device)
-        for part in engine.task.dummy_batch(engine.sequences_per_forward)
+    config, process = engine.config, engine.process
+    random = generator(config.train.seed, "warm-up", process.rank)
+    input, target, label_B = (
+        part.to(process.device)
+        for part in engine.task.dummy_batch(engine.sequences_per_forward, random)
     )
-    context = TokenContext(label_T=torch.zeros_like(target).flatten(), noise_key=(0, 0))
+    context = TokenContext(label_T=label_B.repeat_interleave(target.shape[1]), noise_key=(0, 0))
     with engine.data_parallel.grad_sync(last=True):
         output: ModelOutput = engine.wrapped_model(input, target, context)
         assert output.loss_sum is not None
@@ -196,7 +200,7 @@ def resolve_precision(precision: str, device: torch.device, dim: int) -> str:
     if precision != "auto":
         return precision
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if dim < MIN_BF16_DIM_ON_CPU:
         return "fp32"
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

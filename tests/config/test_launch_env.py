@@ -51,5 +51,40 @@ def test_incomplete_launch_env_is_refused(name: str) -> None:
     assert "start it with torchrun" in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "OMPI_COMM_WORLD_SIZE",
+        "PMI_SIZE",
+        "PMIX_SIZE",
+        "MV2_COMM_WORLD_SIZE",
+        "SLURM_STEP_NUM_TASKS",
+    ],
+)
+def test_other_launchers_are_refused(variable: str) -> None:
+    """Two ranks under `mpirun -n 2` said "1 process" each: gradients were twice too large, and one
+    metrics file got both. A step of one task, as in an interactive job, is one process."""
+    with pytest.raises(ConfigError, match="each would train alone"):
+        read_launch_env({variable: "2"})
+    assert read_launch_env({variable: "1"}) is None
+    assert read_launch_env({variable: "2"} | TORCHRUN) is not None, "torchrun inside a Slurm step"
+
+
+@pytest.mark.parametrize("variable", ["GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"])
+def test_a_network_interface_that_does_not_exist_is_refused(variable: str) -> None:
+    """`GLOO_SOCKET_IFNAME=nosuch0` ended in a C++ trace."""
+    for environment in ({variable: "nosuch0"}, TORCHRUN | {variable: "lo,nosuch0"}):
+        with pytest.raises(ConfigError, match="nosuch0: must name a network interface"):
+            read_launch_env(environment)
+    assert read_launch_env({variable: "lo"}) is None
+
+
+def test_a_replica_of_a_pytorchjob_is_the_only_rank_of_its_machine() -> None:
+    """It sets no LOCAL_RANK, which accelerate asserted (`WORLD_SIZE=1 RANK=0`)."""
+    names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+    found = read_launch_env({name: TORCHRUN[name] for name in names})
+    assert found == LaunchEnv(rank=3, world_size=4, local_world_size=1)
+
+
 def test_this_machine_has_memory() -> None:
     assert main_memory() > 1 << 26
