@@ -122,7 +122,7 @@ def upcycle_text(result: UpcycleResult) -> str:
         f"copied to {result.experts} experts each: "
         f"{format_count(result.dense_parameters)} parameters are now "
         f"{format_count(result.parameters)}\n"
-        f"held-out logits differ by at most {result.difference:.1e}\n"
+        f"logits on held-out text differ by at most {result.difference:.1e}\n"
         f"train it with the same CONFIG and train.run_dir={result.path}"
     )
 

@@ -110,7 +110,7 @@ def compare(
         bool, typer.Option("--json", help="Print the table as JSON on stdout, with all digits.")
     ] = False,
 ) -> None:
-    """Compare runs in a table: held-out metric, parameters, FLOPs, tokens, time, drops, balance.
+    """Compare runs in a table: validation metric, parameters, FLOPs, tokens, time, drops, balance.
 
     Below the table are the reasons why runs may not be comparable. Reads metrics.jsonl of each
     run, never a checkpoint. A quantity that was not recorded is a dash; if no run has it, it is

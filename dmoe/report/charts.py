@@ -117,7 +117,7 @@ def _overlaid_curves(chart: CurveChart, runs: Sequence[Run]) -> list[dict[str, A
         if chart.evaluation is not None:
             position = len(chart.train)
             style = {"colour": index if several else position, "dash": position, "markers": True}
-            name = ", ".join([*prefix, "held-out"])
+            name = ", ".join([*prefix, "validation"])
             curves.append(make_curve(name, run.evals, chart.evaluation, **style))
     return [curve for curve in curves if curve is not None]
 

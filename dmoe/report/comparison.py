@@ -14,8 +14,8 @@ from dmoe.report.run import Run, RunSummary, describe_end, is_finished, summariz
 Column = tuple[str, Callable[[RunSummary], float | None], Callable[[float], str]]
 """Title, where `{unit}` is `token` or `sample`; value; its format."""
 COLUMNS: tuple[Column, ...] = (
-    ("held-out\nbits/byte", lambda run: run.bits_per_byte, "{:.4f}".format),
-    ("held-out\naccuracy", lambda run: run.accuracy, "{:.2%}".format),
+    ("validation\nbits/byte", lambda run: run.bits_per_byte, "{:.4f}".format),
+    ("validation\naccuracy", lambda run: run.accuracy, "{:.2%}".format),
     ("params\nin total", lambda run: run.parameters, format_count),
     ("active\nper {unit}", lambda run: run.active_parameters, format_count),
     ("trained", lambda run: run.trainable_parameters, format_count),
@@ -101,7 +101,7 @@ def _remarks(runs: Sequence[Run], summaries: Sequence[RunSummary]) -> Iterator[s
     by_size = _group(names, sizes)
     if len(by_size) > 1 and len(by_data) == 1:
         unit = summaries[0].unit
-        yield f"Evaluated on different numbers of held-out {unit}s: {_list_groups(by_size)}."
+        yield f"Evaluated on different numbers of validation {unit}s: {_list_groups(by_size)}."
     frozen = [
         name
         for name, item in zip(names, summaries, strict=True)

@@ -11,7 +11,7 @@ from dmoe.report.run import Run
 
 STEP_PARTS = ("data", "forward", "backward", "exchange", "optimizer", "other")
 HELD_OUT = (
-    "Points with markers are held-out data, the other line is the training batch of that step."
+    "Points with markers are validation data, the other line is the training batch of that step."
 )
 QUALITY_CHARTS = (
     CurveChart(
@@ -103,14 +103,14 @@ TIME_CHARTS = (
 
 
 def quality_panel(runs: Sequence[Run]) -> Panel:
-    """Build loss, bits per byte or accuracy, and the held-out metric by domain."""
+    """Build loss, bits per byte or accuracy, and the validation metric by domain."""
     absent = "No step of training and no evaluation was recorded."
     panel = curve_panel("quality", "Loss, bits per byte, accuracy", QUALITY_CHARTS, runs, absent)
     tables = []
     for run in runs:
         head, rows = domain_rows(run.evals)
         if len(rows) > 1:
-            caption = "Held out, by domain" + (f", {run.name}" if len(runs) > 1 else "")
+            caption = "Validation, by domain" + (f", {run.name}" if len(runs) > 1 else "")
             tables.append(Table(caption, [name.replace("\n", " ") for name in head], rows))
     return Panel(panel.id, panel.title, panel.sentences, charts=panel.charts, tables=tables)
 

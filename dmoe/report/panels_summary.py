@@ -79,8 +79,8 @@ def _state(run: Run) -> str:
     return describe_end(run) + ("; see Events" if failed else "")
 
 
-def _held_out(run: Run) -> str:
-    """Return the last held-out metric, and the best one if that was earlier."""
+def _validation(run: Run) -> str:
+    """Return the last validation metric, and the best one if that was earlier."""
     name = metric_name(run.evals[-1]) if run.evals else "loss"
     found = [
         (value, line["step"]) for line in run.evals if (value := number(line, name)) is not None
@@ -129,7 +129,7 @@ def _count_events(*events: str) -> Callable[[Run], str]:
 
 KEY_NUMBERS: dict[str, Callable[[Run], str]] = {
     "State": _state,
-    "Held out": _held_out,
+    "Validation": _validation,
     "Training loss": lambda run: format_number(last_number(run.train, "loss")),
     "Tokens": lambda run: format_count(last_number(run.train, "tokens")),
     "Tokens per second": _speed,
@@ -201,8 +201,12 @@ def _event_kind(line: Line) -> str:
 def _event_details(line: Line) -> str:
     """Return the text of the line, then its other plain values."""
     parts = [line["text"]] if isinstance(line.get("text"), str) else []
+    if line["event"] == "restart" and line.get("resumed_from", line["step"]) == 0:
+        parts.append("from the beginning, since there was no checkpoint")
     for name, value in line.items():
-        if name in EVENT_FIELDS or isinstance(value, dict | list):
+        # A fresh run is resumed from nothing, and is no attempt after another one.
+        fresh = name in ("resumed_from", "attempt") and value == 0
+        if name in EVENT_FIELDS or isinstance(value, dict | list) or fresh:
             continue
         amount = finite(value)
         formatted = str(value) if amount is None else format_number(amount)

@@ -75,9 +75,9 @@ def _summary_lines(summary: RunSummary) -> list[str]:
         ep = format_number(summary.ep)
         ranks = f"{format_number(summary.world)}, expert-parallel size {ep}"
     cells = {
-        "held-out bits/byte": format_optional(summary.bits_per_byte, "{:.4f}"),
-        "held-out accuracy": format_optional(summary.accuracy, "{:.2%}"),
-        "held-out loss (nats)": format_optional(summary.loss, "{:.4f}"),
+        "validation bits/byte": format_optional(summary.bits_per_byte, "{:.4f}"),
+        "validation accuracy": format_optional(summary.accuracy, "{:.2%}"),
+        "validation loss (nats)": format_optional(summary.loss, "{:.4f}"),
         "parameters": format_optional(summary.parameters, "{:,.0f}"),
         f"active parameters per {unit}": format_optional(summary.active_parameters, "{:,.0f}"),
         "trainable parameters": format_optional(trained, "{:,.0f}"),
@@ -99,7 +99,7 @@ def _domain_lines(record: Record) -> list[str]:
     head, rows = domain_rows(record.evals)
     if len(rows) < 2:
         return []
-    lines = ["held out, by domain", *text_table(head, rows[:MAX_DOMAINS], WIDTH, 2)]
+    lines = ["validation, by domain", *text_table(head, rows[:MAX_DOMAINS], WIDTH, 2)]
     if len(rows) > MAX_DOMAINS:
         lines.append(f"  and {len(rows) - MAX_DOMAINS} more domains, all in dmoe report")
     return lines
@@ -185,7 +185,7 @@ def _missing_stream_lines(record: Record) -> list[str]:
             change = f"{accuracy - complete:+.2%}"
         rows.append([single_line(stream), format_optional(accuracy, "{:.2%}") or ABSENT, change])
     head = ["missing", "accuracy", "change"]
-    return ["held out, with a stream missing", *text_table(head, rows, WIDTH, 2)]
+    return ["validation, with a stream missing", *text_table(head, rows, WIDTH, 2)]
 
 
 def _load_lines(record: Record) -> list[str]:
@@ -248,7 +248,7 @@ def _variable_k_lines(record: Record) -> list[str]:
     if not rows:
         return []
     head = ["layer", "experts used", "tokens", "mean loss (nats)"]
-    title = "experts per token and loss of the token (held out)"
+    title = "experts per token and loss of the token (validation)"
     lines = [title, *text_table(head, rows, WIDTH, 2)]
     found = latest_by_layer(record.evals, "k_loss_correlation").items()
     known = [f"layer {layer} {value:+.3f}" for layer, value in found if finite(value) is not None]

@@ -74,7 +74,7 @@ class RunSummary:
     """Step of the last line."""
     bits_per_byte: float | None
     accuracy: float | None
-    """On held-out data at the last evaluation, like `loss` and `bits_per_byte`."""
+    """On the held-out data at the last evaluation, like `loss` and `bits_per_byte`."""
     loss: float | None
     held_out: float | None
     """Tokens or samples that were evaluated."""

@@ -68,7 +68,7 @@ class Evaluation:
     def summary(self, unit: str) -> str:
         """Return loss and metrics as text; `unit` is the word for a target."""
         metrics = "".join(f", {format_measure(*item)}" for item in self.metrics.items())
-        return f"held-out loss {self.loss:.3f}{metrics} over {self.targets:,} {unit}s"
+        return f"validation loss {self.loss:.3f}{metrics} over {self.targets:,} {unit}s"
 
 
 # Not inference_mode: FSDP2 keeps the tensors that it gathers into, and training could not write

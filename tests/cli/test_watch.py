@@ -89,7 +89,7 @@ def test_run_is_followed_from_before_its_start_to_its_end(
     writer.write(train_line(2) + metrics_line("alert", 2, title="routing", text="dead experts"))
     assert read_until_line(watcher, "alert: dead experts")[0].startswith("step 2/40  loss 5.000")
     writer.write(metrics_line("eval", 2, loss=5.5, bits_per_byte=7.0, split="held_out"))
-    read_until_line(watcher, "step 2: held-out loss 5.500, 7.000 bits/byte")
+    read_until_line(watcher, "step 2: validation loss 5.500, 7.000 bits/byte")
     writer.write(metrics_line("end", 2))
     assert read_until_line(watcher, "the run has ended after step 2")
     assert watcher.wait(timeout=20) == 0
@@ -152,7 +152,7 @@ def test_once_on_a_real_run(alone: Run, place: Path) -> None:
         "step 6/6",
         "100%",
         "has ended after step 6",
-        "held-out",
+        "validation",
         "forward",
         "max/mean",
         "saved step 6",
@@ -272,8 +272,8 @@ def test_terminal_shows_panel_below_printed_lines(tmp_path: Path) -> None:
         "data: ",
         "model: ",
         "run directory: run",
-        "step 3: held-out loss",
-        "step 6: held-out loss",
+        "step 3: validation loss",
+        "step 6: validation loss",
     ):
         assert sum(line.startswith(words) for line in lines[:panel]) == 1, words
     below = "\n".join(lines[panel:])

@@ -50,7 +50,7 @@ SURVIVES = [
     f"revision: {HEX_40}",
     f"data fingerprint {'0123456789abcdef' * 4}",
     f'{{"sha256": "{"0123456789abcdef" * 4}"}}',
-    "step 3: held-out loss 5.123, 7.4 bits/byte over 1,234 tokens",
+    "step 3: validation loss 5.123, 7.4 bits/byte over 1,234 tokens",
     "moe.top_q=1: there is no such field; did you mean moe.top_k?",
     "key: value, token=on",
     "see the risk-averse-and-disk-bound-1-list-of-tasks",

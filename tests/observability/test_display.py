@@ -327,13 +327,13 @@ def test_classifier_shows_accuracy() -> None:
     state = state_of(values)
     state.on_event("eval", 10, {"loss": 0.25, "accuracy": 0.9512}, 10.0)
     lines = "\n".join(panel(state))
-    assert "held-out 95.12% accuracy at 10" in lines
+    assert "validation 95.12% accuracy at 10" in lines
     assert "byte" not in lines
     assert (
         event_text("eval", 10, {"loss": 0.25, "accuracy": 0.9512})
-        == "step 10: held-out loss 0.250, 95.12% accuracy"
+        == "step 10: validation loss 0.250, 95.12% accuracy"
     )
     assert (
         event_text("eval", 10, {"loss": 0.25, "bits_per_byte": None})
-        == "step 10: held-out loss 0.250, not finite"
+        == "step 10: validation loss 0.250, not finite"
     )

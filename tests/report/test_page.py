@@ -46,7 +46,7 @@ def test_curves_equal_the_metrics(full_run: Path, one: Path) -> None:
         assert curve == pytest.approx(expected, rel=1e-5)
 
     same(page.curve("loss", "training"), {step: item["loss"] for step, item in lines.items()})
-    same(page.curve("loss", "held-out"), {step: item["loss"] for step, item in evals.items()})
+    same(page.curve("loss", "validation"), {step: item["loss"] for step, item in evals.items()})
     same(
         page.curve("bits-per-byte", "training"),
         {step: item["bits_per_byte"] for step, item in lines.items()},
@@ -125,9 +125,9 @@ def test_several_runs_are_overlaid(two: Path) -> None:
     names = page.data["runs"]
     assert names == ["<b onclick=alert(1)>one&amp;", "two"]
     drawn = [curve["name"] for curve in page.view("loss")["curves"]]
-    assert drawn == [f"{name}, {part}" for name in names for part in ("training", "held-out")]
+    assert drawn == [f"{name}, {part}" for name in names for part in ("training", "validation")]
     colours = {curve["name"]: curve["colour"] for curve in page.view("loss")["curves"]}
-    assert colours["two, training"] == colours["two, held-out"] != colours[drawn[0]]
+    assert colours["two, training"] == colours["two, validation"] != colours[drawn[0]]
     assert page.view("load", "1|0")["y"] == list(range(16))
     # The second run has one layer.
     assert "1|1" not in page.data["charts"]["load"]["views"]

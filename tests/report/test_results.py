@@ -86,7 +86,7 @@ def test_results_have_metric_and_cost() -> None:
     text = "\n".join(lines)
     for words in (
         "result after 2 steps",
-        "held-out bits/byte           2.9000",
+        "validation bits/byte         2.9000",
         "trainable parameters         40,000",
         "forward FLOPs per token      800 k",
         "training FLOPs in total      14.7 G at most",  # 3 x 800,000 x 6,144
@@ -257,7 +257,7 @@ def test_several_runs_have_rows_and_remarks(tmp_path: Path) -> None:
         assert words in remarks, remarks
     two = comparison_lines(runs[:2], 400)
     assert (
-        "Evaluated on different numbers of held-out tokens: text (1,536 tokens); other (4 tokens)."
+        "Evaluated on different numbers of validation tokens: text (1,536 tokens); other (4 tokens)."
         in two
     )
     assert [row["finished"] for row in comparison_json(runs)["runs"]] == [True, False, True]
@@ -282,12 +282,12 @@ def test_a_table_fits_its_width(width: int) -> None:
 
 
 def test_a_report_of_a_classification_run(tmp_path: Path) -> None:
-    """Regression: classification runs had no held-out metric and no curve of it."""
+    """Regression: classification runs had no validation metric and no curve of it."""
     page = read_page(write_report([classification_run(tmp_path / "run")], tmp_path / "r.html"))
-    assert page.curve("accuracy", "held-out") == {1: 0.9612, 2: 0.9512}
+    assert page.curve("accuracy", "validation") == {1: 0.9612, 2: 0.9512}
     assert page.curve("accuracy", "training") == {1: 0.5, 2: 0.5}
     assert "bits-per-byte" not in page.data["charts"]
-    assert "Held out 95.1% accuracy (best 96.1% accuracy at step 1)" in page.text
+    assert "Validation 95.1% accuracy (best 96.1% accuracy at step 1)" in page.text
     assert (
         "Model: a classifier of the streams pixels, strokes, concatenated; "
         "2 residual feed-forwards of width 32" in page.text
@@ -305,5 +305,5 @@ def test_a_report_has_the_table_by_domain(tmp_path: Path) -> None:
         ],
     )
     page = read_page(write_report([run], tmp_path / "r.html"))
-    assert "Held out, by domain" in page.text
+    assert "Validation, by domain" in page.text
     assert "fr 2.9000 2.9000 = zh 2.9000 2.9000 +4.4e-16" in page.text

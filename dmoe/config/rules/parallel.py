@@ -182,7 +182,7 @@ def check_size(config: Config) -> None:
     batch, seq_len = config.train.global_batch, config.data.seq_len
     tokens = batch * (1 if config.train.task == "classification" else seq_len)
     if tokens > MAX_TOKENS:
-        allowed = f"times data.seq_len={seq_len} gives {tokens:.0e} tokens a step"
+        allowed = f"times data.seq_len={seq_len} gives {tokens:.0e} tokens per step"
         raise ConfigError("train.global_batch", batch, allowed, TYPO)
 
 

@@ -165,7 +165,7 @@ def _named_values(state: DisplayState, charset: CharSet) -> Iterator[NamedValue]
     if state.evaluations:
         step, found = state.evaluations[-1]
         loss = f"loss {format_value(found.get('loss'), '{:.3f}')}"
-        yield "held-out", f"{', '.join(format_measures(found) or [loss])} at {step:,}", ""
+        yield "validation", f"{', '.join(format_measures(found) or [loss])} at {step:,}", ""
     for name, key, template in FIELDS:
         if key in values:
             style = "red" if finite(values[key]) is None else ""

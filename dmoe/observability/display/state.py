@@ -181,13 +181,15 @@ def event_text(event: str, step: int, values: dict[str, Any]) -> str:
     if event == "start":
         return "the run has started"
     if event == "restart":
+        if not step:
+            return "the run has started again from the beginning"
         return f"the run was resumed after step {step}"
     if event == "rollback":
         return f"rolled back to step {step}"
     if event == "alert":
         return f"{'alert' if 'title' in values else 'note'}: {values.get('text', '')}"
     if event == "eval":
-        loss = f"step {step}: held-out loss {format_value(values.get('loss'), '{:.3f}')}"
+        loss = f"step {step}: validation loss {format_value(values.get('loss'), '{:.3f}')}"
         return ", ".join([loss, *format_measures(values)])
     if event == "end":
         if values.get("failed"):
