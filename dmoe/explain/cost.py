@@ -12,6 +12,7 @@ from torch import nn
 
 from dmoe.config.expert_shapes import count_choices
 from dmoe.config.router_kinds import ROUTERS
+from dmoe.config.schedule import schedule_remarks
 from dmoe.distributed.expert_parallel import expert_parameters
 from dmoe.explain.setting import Section, Setting
 from dmoe.modular import adapter_layers
@@ -138,7 +139,11 @@ def explain_size(setting: Setting) -> Section:
     outputs = "vocabulary" if task.name == "language_modelling" else "classes"
     on_rank, weights = dense + experts, (dense + experts) * WEIGHT_BYTES
     gradients = sum(rank_parameters(setting, trained=True)) * WEIGHT_BYTES
-    total = weights + 3 * gradients
+    casts = _cast_bytes(setting)
+    copies = (
+        f", + {format_bytes(casts)} copies in {setting.precision} for backward" if casts else ""
+    )
+    total = weights + 3 * gradients + casts
     frozen = "" if gradients == weights else " (of trained parameters)"
     recomputed = " and a fourth forward for recomputation" if config.train.recompute else ""
     sentences = [
@@ -148,8 +153,8 @@ def explain_size(setting: Setting) -> Section:
         f"rank ({format_count(dense)} dense + {format_count(experts)} of "
         f"experts{_sharding(setting)}); {outputs} {task.num_outputs:,}.",
         f"Memory per rank: {format_bytes(weights)} weights + {format_bytes(gradients)} gradients + "
-        f"{format_bytes(2 * gradients)} AdamW moments{frozen}, all float32 = "
-        f"{format_bytes(total)}, without activations and buffers.",
+        f"{format_bytes(2 * gradients)} AdamW moments{frozen}, all float32"
+        f"{copies} = {format_bytes(total)}, without activations and buffers.",
         f"Arithmetic: {format_flops(forward, 'FLOP')} per {task.unit} in forward, three times that "
         f"in training; {format_flops(step_flops, 'FLOP')} per step{recomputed}.",
     ]
@@ -164,6 +169,7 @@ def explain_size(setting: Setting) -> Section:
             "weights": weights,
             "gradients": gradients,
             "moments": 2 * gradients,
+            "casts": casts,
             "total": total,
         },
         "flops_per_token_forward": forward,
@@ -173,15 +179,28 @@ def explain_size(setting: Setting) -> Section:
     return Section("size", "Size", sentences, numbers)
 
 
-def rank_parameters(setting: Setting, trained: bool = False) -> tuple[int, int]:
+def _cast_bytes(setting: Setting) -> int:
+    """Return the bytes of the weights' copies in bf16 or fp16 that backward needs.
+
+    They are whole under FSDP2 too. Recomputed blocks make theirs again, one block at a time.
+    """
+    if setting.precision == "fp32" or setting.config.train.recompute:
+        return 0
+    return setting.bytes_per_number * sum(rank_parameters(setting, sharded=False))
+
+
+def rank_parameters(
+    setting: Setting, trained: bool = False, sharded: bool = True
+) -> tuple[int, int]:
     """Return the dense parameters and those of experts and modules on one rank.
 
-    With `trained`, only parameters that are trained. With fsdp, a rank's even share, rounded up.
+    With `trained`, only parameters that are trained. With fsdp, a rank's even share, rounded up;
+    without `sharded`, what it holds of them once they are gathered.
     """
     of_experts = set(map(id, expert_parameters(setting.model).values()))
     counted = [p for p in setting.model.parameters() if p.requires_grad or not trained]
     dense = sum(p.numel() for p in counted if id(p) not in of_experts)
-    if setting.config.parallel.mode == "fsdp":
+    if setting.config.parallel.mode == "fsdp" and sharded:
         experts = sum(p.numel() for p in counted if id(p) in of_experts)
         return -(-dense // setting.world), -(-experts // setting.world)
     moe_layers = [
@@ -227,6 +246,7 @@ def explain_optimization(setting: Setting) -> Section:
         resolved = " (auto)" if config.train.device == "cuda" else " (auto, on this machine)"
     sentences = [
         *optimizer_sentences(config),
+        *(f"{remark}." for remark in schedule_remarks(config.optim, steps)),
         f"Precision: matrix products in {setting.precision}{resolved}; weights, optimizer and "
         "routing in float32.",
         "Gradients: dense and expert gradients are those of one global mean loss; no factor "

@@ -13,7 +13,8 @@ from typing import Any
 
 from dmoe.config.expert_shapes import count_choices, count_zero_cost
 from dmoe.config.router_kinds import ROUTERS
-from dmoe.config.schema import BalanceConfig, CapacityConfig, Config, MoEConfig, OptimConfig
+from dmoe.config.schedule import describe_schedule
+from dmoe.config.schema import BalanceConfig, CapacityConfig, Config, MoEConfig
 from dmoe.report.format import plural
 
 EXCHANGE = {
@@ -277,24 +278,7 @@ def optimizer_sentences(config: Config) -> list[str]:
     if optim.clip is not None:
         clip = f"gradients clipped to a global norm of {optim.clip:g} over all parameters"
     return [
-        _schedule(optim, config.train.steps),
+        describe_schedule(optim, config.train.steps),
         f"Optimizer: AdamW, betas {optim.beta1:g} and {optim.beta2:g}, eps {optim.eps:g}; weight "
         f"decay {optim.weight_decay:g} on matrices, none on norms, routers and embeddings; {clip}.",
     ]
-
-
-def _schedule(optim: OptimConfig, steps: int) -> str:
-    start = f"{optim.lr:g} from the first step"
-    if optim.warmup:
-        start = f"linear warm-up over {plural(optim.warmup, 'step')} to {optim.lr:g}"
-    if optim.warmup >= steps - 1:
-        return f"Learning rate: {start}; training ends before any decay, at step {steps:,}."
-    end = f"{optim.min_lr_ratio * optim.lr:g} at step {steps:,}"
-    decay_steps = plural(round(steps * optim.decay_fraction), "step")
-    shapes = {
-        "cosine": f"then a half cosine to {end}",
-        "linear": f"then linear to {end}",
-        "wsd": f"then constant, and over the last {decay_steps} linear to {end}",
-        "constant": f"then constant to the end, step {steps:,}",
-    }
-    return f"Learning rate: {start}, {shapes[optim.schedule]}."

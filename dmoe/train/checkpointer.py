@@ -21,7 +21,7 @@ from dmoe.observability.logger import RunLogger
 from dmoe.runs.directory import RunDir
 from dmoe.train.engine import Engine
 from dmoe.train.reduction import Requests
-from dmoe.train.restore import check_same_run, describe_changes
+from dmoe.train.restore import check_same_run, describe_changes, describe_learning_rate
 from dmoe.train.step_guard import StepGuard
 from dmoe.train.tasks import DataSplits
 
@@ -76,8 +76,9 @@ class Checkpointer:
             self.engine.batching.micro_batch,
             config.moe,
         )
-        self.notes = [line] if line else []
         step = self._restore(path)
+        rate = describe_learning_rate(extra["config"], config, step)
+        self.notes = [note for note in (line, rate) if note] + self.notes
         if step == 0:
             # Written by `dmoe upcycle`, not by a run: no random numbers were drawn and no batch was
             # formed before it, so nothing is redefined.

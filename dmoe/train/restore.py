@@ -2,14 +2,14 @@
 
 A run is defined by its model, its data and its batches. What only changes speed, logging or
 storage may differ when a run resumes; the learning rate and its schedule may too. Any other change
-is refused by name, unless `checkpoint.accept_changes` lists it. Tensors of other shapes are always
-refused, when they are loaded.
+is refused by name, unless `checkpoint.accept_changes` lists it. A change that gives the model other
+tensors is always refused, and never offered to be accepted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from dmoe.distributed.mesh import ParallelMesh
 from dmoe.distributed.state_dict import model_state
 from dmoe.models.base import Model
 from dmoe.runs.directory import RunDir
-from dmoe.train.engine import resolve_precision
+from dmoe.train.engine import learning_rate, resolve_precision
 from dmoe.train.modular.attach import attach_modules
 from dmoe.train.tasks import Task, task_of
 
@@ -101,7 +101,7 @@ def _find_checkpoint(run: RunDir, step: int | None) -> Path:
     return path
 
 
-FIXED_FIELDS = ("model", "moe", "modular", "train.seed", "train.global_batch")
+FIXED_FIELDS = ("model", "moe", "modular", "train.task", "train.seed", "train.global_batch")
 """Sections and fields that define a run. Its data is compared by fingerprint."""
 
 
@@ -126,36 +126,122 @@ def check_same_run(saved: Mapping[str, Any], saved_data: str, config: Config, da
     Raises:
         CheckpointError: naming the field, both values, and how to go on.
     """
-    accepted = config.checkpoint.accept_changes
     changed = list(_differences(saved, asdict(config)))
-    for name, before, now in changed:
-        if _is_under(name, FIXED_FIELDS) and not _is_under(name, FREE_FIELDS):
-            _refuse(name, now, f"the checkpoint was trained with {before}", accepted)
-    if saved_data == data:
-        return
-    changed = [change for change in changed if _is_under(change[0], ("data",))]
-    changed = [change for change in changed if change[0] != "data.eval_source"]
-    for name, before, now in changed:
-        _refuse(name, now, f"the checkpoint was trained with {before}", accepted)
-    if not changed:
+    before = config
+    for name, value, _ in changed:
+        before = _with_field(before, name, value)
+    refused = [
+        change
+        for change in changed
+        if (_is_under(change[0], FIXED_FIELDS) and not _is_under(change[0], FREE_FIELDS))
+        or (saved_data != data and _is_data(change[0]))
+    ]
+    refused.sort(key=lambda change: _is_data(change[0]))
+    shapes = tensor_shapes(config) if refused else None
+    misfit = bool(refused) and shapes != tensor_shapes(before)
+    for name, value, now in refused:
+        fits = not misfit or shapes == tensor_shapes(_with_field(config, name, value))
+        _refuse(config, name, now, f"the checkpoint was trained with {value}", fits)
+    if saved_data != data and not any(_is_data(name) for name, _, _ in changed):
         reason = "its content is not what the checkpoint was trained on"
-        _refuse("data.source", config.data.source, reason, accepted)
+        _refuse(config, "data.source", config.data.source, reason, True)
 
 
-def _refuse(name: str, now: object, reason: str, accepted: list[str]) -> None:
-    """Raise CheckpointError for a field that differs, unless it is under an accepted name."""
+def _refuse(config: Config, name: str, now: object, reason: str, fits: bool) -> None:
+    """Raise CheckpointError for a field that differs, unless it is accepted and can be.
+
+    Args:
+        config: with the names that are accepted.
+        name: the field.
+        now: its value in `config`.
+        reason: what differs.
+        fits: whether the checkpoint's tensors fit a model with this value.
+    """
     if _is_under(name, ("modular",)):
         # Never acceptable: the tensors of the model and of the optimizer depend on it.
         raise CheckpointError(
             f"{name}={now}: {reason}; use that, or start another train.run_dir from this run, "
             "with modular.core"
         )
+    if not fits:
+        raise CheckpointError(
+            f"{name}={now}: {reason}, whose tensors do not fit; use that, or another train.run_dir"
+        )
+    accepted = config.checkpoint.accept_changes
     if not _is_under(name, accepted):
         names = ",".join([*accepted, name])
         raise CheckpointError(
             f"{name}={now}: {reason}; use that, or another train.run_dir, or accept it with "
             f"checkpoint.accept_changes=[{names}]"
         )
+
+
+def _is_data(name: str) -> bool:
+    return _is_under(name, ("data",)) and name != "data.eval_source"
+
+
+def tensor_shapes(config: Config) -> dict[str, torch.Size] | None:
+    """Return the shape of each parameter and buffer of a config's model, without memory for them.
+
+    None if no model can be built, e.g. because the tokenizer's file is gone.
+    """
+    try:
+        with torch.device("meta"):
+            model = task_of(config).build_model()
+    except Exception:  # whatever values that were not checked together make the parts raise
+        return None
+    return {
+        name: tensor.shape for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+
+
+def _with_field(section: Any, name: str, value: object) -> Any:
+    """Return a copy of a config with another value of the field of this dotted name."""
+    first, _, rest = name.partition(".")
+    return replace(
+        section, **{first: _with_field(getattr(section, first), rest, value) if rest else value}
+    )
+
+
+SCHEDULE_FIELDS = (
+    "train.steps",
+    *(f"optim.{name}" for name in ("lr", "schedule", "warmup", "min_lr_ratio", "decay_fraction")),
+)
+"""Fields on which the learning rate depends. They may differ when a run resumes."""
+
+
+def describe_learning_rate(saved: Mapping[str, Any], config: Config, step: int) -> str | None:
+    """Describe a learning rate that does not go on where it was, or return None.
+
+    A run that is made longer has another schedule, not the end of the old one: after a decay to a
+    twentieth the rate would jump up again.
+
+    Args:
+        saved: the config in the checkpoint.
+        config: the config to resume with.
+        step: optimizer steps done.
+    """
+    names = [name for name, _, _ in _differences(saved, asdict(config)) if name in SCHEDULE_FIELDS]
+    if not names or step >= config.train.steps:
+        return None
+    before = {name: saved.get("optim", {}).get(name) for name in vars(config.optim)}
+    known = {name: value for name, value in before.items() if value is not None}
+    steps = saved["train"]["steps"]
+    old = learning_rate(min(step, steps - 1), steps, replace(config.optim, **known))
+    new = learning_rate(step, config.train.steps, config.optim)
+    if abs(new - old) <= 0.1 * old:
+        return None
+    changes = " and ".join(f"{name}={_value(config, name)}" for name in names)
+    return (
+        f"{changes}: the learning rate of step {step + 1} is {new:.3g}, not {old:.3g} as before; "
+        f"optim.schedule=constant optim.warmup=0 optim.lr={old:.3g} keeps that one"
+    )
+
+
+def _value(section: Any, name: str) -> object:
+    for part in name.split("."):
+        section = getattr(section, part)
+    return section
 
 
 def describe_changes(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dmoe.config.schedule import schedule_remarks
+from dmoe.config.schema import Config
 from dmoe.observability import run_with_timeout
 from dmoe.observability.logger import RunLogger
 from dmoe.train.checkpointer import Checkpointer
@@ -45,7 +47,8 @@ def log_start(
         f"{process.world_size} x {engine.sequences_per_forward} x "
         f"{engine.batching.accumulation} accumulated"
     )
-    for note in filter(None, (session.lock_warning, *checkpointer.notes)):
+    foreseen = expected_surprises(engine.config, data, start_step)
+    for note in filter(None, (session.lock_warning, *checkpointer.notes, *foreseen)):
         logger.note(start_step, note)
     resumed = f"resumed after step {start_step}; " if start_step else ""
     logger.print(f"{resumed}run directory: {session}")
@@ -64,6 +67,31 @@ def log_start(
     }
     event = "restart" if start_step or process.restart_count else "start"
     logger.log_event(event, start_step, values)
+
+
+def expected_surprises(config: Config, data: DataSplits, start_step: int) -> list[str]:
+    """List what this run will do although its config seems to say otherwise.
+
+    Args:
+        config: the whole config.
+        data: its number of training sequences.
+        start_step: optimizer steps done.
+    """
+    train, num_sequences = config.train, data.train.num_sequences
+    if start_step >= train.steps:
+        return [
+            f"train.steps={train.steps}: the run has done all of them, so nothing is trained, and "
+            "it is evaluated again; use more to train on"
+        ]
+    notes = schedule_remarks(config.optim, train.steps)
+    if num_sequences is not None and train.global_batch > num_sequences:
+        unit = "samples" if train.task == "classification" else "sequences"
+        notes.append(
+            f"train.global_batch={train.global_batch}: there are {num_sequences} training {unit}, "
+            f"so a step reads each of them {train.global_batch / num_sequences:.3g} times; use "
+            f"{num_sequences} or fewer, or more text"
+        )
+    return notes
 
 
 def print_summary(logger: RunLogger) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dmoe.config.errors import CheckpointError
-from dmoe.train.restore import check_same_run, describe_changes
+from dmoe.train.engine import learning_rate
+from dmoe.train.restore import check_same_run, describe_changes, describe_learning_rate
 from tests.tiny import tiny
 
 SAVED: dict[str, Any] = json.loads(json.dumps(asdict(tiny())))
@@ -68,11 +71,10 @@ def test_fields_that_may_change(change: str) -> None:
     [
         ("train.global_batch", "8", "16"),
         ("train.seed", "0", "1"),
-        ("moe.num_experts", "8", "4"),
-        ("moe.router.kind", "top_k", "noisy"),
+        ("moe.top_k", "2", "3"),
         ("moe.balance.switch", "0.01", "0.5"),
         ("moe.capacity.factor", "None", "1.0"),
-        ("model.layers", "2", "3"),
+        ("moe.router.scale", "1.0", "2.0"),
     ],
 )
 def test_a_field_that_defines_the_run_is_refused_unless_accepted(
@@ -86,6 +88,60 @@ def test_a_field_that_defines_the_run_is_refused_unless_accepted(
     assert refusal(f"{name}={now}", "checkpoint.accept_changes=[train.stepsize]")
 
 
+@pytest.mark.parametrize(
+    ("name", "before", "now"),
+    [
+        ("model.dim", "32", "64"),
+        ("model.layers", "2", "3"),
+        ("model.qk_norm", "True", "False"),
+        ("model.tie_embeddings", "True", "False"),
+        ("moe.num_experts", "8", "4"),
+        ("moe.experts.kind", "swiglu", "relu"),
+        ("moe.experts.shared", "0", "1"),
+        ("moe.router.kind", "top_k", "hash"),
+        ("moe.router.kind", "top_k", "noisy"),
+    ],
+)
+def test_a_field_that_changes_the_tensors_is_never_offered(
+    name: str, before: str, now: str
+) -> None:
+    """`checkpoint.accept_changes=[model.dim]` was offered, and then loading failed on a tensor."""
+    text = refusal(f"{name}={now}")
+    assert text.startswith(
+        f"{name}={now}: the checkpoint was trained with {before}, whose tensors "
+    )
+    assert text.endswith("do not fit; use that, or another train.run_dir")
+    assert refusal(f"{name}={now}", f"checkpoint.accept_changes=[{name}]") == text
+
+
+def test_beside_a_change_of_tensors_another_one_is_offered_as_before() -> None:
+    """Which field is to blame is found by taking back one at a time."""
+    assert "do not fit" in refusal("model.layers=3", "train.seed=1")
+    text = refusal(
+        "model.layers=3", "train.seed=1", "checkpoint.accept_changes=[model, train.seed]"
+    )
+    assert text.startswith("model.layers=3: ")
+
+
+def test_a_tokenizer_with_another_vocabulary_is_never_offered(tmp_path: Path) -> None:
+    """The embedding has another shape; one with as many tokens may be accepted."""
+    for name, extra in (("same", []), ("more", [b"th", b"he"])):
+        pieces = [*(bytes([255 - byte]) for byte in range(256)), *extra]
+        lines = [f"{base64.b64encode(piece).decode()} {rank}" for rank, piece in enumerate(pieces)]
+        (tmp_path / f"{name}.tiktoken").write_text("\n".join(lines))
+    change = f"data.tokenizer={tmp_path}"
+    assert "do not fit" in refusal(f"{change}/more.tiktoken", data="other")
+    assert "accept it with" in refusal(f"{change}/same.tiktoken", data="other")
+
+
+def test_another_task_is_refused_by_its_name() -> None:
+    """It was refused, and offered, as another data.source."""
+    changes = ("train.task=classification", "data.source=synthetic:clusters")
+    assert refusal(*changes, data="other").startswith(
+        "train.task=classification: the checkpoint was trained with language_modelling, whose"
+    )
+
+
 def test_other_modules_cannot_be_accepted() -> None:
     """Once the refusal offered `accept_changes`, which then failed on missing tensors."""
     for change in ("modular.bank=low_rank", "modular.modules=2"):
@@ -94,16 +150,14 @@ def test_other_modules_cannot_be_accepted() -> None:
 
 
 def test_accepted_names_match_whole_words() -> None:
-    assert refusal("moe.num_experts=4", "checkpoint.accept_changes=[mo]")
+    assert refusal("moe.top_k=4", "checkpoint.accept_changes=[mo]")
     assert refusal("train.seed=3", "checkpoint.accept_changes=[train.see]")
 
 
 def test_the_suggested_fix_keeps_what_was_accepted_before() -> None:
     """Once it named only the next field, so the first one was refused again."""
-    text = refusal(
-        "train.seed=1", "moe.num_experts=4", "checkpoint.accept_changes=[moe.num_experts]"
-    )
-    assert text.endswith("checkpoint.accept_changes=[moe.num_experts,train.seed]")
+    text = refusal("train.seed=1", "moe.top_k=4", "checkpoint.accept_changes=[moe.top_k]")
+    assert text.endswith("checkpoint.accept_changes=[moe.top_k,train.seed]")
 
 
 def test_other_data_is_refused_by_the_fields_that_differ() -> None:
@@ -190,3 +244,47 @@ def test_another_micro_batch_alone_is_described() -> None:
     line = describe_changes(written(2, 2), 2, 2, 4, tiny("moe.capacity.factor=1.0").moe)
     assert line is not None
     assert line.startswith("capacity and the switch loss now go by groups of 4 sequences, not 2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "step", "old", "new"),
+    [
+        (["train.steps=20"], 10, 2e-4, 2.28e-3),
+        (["optim.lr=0.04"], 5, None, None),
+        (["optim.warmup=8", "optim.schedule=linear"], 5, None, None),
+        (["optim.min_lr_ratio=1.0"], 9, None, None),
+        (["optim.schedule=wsd", "optim.decay_fraction=0.5"], 4, None, None),
+    ],
+)
+def test_a_learning_rate_that_jumps_is_described(
+    changes: list[str], step: int, old: float | None, new: float | None
+) -> None:
+    """Prolonging a finished run by `train.steps` multiplied its learning rate by eleven without a
+    word: the longer schedule is still near its middle there. The line shows how to go on as it was,
+    and that command really does."""
+    line = describe_learning_rate(SAVED, tiny(*changes), step)
+    assert line is not None
+    assert set(line.partition(":")[0].split(" and ")) == set(changes)
+    assert f"the learning rate of step {step + 1} is " in line
+    if old is not None and new is not None:
+        assert f"is {new:.3g}, not {old:.3g} as before; " in line
+    command = line.partition("; ")[2].removesuffix(" keeps that one").split()
+    fixed = tiny(*changes, *command)
+    assert describe_learning_rate(SAVED, fixed, step) is None
+    rates = {learning_rate(s, fixed.train.steps, fixed.optim) for s in range(step, step + 3)}
+    assert len(rates) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "step"),
+    [
+        ([], 5),
+        (["train.steps=20"], 1),
+        (["train.steps=10"], 10),
+        (["optim.lr=0.00401"], 5),
+        (["optim.clip=null"], 5),
+    ],
+)
+def test_a_learning_rate_that_goes_on_is_no_note(changes: list[str], step: int) -> None:
+    """Also in the warm-up, which has the same length in a longer run."""
+    assert describe_learning_rate(SAVED, tiny(*changes), step) is None
