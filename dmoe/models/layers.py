@@ -21,7 +21,7 @@ from dmoe.config.schema import ModelConfig, MoEConfig
 from dmoe.moe.experts import FeedForward
 from dmoe.moe.layer import MoE
 from dmoe.moe.metrics import LayerStats
-from dmoe.moe.routing import TokenContext
+from dmoe.moe.routing import TokenContext, without_autocast
 
 
 class RMSNorm(nn.Module):
@@ -37,11 +37,23 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:
-            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+            return fused_rms_norm(x, self.weight, self.eps)
         return _rms_norm(x, self.weight, self.eps)
 
     def initialize(self) -> None:
         nn.init.ones_(self.weight)
+
+
+def fused_rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Compute `RMSNorm` in one kernel, for CUDA.
+
+    The weight stays float32: near 1, bfloat16 has steps of 2^-7. Autocast would do the same for
+    this function and return float32.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with without_autocast(x):
+        out = F.rms_norm(x.to(dtype), weight_D.shape, weight_D.to(dtype), eps)
+    return out.to(x.dtype)
 
 
 class _RMSNorm(Function):
@@ -51,7 +63,7 @@ class _RMSNorm(Function):
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         # Autocast is on in a custom Function too, and would run vecdot in bfloat16.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             mean_square = torch.linalg.vecdot(wide, wide).div_(x.shape[-1])
             rstd = mean_square.add_(eps).rsqrt_().unsqueeze(-1)
         ctx.save_for_backward(x, weight_D, rstd)

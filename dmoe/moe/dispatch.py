@@ -191,7 +191,11 @@ class _Unpermute(Function):
         permutation: Permutation = ctx.permutation
         grad_RD = _rows_of_tokens(grads[0], permutation)
         weight_R = weight_TK.flatten()[permutation.assignment_R].to(grad_RD.dtype)
-        grad_weight_TK = _weight_grads(grads[0], rows_RD, permutation).to(weight_TK.dtype)
+        if rows_RD.is_cuda:
+            grad_weight_TK = _row_dots(grad_RD, rows_RD, permutation)
+        else:
+            grad_weight_TK = _weight_grads(grads[0], rows_RD, permutation)
+        grad_weight_TK = grad_weight_TK.to(weight_TK.dtype)
         return grad_RD.mul_(weight_R.unsqueeze(1)), grad_weight_TK, None
 
 
@@ -215,7 +219,8 @@ def _weight_grads(grad_TD: Tensor, rows_RD: Tensor, permutation: Permutation) ->
     """Compute the dot product of each token's gradient with each of its rows, [T, K].
 
     Calls the kernel behind `embedding_bag`'s own backward: no R x D product is written, and it
-    accumulates in float32 (`vecdot` rounds each product to bf16 first).
+    accumulates in float32 (`vecdot` rounds each product to bf16 first). For the CPU: on CUDA it
+    has no bf16 form before torch 2.13 (pytorch/pytorch#185808).
     """
     tokens, top_k = permutation.row_TK.shape
     if len(rows_RD) == 0:
@@ -227,4 +232,21 @@ def _weight_grads(grad_TD: Tensor, rows_RD: Tensor, permutation: Permutation) ->
         grad_TD.contiguous(), rows_RD, row_N, start_T, token_N, 0
     )
     dot_TK: Tensor = dot_N.view(tokens, top_k)
+    return dot_TK if permutation.keep_TK is None else dot_TK.masked_fill(~permutation.keep_TK, 0.0)
+
+
+MAX_BATCH = 65_535
+"""Largest batch of one `torch.bmm`: cuBLAS has left what follows unset (pytorch/pytorch#25241)."""
+
+
+def _row_dots(grad_RD: Tensor, rows_RD: Tensor, permutation: Permutation) -> Tensor:
+    """Compute `_weight_grads` on CUDA, from the gradients that the backward has gathered already.
+
+    Batched products accumulate in float32 and write one number per row.
+    """
+    if len(rows_RD) == 0:
+        return rows_RD.new_zeros(permutation.row_TK.shape)
+    batches = zip(grad_RD.split(MAX_BATCH), rows_RD.split(MAX_BATCH), strict=True)
+    dot_R = torch.cat([torch.bmm(g.unsqueeze(1), r.unsqueeze(2)) for g, r in batches]).flatten()
+    dot_TK = dot_R[permutation.row_TK]
     return dot_TK if permutation.keep_TK is None else dot_TK.masked_fill(~permutation.keep_TK, 0.0)

@@ -11,6 +11,7 @@ one (group, expert), L MoE layers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -212,3 +213,8 @@ def group_of_token(tokens: int, groups: int, device: torch.device) -> Tensor:
 
 def _mask_or_all(mask_TK: Tensor | None, like_TK: Tensor) -> Tensor:
     return torch.ones_like(like_TK, dtype=torch.bool) if mask_TK is None else mask_TK
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Switch autocast off for the tensor's device; the meta device has none."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)

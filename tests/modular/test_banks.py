@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
 from dmoe.modular import BANKS, Adapter, LoRA, Prompt, SparseDelta
-from dmoe.modular.banks.base import padded_grouped_product
-from dmoe.moe.experts.grouped_mlp import grouped_linear
 from tests.modular.nets import D, M, O, banks, drawn
 from tests.references.modular import bank_reference
 
@@ -139,23 +137,6 @@ def test_magnitude_positions_are_those_of_the_largest_frozen_weights() -> None:
     )
     assert chosen == set(ranked[: len(chosen)])
     assert len(chosen) == 6
-
-
-@pytest.mark.parametrize("tokens_per_module", [torch.tensor([2, 0, 3, 1]), 2])
-@pytest.mark.parametrize(("width", "out"), [(6, 5), (1, 8), (8, 3), (16, 8)])
-def test_the_product_with_padded_widths_is_the_product(
-    width: int, out: int, tokens_per_module: Tensor | int
-) -> None:
-    """The CUDA path of narrow modules, whose rows do not start at multiples of 16 bytes."""
-    results = []
-    for function in (padded_grouped_product, grouped_linear):
-        rows = drawn(8 if isinstance(tokens_per_module, int) else 6, width).requires_grad_()
-        weight = drawn(M, width, out, seed=1).requires_grad_()
-        result = function(rows, weight, tokens_per_module)
-        result.sin().sum().backward()
-        results.append((result, rows.grad, weight.grad))
-    for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize(

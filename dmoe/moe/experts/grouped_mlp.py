@@ -26,6 +26,9 @@ from dmoe.moe.interfaces import TokensPerExpert
 from dmoe.moe.placement import ExpertPlacement, contiguous_placement
 from dmoe.moe.rng import normal_
 
+ROW_ALIGNMENT = 16
+"""Bytes; each row of a matrix in `grouped_mm` starts at a multiple of it."""
+
 
 class MLPExperts(Experts):
     """Uniform experts: expert e computes `activation(x @ w_in[e]) @ w_out[e]`.
@@ -105,7 +108,7 @@ def feed_forward(
 ) -> Tensor:
     """Compute `activation(rows @ w_in[e]) @ w_out[e]`, [R, D] -> [R, M].
 
-    On the CPU expert by expert; elsewhere in three steps over all rows, where one large kernel
+    On the CPU expert by expert; on CUDA in three steps over all rows, where one large kernel
     beats e small ones. Keeps the rows and the hidden rows for backward. Host syncs: none (on the
     CPU, `tokens_per_expert` is in host memory).
 
@@ -116,7 +119,7 @@ def feed_forward(
         w_out: [e, F, M], in the rows' dtype.
         tokens_per_expert: rows of each local expert.
     """
-    if rows_RD.device.type != "cpu":
+    if rows_RD.is_cuda:
         return feed_forward_in_steps(kind, rows_RD, w_in, w_out, tokens_per_expert)
     sizes = (
         [tokens_per_expert] * len(w_in)
@@ -185,15 +188,28 @@ def grouped_linear(
     An expert without rows gets a zero gradient. Equal groups (an int) are one batched GEMM. Unequal
     ones are `torch.nn.functional.grouped_mm` on CUDA, which reads the group ends on the device; on
     the CPU a loop of GEMMs that write into the result, measured at 0.6 times the time of
-    `grouped_mm` there (benchmarks/layer.py), and which also supports float64.
+    `grouped_mm` there (benchmarks/layer.py). In float64, and with more groups than `grouped_mm`
+    takes, CUDA computes the loop too, with one host read.
+
+    `grouped_mm` takes matrices whose rows start at multiples of 16 bytes. Other widths are padded
+    with zeros, which change no number; the cost is a copy of what is padded.
     """
     if isinstance(tokens_per_expert, int):
         experts, width, out = weight_eIO.shape
         return torch.bmm(rows_RI.view(experts, tokens_per_expert, width), weight_eIO).view(
             experts * tokens_per_expert, out
         )
-    result: Tensor = _GroupedLinear.apply(rows_RI, weight_eIO, tokens_per_expert)
-    return result
+    multiple = ROW_ALIGNMENT // rows_RI.element_size() if rows_RI.is_cuda else 1
+    more_in, more_out = (-size % multiple for size in weight_eIO.shape[1:])
+    if not more_in and not more_out:
+        result: Tensor = _GroupedLinear.apply(rows_RI, weight_eIO, tokens_per_expert)
+        return result
+    padded_RO: Tensor = _GroupedLinear.apply(
+        F.pad(rows_RI, (0, more_in)),
+        F.pad(weight_eIO, (0, more_out, 0, more_in)),
+        tokens_per_expert,
+    )
+    return padded_RO[:, : weight_eIO.shape[2]]
 
 
 class _GroupedLinear(Function):
@@ -205,7 +221,7 @@ class _GroupedLinear(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows_RI, weight_eIO, count_e = ctx.saved_tensors
-        grad_RO = grads[0].contiguous()
+        grad_RO = _contiguous(grads[0])
         grad_rows = (
             _rows_times_weight(grad_RO, weight_eIO.transpose(1, 2), count_e)
             if ctx.needs_input_grad[0]
@@ -215,8 +231,24 @@ class _GroupedLinear(Function):
         return grad_rows, grad_weight, None
 
 
+def _contiguous(tensor: Tensor) -> Tensor:
+    """Return the tensor with the strides of a new one.
+
+    Without elements `contiguous()` keeps any strides, such as the (0, 0) of an expanded gradient,
+    which `grouped_mm` refuses.
+    """
+    if tensor.numel():
+        return tensor.contiguous()
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _uses_grouped_mm(rows_RI: Tensor, count_e: Tensor) -> bool:
+    """Return whether `grouped_mm` computes this product: not in float64, at most 1,023 groups."""
+    return rows_RI.is_cuda and rows_RI.dtype != torch.float64 and len(count_e) < 1024
+
+
 def _rows_times_weight(rows_RI: Tensor, weight_eIO: Tensor, count_e: Tensor) -> Tensor:
-    if rows_RI.is_cuda:
+    if _uses_grouped_mm(rows_RI, count_e):
         return grouped_mm(rows_RI, weight_eIO, offs=count_e.cumsum(0).to(torch.int32))
     out_RO = rows_RI.new_empty(len(rows_RI), weight_eIO.shape[2])
     for rows, weight, out in zip(
@@ -228,8 +260,13 @@ def _rows_times_weight(rows_RI: Tensor, weight_eIO: Tensor, count_e: Tensor) -> 
 
 def _weight_grads(rows_RI: Tensor, grad_RO: Tensor, count_e: Tensor) -> Tensor:
     """Compute the weights' gradient, `rows^T @ grad` of each expert, [e, I, O]."""
-    if rows_RI.is_cuda:
-        return grouped_mm(rows_RI.t(), grad_RO, offs=count_e.cumsum(0).to(torch.int32))
+    if _uses_grouped_mm(rows_RI, count_e):
+        grad_eIO = grouped_mm(rows_RI.t(), grad_RO, offs=count_e.cumsum(0).to(torch.int32))
+        if torch.cuda.get_device_capability(rows_RI.device)[0] >= 10:
+            # Blackwell's kernel leaves the gradient of an expert without rows unset
+            # (pytorch/pytorch#172439, cutlass#2674). A product would keep its NaN.
+            grad_eIO.masked_fill_((count_e == 0)[:, None, None], 0.0)
+        return grad_eIO
     out_eIO = rows_RI.new_empty(len(count_e), rows_RI.shape[1], grad_RO.shape[1])
     for rows, grad, out in zip(*_split(count_e, rows_RI, grad_RO), out_eIO, strict=True):
         _weight_grad(rows, grad, out)

@@ -71,7 +71,10 @@ class AdaptiveRouter(LearnedRouter):
 
 def until_top_p(probability_TK: Tensor, top_p: float, k_min: int) -> Tensor:
     """Select experts while those before them are below `top_p` or `k_min`; bool [T, K]."""
-    before_TK = probability_TK.cumsum(1).roll(1, 1)
-    before_TK[:, 0] = 0.0
+    # A product with a strict triangle of ones is the sum of those before. CUDA's `cumsum` of floats
+    # is not deterministic, and torch refuses it under `train.deterministic`. In float64 the order
+    # of the sum does not show in a float32 probability, and autocast leaves it alone.
+    earlier_KK = probability_TK.new_ones(2 * probability_TK.shape[1:], dtype=torch.float64).triu(1)
+    before_TK = (probability_TK.double() @ earlier_KK).to(probability_TK.dtype)
     below_min_K = torch.arange(probability_TK.shape[1], device=probability_TK.device) < k_min
     return (before_TK < top_p) | below_min_K

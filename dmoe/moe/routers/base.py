@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -38,7 +37,7 @@ from torch import Tensor, nn
 
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.rng import keyed_noise, normal_
-from dmoe.moe.routing import ONE_SEQUENCE, BatchShape, Routing, TokenContext
+from dmoe.moe.routing import ONE_SEQUENCE, BatchShape, Routing, TokenContext, without_autocast
 
 
 class RouterModule(nn.Module):
@@ -191,9 +190,8 @@ def per_token_input(
 
 def project(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """Compute x W^T in `router_dtype`, regardless of autocast."""
-    dtype, device = router_dtype(x_TD), x_TD.device.type
-    # meta does not support autocast
-    with nullcontext() if x_TD.is_meta else torch.autocast(device, enabled=False):
+    dtype = router_dtype(x_TD)
+    with without_autocast(x_TD):
         return x_TD.to(dtype) @ weight_ED.to(dtype).t()
 
 
