@@ -21,6 +21,7 @@ FSDP2 gathers weights in their own dtype (float32) and autocast converts them, e
 # No `from __future__ import annotations`: DDP compares the hook's annotations with the types.
 
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any, Protocol, cast
 
 import torch
@@ -35,7 +36,7 @@ from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dmoe.config.errors import ConfigError
-from dmoe.distributed.expert_parallel import expert_parameters, moe_layers
+from dmoe.distributed.expert_parallel import expert_buffers, expert_parameters, moe_layers
 from dmoe.distributed.gradients import ExpertGradients
 from dmoe.distributed.mesh import ParallelMesh
 
@@ -62,27 +63,46 @@ class DataParallel(Protocol):
 
 
 class DDPStrategy:
-    """`DataParallel` by DDP as accelerate wraps it; without a process group the model alone."""
+    """`DataParallel` by DDP; one process has nothing to sum and keeps the model as it is."""
 
     def __init__(self, model: nn.Module, mesh: ParallelMesh, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        exclude_experts_from_ddp(model)
-        # DDP refuses a model without trainable dense parameters. accelerate's "evaluation mode"
-        # skips DDP and keeps autocast.
-        no_dense_grads = not any(p.requires_grad for p in dense_parameters(model))
-        self.wrapped: nn.Module = accelerator.prepare_model(model, evaluation_mode=no_dense_grads)
-        if dist.is_initialized() and not no_dense_grads:
-            sum_dense_gradients(self.wrapped)
+        # accelerate's "evaluation mode" only adds autocast around the forward. It wraps in DDP by
+        # the number of processes on GPUs, and always on CPUs.
+        self.wrapped: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)
+        self.ddp: DistributedDataParallel | None = None
+        # DDP refuses a model without trainable dense parameters.
+        if mesh.world_size > 1 and any(p.requires_grad for p in dense_parameters(model)):
+            exclude_experts_from_ddp(model)
+            # A gradient is a view of its bucket: 4 bytes less for each dense parameter.
+            self.ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            sum_dense_gradients(self.ddp)
+            self.wrapped = self.ddp
         self.expert_gradients = ExpertGradients(model, mesh)
 
     def grad_sync(self, last: bool) -> AbstractContextManager[None]:
         """Context of one forward and backward; gradients are summed in the `last` of a step."""
         self.expert_gradients.enable_sync(last)
-        return nullcontext() if last else self.accelerator.no_sync(self.wrapped)
+        return nullcontext() if last or self.ddp is None else self.ddp.no_sync()
 
     def wait_for_grads(self) -> None:
         """Wait for the expert sums; DDP's own end with the backward."""
         self.expert_gradients.wait_for_grads()
+
+
+def broadcast_weights(model: nn.Module, mesh: ParallelMesh) -> None:
+    """Copy parameters and buffers from the first of the ranks that hold them to the others.
+
+    Every rank draws its weights on its own CPU. Hosts with other vector units may draw other last
+    bits, and then replicas train apart: DDP only broadcasts what it sums, which is neither the
+    experts nor anything frozen. Collective over all ranks: one broadcast per tensor.
+    """
+    if mesh.world_size == 1:
+        return
+    of_experts = {*expert_parameters(model), *expert_buffers(model)}
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        group = mesh.edp_group if name in of_experts else dist.group.WORLD
+        if group is not None:
+            dist.broadcast(tensor.detach(), group=group, group_src=0)
 
 
 def exclude_experts_from_ddp(model: nn.Module) -> None:
@@ -105,14 +125,13 @@ def dense_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if name not in experts]
 
 
-def sum_dense_gradients(ddp: nn.Module) -> None:
+def sum_dense_gradients(ddp: DistributedDataParallel) -> None:
     """Make DDP sum gradients over the ranks instead of averaging; assert that no expert is inside.
 
     The loss is already divided by the global number of targets, so the sum over ranks *is* the
     gradient. A division during communication is avoided: gloo has no AVG, and bf16 PREMUL_SUM on
     NCCL has lost gradients.
     """
-    assert isinstance(ddp, DistributedDataParallel), f"expected DDP, got {type(ddp).__name__}"
     experts = {id(parameter) for parameter in expert_parameters(ddp.module).values()}
     reduced = {
         id(p) for name, p in ddp.module.named_parameters() if name not in ddp.parameters_to_ignore

@@ -49,12 +49,13 @@ class Classification:
     def samples(self, dataset: SampleDataset, first: int, count: int) -> Samples:
         return _samples(*dataset.samples(first, count))
 
-    def dummy_batch(self, count: int) -> Samples:
-        return Samples(
-            torch.zeros(count, sum(self.widths.values())),
-            torch.zeros(count, 1, dtype=torch.int64),
-            torch.zeros(count, dtype=torch.int64),
-        )
+    def dummy_batch(self, count: int, random: torch.Generator | None = None) -> Samples:
+        x_BW = torch.zeros(count, sum(self.widths.values()))
+        class_B = torch.zeros(count, dtype=torch.int64)
+        if random is not None:
+            x_BW.normal_(generator=random)
+            class_B.random_(self.num_outputs, generator=random)
+        return Samples(x_BW, class_B.unsqueeze(1), class_B)
 
     def mask_stream(self, input: Tensor, stream: str) -> Tensor:
         """Return the samples with NaN in the columns of one stream."""

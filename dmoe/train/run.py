@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 
 import torch
@@ -44,6 +45,8 @@ def train(config: Config, config_text: str, quiet: bool = False) -> None:
     """
     check(config, launched_world_size())
     check_base_models(config, launched_world_size())
+    if config.train.deterministic:
+        use_deterministic_kernels()
     exit_code = 0
     try:
         _train(config, config_text, quiet)
@@ -52,6 +55,15 @@ def train(config: Config, config_text: str, quiet: bool = False) -> None:
     shutdown()
     if exit_code:
         raise SystemExit(exit_code)
+
+
+def use_deterministic_kernels() -> None:
+    """Let torch take deterministic kernels, and raise where it has none. Before CUDA starts.
+
+    Without it, the backward of attention on a GPU sums by atomic additions, in any order.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
+    torch.use_deterministic_algorithms(True)
 
 
 def _train(config: Config, config_text: str, quiet: bool) -> None:

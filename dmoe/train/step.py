@@ -155,11 +155,12 @@ def update(
     if apply and max_norm is not None:
         factor = clip_grads_(engine.model, norm, max_norm)
     scaler = engine.accelerator.scaler
-    if apply or (scaler is not None and not finite):
-        # A scaler must see an overflow to lower its scale; it does not update the parameters then.
+    if apply:
         engine.optimizer.step()
     elif scaler is not None:
-        # It has unscaled the gradients of a step that is skipped, and refuses to do so again.
+        # It has unscaled the gradients of a step that is skipped, and refuses to do so again; and it
+        # lowers its scale if one of them overflowed. Its own `step` would take this step where only
+        # the norm did: the squares of finite gradients are infinite above 1.8e19.
         scaler.update()
     if apply:
         _update_router_biases(engine, totals)

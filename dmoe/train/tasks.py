@@ -169,7 +169,7 @@ class LanguageModelling:
         label_B = torch.zeros(count, dtype=torch.int64)
         if random is not None:
             token_BS.random_(self.num_outputs, generator=random)
-            label_B.random_(num_labels(self.config), generator=random)
+            label_B.random_(count_routing_labels(self.config), generator=random)
         return Samples(token_BS, token_BS.clone(), label_B)
 
     def mask_stream(self, input: Tensor, stream: str) -> Tensor:
@@ -199,7 +199,7 @@ class LanguageModelling:
         return tokenizer.decode([*prompt, *ids])
 
 
-def num_labels(config: Config) -> int:
+def count_routing_labels(config: Config) -> int:
     """Count the labels that send samples to different experts; 1 if routing ignores labels."""
     if config.moe.router.kind != "fixed" or config.modular.bank != "none":
         return 1

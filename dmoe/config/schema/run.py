@@ -101,6 +101,9 @@ class TrainConfig:
     run_dir: Optional[str] = None
     """Directory of the run. Default: a new directory under runs/. A run in a directory with a
     checkpoint is resumed."""
+    deterministic: bool = False
+    """Use only deterministic kernels on GPUs, which are slower: then a run there can be repeated,
+    and resumed, bit for bit. On a CPU it always can."""
     recompute: bool = False
     """Activation checkpointing: recompute each block in the backward pass."""
     log_every: Annotated[int, at_least(1)] = 10
