@@ -18,6 +18,7 @@ from dmoe import __version__
 from dmoe.cli import checkpoint, explain, generate, modules, runs, train, verify
 from dmoe.cli.common import OutputError, guard_output
 from dmoe.config.errors import DmoeError
+from dmoe.config.rules.memory import describe_out_of_memory, is_out_of_memory
 from dmoe.config.secrets import redact
 
 EXIT_CODES = (
@@ -102,6 +103,9 @@ def dispatch_command() -> int:
             raise
         return ended.code or 0
     except Exception as error:
+        if is_out_of_memory(error):
+            fix = "lower train.global_batch, data.seq_len or model.dim, or use a larger machine"
+            return print_error(f"{describe_out_of_memory(error)}; {fix}", 1, every_rank=True)
         # click's usage errors have this method; typer includes its own copy of click
         if not hasattr(error, "format_message"):
             raise

@@ -41,6 +41,12 @@ class ConfigError(DmoeError, ValueError):
         return ConfigError(field, self.value, allowed, fix)
 
 
+class OutOfMemoryError(ConfigError):
+    """Memory that ran out; the field is the one to lower. Often on some ranks only."""
+
+    every_rank = True
+
+
 class CheckpointError(DmoeError):
     """A checkpoint that is missing, damaged or does not belong to this run."""
 

@@ -67,7 +67,13 @@ def launch(num_ranks: int, arguments: list[str], port: int | None = None) -> int
     try:
         run(options)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        rank, failure = error.get_first_failure()
+        if failure.exitcode == -signal.SIGKILL:
+            # It could say nothing itself.
+            cause = (
+                "the kernel does so when main memory runs out (see dmesg): lower train.micro_batch"
+            )
+            print(f"dmoe: rank {rank} was killed (SIGKILL); {cause}", file=sys.stderr)
         return int(failure.exitcode) if failure.exitcode > 0 else 128 - int(failure.exitcode)
     # The signal was forwarded: the ranks have saved their step and ended.
     except SignalException as stop:

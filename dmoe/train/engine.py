@@ -16,6 +16,7 @@ from torch import nn
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.rules import Batching, batching, expert_parallel
+from dmoe.config.rules.memory import explain_out_of_memory
 from dmoe.config.schema import Config, OptimConfig
 from dmoe.distributed.accelerate_env import make_accelerator
 from dmoe.distributed.collective_check import CollectiveChecker
@@ -126,7 +127,8 @@ def build_engine(
         optimizer,
         checker,
     )
-    _warm_up(engine)
+    with explain_out_of_memory(config, process.world_size, "batch"):
+        _warm_up(engine)
     return engine
 
 

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch
 
 from dmoe.config.rules import check
+from dmoe.config.rules.memory import explain_out_of_memory
 from dmoe.config.schema import Config
 from dmoe.distributed.init import init_distributed, launched_world_size, shutdown
 from dmoe.distributed.rank_failure import LivenessResponder
@@ -69,7 +70,8 @@ def use_deterministic_kernels() -> None:
 def _train(config: Config, config_text: str, quiet: bool) -> None:
     """Train one run, after the run of its base model if that has to be trained first."""
     task = task_of(config)
-    data = task.open_data()
+    with explain_out_of_memory(config, launched_world_size(), "data"):
+        data = task.open_data()
     check_domains(config, data.domains)
     process = init_distributed(
         config.train.device, config.parallel.backend, config.parallel.start_timeout
@@ -86,9 +88,11 @@ def _train(config: Config, config_text: str, quiet: bool) -> None:
             train_base_model(
                 config, session.directory.path, lambda base, text: _train(base, text, quiet)
             )
-        engine = build_engine(config, process, task.num_outputs)
+        with explain_out_of_memory(config, process.world_size, "model"):
+            engine = build_engine(config, process, task.num_outputs)
         session = open_session(config.train, process) if session is None else session
-        with LivenessResponder() if process.world_size > 1 else nullcontext():
+        liveness = LivenessResponder() if process.world_size > 1 else nullcontext()
+        with liveness, explain_out_of_memory(config, process.world_size, "batch"):
             Trainer(engine, data, session, config_text, quiet).run()
     finally:
         if session is not None:

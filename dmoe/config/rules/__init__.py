@@ -8,6 +8,7 @@ and memory.
 from __future__ import annotations
 
 from dmoe.config.fields import check_accept_changes
+from dmoe.config.rules.memory import check_memory
 from dmoe.config.rules.model import check_model, check_task, head_dim, moe_blocks, moe_widths
 from dmoe.config.rules.modular import check_modular, check_modules_used
 from dmoe.config.rules.moe import (
@@ -21,7 +22,6 @@ from dmoe.config.rules.parallel import (
     Batching,
     batching,
     can_share,
-    check_memory,
     check_profile,
     check_size,
     check_world,

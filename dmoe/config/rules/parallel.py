@@ -21,8 +21,6 @@ MAX_WORLD = 1 << 20
 MAX_PARAMETERS = 10**15
 MAX_TOKENS = 10**12
 """Tokens per step."""
-BYTES_PER_PARAMETER = 16
-"""In training: weight, gradient and AdamW's two moments, in float32 each."""
 TYPO = "is there a digit too many?"
 
 
@@ -174,7 +172,7 @@ def check_size(config: Config) -> None:
     Raises:
         ConfigError: the number that is too large.
     """
-    size = _size(config)
+    size = model_size(config)
     total = size.dense + size.experts
     if total > MAX_PARAMETERS:
         allowed = f"gives {total:.0e} parameters, more than any cluster can hold"
@@ -186,32 +184,8 @@ def check_size(config: Config) -> None:
         raise ConfigError("train.global_batch", batch, allowed, TYPO)
 
 
-def check_memory(config: Config, world: int, local_world_size: int, memory: int) -> None:
-    """Refuse a model whose training state does not fit into the main memory of this machine.
-
-    Args:
-        config: the whole config.
-        world: number of ranks.
-        local: ranks on this machine.
-        memory: bytes of this machine.
-
-    Raises:
-        ConfigError: it does not fit.
-    """
-    size, fsdp = _size(config), config.parallel.mode == "fsdp"
-    dense = size.dense // (world if fsdp else 1)
-    experts = size.experts // (world if fsdp else expert_parallel(config, world))
-    needed = BYTES_PER_PARAMETER * local_world_size * (dense + experts)
-    if needed > memory:
-        allowed = (
-            f"gives {size.dense + size.experts:,} parameters, whose training takes at least "
-            f"{needed / 2**30:,.0f} GiB on this machine of {memory / 2**30:,.0f} GiB"
-        )
-        fix = "make the model smaller, or train it on more machines"
-        raise ConfigError(*size.largest(config), allowed, fix)
-
-
-def _size(config: Config) -> Size:
+def model_size(config: Config) -> Size:
+    """Count the parameters, without what this module leaves out."""
     model, moe = config.model, config.moe
     num_moe = len(moe_blocks(config))
     matrices = 3 if moe.experts.kind in GATED else 2
