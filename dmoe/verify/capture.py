@@ -1,14 +1,16 @@
 """Captures: everything that two training steps produce, as one flat dictionary of arrays.
 
-Keys of the first step, with accumulation step a and MoE layer l:
+Keys, with step s, accumulation step a, MoE layer l and adapter layer p:
 
     initial/NAME                                    weights before the first step
-    slots/a/l, kept/a/l                             of this rank's tokens only
-    counts, modules/p, loss, aux/NAME, norm, clip   of the global batch; p is an adapter layer
-    gradient/NAME                                   full gradients
+    input/s/a, target/s/a, label/s/a                of this rank's samples only
+    x/s/a/l ... slots/s/a/l                         of this rank's tokens; see `decisions.py`
+    counts/s/l, counts/s/modules/p                  choices and survivors of the global batch [2, E]
+    loss/s, aux/s/l/NAME, norm/s, clip/s            of the global batch
+    gradient/s/NAME                                 full gradients
+    learning_rate/s, bias/s/NAME, weights/s/NAME    of the update; biases and weights after it
 
-After both steps: bias/l and final/NAME. On demand, for step s: score/s/a/l and the other keys of
-`decisions.py`.
+After both steps: final/NAME. `naive/step.py` makes the same keys for the reference.
 """
 
 from __future__ import annotations
@@ -23,61 +25,84 @@ from torch import Tensor
 
 from dmoe.distributed.expert_parallel import expert_buffers, expert_locations, expert_parameters
 from dmoe.distributed.full_tensors import broadcast_expert, gather_full
-from dmoe.train.engine import Engine
-from dmoe.train.engine import learning_rate
-from dmoe.train.step import Batch, compute_gradients, forward, training_batches, update
-from dmoe.verify.decisions import computed_experts, decision_inputs, record_routing
-from dmoe.verify.naive.adapters import num_labels
+from dmoe.train.engine import Engine, learning_rate
+from dmoe.train.reduction import ReducedStep
+from dmoe.train.step import Batch, compute_gradients, training_batches, update
+from dmoe.verify.cases import NUM_STEPS
+from dmoe.verify.decisions import Capture, record_layers
+from dmoe.verify.naive import step as naive_step
+from dmoe.verify.naive.adapters import MAX_LABELS, num_labels
 
-Capture = dict[str, NDArray[np.generic]]
-NUM_STEPS = 2
-MAX_LABELS = 3
+
+def capture_reference(engine: Engine, *, decisions: bool = False) -> Capture:
+    """Return what two steps of the naive layers and the written-out step produced."""
+    found = naive_step.train(engine, decisions=decisions)
+    return found | {f"final/{name}": array for name, array in state_arrays(engine).items()}
 
 
 def capture(engine: Engine, *, decisions: bool = False) -> Capture:
     """Train two steps and return what they produced. Collective.
 
-    Gradients, losses and routing are those of the first step. `decisions`: include the inputs of
-    every routing decision of both steps.
+    `decisions`: include the inputs of every routing decision.
     """
     found: Capture = {f"initial/{name}": array for name, array in _weights(engine).items()}
     data = engine.task.open_data()
     labels = num_labels(engine.config, MAX_LABELS)
+    optim, steps = engine.config.optim, engine.config.train.steps
     for step in range(NUM_STEPS):
         batches = [
             _with_labels(batch, labels) for batch in training_batches(data.train, engine, step)
         ]
-        if step == 0 or decisions:
-            found |= _routing(engine, batches, step, decisions)
-        totals = compute_gradients(engine, batches)
-        if step == 0:
-            found |= {f"gradient/{name}": array for name, array in _gradients(engine).items()}
-        result = update(
-            engine, totals, learning_rate(step, engine.config.train.steps, engine.config.optim)
-        )
-        if step == 0:
-            found |= {
-                "loss": np.array(totals.loss_sum),
-                "norm": np.array(result.grad_norm),
-                "clip": np.array(result.clip_factor),
-            }
-            found["counts"] = np.array(
-                [[layer.choice_counts, layer.kept_counts] for layer in totals.layers]
-            )
-            for index, layer_totals in enumerate(totals.modules):
-                counts = [layer_totals.choice_counts, layer_totals.kept_counts]
-                found[f"modules/{index}"] = np.array(counts)
-                found |= {
-                    f"aux/modules/{index}/{name}": np.array(value)
-                    for name, value in layer_totals.aux.items()
-                }
-            for name in totals.layers[0].aux if totals.layers else ():
-                found[f"aux/{name}"] = np.array([layer.aux[name] for layer in totals.layers])
-    for layer in engine.model.moe_layers():
-        bias = dict(layer.router.named_buffers()).get("bias_E")
-        if bias is not None:
-            found[f"bias/{layer.layer}"] = bias.detach().numpy().copy()
+        for a, batch in enumerate(batches):
+            samples = {"input": batch.input, "target": batch.target, "label": batch.label_B}
+            found |= {f"{name}/{step}/{a}": _array(value) for name, value in samples.items()}
+        with record_layers(engine.model, found, step, decisions=decisions):
+            totals = compute_gradients(engine, batches)
+        found |= {f"gradient/{step}/{name}": array for name, array in _gradients(engine).items()}
+        rate = learning_rate(step, steps, optim)
+        result = update(engine, totals, rate)
+        numbers = {
+            "loss": totals.loss_sum,
+            "norm": result.grad_norm,
+            "clip": result.clip_factor,
+            "learning_rate": engine.optimizer.param_groups[0]["lr"],
+        }
+        found |= {f"{name}/{step}": np.array(float(value)) for name, value in numbers.items()}
+        found |= _totals(totals, step)
+        found |= {
+            f"bias/{step}/{name}": _array(value)
+            for name, value in engine.model.named_buffers()
+            if name.endswith("bias_E")
+        }
+        found |= {f"weights/{step}/{name}": array for name, array in _weights(engine).items()}
     return found | {f"final/{name}": array for name, array in state_arrays(engine).items()}
+
+
+def low_precision_state(engine: Engine) -> list[str]:
+    """Train one step; return the parameters, moments and biases that are not float32 after it."""
+    batches = training_batches(engine.task.open_data().train, engine, 0)
+    labels = num_labels(engine.config, MAX_LABELS)
+    totals = compute_gradients(engine, [_with_labels(batch, labels) for batch in batches])
+    update(engine, totals, engine.config.optim.lr)
+    state: dict[str, Tensor] = dict(engine.model.named_parameters())
+    state |= {n: b for n, b in engine.model.named_buffers() if n.endswith("bias_E")}
+    for name, parameter in engine.model.named_parameters():
+        moments = engine.optimizer.state.get(parameter, {})
+        state |= {f"{m} of {name}": value for m, value in moments.items()}
+    return [name for name, value in state.items() if value.dtype != torch.float32]
+
+
+def _totals(totals: ReducedStep, step: int) -> Capture:
+    """Return counts and auxiliary losses of every layer."""
+    found: Capture = {}
+    for kind, layers in (("", totals.layers), ("modules/", totals.modules)):
+        for n, layer in enumerate(layers):
+            counts = [layer.choice_counts, layer.kept_counts]
+            found[f"counts/{step}/{kind}{n}"] = np.array(counts, np.float64)
+            found |= {
+                f"aux/{step}/{kind}{n}/{name}": np.array(value) for name, value in layer.aux.items()
+            }
+    return found
 
 
 def _with_labels(batch: Batch, count: int) -> Batch:
@@ -143,27 +168,6 @@ def _gathered(values: Mapping[str, Tensor], engine: Engine) -> dict[str, Tensor]
     return gather_full(
         values, set(expert_parameters(engine.model)), engine.mesh, expert_locations(engine.model)
     )
-
-
-def _routing(engine: Engine, batches: list[Batch], step: int, decisions: bool) -> Capture:
-    """Capture the routing of one step by a forward without gradients in training mode.
-
-    Nothing is recomputed, so every layer routes exactly once.
-    """
-    found: Capture = {}
-    layers = engine.model.moe_layers()
-    for index, batch in enumerate(batches):
-        with torch.no_grad(), record_routing(layers) as (outputs, routings):
-            forward(engine, batch, None)
-        for n, output in enumerate(outputs):
-            if step == 0:
-                found[f"kept/{index}/{n}"] = computed_experts(output.plan)
-                found[f"slots/{index}/{n}"] = np.array(output.stats.slots)
-            if decisions:
-                routing = routings[n] if routings else None
-                inputs = decision_inputs(layers[n], output, routing, len(batch.input))
-                found |= {f"{key}/{step}/{index}/{n}": array for key, array in inputs.items()}
-    return found
 
 
 def _array(value: Tensor) -> NDArray[np.generic]:

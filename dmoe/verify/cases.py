@@ -30,6 +30,8 @@ Mode = Literal["ddp", "fsdp"]
 DIM, HEADS, EXPERT_DIM, SEQ_LEN = 32, 4, 24, 16
 MAX_EXPERTS, MAX_ZERO_COST = 16, 2
 MODULE_WIDTHS = {"rank": 4, "hidden": 6, "length": 3}
+NUM_STEPS = 2
+"""More than one, so that something kept from a step that should not be shows in the next."""
 ACCUMULATION_STEPS = 3
 """More than two, so that the sum of the earlier steps is not the latest of them."""
 MICRO_BATCH = 2
@@ -46,13 +48,16 @@ class Case:
     exchange: Exchange
     mode: Mode
     recompute: bool = False
+    tied: bool = False
+    """Every second router row is zero, so that scores are equal to the last bit."""
     naive: bool = False
 
     def __str__(self) -> str:
         if self.naive:
-            return "1 process, naive layer"
+            return f"1 process, naive layer{' with tied scores' if self.tied else ''}"
         ranks = "1 process" if self.world == 1 else f"{self.world} ranks EP={self.ep}"
-        return f"{ranks} {self.exchange} {self.mode}{' recompute' if self.recompute else ''}"
+        special = " recompute" if self.recompute else " tied scores" if self.tied else ""
+        return f"{ranks} {self.exchange} {self.mode}{special}"
 
     def config(self, base: Config) -> Config:
         """Return `base` with this case's settings."""
@@ -102,6 +107,8 @@ def plan_cases(config: Config, worlds: list[int], groups: int) -> CasePlan:
     if largest:
         # recomputed activations must not be counted twice
         cases.append(replace(largest[0], ep=max(case.ep for case in largest), recompute=True))
+        if ROUTERS[config.moe.router.kind].learned and moe_widths(config):
+            cases.append(replace(largest[-1], tied=True))
     return CasePlan(cases, refused)
 
 

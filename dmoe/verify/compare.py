@@ -1,124 +1,159 @@
 """Compare two captures: the differing quantities, by how much, and where.
 
-The difference of floating-point arrays is relative: |a - b| / |b| over a full tensor, or over one
-expert's slice of it.
-
 Letters: T tokens, E experts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dmoe.verify.capture import Capture
-
-Array = NDArray[np.generic]
-
-TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
-"""Allowed relative difference of quantities that are not exact, by the dtype of the arithmetic."""
-FLOAT32_AFTER_ADAM = 1e-4
-"""Allowed relative difference of float32 parameters after two steps.
-
-Adam's first step is g / (|g| + eps): if a gradient is near eps = 1e-8, float32's rounding of g
-becomes a large part of the learning rate. Measured on correct code: up to 6e-5 of the norm of the
-parameters, with every gradient equal to 1e-6."""
-
-QUANTITIES = (
-    "initial weights",
-    "capacity slots",
-    "dropped set",
-    "counts",
-    "loss",
-    "auxiliary losses",
-    "router gradient",
-    "expert gradients",
-    "dense gradients",
-    "global norm",
-    "clip coefficient",
-    "bias",
-    "parameters after two steps",
-    "checkpoint written here, read by 1",
-    "checkpoint written by 1, read here",
-    "every rank finishes",
+from dmoe.verify.cases import NUM_STEPS
+from dmoe.verify.decisions import Capture
+from dmoe.verify.differences import (
+    BACKWARD,
+    EXACT,
+    FORWARD,
+    TOLERANCE,
+    Array,
+    Difference,
+    choices_difference,
+    difference_of,
+    exact_difference,
+    multiple_of,
 )
-"""Compared quantities in order of cause and effect: examine the first that differs."""
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Difference of one quantity between a case and the reference."""
-
-    quantity: str
-    where: str
-    size: float
-    """Relative; for exact quantities the number of entries that differ."""
-    exact: bool = False
-    ratio: float | None = None
-    """Factor between the two, if one factor explains all of the difference."""
-    finding: str = ""
-    """Further observation, a phrase that causes.py reads."""
-
-
-def tolerance(quantity: str, dtype: str) -> float:
-    """Return the largest relative difference that counts as equal."""
-    after_adam = quantity == "parameters after two steps" and dtype == "float32"
-    return FLOAT32_AFTER_ADAM if after_adam else TOLERANCE[dtype]
-
-
-def compare(actual: Capture, expected: Capture, rank: int, world: int) -> list[Difference]:
-    """Return the largest difference of every quantity, zero included.
+def compare(
+    actual: Capture, expected: Capture, rank: int, world: int, layers: Sequence[str]
+) -> list[Difference]:
+    """Return the largest difference of every quantity, step and layer, zero included.
 
     Args:
         actual: capture of one rank.
         expected: capture of the reference.
         rank: the rank that made `actual`.
         world: number of ranks.
+        layers: names of the MoE layers in the model.
     """
-    found = [_worst("initial weights", _pairs("initial/", actual, expected))]
-    found.append(_slots(actual, expected, world))
-    found.append(_dropped(actual, expected, rank, world))
-    found.append(_exact("counts", "MoE layer, expert", actual["counts"], expected["counts"]))
-    found.extend(
-        _exact("counts", f"adapter layer {n}", a, b)
-        for n, a, b in _pairs("modules/", actual, expected)
-    )
-    found.append(_worst("loss", [("", actual["loss"], expected["loss"])]))
-    found.append(_worst("auxiliary losses", _pairs("aux/", actual, expected)))
-    gradients = _pairs("gradient/", actual, expected)
-    found.append(_worst("router gradient", [p for p in gradients if ".router." in p[0]]))
-    found.append(
-        _worst(
-            "expert gradients",
-            [pair for p in gradients if ".experts." in p[0] for pair in _by_expert(*p)],
-        )
-    )
-    found.append(
-        _worst(
-            "dense gradients",
-            [p for p in gradients if ".router." not in p[0] and ".experts." not in p[0]],
-        )
-    )
-    found.append(_worst("global norm", [("", actual["norm"], expected["norm"])]))
-    found.append(_worst("clip coefficient", [("", actual["clip"], expected["clip"])]))
-    found.extend(
-        _exact("bias", f"MoE layer {n}", a, b) for n, a, b in _pairs("bias/", actual, expected)
-    )
-    found.append(_worst("parameters after two steps", _pairs("final/model.", actual, expected)))
-    return found
+    largest: dict[tuple[str, int, int], Difference] = {}
+    for difference in _all_differences(actual, expected, rank, world, layers):
+        key = (difference.quantity, difference.step, difference.layer)
+        if key not in largest or difference.size > largest[key].size:
+            largest[key] = difference
+    return list(largest.values())
 
 
-def compare_exactly(quantity: str, actual: Capture, expected: Capture) -> Difference:
-    """Compare weights and moments after saving and loading, bit by bit."""
-    missing = sorted(actual.keys() ^ expected.keys())
-    if missing:
-        return Difference(quantity, missing[0], float(len(missing)), exact=True, finding="missing")
-    return max(
-        (_exact(quantity, name, actual[name], expected[name]) for name in expected),
-        key=lambda d: d.size,
-    )
+def _all_differences(
+    actual: Capture, expected: Capture, rank: int, world: int, layers: Sequence[str]
+) -> Iterator[Difference]:
+    for name, a, b in _pairs("initial/", actual, expected):
+        yield difference_of("initial weights", name, a, b)
+    yield equal_draws(actual)
+    for step in range(NUM_STEPS):
+        for part in ("input", "target", "label"):
+            for micro_step, a, b in _pairs(f"{part}/{step}/", actual, expected):
+                place = f"{part} of step {step}, accumulation step {micro_step}"
+                found = exact_difference("samples", place, a, _rows_of_rank(b, rank, world))
+                yield replace(found, step=step)
+        yield from _records(actual, expected, rank, world, step)
+        yield from _sums(actual, expected, step)
+        yield from _gradients(actual, expected, layers, step)
+        yield from _updates(actual, expected, step)
+    for moment in ("exp_avg.", "exp_avg_sq."):
+        for name, a, b in _pairs(f"final/{moment}", actual, expected):
+            yield replace(difference_of("Adam's moments", moment + name, a, b), step=NUM_STEPS - 1)
+
+
+def _records(
+    actual: Capture, expected: Capture, rank: int, world: int, step: int
+) -> Iterator[Difference]:
+    """Compare what the MoE layers computed for this rank's tokens."""
+    for quantity, record in {**FORWARD, **BACKWARD}.items():
+        for key, a, b in _pairs(f"{record}/{step}/", actual, expected):
+            micro_step, layer = (int(part) for part in key.split("/"))
+            place = f"step {step}, accumulation step {micro_step}, MoE layer {layer}"
+            if record == "slots":
+                found = exact_difference(quantity, place, a * world if a.shape == () else a, b)
+            elif quantity in EXACT:
+                found = choices_difference(quantity, place, a, _rows_of_rank(b, rank, world), rank)
+            else:
+                found = difference_of(quantity, place, a, _rows_of_rank(b, rank, world))
+            yield replace(found, step=step, layer=layer)
+
+
+def _rows_of_rank(expected: Array, rank: int, world: int) -> Array:
+    rows = len(expected) // world if expected.ndim else 0
+    return expected[rank * rows : (rank + 1) * rows]
+
+
+def _sums(actual: Capture, expected: Capture, step: int) -> Iterator[Difference]:
+    """Compare the sums over the global batch."""
+    for n, a, b in _pairs(f"counts/{step}/", actual, expected):
+        found = exact_difference("counts", f"step {step}, {_layer_name(n)}, (kind, expert)", a, b)
+        yield replace(found, step=step, layer=int(n) if n.isdigit() else -1)
+    for quantity, name in (
+        ("loss", "loss"),
+        ("global norm", "norm"),
+        ("clip coefficient", "clip"),
+        ("learning rate", "learning_rate"),
+    ):
+        for _, a, b in _pairs(f"{name}/{step}", actual, expected):
+            yield replace(difference_of(quantity, f"step {step}", a, b), step=step)
+    for name, a, b in _pairs(f"aux/{step}/", actual, expected):
+        layer, _, loss = name.rpartition("/")
+        found = difference_of(
+            "auxiliary losses", f"step {step}, {_layer_name(layer)}, {loss}", a, b
+        )
+        yield replace(found, step=step, layer=int(layer) if layer.isdigit() else -1)
+
+
+def _layer_name(n: str) -> str:
+    return f"MoE layer {n}" if n.isdigit() else f"adapter layer {n.removeprefix('modules/')}"
+
+
+def _gradients(
+    actual: Capture, expected: Capture, layers: Sequence[str], step: int
+) -> Iterator[Difference]:
+    for name, a, b in _pairs(f"gradient/{step}/", actual, expected):
+        layer = next((n for n, path in enumerate(layers) if name.startswith(f"{path}.")), -1)
+        if ".experts." in name:
+            pairs, quantity = _by_expert(name, a, b), "expert gradients"
+        else:
+            pairs = [(name, a, b)]
+            quantity = "router gradient" if ".router." in name else "dense gradients"
+        for where, x, y in pairs:
+            found = difference_of(quantity, f"step {step}, {where}", x, y)
+            part = expected.get(f"auxiliary_part/{step}/{name}")
+            if part is not None and found.size > TOLERANCE["float32"] and not found.finding:
+                found = replace(found, finding=_auxiliary_share(x, y, part))
+            yield replace(found, step=step, layer=layer)
+
+
+def _auxiliary_share(actual: Array, expected: Array, part: Array) -> str:
+    """Describe the difference as a multiple of the auxiliary losses' part, if it is one."""
+    share = multiple_of(actual, expected, part)
+    if share is None:
+        return ""
+    return f"auxiliary losses enter {1 + share:.4g} times"
+
+
+def _updates(actual: Capture, expected: Capture, step: int) -> Iterator[Difference]:
+    """Compare biases and parameters after a step."""
+    for name, a, b in _pairs(f"bias/{step}/", actual, expected):
+        yield replace(exact_difference("bias", f"step {step}, {name}", a, b), step=step)
+    before = "initial/" if step == 0 else f"weights/{step - 1}/"
+    for name, a, b in _pairs(f"weights/{step}/", actual, expected):
+        found = difference_of("parameters after two steps", f"{name}, after step {step}", a, b)
+        start = expected.get(before + name)
+        if found.size > TOLERANCE["float32"] and start is not None and not found.finding:
+            if multiple_of(a, b, start) is not None:
+                found = replace(found, finding="a multiple of the weights")
+            elif (share := multiple_of(a, b, np.subtract(b, start))) is not None:
+                found = replace(found, finding=f"the update is {1 + share:.4g} times")
+        yield replace(found, step=step)
 
 
 def _pairs(prefix: str, actual: Capture, expected: Capture) -> list[tuple[str, Array, Array]]:
@@ -137,104 +172,26 @@ def _by_expert(name: str, actual: Array, expected: Array) -> list[tuple[str, Arr
     return [(f"{name} of expert {e}", actual[e], expected[e]) for e in range(len(expected))]
 
 
-def _worst(quantity: str, pairs: list[tuple[str, Array, Array]]) -> Difference:
-    found = [_difference(quantity, *pair) for pair in pairs]
-    return max(found, key=lambda d: d.size, default=Difference(quantity, "", 0.0))
+DRAWN_PREFIX = 16
+"""Numbers compared of two draws: torch fills blocks of 16 alike, whatever the tensor's shape."""
 
 
-def _difference(quantity: str, where: str, actual: Array, expected: Array) -> Difference:
-    if actual.shape != expected.shape:
-        return Difference(
-            quantity, where, np.inf, finding=f"shape {actual.shape}, not {expected.shape}"
-        )
-    a, b = actual.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
-    scale = float(np.linalg.norm(b))
-    gap = float(np.linalg.norm(a - b))
-    if gap == 0.0:
-        return Difference(quantity, where, 0.0)
-    if not np.isfinite(gap):
-        return Difference(quantity, where, np.inf, finding="not finite")
-    size = gap / scale if scale > 0 else np.inf
-    ratio = float(a @ b) / scale**2 if scale > 0 else None
-    explained = (
-        ratio is not None and size > 1e-6 and float(np.linalg.norm(a - ratio * b)) < 1e-4 * gap
-    )
-    return Difference(
-        quantity,
-        where,
-        size,
-        ratio=ratio if explained else None,
-        finding="all zero" if not a.any() else "",
-    )
+def equal_draws(actual: Capture) -> Difference:
+    """Count the pairs of initial tensors, or experts of a stack, drawn from the same stream.
 
-
-def _exact(quantity: str, where: str, actual: Array, expected: Array) -> Difference:
-    if actual.shape != expected.shape:
-        return Difference(
-            quantity,
-            where,
-            np.inf,
-            exact=True,
-            finding=f"shape {actual.shape}, not {expected.shape}",
-        )
-    different = np.argwhere(actual != expected)
-    if not len(different):
-        return Difference(quantity, where, 0.0, exact=True)
-    first = tuple(int(i) for i in different[0])
-    place = f"{where} {first}: {actual[first]}, not {expected[first]}"
-    a, b = float(actual.astype(np.float64).sum()), float(expected.astype(np.float64).sum())
-    return Difference(
-        quantity, place, float(len(different)), exact=True, ratio=a / b if b else None
-    )
-
-
-def _slots(actual: Capture, expected: Capture, world: int) -> Difference:
-    """Compare the slots of all ranks: those of one rank times the number of ranks."""
-    for name in sorted(name for name in expected if name.startswith("slots/")):
-        slots = float(actual[name].astype(np.float64)) * world
-        expected_slots = float(expected[name].astype(np.float64))
-        if slots != expected_slots:
-            return Difference(
-                "capacity slots",
-                f"{slots:g} in all, not {expected_slots:g}",
-                1.0,
-                exact=True,
-                ratio=slots / expected_slots,
-            )
-    return Difference("capacity slots", "", 0.0, exact=True)
-
-
-def _dropped(actual: Capture, expected: Capture, rank: int, world: int) -> Difference:
-    """Compare the kept choices of this rank's tokens with the reference's rows of them [T, E].
-
-    The finding separates equal counts of other tokens from other counts.
+    Scaled copies count too: the standard deviation is no part of a stream. Constant tensors are not
+    drawn.
     """
-    for name in sorted(name for name in expected if name.startswith("kept/")):
-        tokens = len(expected[name]) // world
-        own = expected[name][rank * tokens : (rank + 1) * tokens]
-        if actual[name].shape != own.shape:
-            return Difference(
-                "dropped set",
-                name,
-                np.inf,
-                exact=True,
-                finding=f"shape {actual[name].shape}, not {own.shape}",
-            )
-        if (actual[name] != own).any():
-            token, expert = (int(i) for i in np.argwhere(actual[name] != own)[0])
-            _, step, layer = name.split("/")
-            outcome = "kept" if actual[name][token, expert] else "dropped"
-            where = (
-                f"accumulation step {step}, MoE layer {layer}, token {rank * tokens + token}, "
-                f"expert {expert}: {outcome} here"
-            )
-            same = bool((actual[name].sum(0) == own.sum(0)).all())
-            finding = "same numbers, other tokens" if same else ""
-            return Difference(
-                "dropped set",
-                where,
-                float((actual[name] != own).sum()),
-                exact=True,
-                finding=finding,
-            )
-    return Difference("dropped set", "", 0.0, exact=True)
+    streams: dict[bytes, str] = {}
+    pairs = list[str]()
+    for name, array, _ in _pairs("initial/", actual, actual):
+        for where, own, _ in _by_expert(name, array, array):
+            prefix = own.astype(np.float64).ravel()[:DRAWN_PREFIX]
+            if len(prefix) < DRAWN_PREFIX or np.ptp(prefix) == 0:
+                continue
+            stream = np.round(prefix / np.linalg.norm(prefix), 5).tobytes()
+            if stream in streams:
+                pairs.append(f"{where} is drawn like {streams[stream]}")
+            streams.setdefault(stream, where)
+    where = pairs[0] if pairs else ""
+    return Difference("initial draws", where, float(len(pairs)), exact=True)

@@ -1,23 +1,29 @@
-"""Inputs of float32 routing decisions, from which `ties.py` separates rounding from errors.
+"""Records of the MoE layers during a training step: forward, backward, routing decisions.
 
-For one forward of one MoE layer, of this rank's tokens:
+`record_layers` hooks every layer. For step s, accumulation step a and layer l, of this rank's
+tokens:
 
-    score/...          [T, E]  gate scores, without the bias
+    x/s/a/l        [T, D]  input                      score/s/a/l     [T, E]  gate scores
+    y/s/a/l        [T, M]  output                     chosen/s/a/l    [T, E]  selected experts
+    dx/s/a/l, dy/s/a/l     gradients of both          computed/s/a/l  [T, E]  after capacity
+    slots/s/a/l            slots offered              weight/s/a/l    [T, E]  combine weights
+
+In float32 also the inputs of each decision, from which `ties.py` separates rounding from errors:
+
     router_bias/...    [E]     load-balancing bias at that moment
     max_logit/...      [T]     largest absolute logit, at least 1; rounding is proportional to it
-    chosen/...         [T, E]  experts that the router selected
-    computed/...       [T, E]  experts that compute the token, after capacity
     follows_rules/...  [T]     True if the naive rules choose and keep the same from these scores
 
-A router without learned scores (see `RouterSpec.learned`) has no close scores and records nothing.
+A router without learned scores (see `RouterSpec.learned`) has no close scores and no such inputs.
 
-Letters: T tokens, E experts, K experts per token.
+Letters: T tokens, D width, M output width, E experts, K experts per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,10 +31,102 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dmoe.config.router_kinds import ROUTERS
+from dmoe.distributed.full_tensors import copy_full_into_shard, full_tensor
+from dmoe.distributed.state_dict import model_state
+from dmoe.models.base import Model
 from dmoe.moe.layer import MoE, MoEOutput
 from dmoe.moe.routing import DispatchPlan, Routing
+from dmoe.train.engine import Engine
 from dmoe.verify.naive.capacity import Choices, apply_capacity
 from dmoe.verify.naive.routing import choose_experts
+
+Capture = dict[str, NDArray[np.generic]]
+
+
+@contextmanager
+def record_layers(model: Model, found: Capture, step: int, *, decisions: bool) -> Iterator[None]:
+    """Add the records of every forward and backward inside to `found`.
+
+    The second forward of a layer in one accumulation step is a recomputation and is not recorded.
+
+    Args:
+        model: without data parallelism.
+        found: gets the records, and a naive layer's scores, by the keys of the module's docstring.
+        step: optimizer step.
+        decisions: record the inputs of each decision too; a collective with a shared capacity.
+    """
+    accumulation = [-1]
+    layers = model.moe_layers()
+    latest: dict[int, Routing] = {}
+
+    def count_forward(module: object, inputs: object) -> None:
+        accumulation[0] += 1
+
+    def key(n: int) -> str:
+        return f"{step}/{accumulation[0]}/{n}"
+
+    def record_decision(n: int, module: object, inputs: object, output: Routing) -> None:
+        latest[n] = output
+
+    def record(n: int, layer: MoE, inputs: tuple[Tensor, ...], output: MoEOutput) -> None:
+        if f"y/{key(n)}" not in found:
+            with torch.no_grad():
+                routing = latest.get(n)
+                new = _layer_record(layer, inputs[0], output, routing, decisions=decisions)
+            found.update({f"{name}/{key(n)}": array for name, array in new.items()})
+            for name, tensor in (("dx", inputs[0]), ("dy", output.y)):
+                if tensor.requires_grad:
+                    _hook_gradient(tensor, found, f"{name}/{key(n)}")
+
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(count_forward).remove)
+        for n, layer in enumerate(layers):
+            stack.callback(layer.register_forward_hook(partial(record, n)).remove)
+            hook: Callable[..., None] = partial(record_decision, n)
+            stack.callback(layer.router.register_forward_hook(hook).remove)
+        yield
+
+
+def _hook_gradient(tensor: Tensor, found: Capture, name: str) -> None:
+    def store(gradient: Tensor) -> None:
+        found[name] = gradient.detach().flatten(0, -2).numpy().copy()
+
+    tensor.register_hook(store)  # type: ignore[no-untyped-call]
+
+
+def tie_scores(engine: Engine) -> None:
+    """Set every second row of each router to zero: logits that are 0 to the last bit. Collective.
+
+    Equal rows would not do: a matrix product may round them differently.
+    """
+    modules = engine.model.named_modules()
+    routers = {f"model.{name}.router.weight" for name, m in modules if isinstance(m, MoE)}
+    for name, value in sorted(model_state(engine.model, engine.mesh).items()):
+        if name in routers:
+            full = full_tensor(value)
+            full[::2] = 0.0
+            copy_full_into_shard(value, full)
+
+
+def _layer_record(
+    layer: MoE, x: Tensor, output: MoEOutput, routing: Routing | None, *, decisions: bool
+) -> Capture:
+    plan = output.plan
+    weight_TE = torch.zeros(plan.expert_TK.shape[0], plan.num_experts, dtype=plan.weight_TK.dtype)
+    kept_weight_TK = plan.weight_TK.detach().masked_fill(~plan.is_kept_TK, 0.0)
+    found: Capture = {
+        "x": x.detach().flatten(0, -2).numpy().copy(),
+        "y": output.y.detach().flatten(0, -2).numpy().copy(),
+        "score": output.routing.score_TE.detach().numpy().copy(),
+        "chosen": computed_experts(output.routing),
+        "computed": computed_experts(plan),
+        "weight": weight_TE.scatter_add_(1, plan.expert_TK, kept_weight_TK).numpy().copy(),
+        "slots": np.array(output.stats.slots, np.float64),
+    }
+    if decisions:
+        sequences = x.shape[:-2].numel()
+        found |= decision_inputs(layer, output, routing, sequences)
+    return found
 
 
 @contextmanager
@@ -71,7 +169,7 @@ def computed_experts(assigned: Routing | DispatchPlan) -> NDArray[np.bool_]:
 def decision_inputs(
     layer: MoE, output: MoEOutput, routing: Routing | None, sequences: int
 ) -> dict[str, NDArray[np.generic]]:
-    """Return the arrays that the module's docstring lists, by the first part of their key.
+    """Return the inputs of a decision and its outcome, by the first part of their key.
 
     Collective (one gather of the scores) if all ranks share a capacity.
 

@@ -35,8 +35,8 @@ from numpy.typing import NDArray
 from dmoe.config.router_kinds import ROUTERS
 from dmoe.config.schema import Config
 from dmoe.train.tasks import task_of
-from dmoe.verify.capture import Capture
-from dmoe.verify.compare import QUANTITIES, TOLERANCE
+from dmoe.verify.decisions import Capture
+from dmoe.verify.differences import STAGES, TOLERANCE, Difference
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -106,7 +106,7 @@ def first_differences(
     forwards = sorted(
         tuple(int(n) for n in name.split("/")[1:])
         for name in expected
-        if name.startswith("chosen/")
+        if name.startswith("max_logit/")
     )
     for step, micro_step, layer in forwards:
         forward = f"{step}/{micro_step}/{layer}"
@@ -127,7 +127,7 @@ def first_differences(
 
 def _follows_rules(actual: Capture, expected: Capture) -> bool:
     """Return True if the rank has an equal share of the tokens and followed all the rules."""
-    shares = {len(expected[n]) / len(actual[n]) for n in expected if n.startswith("chosen/")}
+    shares = {len(expected[n]) / len(actual[n]) for n in expected if n.startswith("max_logit/")}
     return len(shares) <= 1 and all(
         array.all() for name, array in actual.items() if name.startswith("follows_rules/")
     )
@@ -154,11 +154,12 @@ def find_tie(ranks: list[list[UnitDifference] | None]) -> UnitDifference | None:
     return min(causes, key=lambda d: (d.micro_step, d.layer, d.unit))
 
 
-def affected_quantities(step: int) -> tuple[str, ...]:
-    """Return the quantities that change with a routing choice in step `step` (0 or 1)."""
-    first = QUANTITIES.index("dropped set" if step == 0 else "bias")
-    last = QUANTITIES.index("parameters after two steps")
-    return QUANTITIES[first : last + 1]
+def is_affected(difference: Difference, step: int) -> bool:
+    """Return True for a difference that a routing choice in step `step` (0 or 1) changes."""
+    independent = ("initial draws", "samples", "capacity slots", "learning rate")
+    stages = [name for names in STAGES[1:] for name in names]
+    quantity = difference.quantity
+    return difference.step >= step and quantity in stages and quantity not in independent
 
 
 class _Unit:

@@ -22,52 +22,23 @@ from dmoe.distributed.local_ranks import RankError, run_ranks
 from dmoe.train import checkpointer
 from dmoe.train.engine import Engine, build_engine
 from dmoe.verify import ties
-from dmoe.verify.capture import Capture, capture, final_state, state_arrays
+from dmoe.verify.capture import (
+    capture,
+    capture_reference,
+    final_state,
+    low_precision_state,
+    state_arrays,
+)
 from dmoe.verify.cases import Case, plan_cases, prepare, reference_case, shrink
-from dmoe.verify.causes import likely_cause
-from dmoe.verify.compare import QUANTITIES, Difference, compare, compare_exactly, tolerance
-from dmoe.verify.naive import adapters, layer
+from dmoe.verify.causes import Report, make_row
+from dmoe.verify.compare import compare
+from dmoe.verify.decisions import Capture, tie_scores
+from dmoe.verify.differences import QUANTITIES, Difference, compare_exactly, mark_consequences
+from dmoe.verify.naive import adapters, layer, model
 
 VOCAB_SIZE = 256
 TIMEOUT = 120.0
 Patch = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Row:
-    """Largest difference of one quantity over all cases."""
-
-    quantity: str
-    ok: bool
-    size: float
-    """Relative difference; for exact quantities the number of entries that differ."""
-    tolerance: float
-    case: str
-    where: str
-    cause: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """Result of `verify`."""
-
-    rows: list[Row]
-    cases: list[str]
-    refused: dict[str, str]
-    undecided: dict[str, str]
-    """Float32 only: cases with a tie, and its description. Quantities that follow are in no row."""
-    dtype: str
-    seconds: float
-
-    @property
-    def ok(self) -> bool:
-        """Return True if no quantity differs."""
-        return all(row.ok for row in self.rows)
-
-    @property
-    def first(self) -> Row | None:
-        """Return the first difference in order of cause and effect."""
-        return next((row for row in self.rows if not row.ok), None)
 
 
 @dataclass(frozen=True)
@@ -135,83 +106,101 @@ def verify(
     with tempfile.TemporaryDirectory() as name:
         job = _Job(base, list(enumerate(plan.cases)), Path(name), dtype, patch, setup)
         found = _run_all(job, reference, worlds)
-    rows = [_row(quantity, found.differences, dtype) for quantity in QUANTITIES]
+    rows = [make_row(quantity, found.differences, dtype) for quantity in QUANTITIES]
     compared = [row for row in rows if row is not None]
     cases = [str(case) for case in plan.cases]
     return Report(compared, cases, plan.refused, found.undecided, dtype, time.monotonic() - start)
 
 
 def _run_all(job: _Job, reference: Case, worlds: Sequence[int]) -> _Findings:
-    run_ranks(1, _record_reference, job, reference, timeout=TIMEOUT)
+    try:
+        run_ranks(1, _record_reference, job, reference, timeout=TIMEOUT)
+    except RankError as error:
+        return _Findings([(reference, _failure(error))])
     found = _Findings()
     for world in worlds:
         cases = [(index, case) for index, case in job.cases if case.world == world]
         found += _run_world(replace(job, cases=cases), world)
     saved = [(i, case) for i, case in job.cases if (job.folder / f"{i}.safetensors").exists()]
     job = replace(job, cases=saved)
-    (loaded,) = run_ranks(1, _load_checkpoints, job, reference, timeout=TIMEOUT)
-    return found + _Findings(
-        [(case, difference) for (_, case), difference in zip(saved, loaded, strict=True)]
-    )
+    read = "checkpoint written here, read by 1"
+    try:
+        (loaded,) = run_ranks(1, _load_checkpoints, job, reference, timeout=TIMEOUT)
+    except RankError as error:
+        loaded = [(reference, replace(_failure(error), quantity=read))]
+    return found + _Findings(loaded)
+
+
+def _failure(error: RankError) -> Difference:
+    """Return the row of a process that raised; its message may name the quantity at work."""
+    last_line = str(error).strip().splitlines()[-1]
+    named = next((q for q in QUANTITIES if f"[{q}]" in last_line), "every rank finishes")
+    return Difference(named, last_line, math.inf, exact=True, finding="raised")
 
 
 def _run_world(job: _Job, world: int) -> _Findings:
     """Run all cases in one start of the ranks; if that fails, start the ranks for each case.
 
-    A crash in one case then does not hide the results of the others.
+    A crash in one case then does not hide the results of the others; a hang would cost the time
+    limit in each, so after one the rest is not started.
     """
-    quantity = "every rank finishes"
     try:
         ranks: list[list[_RankFindings]] = run_ranks(world, _compare_cases, job, timeout=TIMEOUT)
     except RankError as error:
-        if len(job.cases) > 1:
-            separate = (_run_world(replace(job, cases=[case]), world) for case in job.cases)
-            return sum(separate, _Findings())
-        last_line = str(error).strip().splitlines()[-1]
-        failure = Difference(quantity, last_line, math.inf, exact=True)
-        return _Findings([(job.cases[0][1], failure)])
+        failure = _failure(error)
+        if len(job.cases) == 1 or "in time" in failure.where:
+            return _Findings([(job.cases[0][1], failure)])
+        found = _Findings()
+        for single in job.cases:
+            found += _run_world(replace(job, cases=[single]), world)
+            if "in time" in found.differences[-1][1].where:
+                break
+        return found
     found = _Findings()
     for (_, case), results in zip(job.cases, zip(*ranks, strict=True), strict=True):
-        found += _merge_ranks(case, results)
-        found.differences.append((case, Difference(quantity, "", 0.0, exact=True)))
+        found += _merge_ranks(case, results, job.dtype)
+        done = Difference("every rank finishes", "", 0.0, exact=True)
+        found.differences.append((case, done))
     return found
 
 
-def _merge_ranks(case: Case, ranks: Sequence[_RankFindings]) -> _Findings:
+def _merge_ranks(case: Case, ranks: Sequence[_RankFindings], dtype: str) -> _Findings:
     """Merge the findings of all ranks, without the quantities that follow from a tie."""
     tie = ties.find_tie([rank.routing for rank in ranks])
-    omitted = ties.affected_quantities(tie.step) if tie else ()
-    found = [
-        (case, difference)
-        for rank in ranks
-        for difference in rank.differences
-        if difference.quantity not in omitted
-    ]
+    merged = mark_consequences([d for rank in ranks for d in rank.differences], dtype)
+    found = [(case, d) for d in merged if tie is None or not ties.is_affected(d, tie.step)]
     return _Findings(found, {str(case): str(tie)} if tie else {})
 
 
 def _record_reference(rank: int, world: int, job: _Job, reference: Case) -> None:
     if job.setup is not None:
         job.setup()
-    engine = _build(job, reference)
-    found = capture(engine, decisions=job.dtype == "float32")
-    save_file(found, job.folder / "reference.safetensors")
-    save_load.save(job.folder / "reference", 1, checkpointer.training_state(engine), {})
+    for case in (reference, replace(reference, tied=True)):
+        if case.tied and not any(planned.tied for _, planned in job.cases):
+            continue
+        engine = _build(job, case)
+        found = capture_reference(engine, decisions=job.dtype == "float32")
+        save_file(found, job.folder / f"{_reference_name(case)}.safetensors")
+        state = checkpointer.train_state(engine)
+        save_load.save(job.folder / _reference_name(case), 1, state, {})
+
+
+def _reference_name(case: Case) -> str:
+    return "tied reference" if case.tied else "reference"
 
 
 def _compare_cases(rank: int, world: int, job: _Job) -> list[_RankFindings]:
     _apply_patches(job)
-    expected = load_file(job.folder / "reference.safetensors")
-    return [_compare_case(rank, world, job, index, case, expected) for index, case in job.cases]
+    return [_compare_case(rank, world, job, index, case) for index, case in job.cases]
 
 
-def _compare_case(
-    rank: int, world: int, job: _Job, index: int, case: Case, expected: Capture
-) -> _RankFindings:
+def _compare_case(rank: int, world: int, job: _Job, index: int, case: Case) -> _RankFindings:
+    expected = load_file(job.folder / f"{_reference_name(case)}.safetensors")
     engine = _build(job, case)
     actual = capture(engine, decisions=job.dtype == "float32")
-    found = compare(actual, expected, rank, world)
-    found.append(_compare_checkpoints(engine, job, index, actual, expected))
+    layers = [n for n, m in engine.model.named_modules() if m in engine.model.moe_layers()]
+    found = compare(actual, expected, rank, world, layers)
+    found.append(_compare_checkpoints(engine, job, index, case, actual, expected))
     engine.close()
     groups = world * case.virtual_ranks
     routing = ties.first_differences(actual, expected, rank, job.config, groups)
@@ -219,42 +208,62 @@ def _compare_case(
 
 
 def _compare_checkpoints(
-    engine: Engine, job: _Job, index: int, actual: Capture, expected: Capture
+    engine: Engine, job: _Job, index: int, case: Case, actual: Capture, expected: Capture
 ) -> Difference:
-    """Save a checkpoint for `_load_checkpoints`, load the reference's, and compare every bit."""
-    quantity = "checkpoint written by 1, read here"
+    """Save a checkpoint for `_load_checkpoints`, load the reference's, and compare every bit.
+
+    An unexpected exception leaves the other ranks in a collective, so it ends the process; its
+    message names the quantity, for `_failure`.
+    """
+    quantity = "checkpoint written here, read by 1"
     try:
         save_load.save(
             job.folder / str(index),
             1,
-            checkpointer.training_state(engine),
+            checkpointer.train_state(engine),
             {},
             group=engine.mesh.control_group,
         )
         if engine.process.is_main:
             save_file(final_state(actual), job.folder / f"{index}.safetensors")
-        checkpointer.load_training_state(engine, job.folder / "reference" / "step-00000001")
+        quantity = "checkpoint written by 1, read here"
+        path = job.folder / _reference_name(case) / "step-00000001"
+        checkpointer.load_training_state(engine, path)
+        return compare_exactly(quantity, state_arrays(engine), final_state(expected))
     except CheckpointError as error:
         return Difference(quantity, str(error), math.inf, finding="refused")
-    return compare_exactly(quantity, state_arrays(engine), final_state(expected))
+    except Exception as error:
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RuntimeError(f"[{quantity}] {message}") from error
 
 
-def _load_checkpoints(rank: int, world: int, job: _Job, reference: Case) -> list[Difference]:
-    """Load the checkpoint of every case into one process and compare every bit."""
+def _load_checkpoints(
+    rank: int, world: int, job: _Job, reference: Case
+) -> list[tuple[Case, Difference]]:
+    """Load the checkpoint of every case into one process and compare every bit.
+
+    Every exception is a row. The same process trains in bf16 and looks at the dtypes.
+    """
     _apply_patches(job)
-    engine, quantity, found = _build(job, reference), "checkpoint written here, read by 1", []
-    for index, _ in job.cases:
+    quantity, found = "checkpoint written here, read by 1", list[tuple[Case, Difference]]()
+    engine = _build(job, reference)
+    for index, case in job.cases:
         try:
             checkpointer.load_training_state(engine, job.folder / str(index) / "step-00000001")
-        except CheckpointError as error:
-            found.append(Difference(quantity, str(error), math.inf, finding="refused"))
-            continue
-        found.append(
-            compare_exactly(
-                quantity, state_arrays(engine), load_file(job.folder / f"{index}.safetensors")
-            )
-        )
-    return found
+            saved = load_file(job.folder / f"{index}.safetensors")
+            difference = compare_exactly(quantity, state_arrays(engine), saved)
+        except Exception as error:
+            what = "refused" if isinstance(error, CheckpointError) else type(error).__name__
+            difference = Difference(quantity, str(error), math.inf, finding=what)
+        found.append((case, difference))
+    quantity, case = "float32 under bf16", Case(1, 1, reference.virtual_ranks, "packed", "ddp")
+    config = replace(job.config, train=replace(job.config.train, precision="bf16"))
+    try:
+        names = low_precision_state(_build(replace(job, config=config, dtype="float32"), case))
+        difference = Difference(quantity, ", ".join(names[:1]), float(len(names)), exact=True)
+    except Exception as error:
+        difference = Difference(quantity, f"{type(error).__name__}: {error}", math.inf, exact=True)
+    return [*found, (case, difference)]
 
 
 def _apply_patches(job: _Job) -> None:
@@ -273,20 +282,9 @@ def _build(job: _Job, case: Case) -> Engine:
         getattr(torch, job.dtype),
     )
     if case.naive:
-        layer.install(engine.model)
-        adapters.install(engine.model)
+        for part in (layer, model, adapters):
+            part.install(engine.model)
     adapters.randomize(engine)
+    if case.tied:
+        tie_scores(engine)
     return engine
-
-
-def _row(quantity: str, found: list[tuple[Case, Difference]], dtype: str) -> Row | None:
-    own = [(case, difference) for case, difference in found if difference.quantity == quantity]
-    if not own:
-        return None
-    case, worst = max(own, key=lambda pair: pair[1].size)
-    allowed = 0.0 if worst.exact else tolerance(quantity, dtype)
-    ok = worst.size <= allowed
-    where = "" if ok else ", ".join(part for part in (worst.where, worst.finding) if part)
-    return Row(
-        quantity, ok, worst.size, allowed, str(case), where, "" if ok else likely_cause(worst, case)
-    )

@@ -40,6 +40,7 @@ from dmoe.verify.naive.layer import auxiliary_losses
 from dmoe.verify.naive.routing import route
 
 RANDOMIZE_SCALE = 0.05
+MAX_LABELS = 3
 
 
 def num_labels(config: Config, maximum: int) -> int:

@@ -10,6 +10,7 @@ Letters: T tokens, D width, E experts, K experts per token, U loss groups.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 from types import MethodType
 
 import torch
@@ -28,6 +29,25 @@ def install(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, MoE):
             layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
+            layer.__dict__["prior"] = PriorCounts()
+
+
+@dataclass
+class PriorCounts:
+    """Choices of every expert in the earlier forwards of one optimizer step."""
+
+    step: int = -1
+    count_E: list[int] = field(default_factory=list)
+
+    def add(self, step: int, choices: Choices, num_experts: int) -> list[int]:
+        """Return the counts before this forward of `step`, and add its choices."""
+        if step != self.step:
+            self.step, self.count_E = step, [0] * num_experts
+        before_E = list(self.count_E)
+        for chosen in choices.experts_T:
+            for e in chosen:
+                self.count_E[e] += 1
+        return before_E
 
 
 def forward(layer: MoE, x: Tensor, context: TokenContext) -> MoEOutput:
@@ -35,6 +55,11 @@ def forward(layer: MoE, x: Tensor, context: TokenContext) -> MoEOutput:
     x_TD = x.flatten(0, -2)
     sequences = x_TD.shape[0] // x.shape[-2]
     choices = route(layer, x_TD, context, sequences)
+    prior: PriorCounts | None = layer.__dict__.get("prior")
+    if prior is not None and context.noise_key is not None:
+        before_E = prior.add(context.noise_key[1], choices, layer.num_experts)
+        prior_LE = torch.tensor([before_E] * (layer.layer + 1))
+        context = replace(context, prior_count_LE=prior_LE)
     kept = apply_capacity(layer, choices, sequences)
     weight_TE = combine_weights(layer, choices.weight_TE, kept.mask(choices.score_TE))
     y_TM = sum(
@@ -43,12 +68,13 @@ def forward(layer: MoE, x: Tensor, context: TokenContext) -> MoEOutput:
     )
     assert isinstance(y_TM, Tensor)
     if layer.shared is not None:
-        y_TM = y_TM + layer.shared.w_out(activation(layer.shared.kind, layer.shared.w_in(x_TD)))
+        hidden = activation(layer.shared.kind, x_TD @ layer.shared.w_in.weight.t())
+        y_TM = y_TM + hidden @ layer.shared.w_out.weight.t()
     return MoEOutput(
         y_TM.view(*x.shape[:-1], -1),
         auxiliary_losses(layer, choices, context, sequences),
         layer_stats(layer, choices, kept),
-        *as_routing(choices, kept),
+        *as_routing(choices, kept, weight_TE.detach()),
     )
 
 
@@ -81,7 +107,7 @@ def layer_stats(layer: MoE, choices: Choices, kept: Choices) -> LayerStats:
     )
 
 
-def as_routing(choices: Choices, kept: Choices) -> tuple[Routing, DispatchPlan]:
+def as_routing(choices: Choices, kept: Choices, weight_TE: Tensor) -> tuple[Routing, DispatchPlan]:
     """Return the choices and what was kept of them, one column per expert."""
     score_TE = choices.score_TE.detach()
     expert_TE = torch.arange(score_TE.shape[1]).expand_as(score_TE)
@@ -89,7 +115,7 @@ def as_routing(choices: Choices, kept: Choices) -> tuple[Routing, DispatchPlan]:
     logit_TE, selected_TE = choices.logit_TE.detach(), choices.mask(score_TE)
     return (
         Routing(expert_TE, score_TE, score_TE, logit_TE, selected_TK=selected_TE),
-        DispatchPlan(expert_TE, score_TE * keep_TE, keep_TE, score_TE.shape[1]),
+        DispatchPlan(expert_TE, weight_TE, keep_TE, score_TE.shape[1]),
     )
 
 
@@ -161,7 +187,7 @@ def auxiliary_losses(
     losses: dict[str, Tensor] = {}
     if config.switch:
         counts = {"sequence": sequences, "micro_batch": layer.virtual_ranks, "global": 1}
-        prior_LE = context.prior_count_LE
+        prior_LE = context.prior_count_LE if config.switch_level == "global" else None
         prior_E = None if prior_LE is None else prior_LE[layer.layer]
         groups = _loss_groups(tokens, counts[config.switch_level])
         losses["switch"] = _mean([_switch(layer, choices, group, prior_E) for group in groups])

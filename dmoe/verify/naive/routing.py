@@ -1,12 +1,13 @@
 """All routers of `dmoe/moe/routers` by their formulas, one token at a time; see there for papers.
 
-Only the random numbers are taken from the product: their keys are a definition.
+The random numbers are drawn here from keys of its own making: only torch's generator is shared.
 
 Letters: T tokens, D width, E experts, K experts per token, S tokens per sequence.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 
@@ -16,8 +17,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from dmoe.moe.layer import MoE
-from dmoe.moe.rng import keyed_noise
-from dmoe.moe.routing import BatchShape, TokenContext
+from dmoe.moe.routing import TokenContext
 from dmoe.verify.naive.capacity import Choices, capacity_and_groups
 
 
@@ -90,11 +90,9 @@ def _logits(
     layer: MoE, x_TD: Tensor, context: TokenContext, sequences: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits, the standard deviation of their noise, and logits with noise."""
-    router, config, shape = layer.router, layer.router.config, BatchShape(sequences)
+    router, config = layer.router, layer.router.config
     if layer.training and config.jitter:
-        uniform_TD = keyed_noise(
-            torch.rand, "jitter", x_TD, x_TD.shape[1], layer.layer, context, shape
-        )
+        uniform_TD = _noise(torch.rand, "jitter", x_TD, layer.layer, context, sequences)
         x_TD = x_TD * (1 - config.jitter + 2 * config.jitter * uniform_TD)
     if config.kind == "budget" and config.per == "sequence":
         x_TD = _sequence_means(x_TD, context, sequences)
@@ -104,10 +102,40 @@ def _logits(
     std_TE = softplus(x_TD @ router.get_parameter("noise_weight").t())
     if not layer.training:
         return clean_TE, std_TE, clean_TE
-    normal_TE = keyed_noise(
-        torch.randn, "noise", clean_TE, layer.num_experts, layer.layer, context, shape
-    )
+    normal_TE = _noise(torch.randn, "noise", clean_TE, layer.layer, context, sequences)
     return clean_TE, std_TE, clean_TE + std_TE * normal_TE
+
+
+def _noise(
+    draw: Callable[..., Tensor],
+    purpose: str,
+    like_TX: Tensor,
+    layer: int,
+    context: TokenContext,
+    sequences: int,
+) -> Tensor:
+    """Draw float32 noise for each sequence of the global batch from a generator of its own.
+
+    The generator's seed is the first 8 bytes (little-endian, without the lowest bit) of BLAKE2b of
+    the key's Python form: (seed, purpose, step, layer, index of the sequence).
+
+    Args:
+        draw: `torch.rand` or `torch.randn`.
+        purpose: name of the noise.
+        like_TX: gives shape and dtype.
+        layer: index among the MoE layers.
+        context: seed and step, and the index of the first sequence.
+        sequences: B.
+    """
+    assert context.noise_key is not None
+    seed, step = context.noise_key
+    rows = []
+    for b in range(sequences):
+        key = f"({seed}, {purpose!r}, {step}, {layer}, {context.first_sequence + b})"
+        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+        source = torch.Generator().manual_seed(int.from_bytes(digest, "little") // 2)
+        rows.append(draw((len(like_TX) // sequences, like_TX.shape[1]), generator=source))
+    return torch.cat(rows).to(like_TX.dtype)
 
 
 def _sequence_means(x_TD: Tensor, context: TokenContext, sequences: int) -> Tensor:
