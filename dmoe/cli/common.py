@@ -1,17 +1,9 @@
-"""Arguments and output that the commands share.
-
-Arguments are `[CONFIG] [section.field=value ...]`. A stdout that is a full disk, a closed pipe or
-has a limited encoding causes no traceback.
-"""
+"""Arguments that the commands share: `[CONFIG] [section.field=value ...]`."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import signal
-import sys
-from typing import Any, Protocol
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.load import load_text
@@ -56,55 +48,3 @@ def load_arguments(arguments: list[str]) -> tuple[Config, str]:
 def _one_line(override: str) -> str:
     """Quote an override with a line break, which would end the comment in the config."""
     return override if override.isprintable() else json.dumps(override)
-
-
-class PrintError(Protocol):
-    """Function that prints an error message and returns its exit code."""
-
-    def __call__(self, message: str, code: int) -> int: ...
-
-
-class OutputError(Exception):
-    """Failure to write to stdout, for the reason in `__cause__`.
-
-    Not an OSError: a command raises that for its own files too, and typer would exit with code 1
-    on a broken pipe.
-    """
-
-    def discard_output(self, print_error: PrintError) -> int:
-        """Redirect stdout to /dev/null and return the exit code.
-
-        Prints nothing if the reader of a pipe has exited (`| head`), like SIGPIPE.
-        """
-        # the interpreter flushes stdout once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(self.__cause__, BrokenPipeError):
-            return 128 + signal.SIGPIPE
-        reason = getattr(self.__cause__, "strerror", None)
-        return print_error(
-            f"stdout: cannot be written ({reason}); choose another place for the output", 1
-        )
-
-
-class _StdoutFile(io.FileIO):
-    def write(self, data: Any, /) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            raise OutputError from error
-
-
-def guard_output() -> None:
-    """Make stdout raise OutputError on failure and write unknown characters as `?`."""
-    old = sys.stdout
-    # stdout may be closed, or replaced by a test
-    if not isinstance(old, io.TextIOWrapper):
-        return
-    old.flush()
-    sys.stdout = io.TextIOWrapper(
-        io.BufferedWriter(_StdoutFile(old.fileno(), "w", closefd=False)),
-        encoding=old.encoding,
-        errors="replace",
-        line_buffering=old.line_buffering,
-        write_through=old.write_through,
-    )

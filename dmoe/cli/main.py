@@ -16,8 +16,14 @@ import typer
 
 from dmoe import __version__
 from dmoe.cli import checkpoint, explain, generate, modules, runs, train, verify
-from dmoe.cli.common import OutputError, guard_output
+from dmoe.cli.surroundings import (
+    OutputError,
+    check_surroundings,
+    prepare_process,
+    too_many_files,
+)
 from dmoe.config.errors import DmoeError
+from dmoe.config.launch_env import FOREIGN_LAUNCHERS, clear_environment
 from dmoe.config.rules.memory import describe_out_of_memory, is_out_of_memory
 from dmoe.config.secrets import redact
 
@@ -77,13 +83,16 @@ app.add_typer(modules.app, name="modules")
 
 def run() -> NoReturn:
     """Run a command and exit; a user's error is one line on stderr, never a traceback."""
-    guard_output()
+    prepare_process()
+    clear_environment(keep=FOREIGN_LAUNCHERS)
     try:
         code = dispatch_command()
         sys.stdout.flush()
     except OutputError as error:
         code = error.discard_output(print_error)
-    except Exception:
+    except Exception as error:
+        if problem := too_many_files(error):
+            sys.exit(print_error(problem, 1))
         # a bug in dmoe; its traceback must not show secrets either
         print(redact(traceback.format_exc()), file=sys.stderr, end="")
         code = 1
@@ -93,6 +102,7 @@ def run() -> NoReturn:
 def dispatch_command() -> int:
     """Run the command and return the exit code."""
     try:
+        check_surroundings(sys.argv[1:])
         code = app(prog_name="dmoe", standalone_mode=False)
     except DmoeError as error:
         return print_error(str(error), error.exit_code, error.every_rank)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from dmoe.cli.common import ARGUMENTS_HELP, load_arguments
+from dmoe.cli.surroundings import keep_running_without_output
 from dmoe.config.errors import ConfigError
 from dmoe.config.launch_env import has_accelerator, main_memory, read_launch_env
 from dmoe.config.rules import check, check_memory
@@ -43,12 +44,15 @@ def command(
 ) -> None:
     """Train a mixture-of-experts language model.
 
+    A run directory with a checkpoint is resumed; notes at the start say what will differ.
+
     Under torchrun, accelerate launch or Slurm, it is one of their ranks; with --ranks N, it starts
     N local ranks; otherwise it is one process.
 
     Example: dmoe train configs/quickstart.yaml moe.top_k=1 moe.router.renormalize=false --ranks 2
     """
     exit_with_launcher()
+    keep_running_without_output()
     # there is nothing to save yet, and the default action would end the process
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     config, given = load_arguments(arguments or [])

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.yaml_guard import not_utf8
 
 FIX = "start it with torchrun, or unset WORLD_SIZE"
 FOREIGN_LAUNCHERS = {
@@ -29,6 +30,16 @@ FOREIGN_LAUNCHERS = {
 """The world size under launchers that set neither RANK nor MASTER_ADDR, and their names."""
 INTERFACES = ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
 """Variables that name network interfaces exactly, separated by commas."""
+PREFIXES = (
+    *("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_", "DEEPSPEED_", "XLA_"),
+    *("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MPI_LOCAL"),
+)
+VARIABLES = (
+    *("FORK_LAUNCHED", "USE_TORCH_XLA", "PT_HPU_LAZY_MODE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
+    *("NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"),
+)
+"""Variables by which a run's numbers would differ from its config: of accelerate, of MPI, and those
+that let torch's libraries compute float32 products in less."""
 ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """Device files of the drivers of NVIDIA, of AMD, and of the Windows Subsystem for Linux."""
 
@@ -41,6 +52,9 @@ class LaunchEnv:
     world_size: int
     local_world_size: int
     """Number of ranks on this machine."""
+    local_rank: int = 0
+    restart_count: int = 0
+    """Number of times the launcher has restarted this job."""
 
 
 def read_launch_env(environment: Mapping[str, str] = os.environ) -> LaunchEnv | None:
@@ -53,19 +67,41 @@ def read_launch_env(environment: Mapping[str, str] = os.environ) -> LaunchEnv | 
     _check_interfaces(environment)
     if "WORLD_SIZE" not in environment:
         _refuse_foreign_launchers(environment)
+        for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            if name in environment:  # rank 1 of 1 would write nothing, LOCAL_RANK picks a GPU
+                allowed = "must not be set without WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT"
+                fix = f"start it with torchrun, or unset {name}"
+                raise ConfigError(name, environment[name][:40], allowed, fix)
         return None
     world_size = _integer(environment, "WORLD_SIZE", 1, 1 << 20)
     rank = _integer(environment, "RANK", 0, world_size - 1)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not environment.get(name):
             raise ConfigError(name, "", f"must be set with WORLD_SIZE={world_size}", FIX)
+    if shown := not_utf8(environment["MASTER_ADDR"]):
+        raise ConfigError("MASTER_ADDR", shown[:40], "must be UTF-8 text", FIX)
     _integer(environment, "MASTER_PORT", 0, 65535)
+    local_rank, local_world_size, restart_count = 0, 1, 0
     if "LOCAL_RANK" in environment:
-        _integer(environment, "LOCAL_RANK", 0, rank)
-    local_world_size = 1
+        local_rank = _integer(environment, "LOCAL_RANK", 0, rank)
     if "LOCAL_WORLD_SIZE" in environment:
         local_world_size = _integer(environment, "LOCAL_WORLD_SIZE", 1, world_size)
-    return LaunchEnv(rank, world_size, local_world_size)
+    if "TORCHELASTIC_RESTART_COUNT" in environment:
+        restart_count = _integer(environment, "TORCHELASTIC_RESTART_COUNT", 0, 1 << 20)
+    return LaunchEnv(rank, world_size, local_world_size, local_rank, restart_count)
+
+
+def clear_environment(keep: Collection[str] = ()) -> list[str]:
+    """Remove what the config decides from this process's environment; return the names.
+
+    Before torch is imported (it reads one of them then) with `keep=FOREIGN_LAUNCHERS`, which
+    `read_launch_env` has still to see; again, all of them, before accelerate reads them.
+    """
+    names = [name for name in os.environ if name.startswith(PREFIXES) or name in VARIABLES]
+    removed = [name for name in names if name not in keep]
+    for name in removed:
+        del os.environ[name]
+    return removed
 
 
 def _refuse_foreign_launchers(environment: Mapping[str, str]) -> None:

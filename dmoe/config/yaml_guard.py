@@ -2,7 +2,11 @@
 
 Refused before any value is constructed: tags (`!!python/object/apply` calls a function), aliases
 (ten lines of them expand to gigabytes), deep nesting (RecursionError), numbers of hundreds of
-digits, and `${...}`: OmegaConf would write environment variables into the files of the run.
+digits, empty values (an unset variable of a shell or a template), and `${...}`: OmegaConf would
+write environment variables into the files of the run.
+
+Only decimal numbers are numbers. YAML 1.1 would read 010 as 8, 1_000 as 1000, 1:30 as 90 and 0x10
+as 16: here they are the text that was written, which a field for numbers refuses.
 """
 
 from __future__ import annotations
@@ -12,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.secrets import redact
@@ -23,10 +25,18 @@ MAX_DEPTH = 16
 """Nesting of mappings and lists; a config needs four."""
 LONG_NUMBER = re.compile(r"[-+]?[0-9][0-9a-fA-FxX_:.]{300,}")
 """A number that Python parses in quadratic time, or refuses."""
+INTEGER = r"-?(?:0|[1-9][0-9]*)"
+NUMBER = rf"(?:{INTEGER}(?:\.[0-9]*)?|-?\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+"""Decimal numbers, in YAML and in quoted text. No sign +, no leading zeros, no separators."""
+NOT_FINITE = r"[-+]?\.?(?:inf|Inf|INF)|\.?(?:nan|NaN|NAN)"
+"""Read as numbers too, so that the error can say that they are not finite."""
+NULLS = ("null", "Null", "NULL", "~")
 
 
 class StrictLoader(yaml.SafeLoader):  # type: ignore[misc]
-    """Composes YAML nodes and refuses the first dangerous one, with its line and dotted key."""
+    """Loads YAML and refuses the first dangerous node, with its line and dotted key."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
     def __init__(self, text: str, field: str, shown: object) -> None:
         """Start to read `text`; `field` and `shown` are what an error names."""
@@ -46,7 +56,8 @@ class StrictLoader(yaml.SafeLoader):  # type: ignore[misc]
         self.path.append(short(index.value) if isinstance(index, yaml.ScalarNode) else "")
         if reason := _forbidden(event):
             where = _where(event.start_mark, self.text, ".".join(filter(None, self.path)))
-            raise ConfigError(self.field, self.shown, f"{reason}{where}", "write the value out")
+            fix = "write a value, or null for none" if reason == EMPTY else "write the value out"
+            raise ConfigError(self.field, self.shown, f"{reason}{where}", fix)
         if isinstance(event, yaml.CollectionStartEvent):
             problem = "a key must be a name"
             if len(self.path) > MAX_DEPTH:
@@ -56,6 +67,35 @@ class StrictLoader(yaml.SafeLoader):  # type: ignore[misc]
         node = super().compose_node(parent, index)
         self.path.pop()
         return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a key that is there twice: YAML takes the last."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                problem = f"found duplicate key {short(key.value)}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            if key.tag == "tag:yaml.org,2002:null":
+                problem = "not valid YAML here: a key must be a name"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+for tag, pattern, first in (
+    (
+        "bool",
+        "yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF",
+        "yYnNtTfFoO",
+    ),
+    ("null", "|".join(map(re.escape, NULLS)), "nN~"),
+    ("int", INTEGER, "-0123456789"),
+    ("float", f"{NUMBER}|{NOT_FINITE}", "-+.0123456789iInN"),
+):
+    StrictLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{tag}", re.compile(f"(?:{pattern})$"), list(first)
+    )
 
 
 def read_text(path: str | Path) -> str:
@@ -79,7 +119,7 @@ def read_text(path: str | Path) -> str:
 
 
 def parse(text: str, field: str, shown: object) -> Any:
-    """Parse YAML into plain values; None for an empty text. Parses the text twice.
+    """Parse YAML into plain values; None for an empty text.
 
     Args:
         text: the YAML.
@@ -90,20 +130,13 @@ def parse(text: str, field: str, shown: object) -> Any:
         ConfigError: not YAML, or YAML that a config must not use.
     """
     try:
-        StrictLoader(text, field, shown).get_single_node()
-        # OmegaConf's own reading of YAML: no duplicate keys, no dates, and 1e-3 is a number.
-        plain = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
-        return plain["value"]  # type: ignore[call-overload, index]
+        return StrictLoader(text, field, shown).get_single_data()
     except ConfigError:
         raise
     except yaml.MarkedYAMLError as error:
         allowed = (error.problem or "not valid YAML") + _where(error.problem_mark, text)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeError) as error:
+    except (yaml.YAMLError, UnicodeError) as error:
         allowed = f"is not valid YAML ({_first_line(error)})"
-    except ValueError as error:
-        # From the constructors of int and float: `0x_` looks like a number and is none.
-        allowed = f"holds a value that cannot be read ({_first_line(error)})"
-        raise ConfigError(field, shown, allowed, "correct it") from None
     raise ConfigError(field, shown, allowed, "correct or quote it")
 
 
@@ -137,6 +170,26 @@ def short(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
+def not_utf8(text: str) -> str | None:
+    r"""Return `text` in readable form (`caf\xe9`) if it is not UTF-8, else None.
+
+    Python reads other bytes of the command line, the environment and file names as lone surrogates,
+    which YAML's `"\udce9"` is too; no file and no library takes them as text.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        try:
+            content = text.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            content = text.encode("utf-8", "backslashreplace")
+        return content.decode("utf-8", "backslashreplace")
+    return None
+
+
+EMPTY = "an empty value is not allowed"
+
+
 def _forbidden(event: yaml.Event) -> str | None:
     """Return why a config must not have this event, or None."""
     if isinstance(event, yaml.AliasEvent):
@@ -145,8 +198,12 @@ def _forbidden(event: yaml.Event) -> str | None:
         tag = short(event.tag.replace("tag:yaml.org,2002:", "!!"))
         return f"YAML tags like {tag} are not allowed"
     if isinstance(event, yaml.ScalarEvent):
+        if shown := not_utf8(event.value):
+            return f"{short(shown)} is not UTF-8 text"
         if "${" in event.value:
             return "${ is not allowed, which would be replaced by a value from elsewhere"
+        if not event.style and not event.value:
+            return EMPTY
         if not event.style and LONG_NUMBER.match(event.value):
             return f"a number of {len(event.value)} digits is not allowed"
     return None

@@ -16,27 +16,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.launch_env import clear_environment
 from dmoe.distributed.init import ProcessInfo
 
-PREFIXES = (
-    *("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_", "DEEPSPEED_"),
-    *("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "XLA_"),
-)
-VARIABLES = (
-    *("FORK_LAUNCHED", "USE_TORCH_XLA", "PT_HPU_LAZY_MODE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
-    *("NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"),
-)
-"""Besides accelerate's own: what lets torch's libraries compute float32 products in less."""
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-
-
-def clear_environment() -> list[str]:
-    """Remove the variables above from this process's environment and return their names."""
-    names = [name for name in os.environ if name.startswith(PREFIXES) or name in VARIABLES]
-    for name in names:
-        del os.environ[name]
-    return names
 
 
 def make_accelerator(process: ProcessInfo, precision: str) -> Accelerator:

@@ -14,7 +14,7 @@ from torch.distributed.distributed_c10d import PrefixStore, _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from dmoe.config.errors import ConfigError, DmoeError
-from dmoe.config.launch_env import read_launch_env
+from dmoe.config.launch_env import LaunchEnv, read_launch_env
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,11 @@ class ProcessInfo:
 
 
 def launched_world_size() -> int:
-    """Read the world size that torchrun, accelerate or Slurm has set; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return the world size of the process group or the launcher; 1 without either."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    launch = read_launch_env()
+    return launch.world_size if launch is not None else 1
 
 
 def init_distributed(
@@ -59,19 +62,32 @@ def init_distributed(
         ConfigError: no CUDA device, fewer GPUs than local ranks, the rendezvous port in use, or a
             launcher that is not supported.
     """
-    if not dist.is_initialized():
-        read_launch_env()  # the command has asked already; a caller from Python has not
-    world_size, rank = launched_world_size(), int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    restart_count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     set_cuda_environment()
-    own_device = _resolve_device(device, local_rank)
+    launch = _read_launch()
+    own_device = _resolve_device(device, launch)
     own_backend = _resolve_backend(backend, own_device)
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        limit = timedelta(seconds=timeout)
-        _init_process_group(own_backend, rank, world_size, restart_count, limit)
+    if launch is None:
+        return ProcessInfo(0, 1, 0, own_device)
+    if not dist.is_initialized():
+        _init_process_group(own_backend, launch, timedelta(seconds=timeout))
     return ProcessInfo(
-        rank, world_size, local_rank, own_device, restart_count, dist.is_initialized()
+        launch.rank,
+        launch.world_size,
+        launch.local_rank,
+        own_device,
+        launch.restart_count,
+        in_group=True,
+    )
+
+
+def _read_launch() -> LaunchEnv | None:
+    """Return this process's rank; of the process group, if the caller has started one."""
+    if not dist.is_initialized():
+        return read_launch_env()
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
+    local_world_size, local_rank, restarts = (int(os.environ.get(name, "0")) for name in names)
+    return LaunchEnv(
+        dist.get_rank(), dist.get_world_size(), max(1, local_world_size), local_rank, restarts
     )
 
 
@@ -152,9 +168,8 @@ def set_timeouts(groups: list[dist.ProcessGroup], seconds: float) -> None:
         _set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-def _init_process_group(
-    backend: str, rank: int, world_size: int, restart_count: int, timeout: timedelta
-) -> None:
+def _init_process_group(backend: str, launch: LaunchEnv, timeout: timedelta) -> None:
+    rank, world_size = launch.rank, launch.world_size
     try:
         store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
     except (dist.DistNetworkError, dist.DistStoreError) as error:
@@ -171,11 +186,11 @@ def _init_process_group(
         # gloo fails ("connectFullMesh failed", torch 2.13 and 2.14). A prefix per attempt avoids
         # that; remove it when torch does so itself. Across machines the restart count can differ:
         # launch/multi_node.sh therefore tells torchrun not to share a store.
-        store = PrefixStore(f"attempt-{restart_count}", store)
+        store = PrefixStore(f"attempt-{launch.restart_count}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def _resolve_device(device: str, local_rank: int) -> torch.device:
+def _resolve_device(device: str, launch: LaunchEnv | None) -> torch.device:
     visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cpu" or (device == "auto" and not visible):
         return torch.device("cpu")
@@ -183,7 +198,9 @@ def _resolve_device(device: str, local_rank: int) -> torch.device:
         raise ConfigError(
             "train.device", device, "no CUDA device is visible", "use train.device=cpu or auto"
         )
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_rank, local_world_size = 0, 1
+    if launch is not None:
+        local_rank, local_world_size = launch.local_rank, launch.local_world_size
     if local_world_size > visible:
         raise ConfigError(
             "train.device",

@@ -28,6 +28,20 @@ from types import FrameType
 from dmoe.config.errors import ConfigError
 
 PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU)
+"""A terminal that is closed sends HUP; LSF and SGE warn before a limit with USR2 or XCPU."""
+
+
+def handled_stop_signals() -> list[signal.Signals]:
+    """Return the signals that stop a run: not those inherited as ignored, as HUP is under nohup.
+
+    TERM is always among them: a scheduler has no other way to ask for an end.
+    """
+    return [
+        number
+        for number in STOP_SIGNALS
+        if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN
+    ]
 
 
 def launch(num_ranks: int, arguments: list[str], port: int | None = None) -> int:
@@ -59,10 +73,15 @@ def launch(num_ranks: int, arguments: list[str], port: int | None = None) -> int
     rendezvous = ["--standalone"]
     if port is not None:
         rendezvous = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    # torch's launcher would handle HUP even where nohup has it ignored
+    forwarded = ",".join(number.name for number in [*handled_stop_signals(), signal.SIGQUIT])
     options = get_args_parser().parse_args(
-        [*rendezvous, "--nproc-per-node", str(num_ranks), "-m", "dmoe", *arguments]
+        [
+            *(*rendezvous, "--signals-to-handle", forwarded),
+            *("--nproc-per-node", str(num_ranks), "-m", "dmoe", *arguments),
+        ]
     )
-    # torch's launcher forwards TERM, INT, HUP and QUIT, and would die of USR1.
+    # torch's launcher would die of USR1.
     signal.signal(signal.SIGUSR1, _forward_signal)
     try:
         run(options)

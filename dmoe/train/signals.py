@@ -1,4 +1,4 @@
-"""Signals: SIGTERM and SIGINT request an orderly stop, SIGUSR1 a checkpoint.
+"""Signals: SIGTERM, SIGINT, SIGHUP and warnings of a limit request a stop, SIGUSR1 a checkpoint.
 
 All ranks agree on the step first, through the control reduction of the step, and then act.
 """
@@ -10,8 +10,11 @@ import signal
 import time
 from types import FrameType
 
+from dmoe.distributed.launcher import handled_stop_signals
 from dmoe.train.reduction import Requests
 
+WARNINGS = (signal.SIGUSR2, signal.SIGXCPU)
+"""Sent before a scheduler's limit, XCPU once a second: never the second request to stop."""
 REPEAT_SECONDS = 0.3
 """A second signal within this time is the first one again: Slurm and the launcher can both forward
 one SIGTERM."""
@@ -39,15 +42,16 @@ class Signals:
     def __init__(self) -> None:
         self.stop_signal = 0
         """Number of the signal that requested the stop, 0 for none."""
-        self._save_requested, self._stop_time = False, 0.0
+        self._save_requested = False
+        self._stop_time: float | None = None
 
     def is_stop_requested(self) -> bool:
         return self.stop_signal != 0
 
     def install_handlers(self) -> None:
         """Install the handlers. Python allows that on the main thread only."""
-        signal.signal(signal.SIGTERM, self._on_stop_signal)
-        signal.signal(signal.SIGINT, self._on_stop_signal)
+        for number in handled_stop_signals():
+            signal.signal(number, self._on_stop_signal)
         signal.signal(signal.SIGUSR1, self._on_save_signal)
 
     def take_requests(self, failed: bool) -> Requests:
@@ -67,14 +71,15 @@ class Signals:
         self._save_requested = False
 
     def _on_stop_signal(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.is_stop_requested() and now - self._stop_time < REPEAT_SECONDS:
-            return
-        self._stop_time = now
-        if self.is_stop_requested():
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.stop_signal = number
+        now, earlier = time.monotonic(), self._stop_time
+        if number not in WARNINGS:
+            if earlier is not None and now - earlier < REPEAT_SECONDS:
+                return
+            if earlier is not None:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            self._stop_time = now
+        self.stop_signal = self.stop_signal or number
 
     def _on_save_signal(self, number: int, frame: FrameType | None) -> None:
         self._save_requested = True

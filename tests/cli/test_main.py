@@ -17,7 +17,7 @@ def test_a_traceback_has_no_secret(
 
     monkeypatch.setenv("MY_TOKEN", "hunter2hunter2")
     monkeypatch.setattr(main, "dispatch_command", broken)
-    monkeypatch.setattr(main, "guard_output", lambda: None)
+    monkeypatch.setattr(main, "prepare_process", lambda: None)
     with pytest.raises(SystemExit) as ended:
         main.run()
     printed = capsys.readouterr().err

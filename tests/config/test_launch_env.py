@@ -28,14 +28,24 @@ WRONG = {
     "no port": ("MASTER_PORT", None, "must be set with WORLD_SIZE=4"),
     "no number of a port": ("MASTER_PORT", "tcp", "from 0 to 65535"),
     "more on this machine than there are": ("LOCAL_WORLD_SIZE", "5", "from 1 to 4"),
+    "a restart that is no number": ("TORCHELASTIC_RESTART_COUNT", "abc", "from 0 to"),
+    "an address that is not UTF-8": ("MASTER_ADDR", "node\udcff", "must be UTF-8 text"),
     "a local rank above the rank": ("LOCAL_RANK", "9", "from 0 to 3"),
 }
 
 
 def test_launch_env_is_read() -> None:
-    assert read_launch_env(TORCHRUN) == LaunchEnv(rank=3, world_size=4, local_world_size=2)
+    assert read_launch_env(TORCHRUN) == LaunchEnv(3, 4, local_world_size=2, local_rank=1)
     assert read_launch_env({}) is None
-    assert read_launch_env({"RANK": "abc"}) is None, "without WORLD_SIZE there is no launcher"
+    assert read_launch_env({"MASTER_ADDR": "node-0", "MASTER_PORT": "x"}) is None
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+def test_a_rank_without_a_world_is_refused(name: str) -> None:
+    """With RANK=1 left in the shell a run of one process printed and wrote nothing; LOCAL_RANK
+    chose another GPU, and accelerate waited for a process group."""
+    with pytest.raises(ConfigError, match=f"{name}=1: must not be set without WORLD_SIZE"):
+        read_launch_env({name: "1"})
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -11,15 +11,16 @@ from collections.abc import Iterator
 
 import pytest
 
+from dmoe.distributed.launcher import STOP_SIGNALS
 from dmoe.train.reduction import Requests
 from dmoe.train.signals import REPEAT_SECONDS, Signals
 
-NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+NUMBERS = (*STOP_SIGNALS, signal.SIGUSR1)
 
 
 @pytest.fixture
 def signals() -> Iterator[Signals]:
-    before = {number: signal.getsignal(number) for number in NUMBERS}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in NUMBERS}
     installed = Signals()
     installed.install_handlers()
     yield installed
@@ -36,7 +37,7 @@ def test_no_request_without_a_signal(signals: Signals) -> None:
     assert signals.take_requests(failed=True) == Requests(stop=False, save=False, failed=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_stop_request_stays(signals: Signals, number: signal.Signals) -> None:
     send(number)
     assert signals.is_stop_requested()
@@ -65,7 +66,32 @@ def test_stop_and_save_together(signals: Signals) -> None:
     assert signals.take_requests(failed=False) == Requests(stop=True, save=True)
 
 
-@pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGTERM")])
+def test_an_inherited_ignore_is_kept() -> None:
+    """`nohup dmoe train` must go on when the terminal is closed; TERM is never ignored."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in NUMBERS}
+    try:
+        signals = Signals()
+        signals.install_handlers()
+        send(signal.SIGHUP)
+        send(signal.SIGINT)
+        assert not signals.is_stop_requested()
+        send(signal.SIGTERM)
+        assert signals.is_stop_requested()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_warnings_of_a_limit_are_not_the_second_request(signals: Signals) -> None:
+    """The kernel repeats XCPU each second; LSF sends USR2, and INT ten seconds later."""
+    for number in (signal.SIGXCPU, signal.SIGXCPU, signal.SIGUSR2, signal.SIGINT, signal.SIGXCPU):
+        send(number)
+    assert signals.stop_signal == signal.SIGXCPU
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGTERM"), ("SIGHUP", "SIGHUP")]
+)
 def test_second_stop_signal_ends_the_process_at_once(first: str, second: str) -> None:
     """In a process that would not end by itself; SIGUSR1 in between does not count."""
     program = (
