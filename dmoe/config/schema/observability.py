@@ -26,7 +26,7 @@ class CheckpointConfig:
     """Action if a save fails. The last save of a run must always succeed."""
     accept_changes: list[str] = field(default_factory=list)
     """Fields (or sections) that may differ from those in the checkpoint, e.g.
-    [train.global_batch]."""
+    [train.global_batch]. A change that gives the model other tensors cannot be accepted."""
 
 
 @dataclass(frozen=True)

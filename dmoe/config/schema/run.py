@@ -84,7 +84,7 @@ class TrainConfig:
     """The task: predict the next token, or the class of a sample (data.source=sklearn:digits,
     synthetic:clusters)."""
     steps: Annotated[int, at_least(1)] = 600
-    """Optimizer steps."""
+    """Optimizer steps. A run with more of them than before has the schedule of its new length."""
     global_batch: Annotated[int, at_least(1), at_most(1 << 30)] = 24
     """Sequences per optimizer step, over all ranks and accumulation steps; independent of the world
     size."""
