@@ -26,6 +26,8 @@ from dmoe.train.step import train_step, training_batches
 from dmoe.verify.cases import prepare, shrink
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.ranks
+
 SEEDS = Path(__file__).parents[1] / "configs" / "seeds"
 COMPARED = ("static", "top_k", "zero_cost", "budget", "deepseek_moe")
 NAMES = (*COMPARED, "adaptive")

@@ -21,6 +21,8 @@ from tests.checkpoint.helpers import call_after, constant_state, loaded_value, p
 from tests.checkpoint.states import full_state, sharded_state
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.ranks
+
 
 def written_twice(rank: int, world: int, root: Path, ep: int) -> list[dict[str, Any]]:
     group = build_mesh(ep, torch.device("cpu")).checkpoint_group

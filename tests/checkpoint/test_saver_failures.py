@@ -26,6 +26,8 @@ from tests.checkpoint.helpers import (
 from tests.checkpoint.states import sharded_state
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.ranks
+
 
 def failing_writer(rank: int, world: int, root: Path) -> list[str]:
     saver = AsyncSaver(root, 2, build_mesh(world, torch.device("cpu")).checkpoint_group, True)

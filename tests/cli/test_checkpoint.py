@@ -24,6 +24,8 @@ from tests.checkpoint.states import full_state
 from tests.cli.commands import dmoe, refused
 from tests.cli.conftest import Run
 
+pytestmark = pytest.mark.ranks
+
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
 from dmoe.runs.directory import RunDir
 from dmoe.train.restore import restore_model
 from tests.cli.commands import dmoe, refused
 from tests.cli.conftest import Run
+
+pytestmark = pytest.mark.ranks
 
 
 def test_it_generates_the_sample_of_the_run(alone: Run, place: Path) -> None:

@@ -17,6 +17,8 @@ from dmoe.runs.directory import RunDir
 from dmoe.train.restore import restore_model
 from tests.cli.commands import dmoe, refused, run_in_process
 
+pytestmark = pytest.mark.ranks
+
 MODULES = ("modular.bank=low_rank", "modular.modules=2", "modular.rank=2")
 
 

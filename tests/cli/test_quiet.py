@@ -9,6 +9,8 @@ import pytest
 from tests.cli.commands import SMALL, dmoe, metrics
 from tests.cli.terminal import Terminal
 
+pytestmark = pytest.mark.ranks
+
 ARGUMENTS = (*SMALL, "data.source=synthetic:zipf", "train.run_dir=run")
 
 

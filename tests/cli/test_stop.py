@@ -13,6 +13,8 @@ import pytest
 
 from tests.cli.commands import SMALL, environment
 
+pytestmark = pytest.mark.ranks
+
 ENDLESS = [
     *SMALL,
     "train.steps=100000",

@@ -11,6 +11,8 @@ from dmoe.config.load import load
 from tests.cli.commands import metrics, train_lines
 from tests.cli.conftest import Run
 
+pytestmark = pytest.mark.ranks
+
 EVENTS = [
     "start",
     *["train"] * 3,

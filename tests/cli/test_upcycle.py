@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.cli.commands import dmoe, metrics
 from tests.tiny import SMALL
 from tests.train.dense_run import SPARSE, dense_run
+
+pytestmark = pytest.mark.ranks
 
 CONFIG = (*SMALL, *SPARSE, "train.steps=2", "train.log_every=1", "train.sample_tokens=0")
 

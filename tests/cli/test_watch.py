@@ -20,6 +20,8 @@ from tests.cli.commands import SMALL, dmoe, environment, refused
 from tests.cli.conftest import Run
 from tests.cli.terminal import Terminal
 
+pytestmark = pytest.mark.ranks
+
 LOAD = [30, 2, 16, 16]
 
 

@@ -14,6 +14,8 @@ from dmoe.data import debian_guide
 from dmoe.data.debian_guide import PACKAGE, GuideUnavailableError, guide_root
 from tests.data.conftest import write_guide
 
+pytestmark = pytest.mark.ranks
+
 NOT_INSTALLED = (
     "from pathlib import Path; from dmoe.data import debian_guide; "
     "debian_guide.INSTALLED = Path('absent')"

@@ -17,6 +17,8 @@ from tests.distributed.runs import trace
 from tests.ranks import run_ranks
 from tests.tiny import tiny
 
+pytestmark = pytest.mark.ranks
+
 FAULTS = {
     "one row short": "sends",
     "one row long": "sends",

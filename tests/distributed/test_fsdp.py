@@ -24,6 +24,8 @@ from tests.distributed.test_equality import compare, one_process
 from tests.ranks import run_ranks
 from tests.tiny import tiny
 
+pytestmark = pytest.mark.ranks
+
 FSDP = "parallel.mode=fsdp"
 DROPPING = (
     "moe.capacity.factor=1.0",

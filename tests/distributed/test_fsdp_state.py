@@ -25,6 +25,8 @@ from dmoe.train.step_guard import StepGuard
 from tests.ranks import run_ranks
 from tests.tiny import tiny
 
+pytestmark = pytest.mark.ranks
+
 Arrays = dict[str, np.ndarray]
 FSDP = "parallel.mode=fsdp"
 

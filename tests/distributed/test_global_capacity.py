@@ -23,6 +23,8 @@ from tests.distributed.test_equality import compare
 from tests.ranks import run_ranks
 from tests.tiny import tiny
 
+pytestmark = pytest.mark.ranks
+
 GROUPS, SEQUENCES, LENGTH, DIM = 4, 8, 6, 8
 Case = tuple[str, str, str, bool]
 CASES: list[Case] = list(

@@ -22,6 +22,8 @@ from torch.distributed import TCPStore
 
 from dmoe.distributed.rank_failure import is_collective_failure
 
+pytestmark = pytest.mark.ranks
+
 TIMEOUT = 3.0
 WORKER = """
 import json, os, signal, sys, time

@@ -18,6 +18,8 @@ from dmoe.config.fields import list_fields
 from dmoe.config.rules import check
 from tests.docs.snippets import DOCUMENTS, ROOT, Block, blocks, command_lines, run, snippets
 
+pytestmark = pytest.mark.ranks
+
 EXAMPLES = [pair for document in DOCUMENTS for pair in snippets(document)]
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")

@@ -87,3 +87,12 @@ def test_the_image_of_compose_has_as_many_ranks_as_its_config_wants() -> None:
     config = yaml.safe_load((ROOT / service["command"][-1]).read_text(encoding="utf-8"))
     world = int(service["environment"]["NNODES"]) * int(service["environment"]["RANKS_PER_NODE"])
     assert world % config["parallel"]["ep"] == 0
+
+
+def test_the_image_for_gpus_names_the_driver_that_its_torch_needs() -> None:
+    """torch's wheel brings CUDA, whose least driver is the host's affair: 13.0 needs 580."""
+    text = (ROOT / "docker" / "Dockerfile.cuda").read_text(encoding="utf-8")
+    pinned = re.search(r"^torch==(\d+\.\d+)", (ROOT / "constraints.txt").read_text("utf-8"), re.M)
+    assert pinned is not None
+    assert f"torch {pinned[1]} is" in text
+    assert re.search(r"CUDA 13\.0 and needs driver 580", text)

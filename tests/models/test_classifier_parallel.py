@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -23,6 +24,8 @@ from tests.models.classifier_cases import (
     random_samples,
 )
 from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.ranks
 
 CASES = {
     "gated": (replace(GATED, stream_dropout=0.5), FIXED, [4, 3], 3),

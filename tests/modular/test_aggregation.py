@@ -21,7 +21,8 @@ from dmoe.modular import (
 )
 from dmoe.modular.aggregation import Attention, Concat, Gated, Mean
 from dmoe.modular.aggregation.fixed import sequence_weights
-from dmoe.moe.routing import BatchShape, TokenContext, dropless_plan
+from dmoe.moe.capacity import dropless_plan
+from dmoe.moe.routing import BatchShape, TokenContext
 from dmoe.verify.naive.adapters import contribution_reference
 from tests.modular.nets import D, M, O, drawn, randomize
 

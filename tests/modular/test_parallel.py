@@ -34,6 +34,8 @@ from dmoe.modular import (
 from tests.modular.nets import D, M, O, drawn, mlp, randomize
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.ranks
+
 OPTIONS = {
     "low_rank": {"rank": 3},
     "adapter": {"hidden": 3},

@@ -19,6 +19,8 @@ from dmoe.train.step import train_step, training_batches
 from tests.ranks import run_ranks
 from tests.tiny import tiny
 
+pytestmark = pytest.mark.ranks
+
 
 def profile_steps(
     rank: int, world: int, config: Config, folder: Path, ranks: list[int]

@@ -25,6 +25,8 @@ from dmoe.verify.naive.adapters import randomize
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, tiny
 
+pytestmark = pytest.mark.ranks
+
 SETS = [[], [1], [0, 1], [3, 2]]
 TABLE = (
     "modular.bank=adapter",

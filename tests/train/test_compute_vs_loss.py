@@ -18,6 +18,8 @@ from dmoe.train.routing_analysis import ComputeVsLoss, correlation
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, tiny
 
+pytestmark = pytest.mark.ranks
+
 ADAPTIVE = (
     "moe.router.kind=adaptive",
     "moe.top_k=4",

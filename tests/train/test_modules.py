@@ -27,6 +27,8 @@ from dmoe.train.step import train_step, training_batches
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, tiny
 
+pytestmark = pytest.mark.ranks
+
 LORA = (
     "modular.bank=low_rank",
     "modular.modules=4",

@@ -21,6 +21,8 @@ from dmoe.verify.decisions import record_routing
 from tests.ranks import run_ranks
 from tests.tiny import tiny
 
+pytestmark = pytest.mark.ranks
+
 DOMAINS = ("first", "second", "third")
 
 

@@ -16,6 +16,8 @@ from dmoe.train.run import train
 from tests.tiny import tiny
 from tests.train.test_modules import LORA, lines
 
+pytestmark = pytest.mark.ranks
+
 
 def test_a_base_model_config_is_trained_first_and_once(tmp_path: Path) -> None:
     (tmp_path / "core.yaml").write_text(to_yaml(tiny("train.steps=2", "train.sample_tokens=0")))

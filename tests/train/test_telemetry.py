@@ -21,6 +21,8 @@ from tests.ranks import run_ranks
 from tests.tiny import VOCAB, tiny
 from tests.train.reference_metrics import Measured, by_layer, measured_step
 
+pytestmark = pytest.mark.ranks
+
 EXACT = ("load", "kept", "load_by_rank", "dead_experts", "traffic")
 DROPS = "moe.capacity.factor=0.6"
 CASES: dict[str, tuple[int, int, list[str]]] = {

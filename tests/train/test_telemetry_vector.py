@@ -29,6 +29,8 @@ from tests.distributed.test_costs import COLLECTIVES, READS, counted
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, tiny
 
+pytestmark = pytest.mark.ranks
+
 
 def costs_of_two_steps(rank: int, world: int, config: Config) -> list[Counter[str]]:
     """Count collectives and host reads of an unlogged and of a logged step with its line."""

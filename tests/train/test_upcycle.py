@@ -26,6 +26,8 @@ from tests.ranks import run_ranks
 from tests.tiny import VOCAB, tiny
 from tests.train.dense_run import DENSE, SPARSE, dense_run, weights
 
+pytestmark = pytest.mark.ranks
+
 ROUTERS = {
     "top_k": [],
     "softmax over the chosen": [
