@@ -1,8 +1,8 @@
 """Every field of the schema with its type, default and docstring; checks of given values.
 
 The table is read from the source of `schema/`, so that a description is written once, there.
-Given values are checked before OmegaConf sees them: it turns the number 83 (YAML's reading of 0123)
-into the text "83", and its messages name neither the file nor the nearest field.
+Given values are checked before OmegaConf sees them: it turns the number 12 into the text "12" and
+the text "0600" into the number 600, and its messages name neither the file nor the nearest field.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,12 +19,15 @@ from typing import Any
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.secrets import REDACTED, is_secret_name
-from dmoe.config.yaml_guard import short
+from dmoe.config.yaml_guard import INTEGER, NUMBER, short
 
 SCHEMA = Path(__file__).with_name("schema")
 YAML_WORDS = {"None": "null", "True": "true", "False": "false"}
 TEXT = ("str", "str | null")
+BOOLEANS = ("true", "false", "yes", "no", "on", "off", "0", "1")
 LARGEST_INTEGER = (1 << 63) - 1
+DECIMAL = {"int": re.compile(INTEGER), "float": re.compile(NUMBER)}
+"""Text that a field for numbers may hold, by the first word of its type or of its items' type."""
 
 
 @dataclass(frozen=True)
@@ -184,12 +188,20 @@ def _type_errors(field: Field, value: Any) -> Iterator[tuple[Any, str, str]]:
                 yield text, f"must be text, and YAML reads it as {_kind(text)}", "quote it"
     if field.type == "list[list[int]]" and not _lists_of_integers(value):
         yield value, "must be a list of lists of whole numbers", "e.g. [[], [50], [64, 32]]"
-    if field.type == "bool" and not isinstance(value, str | bool) and value not in (0, 1):
+    if field.type.startswith("bool") and str(value).lower() not in BOOLEANS:
         yield value, "must be true or false", default
     if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
         yield value, "does not fit in 64 bits", default
     if field.type.startswith("float") and not _is_finite(value):
         yield value, "must be a finite number", default
+    kind = field.type.removeprefix("list[").partition(" ")[0].rstrip("]")
+    for item in items if kind in DECIMAL else []:
+        has_digit = isinstance(item, str) and any(map(str.isdigit, item))
+        if has_digit and not DECIMAL[kind].fullmatch(item):
+            whole = "whole " if kind == "int" else ""
+            or_word = f" or {field.default}" if "str" in field.type else ""
+            allowed = f"must be a {whole}number in decimal notation{or_word}"
+            yield item, allowed, "use digits only: no leading zeros, no +, no _, no other base"
 
 
 def check_accept_changes(names: Sequence[str]) -> None:

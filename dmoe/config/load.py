@@ -2,7 +2,8 @@
 
 The value of a text field in an override is taken literally: as YAML, `data.source=0123` would be
 83, a glob that begins with a star an alias, and `train.sample_prompt=def f(x):` a mapping. All
-other values are YAML.
+other values are YAML with decimal numbers only (`yaml_guard.py`). No value may be empty: that is a
+shell's variable that is not set, and as YAML it would be null, which switches some fields off.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dmoe.config.errors import ConfigError
 from dmoe.config.fields import TEXT, check_given, field_named
 from dmoe.config.schema import Config
-from dmoe.config.yaml_guard import check_interpolation, parse, quoted, read_text, short
+from dmoe.config.yaml_guard import NULLS, check_interpolation, parse, quoted, read_text, short
 
 KEY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*){0,15}")
 
@@ -104,8 +105,15 @@ def parse_override(override: str) -> dict[str, Any]:
 def _value(key: str, text: str) -> Any:
     check_interpolation(key, text)
     field = field_named(key)
+    if not text:
+        fix = "write a value; is a variable of the shell not set?"
+        fix = f"{fix} An empty text is \"''\"" if field and field.type in TEXT else fix
+        raise ConfigError(key, "''", "must not be empty", fix)
     if field is None or field.type not in TEXT:
-        return parse(text, key, short(text))
+        value = parse(text, key, short(text))
+        if value is None and text.strip() not in NULLS:
+            raise ConfigError(key, short(text), "holds no value", "write one, or null for none")
+        return value
     if text == "null" and field.type == "str | null":
         return None
     inner = quoted(text)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -36,7 +36,7 @@ NULLS = ("null", "Null", "NULL", "~")
 class StrictLoader(yaml.SafeLoader):  # type: ignore[misc]
     """Loads YAML and refuses the first dangerous node, with its line and dotted key."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
 
     def __init__(self, text: str, field: str, shown: object) -> None:
         """Start to read `text`; `field` and `shown` are what an error names."""

@@ -24,9 +24,10 @@ from dmoe.config.schema import BalanceConfig
 from dmoe.modular.aggregation.base import Aggregation
 from dmoe.modular.banks.base import AdapterBank
 from dmoe.modular.routing.learned import sequence_context, sequence_mean
-from dmoe.moe.dispatch import PackedLocal, profiled
+from dmoe.moe.capacity import dropless_plan
+from dmoe.moe.dispatch import PackedLocal, expert_dtype, profiled
 from dmoe.moe.interfaces import DataParallelComm, Dispatcher, NoComm
-from dmoe.moe.layer import MoEOutput, expert_dtype
+from dmoe.moe.layer import MoEOutput
 from dmoe.moe.load_balancing import auxiliary_losses
 from dmoe.moe.metrics import LayerStats, layer_stats
 from dmoe.moe.routers.base import RouterModule
@@ -36,7 +37,7 @@ from dmoe.moe.routing import (
     DispatchPlan,
     Routing,
     TokenContext,
-    dropless_plan,
+    masked,
 )
 
 
@@ -112,7 +113,9 @@ class AdapterLayer(nn.Module):
             router_input_TQ = mean_after_prefix(y, context, sequences, bank.num_prefix_tokens)
             context = sequence_context(context, sequences)
         else:
-            rows_TD = (x if bank.input_kind == "input" else y).flatten(0, -2)
+            rows_TD = masked(
+                (x if bank.input_kind == "input" else y).flatten(0, -2), context.valid_T
+            )
             router_input_TQ = rows_TD
         shape = BatchShape(sequences)
         with profiled("route"):
@@ -125,6 +128,7 @@ class AdapterLayer(nn.Module):
             dropless_plan(routing),
             sequences,
         )
+        contribution_TW = masked(contribution_TW, context.valid_T)
         return bank.add_to_output(y, contribution_TW.to(y.dtype))
 
     def dispatch_and_combine(self, rows_TD: Tensor, plan: DispatchPlan) -> Tensor:

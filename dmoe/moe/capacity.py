@@ -23,6 +23,7 @@ C slots of one (group, expert).
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,6 @@ from dmoe.moe.routing import (
     ExpertSlots,
     Routing,
     count_per_expert,
-    dropless_plan,
     group_of_token,
 )
 
@@ -62,6 +62,30 @@ def expert_capacity(
     # 1.1 * 10 is 11.000000000000002 and must not give 12
     wanted = math.ceil(factor * top_k * tokens / num_experts - 1e-9)
     return min(tokens, max(min_capacity, wanted))
+
+
+def dropless_plan(routing: Routing, num_zero_cost: int = 0) -> DispatchPlan:
+    """Return the plan that computes every selected assignment."""
+    weight_TK, keep_TK = routing.weight_TK, routing.selected_TK
+    if keep_TK is not None:
+        stop_dropped_gradients(routing, keep_TK)
+        weight_TK = weight_TK.masked_fill(~keep_TK, 0.0)
+    return DispatchPlan(routing.expert_TK, weight_TK, keep_TK, routing.num_experts, num_zero_cost)
+
+
+def stop_dropped_gradients(routing: Routing, keep_TK: Tensor) -> None:
+    """Make the logits' gradient zero where a token that is not finite keeps no expert.
+
+    Its weights get zero gradient, but the backward of the gate multiplies it by the scores, and 0 x
+    NaN is NaN. Gradients of finite logits are not touched. An auxiliary loss that counts such a
+    token is NaN itself. No host sync.
+    """
+    noise = routing.noise
+    lost_T1 = ~keep_TK.any(1, keepdim=True)
+    for logit_TE in (routing.logit_TE, None if noise is None else noise.raw_TE):
+        if logit_TE is not None and logit_TE.requires_grad:
+            stop_T1 = lost_T1 & ~routing.logit_TE.detach().isfinite().all(1, keepdim=True)
+            logit_TE.register_hook(partial(torch.masked_fill, mask=stop_T1, value=0.0))
 
 
 class _Kept(NamedTuple):
@@ -126,6 +150,7 @@ def apply_capacity(
         * (num_experts - num_zero_cost)
         / (comm.size if shared else 1),
     )
+    stop_dropped_gradients(routing, kept.keep_TK)
     weight_TK = _kept_weights(kept.weight_TK, kept.keep_TK, routing.scale, config.renormalize)
     return DispatchPlan(kept.expert_TK, weight_TK, kept.keep_TK, num_experts, num_zero_cost, slots)
 

@@ -80,7 +80,7 @@ class Permutation:
     assignment_R: Tensor
     """The assignment n = t*K + k of each row; meaningless where `filled_R` is False."""
     row_TK: Tensor
-    """The row of each assignment; 0 where it has none."""
+    """The row of each assignment; where it has none, one of its token's own rows, else 0."""
     keep_TK: Tensor | None
     """Which assignments have a row. None: all."""
     filled_R: Tensor | None
@@ -115,10 +115,10 @@ def packed_permutation(plan: DispatchPlan) -> tuple[Permutation, Tensor]:
     row_N = torch.empty_like(order_N).scatter_(
         0, order_N, torch.arange(len(order_N), device=order_N.device)
     )
+    row_TK = row_N.view_as(plan.expert_TK)
     if plan.keep_TK is not None:
-        row_N = row_N.masked_fill(~plan.keep_TK.flatten(), 0)
-    permutation = Permutation(order_N, row_N.view_as(plan.expert_TK), plan.keep_TK, None)
-    return permutation, edge_E.diff()
+        row_TK = own_rows(row_TK, plan.keep_TK)
+    return Permutation(order_N, row_TK, plan.keep_TK, None), edge_E.diff()
 
 
 def padded_permutation(plan: DispatchPlan) -> Permutation:
@@ -141,7 +141,18 @@ def padded_permutation(plan: DispatchPlan) -> Permutation:
     assignment_R = assignment_R[:rows]
     filled_R = assignment_R < empty
     return Permutation(
-        assignment_R.masked_fill(~filled_R, 0), row_TK.masked_fill(~keep_TK, 0), keep_TK, filled_R
+        assignment_R.masked_fill(~filled_R, 0), own_rows(row_TK, keep_TK), keep_TK, filled_R
+    )
+
+
+def own_rows(row_TK: Tensor, keep_TK: Tensor) -> Tensor:
+    """Replace the row of each dropped assignment by a row of the same token, 0 if it has none.
+
+    A gather must read some row, at weight 0; 0 x NaN is NaN, so that row is no other token's.
+    """
+    kept_TK = row_TK.masked_fill(~keep_TK, 0)
+    return (
+        torch.where(keep_TK, row_TK, kept_TK.amax(1, keepdim=True)) if row_TK.numel() else kept_TK
     )
 
 
@@ -191,6 +202,8 @@ class _Unpermute(Function):
         permutation: Permutation = ctx.permutation
         grad_RD = _rows_of_tokens(grads[0], permutation)
         weight_R = weight_TK.flatten()[permutation.assignment_R].to(grad_RD.dtype)
+        if permutation.filled_R is not None:
+            weight_R = weight_R.masked_fill(~permutation.filled_R, 0.0)
         if rows_RD.is_cuda:
             grad_weight_TK = _row_dots(grad_RD, rows_RD, permutation)
         else:
@@ -212,7 +225,11 @@ def _sum_over_choices(
     if len(rows_RD) == 0:
         # nothing was kept on this rank: its tokens still get zeros, and the graph stays connected
         return rows_RD.new_zeros(len(permutation.row_TK), rows_RD.shape[1])
-    return embedding_bag(permutation.row_TK, rows_RD, per_sample_weights=weight_TK, mode="sum")
+    sum_TD = embedding_bag(permutation.row_TK, rows_RD, per_sample_weights=weight_TK, mode="sum")
+    if permutation.keep_TK is None:
+        return sum_TD
+    # a token that keeps nothing has read row 0, which is another token's
+    return sum_TD.masked_fill_(~permutation.keep_TK.any(1, keepdim=True), 0.0)
 
 
 def _weight_grads(grad_TD: Tensor, rows_RD: Tensor, permutation: Permutation) -> Tensor:
@@ -250,3 +267,11 @@ def _row_dots(grad_RD: Tensor, rows_RD: Tensor, permutation: Permutation) -> Ten
     dot_R = torch.cat([torch.bmm(g.unsqueeze(1), r.unsqueeze(2)) for g, r in batches]).flatten()
     dot_TK = dot_R[permutation.row_TK]
     return dot_TK if permutation.keep_TK is None else dot_TK.masked_fill(~permutation.keep_TK, 0.0)
+
+
+def expert_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of experts and exchanged rows: autocast's, else the input's."""
+    device = x.device.type
+    # meta does not support autocast
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype

@@ -9,26 +9,34 @@ width, E experts, K experts per token, R rows.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass
+from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
+from dmoe.config.errors import ConfigError
 from dmoe.config.expert_shapes import count_zero_cost
-from dmoe.config.router_kinds import ROUTERS
-from dmoe.config.rules import check_shapes, check_zero_cost
+from dmoe.config.rules import check_arguments
 from dmoe.config.schema import BalanceConfig, CapacityConfig, ExpertsConfig, MoEConfig, RouterConfig
 from dmoe.moe.capacity import apply_capacity, expert_capacity
 from dmoe.moe.compute_usage import ComputeUsage
-from dmoe.moe.dispatch import PackedLocal, PaddedLocal, profiled
+from dmoe.moe.dispatch import PackedLocal, PaddedLocal, expert_dtype, profiled
 from dmoe.moe.experts import FeedForward, ZeroCost, build_experts
 from dmoe.moe.interfaces import DataParallelComm, Dispatcher, NoComm
-from dmoe.moe.load_balancing import auxiliary_losses
+from dmoe.moe.load_balancing import PendingCounts, auxiliary_losses, updated_bias
 from dmoe.moe.metrics import LayerStats, layer_stats
 from dmoe.moe.placement import to_physical_experts
 from dmoe.moe.routers import build_router
-from dmoe.moe.routing import EMPTY_CONTEXT, BatchShape, DispatchPlan, Routing, TokenContext
+from dmoe.moe.routing import (
+    EMPTY_CONTEXT,
+    BatchShape,
+    DispatchPlan,
+    Routing,
+    TokenContext,
+    flatten_tokens,
+    masked,
+    with_budget,
+)
 
 
 @dataclass(frozen=True)
@@ -93,31 +101,34 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         out_dim = dim if out_dim is None else out_dim
-        router, experts = router or RouterConfig(), experts or ExpertsConfig()
-        self.capacity = capacity or CapacityConfig()
-        self.balance = balance or BalanceConfig()
-        self.num_zero_cost = count_zero_cost(experts)
+        given = {"router": router, "capacity": capacity, "balance": balance, "experts": experts}
+        sections: dict[str, Any] = {name: part for name, part in given.items() if part is not None}
+        config = MoEConfig(num_experts, top_k, expert_dim, exchange=exchange, **sections)  # type: ignore[arg-type]
+        check_arguments(
+            config, dim=dim, out_dim=out_dim, virtual_ranks=virtual_ranks, layer=layer, seed=seed
+        )
+        self.dim, self.capacity, self.balance = dim, config.capacity, config.balance
+        self.num_zero_cost = count_zero_cost(config.experts)
         self.num_experts = num_experts + self.num_zero_cost
         """Experts the router selects from, zero-cost ones included."""
-        check_layer(self.num_experts, top_k, self.capacity, exchange)
-        check_shapes(experts, num_experts)
-        check_zero_cost(experts, router, self.capacity)
         self.top_k, self.layer, self.virtual_ranks = top_k, layer, virtual_ranks
-        self.router = build_router(router, dim, self.num_experts, top_k, layer)
-        self.experts = build_experts(experts, dim, expert_dim, num_experts, out_dim)
-        self.zero_cost = ZeroCost(experts, dim, out_dim) if self.num_zero_cost else None
+        self.router = build_router(config.router, dim, self.num_experts, top_k, layer)
+        self.experts = build_experts(config.experts, dim, expert_dim, num_experts, out_dim)
+        self.zero_cost = ZeroCost(config.experts, out_dim) if self.num_zero_cost else None
         self.router.set_expert_costs((*self.experts.multiply_adds, *[0] * self.num_zero_cost))
         self.placement = self.experts.placement(1)
         self.cost_E = (*self.experts.cost, *[0.0] * self.num_zero_cost)
         zero_cost_names = self.zero_cost.names if self.zero_cost else ()
         self.names_E = (*(f"expert {e}" for e in range(num_experts)), *zero_cost_names)
-        shared_dim = experts.shared * (experts.shared_dim or expert_dim)
+        shared_dim = config.experts.shared * (config.experts.shared_dim or expert_dim)
         self.shared = (
-            FeedForward(experts.kind, dim, shared_dim, out_dim) if experts.shared else None
+            FeedForward(config.experts.kind, dim, shared_dim, out_dim) if shared_dim else None
         )
         self.packed: Dispatcher = PackedLocal()
         self.padded: Dispatcher | None = PaddedLocal() if exchange == "padded" else None
         self.comm: DataParallelComm = NoComm()
+        self.pending_counts = PendingCounts() if self.balance.bias else None
+        """None: no bias, or the trainer updates it from counts that it reduces for all layers."""
         self.initialize(seed)
 
     @classmethod
@@ -157,6 +168,7 @@ class MoE(nn.Module):
         Experts are keyed by (seed, layer, global expert id), others by (seed, name).
         """
         out_std = std if out_std is None else out_std
+        self.forget_counts()
         self.router.initialize(seed, self.layer, std)
         self.experts.initialize(seed, self.layer, std, out_std)
         if self.zero_cost is not None:
@@ -184,8 +196,8 @@ class MoE(nn.Module):
             compute_budget: share of the multiply-adds of all experts that a token may spend in this
                 call (`router.kind=budget`).
         """
-        x_TD = x.flatten(0, -2)
-        context = self.with_budget(context, compute_budget)
+        x_TD, context = flatten_tokens(x, context, self.dim)
+        context = with_budget(context, compute_budget, self.router.config)
         shape = self.batch_shape(math.prod(x.shape[:-2]), x_TD.shape[0])
         with profiled("route"):
             routing = self.router(x_TD, context, shape)
@@ -199,7 +211,9 @@ class MoE(nn.Module):
             rows_RM = self.experts(rows_RD, tokens_per_expert)
         with profiled("combine"):
             y_TM = dispatcher.combine(rows_RM, plan.weight_TK, metadata)
-        y_TM = self.add_local_experts(y_TM, x_TD, plan)
+        y_TM = masked(self.add_local_experts(y_TM, x_TD, plan), context.valid_T)
+        stats = layer_stats(routing, plan, context)
+        self.count_for_bias(y_TM, stats.choice_E)
         return MoEOutput(
             y_TM.view(*x.shape[:-1], y_TM.shape[1]),
             auxiliary_losses(
@@ -211,11 +225,40 @@ class MoE(nn.Module):
                 layer=self.layer,
                 micro_batches=self.virtual_ranks,
             ),
-            layer_stats(routing, plan, context),
+            stats,
             routing,
             plan,
             self.compute_usage(routing, plan, context.budget),
         )
+
+    def count_for_bias(self, y_TM: Tensor, choice_E: Tensor) -> None:
+        """Count a training forward for `update_bias`, once its backward has come."""
+        if self.pending_counts is not None and self.training and y_TM.requires_grad:
+            name = f"MoE layer {self.layer}"
+            self.pending_counts.watch(y_TM, choice_E, self.parameters(), name)
+
+    def forget_counts(self) -> None:
+        """Discard what `update_bias` would count: the weights are new."""
+        if self.pending_counts is not None:
+            self.pending_counts = PendingCounts()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.forget_counts()
+
+    def update_bias(self) -> None:
+        """Update the balance bias (`balance.bias`); once per step, after `optimizer.step()`.
+
+        By the assignments of the forwards whose backward has run since the last call, over all
+        ranks: one all-reduce of E int64 if `comm` has several, so every rank calls it. No host
+        sync. A no-op if `balance.bias` is 0. Forgotten, the next training forward raises
+        ConfigError. The trainer does not call it: it reduces the counts of all layers at once.
+        """
+        if self.pending_counts is None:
+            return
+        bias_E = self.router.get_buffer("bias_E")
+        count_E = self.comm.sum(self.pending_counts.take(bias_E))
+        bias_E.copy_(updated_bias(bias_E, count_E, self.balance.bias, self.balance.recenter))
 
     def add_local_experts(self, y_TM: Tensor, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
         """Add the outputs of zero-cost and shared experts, which are never dispatched."""
@@ -234,31 +277,11 @@ class MoE(nn.Module):
             routing, plan, self.cost_E, self.names_E, self.router.config, budget, bias_E
         )
 
-    def with_budget(self, context: TokenContext, compute_budget: float | None) -> TokenContext:
-        """Return `context` with the budget of this call: the one given, else the config's."""
-        config = self.router.config
-        has_budget = ROUTERS[config.kind].has_budget
-        if compute_budget is None:
-            return replace(context, budget=config.budget) if has_budget else context
-        if not has_budget:
-            raise ValueError(
-                f"compute_budget={compute_budget}: router.kind={config.kind} has no budget; "
-                "use router.kind=budget"
-            )
-        if not 0 <= compute_budget <= 1:
-            raise ValueError(
-                f"compute_budget={compute_budget}: must be from 0 to 1, the share of the cost of "
-                "all experts"
-            )
-        return replace(context, budget=compute_budget)
-
     def batch_shape(self, sequences: int, tokens: int) -> BatchShape:
         """Return the capacity groups and slots of a forward of `tokens` tokens in `sequences`."""
         if tokens % self.virtual_ranks:
-            raise ValueError(
-                f"{tokens} tokens do not divide by virtual_ranks={self.virtual_ranks}: use a batch "
-                "that does"
-            )
+            allowed = f"must divide the {tokens} tokens of the call"
+            raise ConfigError("virtual_ranks", self.virtual_ranks, allowed, "use a batch that fits")
         limits = self.capacity
         groups = {"rank": self.virtual_ranks, "sequence": sequences, "global": 1}[limits.group]
         factor = limits.factor if self.training else limits.eval_factor
@@ -271,28 +294,3 @@ class MoE(nn.Module):
             factor, tokens_per_group, self.top_k, self.num_experts, limits.min_capacity
         )
         return BatchShape(sequences, groups, slots)
-
-
-def expert_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of experts and exchanged rows: autocast's, else the input's."""
-    device = x.device.type
-    # meta does not support autocast
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if autocast else x.dtype
-
-
-def check_layer(num_experts: int, top_k: int, limits: CapacityConfig, exchange: str) -> None:
-    """Raise ValueError for impossible layer settings; `build_router` checks the router's.
-
-    Args:
-        num_experts: E, zero-cost experts included.
-        top_k: K.
-        limits: section `moe.capacity`.
-        exchange: `packed` or `padded`.
-    """
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k={top_k}: must be between 1 and num_experts={num_experts}")
-    if exchange not in ("packed", "padded"):
-        raise ValueError(f"exchange={exchange!r}: must be packed or padded")
-    if exchange == "padded" and limits.factor is None:
-        raise ValueError("exchange='padded' has fixed slots and needs capacity.factor, e.g. 1.25")

@@ -12,11 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+
+from dmoe.config.errors import ConfigError
+from dmoe.config.router_kinds import ROUTERS
+from dmoe.config.schema import RouterConfig
+from dmoe.moe.inputs import CASTS, context_of_rows, input_error
 
 MetricsFn = Callable[["Routing", "DispatchPlan", "TokenContext"], dict[str, Tensor]]
 """Computes further metrics of one forward, by name: device tensors, without a host read."""
@@ -24,7 +30,12 @@ MetricsFn = Callable[["Routing", "DispatchPlan", "TokenContext"], dict[str, Tens
 
 @dataclass(frozen=True)
 class TokenContext:
-    """Per-token inputs of a layer besides the vectors. Every field has a neutral default."""
+    """Per-token inputs of a layer besides the vectors. Every field has a neutral default.
+
+    Integers of any width become int64 here, and a mask of integers 0 and 1 becomes bool (which
+    reads it on the host once): int32 overflows in a hash, uint8 in `label * K`. A layer accepts a
+    field of one value per token in the shape of its input's tokens too, e.g. a mask [B, S].
+    """
 
     valid_T: Tensor | None = None
     """bool; False marks padding, which is never routed and never counted. None: no padding."""
@@ -46,6 +57,11 @@ class TokenContext:
     configured."""
     metrics_fn: MetricsFn | None = None
     """Called by each layer after routing; its result is returned in `LayerStats.metrics`."""
+
+    def __post_init__(self) -> None:
+        for name, cast in CASTS.items():
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, cast(name, value))
 
 
 EMPTY_CONTEXT = TokenContext()
@@ -76,6 +92,8 @@ class Noise:
     """float: logits before the noise."""
     std_TE: Tensor
     """float: standard deviation of each logit's noise."""
+    raw_TE: Tensor | None = None
+    """float: input of the softplus whose output is `std_TE`."""
 
 
 @dataclass(frozen=True)
@@ -167,15 +185,69 @@ class DispatchPlan:
         return self.expert_TK >= self.num_experts - self.num_zero_cost
 
 
-def dropless_plan(routing: Routing, num_zero_cost: int = 0) -> DispatchPlan:
-    """Return the plan that computes every selected assignment."""
-    return DispatchPlan(
-        routing.expert_TK,
-        routing.weight_TK,
-        routing.selected_TK,
-        routing.num_experts,
-        num_zero_cost,
-    )
+def flatten_tokens(x: Tensor, context: TokenContext, dim: int) -> tuple[Tensor, TokenContext]:
+    """Return a layer's input as rows [T, D], padding zeroed, and a context of one value per row.
+
+    Raises:
+        ConfigError: what is allowed of `x` and of the context's fields (`inputs.py`).
+    """
+    if not (isinstance(x, Tensor) and x.ndim > 1 and x.shape[-1] == dim and x.is_floating_point()):
+        raise input_error(x, dim)
+    if context is not EMPTY_CONTEXT:
+        context = context_of_rows(context, x.shape[:-1])
+    return masked(x.flatten(0, -2), context.valid_T), context
+
+
+def masked(value_TX: Tensor, valid_T: Tensor | None) -> Tensor:
+    """Set the rows of padding to 0, whatever they hold, and their gradients too.
+
+    Selects: a product with a mask keeps a NaN or an infinity, because 0 x NaN is NaN.
+    """
+    return value_TX if valid_T is None else value_TX.masked_fill(~valid_T.unsqueeze(1), 0.0)
+
+
+class RowProduct(Function):
+    """`x W^T` of a router; rows with zero gradient are left out of W's gradient.
+
+    A dropped token has zero gradient and may hold a NaN, and 0 x NaN is NaN.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        return x_TD @ weight_ED.t()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (x_TD, weight_ED), (grad_TE,) = ctx.saved_tensors, grads
+        grad_x = grad_w = None
+        with without_autocast(grad_TE):
+            if ctx.needs_input_grad[0]:
+                grad_x = grad_TE @ weight_ED
+            if ctx.needs_input_grad[1]:
+                grad_w = grad_TE.t() @ masked(x_TD, (grad_TE != 0).any(1))
+        return grad_x, grad_w
+
+
+def with_budget(
+    context: TokenContext, compute_budget: float | None, config: RouterConfig
+) -> TokenContext:
+    """Return the context with the budget of a call: the argument's, else its own, else the config's.
+
+    Raises:
+        ConfigError: a budget that is no share, or for a router that has none.
+    """
+    budget = context.budget if compute_budget is None else compute_budget
+    if not ROUTERS[config.kind].has_budget:
+        if budget is None:
+            return context
+        allowed = f"router.kind={config.kind} has no budget"
+        raise ConfigError("compute_budget", budget, allowed, "use router.kind=budget")
+    budget = config.budget if budget is None else budget
+    if not (isinstance(budget, int | float) and 0 <= budget <= 1):
+        allowed = "must be from 0 to 1, the share of the cost of all experts"
+        raise ConfigError("compute_budget", budget, allowed, "use 1 for no limit")
+    return replace(context, budget=budget)
 
 
 class Router(Protocol):

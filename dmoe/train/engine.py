@@ -175,6 +175,8 @@ def _build_model(
     model.initialize(config.train.seed)
     initialize_modules(model, config)
     select_trainable_parameters(model, config)
+    for layer in model.moe_layers():
+        layer.pending_counts = None  # `update` in step.py moves the biases by the reduced counts
     return model
 
 

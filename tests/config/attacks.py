@@ -43,10 +43,11 @@ ATTACKS: dict[str, tuple[str, list[str]]] = {
     "a mapping as key": ("{a: 1}: 2", ["a key must be a name"]),
     "a wrong type": ("moe: {top_k: two}", ["moe.top_k=two", "must be int", "default is 2"]),
     "a section that is a list": ("moe: [1]", ["moe=[1]", "is a section"]),
-    "a section that is null": ("moe:", ["moe=None", "is a section"]),
+    "a section that is null": ("moe: null", ["moe=None", "is a section"]),
+    "a section without a value": ("moe:", ["an empty value", "moe", "null"]),
     "a text that is a number": (
-        "data: {source: 0123}",
-        ["data.source=83", "must be text", "quote it"],
+        "data: {source: 123}",
+        ["data.source=123", "must be text", "quote it"],
     ),
     "nan, the text": ("optim: {lr: nan}", ["optim.lr=nan", "finite"]),
     "nan, the number": ("optim: {lr: .nan}", ["optim.lr=nan", "finite"]),
@@ -63,7 +64,7 @@ ATTACKS: dict[str, tuple[str, list[str]]] = {
         f"train: {{steps: 0x{'f' * 50000}}}",
         ["train.steps", "digits"],
     ),
-    "no number after 0b": ("train: {steps: 0b_}", ["cannot be read"]),
+    "no number after 0b": ("train: {steps: 0b_}", ["train.steps=0b_", "decimal"]),
     "an environment variable": (
         "data:\n  source: ${oc.env:HOME}\n",
         ["${", "line 2", "data.source"],

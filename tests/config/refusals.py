@@ -195,15 +195,15 @@ data.source=??? | data.source | data.source=???: stands for a value that is miss
 moe.top_k=??? | moe.top_k | moe.top_k=???: stands for a value that is missing
 tracking.trackers=[1]
     | tracking.trackers | tracking.trackers=1: must be text, and YAML reads it as the number 1
-train={run_dir: 012}
-    | train.run_dir | train.run_dir=10: must be text, and YAML reads it as the number 10
+train={run_dir: 12}
+    | train.run_dir | train.run_dir=12: must be text, and YAML reads it as the number 12
 moe.=1 | override | must look like section.field=value
 moe..top_k=1 | override | must look like section.field=value
 moe.top_k=*a | moe.top_k | YAML aliases are not allowed
 moe.top_k=!!python/object/apply:os.system [id]
     | moe.top_k | !!python/object/apply:os.system are not allowed
 train.steps=99999999999999999999 | train.steps | does not fit in 64 bits
-train.steps=0x_ | train.steps | holds a value that cannot be read
+train.steps=0x_ | train.steps | decimal
 optim.lr=nan | optim.lr | optim.lr=nan: must be a finite number
 optim.lr=1e400 | optim.lr | optim.lr=inf: must be a finite number
 model.qk_norm=2 | model.qk_norm | model.qk_norm=2: must be true or false

@@ -23,7 +23,7 @@ TEXTS = {
     "a tag to YAML": ("train.sample_prompt=!important", "!important"),
     "true": ("data.source=true", "true"),
     "an equals sign": ("data.source=runs/lr=0.1/text", "runs/lr=0.1/text"),
-    "nothing": ("train.sample_prompt=", ""),
+    "nothing, in quotes": ("train.sample_prompt=''", ""),
     "white space": ("train.sample_prompt=  x ", "  x "),
     "double quotes": ('train.sample_prompt="def "', "def "),
     "an escape": (r'train.sample_prompt="a\nb"', "a\nb"),

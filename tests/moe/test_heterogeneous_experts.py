@@ -204,7 +204,7 @@ def test_wrong_calls_are_refused() -> None:
     with pytest.raises(ValueError, match="no output of width 9"):
         MoE(DIM, 4, 4, 2, out_dim=9, experts=ExpertsConfig(copy=1))
     with pytest.raises(
-        ValueError, match=r"moe.num_experts=4: must be the number of moe.experts.shapes, 6"
+        ValueError, match=r"^num_experts=4: must be the number of experts.shapes, 6"
     ):
         MoE(DIM, 4, 4, 2, experts=ExpertsConfig(shapes=SHAPES))
 

@@ -113,9 +113,11 @@ def test_one_renormalised_choice_is_refused() -> None:
     MoE(8, 4, 4, 1, router=RouterConfig(renormalize=False))
 
 
-@pytest.mark.parametrize("top_k", [0, 5])
-def test_impossible_top_k_is_refused(top_k: int) -> None:
-    with pytest.raises(ValueError, match="between 1 and num_experts=4"):
+@pytest.mark.parametrize(
+    ("top_k", "allowed"), [(0, "must be 1 or more"), (5, "must be at most num_experts=4")]
+)
+def test_impossible_top_k_is_refused(top_k: int, allowed: str) -> None:
+    with pytest.raises(ValueError, match=f"top_k={top_k}: {allowed}"):
         MoE(8, 4, 4, top_k)
 
 

@@ -1,23 +1,18 @@
 """Rules about values that do not fit together, checked before torch is imported.
 
 Bounds of single values stand beside their fields (`dmoe/config/schema`). model: the network and its
-task. moe: routers, experts and the layer around them. modular: modules. parallel: ranks, batches
-and memory.
+task. layer: one MoE layer, from a config file or from Python. moe: the layers in a model. modular:
+modules. parallel: ranks and batches. memory: what fits.
 """
 
 from __future__ import annotations
 
 from dmoe.config.fields import check_accept_changes
+from dmoe.config.rules.layer import check_arguments, check_fields_read, check_router
 from dmoe.config.rules.memory import check_memory
 from dmoe.config.rules.model import check_model, check_task, head_dim, moe_blocks, moe_widths
 from dmoe.config.rules.modular import check_modular, check_modules_used
-from dmoe.config.rules.moe import (
-    check_fields_read,
-    check_moe,
-    check_router,
-    check_shapes,
-    check_zero_cost,
-)
+from dmoe.config.rules.moe import check_moe
 from dmoe.config.rules.parallel import (
     Batching,
     batching,
@@ -29,7 +24,7 @@ from dmoe.config.rules.parallel import (
     shares_something,
 )
 from dmoe.config.schema import Config
-from dmoe.config.schema.constraints import check_bounds, check_only_for
+from dmoe.config.schema.constraints import check_bounds, check_only_for, check_types
 from dmoe.config.secrets import refuse_secrets
 
 __all__ = [
@@ -37,10 +32,9 @@ __all__ = [
     "batching",
     "can_share",
     "check",
+    "check_arguments",
     "check_memory",
     "check_router",
-    "check_shapes",
-    "check_zero_cost",
     "expert_parallel",
     "head_dim",
     "moe_blocks",
@@ -55,6 +49,7 @@ def check(config: Config, world: int = 1) -> None:
     Raises:
         ConfigError: the first reason found.
     """
+    check_types(config)
     refuse_secrets(config)
     # Fields that nothing reads come before their values: the fix is to leave them out.
     check_modules_used(config.modular)

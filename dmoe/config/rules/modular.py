@@ -6,7 +6,7 @@ import math
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.router_kinds import ROUTERS
-from dmoe.config.rules.moe import check_router
+from dmoe.config.rules.layer import check_router
 from dmoe.config.schema import Config, ModularConfig, RouterConfig
 
 ROUTER_FIELDS = {

@@ -1,16 +1,19 @@
 """Constraints beside their field: `top_p: Annotated[float, between(0, 1)] = 0.6`.
 
-`check_bounds` and `check_only_for` check them. Rules about several fields are in
-`dmoe/config/rules`.
+`check_types`, `check_bounds` and `check_only_for` check them, whether the values come from YAML or
+from Python. Rules about several fields are in `dmoe/config/rules`.
 """
 
 from __future__ import annotations
 
+import difflib
+import math
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
 from functools import cache
-from typing import Any, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dmoe.config.errors import ConfigError
 
@@ -97,6 +100,53 @@ def fraction(ends: str = "[]", fix: str = "use the default") -> Bound:
     return Bound(lambda value: low(value, 0) and high(value, 1), allowed[ends], fix)
 
 
+def check_types(section: Any, prefix: str = "") -> None:
+    """Refuse a value of another type: Python's dataclasses keep whatever they are given.
+
+    `RouterConfig(score="Softmax")` would be taken for the other of the two scores, and a NaN passes
+    or fails every comparison.
+
+    Args:
+        section: the whole config, or one section.
+        prefix: the section's dotted name and a dot; empty for the whole config.
+
+    Raises:
+        ConfigError: for the first such field.
+    """
+    hints, _ = _schema(type(section))  # type: ignore[arg-type]
+    for name, value in vars(section).items():
+        kind = _without_constraints(hints[name])
+        if is_dataclass(kind) and isinstance(value, kind):  # type: ignore[arg-type]
+            check_types(value, f"{prefix}{name}.")
+        else:
+            check_type(f"{prefix}{name}", value, kind)
+
+
+def check_type(name: str, value: Any, kind: Any) -> None:
+    """Refuse a value that the annotation `kind` does not allow; `name` is what the error names."""
+    if _is_of(value, kind):
+        return
+    words = [
+        word
+        for part in _alternatives(kind)
+        if get_origin(part) is Literal
+        for word in get_args(part)
+    ]
+    near = difflib.get_close_matches(str(value).lower(), words, n=1)
+    fix = f"did you mean {near[0]}?" if near else "use one of them" if words else "use the default"
+    shown = str(value) if isinstance(value, int | float | None) else type(value).__name__
+    if isinstance(value, str):
+        shown = value if words and value else repr(value)
+    raise ConfigError(name, shown if len(shown) <= 40 else f"{shown[:37]}...", _must_be(kind), fix)
+
+
+def check_field(section: type, field: str, name: str, value: Any) -> None:
+    """Refuse a value that could not be that of `field` in `section`; errors call it `name`."""
+    kind = _schema(section)[0][field]
+    check_type(name, value, _without_constraints(kind))
+    _check_number(name, value, getattr(kind, "__metadata__", ()))
+
+
 def check_only_for(config: Any) -> None:
     """Refuse a field that differs from its default although this config does not read it.
 
@@ -134,14 +184,18 @@ def check_bounds(section: Any, prefix: str = "") -> None:
             if isinstance(constraint, ItemsFrom) and (unknown := {*value} - {*constraint.values}):
                 allowed = f"must be {' or '.join(constraint.values)}"
                 raise ConfigError(name, min(unknown), allowed, constraint.fix)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        bounds = [constraint for constraint in constraints if isinstance(constraint, Bound)]
-        if isinstance(value, int) and not any(bound.replaces_largest for bound in bounds):
-            bounds.append(at_most(LARGEST))
-        for bound in bounds:
-            if not bound.holds(value):
-                raise ConfigError(name, _short(value), bound.allowed, bound.fix)
+        _check_number(name, value, constraints)
+
+
+def _check_number(name: str, value: Any, constraints: tuple[Any, ...]) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    bounds = [constraint for constraint in constraints if isinstance(constraint, Bound)]
+    if isinstance(value, int) and not any(bound.replaces_largest for bound in bounds):
+        bounds.append(at_most(LARGEST))
+    for bound in bounds:
+        if not bound.holds(value):
+            raise ConfigError(name, _short(value), bound.allowed, bound.fix)
 
 
 def _fields(section: Any, prefix: str) -> Iterator[tuple[str, Any, Any, tuple[Any, ...]]]:
@@ -159,6 +213,42 @@ def _fields(section: Any, prefix: str) -> Iterator[tuple[str, Any, Any, tuple[An
 def _schema(section: type) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the annotated types and the defaults of a section's class."""
     return get_type_hints(section, include_extras=True), vars(section())
+
+
+def _without_constraints(kind: Any) -> Any:
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) is Union else (kind,)
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Return whether a value is of a type as the schema's annotations write it."""
+    if get_origin(kind) is Union:
+        return any(_is_of(value, part) for part in get_args(kind))
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if get_origin(kind) is list:
+        return isinstance(value, list | tuple) and all(_is_of(v, *get_args(kind)) for v in value)
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    if kind is float:
+        return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    return isinstance(value, kind)
+
+
+def _must_be(kind: Any) -> str:
+    names = {int: "a whole number", float: "a finite number", str: "text", NoneType: "null (None)"}
+    words: list[str] = []
+    for part in _alternatives(kind):
+        if get_origin(part) is Literal:
+            words += get_args(part)
+        elif get_origin(part) is list:
+            words.append(f"a list ({part})")
+        else:
+            words.append("true or false" if part is bool else names.get(part, f"a {part.__name__}"))
+    return f"must be {' or '.join(words)}"
 
 
 def _short(number: float) -> object:

@@ -94,13 +94,13 @@ class RouterConfig:
     jitter: Annotated[float, fraction("[)", fix="Switch used 0.01")] = 0.0
     """In training, multiply the router's input by uniform noise in [1 - jitter, 1 + jitter]
     (Switch)."""
-    groups: int = 1
+    groups: Annotated[int, at_least(1)] = 1
     """group_limited: number of groups of consecutive experts (DeepSeek-V3's n_group)."""
-    topk_groups: int = 1
+    topk_groups: Annotated[int, at_least(1)] = 1
     """group_limited: number of best groups from which a token's experts are chosen."""
     top_p: Annotated[float, fraction("(]", fix="use 0.6")] = 0.6
     """adaptive: a token takes experts until their probabilities sum to this."""
-    k_min: int = 1
+    k_min: Annotated[int, at_least(1)] = 1
     """adaptive: minimum number of experts per token; the maximum is moe.top_k."""
     min_weight: Annotated[float, fraction("[)", fix="use 0.1")] = 0.1
     """budget: an expert is taken only if its weight is above this."""
@@ -189,8 +189,8 @@ class MoEConfig:
     """Routed experts E of one layer, over all ranks, without zero-cost experts."""
     top_k: Annotated[int, at_least(1)] = 2
     """Experts per token; adaptive and budget: the maximum."""
-    expert_dim: Annotated[int, at_least(1), at_most(1 << 24)] = 192
-    """Hidden width F of one expert, unless experts.shapes is set."""
+    expert_dim: Annotated[int, at_least(0), at_most(1 << 24)] = 192
+    """Hidden width F of one expert, 1 or more; not read, and may be 0, if experts.shapes is set."""
     exchange: Literal["packed", "padded"] = "packed"
     """The all-to-all: packed sends exactly the assigned rows (one host synchronization); padded
     sends a fixed number of slots (no synchronization, needs a capacity)."""

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import RouterConfig
-from dmoe.moe.routers.base import RouterModule, per_token_input, router_dtype, valid_choices
+from dmoe.moe.inputs import per_token_input
+from dmoe.moe.routers.base import RouterModule, router_dtype, valid_choices
 from dmoe.moe.routing import ONE_SEQUENCE, BatchShape, Routing, TokenContext
 
 

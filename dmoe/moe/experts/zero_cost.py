@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from dmoe.config.expert_shapes import count_zero_cost
 from dmoe.config.schema import ExpertsConfig
 from dmoe.moe.rng import normal_
-from dmoe.moe.routing import DispatchPlan
+from dmoe.moe.routing import DispatchPlan, masked
 
 
 class ZeroCost(nn.Module):
@@ -35,13 +35,8 @@ class ZeroCost(nn.Module):
 
     constant_JM: Tensor | None
 
-    def __init__(self, config: ExpertsConfig, dim: int, out_dim: int) -> None:
+    def __init__(self, config: ExpertsConfig, out_dim: int) -> None:
         super().__init__()
-        if config.copy and dim != out_dim:
-            raise ValueError(
-                f"experts.copy={config.copy}: a copy of width {dim} is no output of width "
-                f"{out_dim}; use 0"
-            )
         self.zero, self.copy, self.constant = config.zero, config.copy, config.constant
         self.num_experts = count_zero_cost(config)
         vectors = nn.Parameter(torch.empty(config.constant, out_dim)) if config.constant else None
@@ -62,8 +57,11 @@ class ZeroCost(nn.Module):
         # column of the first copy
         first = weight_TE.shape[1] - self.num_experts + self.zero
         if self.copy:
+            is_copy_TK = (plan.expert_TK >= first) & (plan.expert_TK < first + self.copy)
+            copied_T = (is_copy_TK & plan.is_kept_TK).any(1)
             share_T1 = weight_TE[:, first : first + self.copy].sum(1, keepdim=True)
-            y_TM = y_TM + (share_T1 * x_TD).to(y_TM.dtype)
+            # a token that is not copied may hold a NaN, and 0 x NaN is NaN
+            y_TM = y_TM + (share_T1 * masked(x_TD, copied_T)).to(y_TM.dtype)
         if self.constant_JM is not None:
             share_TJ = weight_TE[:, first + self.copy :].to(y_TM.dtype)
             y_TM = y_TM + share_TJ @ self.constant_JM.to(y_TM.dtype)

@@ -9,14 +9,20 @@ DeepSeek-V3, section 2.1.2. Without recentering the biases can drift together, w
 selection but costs precision.
 
 Every rank computes it from the same counts by the same operations: equal bits, no broadcast. The
-caller sums the counts, one stacked all-reduce for all layers per step. No host sync.
+caller sums the counts: the trainer with one stacked all-reduce for all layers per step, a loop of
+one's own with `MoE.update_bias`. No host sync.
 
 Letters: E experts.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dmoe.config.errors import ConfigError
 
 
 def updated_bias(bias_E: Tensor, count_E: Tensor, rate: float, recenter: bool) -> Tensor:
@@ -34,3 +40,76 @@ def updated_bias(bias_E: Tensor, count_E: Tensor, rate: float, recenter: bool) -
     direction_E = (count_E.sum(-1, keepdim=True) - num_experts * count_E).sign()
     bias_E = bias_E.detach() + rate * direction_E.to(bias_E.dtype)
     return bias_E - bias_E.mean(-1, keepdim=True) if recenter else bias_E
+
+
+class PendingCounts:
+    """The assignments of a layer's training forwards since the last update of its bias.
+
+    A forward counts when its gradient comes back, by a hook on its output. So every accumulation
+    step counts once, a forward that activation checkpointing runs twice counts once, and evaluation
+    counts nothing, nor does any other forward without a backward.
+
+    That an update was forgotten shows in the parameters' version counters: they stand still while
+    gradients are accumulated, and an optimizer's step moves them. Not seen: optimizers that write
+    to `parameter.data`, and FSDP, whose gathered copies are not what the optimizer updates.
+    """
+
+    def __init__(self) -> None:
+        self.count_E: Tensor | None = None
+        """int64; None if nothing was counted."""
+        self.versions: tuple[int, ...] = ()
+        """Of the parameters in the first forward that was counted."""
+        self.awaits_backward = False
+
+    def watch(
+        self, y: Tensor, count_E: Tensor, parameters: Iterable[nn.Parameter], name: str
+    ) -> None:
+        """Count a forward once its backward reaches the layer.
+
+        Args:
+            y: the layer's output, which requires a gradient.
+            count_E: int64, its assignments before any drop.
+            parameters: of the layer.
+            name: of the layer, for the error.
+
+        Raises:
+            ConfigError: the parameters were updated since the last counted forward, the bias not.
+        """
+        versions = tuple(parameter._version for parameter in parameters)
+        if self.count_E is not None and versions != self.versions:
+            raise ConfigError(
+                "balance.bias",
+                "on",
+                f"the weights of {name} were updated, and its balance bias was not",
+                "call layer.update_bias() after optimizer.step(), or set balance.bias=0",
+            )
+
+        def count(_: Tensor) -> None:
+            handle.remove()  # a second backward of the same forward counts nothing
+            self.awaits_backward = False
+            if self.count_E is None:
+                self.count_E, self.versions = count_E, versions
+            else:
+                self.count_E = self.count_E + count_E
+
+        handle = y.register_hook(count)
+        self.awaits_backward = True
+
+    def take(self, like_E: Tensor) -> Tensor:
+        """Return the counts, int64 [E] on the device of `like_E`, and start again from zero.
+
+        Raises:
+            ConfigError: a training forward awaits its backward, and nothing was counted.
+        """
+        count_E = self.count_E
+        if count_E is None and self.awaits_backward:
+            raise ConfigError(
+                "update_bias()",
+                "too early",
+                "no backward has reached the layer since its forward",
+                "call it after loss.backward(), once per optimizer step",
+            )
+        self.__init__()  # type: ignore[misc]
+        if count_E is None:
+            return torch.zeros_like(like_E, dtype=torch.int64)
+        return count_E.to(like_E.device)

@@ -4,8 +4,9 @@ A loss is one number per unit (a sequence, a micro-batch of one virtual rank, or
 micro-batch), and the trained loss is its mean over all units. `auxiliary_losses` returns this
 rank's share of that mean: the sum of the shares over the data-parallel ranks is the mean. So the
 loss of a run is the same number on any number of ranks, and a single process reads the loss itself.
-Assignments are counted before any drop; padding counts nowhere; a unit of padding alone has loss 0
-but counts as a unit. Units are equal, contiguous runs of tokens.
+Assignments are counted before any drop; padding counts nowhere, so a unit of padding alone is no
+unit: the mean is over the units with a real token, of all ranks. Units are equal, contiguous runs
+of tokens.
 
 Switch load-balancing loss: experts should be selected equally often (Fedus et al. 2021, eq. 4; 1 at
 perfect balance, for any K).
@@ -40,8 +41,9 @@ entry. With K = E every expert is selected with certainty: P = 1. A router witho
 In evaluation no noise is drawn (H = clean), and the noisy router still reports its standard
 deviation. Cost: one sort of [T, E].
 
-Cost: one all-reduce of E + 1 int64 per layer if `switch_level` is `global`, else no collective. No
-host sync.
+Cost: one all-reduce of E + 1 int64 per layer if `switch_level` is `global`, else no collective. With
+a mask of padding, on one rank or several, one all-reduce of one int64 more for each level of unit
+in use: either every rank passes a mask, or none. No host sync.
 
 Letters: T tokens, E experts, K experts per token, U units on this rank, L MoE layers, X any width.
 """
@@ -49,13 +51,14 @@ Letters: T tokens, E experts, K experts per token, U units on this rank, L MoE l
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dmoe.config.schema import BalanceConfig
 from dmoe.moe.interfaces import DataParallelComm
-from dmoe.moe.routing import BatchShape, Noise, Routing, TokenContext, count_per_expert
+from dmoe.moe.routing import BatchShape, Noise, Routing, TokenContext, count_per_expert, masked
 
 LOSSES = ("switch", "z", "importance", "load", "usage_std")
 """Fields of `BalanceConfig` that are coefficients of a loss. `bias` is none: it changes the
@@ -92,7 +95,10 @@ def auxiliary_losses(
         Scalars by name, unweighted.
     """
     valid_T = context.valid_T
+    if valid_T is not None:
+        routing = without_padding(routing, valid_T)
     losses: dict[str, Tensor] = {}
+    real_units: dict[int, Tensor] = {}
     for name in coefficients(config):
         if name == "switch" and config.switch_level == "global":
             prior_E = None if context.prior_count_LE is None else context.prior_count_LE[layer]
@@ -109,9 +115,32 @@ def auxiliary_losses(
             loss_U = load_loss(routing, valid_T, micro_batches)
         else:
             loss_U = usage_std_loss(routing.score_TE, valid_T, micro_batches)
-        # every rank has the same number of units
-        losses[name] = loss_U.sum() / (max(1, len(loss_U)) * comm.size)
+        units = len(loss_U)
+        if valid_T is None:  # every rank has the same number of units
+            losses[name] = loss_U.sum() / (max(1, units) * comm.size)
+            continue
+        if units not in real_units:
+            real_units[units] = comm.sum(num_real_units(valid_T, units)).clamp(min=1)
+        losses[name] = loss_U.sum() / real_units[units]
     return losses
+
+
+def without_padding(routing: Routing, valid_T: Tensor) -> Routing:
+    """Return the routing with scores, logits and noise of padding set to 0, and their gradients.
+
+    Every loss leaves padding out of its sums; this is for what it computes of each token before,
+    whose backward would multiply a zero gradient by what a router of one's own has put there.
+    """
+    noise = routing.noise
+    if noise is not None:
+        noise = Noise(masked(noise.clean_TE, valid_T), masked(noise.std_TE, valid_T))
+    score_TE, logit_TE = masked(routing.score_TE, valid_T), masked(routing.logit_TE, valid_T)
+    return replace(routing, score_TE=score_TE, logit_TE=logit_TE, noise=noise)
+
+
+def num_real_units(valid_T: Tensor, units: int) -> Tensor:
+    """Count the units that have a real token, an int64 scalar."""
+    return valid_T.view(units, len(valid_T) // max(1, units)).any(1).sum()
 
 
 def switch_loss(routing: Routing, valid_T: Tensor | None, units: int) -> Tensor:
@@ -212,11 +241,6 @@ def normalized(score_TE: Tensor) -> Tensor:
 def fraction(count: Tensor) -> Tensor:
     """Divide counts by their sum; all 0 if nothing was counted."""
     return count / count.sum(-1, keepdim=True).clamp(min=1)
-
-
-def masked(value_TX: Tensor, valid_T: Tensor | None) -> Tensor:
-    """Set the values of padding to 0."""
-    return value_TX if valid_T is None else value_TX.masked_fill(~valid_T.unsqueeze(1), 0.0)
 
 
 def sum_over_tokens(value_TX: Tensor, valid_T: Tensor | None, units: int) -> Tensor:

@@ -31,13 +31,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.rng import keyed_noise, normal_
-from dmoe.moe.routing import ONE_SEQUENCE, BatchShape, Routing, TokenContext, without_autocast
+from dmoe.moe.routing import (
+    ONE_SEQUENCE,
+    BatchShape,
+    Routing,
+    RowProduct,
+    TokenContext,
+    without_autocast,
+)
 
 
 class RouterModule(nn.Module):
@@ -67,6 +75,31 @@ class RouterModule(nn.Module):
     ) -> Routing:
         raise NotImplementedError
 
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> RouterModule:
+        """Move and cast like any module, but keep the router's own buffers at least float32.
+
+        In bf16 a bias of 0.5 loses steps of 0.001, and a constant weight of 1/3 is 0.334.
+        """
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in self._narrow_buffers():
+            self._buffers[name] = before[name].to(buffer.device, router_dtype(buffer))
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Load like any module; `assign=True` takes over the file's dtype, too narrow or not."""
+        super()._load_from_state_dict(*args)
+        for name, buffer in self._narrow_buffers():
+            self._buffers[name] = buffer.to(router_dtype(buffer))
+
+    def _narrow_buffers(self) -> list[tuple[str, Tensor]]:
+        """List the router's own buffers of floating point below float32."""
+        return [
+            (name, buffer)
+            for name, buffer in self.named_buffers(recurse=False)
+            if buffer.is_floating_point() and router_dtype(buffer) != buffer.dtype
+        ]
+
 
 class LearnedRouter(RouterModule):
     """A router with logits from one matrix, and a bias for the selection.
@@ -84,7 +117,8 @@ class LearnedRouter(RouterModule):
     ) -> None:
         super().__init__(config, num_experts, top_k, layer)
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        self.register_buffer("bias_E", torch.zeros(num_experts))
+        dtype = router_dtype(self.weight)  # not the default dtype, which may be bfloat16
+        self.register_buffer("bias_E", torch.zeros(num_experts, dtype=dtype))
 
     def initialize(self, seed: int, layer: int, std: float) -> None:
         normal_(self.weight, std, seed, "router", layer)
@@ -139,17 +173,6 @@ class LearnedRouter(RouterModule):
         exists_TS = None if eligible_TE is None else eligible_TE.gather(1, next_TS)
         return with_next_experts(routing, next_TS, self.config, exists_TS=exists_TS)
 
-    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> LearnedRouter:
-        """Move and cast like any module, but keep the bias at least float32.
-
-        In bf16 a bias of 0.5 loses steps of 0.001.
-        """
-        before_E = self.bias_E
-        super()._apply(fn, recurse)
-        if router_dtype(self.bias_E) != self.bias_E.dtype:
-            self.bias_E = before_E.to(self.bias_E.device)
-        return self
-
 
 def router_dtype(x: Tensor) -> torch.dtype:
     """Return float32, but float64 for float64 inputs (so that `verify` can compare at 1e-10)."""
@@ -161,38 +184,12 @@ def valid_choices(expert_TK: Tensor, context: TokenContext) -> Tensor | None:
     return None if context.valid_T is None else context.valid_T.unsqueeze(1).expand_as(expert_TK)
 
 
-def per_token_input(
-    value_T: Tensor | None, x_TD: Tensor, kind: str, field: str, meaning: str
-) -> Tensor:
-    """Return `value_T` if it holds one value per token.
-
-    Args:
-        value_T: the context's field.
-        x_TD: the tokens.
-        kind, field, meaning: router kind, field of `TokenContext` and the field in words, for the
-            message.
-
-    Raises:
-        ValueError: it is missing or has another shape.
-    """
-    if value_T is None:
-        raise ValueError(
-            f"router.kind={kind} needs the {meaning} of each token: "
-            f"pass TokenContext({field}=int64 tensor [T])"
-        )
-    if value_T.shape != x_TD.shape[:1]:
-        raise ValueError(
-            f"{field} has shape {list(value_T.shape)}: must be [{x_TD.shape[0]}], one {meaning} "
-            "for each token"
-        )
-    return value_T
-
-
 def project(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """Compute x W^T in `router_dtype`, regardless of autocast."""
     dtype = router_dtype(x_TD)
     with without_autocast(x_TD):
-        return x_TD.to(dtype) @ weight_ED.to(dtype).t()
+        product_TE: Tensor = RowProduct.apply(x_TD.to(dtype), weight_ED.to(dtype))
+        return product_TE
 
 
 def gate_scores(logit_TE: Tensor, config: RouterConfig) -> Tensor:
@@ -284,8 +281,10 @@ def next_weights(
         if selected_TK is not None:
             logit_TK = logit_TK.masked_fill(~selected_TK, -math.inf)
         next_logit_TS = routing.logit_TE.gather(1, next_TS)
-        # the selected weights sum to 1 already, so there is nothing to renormalize
-        return (next_logit_TS - logit_TK.logsumexp(-1, keepdim=True)).exp() * config.scale
+        # The selected weights sum to 1 already, so there is nothing to renormalize. With a bias a
+        # next logit may be far above them: the clamp keeps infinity out of the backward of `exp`.
+        above_TS = next_logit_TS - logit_TK.logsumexp(-1, keepdim=True)
+        return above_TS.clamp(max=math.log(torch.finfo(above_TS.dtype).max)).exp() * config.scale
     weight_TS = routing.score_TE.gather(1, next_TS)
     if config.renormalize:
         score_TK = _selected_scores(routing.score_TE, routing.expert_TK, selected_TK)

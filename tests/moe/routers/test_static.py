@@ -104,5 +104,5 @@ def test_what_is_missing_is_said(kind: str, field: str) -> None:
     router = build_router(RouterConfig(kind=kind), 4, 6, 2, 0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=rf"router.kind={kind} needs .* TokenContext\({field}="):
         router(torch.ones(3, 4), TokenContext())
-    with pytest.raises(ValueError, match=rf"{field} has shape \[2\]: must be \[3\]"):
+    with pytest.raises(ValueError, match=rf"{field}=int64\[2\]: must be \[3\]"):
         router(torch.ones(3, 4), TokenContext(**{field: torch.zeros(2, dtype=torch.int64)}))

@@ -1,0 +1,140 @@
+"""Inputs of a layer as a caller may give them: what is cast, what is reshaped, what is refused.
+
+A layer takes tokens [..., D]; masks, ids and labels in the shape of the tokens or as [T]; integers
+of any width. Everything else is one sentence with what was given and what is allowed.
+
+Letters: T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dmoe.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dmoe.moe.routing import TokenContext
+
+
+def as_int64(name: str, value: Any) -> Tensor:
+    """Return integers of any width as int64; refuse anything else, under the name `name`."""
+    if not isinstance(value, Tensor) or value.dtype == torch.bool or not _is_integer(value):
+        raise ConfigError(name, describe(value), "must be a tensor of integers", "use int64")
+    return value.to(torch.int64)
+
+
+def as_mask(name: str, value: Any) -> Tensor:
+    """Return a mask as bool; refuse anything but bool and integers 0 and 1.
+
+    A mask of integers is read on the host once.
+    """
+    if isinstance(value, Tensor) and value.dtype == torch.bool:
+        return value
+    allowed, fix = "must be bool, or integers 0 and 1", "use bool, True for a real token"
+    if not isinstance(value, Tensor) or not _is_integer(value):
+        raise ConfigError(name, describe(value), allowed, fix)
+    integer: Tensor = value.to(torch.int64)
+    if not integer.is_meta and bool(((integer != 0) & (integer != 1)).any()):
+        raise ConfigError(name, describe(value), f"{allowed}, and holds others", fix)
+    return integer == 1
+
+
+CASTS = {
+    "valid_T": as_mask,
+    "prior_count_LE": as_int64,
+    "token_id_T": as_int64,
+    "label_T": as_int64,
+}
+"""The fields of `TokenContext` that are cast where they enter."""
+
+
+def input_error(x: Any, dim: int) -> ConfigError:
+    """Return the error for an input that is not tokens [..., D] in floating point."""
+    fix = "pass a tensor"
+    if isinstance(getattr(x, "y", None), Tensor):
+        fix = "pass its y, the tensor"
+    elif isinstance(x, Tensor):
+        fix = f"project it to {dim}, or build the layer with dim={x.shape[-1] if x.ndim else 1}"
+        if not x.is_floating_point():
+            fix = "embed token ids first, or cast it"
+        elif x.ndim == 1 and x.shape[0] == dim:
+            fix = "use x.unsqueeze(0) for one token"
+    allowed = f"must be a floating-point tensor [..., T, {dim}], of width dim={dim}"
+    return ConfigError("x", describe(x), allowed, fix)
+
+
+def context_of_rows(context: TokenContext, tokens: torch.Size) -> TokenContext:
+    """Return the context with one value per token.
+
+    Args:
+        context: its fields have the shape of the tokens, with or without dimensions of size 1, or
+            [T]. Any shape of T values for tokens [T].
+        tokens: shape of the layer's input without its width.
+
+    Raises:
+        ConfigError: not a context, or a mask of another shape. The router that reads an id or a
+            label checks its shape.
+    """
+    for name in CASTS:
+        if not hasattr(context, name):
+            fix = "give a mask as TokenContext(valid_T=mask)"
+            raise ConfigError("context", describe(context), "must be a TokenContext", fix)
+    flat: dict[str, Any] = {}
+    for name in ("valid_T", "token_id_T", "label_T"):
+        value: Tensor | None = getattr(context, name)
+        if value is None or value.shape == (tokens.numel(),):
+            continue
+        if _same_tokens(value.shape, tokens):
+            flat[name] = value.flatten()
+        elif name == "valid_T":
+            allowed = f"must have the shape of the tokens, {list(tokens)} or [{tokens.numel()}]"
+            raise ConfigError(name, describe(value), allowed, "give one value per token")
+    return replace(context, **flat) if flat else context
+
+
+def per_token_input(
+    value_T: Tensor | None, x_TD: Tensor, kind: str, field: str, meaning: str
+) -> Tensor:
+    """Return `value_T` if it holds one value per token.
+
+    Args:
+        value_T: the context's field.
+        x_TD: the tokens.
+        kind, field, meaning: router kind, field of `TokenContext` and the field in words, for the
+            message.
+
+    Raises:
+        ConfigError: it is missing or has another shape.
+    """
+    if value_T is None:
+        raise ConfigError(
+            field,
+            None,
+            f"router.kind={kind} needs the {meaning} of each token",
+            f"pass TokenContext({field}=integer tensor [T])",
+        )
+    if value_T.shape != x_TD.shape[:1]:
+        allowed = f"must be [{x_TD.shape[0]}], one {meaning} for each token"
+        raise ConfigError(field, describe(value_T), allowed, "give one value per token")
+    return value_T
+
+
+def describe(value: object) -> str:
+    """Return dtype and shape of a tensor, e.g. `float32[4, 16]`; the type of anything else."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+
+
+def _same_tokens(shape: torch.Size, tokens: torch.Size) -> bool:
+    if len(tokens) == 1:
+        return shape.numel() == tokens.numel()
+    return [size for size in shape if size != 1] == [size for size in tokens if size != 1]
+
+
+def _is_integer(value: Tensor) -> bool:
+    return not (value.is_floating_point() or value.is_complex())
