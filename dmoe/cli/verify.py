@@ -35,9 +35,9 @@ def command(
     """Verify that one process and N ranks train the same model with this config.
 
     Starts gloo ranks for each number of ranks and expert-parallel size, with both exchanges and
-    both data-parallel modes. Compares loss, gradients, norm, clip, drops, counts, bias, two steps
-    and checkpoints with one process and a naive implementation of the layer. If they differ, the
-    exit code is 1 and the first difference is printed.
+    both data-parallel modes. Compares every layer, loss, gradients, norm, clip, counts, bias,
+    optimizer, two steps and checkpoints with one process that computes layer and step naively. If
+    they differ, the exit code is 1 and the first difference is printed.
 
     Example: dmoe verify configs/olmoe_1b_7b.yaml --worlds 1,2,4
     """
@@ -87,6 +87,8 @@ def print_report(report: Report) -> None:
         )
     for row in report.rows:
         mark = "[green]equal[/green]" if row.ok else "[bold red]DIFFERENT[/bold red]"
+        if row.follows:
+            mark = "[red]follows[/red]"
         table.add_row(
             row.quantity,
             f"{row.size:.1e}" if row.size else "0",

@@ -33,6 +33,15 @@ from dmoe.verify.decisions import Capture, record_layers
 from dmoe.verify.naive import step as naive_step
 from dmoe.verify.naive.adapters import MAX_LABELS, num_labels
 
+__all__ = [
+    "Capture",
+    "capture",
+    "capture_reference",
+    "final_state",
+    "low_precision_state",
+    "state_arrays",
+]
+
 
 def capture_reference(engine: Engine, *, decisions: bool = False) -> Capture:
     """Return what two steps of the naive layers and the written-out step produced."""

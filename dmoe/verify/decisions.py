@@ -117,12 +117,14 @@ def _layer_record(
     found: Capture = {
         "x": x.detach().flatten(0, -2).numpy().copy(),
         "y": output.y.detach().flatten(0, -2).numpy().copy(),
-        "score": output.routing.score_TE.detach().numpy().copy(),
         "chosen": computed_experts(output.routing),
         "computed": computed_experts(plan),
         "weight": weight_TE.scatter_add_(1, plan.expert_TK, kept_weight_TK).numpy().copy(),
         "slots": np.array(output.stats.slots, np.float64),
     }
+    if ROUTERS[layer.router.config.kind].learned:
+        # those of other routers say no more than the choice, and differ for padding
+        found["score"] = output.routing.score_TE.detach().numpy().copy()
     if decisions:
         sequences = x.shape[:-2].numel()
         found |= decision_inputs(layer, output, routing, sequences)

@@ -36,6 +36,8 @@ from dmoe.verify.decisions import Capture, tie_scores
 from dmoe.verify.differences import QUANTITIES, Difference, compare_exactly, mark_consequences
 from dmoe.verify.naive import adapters, layer, model
 
+__all__ = ["Report", "verify"]
+
 VOCAB_SIZE = 256
 TIMEOUT = 120.0
 Patch = Callable[[], None]

@@ -1,4 +1,5 @@
-"""Fifteen bugs that users of other systems reported, each as a patch of dmoe.
+"""Thirty bugs, each as a patch of dmoe: fifteen that users of other systems reported, and fifteen
+that earlier forms of `verify` did not see or did not name.
 
 A patch is called in every rank before anything is built. Numbers as in docs/verify.md.
 """
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from dmoe.distributed import data_parallel, gradients, state_dict
 from dmoe.distributed.expert_parallel import expert_parameters
-from dmoe.models import transformer
-from dmoe.moe import dispatch, expert_queue, layer
+from dmoe.models import attention, transformer
+from dmoe.moe import dispatch, expert_queue, layer, rng
 from dmoe.moe.experts.grouped_mlp import MLPExperts
 from dmoe.moe.routers import base
-from dmoe.train import engine, step
+from dmoe.train import checkpointer, engine, step
 
 Patch = Callable[[], None]
 
@@ -230,6 +231,176 @@ def counted_twice() -> None:
     transformer.Transformer.run_block = run_and_count
 
 
+def routers_decayed() -> None:
+    """16: decay routers like other matrices."""
+    engine.NO_DECAY = tuple(part for part in engine.NO_DECAY if part != "router")
+
+
+def prior_counts_kept_between_steps() -> None:
+    """17: start a step with the counts of the step before (level `global`)."""
+    forward, reduce_sum = step.forward, step.all_reduce_sum
+    total: list[Tensor] = []
+
+    def sum_and_keep(value: Tensor, mesh: Any) -> Tensor:
+        value = reduce_sum(value, mesh)
+        if value.dtype == torch.int64:
+            total[:] = [sum(total, value)]
+        return value
+
+    def with_all(engine: Any, batch: Any, prior_LE: Any) -> Any:
+        return forward(engine, batch, total[0] if total else prior_LE)
+
+    step.all_reduce_sum, step.forward = sum_and_keep, with_all
+
+
+def prior_counts_of_the_last_only() -> None:
+    """18: keep the counts of the latest accumulation step only (level `global`)."""
+    forward, reduce_sum = step.forward, step.all_reduce_sum
+    latest: list[Tensor] = []
+
+    def sum_and_keep(value: Tensor, mesh: Any) -> Tensor:
+        value = reduce_sum(value, mesh)
+        if value.dtype == torch.int64:
+            latest[:] = [value.clone()]
+        return value
+
+    def with_latest(engine: Any, batch: Any, prior_LE: Any) -> Any:
+        return forward(engine, batch, None if prior_LE is None else latest[0])
+
+    step.all_reduce_sum, step.forward = sum_and_keep, with_latest
+
+
+def auxiliary_not_divided() -> None:
+    """19: add auxiliary losses once per accumulation step, not their mean."""
+    loss = step._loss
+
+    def undivided(output: Any, engine: Any, num_batches: int) -> Tensor:
+        main = output.loss_sum / engine.targets_per_step
+        return main + num_batches * (loss(output, engine, num_batches) - main)
+
+    step._loss = undivided
+
+
+def first_layer_only(patch: Patch) -> Patch:
+    """Apply a patch of `packed_permutation` in the first of two layers only."""
+
+    def patched() -> None:
+        correct = dispatch.packed_permutation
+        patch()
+        wrong, calls = dispatch.packed_permutation, [0]
+
+        def alternate(plan: Any) -> Any:
+            calls[0] += 1
+            return (wrong if calls[0] % 2 else correct)(plan)
+
+        _replace_in_all_modules("packed_permutation", alternate)
+
+    return patched
+
+
+def moments_swapped() -> None:
+    """21: pass Adam's two decay rates in the wrong order."""
+    build = engine.build_optimizer
+
+    def swapped(model: Any, config: Any) -> Any:
+        return build(model, replace(config, beta1=config.beta2, beta2=config.beta1))
+
+    engine.build_optimizer = swapped
+
+
+def noise_without_layer() -> None:
+    """22: draw the same noise in every layer."""
+    keyed_noise = rng.keyed_noise
+
+    def same(draw: Any, purpose: str, x_TX: Tensor, width: int, layer: int, *rest: Any) -> Tensor:
+        return keyed_noise(draw, purpose, x_TX, width, 0, *rest)
+
+    _replace_in_all_modules("keyed_noise", same)
+
+
+def positions_shifted() -> None:
+    """23: start rotary positions at 1 for keys only: attention sees other distances."""
+    rotary, calls = attention.apply_rotary, [0]
+
+    def shifted(x_BSHA: Tensor, table: Any) -> Tensor:
+        calls[0] += 1
+        if calls[0] % 2:
+            return rotary(x_BSHA, table)
+        return rotary(x_BSHA, tuple(part.roll(1, 0) for part in table))
+
+    attention.apply_rotary = shifted
+
+
+def same_samples_on_every_rank() -> None:
+    """24: every rank reads the samples of rank 0 (a sampler that was not told its rank)."""
+    batches = step.training_batches
+
+    def of_rank_zero(dataset: Any, engine: Any, number: int) -> Any:
+        process = replace(engine.process, rank=0)
+        return batches(dataset, replace(engine, process=process), number)
+
+    _replace_in_all_modules("training_batches", of_rank_zero)
+
+
+def ties_to_the_higher_expert() -> None:
+    """25: give ties to the higher expert id, as an unstable sort may."""
+    sort_experts = base.sort_experts
+
+    def reversed_ids(score_TE: Tensor, eligible_TE: Tensor | None = None) -> Tensor:
+        flipped = None if eligible_TE is None else eligible_TE.flip(-1)
+        return score_TE.shape[1] - 1 - sort_experts(score_TE.flip(-1), flipped)
+
+    _replace_in_all_modules("sort_experts", reversed_ids)
+
+
+def one_step_late() -> None:
+    """26: set the learning rate of the step before (a scheduler that is stepped too late)."""
+    rate = engine.learning_rate
+    _replace_in_all_modules("learning_rate", lambda n, *rest: rate(max(0, n - 1), *rest))
+
+
+def dense_averaged() -> None:
+    """27: average dense gradients over the ranks, as DDP does by default."""
+    wait = data_parallel.DDPStrategy.wait_for_grads
+
+    def wait_and_average(self: Any) -> None:
+        wait(self)
+        experts = {id(p) for p in expert_parameters(self.wrapped).values()}
+        for parameter in self.wrapped.parameters():
+            if id(parameter) not in experts and dist.is_initialized():
+                parameter.grad /= dist.get_world_size()
+
+    data_parallel.DDPStrategy.wait_for_grads = wait_and_average
+
+
+def bf16_parameters() -> None:
+    """28: convert the model itself for bf16 instead of autocasting it."""
+    build = engine._build_model
+
+    def converted(task: Any, *rest: Any) -> Any:
+        model = build(task, *rest)
+        return model.to(torch.bfloat16) if task.config.train.precision == "bf16" else model
+
+    engine._build_model = converted
+
+
+def moments_unreadable() -> None:
+    """29: raise an unexpected error while a checkpoint is read."""
+
+    def broken(*args: Any) -> Any:
+        return {}["optim.exp_avg"]
+
+    checkpointer.set_optimizer_step = broken
+
+
+def bias_with_the_wrong_sign() -> None:
+    """30: raise the bias of busy experts and lower that of idle ones."""
+    updated = step.updated_bias
+    step.updated_bias = lambda bias_E, count_E, rate, recenter: updated(
+        bias_E, count_E, -rate, recenter
+    )
+
+
 def _replace_in_all_modules(name: str, replacement: Any) -> None:
     """Replace a function in every module of dmoe that imports it by name."""
     import sys
@@ -240,6 +411,7 @@ def _replace_in_all_modules(name: str, replacement: Any) -> None:
 
 
 CAPACITY = ["moe.capacity.factor=1.0"]
+GLOBAL_LOSS = ["moe.balance.switch_level=global"]
 BUGS: dict[str, tuple[Patch, list[str], str, str]] = {
     "1 divided by EDP": (divided_by_edp, [], "expert gradients", "times too small"),
     "2 norm per rank": (norm_per_rank, [], "global norm", "this rank's experts only"),
@@ -261,8 +433,8 @@ BUGS: dict[str, tuple[Patch, list[str], str, str]] = {
     "8 router detached": (router_detached, [], "router gradient", "detached"),
     "9 race": (race, CAPACITY, "dropped set", "race"),
     "10 capacity by rank": (capacity_from_rank, CAPACITY, "capacity slots", "depends on the rank"),
-    "11 wrong inverse": (wrong_inverse, [], "loss", "other tokens"),
-    "12 weights twice": (weights_twice, [], "loss", "weights applied twice"),
+    "11 wrong inverse": (wrong_inverse, [], "layer outputs", "other tokens"),
+    "12 weights twice": (weights_twice, [], "layer outputs", "weights applied twice"),
     "13 initialised by rank": (initialised_by_rank, [], "initial weights", "EP rank"),
     "14 moments not resharded": (
         moments_not_resharded,
@@ -271,5 +443,50 @@ BUGS: dict[str, tuple[Patch, list[str], str, str]] = {
         "moments",
     ),
     "15 counted twice": (counted_twice, [], "counts", "recomputed"),
+    "16 routers decayed": (routers_decayed, [], "parameters after two steps", "weight decay"),
+    "17 prior counts not reset": (
+        prior_counts_kept_between_steps,
+        GLOBAL_LOSS,
+        "auxiliary losses",
+        "accumulation steps",
+    ),
+    "18 last prior counts only": (
+        prior_counts_of_the_last_only,
+        GLOBAL_LOSS,
+        "auxiliary losses",
+        "accumulation steps",
+    ),
+    "19 auxiliary not divided": (
+        auxiliary_not_divided,
+        [],
+        "router gradient",
+        "auxiliary losses enter 3 times",
+    ),
+    "20 wrong inverse in the first layer": (
+        first_layer_only(wrong_inverse),
+        [],
+        "layer outputs",
+        "other tokens",
+    ),
+    "21 moments swapped": (moments_swapped, [], "Adam's moments", "decay rates"),
+    "22 noise without layer": (
+        noise_without_layer,
+        ["moe.router.jitter=0.1"],
+        "router scores",
+        "keyed noise",
+    ),
+    "23 positions shifted": (positions_shifted, [], "layer inputs", "rotary"),
+    "24 same samples": (same_samples_on_every_rank, [], "samples", "other samples"),
+    "25 ties to the higher id": (ties_to_the_higher_expert, [], "chosen experts", "order of their"),
+    "26 one step late": (one_step_late, [], "learning rate", "schedule"),
+    "27 dense averaged": (dense_averaged, [], "dense gradients", "exactly 2 times too small"),
+    "28 bf16 parameters": (bf16_parameters, [], "float32 under bf16", "kept in bf16"),
+    "29 unreadable": (moments_unreadable, [], "checkpoint written by 1, read here", "loading"),
+    "30 bias with the wrong sign": (
+        bias_with_the_wrong_sign,
+        ["moe.balance.bias=0.01"],
+        "bias",
+        "sign",
+    ),
 }
 """Patch, overrides that it needs, first differing quantity and a phrase of the cause, by name."""

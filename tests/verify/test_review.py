@@ -13,6 +13,8 @@ from dmoe.train import checkpointer
 from dmoe.verify.verify import verify
 from tests.verify.test_verify import SHORT, lines
 
+pytestmark = pytest.mark.ranks
+
 
 def wrong_step_count() -> None:
     """Set a wrong optimizer step count: it was not compared."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,14 +15,18 @@ from dmoe.config.router_kinds import kinds_where
 from dmoe.moe.layer import MoE
 from dmoe.moe.routing import Routing, TokenContext
 from dmoe.verify.capture import Capture
+from dmoe.verify.causes import Report, Row
 from dmoe.verify.decisions import computed_experts, decision_inputs, record_routing
+from dmoe.verify.differences import Difference
 from dmoe.verify.naive import layer as naive
-from dmoe.verify.ties import UnitDifference, affected_quantities, find_tie, first_differences
-from dmoe.verify.verify import Report, Row, verify
+from dmoe.verify.ties import UnitDifference, find_tie, first_differences, is_affected
+from dmoe.verify.verify import verify
 from tests.verify.bugs import BUGS
 from tests.verify.test_matrix import CAPACITIES, ROUTERS
 from tests.verify.test_verify import SHORT, lines
 from tests.verify.tie_cases import equal_experts, shift_beyond_rounding, shift_by_rounding
+
+pytestmark = pytest.mark.ranks
 
 
 def test_a_tie_is_undecided_and_does_not_fail() -> None:
@@ -52,7 +57,7 @@ def test_more_than_rounding_is_a_difference(dtype: str, patch: Callable[[], None
     assert not report.ok
     assert not report.undecided
     assert report.first is not None
-    assert report.first.quantity == "dropped set"
+    assert report.first.quantity == ("router scores" if dtype == "float32" else "chosen experts")
 
 
 def test_a_race_is_no_tie() -> None:
@@ -192,8 +197,15 @@ def test_only_first_differences_are_examined() -> None:
         "nor does another accumulation step"
     )
     assert find_tie([[], []]) is None
-    assert "loss" in affected_quantities(0)
-    assert affected_quantities(1) == ("bias", "parameters after two steps")
+
+
+def test_what_a_tie_changes_is_not_compared() -> None:
+    loss, slots = Difference("loss", "", 1.0), Difference("capacity slots", "", 1.0)
+    assert is_affected(loss, 0)
+    assert not is_affected(loss, 1), "a tie in the second step changes nothing of the first"
+    assert is_affected(replace(loss, step=1), 1)
+    assert not is_affected(slots, 0), "slots do not depend on choices"
+    assert not is_affected(Difference("every rank finishes", "", 1.0), 0)
 
 
 def test_the_report_shows_what_is_undecided(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,15 +1,24 @@
-"""`dmoe verify` passes on correct code and names the right quantity for fifteen known bugs."""
+"""`dmoe verify` passes on correct code and names the right quantity for thirty known bugs.
+
+Two MoE layers: with one, a wrong output of the first layer could not show up as the second's
+"dropped set", which is how the project's own bugs 11 and 12 looked on the quickstart.
+"""
 
 from __future__ import annotations
 
 import pytest
 
 from dmoe.config.load import load
+from dmoe.moe.experts import grouped_mlp
 from dmoe.verify.cases import plan_cases, prepare, shrink
-from dmoe.verify.verify import Report, verify
+from dmoe.verify.causes import Report
+from dmoe.verify.naive import layer as naive_layer
+from dmoe.verify.verify import verify
 from tests.verify.bugs import BUGS
 
-SHORT = ["model.layers=1", "moe.num_experts=4"]
+pytestmark = pytest.mark.ranks
+
+SHORT = ["model.layers=2", "moe.num_experts=4"]
 
 
 def lines(report: Report) -> str:
@@ -67,3 +76,35 @@ def test_the_plan_covers_every_world_ep_exchange_and_mode() -> None:
 def test_refused_cases_have_a_reason() -> None:
     refused = plan_cases(prepare(shrink(load()), 4), [1, 2], 4).refused
     assert "no fixed number of slots" in refused["padded"]
+
+
+def test_two_layers_drawn_from_one_key_are_seen() -> None:
+    """Both sides draw alike, so only a comparison of the draws with each other can see it."""
+    report = verify(load(None, SHORT), worlds=[1], setup=one_key_for_both_matrices)
+    assert report.first is not None
+    assert report.first.quantity == "initial draws", lines(report)
+    assert "drawn like" in report.first.where
+
+
+def one_key_for_both_matrices() -> None:
+    normal = grouped_mlp.normal_
+    grouped_mlp.normal_ = (
+        lambda tensor, std, *key: normal(  # type: ignore[attr-defined]
+            tensor, std, *key[:-1]
+        )
+    )
+
+
+def broken_reference() -> None:
+    def broken(*args: object) -> None:
+        raise KeyError("capacity")
+
+    naive_layer.apply_capacity = broken  # type: ignore[attr-defined]
+
+
+def test_an_error_in_the_reference_is_a_row() -> None:
+    """No traceback: the process that makes the reference failed, and the row says so."""
+    report = verify(load(None, SHORT), worlds=[1], setup=broken_reference)
+    assert report.first is not None
+    assert report.first.quantity == "every rank finishes"
+    assert "KeyError: 'capacity'" in report.first.where

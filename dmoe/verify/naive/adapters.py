@@ -29,11 +29,12 @@ from dmoe.modular.aggregation.base import ModuleChoice
 from dmoe.modular.aggregation.fixed import ParameterMean, sequence_weights
 from dmoe.modular.attach import CHILD
 from dmoe.modular.routing import ConstantRouter, PerSequence, PerTask, TableRouter
+from dmoe.moe.capacity import dropless_plan
 from dmoe.moe.layer import MoE
 from dmoe.moe.metrics import LayerStats
 from dmoe.moe.rng import generator
 from dmoe.moe.routers.base import RouterModule
-from dmoe.moe.routing import DispatchPlan, Routing, TokenContext, dropless_plan
+from dmoe.moe.routing import DispatchPlan, Routing, TokenContext
 from dmoe.train.engine import Engine
 from dmoe.verify.naive.capacity import Choices
 from dmoe.verify.naive.layer import auxiliary_losses

@@ -171,7 +171,7 @@ def _sums_over_outputs(outputs: list[ModelOutput], step: int) -> Capture:
     return found
 
 
-def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
+def scheduled_rate(step: int, steps: int, config: OptimConfig) -> float:
     """Return the learning rate of optimizer step `step` of `steps`, by the documented schedule."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
@@ -200,7 +200,7 @@ def _update(
     config, optimizer = engine.config.optim, engine.optimizer
     norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in gradients.values()))
     clip = 1.0 if config.clip is None else min(1.0, config.clip / (norm + 1e-6))
-    rate = learning_rate(step, engine.config.train.steps, config)
+    rate = scheduled_rate(step, engine.config.train.steps, config)
     t = step + 1
     for name, parameter in named.items():
         state = optimizer.state[parameter]
