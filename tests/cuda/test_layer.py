@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmoe import MoE
 from dmoe.config.schema import CapacityConfig, ExpertsConfig, RouterConfig
@@ -120,3 +121,41 @@ def test_until_top_p_selects_what_a_running_sum_selects(dtype: torch.dtype) -> N
     )
     expected_TK = (before_TK < 0.6) | (torch.arange(8) < 2)
     assert torch.equal(until_top_p(probability_TK, 0.6, 2), expected_TK)
+
+
+NO_KERNEL = {
+    *("view", "_unsafe_view", "t", "transpose", "slice", "select", "expand", "unsqueeze"),
+    *("squeeze", "alias", "detach", "split", "split_with_sizes", "chunk", "as_strided", "permute"),
+    *("unbind", "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"),
+    *("_reshape_alias", "diagonal", "is_same_size", "lift_fresh", "reshape"),
+}
+"""Operators that only make a view or allocate."""
+
+
+class CountedKernels(TorchDispatchMode):
+    """Counts the operators that launch a kernel on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += function.overloadpacket.__name__ not in NO_KERNEL
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("cuda_branch")
+def test_a_layer_launches_no_more_kernels_than_it_did() -> None:
+    """Small batches on a GPU wait for the host: about 5 microseconds for each launch."""
+    with torch.device("meta"):
+        layer = MoE(64, 64, 16, 4).bfloat16()
+        x = torch.empty(1, 512, 64, dtype=torch.bfloat16, requires_grad=True)
+        with CountedKernels() as forward:
+            output = layer(x)
+        loss = output.y.sum() + sum(output.aux.values())
+        with CountedKernels() as backward:
+            loss.backward()
+    assert forward.count <= 72
+    assert backward.count <= 67
