@@ -20,6 +20,7 @@ from dmoe.config.router_kinds import ROUTERS
 from dmoe.models.attention import Attention
 from dmoe.models.fusion import GatedFusion
 from dmoe.models.layers import BlockOutput
+from dmoe.moe.inputs import as_int64
 from dmoe.moe.interfaces import ExpertLayer
 from dmoe.moe.layer import MoE
 from dmoe.moe.metrics import LayerStats
@@ -124,10 +125,10 @@ def token_losses(logits: Tensor, target: Tensor, per_token: bool) -> TokenLosses
 
     Args:
         logits: [B, S, V].
-        target: int64 [B, S].
+        target: integers [B, S].
         per_token: return the loss and the correctness of each target too.
     """
-    logits_TV, target_T = logits.flatten(0, 1), target.flatten()
+    logits_TV, target_T = logits.flatten(0, 1), as_int64("target", target).flatten()
     wide_TV = logits_TV.to(torch.promote_types(logits.dtype, torch.float32))
     if not per_token:
         loss_sum = F.cross_entropy(wide_TV, target_T, ignore_index=IGNORE_INDEX, reduction="sum")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dmoe.config.rules.model import is_moe_block
 from dmoe.config.schema import ModelConfig, MoEConfig
+from dmoe.config.schema.constraints import check_bounds, check_types
 from dmoe.models.base import Model, ModelOutput, token_losses
 from dmoe.models.fusion import (
     Concatenation,
@@ -37,6 +38,7 @@ from dmoe.models.layers import (
     run_feed_forward,
 )
 from dmoe.moe.experts import FeedForward
+from dmoe.moe.inputs import context_of_rows
 from dmoe.moe.layer import MoE
 from dmoe.moe.rng import normal_
 from dmoe.moe.routing import EMPTY_CONTEXT, TokenContext
@@ -71,6 +73,8 @@ class Classifier(Model):
         recompute: bool = False,
     ) -> None:
         super().__init__()
+        check_types(config, "model.")
+        check_bounds(config, "model.")
         self.config, self.widths, self.recompute = config, list(widths), recompute
         gated, layers = config.fusion == "gated", config.layers
         self.fusion: GatedFusion | Concatenation | None = None
@@ -140,6 +144,7 @@ class Classifier(Model):
             return_logits: return logits, [B, 1, C], although there are targets.
         """
         context, out = context or EMPTY_CONTEXT, ModelOutput(None, None)
+        context = context_of_rows(context, input.shape[:1])
         x_B1D = self._collect(self._fuse(input.to(next(self.parameters()).dtype), context), out)
         for block in self.blocks:
             x_B1D = self._collect(self.run_block(block, x_B1D, context), out)

@@ -13,8 +13,9 @@ from dataclasses import replace
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmoe.config.rules.model import head_dim, is_moe_block
+from dmoe.config.rules.model import check_attention, head_dim, is_moe_block
 from dmoe.config.schema import ModelConfig, MoEConfig
+from dmoe.config.schema.constraints import check_bounds, check_types
 from dmoe.models.attention import Attention, Rotary, rotary_table
 from dmoe.models.base import Model, ModelOutput, token_losses
 from dmoe.models.layers import (
@@ -25,9 +26,10 @@ from dmoe.models.layers import (
     run_feed_forward,
 )
 from dmoe.moe.experts import FeedForward
+from dmoe.moe.inputs import as_int64, context_of_rows
 from dmoe.moe.layer import MoE
 from dmoe.moe.rng import normal_
-from dmoe.moe.routing import EMPTY_CONTEXT, TokenContext
+from dmoe.moe.routing import EMPTY_CONTEXT, TokenContext, masked
 
 
 class Block(nn.Module):
@@ -94,6 +96,9 @@ class Transformer(Model):
         recompute: bool = False,
     ) -> None:
         super().__init__()
+        check_types(config, "model.")
+        check_bounds(config, "model.")
+        check_attention(config)
         self.config, self.recompute = config, recompute
         self.head_dim = head_dim(config)
         self.embedding = nn.Embedding(vocab_size, config.dim)
@@ -151,8 +156,12 @@ class Transformer(Model):
             context: labels and padding of the tokens.
             return_logits: return logits although there are targets.
         """
-        context = replace(context or EMPTY_CONTEXT, token_id_T=input.flatten())
+        input = as_int64("input", input)
+        context = context_of_rows(context or EMPTY_CONTEXT, input.shape)
+        context = replace(context, token_id_T=input.flatten())
         x_BSD = self.embedding(input)
+        if context.valid_T is not None:  # attention multiplies values by weights of 0
+            x_BSD = masked(x_BSD.flatten(0, 1), context.valid_T.flatten()).view_as(x_BSD)
         rotary = rotary_table(
             input.shape[1], self.head_dim, self.config.rope_base, x_BSD.dtype, x_BSD.device
         )

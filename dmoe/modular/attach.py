@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import BalanceConfig
+from dmoe.config.schema.constraints import check_bounds, check_types
 from dmoe.modular.aggregation import Aggregation, WeightedSum
 from dmoe.modular.banks.base import AdapterBank
 from dmoe.modular.layer import AdapterLayer, register_hooks
@@ -135,6 +136,11 @@ def module_losses(model: nn.Module, balance: BalanceConfig) -> dict[str, dict[st
         For each target that was called, this rank's unweighted share of each enabled loss by name
         (see `AdapterLayer.losses`). The sum of the shares over all ranks is the loss.
     """
+    check_types(balance, "balance.")
+    check_bounds(balance, "balance.")
+    if balance.bias:
+        allowed = "is no loss, and nothing here would move the routers' biases"
+        raise ConfigError("balance.bias", balance.bias, allowed, "set it to 0")
     return {
         name: layer.losses(balance)
         for name, layer in adapter_layers(model).items()

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
@@ -26,6 +27,7 @@ from dmoe.modular.banks.base import AdapterBank
 from dmoe.modular.routing.learned import sequence_context, sequence_mean
 from dmoe.moe.capacity import dropless_plan
 from dmoe.moe.dispatch import PackedLocal, expert_dtype, profiled
+from dmoe.moe.inputs import context_of_rows
 from dmoe.moe.interfaces import DataParallelComm, Dispatcher, NoComm
 from dmoe.moe.layer import MoEOutput
 from dmoe.moe.load_balancing import auxiliary_losses
@@ -181,10 +183,13 @@ class AdapterLayer(nn.Module):
 
     def per_token_context(self, sequences: int, tokens: int) -> TokenContext:
         """Return the context with one label per token; labels may be given one per sequence."""
-        label_T = self.context.label_T
+        context = context_of_rows(
+            self.context, torch.Size((sequences, tokens // max(1, sequences)))
+        )
+        label_T = context.label_T
         if label_T is not None and len(label_T) == sequences != tokens:
             label_T = label_T.repeat_interleave(tokens // sequences)
-        return replace(self.context, label_T=label_T, prior_count_LE=None)
+        return replace(context, label_T=label_T, prior_count_LE=None)
 
 
 def mean_after_prefix(

@@ -18,6 +18,7 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.expert_shapes import count_zero_cost
 from dmoe.config.rules import check_arguments
 from dmoe.config.schema import BalanceConfig, CapacityConfig, ExpertsConfig, MoEConfig, RouterConfig
+from dmoe.config.schema.constraints import check_type
 from dmoe.moe.capacity import apply_capacity, expert_capacity
 from dmoe.moe.compute_usage import ComputeUsage
 from dmoe.moe.dispatch import PackedLocal, PaddedLocal, expert_dtype, profiled
@@ -147,6 +148,7 @@ class MoE(nn.Module):
             config: section `moe`.
             dim, out_dim, virtual_ranks, layer: see the class.
         """
+        check_type("config", config, MoEConfig)
         return cls(
             dim,
             config.expert_dim,

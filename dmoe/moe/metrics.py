@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dmoe.moe.load_balancing.losses import masked, normalized, num_real_tokens
+from dmoe.moe.load_balancing.losses import normalized, num_real_tokens
 from dmoe.moe.routing import (
     EMPTY_CONTEXT,
     DispatchPlan,
     Routing,
     TokenContext,
     count_per_expert,
+    masked,
 )
 
 

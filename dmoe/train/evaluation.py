@@ -15,7 +15,7 @@ from torch import Tensor
 from dmoe.distributed.gradients import all_reduce_sum
 from dmoe.models.base import IGNORE_INDEX, ModelOutput
 from dmoe.moe.metrics import decisions
-from dmoe.moe.routing import MetricsFn, TokenContext
+from dmoe.moe.routing import MetricsFn, TokenContext, masked
 from dmoe.observability.display.state import format_measure
 from dmoe.train.engine import Engine
 from dmoe.train.routing_analysis import ComputeVsLoss, RoutingProbe, RoutingSnapshot
@@ -203,7 +203,7 @@ def _batch_sums(
     ones_T = torch.ones_like(loss_T, dtype=torch.float64)
     sums_T4 = torch.stack([loss_T.double(), ones_T, bytes_T.double(), correct_T.double()], 1)
     zeros_M4 = sums_T4.new_zeros(max(1, len(data.domains)), NUM_SUMS)
-    return zeros_M4.index_add(0, label_T, sums_T4 * valid_T.unsqueeze(1))
+    return zeros_M4.index_add(0, label_T, masked(sums_T4, valid_T))
 
 
 def _total_score(scores: list[Score]) -> Score:

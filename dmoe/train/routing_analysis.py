@@ -32,6 +32,7 @@ from torch import Tensor
 from dmoe.config.router_kinds import ROUTERS
 from dmoe.distributed.gradients import all_reduce_sum
 from dmoe.moe.metrics import LayerStats
+from dmoe.moe.routing import masked
 from dmoe.train.engine import Engine
 
 MAX_EXPERTS_OF_PAIR_TABLE = 128
@@ -216,7 +217,7 @@ class ComputeVsLoss:
         parts = len(k_T) // len(loss_T)  # a layer may see several parts of a sample
         loss_T, valid_T = loss_T.double().repeat_interleave(parts), valid_T.repeat_interleave(parts)
         sums_T3 = torch.stack([torch.ones_like(loss_T), loss_T, loss_T.square()], 1)
-        return zeros_K3.index_add(0, k_T, sums_T3 * valid_T.unsqueeze(1))
+        return zeros_K3.index_add(0, k_T, masked(sums_T3, valid_T))
 
 
 def _k_loss(sums: Sequence[Sequence[float]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from dmoe.config.schema import CapacityConfig
+from dmoe.moe.capacity import dropless_plan
 from dmoe.moe.dispatch import (
     Permutation,
     packed_permutation,
@@ -19,7 +20,7 @@ from dmoe.moe.dispatch import (
     permute,
     unpermute,
 )
-from dmoe.moe.routing import DispatchPlan, Routing, dropless_plan
+from dmoe.moe.routing import DispatchPlan, Routing
 from tests.moe.strategies import drawn, limit_to, random_routing, routings
 from tests.references.dispatch import permute_reference, unpermute_reference
 

@@ -1,8 +1,7 @@
 """Padding is nobody: it takes no slot, counts in no loss, and what it holds is felt by no one.
 
-The routed part of a padded position is exactly zero. Shared experts are a dense feed-forward beside
-it and pass every position, as the rest of a transformer does: its output there is never read, and
-leaving it out would cost a gather.
+The output of a padded position is exactly zero, that of shared experts included: its input is set
+to zero before the router, so that no weight can get a gradient from what it held.
 """
 
 from __future__ import annotations
@@ -84,8 +83,10 @@ def test_nothing_but_padding(exchange: str, factor: float | None) -> None:
     assert not output.stats.choice_E.any()
 
 
-def test_shared_experts_pass_every_position() -> None:
+def test_shared_experts_leave_padding_out() -> None:
     layer = make(experts=ExpertsConfig(shared=1))
     assert layer.shared is not None
     x = tokens_of(4, 6)
-    close(layer(x, CONTEXT).y[~VALID], layer.shared(x)[~VALID])
+    y = layer(x, CONTEXT).y
+    assert not y[~VALID].any()
+    assert bool((y[VALID] != layer(x).y[VALID] - layer.shared(x)[VALID]).any())

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoe.config.schema import CapacityConfig
-from dmoe.moe.capacity import expert_capacity
+from dmoe.moe.capacity import dropless_plan, expert_capacity
 from dmoe.moe.metrics import decisions, layer_stats, router_metrics
-from dmoe.moe.routing import Routing, TokenContext, dropless_plan
+from dmoe.moe.routing import Routing, TokenContext
 from tests.moe.layers import gradients, make, tokens_of
 from tests.moe.next_choice_cases import next_choice_routings
 from tests.moe.strategies import drawn, limit_to, random_routing, routings, slots

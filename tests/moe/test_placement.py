@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dmoe.moe.capacity import dropless_plan
 from dmoe.moe.dispatch import packed_permutation, padded_permutation
 from dmoe.moe.placement import (
     ExpertPlacement,
@@ -16,7 +17,7 @@ from dmoe.moe.placement import (
     contiguous_placement,
     to_physical_experts,
 )
-from dmoe.moe.routing import DispatchPlan, ExpertSlots, dropless_plan
+from dmoe.moe.routing import DispatchPlan, ExpertSlots
 from tests.moe.strategies import drawn, random_routing
 
 

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from dmoe.config.errors import ConfigError
 from dmoe.modular.aggregation.base import Aggregation, DispatchedModules, ModuleChoice
 from dmoe.modular.banks.base import AdapterBank
-from dmoe.moe.routing import DispatchPlan
+from dmoe.moe.routing import DispatchPlan, masked
 
 
 class WeightedSum(Aggregation):
@@ -149,9 +149,12 @@ class ParameterMean(Aggregation):
                 "use parallel.ep=1, or weighted_sum",
             )
         weight_BM = sequence_weights(plan, sequences)
-        has_module_T1 = plan.is_kept_TK.any(-1, keepdim=True)
+        has_module_T = plan.is_kept_TK.any(-1)
         tokens_per_sequence = len(rows_TD) // max(1, sequences)
-        return bank.forward_averaged(weight_BM, rows_TD, tokens_per_sequence) * has_module_T1
+        out_TW = bank.forward_averaged(
+            weight_BM, masked(rows_TD, has_module_T), tokens_per_sequence
+        )
+        return masked(out_TW, has_module_T)
 
     def reference(
         self, bank: AdapterBank, row_D: Tensor, router_input_Q: Tensor, choices: list[ModuleChoice]

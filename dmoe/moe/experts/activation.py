@@ -116,7 +116,7 @@ def gated_sum(
     """Sum the streams, weighted elementwise by the gate; 0 for tokens without any stream.
 
     Args:
-        stream_TSW: the streams; zeros where missing.
+        stream_TSW: the streams; any values where missing.
         present_TS: bool, False where a stream is missing. None: all present.
         gate_AX: G.
         bias_X: c.
@@ -124,6 +124,8 @@ def gated_sum(
     Returns:
         [T, W], in the dtype of the streams.
     """
+    if present_TS is not None:
+        stream_TSW = stream_TSW.masked_fill(~present_TS.unsqueeze(-1), 0.0)
     logit_TX = stream_TSW.flatten(1) @ gate_AX.to(stream_TSW.dtype) + bias_X.to(stream_TSW.dtype)
     logit_TSW = torch.cat([logit_TX, torch.zeros_like(stream_TSW[:, 0])], 1).view(stream_TSW.shape)
     if present_TS is not None:

@@ -109,7 +109,7 @@ class PendingCounts:
                 "no backward has reached the layer since its forward",
                 "call it after loss.backward(), once per optimizer step",
             )
-        self.__init__()  # type: ignore[misc]
+        self.count_E, self.versions, self.awaits_backward = None, (), False
         if count_E is None:
             return torch.zeros_like(like_E, dtype=torch.int64)
         return count_E.to(like_E.device)

@@ -50,7 +50,8 @@ class NoisyRouter(LearnedRouter):
         """Raise ValueError in training without `context.noise_key`."""
         x_TD = self.router_input(x_TD, context, shape)
         clean_TE = project(x_TD, self.weight)
-        std_TE = softplus(project(x_TD, self.noise_weight))
+        raw_TE = project(x_TD, self.noise_weight)
+        std_TE = softplus(raw_TE)
         logit_TE = clean_TE
         if self.training:
             normal_TE = keyed_noise(
@@ -58,4 +59,4 @@ class NoisyRouter(LearnedRouter):
             )
             logit_TE = clean_TE + std_TE * normal_TE
         routing = self.route(logit_TE, gate_scores(logit_TE, self.config), context, shape)
-        return replace(routing, noise=Noise(clean_TE, std_TE))
+        return replace(routing, noise=Noise(clean_TE, std_TE, raw_TE))
