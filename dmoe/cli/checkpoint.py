@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dmoe.cli.common import ARGUMENTS_HELP, load_arguments
+from dmoe.cli.common import ARGUMENTS_HELP, integer, load_arguments
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,7 +92,8 @@ def upcycle(
         list[str] | None, typer.Argument(metavar="[CONFIG] [K=V ...]", help=ARGUMENTS_HELP)
     ] = None,
     step: Annotated[
-        int | None, typer.Option(help="Step of the checkpoint. Default: the newest intact one.")
+        int | None,
+        typer.Option(help="Step of the checkpoint. Default: the newest intact one.", **integer()),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from typing import Any
+
+import typer
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.load import load_text
 from dmoe.config.schema import Config
-from dmoe.config.yaml_guard import read_text
+from dmoe.config.yaml_guard import INTEGER, NUMBER, read_text, short
 
-ARGUMENTS_HELP = "A YAML file (default: the quickstart), then overrides like moe.top_k=1."
+ARGUMENTS_HELP = (
+    "A YAML file (default: the quickstart), then overrides like moe.top_k=1. Numbers are decimal, no "
+    "value is empty (null for none)."
+)
 DEFAULTS = "# no file given: the defaults\n{}\n"
 
 
@@ -48,3 +55,32 @@ def load_arguments(arguments: list[str]) -> tuple[Config, str]:
 def _one_line(override: str) -> str:
     """Quote an override with a line break, which would end the comment in the config."""
     return override if override.isprintable() else json.dumps(override)
+
+
+def integer(least: int | None = None, most: int | None = None) -> dict[str, Any]:
+    """Return arguments of `typer.Option` for an integer in decimal notation, from least to most.
+
+    Python's `int` would read 010 as 10 and 1_0 too; a config file refuses both (`yaml_guard.py`).
+    """
+
+    def parse(value: Any) -> int:
+        number = int(decimal(value, INTEGER))
+        if (least is not None and number < least) or (most is not None and number > most):
+            allowed = f"{least} or more" if most is None else f"from {least} to {most}"
+            raise typer.BadParameter(f"{value} must be {allowed}")
+        return number
+
+    return {"parser": parse, "metavar": "INTEGER"}
+
+
+def number() -> dict[str, Any]:
+    """Return arguments of `typer.Option` for a number in decimal notation."""
+    return {"parser": lambda value: float(decimal(value, NUMBER)), "metavar": "FLOAT"}
+
+
+def decimal(value: Any, pattern: str) -> str:
+    """Return the text of an option, or of its default, if it is a number in decimal notation."""
+    text = str(value)
+    if not re.fullmatch(pattern, text) or len(text) > 40:  # Python refuses to read 5000 digits
+        raise typer.BadParameter(f"{short(text)} is no number in decimal notation")
+    return text

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dmoe.cli.common import ARGUMENTS_HELP, load_arguments
+from dmoe.cli.common import ARGUMENTS_HELP, integer, load_arguments
 from dmoe.config.fields import list_fields
 from dmoe.config.rules import check
 from dmoe.config.schema import Config
@@ -32,7 +32,7 @@ def command(
         int | None,
         typer.Option(
             help="Explain the run on this many ranks. Default: parallel.ep, or 1 if that is auto.",
-            min=1,
+            **integer(1),
         ),
     ] = None,
     as_json: Annotated[

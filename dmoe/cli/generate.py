@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dmoe.cli.common import integer, number
 from dmoe.config.errors import ConfigError
 from dmoe.runs.directory import find_run
 
@@ -16,23 +17,33 @@ def command(
     prompt: Annotated[str, typer.Option(help="Text to continue; may be empty.")],
     tokens: Annotated[
         int,
-        typer.Option(help="Maximum number of new tokens; stops earlier at the end of a document."),
+        typer.Option(
+            help="Maximum number of new tokens; stops earlier at the end of a document.",
+            **integer(),
+        ),
     ] = 200,
     temperature: Annotated[
         float,
         typer.Option(
-            help="0 takes the most likely token, 1 samples from the model's distribution."
+            help="0 takes the most likely token, 1 samples from the model's distribution.",
+            **number(),
         ),
     ] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the k most likely tokens.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample from the k most likely tokens.", **integer())
+    ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(help="Sample from the fewest tokens whose probabilities sum to this."),
+        typer.Option(
+            help="Sample from the fewest tokens whose probabilities sum to this.", **number()
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.", **integer())] = 0,
     step: Annotated[
         int | None,
-        typer.Option(help="The checkpoint of this step. Default: the newest intact one."),
+        typer.Option(
+            help="The checkpoint of this step. Default: the newest intact one.", **integer()
+        ),
     ] = None,
 ) -> None:
     """Continue a text with a trained model, in one process with all experts.

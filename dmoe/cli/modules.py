@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dmoe.cli.common import decimal, integer
 from dmoe.config.errors import ConfigError
+from dmoe.config.yaml_guard import NUMBER
 
 if TYPE_CHECKING:
     from dmoe.runs.directory import RunDir
@@ -56,7 +58,7 @@ def export(
     peft: Annotated[
         str | None, typer.Option(help="A folder for one low-rank module, in peft's format.")
     ] = None,
-    module: Annotated[int, typer.Option(help="The module to write to --peft.")] = 0,
+    module: Annotated[int, typer.Option(help="The module to write to --peft.", **integer())] = 0,
 ) -> None:
     """Write modules without the network: all into a file, or one in peft's format.
 
@@ -133,8 +135,8 @@ def _run(path: str) -> RunDir:
 
 def _parse_numbers(text: str) -> list[float]:
     try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
+        numbers = [float(decimal(part, NUMBER)) for part in text.split(",")]
+    except typer.BadParameter:
         numbers = [math.nan]
     if not all(map(math.isfinite, numbers)):
         raise ConfigError("--weights", text, "must be comma-separated numbers", "e.g. 0.5,0.5")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dmoe.cli.common import ARGUMENTS_HELP, load_arguments
+from dmoe.cli.common import ARGUMENTS_HELP, integer, load_arguments
 from dmoe.cli.surroundings import keep_running_without_output
 from dmoe.config.errors import ConfigError
 from dmoe.config.launch_env import has_accelerator, main_memory, read_launch_env
@@ -22,7 +22,7 @@ def command(
         list[str] | None, typer.Argument(metavar="[CONFIG] [K=V ...]", help=ARGUMENTS_HELP)
     ] = None,
     ranks: Annotated[
-        int | None, typer.Option(help="Start this many local processes.", min=1)
+        int | None, typer.Option(help="Start this many local processes.", **integer(1))
     ] = None,
     preflight: Annotated[
         bool,
@@ -33,7 +33,9 @@ def command(
     ] = False,
     port: Annotated[
         int | None,
-        typer.Option(help="Port of the local rendezvous. Default: a free one.", min=1, max=65535),
+        typer.Option(
+            help="Port of the local rendezvous. Default: a free one.", **integer(1, 65535)
+        ),
     ] = None,
     quiet: Annotated[
         bool,

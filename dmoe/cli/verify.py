@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dmoe.cli.common import ARGUMENTS_HELP, load_arguments
+from dmoe.cli.common import ARGUMENTS_HELP, decimal, load_arguments
 from dmoe.config.errors import ConfigError
 from dmoe.config.rules import check
+from dmoe.config.yaml_guard import INTEGER
 
 if TYPE_CHECKING:
     from dmoe.verify.verify import Report
@@ -58,8 +59,8 @@ def command(
 
 def _parse_worlds(worlds: str) -> list[int]:
     try:
-        sizes = sorted({int(part) for part in worlds.split(",")})
-    except ValueError:
+        sizes = sorted({int(decimal(part, INTEGER)) for part in worlds.split(",")})
+    except typer.BadParameter:
         sizes = []
     if not sizes or sizes[0] < 1 or sizes[-1] > 64:
         raise ConfigError(
