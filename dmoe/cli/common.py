@@ -15,8 +15,8 @@ from dmoe.config.schema import Config
 from dmoe.config.yaml_guard import INTEGER, NUMBER, read_text, short
 
 ARGUMENTS_HELP = (
-    "A YAML file (default: the quickstart), then overrides like moe.top_k=1. Numbers are decimal, no "
-    "value is empty (null for none)."
+    "A YAML file (default: the quickstart), then overrides like moe.top_k=1. Numbers are decimal, "
+    "no value is empty (null for none)."
 )
 DEFAULTS = "# no file given: the defaults\n{}\n"
 

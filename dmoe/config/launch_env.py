@@ -1,7 +1,7 @@
 """The launcher's environment variables and the machine's resources, checked before torch starts.
 
-torchrun, accelerate launch and a replica of a PyTorchJob set `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and
-`MASTER_PORT` for each process; the first two also `LOCAL_RANK` and `LOCAL_WORLD_SIZE`, without which
+torchrun, accelerate launch and a replica of a PyTorchJob set `RANK`, `WORLD_SIZE`, `MASTER_ADDR`
+and `MASTER_PORT` per process; the first two also `LOCAL_RANK` and `LOCAL_WORLD_SIZE`, without which
 a process is the only one of its machine. If only some are set (a common mistake by hand), torch
 would wait minutes for ranks that do not exist. Other launchers (mpirun, plain srun) set variables
 of their own; a process that they start among others is refused, or each would train alone.

@@ -2,8 +2,8 @@
 
 accelerate reads some fifty variables, and a run's numbers would follow them in silence. With
 `ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4` every gradient was divided by 4; `ACCELERATE_USE_FSDP`
-wraps the model once more, `PMI_SIZE` changes the world. They are left behind by `accelerate launch`,
-by MPI or by another job of the same shell. Here the config decides, so they are removed from this
+wraps the model once more, `PMI_SIZE` changes the world. `accelerate launch` leaves them behind,
+MPI too, and other jobs of the same shell. Here the config decides, so they are removed from this
 process before accelerate and torch's libraries read them, and the result is checked.
 """
 

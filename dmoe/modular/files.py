@@ -161,7 +161,8 @@ def _check_same_layers(model: nn.Module, path: str | Path, saved: SavedModules) 
         layer = layers[name]
         kinds = [type(part).__name__ for part in (layer.experts, layer.router, layer.aggregation)]
         if (
-            kinds != [_current_name(target[part]) for part in ("bank", "router", "aggregation")]
+            kinds
+            != [_current_name(str(target[part])) for part in ("bank", "router", "aggregation")]
             or target["modules"] != layer.experts.num_modules
         ):
             in_model = f"{layer.experts.num_modules} of {' with '.join(kinds)}"

@@ -232,7 +232,7 @@ class RowProduct(Function):
 def with_budget(
     context: TokenContext, compute_budget: float | None, config: RouterConfig
 ) -> TokenContext:
-    """Return the context with the budget of a call: the argument's, else its own, else the config's.
+    """Return the context with a call's budget: the argument's, else its own, else the config's.
 
     Raises:
         ConfigError: a budget that is no share, or for a router that has none.

@@ -114,7 +114,9 @@ class StepGuard:
     def _classify(self, loss: float, norm: float) -> StepHealth:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return StepHealth.NONFINITE
-        return StepHealth.SPIKE if _is_loss_spike(loss, self.losses, self.config) else StepHealth.GOOD
+        return (
+            StepHealth.SPIKE if _is_loss_spike(loss, self.losses, self.config) else StepHealth.GOOD
+        )
 
     def _action(self, health: StepHealth, step: int) -> StepAction:
         is_spike = health is StepHealth.SPIKE

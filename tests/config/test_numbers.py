@@ -26,7 +26,7 @@ OTHER_NOTATIONS = {
     "sexagesimal": "train.steps=1:30",
     "quoted": "train.steps='0600'",
     "digits of another script": "train.steps=٣٠",
-    "full-width digits": "train.steps=６００",
+    "full-width digits": "train.steps=\N{FULLWIDTH DIGIT SIX}\N{FULLWIDTH DIGIT ZERO}",
     "a float": "optim.lr=01.5",
     "a float with separators": "optim.lr=1_0.5",
     "a float with a sign": "optim.lr=+0.1",
@@ -112,7 +112,8 @@ def test_an_empty_value_is_refused(override: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["optim:\n  clip:\n", "optim: {clip: }", "train: {profile_steps: [1, ]}\nmoe:", "optim:"]
+    "text",
+    ["optim:\n  clip:\n", "optim: {clip: }", "train: {profile_steps: [1, ]}\nmoe:", "optim:"],
 )
 def test_an_empty_value_in_a_file_is_refused(text: str) -> None:
     """A template whose variable is not set leaves `clip:` without a value, which YAML reads as null."""

@@ -158,4 +158,5 @@ def test_a_layer_launches_no_more_kernels_than_it_did() -> None:
         with CountedKernels() as backward:
             loss.backward()
     assert forward.count <= 72
-    assert backward.count <= 67
+    # four of them leave dropped tokens out of the router's gradient (moe.routing.RowProduct)
+    assert backward.count <= 71

@@ -12,8 +12,7 @@ from dmoe.config.schema import Config
 from dmoe.data import open_data
 from dmoe.distributed.init import init_distributed
 from dmoe.distributed.state_dict import model_state
-from dmoe.train.engine import build_engine
-from dmoe.train.engine import learning_rate
+from dmoe.train.engine import build_engine, learning_rate
 from dmoe.train.step import train_step, training_batches
 
 __all__ = ["Trace", "trace"]

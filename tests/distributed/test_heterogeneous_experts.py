@@ -139,9 +139,7 @@ def train_and_save(rank: int, world: int, config: Config, folder: Path) -> dict[
     data = open_data(config.data, config.train.seed)
     for step in range(2):
         train_step(engine, training_batches(data.train, engine, step), 0.01)
-    save_load.save(
-        folder, 1, checkpointer.train_state(engine), {}, group=engine.mesh.control_group
-    )
+    save_load.save(folder, 1, checkpointer.train_state(engine), {}, group=engine.mesh.control_group)
     return state_arrays(engine)
 
 
@@ -150,9 +148,7 @@ def load_and_save(
 ) -> dict[str, Any]:
     engine = engine_of(config)
     checkpointer.load_training_state(engine, source / "step-00000001")
-    save_load.save(
-        folder, 1, checkpointer.train_state(engine), {}, group=engine.mesh.control_group
-    )
+    save_load.save(folder, 1, checkpointer.train_state(engine), {}, group=engine.mesh.control_group)
     return state_arrays(engine)
 
 

@@ -94,7 +94,9 @@ def test_text_and_json_have_the_same_sentences(tmp_path: Path) -> None:
         for sentence in section["words"]:
             assert " ".join(sentence.split()) in plain
     refused(
-        dmoe("explain", "--world", "3", "parallel.ep=8", cwd=tmp_path), "parallel.ep=8", "world of 3"
+        dmoe("explain", "--world", "3", "parallel.ep=8", cwd=tmp_path),
+        "parallel.ep=8",
+        "world of 3",
     )
 
 

@@ -58,7 +58,7 @@ def naive_moe(
                 layer.experts.w_in[chosen[t][k]],
                 layer.experts.w_out[chosen[t][k]],
             )
-        if layer.shared is not None:
+        if layer.shared is not None and valid[t]:
             y = y + feed_forward(
                 layer.shared.kind, x, layer.shared.w_in.weight.t(), layer.shared.w_out.weight.t()
             )

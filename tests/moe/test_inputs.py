@@ -156,7 +156,7 @@ def test_a_budget_in_the_context_is_not_lost() -> None:
     assert torch.equal(by_argument.y, by_context.y)
     assert not torch.equal(by_argument.y, layer(x).y)
     for wrong in (-0.1, 1.5, float("nan"), "half"):
-        with pytest.raises(ConfigError, match="compute_budget=.*from 0 to 1"):
+        with pytest.raises(ConfigError, match=r"compute_budget=.*from 0 to 1"):
             layer(x, TokenContext(budget=wrong))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="has no budget"):
         make()(x, TokenContext(budget=0.4))

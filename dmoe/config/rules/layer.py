@@ -19,9 +19,8 @@ from dmoe.config.schema import (
 )
 from dmoe.config.schema.constraints import check_bounds, check_field, check_types
 
-MAX_WIDTH = 1 << 24
-MAX_DEPTH = 100
-"""Hidden layers of an expert."""
+MAX_WIDTH, MAX_DEPTH = 1 << 24, 100
+"""Width, and number of hidden layers, of an expert."""
 ARGUMENTS = {
     "dim": (ModelConfig, "dim"),
     "out_dim": (ModelConfig, "dim"),

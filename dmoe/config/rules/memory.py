@@ -140,7 +140,8 @@ def describe_out_of_memory(error: BaseException) -> str:
         return f"out of memory on the GPU: {what} than it has free"
     free, total = _free_memory(), main_memory()
     there = f"{_gib(total)} of main memory"
-    return f"out of memory: {what}, and there is {'' if free is None else f'{_gib(free)} free of '}{there}"
+    free_of = "" if free is None else f"{_gib(free)} free of "
+    return f"out of memory: {what}, and there is {free_of}{there}"
 
 
 @contextmanager
