@@ -159,8 +159,8 @@ def update(
         engine.optimizer.step()
     elif scaler is not None:
         # It has unscaled the gradients of a step that is skipped, and refuses to do so again; and
-        # it lowers its scale if one of them overflowed. Its own `step` would take this step where only
-        # the norm did: the squares of finite gradients are infinite above 1.8e19.
+        # it lowers its scale if one of them overflowed. Its own `step` would take this step where
+        # only the norm did: the squares of finite gradients are infinite above 1.8e19.
         scaler.update()
     if apply:
         _update_router_biases(engine, totals)

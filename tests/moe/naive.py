@@ -32,6 +32,8 @@ def naive_moe(
 ) -> NaiveOutput:
     valid = [True] * len(x_TD) if valid is None else valid
     real = [t for t in range(len(x_TD)) if valid[t]]
+    # the layer reads padding as zeros and returns zeros for it, whatever it holds
+    x_TD = torch.stack([x if valid[t] else torch.zeros_like(x) for t, x in enumerate(x_TD)])
     logits = [layer.router.weight @ x for x in x_TD]
     scores = [
         torch.softmax(row, -1) if layer.router.config.score == "softmax" else torch.sigmoid(row)

@@ -85,7 +85,7 @@ def test_other_masks_are_refused(mask: Any, words: str) -> None:
 
 
 def test_a_mask_in_place_of_a_context() -> None:
-    with pytest.raises(ConfigError, match=r"context=Tensor: .*TokenContext\(valid_T=mask\)"):
+    with pytest.raises(ConfigError, match=r"context=bool\[.*\]: .*TokenContext\(valid_T=mask\)"):
         make()(tokens_of(2, 3), torch.ones(2, 3, dtype=torch.bool))
 
 
@@ -139,7 +139,7 @@ def test_a_model_takes_a_mask_of_its_batch() -> None:
 def test_modules_take_labels_of_any_width() -> None:
     """A table of modules is indexed by labels, which torch does only with int32 and int64."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    attach(model, "0", lambda width, out: LoRA(2, width, out, 2), table([[0], [1]], 2))
+    attach(model, "0", lambda width, out: LoRA(2, width, out, rank=2), table([[0], [1]], 2))
     x = torch.randn(2, 3, 4)
     with adapter_context(model, label_T=torch.tensor([1, 0])):
         expected = model(x)

@@ -65,7 +65,7 @@ def test_own_loop_moves_the_bias(name: str) -> None:
     assert expected_E.abs().max() > 0
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"fused"}))
 def test_forgotten_is_an_error_in_the_next_training_forward(name: str) -> None:
     layer = make()
     optimizer = OPTIMIZERS[name](list(layer.parameters()))

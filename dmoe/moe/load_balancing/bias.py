@@ -51,7 +51,8 @@ class PendingCounts:
 
     That an update was forgotten shows in the parameters' version counters: they stand still while
     gradients are accumulated, and an optimizer's step moves them. Not seen: optimizers that write
-    to `parameter.data`, and FSDP, whose gathered copies are not what the optimizer updates.
+    to `parameter.data`, fused ones (torch 2.13 moves no counter on the CPU), and FSDP, whose
+    gathered copies are not what the optimizer updates.
     """
 
     def __init__(self) -> None:

@@ -42,8 +42,8 @@ In evaluation no noise is drawn (H = clean), and the noisy router still reports 
 deviation. Cost: one sort of [T, E].
 
 Cost: one all-reduce of E + 1 int64 per layer if `switch_level` is `global`, else no collective.
-With a mask of padding, on one rank or several, one all-reduce of one int64 more for each level of unit
-in use: either every rank passes a mask, or none. No host sync.
+With a mask of padding, on one rank or several, one all-reduce of one int64 more per level of
+unit in use: either every rank passes a mask, or none. No host sync.
 
 Letters: T tokens, E experts, K experts per token, U units on this rank, L MoE layers, X any width.
 """
