@@ -281,21 +281,17 @@ def auxiliary_not_divided() -> None:
     step._loss = undivided
 
 
-def first_layer_only(patch: Patch) -> Patch:
-    """Apply a patch of `packed_permutation` in the first of two layers only."""
+def wrong_inverse_in_the_first_layer() -> None:
+    """20: return the rows of one expert in the wrong order, in the first of two layers only."""
+    correct = dispatch.packed_permutation
+    wrong_inverse()
+    wrong, calls = dispatch.packed_permutation, [0]
 
-    def patched() -> None:
-        correct = dispatch.packed_permutation
-        patch()
-        wrong, calls = dispatch.packed_permutation, [0]
+    def alternate(plan: Any) -> Any:
+        calls[0] += 1
+        return (wrong if calls[0] % 2 else correct)(plan)
 
-        def alternate(plan: Any) -> Any:
-            calls[0] += 1
-            return (wrong if calls[0] % 2 else correct)(plan)
-
-        _replace_in_all_modules("packed_permutation", alternate)
-
-    return patched
+    _replace_in_all_modules("packed_permutation", alternate)
 
 
 def moments_swapped() -> None:
@@ -463,7 +459,7 @@ BUGS: dict[str, tuple[Patch, list[str], str, str]] = {
         "auxiliary losses enter 3 times",
     ),
     "20 wrong inverse in the first layer": (
-        first_layer_only(wrong_inverse),
+        wrong_inverse_in_the_first_layer,
         [],
         "layer outputs",
         "other tokens",
