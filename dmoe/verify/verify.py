@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -154,6 +155,8 @@ def _run_world(job: _Job, world: int) -> _Findings:
             return _Findings([(job.cases[0][1], failure)])
         found = _Findings()
         for single in job.cases:
+            # what the start that failed has saved would be in the way
+            shutil.rmtree(job.folder / str(single[0]), ignore_errors=True)
             found += _run_world(replace(job, cases=[single]), world)
             if "in time" in found.differences[-1][1].where:
                 break

@@ -159,7 +159,7 @@ dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=li
 mesh = build_mesh(2, torch.device("cpu"), 50.0)
 if rank == 1:
     time.sleep(60)
-saver = AsyncSaver(root / "checkpoints", 1, checkpoint_group, True)
+saver = AsyncSaver(root / "checkpoints", 1, mesh.checkpoint_group, True)
 saver.save(1, {"w": torch.ones(3)}, {})
 saver.drain(0.1)
 sys.exit(4)

@@ -34,14 +34,16 @@ def test_a_tie_is_undecided_and_does_not_fail() -> None:
         load(None, SHORT), worlds=[2], dtype="float32", patch=shift_by_rounding, setup=equal_experts
     )
     assert report.ok, lines(report)
-    assert set(report.undecided) == set(report.cases)
+    # scores are compared in float64 in the case that ties them on purpose
+    in_float32 = {case for case in report.cases if not case.endswith("tied scores")}
+    assert set(report.undecided) == in_float32
     assert all(
         "scores differ by" in sentence and sentence.startswith("a tie: token")
         for sentence in report.undecided.values()
     )
-    rows = [row.quantity for row in report.rows]
-    assert "loss" not in rows
-    assert "initial weights" in rows
+    losses = [row for row in report.rows if row.quantity == "loss"]
+    assert all(row.case.endswith("tied scores") for row in losses)
+    assert "initial weights" in [row.quantity for row in report.rows]
 
 
 def test_equal_experts_without_a_patch_are_equal() -> None:
@@ -57,7 +59,7 @@ def test_more_than_rounding_is_a_difference(dtype: str, patch: Callable[[], None
     assert not report.ok
     assert not report.undecided
     assert report.first is not None
-    assert report.first.quantity == ("router scores" if dtype == "float32" else "chosen experts")
+    assert report.first.quantity == "router scores"
 
 
 def test_a_race_is_no_tie() -> None:
@@ -88,6 +90,8 @@ def test_correct_layers_follow_the_rules_in_float32(settings: list[str], factor:
 
     512 tokens, with two equal experts, coarse inputs and a bias.
     """
+    if factor == "null" and "moe.capacity.overflow=next_choice" in settings:
+        pytest.skip("refused: without a capacity nothing overflows")
     config = load(None, ["moe.num_experts=8", f"moe.capacity.factor={factor}", *settings])
     layer = MoE.from_config(config.moe, 16, virtual_ranks=2)
     layer.initialize(0, std=0.5)
