@@ -188,7 +188,6 @@ def test_the_port_of_local_ranks_is_in_use(
     ("option", "value"),
     [
         ("--temperature", "-1"),
-        ("--temperature", "nan"),
         ("--top-k", "0"),
         ("--top-p", "1.5"),
         ("--tokens", "0"),
@@ -201,3 +200,8 @@ def test_generate_refuses_before_it_looks_for_the_run(option: str, value: str, p
         f"{option}={value}".removesuffix("-1"),
         "must",
     )
+
+
+def test_generate_refuses_a_temperature_that_is_no_number(place: Path) -> None:
+    result = dmoe("generate", "nowhere", "--prompt", "a", "--temperature", "nan", cwd=place)
+    refused(result, "--temperature", "nan is no number in decimal notation")
