@@ -20,7 +20,7 @@ from dmoe.cli.surroundings import (
     OutputError,
     check_surroundings,
     prepare_process,
-    too_many_files,
+    surroundings_error,
 )
 from dmoe.config.errors import DmoeError
 from dmoe.config.launch_env import FOREIGN_LAUNCHERS, clear_environment
@@ -91,8 +91,8 @@ def run() -> NoReturn:
     except OutputError as error:
         code = error.discard_output(print_error)
     except Exception as error:
-        if problem := too_many_files(error):
-            sys.exit(print_error(problem, 1))
+        if problem := surroundings_error(error):
+            sys.exit(print_error(problem, 2, every_rank=True))
         # a bug in dmoe; its traceback must not show secrets either
         print(redact(traceback.format_exc()), file=sys.stderr, end="")
         code = 1

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.launch_env import check_environment
 from dmoe.config.yaml_guard import not_utf8
 
 MAX_OPEN_FILES = 1 << 16
@@ -88,7 +89,7 @@ def prepare_process() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         if getattr(sys, name) is None:
             mode = "r" if name == "stdin" else "w"
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
     sys.stdout = _guarded(sys.stdout, required=True)
     sys.stderr = _guarded(sys.stderr, required=False)
     with suppress(ImportError, OSError, ValueError):  # not on Windows
@@ -108,7 +109,7 @@ def keep_running_without_output() -> None:
 
 
 def check_surroundings(arguments: list[str]) -> None:
-    """Refuse arguments that are not UTF-8, and a working directory that is gone.
+    """Refuse arguments that are not UTF-8, a working directory that is gone, what torch refuses.
 
     Raises:
         ConfigError: what is wrong.
@@ -122,12 +123,18 @@ def check_surroundings(arguments: list[str]) -> None:
     except OSError as error:
         allowed = f"the working directory cannot be used ({error.strerror})"
         raise ConfigError("PWD", os.environ.get("PWD", ""), allowed, "cd to another") from None
+    check_environment()
 
 
-def too_many_files(error: BaseException) -> str | None:
-    """Return a sentence if the error is the limit of open files, else None."""
+def surroundings_error(error: Exception) -> str | None:
+    """Return a sentence if the error is one of the process's surroundings, else None."""
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        return "ulimit -n: too many open files; raise the limit (ulimit -n 4096)"
+        return "ulimit -n: too many files are open; raise the limit, e.g. ulimit -n 4096"
+    # Path.expanduser: a container's user without an entry in /etc/passwd
+    if isinstance(error, RuntimeError) and "determine home directory" in str(error):
+        return "HOME=: must be set, since a path begins with ~; set it to a directory"
+    if isinstance(error, FileNotFoundError) and "usable temporary directory" in str(error):
+        return "TMPDIR: no directory for temporary files can be written; set it to one that can"
     return None
 
 

@@ -64,7 +64,7 @@ def read_launch_env(environment: Mapping[str, str] = os.environ) -> LaunchEnv | 
         ConfigError: a variable that is missing or out of range, a launcher that is not supported,
             or a network interface that does not exist.
     """
-    _check_interfaces(environment)
+    check_environment(environment)
     if "WORLD_SIZE" not in environment:
         _refuse_foreign_launchers(environment)
         for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
@@ -114,8 +114,16 @@ def _refuse_foreign_launchers(environment: Mapping[str, str]) -> None:
             raise ConfigError(name, text[:40], allowed, fix)
 
 
-def _check_interfaces(environment: Mapping[str, str]) -> None:
-    """Refuse names of network interfaces that do not exist: gloo would end in a C++ trace."""
+def check_environment(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse values at which torch would end with a traceback.
+
+    Raises:
+        ConfigError: a network interface that does not exist, a debug level that torch has not.
+    """
+    level = environment.get("TORCH_DISTRIBUTED_DEBUG", "OFF")
+    if level.upper() not in ("OFF", "INFO", "DETAIL"):
+        allowed = "must be OFF, INFO or DETAIL"
+        raise ConfigError("TORCH_DISTRIBUTED_DEBUG", level[:40], allowed, "correct it or unset it")
     known = [name for _, name in socket.if_nameindex()]
     for variable in INTERFACES:
         for name in filter(None, environment.get(variable, "").split(",")):

@@ -37,6 +37,9 @@ def make_accelerator(process: ProcessInfo, precision: str) -> Accelerator:
     if process.in_group:
         # one process per machine sets none (PyTorchJob), and accelerate asserts that it is set
         os.environ.setdefault("LOCAL_RANK", str(process.local_rank))
+        if not os.environ.get("OMP_NUM_THREADS", "0").isdecimal():
+            # OpenMP takes `4,2` too, of which accelerate makes a number; torch has read it
+            os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     try:
         accelerator = Accelerator(
             cpu=process.device.type == "cpu",

@@ -19,6 +19,8 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from dmoe.config.errors import ConfigError
+
 PRELOAD = [
     "torch",
     "torch._dynamo",
@@ -28,6 +30,9 @@ PRELOAD = [
     "accelerate.tracking",
 ]
 """Slow imports (a second or more; device meshes import torch._dynamo), done by the fork server."""
+
+MAX_TEMPDIR = 70
+"""Bytes; multiprocessing adds 32 to it (Python 3.11), and the address of a socket has 107."""
 
 
 class RankError(RuntimeError):
@@ -59,7 +64,12 @@ def run_ranks(
 
     Raises:
         RankError: of the first rank that failed, or after the time-out.
+        ConfigError: the directory for temporary files has too long a path.
     """
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) > MAX_TEMPDIR:
+        allowed = f"must have at most {MAX_TEMPDIR} bytes: the ranks' sockets are in it"
+        raise ConfigError("TMPDIR", folder, allowed, "set it to /tmp")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:

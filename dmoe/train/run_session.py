@@ -25,6 +25,9 @@ class RunSession:
     def __init__(self, directory: RunDir, process: ProcessInfo, lock: RunLock | None) -> None:
         """`lock`: held by rank 0, None on the others."""
         self.directory, self.process, self._lock = directory, process, lock
+        # now, since the working directory may be gone at the end of the run
+        path, here = directory.path, Path.cwd()
+        self._name = str(path.relative_to(here) if path.is_relative_to(here) else path)
 
     @property
     def lock_warning(self) -> str | None:
@@ -94,8 +97,7 @@ class RunSession:
 
     def __str__(self) -> str:
         """Return the path, relative to the working directory if the run is below it."""
-        path, here = self.directory.path, Path.cwd()
-        return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+        return self._name
 
     def record_fatal_error(self, error: DmoeError) -> None:
         """Record an error that a restart cannot cure, for the attempts that the launcher starts."""
