@@ -38,7 +38,7 @@ LATIN1 = os.fsdecode(b"caf\xe9")
     ids=" ".join,
 )
 def test_arguments_that_are_not_utf8(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    refused(run_in_process(*arguments, cwd=tmp_path), "argument=", r"caf\xe9: is not UTF-8 text")
+    refused(run_in_process(*arguments, cwd=tmp_path), "argument=", r"caf\xe9", "is not UTF-8 text")
 
 
 def test_the_real_command_line(place: Path) -> None:
@@ -64,7 +64,11 @@ def test_files_that_are_not_utf8(name: str, tmp_path: Path) -> None:
     if name == "config.yaml":
         refused(run_in_process("train", name, cwd=tmp_path), "config.yaml", "not UTF-8 text")
     else:
-        refused(run_in_process("generate", ".", cwd=tmp_path), "resolved.yaml", "not UTF-8 text")
+        refused(
+            run_in_process("generate", ".", "--prompt", "a", cwd=tmp_path),
+            "resolved.yaml",
+            "not UTF-8 text",
+        )
 
 
 def test_a_working_directory_that_is_gone(tmp_path: Path) -> None:
