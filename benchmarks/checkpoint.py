@@ -34,9 +34,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from dmoe.checkpoint import AsyncSaver, Saved
-from dmoe.distributed import mesh as topology
+from dmoe.checkpoint import AsyncSaver, SavedCheckpoint
 from dmoe.distributed.local_ranks import run_ranks
+from dmoe.distributed.mesh import build_mesh
 
 MOMENTS = ("model", "optim.exp_avg", "optim.exp_avg_sq")
 TENSORS = 24  # a name each, as a model of a few layers has them
@@ -79,17 +79,15 @@ def measure(
     """One rank's figures: a save a round, into the same directory, keeping one."""
     torch.set_num_threads(threads)
     group = (
-        topology.build_mesh(1, torch.device("cpu"), timeout=600.0).checkpoint_group
-        if world > 1
-        else None
+        build_mesh(1, torch.device("cpu"), timeout=600.0).checkpoint_group if world > 1 else None
     )
     state, saver = state_of(parameters, world), AsyncSaver(root, 1, group, asynchronous)
     alone = products(3.0, lambda: True)
-    done: list[Saved] = []
+    done: list[SavedCheckpoint] = []
     beside: list[list[float]] = []
 
     def writing() -> bool:
-        done.extend(saver.finished())
+        done.extend(saver.take_finished())
         return len(done) < len(beside) + 1 and not saver.failed
 
     for step in range(rounds + 1):  # the first one warms up: buffers, page cache
@@ -98,8 +96,8 @@ def measure(
     saver.close()
     first, *rest = done
     return {
-        "first_held": first.seconds_held,
-        "held": [saved.seconds_held for saved in rest],
+        "first_held": first.blocking_seconds,
+        "held": [saved.blocking_seconds for saved in rest],
         "total": [saved.seconds for saved in rest],
         "bytes": rest[0].bytes,
         "slower": [
