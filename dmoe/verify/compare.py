@@ -180,16 +180,18 @@ def equal_draws(actual: Capture) -> Difference:
     """Count the pairs of initial tensors, or experts of a stack, drawn from the same stream.
 
     Scaled copies count too: the standard deviation is no part of a stream. Constant tensors are not
-    drawn.
+    drawn. The parameters of modules are compared with each other only: layer n of the modules and
+    MoE layer n of the model draw their routers from one key; another would change their runs.
     """
-    streams: dict[bytes, str] = {}
+    streams: dict[tuple[bool, bytes], str] = {}
     pairs = list[str]()
     for name, array, _ in _pairs("initial/", actual, actual):
         for where, own, _ in _by_expert(name, array, array):
             prefix = own.astype(np.float64).ravel()[:DRAWN_PREFIX]
             if len(prefix) < DRAWN_PREFIX or np.ptp(prefix) == 0:
                 continue
-            stream = np.round(prefix / np.linalg.norm(prefix), 5).tobytes()
+            drawn = np.round(prefix / np.linalg.norm(prefix), 5).tobytes()
+            stream = (".modular." in where, drawn)
             if stream in streams:
                 pairs.append(f"{where} is drawn like {streams[stream]}")
             streams.setdefault(stream, where)
