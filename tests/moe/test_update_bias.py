@@ -7,12 +7,14 @@ counts of a step are known to who runs the steps.
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.checkpoint import checkpoint
 
 from dmoe import MoE
@@ -65,7 +67,7 @@ def test_own_loop_moves_the_bias(name: str) -> None:
     assert expected_E.abs().max() > 0
 
 
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"fused"}))
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_forgotten_is_an_error_in_the_next_training_forward(name: str) -> None:
     layer = make()
     optimizer = OPTIMIZERS[name](list(layer.parameters()))
@@ -80,6 +82,46 @@ def test_forgotten_is_an_error_in_the_next_training_forward(name: str) -> None:
         layer(batch(1))
     layer.update_bias()
     layer(batch(1))
+
+
+def test_a_step_of_another_optimizer_is_none_of_the_layer() -> None:
+    """A discriminator accumulates gradients while its generator takes steps."""
+    layer, other = make(), nn.Linear(2, 2)
+    backward(layer, batch(0))
+    other(torch.ones(1, 2)).sum().backward()
+    torch.optim.AdamW(other.parameters(), fused=True).step()
+    backward(layer, batch(1))
+
+
+class WritesData(torch.optim.SGD):
+    """Updates `parameter.data`, as older optimizers do: no version counter moves."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.add_(parameter.grad, alpha=-0.1)
+
+
+def test_a_step_that_writes_to_data_is_noticed() -> None:
+    layer = make()
+    optimizer = WritesData(layer.parameters(), lr=0.1)
+    backward(layer, batch(0))
+    optimizer.step()
+    with pytest.raises(ConfigError, match="update_bias"):
+        layer(batch(1))
+
+
+def test_hooks_end_with_the_update_and_with_the_layer() -> None:
+    """The hook is one of all optimizers of the process: it must not outlive its purpose."""
+    before = len(_global_optimizer_post_hooks)
+    layer, dropped = make(), make()
+    backward(layer, batch(0))
+    backward(dropped, batch(0))
+    assert len(_global_optimizer_post_hooks) == before + 2
+    layer.update_bias()
+    del dropped
+    gc.collect()
+    assert len(_global_optimizer_post_hooks) == before
 
 
 def test_accumulation_steps_count_together() -> None:

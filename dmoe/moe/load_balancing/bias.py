@@ -17,10 +17,13 @@ Letters: E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from dmoe.config.errors import ConfigError
 
@@ -49,10 +52,11 @@ class PendingCounts:
     step counts once, a forward that activation checkpointing runs twice counts once, and evaluation
     counts nothing, nor does any other forward without a backward.
 
-    That an update was forgotten shows in the parameters' version counters: they stand still while
-    gradients are accumulated, and an optimizer's step moves them. Not seen: optimizers that write
-    to `parameter.data`, fused ones (torch 2.13 moves no counter on the CPU), and FSDP, whose
-    gathered copies are not what the optimizer updates.
+    That an update was forgotten shows in the parameters: their version counters stand still while
+    gradients are accumulated, and a step moves them. Fused optimizers move no counter (torch 2.13
+    on the CPU), and some write to `parameter.data`: a hook on the steps of torch's optimizers sees
+    these too, from the first counted forward to the update. Not seen: FSDP, whose gathered copies
+    are not what the optimizer updates.
     """
 
     def __init__(self) -> None:
@@ -61,6 +65,13 @@ class PendingCounts:
         self.versions: tuple[int, ...] = ()
         """Of the parameters in the first forward that was counted."""
         self.awaits_backward = False
+        self.stepped = False
+        """Whether an optimizer of torch has updated a parameter of the layer since."""
+        self.remove_hook: Callable[[], object] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for a copy, which is no longer that of the hooked optimizer."""
+        return {**self.__dict__, "remove_hook": None}
 
     def watch(
         self, y: Tensor, count_E: Tensor, parameters: Iterable[nn.Parameter], name: str
@@ -76,8 +87,9 @@ class PendingCounts:
         Raises:
             ConfigError: the parameters were updated since the last counted forward, the bias not.
         """
-        versions = tuple(parameter._version for parameter in parameters)
-        if self.count_E is not None and versions != self.versions:
+        watched = list(parameters)
+        versions = tuple(parameter._version for parameter in watched)
+        if self.count_E is not None and (self.stepped or versions != self.versions):
             raise ConfigError(
                 "balance.bias",
                 "on",
@@ -90,11 +102,25 @@ class PendingCounts:
             self.awaits_backward = False
             if self.count_E is None:
                 self.count_E, self.versions = count_E, versions
+                self._notice_step(watched)
             else:
                 self.count_E = self.count_E + count_E
 
         handle = y.register_hook(count)
         self.awaits_backward = True
+
+    def _notice_step(self, parameters: list[nn.Parameter]) -> None:
+        """Set `stepped` once an optimizer of torch has updated one of the parameters."""
+        ids, counts = {id(parameter) for parameter in parameters}, weakref.ref(self)
+
+        def after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
+            updated = (id(p) for group in optimizer.param_groups for p in group["params"])
+            if (pending := counts()) is not None and not ids.isdisjoint(updated):
+                pending.stepped = True
+
+        # Called by `take`, or when the layer is gone, whichever comes first.
+        handle = register_optimizer_step_post_hook(after_step)
+        self.remove_hook = weakref.finalize(self, handle.remove)
 
     def take(self, like_E: Tensor) -> Tensor:
         """Return the counts, int64 [E] on the device of `like_E`, and start again from zero.
@@ -111,6 +137,9 @@ class PendingCounts:
                 "call it after loss.backward(), once per optimizer step",
             )
         self.count_E, self.versions, self.awaits_backward = None, (), False
+        self.stepped = False
+        if self.remove_hook is not None:
+            self.remove_hook()
         if count_E is None:
             return torch.zeros_like(like_E, dtype=torch.int64)
         return count_E.to(like_E.device)
