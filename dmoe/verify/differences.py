@@ -121,7 +121,7 @@ def mark_consequences(found: Sequence[Difference], dtype: str) -> list[Differenc
     """
     red = [d for d in found if d.is_red(dtype) and _stage(d) is not None]
     causes = [(_stage(d), d) for d in {(d.quantity, d.step, d.layer): d for d in red}.values()]
-    activations_agree = not any(d.quantity in BACKWARD for d in red)
+    disagreeing = {d.step for d in red if d.quantity in BACKWARD}
 
     def follows(d: Difference) -> bool:
         stage = _stage(d)
@@ -129,7 +129,7 @@ def mark_consequences(found: Sequence[Difference], dtype: str) -> list[Differenc
             stage is not None
             and d.is_red(dtype)
             and any(
-                _explains(cause, cause_stage, d, stage, activations_agree)
+                _explains(cause, cause_stage, d, stage, d.step not in disagreeing)
                 for cause_stage, cause in causes
                 if cause_stage is not None
             )

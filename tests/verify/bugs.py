@@ -475,7 +475,7 @@ BUGS: dict[str, tuple[Patch, list[str], str, str]] = {
     "24 same samples": (same_samples_on_every_rank, [], "samples", "other samples"),
     "25 ties to the higher id": (ties_to_the_higher_expert, [], "chosen experts", "order of their"),
     "26 one step late": (one_step_late, [], "learning rate", "schedule"),
-    "27 dense averaged": (dense_averaged, [], "router gradient", "exactly 2 times too small"),
+    "27 dense averaged": (dense_averaged, [], "dense gradients", "exactly 2 times too small"),
     "28 bf16 parameters": (bf16_parameters, [], "float32 under bf16", "kept in bf16"),
     "29 unreadable": (moments_unreadable, [], "checkpoint written here, read by 1", "moments"),
     "30 bias with the wrong sign": (

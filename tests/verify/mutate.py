@@ -4,7 +4,7 @@
     python -m tests.verify.mutate 3 17       only these numbers
     python -m tests.verify.mutate --list     only the list, with file and line
 
-Outside CI: one mutation takes as long as a `dmoe verify` of two ranks.
+Outside CI: one mutation takes as long as `dmoe verify --worlds 1,2`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def run(copy: Path, mutation: Mutation) -> Outcome:
 
 
 def _verify(copy: Path, mutation: Mutation) -> Outcome | None:
-    command = [*SHORT, *mutation.settings.split(), "--worlds", "2", "--json"]
+    command = [*SHORT, *mutation.settings.split(), "--worlds", "1,2", "--json"]
     result = _python(copy, ["-m", "dmoe", "verify", *command])
     if result.returncode == 0:
         return None
