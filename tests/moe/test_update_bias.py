@@ -20,18 +20,23 @@ from torch.utils.checkpoint import checkpoint
 from dmoe import MoE
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import BalanceConfig, RouterConfig
+from dmoe.distributed.expert_parallel import shard_experts
+from dmoe.distributed.mesh import build_mesh
 from dmoe.modular import constant
 from dmoe.moe.interfaces import DataParallelComm
 from dmoe.moe.load_balancing import updated_bias
 from dmoe.moe.routers import build_router
 from tests.moe.layers import DIM, tokens_of
 from tests.moe.threaded_ranks import run_threads
+from tests.ranks import run_ranks
 
 BALANCE = BalanceConfig(bias=0.01)
 
 
 def make(**options: Any) -> MoE:
-    return MoE(DIM, 4, 5, 2, **{"balance": BALANCE, **options})
+    return MoE(
+        **{"dim": DIM, "expert_dim": 4, "num_experts": 5, "top_k": 2, "balance": BALANCE, **options}
+    )
 
 
 def batch(seed: int) -> Tensor:
@@ -233,6 +238,25 @@ def test_all_ranks_get_the_bits_of_one_process(ranks: int) -> None:
 
     for bias_E in run_threads(ranks, one):
         assert torch.equal(bias_E, alone.router.get_buffer("bias_E"))
+
+
+def on_a_rank(rank: int, world: int) -> list[float]:
+    """Take one step of a loop of one's own with sharded experts; the bias afterwards."""
+    layer = make(num_experts=4, balance=BalanceConfig(switch=0, z=0, bias=0.01))
+    shard_experts(layer, build_mesh(2, torch.device("cpu"), 60.0))
+    layer.initialize(0)
+    backward(layer, tokens_of(6, 4, dtype=torch.float32).detach().chunk(world)[rank])
+    layer.update_bias()
+    bias: list[float] = layer.router.get_buffer("bias_E").tolist()
+    return bias
+
+
+@pytest.mark.ranks
+def test_two_processes_with_expert_parallelism() -> None:
+    alone = make(num_experts=4)
+    backward(alone, tokens_of(6, 4, dtype=torch.float32).detach())
+    alone.update_bias()
+    assert run_ranks(2, on_a_rank) == [alone.router.get_buffer("bias_E").tolist()] * 2
 
 
 def cast_layer(how: str) -> nn.Module:
