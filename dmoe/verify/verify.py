@@ -170,9 +170,16 @@ def _run_world(job: _Job, world: int) -> _Findings:
 
 
 def _merge_ranks(case: Case, ranks: Sequence[_RankFindings], dtype: str) -> _Findings:
-    """Merge the findings of all ranks, without the quantities that follow from a tie."""
+    """Merge the findings of all ranks, without the quantities that follow from a tie.
+
+    Tied scores are equal to the last bit in the first step only. Experts that no token takes get
+    equal gradients but for rounding, which depends on the number of ranks, so in the second step
+    their scores are tied in exact arithmetic but not in floating point: its routing is left out.
+    """
     tie = ties.find_tie([rank.routing for rank in ranks])
     merged = mark_consequences([d for rank in ranks for d in rank.differences], dtype)
+    if case.tied:
+        merged = [difference for difference in merged if not ties.is_affected(difference, step=1)]
     found = [(case, d) for d in merged if tie is None or not ties.is_affected(d, tie.step)]
     return _Findings(found, {str(case): str(tie)} if tie else {})
 
