@@ -180,6 +180,10 @@ def _type_errors(field: Field, value: Any) -> Iterator[tuple[Any, str, str]]:
     """Yield the part of the value that is wrong, what is allowed, and the fix."""
     items = value if isinstance(value, list) else [value]
     default = f"the default is {field.default}"
+    if field.type.startswith("dict["):
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            yield value, "must be a mapping with names as keys", "e.g. {name: value}"
+        return
     if "???" in items:
         yield "???", "stands for a value that is missing", "write a value"
     if field.type in TEXT or (field.type == "list[str]" and isinstance(value, list)):

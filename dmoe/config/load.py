@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dmoe.config.errors import ConfigError
-from dmoe.config.fields import TEXT, check_given, field_named
+from dmoe.config.fields import TEXT, check_given, field_named, list_fields
 from dmoe.config.schema import Config
 from dmoe.config.yaml_guard import NULLS, check_interpolation, parse, quoted, read_text, short
 
@@ -76,7 +76,9 @@ def _merge(base: DictConfig, given: dict[Any, Any], source: str = "") -> None:
     try:
         base.merge_with(given)
     except OmegaConfBaseException as error:
-        field = field_named(error.full_key or "")
+        key = error.full_key or ""
+        # of a mapping's value, e.g. optim.groups, OmegaConf names the value's own key
+        field = next((f for f in list_fields() if f"{key}.".startswith(f"{f.name}.")), None)
         if field is None:
             raise
         value = short(OmegaConf.select(OmegaConf.create(given), field.name))

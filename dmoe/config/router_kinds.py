@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_SCORED = frozenset({"jitter"})
+_SCORED = frozenset({"jitter", "freeze"})
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,43 @@
-"""The learning-rate schedule in words, and what of it never happens in a run of its length.
+"""The learning rate of each step, also in words, and what of it a run is too short for.
 
-The schedule itself is `learning_rate` in dmoe/train/engine.py. Imports no torch.
+A pure function of the step: there is no scheduler state to save, and none that a wrapper could
+advance twice. Imports no torch.
 """
 
 from __future__ import annotations
 
+import math
+
 from dmoe.config.schema import OptimConfig
+
+
+def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
+    """Return the learning rate of optimizer step `step`, from 0, of `num_steps`.
+
+    Linear warm-up over `warmup` steps to `lr`, then decay to `lr * min_lr_ratio` at the last step:
+    `cosine` or `linear` over all steps, `wsd` (warm-up, stable, decay; MiniCPM) linear over the
+    last `decay_fraction` of the steps, `constant` none. `inverse_sqrt` (Vaswani et al. 2017) is
+    `lr * max(sqrt(warmup / (step + 1)), min_lr_ratio)` and knows no last step.
+    """
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "inverse_sqrt":
+        return config.lr * max(math.sqrt(max(1, config.warmup) / (step + 1)), config.min_lr_ratio)
+    factor = _decay_factor(step, num_steps, config)
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * factor)
+
+
+def _decay_factor(step: int, num_steps: int, config: OptimConfig) -> float:
+    """Return 1 at the peak, 0 at the last step."""
+    if config.schedule == "constant":
+        return 1.0
+    decay_start = config.warmup
+    if config.schedule == "wsd":
+        decay_start = max(config.warmup, round(num_steps * (1 - config.decay_fraction)))
+    progress = min(1.0, max(0.0, (step - decay_start) / max(1, num_steps - 1 - decay_start)))
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0 - progress
 
 
 def decay_steps(optim: OptimConfig, steps: int) -> int:
@@ -15,6 +47,9 @@ def decay_steps(optim: OptimConfig, steps: int) -> int:
     start = optim.warmup
     if optim.schedule == "wsd":
         start = max(start, round(steps * (1 - optim.decay_fraction)))
+    if optim.schedule == "inverse_sqrt":
+        # it falls from the first step after the warm-up, and from the second without one
+        return steps - max(start, 1) if steps > max(start, 1) else 0
     # One step cannot fall: it is at the peak.
     return steps - start if steps - start > 1 else 0
 
@@ -35,10 +70,14 @@ def describe_schedule(optim: OptimConfig, steps: int) -> str:
         if optim.warmup >= steps - 1 and optim.schedule != "constant":
             return f"Learning rate: {start}; training ends before any decay, at step {steps:,}."
         return f"Learning rate: {start}, then constant to the end, step {steps:,}."
-    end = f"{optim.min_lr_ratio * optim.lr:g} at step {steps:,}"
+    lowest = optim.min_lr_ratio
+    if optim.schedule == "inverse_sqrt":
+        lowest = max(lowest, math.sqrt(max(1, optim.warmup) / steps))
+    end = f"{lowest * optim.lr:g} at step {steps:,}"
     shapes = {
         "cosine": f"then a half cosine to {end}",
         "linear": f"then linear to {end}",
+        "inverse_sqrt": f"then with sqrt({max(1, optim.warmup):,} / step) to {end}",
         "wsd": f"then constant, and over the last {_steps(falling)} linear to {end}",
     }
     return f"Learning rate: {start}, {shapes[optim.schedule]}."

@@ -104,7 +104,8 @@ def routing_sentences(config: Config) -> list[str]:
     score = f"{moe.router.score} of the logits of {count_choices(moe)} experts"
     score = f"Score: {score}, in float32 whatever the precision of the model."
     choice = GATED_FUSION if gated else _choice(moe)
-    return [*([score] if spec.learned else []), choice, _weights(moe), *_noise(moe)]
+    frozen = ["The router is not trained (moe.router.freeze)."] if moe.router.freeze else []
+    return [*([score] if spec.learned else []), choice, _weights(moe), *_noise(moe), *frozen]
 
 
 def _choice(moe: MoEConfig) -> str:
@@ -277,8 +278,19 @@ def optimizer_sentences(config: Config) -> list[str]:
     clip = "no gradient clipping"
     if optim.clip is not None:
         clip = f"gradients clipped to a global norm of {optim.clip:g} over all parameters"
+    adamw = f"AdamW, betas {optim.beta1:g} and {optim.beta2:g}, eps {optim.eps:g}"
+    if optim.kind == "muon":
+        adamw = (
+            f"Muon, momentum {optim.momentum:g}, on each matrix of attention, feed-forwards and "
+            f"experts, of every expert on its own; on all other parameters {adamw}"
+        )
+    own = [
+        f"Own settings of {pattern}: {', '.join(f'{name} {v:g}' for name, v in group.items())}."
+        for pattern, group in optim.groups.items()
+    ]
     return [
         describe_schedule(optim, config.train.steps),
-        f"Optimizer: AdamW, betas {optim.beta1:g} and {optim.beta2:g}, eps {optim.eps:g}; weight "
+        f"Optimizer: {adamw}; weight "
         f"decay {optim.weight_decay:g} on matrices, none on norms, routers and embeddings; {clip}.",
+        *own,
     ]

@@ -7,13 +7,14 @@ import time
 from typing import Any
 
 from dmoe.config.errors import NumbersError
+from dmoe.config.schedule import learning_rate
 from dmoe.config.schema import TrainConfig
 from dmoe.distributed.init import set_timeouts
 from dmoe.distributed.rank_failure import is_collective_failure, lost_rank_error
 from dmoe.observability.logger import RunLogger
 from dmoe.observability.profiler import StepProfiler
 from dmoe.train.checkpointer import Checkpointer, CheckpointScheduler
-from dmoe.train.engine import Engine, learning_rate
+from dmoe.train.engine import Engine
 from dmoe.train.evaluation import Evaluation, evaluate
 from dmoe.train.modular.session import ModularSession
 from dmoe.train.run_session import RunSession

@@ -35,7 +35,7 @@ from dmoe.moe.experts import FeedForward, MLPExperts
 from dmoe.moe.layer import MoE
 from dmoe.moe.routing import TokenContext
 from dmoe.runs.directory import RunDir
-from dmoe.train.engine import build_optimizer
+from dmoe.train.optimizer import build_optimizer
 from dmoe.train.restore import RestoredModel, restore_model
 from dmoe.train.run_session import open_session
 from dmoe.train.step_guard import StepGuard

@@ -10,7 +10,14 @@ from __future__ import annotations
 from dmoe.config.fields import check_accept_changes
 from dmoe.config.rules.layer import check_arguments, check_fields_read, check_router
 from dmoe.config.rules.memory import check_memory
-from dmoe.config.rules.model import check_model, check_task, head_dim, moe_blocks, moe_widths
+from dmoe.config.rules.model import (
+    check_model,
+    check_optim,
+    check_task,
+    head_dim,
+    moe_blocks,
+    moe_widths,
+)
 from dmoe.config.rules.modular import check_modular, check_modules_used
 from dmoe.config.rules.moe import check_moe
 from dmoe.config.rules.parallel import (
@@ -61,6 +68,7 @@ def check(config: Config, world: int = 1) -> None:
     check_model(config)
     check_moe(config)
     check_modular(config)
+    check_optim(config)
     check_size(config)
     expert_parallel(config, world)
     batching(config, world)

@@ -6,7 +6,13 @@
 from __future__ import annotations
 
 from dmoe.config.errors import ConfigError
-from dmoe.config.expert_shapes import count_choices, count_zero_cost, expert_shapes, multiply_adds
+from dmoe.config.expert_shapes import (
+    check_shapes,
+    count_choices,
+    count_zero_cost,
+    expert_shapes,
+    multiply_adds,
+)
 from dmoe.config.router_kinds import ROUTERS, kinds_that_read, kinds_where
 from dmoe.config.schema import (
     CapacityConfig,
@@ -19,8 +25,6 @@ from dmoe.config.schema import (
 )
 from dmoe.config.schema.constraints import check_bounds, check_field, check_types
 
-MAX_WIDTH, MAX_DEPTH = 1 << 24, 100
-"""Width, and number of hidden layers, of an expert."""
 ARGUMENTS = {
     "dim": (ModelConfig, "dim"),
     "out_dim": (ModelConfig, "dim"),
@@ -230,30 +234,12 @@ def _check_balance(moe: MoEConfig) -> None:
     if balance.load and not spec.has_noise:
         allowed = f"is smooth by the noise of a noisy router, and {kind} has none"
         raise ConfigError("moe.balance.load", balance.load, allowed, "use router.kind=noisy")
+    if balance.bias and moe.router.freeze:
+        allowed = "moves the choices of a router that moe.router.freeze=true keeps as it is"
+        raise ConfigError("moe.balance.bias", balance.bias, allowed, "set it to 0")
     if balance.bias and not spec.ranks_experts:
         allowed = f"moves choices by score, and router {kind} makes none"
         raise ConfigError("moe.balance.bias", balance.bias, allowed, "set it to 0")
-
-
-def check_shapes(experts: ExpertsConfig, num_experts: int) -> None:
-    """Refuse shapes that are not those of `num_experts` experts.
-
-    Raises:
-        ConfigError: another number of shapes, or a width out of range.
-    """
-    if not experts.shapes:
-        return
-    if len(experts.shapes) != num_experts:
-        allowed = f"must be the number of moe.experts.shapes, {len(experts.shapes)}"
-        raise ConfigError("moe.num_experts", num_experts, allowed, f"use {len(experts.shapes)}")
-    for shape in experts.shapes:
-        if len(shape) > MAX_DEPTH or any(not 1 <= width <= MAX_WIDTH for width in shape):
-            allowed = (
-                f"holds {shape}: hidden widths are from 1 to {MAX_WIDTH}, at most {MAX_DEPTH} of "
-                "an expert"
-            )
-            fix = "write [] for one linear map"
-            raise ConfigError("moe.experts.shapes", experts.shapes, allowed, fix)
 
 
 def check_zero_cost(experts: ExpertsConfig, router: RouterConfig, capacity: CapacityConfig) -> None:

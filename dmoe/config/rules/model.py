@@ -47,6 +47,23 @@ def head_dim(model: ModelConfig) -> int:
     return model.head_dim or model.dim // model.heads
 
 
+def check_optim(config: Config) -> None:
+    """Refuse parameter groups with settings of their own that mean nothing.
+
+    Raises:
+        ConfigError: the first reason found.
+    """
+    for pattern, own in config.optim.groups.items():
+        for name, value in own.items():
+            shown = f"{pattern}: {name}={value:g}"
+            if name not in ("lr", "weight_decay"):
+                allowed = f"has {name}; a group has lr and weight_decay of its own"
+                raise ConfigError("optim.groups", shown, allowed, "use one of them")
+            if value < 0:
+                fix = "lr: 0 trains nothing" if name == "lr" else "use 0"
+                raise ConfigError("optim.groups", shown, "must not be negative", fix)
+
+
 def check_model(config: Config) -> None:
     """Refuse widths and numbers of blocks that do not fit.
 

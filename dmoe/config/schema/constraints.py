@@ -231,6 +231,9 @@ def _is_of(value: Any, kind: Any) -> bool:
         return isinstance(value, str) and value in get_args(kind)
     if get_origin(kind) is list:
         return isinstance(value, list | tuple) and all(_is_of(v, *get_args(kind)) for v in value)
+    if get_origin(kind) is dict:
+        items = value.items() if isinstance(value, dict) else [(0, value)]
+        return all(isinstance(key, str) and _is_of(v, get_args(kind)[1]) for key, v in items)
     if kind in (int, float) and isinstance(value, bool):
         return False
     if kind is float:
@@ -244,6 +247,8 @@ def _must_be(kind: Any) -> str:
     for part in _alternatives(kind):
         if get_origin(part) is Literal:
             words += get_args(part)
+        elif get_origin(part) is dict:
+            words.append(f"a mapping ({part})")
         elif get_origin(part) is list:
             words.append(f"a list ({part})")
         else:

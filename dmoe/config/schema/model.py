@@ -94,6 +94,8 @@ class RouterConfig:
     jitter: Annotated[float, fraction("[)", fix="Switch used 0.01")] = 0.0
     """In training, multiply the router's input by uniform noise in [1 - jitter, 1 + jitter]
     (Switch)."""
+    freeze: bool = False
+    """Do not train the weights of the routers: they stay as they were drawn, or loaded."""
     groups: Annotated[int, at_least(1)] = 1
     """group_limited: number of groups of consecutive experts (DeepSeek-V3's n_group)."""
     topk_groups: Annotated[int, at_least(1)] = 1

@@ -126,24 +126,32 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    kind: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon, which orthogonalises the update of each matrix, every expert's alone, and
+    updates embeddings, norms, routers, the output and vectors by AdamW."""
     lr: Annotated[float, above(0)] = 0.004
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     beta1: Annotated[float, fraction(), below(1)] = 0.9
     """Decay of AdamW's first moment."""
     beta2: Annotated[float, fraction(), below(1)] = 0.95
     """Decay of AdamW's second moment."""
     eps: Annotated[float, above(0)] = 1e-8
     """AdamW's epsilon."""
+    momentum: Annotated[float, only_for("optim.kind", "muon"), fraction("[)")] = 0.95
+    """muon: decay of the momentum."""
     weight_decay: Annotated[float, at_least(0)] = 0.1
     """Decoupled weight decay of matrices; norms, routers and embeddings have none."""
+    groups: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Own lr (the peak) and weight_decay of the parameters whose name a pattern matches, the first
+    of several, e.g. {"*.router.*": {lr: 0.001}, "*.experts.*": {weight_decay: 0}}."""
     clip: Annotated[Optional[float], above(0)] = 1.0
     """Maximum global gradient norm; null: no clipping."""
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"] = "cosine"
     """Learning rate after the warmup; wsd stays at the peak and decays over the last decay_fraction
-    of the steps."""
+    of the steps; inverse_sqrt falls with sqrt(warmup / step), whatever the number of steps."""
     warmup: Annotated[int, at_least(0)] = 50
     """Steps of linear warmup."""
     min_lr_ratio: Annotated[float, fraction()] = 0.05
-    """Final learning rate, as a share of the peak."""
+    """Final (inverse_sqrt: lowest) learning rate, as a share of the peak."""
     decay_fraction: Annotated[float, fraction()] = 0.2
     """Share of the steps in which wsd decays."""
