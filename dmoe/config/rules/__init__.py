@@ -1,8 +1,8 @@
 """Rules about values that do not fit together, checked before torch is imported.
 
-Bounds of single values stand beside their fields (`dmoe/config/schema`). model: the network and its
-task. layer: one MoE layer, from a config file or from Python. moe: the layers in a model. modular:
-modules. parallel: ranks and batches. memory: what fits.
+Bounds of single values stand beside their fields (`dmoe/config/schema`). model: the network, its
+task and its MoE layers. layer: one MoE layer, from a config file or from Python. modular: modules.
+parallel: ranks and batches. memory: what fits.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dmoe.config.rules.layer import check_arguments, check_fields_read, check_ro
 from dmoe.config.rules.memory import check_memory
 from dmoe.config.rules.model import (
     check_model,
+    check_moe,
     check_optim,
     check_task,
     head_dim,
@@ -19,7 +20,6 @@ from dmoe.config.rules.model import (
     moe_widths,
 )
 from dmoe.config.rules.modular import check_modular, check_modules_used
-from dmoe.config.rules.moe import check_moe
 from dmoe.config.rules.parallel import (
     Batching,
     batching,
