@@ -11,6 +11,7 @@ import typer
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.load import load_text
+from dmoe.config.plugin_loader import load_plugins
 from dmoe.config.schema import Config
 from dmoe.config.yaml_guard import INTEGER, NUMBER, read_text, short
 
@@ -45,7 +46,8 @@ def load_arguments(arguments: list[str]) -> tuple[Config, str]:
     """Return the config, and the user's input as text: the file, with overrides as comments."""
     path, overrides = split(arguments)
     text = DEFAULTS if path is None else read_text(path)
-    config = load_text(text, str(path), overrides)
+    # the user's own config: what it names may run
+    config = load_plugins(load_text(text, str(path), overrides))
     end = "" if not text or text.endswith("\n") else "\n"
     return config, text + end + "".join(
         f"# override: {_one_line(override)}\n" for override in overrides

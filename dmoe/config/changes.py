@@ -5,11 +5,12 @@ Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
 from dmoe.config.fields import field_named
+from dmoe.config.plugins import is_same_code
 from dmoe.config.schedule import learning_rate
 from dmoe.config.schema import Config, MoEConfig
 
@@ -105,10 +106,5 @@ def differences(
         if isinstance(value, dict) and field_named(name) is None:
             yield from differences(old if isinstance(old, Mapping) else {}, value, f"{name}.")
         # A field that a newer version has added is absent: its default keeps the old meaning.
-        elif old is not ABSENT and old != value:
+        elif old is not ABSENT and old != value and not is_same_code(old, value, name):
             yield name, old, value
-
-
-def is_under(name: str, sections: Sequence[str]) -> bool:
-    """Return whether a field is one of these, or in one of these sections."""
-    return any(name == section or name.startswith(f"{section}.") for section in sections)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from dmoe.config.plugins import describe
 from dmoe.config.schema import OptimConfig
 
 
@@ -113,3 +114,26 @@ def _last_of_warmup(optim: OptimConfig, steps: int) -> float:
 
 def _steps(count: int) -> str:
     return "1 step" if count == 1 else f"{count:,} steps"
+
+
+def describe_optimizer(optim: OptimConfig) -> list[str]:
+    """Describe the optimizer, clipping, and the parameter groups with settings of their own."""
+    clip = "no gradient clipping"
+    if optim.clip is not None:
+        clip = f"gradients clipped to a global norm of {optim.clip:g} over all parameters"
+    kind = f"AdamW, betas {optim.beta1:g} and {optim.beta2:g}, eps {optim.eps:g}"
+    if optim.kind == "muon":
+        kind = (
+            f"Muon, momentum {optim.momentum:g}, on each matrix of attention, feed-forwards and "
+            f"experts, of every expert on its own; on all other parameters {kind}"
+        )
+    elif optim.kind != "adamw":
+        kind = describe(optim.kind, optim.options)
+    return [
+        f"Optimizer: {kind}; weight "
+        f"decay {optim.weight_decay:g} on matrices, none on norms, routers and embeddings; {clip}.",
+        *(
+            f"Own settings of {pattern}: {', '.join(f'{name} {v:g}' for name, v in group.items())}."
+            for pattern, group in optim.groups.items()
+        ),
+    ]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from dmoe.config.expert_shapes import count_choices
-from dmoe.config.router_kinds import ROUTERS
+from dmoe.config.router_kinds import router_spec
 from dmoe.config.schedule import learning_rate, schedule_remarks
 from dmoe.distributed.expert_parallel import expert_parameters
 from dmoe.explain.setting import Section, Setting
@@ -103,7 +103,7 @@ def _assumption(setting: Setting) -> str:
     moe = setting.config.moe
     if moe.exchange == "padded":
         return ", always"
-    if ROUTERS[moe.router.kind].variable_k:
+    if router_spec(moe.router.kind).variable_k:
         return " if every token takes its most experts and all are chosen equally often"
     return " if the experts are chosen equally often"
 

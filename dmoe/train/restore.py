@@ -9,7 +9,7 @@ tensors is always refused, and never offered to be accepted.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ import torch
 
 from dmoe import checkpoint
 from dmoe.checkpoint.manifest import step_name
-from dmoe.config.changes import differences, is_under
+from dmoe.config.changes import differences
 from dmoe.config.errors import CheckpointError
 from dmoe.config.load import load as load_config
+from dmoe.config.plugin_loader import load_plugins
+from dmoe.config.plugins import is_under, parse, put
 from dmoe.config.schema import Config
 from dmoe.distributed.mesh import ParallelMesh
 from dmoe.distributed.state_dict import model_state
@@ -57,16 +59,21 @@ class RestoredModel:
         )
 
 
-def restore_model(run: RunDir, step: int | None = None) -> RestoredModel:
+def restore_model(
+    run: RunDir, step: int | None = None, *, trust_code: bool = False
+) -> RestoredModel:
     """Load the model of `run` after `step` steps, by default of its newest intact checkpoint.
 
     Runs in one process, whatever world and expert-parallel size the run had. Reads the weights
-    only, no optimizer state.
+    only, no optimizer state. Code that the run names (`FILE.py:Name`) is loaded with `trust_code`
+    only: whoever wrote the run directory chose it.
 
     Raises: CheckpointError if there is no such checkpoint, or none that is intact; ConfigError if
     the tokenizer's file is missing.
     """
     config = load_config(run.path / "resolved.yaml")
+    if trust_code:
+        config = load_plugins(config)
     path = _find_checkpoint(run, step)
     task = task_of(config)
     device = torch.device(
@@ -127,27 +134,42 @@ def check_same_run(saved: Mapping[str, Any], saved_data: str, config: Config, da
     Raises:
         CheckpointError: naming the field, both values, and how to go on.
     """
-    changed = list(differences(saved, asdict(config)))
-    before = config
+    changed, before = list(differences(saved, asdict(config))), config
     for name, value, _ in changed:
-        before = _with_field(before, name, value)
+        if parse(value, name) is None:  # code that a checkpoint names is not loaded
+            before = put(before, name, value)
     refused = [
         change
         for change in changed
         if (is_under(change[0], FIXED_FIELDS) and not is_under(change[0], FREE_FIELDS))
         or change[0] in STATE_FIELDS
         or (saved_data != data and _is_data(change[0]))
+        or _is_edited(*change)
     ]
     refused.sort(key=lambda change: _is_data(change[0]))
     shapes = tensor_shapes(config) if refused else None
     misfit = bool(refused) and shapes != tensor_shapes(before)
     for name, value, now in refused:
-        fits = not misfit or shapes == tensor_shapes(_with_field(config, name, value))
-        fits = fits and name not in STATE_FIELDS
-        _refuse(config, name, now, f"the checkpoint was trained with {value}", fits)
+        reason = f"the checkpoint was trained with {value}"
+        if _is_edited(name, value, now):
+            old, new = parse(value, name), parse(now, name)
+            assert old is not None
+            assert new is not None
+            now, fits = new.label, True
+            reason = f"its file has changed: sha256 {new.digest}, in the checkpoint {old.digest}"
+        else:
+            fits = not misfit or shapes == tensor_shapes(put(config, name, value))
+            fits = fits and name not in STATE_FIELDS and parse(value, name) is None
+        _refuse(config, name, now, reason, fits)
     if saved_data != data and not any(_is_data(name) for name, _, _ in changed):
         reason = "its content is not what the checkpoint was trained on"
         _refuse(config, "data.source", config.data.source, reason, True)
+
+
+def _is_edited(name: str, before: object, now: object) -> bool:
+    """Return whether two values name one class of the user's own, in a file that has changed."""
+    old, new = parse(before, name), parse(now, name)
+    return old is not None and new is not None and old.label == new.label
 
 
 def _refuse(config: Config, name: str, now: object, reason: str, fits: bool) -> None:
@@ -196,11 +218,3 @@ def tensor_shapes(config: Config) -> dict[str, torch.Size] | None:
     return {
         name: tensor.shape for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
-
-
-def _with_field(section: Any, name: str, value: object) -> Any:
-    """Return a copy of a config with another value of the field of this dotted name."""
-    first, _, rest = name.partition(".")
-    return replace(
-        section, **{first: _with_field(getattr(section, first), rest, value) if rest else value}
-    )

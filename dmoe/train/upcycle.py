@@ -22,7 +22,7 @@ import dmoe
 from dmoe.checkpoint import list_steps, save
 from dmoe.config.errors import ConfigError
 from dmoe.config.load import load as load_config
-from dmoe.config.router_kinds import ROUTERS
+from dmoe.config.router_kinds import router_spec
 from dmoe.config.rules import batching, check, moe_blocks
 from dmoe.config.schema import Config, MoEConfig, ParallelConfig
 from dmoe.data import open_tokenizer
@@ -203,7 +203,7 @@ def _check_experts(dense: Config, sparse: Config) -> None:
 
 def _check_weights(moe: MoEConfig) -> None:
     """Raise ConfigError unless the combine weights of every token sum to 1."""
-    router, spec = moe.router, ROUTERS[moe.router.kind]
+    router, spec = moe.router, router_spec(moe.router.kind)
     if spec.can_choose_none:
         allowed = "gives some tokens no expert, so the outputs would not be equal"
         raise ConfigError("moe.router.kind", router.kind, allowed, "use top_k")

@@ -19,7 +19,9 @@ from typing import Literal
 from dmoe.config.datasets import DATASETS
 from dmoe.config.errors import ConfigError
 from dmoe.config.expert_shapes import expert_shapes, multiply_adds
-from dmoe.config.router_kinds import ROUTERS
+from dmoe.config.plugin_loader import loaded_class
+from dmoe.config.plugins import references
+from dmoe.config.router_kinds import router_spec
 from dmoe.config.rules import can_share, check, moe_widths, shares_something
 from dmoe.config.schema import Config, DataConfig, ModelConfig, ModularConfig, MoEConfig
 from dmoe.train.modular.attach import BANK_FIELDS
@@ -87,7 +89,7 @@ def reference_case(groups: int) -> Case:
 
 def plan_cases(config: Config, worlds: list[int], groups: int) -> CasePlan:
     """Return all cases for these numbers of ranks; `groups` is a multiple of each."""
-    cases, refused = list[Case](), dict[str, str]()
+    cases, refused = list[Case](), _without_reference(config)
     exchanges: list[Exchange] = ["packed"]
     if moe_widths(config):
         if config.moe.capacity.factor is None:
@@ -107,9 +109,19 @@ def plan_cases(config: Config, worlds: list[int], groups: int) -> CasePlan:
     if largest:
         # recomputed activations must not be counted twice
         cases.append(replace(largest[0], ep=max(case.ep for case in largest), recompute=True))
-        if ROUTERS[config.moe.router.kind].learned and moe_widths(config):
+        if router_spec(config.moe.router.kind).learned and moe_widths(config):
             cases.append(replace(largest[-1], tied=True))
     return CasePlan(cases, refused)
+
+
+def _without_reference(config: Config) -> dict[str, str]:
+    """Say of code of the user's own that it has no reference: nothing checks its formula."""
+    why = "has no reference(...) of its own: one process is compared with N ranks, not its formula"
+    return {
+        field: f"{reference.label} {why}"
+        for field, reference in references(config).items()
+        if not field.startswith("data.") and not hasattr(loaded_class(str(reference)), "reference")
+    }
 
 
 def _cases_of_world(
@@ -242,7 +254,7 @@ def _moe(moe: MoEConfig) -> MoEConfig:
             },
         ),
     )
-    if not ROUTERS[router.kind].has_budget:
+    if not router_spec(router.kind).has_budget:
         return small
     return replace(small, router=replace(small.router, budget=_budget(small)))
 

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from dmoe.checkpoint import save_load
 from dmoe.config.errors import CheckpointError
+from dmoe.config.plugin_loader import load_plugins
 from dmoe.config.rules import check
 from dmoe.config.schema import Config
 from dmoe.distributed.init import init_distributed
@@ -144,8 +145,8 @@ def _failure(error: RankError) -> Difference:
 def _run_world(job: _Job, world: int) -> _Findings:
     """Run all cases in one start of the ranks; if that fails, start the ranks for each case.
 
-    A crash in one case then does not hide the results of the others; a hang would cost the time
-    limit in each, so after one the rest is not started.
+    A crash in one case then hides no other. After a hang, which costs the time limit, the rest is
+    not started.
     """
     try:
         ranks: list[list[_RankFindings]] = run_ranks(world, _compare_cases, job, timeout=TIMEOUT)
@@ -224,8 +225,7 @@ def _compare_checkpoints(
 ) -> Difference:
     """Save a checkpoint for `_load_checkpoints`, load the reference's, and compare every bit.
 
-    An unexpected exception leaves the other ranks in a collective, so it ends the process; its
-    message names the quantity, for `_failure`.
+    An unexpected exception ends the process, and its message names the quantity, for `_failure`.
     """
     quantity = "checkpoint written here, read by 1"
     try:
@@ -288,7 +288,7 @@ def _build(job: _Job, case: Case) -> Engine:
     # one process builds many engines; accelerate expects one
     AcceleratorState._reset_state(reset_partial_state=True)
     engine = build_engine(
-        case.config(job.config),
+        load_plugins(case.config(job.config)),
         init_distributed("cpu"),
         VOCAB_SIZE,
         getattr(torch, job.dtype),

@@ -8,6 +8,7 @@ parallel: ranks and batches. memory: what fits.
 from __future__ import annotations
 
 from dmoe.config.fields import check_accept_changes
+from dmoe.config.plugins import check_options
 from dmoe.config.rules.layer import check_arguments, check_fields_read, check_router
 from dmoe.config.rules.memory import check_memory
 from dmoe.config.rules.model import (
@@ -63,6 +64,7 @@ def check(config: Config, world: int = 1) -> None:
     check_only_for(config)
     check_fields_read(config.moe.router)
     check_bounds(config)
+    check_options(config)
     check_world(world)
     check_task(config)
     check_model(config)

@@ -13,7 +13,7 @@ from dmoe.config.expert_shapes import (
     expert_shapes,
     multiply_adds,
 )
-from dmoe.config.router_kinds import ROUTERS, kinds_that_read, kinds_where
+from dmoe.config.router_kinds import kinds_that_read, kinds_where, router_spec
 from dmoe.config.schema import (
     CapacityConfig,
     ExpertsConfig,
@@ -92,7 +92,7 @@ def check_fields_read(router: RouterConfig) -> None:
     """
     for field, default in vars(RouterConfig()).items():
         value, kinds = getattr(router, field), kinds_that_read(field)
-        if value != default and kinds and field not in ROUTERS[router.kind].reads:
+        if value != default and kinds and field not in router_spec(router.kind).reads:
             only = ", ".join(kinds)
             allowed = f"has no meaning for moe.router.kind={router.kind}, only for {only}"
             raise ConfigError(
@@ -115,7 +115,7 @@ def check_router(router: RouterConfig, num_experts: int, top_k: int) -> None:
     check_fields_read(router)
     check_bounds(router, "moe.router.")
     _check_gradient(router, top_k)
-    spec = ROUTERS[router.kind]
+    spec = router_spec(router.kind)
     if "groups" in spec.reads:
         _check_groups(router, num_experts, top_k)
     elif "top_p" in spec.reads:
@@ -130,7 +130,7 @@ def check_router(router: RouterConfig, num_experts: int, top_k: int) -> None:
 
 def _check_gradient(router: RouterConfig, top_k: int) -> None:
     """Refuse weights that are 1 whatever the logits are: the router would have no gradient."""
-    spec = ROUTERS[router.kind]
+    spec = router_spec(router.kind)
     if spec.has_noise and top_k == 1:
         allowed = (
             f"with moe.router.kind={router.kind} makes every weight 1 and starves the router of "
@@ -186,7 +186,7 @@ def _check_adaptive(router: RouterConfig, top_k: int) -> None:
 
 
 def _check_router_and_capacity(moe: MoEConfig) -> None:
-    capacity, spec = moe.capacity, ROUTERS[moe.router.kind]
+    capacity, spec = moe.capacity, router_spec(moe.router.kind)
     if spec.looks_ahead and capacity.group == "global":
         allowed = f"{moe.router.kind} cannot compare tokens of all ranks"
         raise ConfigError("moe.capacity.group", "global", allowed, "use rank")
@@ -201,7 +201,7 @@ def _check_router_and_capacity(moe: MoEConfig) -> None:
 
 
 def _check_capacity(moe: MoEConfig) -> None:
-    capacity, spec = moe.capacity, ROUTERS[moe.router.kind]
+    capacity, spec = moe.capacity, router_spec(moe.router.kind)
     if capacity.renormalize and spec.ranks_experts:
         field, fewest = "top_k", moe.top_k
         if "k_min" in spec.reads:
@@ -230,7 +230,7 @@ def _check_capacity(moe: MoEConfig) -> None:
 
 
 def _check_balance(moe: MoEConfig) -> None:
-    kind, spec, balance = moe.router.kind, ROUTERS[moe.router.kind], moe.balance
+    kind, spec, balance = moe.router.kind, router_spec(moe.router.kind), moe.balance
     if balance.load and not spec.has_noise:
         allowed = f"is smooth by the noise of a noisy router, and {kind} has none"
         raise ConfigError("moe.balance.load", balance.load, allowed, "use router.kind=noisy")
@@ -252,7 +252,7 @@ def check_zero_cost(experts: ExpertsConfig, router: RouterConfig, capacity: Capa
         return
     field = next(name for name in ("zero", "copy", "constant") if getattr(experts, name))
     count = getattr(experts, field)
-    if not ROUTERS[router.kind].zero_cost_experts:
+    if not router_spec(router.kind).zero_cost_experts:
         only = ", ".join(kinds_where(zero_cost_experts=True))
         allowed = (
             f"zero-cost experts have no meaning for moe.router.kind={router.kind}, only for {only}"
@@ -273,7 +273,7 @@ def check_widths(moe: MoEConfig, dim: int, out_dim: int) -> None:
     if moe.experts.copy and dim != out_dim:
         allowed = f"a copy of width {dim} is no output of width {out_dim}"
         raise ConfigError("moe.experts.copy", moe.experts.copy, allowed, "use 0")
-    if not ROUTERS[moe.router.kind].has_budget or count_zero_cost(moe.experts):
+    if not router_spec(moe.router.kind).has_budget or count_zero_cost(moe.experts):
         return
     costs = [multiply_adds(shape, dim, out_dim, moe.experts.kind) for shape in expert_shapes(moe)]
     cheapest = min(costs) / sum(costs)

@@ -6,7 +6,7 @@ Letters: W world size, V virtual ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, Optional, Union
+from typing import Annotated, Any, Literal, Optional, Union
 
 from dmoe.config.schema.constraints import (
     above,
@@ -14,6 +14,7 @@ from dmoe.config.schema.constraints import (
     at_most,
     below,
     fraction,
+    one_of,
     only_for,
 )
 
@@ -49,8 +50,11 @@ class DataConfig:
     """stdlib (the source of Python's standard library), guide:LANG (Debian's installation guide in
     one language), plain text files, directories or globs, separated by commas (JSON Lines, CSV and
     compressed files are refused); upper:ENTRY is one of these in upper case. Or a directory of
-    shards, or synthetic:KIND. For train.task=classification: sklearn:digits, sklearn:wine,
-    sklearn:breast_cancer or synthetic:clusters."""
+    shards, synthetic:KIND, or a class of your own (docs/plugins.md). For
+    train.task=classification: sklearn:digits, sklearn:wine, sklearn:breast_cancer or
+    synthetic:clusters."""
+    source_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a source of your own."""
     streams: Annotated[list[str], only_for("train.task", "classification")] = field(
         default_factory=list
     )
@@ -60,7 +64,9 @@ class DataConfig:
     """Tokens per sequence; each token predicts the next one."""
     tokenizer: Annotated[str, only_for("train.task", "language_modelling")] = "bytes"
     """bytes, a tokenizers .json file, or a tiktoken rank file (.tiktoken, or Mistral's
-    tekken.json)."""
+    tekken.json), or a class of your own."""
+    tokenizer_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a tokenizer of your own."""
     tokenizer_vocab: Annotated[
         Optional[int], only_for("train.task", "language_modelling"), above(0), at_most(1 << 24)
     ] = None
@@ -126,9 +132,11 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    kind: Literal["adamw", "muon"] = "adamw"
+    kind: Annotated[str, one_of("adamw", "muon")] = "adamw"
     """adamw; or muon, which orthogonalises the update of each matrix, every expert's alone, and
     updates embeddings, norms, routers, the output and vectors by AdamW."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of an optimizer of your own."""
     lr: Annotated[float, above(0)] = 0.004
     """Peak learning rate."""
     beta1: Annotated[float, fraction(), below(1)] = 0.9
@@ -146,9 +154,13 @@ class OptimConfig:
     of several, e.g. {"*.router.*": {lr: 0.001}, "*.experts.*": {weight_decay: 0}}."""
     clip: Annotated[Optional[float], above(0)] = 1.0
     """Maximum global gradient norm; null: no clipping."""
-    schedule: Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"] = "cosine"
+    schedule: Annotated[str, one_of("cosine", "linear", "wsd", "constant", "inverse_sqrt")] = (
+        "cosine"
+    )
     """Learning rate after the warmup; wsd stays at the peak and decays over the last decay_fraction
     of the steps; inverse_sqrt falls with sqrt(warmup / step), whatever the number of steps."""
+    schedule_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a schedule of your own."""
     warmup: Annotated[int, at_least(0)] = 50
     """Steps of linear warmup."""
     min_lr_ratio: Annotated[float, fraction()] = 0.05
