@@ -10,7 +10,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from dmoe.config.fields import field_named
-from dmoe.config.plugins import is_same_code
+from dmoe.config.plugin_loader import loaded_class
+from dmoe.config.plugins import is_same_code, label, parse
 from dmoe.config.schedule import learning_rate
 from dmoe.config.schema import Config, MoEConfig
 
@@ -41,6 +42,9 @@ def describe_learning_rate(saved: Mapping[str, Any], config: Config, step: int) 
         return None
     before = {name: saved.get("optim", {}).get(name) for name in vars(config.optim)}
     known = {name: value for name, value in before.items() if value is not None}
+    schedule = known.get("schedule", config.optim.schedule)
+    if parse(schedule) is not None and loaded_class(schedule) is None:
+        return f"optim.schedule={label(config.optim.schedule)}: before it was {label(schedule)}"
     steps = saved["train"]["steps"]
     old = learning_rate(min(step, steps - 1), steps, replace(config.optim, **known))
     new = learning_rate(step, config.train.steps, config.optim)

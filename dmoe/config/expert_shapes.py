@@ -16,11 +16,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.plugins import label, parse
 from dmoe.config.schema import ExpertsConfig, MoEConfig
 
 MAX_WIDTH, MAX_DEPTH = 1 << 24, 100
 """Width, and number of hidden layers, of an expert."""
 GATED = frozenset({"swiglu", "geglu"})
+
+
+def dense_kind(experts: ExpertsConfig) -> str:
+    """Return the activation of dense and shared feed-forwards: swiglu beside own experts."""
+    return "swiglu" if parse(experts.kind) is not None else experts.kind
 
 
 def matrix_shapes(
@@ -70,6 +76,9 @@ def check_shapes(experts: ExpertsConfig, num_experts: int) -> None:
     """
     if not experts.shapes:
         return
+    if parse(experts.kind) is not None:
+        allowed = f"are not for experts of one's own, {label(experts.kind)}"
+        raise ConfigError("moe.experts.shapes", experts.shapes, allowed, "use moe.experts.options")
     if len(experts.shapes) != num_experts:
         allowed = f"must be the number of moe.experts.shapes, {len(experts.shapes)}"
         raise ConfigError("moe.num_experts", num_experts, allowed, f"use {len(experts.shapes)}")

@@ -112,9 +112,6 @@ def construct(
     if base is not None and not issubclass(kind, base):
         allowed = f"must be derived from {base.__module__}.{base.__name__}"
         raise ConfigError(field, reference.label, allowed, "see docs/plugins.md")
-    if missing := [name for name in methods if not hasattr(kind, name)]:
-        allowed = f"must have {', '.join(methods)}, and has no {' and no '.join(missing)}"
-        raise ConfigError(field, reference.label, allowed, "see docs/plugins.md")
     try:
         inspect.signature(kind).bind(*arguments, **options)
     except TypeError as error:
@@ -124,12 +121,16 @@ def construct(
             name, given, allowed, f"its arguments: {inspect.signature(kind)}"
         ) from None
     try:
-        return kind(*arguments, **options)
+        made = kind(*arguments, **options)
     except ConfigError:
         raise
     except Exception as error:
         allowed = f"cannot be made: {_describe(error, reference.place)}"
         raise ConfigError(field, reference.label, allowed, "correct it") from error
+    if missing := [name for name in methods if not hasattr(made, name)]:
+        allowed = f"must have {', '.join(methods)}, and has no {' and no '.join(missing)}"
+        raise ConfigError(field, reference.label, allowed, "see docs/plugins.md")
+    return made
 
 
 def _key(reference: Reference) -> str:

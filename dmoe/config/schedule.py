@@ -7,8 +7,11 @@ advance twice. Imports no torch.
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from dmoe.config.plugins import describe
+from dmoe.config.errors import ConfigError
+from dmoe.config.plugin_loader import construct
+from dmoe.config.plugins import describe, label, parse
 from dmoe.config.schema import OptimConfig
 
 
@@ -18,14 +21,37 @@ def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
     Linear warm-up over `warmup` steps to `lr`, then decay to `lr * min_lr_ratio` at the last step:
     `cosine` or `linear` over all steps, `wsd` (warm-up, stable, decay; MiniCPM) linear over the
     last `decay_fraction` of the steps, `constant` none. `inverse_sqrt` (Vaswani et al. 2017) is
-    `lr * max(sqrt(warmup / (step + 1)), min_lr_ratio)` and knows no last step.
+    `lr * max(sqrt(warmup / (step + 1)), min_lr_ratio)` and knows no last step. A schedule of the
+    user's own decides about all steps, those of the warm-up too.
     """
+    if parse(config.schedule) is not None:
+        return _own_rate(step, num_steps, config)
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     if config.schedule == "inverse_sqrt":
         return config.lr * max(math.sqrt(max(1, config.warmup) / (step + 1)), config.min_lr_ratio)
     factor = _decay_factor(step, num_steps, config)
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * factor)
+
+
+def own_schedule(num_steps: int, config: OptimConfig) -> Any:
+    """Construct the schedule of the user's own, which has `rate(step)`."""
+    return construct(
+        config.schedule,
+        "optim.schedule",
+        config,
+        num_steps,
+        options=config.schedule_options,
+        methods=("rate",),
+    )
+
+
+def _own_rate(step: int, num_steps: int, config: OptimConfig) -> float:
+    rate = float(own_schedule(num_steps, config).rate(step))
+    if not (math.isfinite(rate) and rate >= 0):
+        allowed = f"gives {rate} for step {step}; a learning rate is finite and not negative"
+        raise ConfigError("optim.schedule", label(config.schedule), allowed, "correct rate()")
+    return rate
 
 
 def _decay_factor(step: int, num_steps: int, config: OptimConfig) -> float:
@@ -43,7 +69,7 @@ def _decay_factor(step: int, num_steps: int, config: OptimConfig) -> float:
 
 def decay_steps(optim: OptimConfig, steps: int) -> int:
     """Return the number of steps in which the learning rate falls; 0 for one that stays."""
-    if optim.schedule == "constant":
+    if optim.schedule == "constant" or parse(optim.schedule) is not None:
         return 0
     start = optim.warmup
     if optim.schedule == "wsd":
@@ -57,6 +83,8 @@ def decay_steps(optim: OptimConfig, steps: int) -> int:
 
 def describe_schedule(optim: OptimConfig, steps: int) -> str:
     """Describe the learning rate of a run of `steps` steps in one sentence."""
+    if parse(optim.schedule) is not None:
+        return f"Learning rate: by {describe(optim.schedule, optim.schedule_options)}."
     if optim.warmup > steps:
         return (
             f"Learning rate: linear warm-up over {optim.warmup:,} steps, of which the run has "
@@ -86,6 +114,8 @@ def describe_schedule(optim: OptimConfig, steps: int) -> str:
 
 def schedule_remarks(optim: OptimConfig, steps: int) -> list[str]:
     """List what the settings of the schedule say and a run of `steps` steps does not do."""
+    if parse(optim.schedule) is not None:
+        return []
     if optim.warmup > steps:
         return [
             f"optim.warmup={optim.warmup}: the run has {steps} steps, so the learning rate rises "

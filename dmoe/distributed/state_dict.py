@@ -22,6 +22,7 @@ from torch._prims_common import make_contiguous_strides_for
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from dmoe.config.errors import ConfigError
 from dmoe.distributed.expert_parallel import (
     ExpertLocation,
     expert_buffers,
@@ -128,6 +129,10 @@ def _moments(
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         state.update({moment: torch.zeros_like(parameter) for moment in kinds})
+    if {*state} != {"step", *kinds}:
+        allowed = f"keeps {', '.join(sorted(state))}, not step and MOMENTS ({', '.join(kinds)})"
+        fix = "a checkpoint must know what to save; see docs/plugins.md"
+        raise ConfigError("optim.kind", type(optimizer).__name__, allowed, fix)
     return state
 
 

@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 
 from dmoe.config.expert_shapes import count_choices
+from dmoe.config.plugin_loader import loaded_class
+from dmoe.config.plugins import label, parse
 from dmoe.config.router_kinds import router_spec
 from dmoe.config.schedule import learning_rate, schedule_remarks
 from dmoe.distributed.expert_parallel import expert_parameters
@@ -139,9 +141,11 @@ def explain_size(setting: Setting) -> Section:
     outputs = "vocabulary" if task.name == "language_modelling" else "classes"
     on_rank, weights = dense + experts, (dense + experts) * WEIGHT_BYTES
     gradients = sum(rank_parameters(setting, trained=True)) * WEIGHT_BYTES
-    muon = config.optim.kind == "muon"
     moments, kinds = 2 * gradients, "AdamW moments"
-    if muon:
+    if parse(config.optim.kind) is not None:
+        names = getattr(loaded_class(config.optim.kind), "MOMENTS", ())
+        moments, kinds = len(names) * gradients, f"moments of {label(config.optim.kind)}"
+    if config.optim.kind == "muon":
         moments -= sum(rank_parameters(setting, trained=True, only_muon=True)) * WEIGHT_BYTES
         kinds = "moments (one of Muon, two of AdamW)"
     casts = _cast_bytes(setting)

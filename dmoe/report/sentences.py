@@ -43,6 +43,7 @@ AUX_LOSSES = {
     "importance": "squared coefficient of variation of the experts' summed scores",
     "load": "squared coefficient of variation of the smooth load",
     "usage_std": "standard deviation of the experts' mean scores",
+    "own": "{own}",
 }
 BUDGET_SCORES = {
     "token": "each token",
@@ -233,8 +234,9 @@ def balance_sentences(moe: MoEConfig) -> list[str]:
     """Describe auxiliary losses and the load-balancing bias."""
     balance = moe.balance
     level = SWITCH_LEVEL[balance.switch_level]
+    own = "" if balance.kind is None else describe(balance.kind, balance.options)
     sentences = [
-        f"Auxiliary loss {name} x {value:g}: {AUX_LOSSES[name].format(level=level)}."
+        f"Auxiliary loss {name} x {value:g}: {AUX_LOSSES[name].format(level=level, own=own)}."
         for name, value in aux_coefficients(balance).items()
     ]
     if sentences:

@@ -11,6 +11,7 @@ from torch import nn
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.expert_shapes import GATED
+from dmoe.config.plugin_loader import construct, plugin_class
 from dmoe.config.schema import OptimConfig
 from dmoe.distributed.expert_parallel import expert_locations
 from dmoe.distributed.muon import Muon, Parts
@@ -42,14 +43,15 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         ConfigError: a pattern of `optim.groups` that matches no parameter.
     """
     _check_patterns(model, config.groups)
+    own = plugin_class(config.kind, "optim.kind")
     matrices = muon_matrices(model) if config.kind == "muon" else {}
     params: dict[tuple[Any, ...], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            own = next((v for p, v in config.groups.items() if fnmatchcase(name, p)), {})
+            given = next((v for p, v in config.groups.items() if fnmatchcase(name, p)), {})
             no_decay = parameter.ndim < 2 or any(part in name for part in NO_DECAY)
-            weight_decay = own.get("weight_decay", 0.0 if no_decay else config.weight_decay)
-            scale = own.get("lr", config.lr) / config.lr
+            weight_decay = given.get("weight_decay", 0.0 if no_decay else config.weight_decay)
+            scale = given.get("lr", config.lr) / config.lr
             device_mesh = getattr(parameter, "device_mesh", None)
             key = (device_mesh, weight_decay, scale, name in matrices, matrices.get(name))
             params.setdefault(key, []).append(parameter)
@@ -58,11 +60,22 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
             "params": group,
             "weight_decay": weight_decay,
             "lr_scale": scale,
-            "moments": ("momentum_buffer",) if is_muon else MOMENTS,
+            "moments": ("momentum_buffer",) if is_muon else getattr(own, "MOMENTS", MOMENTS),
             **({"parts": parts} if is_muon else {}),
         }
         for (_, weight_decay, scale, is_muon, parts), group in params.items()
     ]
+    if own is not None:
+        made: torch.optim.Optimizer = construct(
+            config.kind,
+            "optim.kind",
+            groups,
+            config.lr,
+            options=config.options,
+            base=torch.optim.Optimizer,
+            methods=("MOMENTS",),
+        )
+        return made
     betas = (config.beta1, config.beta2)
     if config.kind == "muon":
         return Muon(groups, config.lr, betas, config.eps, config.momentum)

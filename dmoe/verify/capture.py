@@ -135,7 +135,8 @@ def state_arrays(engine: Engine) -> Capture:
     arrays = {f"model.{name}": array for name, array in _weights(engine).items()}
     named, experts = dict(engine.model.named_parameters()), set(expert_parameters(engine.model))
     locations, mesh = expert_locations(engine.model), engine.mesh
-    for moment in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+    kinds = {m for group in engine.optimizer.param_groups for m in group.get("moments", ())}
+    for moment in sorted(kinds):
         values = {
             n: engine.optimizer.state[p][moment]
             for n, p in named.items()

@@ -287,12 +287,8 @@ def _apply_patches(job: _Job) -> None:
 def _build(job: _Job, case: Case) -> Engine:
     # one process builds many engines; accelerate expects one
     AcceleratorState._reset_state(reset_partial_state=True)
-    engine = build_engine(
-        load_plugins(case.config(job.config)),
-        init_distributed("cpu"),
-        VOCAB_SIZE,
-        getattr(torch, job.dtype),
-    )
+    config, dtype = load_plugins(case.config(job.config)), getattr(torch, job.dtype)
+    engine = build_engine(config, init_distributed("cpu"), VOCAB_SIZE, dtype)
     if case.naive:
         for part in (layer, model, adapters):
             part.install(engine.model)

@@ -49,7 +49,7 @@ def check_memory(config: Config, world: int, local_world_size: int, memory: int)
     size, fsdp = model_size(config), config.parallel.mode == "fsdp"
     dense = size.dense // (world if fsdp else 1)
     experts = size.experts // (world if fsdp else expert_parallel(config, world))
-    needed = BYTES_PER_PARAMETER[config.optim.kind] * local_world_size * (dense + experts)
+    needed = BYTES_PER_PARAMETER.get(config.optim.kind, 8) * local_world_size * (dense + experts)
     if needed > memory:
         allowed = (
             f"gives {size.dense + size.experts:,} parameters, whose training takes at least "

@@ -59,8 +59,7 @@ class RouterModule(nn.Module):
         layer: index among the MoE layers.
     """
 
-    spec: ClassVar[RouterSpec | None] = None
-    """Of a router of the user's own: its properties. None: those of plain top-k routing."""
+    spec: ClassVar[RouterSpec | None] = None  # of a router of the user's own: its properties
 
     def __init__(self, config: RouterConfig, num_experts: int, top_k: int, layer: int = 0) -> None:
         super().__init__()

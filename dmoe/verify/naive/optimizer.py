@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dmoe.config.plugins import parse
 from dmoe.config.schema import Config, OptimConfig
 from dmoe.train.engine import Engine
 from dmoe.verify.decisions import Capture
+from dmoe.verify.naive.plugins import own_rate, own_update
 
 DECAYED = (
     r"attention\.w_qkv\.weight",
@@ -47,6 +49,8 @@ MUONS = (
 
 def scheduled_rate(step: int, steps: int, config: OptimConfig) -> float:
     """Return the learning rate of optimizer step `step` of `steps`, by the documented schedule."""
+    if parse(config.schedule) is not None:
+        return own_rate(step, steps, config)
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     floor = config.lr * config.min_lr_ratio
@@ -77,6 +81,9 @@ def update(
     norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in gradients.values()))
     clip = 1.0 if config.clip is None else min(1.0, config.clip / (norm + 1e-6))
     rate = scheduled_rate(step, engine.config.train.steps, config)
+    if parse(config.kind) is not None:
+        own_update(optimizer, named, {n: g * clip for n, g in gradients.items()}, rate)
+        named = {}
     for name, parameter in named.items():
         own = next((v for p, v in config.groups.items() if fnmatchcase(name, p)), {})
         decay = own.get("weight_decay", config.weight_decay if is_decayed(name) else 0.0)

@@ -39,12 +39,9 @@ def route(layer: MoE, x_TD: Tensor, context: TokenContext, sequences: int) -> Ch
     if kind in ("fixed", "hash"):
         return _static(layer, x_TD, context, valid)
     clean_TE, std_TE, logit_TE = _logits(layer, x_TD, context, sequences)
-    sigmoid = layer.router.config.score == "sigmoid"
-    score_TE = (
-        torch.sigmoid(logit_TE)
-        if sigmoid
-        else torch.exp(logit_TE) / torch.exp(logit_TE).sum(-1, keepdim=True)
-    )
+    score_TE = torch.sigmoid(logit_TE)
+    if layer.router.config.score != "sigmoid":
+        score_TE = torch.exp(logit_TE) / torch.exp(logit_TE).sum(-1, keepdim=True)
     experts, next_experts = choose_experts(layer, score_TE, valid, sequences)
     weight_TE = _weights(layer, logit_TE, score_TE, experts)
     return Choices(
