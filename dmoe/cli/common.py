@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -57,6 +57,15 @@ def load_arguments(arguments: list[str]) -> tuple[Config, str]:
 def _one_line(override: str) -> str:
     """Quote an override with a line break, which would end the comment in the config."""
     return override if override.isprintable() else json.dumps(override)
+
+
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code",
+        help="Run the code that RUN names (FILE.py:Name). Whoever wrote RUN chose it.",
+    ),
+]
 
 
 def integer(least: int | None = None, most: int | None = None) -> dict[str, Any]:

@@ -72,8 +72,8 @@ def plugin_class(value: str, field: str) -> type | None:
     kind = loaded_class(value)
     if kind is None:
         allowed = "is code of your own, and a config that is read from a run loads none by itself"
-        fix = "if you trust it, add --trust-code (in Python: dmoe.config.plugins.load_plugins)"
-        raise ConfigError(field, str(reference), allowed, fix)
+        fix = "if you trust it, add --trust-code (dmoe.config.plugin_loader.load_plugins)"
+        raise ConfigError(field, f"{reference.place}:{reference.name}", allowed, fix)
     return kind
 
 

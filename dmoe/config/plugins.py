@@ -79,12 +79,13 @@ def label(value: str) -> str:
 
 
 def describe(value: str, options: Mapping[str, Any]) -> str:
-    """Describe a reference for explain and report: name, hash and options."""
+    """Describe a kind for explain and report; a reference with its name, hash and options."""
     reference = parse(value)
-    assert reference is not None
+    if reference is None:
+        return value
     parts = [f"sha256 {reference.digest[:12]}"] if reference.digest else []
     parts += [f"{name} {option}" for name, option in options.items()]
-    return f"{reference.label}, of your own" + (f" ({', '.join(parts)})" if parts else "")
+    return f"{reference.label} of your own" + (f" ({', '.join(parts)})" if parts else "")
 
 
 def options_field(field: str) -> str:

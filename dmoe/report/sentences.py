@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dmoe.config.expert_shapes import count_choices, count_zero_cost
-from dmoe.config.plugins import describe, label, parse
+from dmoe.config.plugins import describe, parse
 from dmoe.config.router_kinds import router_spec
 from dmoe.config.schedule import describe_optimizer, describe_schedule
 from dmoe.config.schema import BalanceConfig, CapacityConfig, Config, MoEConfig
@@ -64,9 +64,10 @@ def config_sentences(config: Config, start: dict[str, Any]) -> list[str]:
     if config.model.moe_every:
         sentences += [*routing_sentences(config), *capacity_sentences(moe)]
         sentences += [*balance_sentences(moe), _ranks(config, start)]
-    data = f"Data: {config.data.source}"
+    given = config.data
+    data = f"Data: {describe(given.source, given.source_options)}"
     if config.train.task != "classification":
-        data += f", tokenizer {config.data.tokenizer}"
+        data += f", tokenizer {describe(given.tokenizer, given.tokenizer_options)}"
     return [*sentences, batch_sentence(config), f"{data}.", *optimizer_sentences(config)]
 
 
@@ -81,7 +82,9 @@ def model_sentence(config: Config) -> str:
     which = "every block" if model.moe_every == 1 else f"every {model.moe_every}th block"
     after = f" after the first {model.dense_first}" if model.dense_first else ""
     widths = "different shapes" if moe.experts.shapes else f"hidden width {moe.expert_dim:,}"
-    experts = f"{moe.num_experts:,} experts ({label(moe.experts.kind)}, {widths})"
+    experts = (
+        f"{moe.num_experts:,} experts ({describe(moe.experts.kind, moe.experts.options)}, {widths})"
+    )
     if zero_cost := count_zero_cost(moe.experts):
         experts += f" and {zero_cost:,} of zero cost"
     if moe.experts.shared:

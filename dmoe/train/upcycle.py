@@ -69,7 +69,12 @@ class UpcycleResult:
 
 
 def upcycle(
-    source: RunDir, config: Config, config_text: str, step: int | None = None
+    source: RunDir,
+    config: Config,
+    config_text: str,
+    step: int | None = None,
+    *,
+    trust_code: bool = False,
 ) -> UpcycleResult:
     """Create the run of `config`, with a checkpoint of step 0 from which `dmoe train` continues.
 
@@ -81,6 +86,7 @@ def upcycle(
         config: the config of the new run.
         config_text: text of its file, stored in the run directory.
         step: which checkpoint of `source`, by default the newest intact one.
+        trust_code: load the code that `source` names.
 
     Raises:
         ConfigError: for models that do not fit, or a run directory in use.
@@ -88,7 +94,7 @@ def upcycle(
     """
     check(replace(config, parallel=ParallelConfig(virtual_ranks=config.parallel.virtual_ranks)), 1)
     check_upcycle(load_config(source.path / "resolved.yaml"), config)
-    dense, task = restore_model(source, step), task_of(config)
+    dense, task = restore_model(source, step, trust_code=trust_code), task_of(config)
     data, model = task.open_data(), task.build_model()
     model.initialize(config.train.seed)
     layers = copy_weights(dense.model.cpu(), model)

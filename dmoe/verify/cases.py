@@ -170,6 +170,8 @@ def _data(config: Config) -> DataConfig:
         config.data,
         tokenizer="bytes",
         tokenizer_vocab=None,
+        tokenizer_options={},
+        source_options={},
         seq_len=min(config.data.seq_len, SEQ_LEN),
     )
     data = replace(data, temperature=None, eval_source=None)
