@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.launch_env import refuse_debug_detail
 
 PRELOAD = [
     "torch",
@@ -64,8 +65,10 @@ def run_ranks(
 
     Raises:
         RankError: of the first rank that failed, or after the time-out.
-        ConfigError: the directory for temporary files has too long a path.
+        ConfigError: the directory for temporary files has too long a path, or a debug level is set
+            at which torch's DDP crashes.
     """
+    refuse_debug_detail()
     folder = tempfile.gettempdir()
     if len(os.fsencode(folder)) > MAX_TEMPDIR:
         allowed = f"must have at most {MAX_TEMPDIR} bytes: the ranks' sockets are in it"
