@@ -10,7 +10,8 @@ Keys, with step s, accumulation step a, MoE layer l and adapter layer p:
     gradient/s/NAME                                 full gradients
     learning_rate/s, bias/s/NAME, weights/s/NAME    of the update; biases and weights after it
 
-After both steps: final/NAME. `naive/step.py` makes the same keys for the reference.
+After both steps: final/NAME, and in float64 evaluation/NAME: in float32 rounding may change a
+choice. `naive/step.py` and `naive/evaluation.py` make the same keys for the reference.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ from torch import Tensor
 from dmoe.distributed.expert_parallel import expert_buffers, expert_locations, expert_parameters
 from dmoe.distributed.full_tensors import broadcast_expert, gather_full
 from dmoe.train.engine import Engine, learning_rate
+from dmoe.train.evaluation import evaluate
 from dmoe.train.reduction import ReducedStep
+from dmoe.train.routing_analysis import RoutingProbe
 from dmoe.train.step import Batch, compute_gradients, training_batches, update
 from dmoe.verify.cases import NUM_STEPS
 from dmoe.verify.decisions import Capture, record_layers
+from dmoe.verify.naive import evaluation as naive_evaluation
 from dmoe.verify.naive import step as naive_step
 from dmoe.verify.naive.adapters import MAX_LABELS, num_labels
 
@@ -46,6 +50,7 @@ __all__ = [
 def capture_reference(engine: Engine, *, decisions: bool = False) -> Capture:
     """Return what two steps of the naive layers and the written-out step produced."""
     found = naive_step.train(engine, decisions=decisions)
+    found |= {} if decisions else naive_evaluation.evaluate(engine)
     return found | {f"final/{name}": array for name, array in state_arrays(engine).items()}
 
 
@@ -69,11 +74,11 @@ def capture(engine: Engine, *, decisions: bool = False) -> Capture:
             totals = compute_gradients(engine, batches)
         found |= {f"gradient/{step}/{name}": array for name, array in _gradients(engine).items()}
         rate = learning_rate(step, steps, optim)
-        result = update(engine, totals, rate)
+        updated = update(engine, totals, rate)
         numbers = {
             "loss": totals.loss_sum,
-            "norm": result.grad_norm,
-            "clip": result.clip_factor,
+            "norm": updated.grad_norm,
+            "clip": updated.clip_factor,
             "learning_rate": engine.optimizer.param_groups[0]["lr"],
         }
         found |= {f"{name}/{step}": np.array(float(value)) for name, value in numbers.items()}
@@ -84,6 +89,9 @@ def capture(engine: Engine, *, decisions: bool = False) -> Capture:
             if name.endswith("bias_E")
         }
         found |= {f"weights/{step}/{name}": array for name, array in _weights(engine).items()}
+    if not decisions:
+        result = evaluate(engine, data, probe=RoutingProbe(engine, data.domains))
+        found |= naive_evaluation.numbers(result)
     return found | {f"final/{name}": array for name, array in state_arrays(engine).items()}
 
 

@@ -145,7 +145,7 @@ def prepare(config: Config, groups: int) -> Config:
             micro_batch=MICRO_BATCH,
             precision="fp32",
             device="cpu",
-            eval_sequences=groups,
+            eval_sequences=MICRO_BATCH * groups + 1,  # so that the second batch has padding
         ),
         optim=replace(config.optim, warmup=0),
         parallel=replace(config.parallel, backend="gloo"),

@@ -7,6 +7,7 @@ tokens:
     y/s/a/l        [T, M]  output                     chosen/s/a/l    [T, E]  selected experts
     dx/s/a/l, dy/s/a/l     gradients of both          computed/s/a/l  [T, E]  after capacity
     slots/s/a/l            slots offered              weight/s/a/l    [T, E]  combine weights
+    module/s/a/n.p         [T, O]  output of adapter layer p, which runs after n MoE layers
 
 In float32 also the inputs of each decision, from which `ties.py` separates rounding from errors:
 
@@ -34,6 +35,7 @@ from dmoe.config.router_kinds import ROUTERS
 from dmoe.distributed.full_tensors import copy_full_into_shard, full_tensor
 from dmoe.distributed.state_dict import model_state
 from dmoe.models.base import Model
+from dmoe.modular import AdapterLayer, adapter_layers
 from dmoe.moe.layer import MoE, MoEOutput
 from dmoe.moe.routing import DispatchPlan, Routing
 from dmoe.train.engine import Engine
@@ -58,9 +60,12 @@ def record_layers(model: Model, found: Capture, step: int, *, decisions: bool) -
     accumulation = [-1]
     layers = model.moe_layers()
     latest: dict[int, Routing] = {}
+    finished, recorded = set[int](), set[int]()
 
     def count_forward(module: object, inputs: object) -> None:
         accumulation[0] += 1
+        finished.clear()
+        recorded.clear()
 
     def key(n: int) -> str:
         return f"{step}/{accumulation[0]}/{n}"
@@ -77,13 +82,24 @@ def record_layers(model: Model, found: Capture, step: int, *, decisions: bool) -
             for name, tensor in (("dx", inputs[0]), ("dy", output.y)):
                 if tensor.requires_grad:
                     _hook_gradient(tensor, found, f"{name}/{key(n)}")
+        finished.add(n)
+
+    def record_module(p: int, layer: AdapterLayer, inputs: object, output: Tensor) -> None:
+        if p not in recorded:
+            recorded.add(p)
+            place = f"{step}/{accumulation[0]}/{len(finished)}.{p}"
+            found[f"module/{place}"] = output.detach().flatten(0, -2).numpy().copy()
 
     with ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(count_forward).remove)
         for n, layer in enumerate(layers):
-            stack.callback(layer.register_forward_hook(partial(record, n)).remove)
+            # before the hook that adds modules to the layer's output
+            handle = layer.register_forward_hook(partial(record, n), prepend=True)
+            stack.callback(handle.remove)
             hook: Callable[..., None] = partial(record_decision, n)
             stack.callback(layer.router.register_forward_hook(hook).remove)
+        for p, adapters in enumerate(adapter_layers(model).values()):
+            stack.callback(adapters.register_forward_hook(partial(record_module, p)).remove)
         yield
 
 

@@ -28,6 +28,7 @@ becomes a large part of the learning rate. Measured on correct code: up to 6e-5 
 parameters, with every gradient equal to 1e-6."""
 
 FORWARD = {
+    "module outputs": "module",
     "layer inputs": "x",
     "router scores": "score",
     "capacity slots": "slots",
@@ -58,13 +59,14 @@ QUANTITIES = (
     "bias",
     "Adam's moments",
     "parameters after two steps",
+    "evaluation",
     "float32 under bf16",
     "checkpoint written here, read by 1",
     "checkpoint written by 1, read here",
     "every rank finishes",
 )
 """Compared quantities in order of cause and effect: examine the first that differs."""
-AFTER_ADAM = ("parameters after two steps", "Adam's moments")
+AFTER_ADAM = ("parameters after two steps", "Adam's moments", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,9 @@ class Difference:
     finding: str = ""
     """Further observation, a phrase that causes.py reads."""
     step: int = 0
-    layer: int = -1
-    """Index of the MoE layer; -1 if the quantity belongs to none."""
+    layer: float = -1
+    """Index of the MoE layer; -1 if the quantity belongs to none; for modules between layer n and
+    the next n + 0.5."""
     follows: bool = False
     """Another difference of the case explains it."""
 
@@ -109,6 +112,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
     ("learning rate", "bias"),
     ("Adam's moments",),
     ("parameters after two steps",),
+    ("evaluation",),
 )  # fmt: skip
 """Quantities of a step that follow from each other, stage by stage."""
 

@@ -30,7 +30,7 @@ from dmoe.verify.capture import (
     low_precision_state,
     state_arrays,
 )
-from dmoe.verify.cases import Case, plan_cases, prepare, reference_case, shrink
+from dmoe.verify.cases import NUM_STEPS, Case, plan_cases, prepare, reference_case, shrink
 from dmoe.verify.causes import Report, make_row
 from dmoe.verify.compare import compare
 from dmoe.verify.decisions import Capture, tie_scores
@@ -100,8 +100,7 @@ def verify(
     Raises:
         ConfigError: the config cannot run at all.
     """
-    start = time.monotonic()
-    groups = math.lcm(*worlds) * config.parallel.virtual_ranks
+    start, groups = time.monotonic(), math.lcm(*worlds) * config.parallel.virtual_ranks
     base = prepare(config if full else shrink(config), groups)
     reference = reference_case(groups)
     check(reference.config(base), 1)
@@ -109,10 +108,9 @@ def verify(
     with tempfile.TemporaryDirectory() as name:
         job = _Job(base, list(enumerate(plan.cases)), Path(name), dtype, patch, setup)
         found = _run_all(job, reference, worlds)
-    rows = [make_row(quantity, found.differences, dtype) for quantity in QUANTITIES]
-    compared = [row for row in rows if row is not None]
+    rows = [row for name in QUANTITIES if (row := make_row(name, found.differences, dtype))]
     cases = [str(case) for case in plan.cases]
-    return Report(compared, cases, plan.refused, found.undecided, dtype, time.monotonic() - start)
+    return Report(rows, cases, plan.refused, found.undecided, dtype, time.monotonic() - start)
 
 
 def _run_all(job: _Job, reference: Case, worlds: Sequence[int]) -> _Findings:
@@ -125,8 +123,7 @@ def _run_all(job: _Job, reference: Case, worlds: Sequence[int]) -> _Findings:
         cases = [(index, case) for index, case in job.cases if case.world == world]
         found += _run_world(replace(job, cases=cases), world)
     saved = [(i, case) for i, case in job.cases if (job.folder / f"{i}.safetensors").exists()]
-    job = replace(job, cases=saved)
-    read = "checkpoint written here, read by 1"
+    job, read = replace(job, cases=saved), "checkpoint written here, read by 1"
     try:
         (loaded,) = run_ranks(1, _load_checkpoints, job, reference, timeout=TIMEOUT)
     except RankError as error:
@@ -145,7 +142,8 @@ def _run_world(job: _Job, world: int) -> _Findings:
     """Run all cases in one start of the ranks; if that fails, start the ranks for each case.
 
     A crash in one case then does not hide the results of the others; a hang would cost the time
-    limit in each, so after one the rest is not started.
+    limit in each, so after one the rest is not started. If no case fails alone, the failure of all
+    of them together is reported.
     """
     try:
         ranks: list[list[_RankFindings]] = run_ranks(world, _compare_cases, job, timeout=TIMEOUT)
@@ -160,27 +158,26 @@ def _run_world(job: _Job, world: int) -> _Findings:
             found += _run_world(replace(job, cases=[single]), world)
             if "in time" in found.differences[-1][1].where:
                 break
+        if all(difference.finding != "raised" for _, difference in found.differences):
+            found.differences.append((job.cases[0][1], failure))
         return found
     found = _Findings()
     for (_, case), results in zip(job.cases, zip(*ranks, strict=True), strict=True):
         found += _merge_ranks(case, results, job.dtype)
-        done = Difference("every rank finishes", "", 0.0, exact=True)
-        found.differences.append((case, done))
+        found.differences.append((case, Difference("every rank finishes", "", 0.0, exact=True)))
     return found
 
 
 def _merge_ranks(case: Case, ranks: Sequence[_RankFindings], dtype: str) -> _Findings:
     """Merge the findings of all ranks, without the quantities that follow from a tie.
 
-    Tied scores are equal to the last bit in the first step only. Experts that no token takes get
-    equal gradients but for rounding, which depends on the number of ranks, so in the second step
-    their scores are tied in exact arithmetic but not in floating point: its routing is left out.
+    Tied scores are equal to the last bit in the first step only: experts that no token takes get
+    gradients that are equal but for rounding. So the second step's routing is left out.
     """
     tie = ties.find_tie([rank.routing for rank in ranks])
+    undecided = tie.step if tie else 1 if case.tied else NUM_STEPS
     merged = mark_consequences([d for rank in ranks for d in rank.differences], dtype)
-    if case.tied:
-        merged = [difference for difference in merged if not ties.is_affected(difference, step=1)]
-    found = [(case, d) for d in merged if tie is None or not ties.is_affected(d, tie.step)]
+    found = [(case, d) for d in merged if not ties.is_affected(d, undecided)]
     return _Findings(found, {str(case): str(tie)} if tie else {})
 
 
@@ -296,6 +293,7 @@ def _build(job: _Job, case: Case) -> Engine:
     if case.naive:
         for part in (layer, model, adapters):
             part.install(engine.model)
+        model.read_settings(engine.model, engine.config)
     adapters.randomize(engine)
     if case.tied:
         tie_scores(engine)

@@ -70,7 +70,7 @@ def _verify(copy: Path, mutation: Mutation) -> Outcome | None:
 
 def _tests(copy: Path, mutation: Mutation) -> Outcome:
     places = mutation.tests.split() or ["tests"]
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-n", "2"]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-n", "1", "-m", "not slow and not drills"]
     result = _python(copy, ["-m", "pytest", *options, *places])
     if result.returncode == 0:
         return Outcome("nothing")
