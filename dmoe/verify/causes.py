@@ -292,7 +292,8 @@ _CAUSES: dict[str, str | Callable[[Difference, Case], str]] = {
     "checkpoint written here, read by 1": _checkpoint,
     "checkpoint written by 1, read here": _checkpoint,
     "every rank finishes": (
-        "the ranks disagree on shapes, splits or the order of collectives, or one raised an error"
+        "one raised an error, at the place given, or the ranks disagree on shapes, splits or the "
+        "order of collectives"
     ),
 }
 """Sentence, or function that chooses one, by quantity."""

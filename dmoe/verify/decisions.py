@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,12 @@ from dmoe.verify.naive.capacity import Choices, apply_capacity
 from dmoe.verify.naive.routing import choose_experts
 
 Capture = dict[str, NDArray[np.generic]]
+
+
+def as_array(value: Tensor) -> NDArray[Any]:
+    """Copy a tensor of any device to the host."""
+    array: NDArray[Any] = value.detach().cpu().numpy().copy()
+    return array
 
 
 @contextmanager
@@ -88,7 +95,7 @@ def record_layers(model: Model, found: Capture, step: int, *, decisions: bool) -
         if p not in recorded:
             recorded.add(p)
             place = f"{step}/{accumulation[0]}/{len(finished)}.{p}"
-            found[f"module/{place}"] = output.detach().flatten(0, -2).numpy().copy()
+            found[f"module/{place}"] = as_array(output.flatten(0, -2))
 
     with ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(count_forward).remove)
@@ -105,7 +112,7 @@ def record_layers(model: Model, found: Capture, step: int, *, decisions: bool) -
 
 def _hook_gradient(tensor: Tensor, found: Capture, name: str) -> None:
     def store(gradient: Tensor) -> None:
-        found[name] = gradient.detach().flatten(0, -2).numpy().copy()
+        found[name] = as_array(gradient.flatten(0, -2))
 
     tensor.register_hook(store)  # type: ignore[no-untyped-call]
 
@@ -128,19 +135,19 @@ def _layer_record(
     layer: MoE, x: Tensor, output: MoEOutput, routing: Routing | None, *, decisions: bool
 ) -> Capture:
     plan = output.plan
-    weight_TE = torch.zeros(plan.expert_TK.shape[0], plan.num_experts, dtype=plan.weight_TK.dtype)
+    weight_TE = plan.weight_TK.new_zeros(plan.expert_TK.shape[0], plan.num_experts)
     kept_weight_TK = plan.weight_TK.detach().masked_fill(~plan.is_kept_TK, 0.0)
     found: Capture = {
-        "x": x.detach().flatten(0, -2).numpy().copy(),
-        "y": output.y.detach().flatten(0, -2).numpy().copy(),
+        "x": as_array(x.flatten(0, -2)),
+        "y": as_array(output.y.flatten(0, -2)),
         "chosen": computed_experts(output.routing),
         "computed": computed_experts(plan),
-        "weight": weight_TE.scatter_add_(1, plan.expert_TK, kept_weight_TK).numpy().copy(),
+        "weight": as_array(weight_TE.scatter_add_(1, plan.expert_TK, kept_weight_TK)),
         "slots": np.array(output.stats.slots, np.float64),
     }
     if ROUTERS[layer.router.config.kind].learned:
         # those of other routers say no more than the choice, and differ for padding
-        found["score"] = output.routing.score_TE.detach().numpy().copy()
+        found["score"] = as_array(output.routing.score_TE)
     if decisions:
         sequences = x.shape[:-2].numel()
         found |= decision_inputs(layer, output, routing, sequences)
@@ -175,13 +182,13 @@ def computed_experts(assigned: Routing | DispatchPlan) -> NDArray[np.bool_]:
     Reads the tensors on the host.
     """
     active_TK = assigned.is_selected_TK if isinstance(assigned, Routing) else assigned.is_kept_TK
-    computed_TE = torch.zeros(len(active_TK), assigned.num_experts, dtype=torch.bool)
+    computed_TE = active_TK.new_zeros(len(active_TK), assigned.num_experts)
     # one choice at a time: a dropped one must not overwrite a kept one of the same expert
     for k in range(active_TK.shape[1]):
         computed_TE |= torch.zeros_like(computed_TE).scatter_(
             1, assigned.expert_TK[:, k : k + 1], active_TK[:, k : k + 1]
         )
-    return computed_TE.numpy()
+    return as_array(computed_TE)
 
 
 def decision_inputs(
@@ -204,9 +211,9 @@ def decision_inputs(
     chosen_TE = naive_chosen_TE if routing is None else computed_experts(routing)
     same_TE = (chosen_TE == naive_chosen_TE) & (computed_TE == naive_kept_TE)
     return {
-        "score": scored.score_TE.detach().numpy().copy(),
-        "router_bias": layer.router.get_buffer("bias_E").detach().numpy().copy(),
-        "max_logit": scored.logit_TE.detach().abs().amax(1).clamp(min=1.0).numpy().copy(),
+        "score": as_array(scored.score_TE),
+        "router_bias": as_array(layer.router.get_buffer("bias_E")),
+        "max_logit": as_array(scored.logit_TE.abs().amax(1).clamp(min=1.0)),
         "chosen": chosen_TE,
         "computed": computed_TE,
         "follows_rules": same_TE.all(1),
@@ -232,4 +239,4 @@ def naive_decisions(
     choices = Choices(experts, next_experts, score_TE, score_TE, score_TE, valid)
     kept = apply_capacity(layer, choices, sequences)
     own = slice(first, first + tokens)
-    return choices.mask(score_TE)[own].numpy(), kept.mask(score_TE)[own].numpy()
+    return as_array(choices.mask(score_TE)[own]), as_array(kept.mask(score_TE)[own])

@@ -8,6 +8,8 @@ Letters: T tokens, E experts.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -176,6 +178,18 @@ def compare_exactly(quantity: str, actual: Capture, expected: Capture) -> Differ
         (exact_difference(quantity, name, actual[name], expected[name]) for name in expected),
         key=lambda d: d.size,
     )
+
+
+def failure_of(message: str) -> Difference:
+    """Return the difference of a process that raised, with the place in dmoe.
+
+    The last line of the message names the quantity at work as [quantity], or none.
+    """
+    last_line = message.strip().splitlines()[-1]
+    quantity = next((q for q in QUANTITIES if f"[{q}]" in last_line), "every rank finishes")
+    frames = re.findall(r'File ".*/(dmoe/(?!verify/).*)", line (\d+)', message)
+    place = "raised" + "".join(f" in {file}, line {line}" for file, line in frames[-1:])
+    return Difference(quantity, last_line, math.inf, exact=True, finding=place)
 
 
 def multiple_of(actual: Array, expected: Array, part: Array) -> float | None:

@@ -30,11 +30,25 @@ from dmoe.verify.capture import (
     low_precision_state,
     state_arrays,
 )
-from dmoe.verify.cases import NUM_STEPS, Case, plan_cases, prepare, reference_case, shrink
+from dmoe.verify.cases import (
+    NUM_STEPS,
+    Case,
+    check_gpus,
+    plan_cases,
+    prepare,
+    reference_case,
+    shrink,
+)
 from dmoe.verify.causes import Report, make_row
 from dmoe.verify.compare import compare
 from dmoe.verify.decisions import Capture, tie_scores
-from dmoe.verify.differences import QUANTITIES, Difference, compare_exactly, mark_consequences
+from dmoe.verify.differences import (
+    QUANTITIES,
+    Difference,
+    compare_exactly,
+    failure_of,
+    mark_consequences,
+)
 from dmoe.verify.naive import adapters, layer, model
 
 __all__ = ["Report", "verify"]
@@ -80,6 +94,7 @@ def verify(
     worlds: Sequence[int] = (1, 2, 4),
     *,
     dtype: str = "float64",
+    device: str = "cpu",
     full: bool = False,
     patch: Patch | None = None,
     setup: Patch | None = None,
@@ -92,19 +107,21 @@ def verify(
         config: checked for one process.
         worlds: numbers of ranks; each is started once.
         dtype: of weights and arithmetic; float64 (tolerance 1e-10) or float32 (1e-5).
+        device: of the cases, `cpu` (gloo) or `cuda` (NCCL); the reference is always on the CPU.
         full: keep the config's widths; default: the narrow form of `shrink`.
         patch: called in every rank of the cases before anything is built, not in the reference;
             tests add a bug with it.
         setup: called before `patch`, and in the reference too; tests make a special case with it.
 
     Raises:
-        ConfigError: the config cannot run at all.
+        ConfigError: the config cannot run at all, or there are too few GPUs.
     """
     start, groups = time.monotonic(), math.lcm(*worlds) * config.parallel.virtual_ranks
+    check_gpus(device, worlds)
     base = prepare(config if full else shrink(config), groups)
     reference = reference_case(groups)
     check(reference.config(base), 1)
-    plan = plan_cases(base, list(worlds), groups)
+    plan = plan_cases(base, list(worlds), groups, device)
     with tempfile.TemporaryDirectory() as name:
         job = _Job(base, list(enumerate(plan.cases)), Path(name), dtype, patch, setup)
         found = _run_all(job, reference, worlds)
@@ -117,7 +134,7 @@ def _run_all(job: _Job, reference: Case, worlds: Sequence[int]) -> _Findings:
     try:
         run_ranks(1, _record_reference, job, reference, timeout=TIMEOUT)
     except RankError as error:
-        return _Findings([(reference, _failure(error))])
+        return _Findings([(reference, failure_of(str(error)))])
     found = _Findings()
     for world in worlds:
         cases = [(index, case) for index, case in job.cases if case.world == world]
@@ -127,15 +144,8 @@ def _run_all(job: _Job, reference: Case, worlds: Sequence[int]) -> _Findings:
     try:
         (loaded,) = run_ranks(1, _load_checkpoints, job, reference, timeout=TIMEOUT)
     except RankError as error:
-        loaded = [(reference, replace(_failure(error), quantity=read))]
+        loaded = [(reference, replace(failure_of(str(error)), quantity=read))]
     return found + _Findings(loaded)
-
-
-def _failure(error: RankError) -> Difference:
-    """Return the row of a process that raised; its message may name the quantity at work."""
-    last_line = str(error).strip().splitlines()[-1]
-    named = next((q for q in QUANTITIES if f"[{q}]" in last_line), "every rank finishes")
-    return Difference(named, last_line, math.inf, exact=True, finding="raised")
 
 
 def _run_world(job: _Job, world: int) -> _Findings:
@@ -146,9 +156,12 @@ def _run_world(job: _Job, world: int) -> _Findings:
     of them together is reported.
     """
     try:
-        ranks: list[list[_RankFindings]] = run_ranks(world, _compare_cases, job, timeout=TIMEOUT)
+        device = job.cases[0][1].device if job.cases else "cpu"
+        ranks: list[list[_RankFindings]] = run_ranks(
+            world, _compare_cases, job, timeout=TIMEOUT, device=device
+        )
     except RankError as error:
-        failure = _failure(error)
+        failure = failure_of(str(error))
         if len(job.cases) == 1 or "in time" in failure.where:
             return _Findings([(job.cases[0][1], failure)])
         found = _Findings()
@@ -158,7 +171,7 @@ def _run_world(job: _Job, world: int) -> _Findings:
             found += _run_world(replace(job, cases=[single]), world)
             if "in time" in found.differences[-1][1].where:
                 break
-        if all(difference.finding != "raised" for _, difference in found.differences):
+        if not any(difference.is_red(job.dtype) for _, difference in found.differences):
             found.differences.append((job.cases[0][1], failure))
         return found
     found = _Findings()
@@ -284,12 +297,8 @@ def _apply_patches(job: _Job) -> None:
 def _build(job: _Job, case: Case) -> Engine:
     # one process builds many engines; accelerate expects one
     AcceleratorState._reset_state(reset_partial_state=True)
-    engine = build_engine(
-        case.config(job.config),
-        init_distributed("cpu"),
-        VOCAB_SIZE,
-        getattr(torch, job.dtype),
-    )
+    process, dtype = init_distributed(case.device), getattr(torch, job.dtype)
+    engine = build_engine(case.config(job.config), process, VOCAB_SIZE, dtype)
     if case.naive:
         for part in (layer, model, adapters):
             part.install(engine.model)

@@ -15,7 +15,13 @@ from dmoe.config.schema import Config
 from dmoe.distributed.local_ranks import RankError
 from dmoe.verify.cases import Case
 from dmoe.verify.causes import make_row
-from dmoe.verify.differences import QUANTITIES, STAGES, Difference, mark_consequences
+from dmoe.verify.differences import (
+    QUANTITIES,
+    STAGES,
+    Difference,
+    failure_of,
+    mark_consequences,
+)
 
 
 def red(quantity: str, step: int = 0, layer: float = -1) -> Difference:
@@ -113,6 +119,22 @@ def test_the_second_steps_routing_is_left_out_where_scores_are_tied() -> None:
     }
     assert kept[False] == [(d.quantity, d.step) for d in found]
     assert kept[True] == [("chosen experts", 0), ("capacity slots", 1)]
+
+
+def test_a_process_that_raised_names_the_place_in_the_product() -> None:
+    """The last line alone, "index 4 is out of bounds", names no area."""
+    trace = (
+        "rank 1 failed:\n"
+        '  File "/x/dmoe/verify/verify.py", line 9, in _compare_case\n'
+        '  File "/x/dmoe/moe/layer.py", line 210, in forward\n'
+        '  File "/x/dmoe/moe/experts/zero_cost.py", line 58, in forward\n'
+        '  File "/x/torch/functional.py", line 5, in index_select\n'
+        "IndexError: index 4 is out of bounds"
+    )
+    found = failure_of(trace)
+    assert found.quantity == "every rank finishes"
+    assert found.finding == "raised in dmoe/moe/experts/zero_cost.py, line 58"
+    assert failure_of(f"{trace}\nRuntimeError: [counts] no").quantity == "counts"
 
 
 def test_ranks_that_fail_only_together_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
