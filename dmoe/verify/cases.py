@@ -54,15 +54,19 @@ class Case:
     tied: bool = False
     """Every second router row is zero, so that scores are equal to the last bit."""
     naive: bool = False
-    device: str = "cpu"
+    cuda: bool = False
 
     def __str__(self) -> str:
         if self.naive:
             return f"1 process, naive layer{' with tied scores' if self.tied else ''}"
         ranks = "1 process" if self.world == 1 else f"{self.world} ranks EP={self.ep}"
         special = " recompute" if self.recompute else " tied scores" if self.tied else ""
-        place = " on cuda" if self.device == "cuda" else ""
+        place = " on cuda" if self.cuda else ""
         return f"{ranks} {self.exchange} {self.mode}{special}{place}"
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.cuda else "cpu"
 
     def config(self, base: Config) -> Config:
         """Return `base` with this case's settings."""
@@ -73,10 +77,12 @@ class Case:
                 ep=self.ep,
                 virtual_ranks=self.virtual_ranks,
                 mode=self.mode,
-                backend="nccl" if self.device == "cuda" else "gloo",
+                backend="nccl" if self.cuda else "gloo",
             ),
             moe=replace(base.moe, exchange=self.exchange),
-            train=replace(base.train, recompute=self.recompute, device=self.device),
+            train=replace(
+                base.train, recompute=self.recompute, device="cuda" if self.cuda else "cpu"
+            ),
         )
 
 
@@ -94,7 +100,7 @@ def reference_case(groups: int) -> Case:
     return Case(1, 1, groups, "packed", "ddp", naive=True)
 
 
-def check_gpus(device: str, worlds: Sequence[int]) -> None:
+def _check_gpus(device: str, worlds: Sequence[int]) -> None:
     """Raise ConfigError unless each rank has a device of its own."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and not gpus:
@@ -106,7 +112,11 @@ def check_gpus(device: str, worlds: Sequence[int]) -> None:
 
 
 def plan_cases(config: Config, worlds: list[int], groups: int, device: str = "cpu") -> CasePlan:
-    """Return all cases for these numbers of ranks; `groups` is a multiple of each."""
+    """Return all cases for these numbers of ranks; `groups` is a multiple of each.
+
+    Raises ConfigError where a rank has no `device` of its own.
+    """
+    _check_gpus(device, worlds)
     cases, refused = list[Case](), dict[str, str]()
     exchanges: list[Exchange] = ["packed"]
     if moe_widths(config):
@@ -118,7 +128,7 @@ def plan_cases(config: Config, worlds: list[int], groups: int, device: str = "cp
             exchanges.append("padded")
     for world in worlds:
         for planned in _cases_of_world(config, world, groups, exchanges):
-            case = replace(planned, device=device)
+            case = replace(planned, cuda=device == "cuda")
             try:
                 check(case.config(config), world)
                 cases.append(case)

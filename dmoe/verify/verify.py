@@ -6,6 +6,7 @@ import math
 import shutil
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,15 +31,7 @@ from dmoe.verify.capture import (
     low_precision_state,
     state_arrays,
 )
-from dmoe.verify.cases import (
-    NUM_STEPS,
-    Case,
-    check_gpus,
-    plan_cases,
-    prepare,
-    reference_case,
-    shrink,
-)
+from dmoe.verify.cases import NUM_STEPS, Case, plan_cases, prepare, reference_case, shrink
 from dmoe.verify.causes import Report, make_row
 from dmoe.verify.compare import compare
 from dmoe.verify.decisions import Capture, tie_scores
@@ -117,7 +110,6 @@ def verify(
         ConfigError: the config cannot run at all, or there are too few GPUs.
     """
     start, groups = time.monotonic(), math.lcm(*worlds) * config.parallel.virtual_ranks
-    check_gpus(device, worlds)
     base = prepare(config if full else shrink(config), groups)
     reference = reference_case(groups)
     check(reference.config(base), 1)
@@ -144,7 +136,7 @@ def _run_all(job: _Job, reference: Case, worlds: Sequence[int]) -> _Findings:
     try:
         (loaded,) = run_ranks(1, _load_checkpoints, job, reference, timeout=TIMEOUT)
     except RankError as error:
-        loaded = [(reference, replace(failure_of(str(error)), quantity=read))]
+        loaded = [(reference, failure_of(str(error), read))]
     return found + _Findings(loaded)
 
 
@@ -235,7 +227,7 @@ def _compare_checkpoints(
     """Save a checkpoint for `_load_checkpoints`, load the reference's, and compare every bit.
 
     An unexpected exception leaves the other ranks in a collective, so it ends the process; its
-    message names the quantity, for `_failure`.
+    message names the quantity, for `failure_of`.
     """
     quantity = "checkpoint written here, read by 1"
     try:
@@ -274,17 +266,18 @@ def _load_checkpoints(
             checkpointer.load_training_state(engine, job.folder / str(index) / "step-00000001")
             saved = load_file(job.folder / f"{index}.safetensors")
             difference = compare_exactly(quantity, state_arrays(engine), saved)
-        except Exception as error:
-            what = "refused" if isinstance(error, CheckpointError) else type(error).__name__
-            difference = Difference(quantity, str(error), math.inf, finding=what)
+        except CheckpointError as error:
+            difference = Difference(quantity, str(error), math.inf, finding="refused")
+        except Exception:
+            difference = failure_of(traceback.format_exc(), quantity)
         found.append((case, difference))
     quantity, case = "float32 under bf16", Case(1, 1, reference.virtual_ranks, "packed", "ddp")
     config = replace(job.config, train=replace(job.config.train, precision="bf16"))
     try:
         names = low_precision_state(_build(replace(job, config=config, dtype="float32"), case))
         difference = Difference(quantity, ", ".join(names[:1]), float(len(names)), exact=True)
-    except Exception as error:
-        difference = Difference(quantity, f"{type(error).__name__}: {error}", math.inf, exact=True)
+    except Exception:
+        difference = failure_of(traceback.format_exc(), quantity)
     return [*found, (case, difference)]
 
 
