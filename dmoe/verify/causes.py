@@ -6,7 +6,6 @@ differences, and each is described here with the package where its code is.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -202,8 +201,8 @@ def _expert_gradients(difference: Difference, case: Case) -> str:
 def _checkpoint(difference: Difference, case: Case) -> str:
     if difference.finding == "refused":
         return "reading refused the checkpoint: its files, or its tensors' names and shapes"
-    if difference.size == math.inf and not difference.finding.startswith("shape"):
-        return "writing or reading raised an error: see the place"
+    if difference.finding.startswith("raised"):
+        return "writing or reading raised an error at the place given, on any number of ranks"
     return (
         "a checkpoint of several ranks does not have every rank's experts or moments, or reading "
         "does not give each rank its own (resharding), or not all of the state"

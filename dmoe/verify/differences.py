@@ -180,16 +180,18 @@ def compare_exactly(quantity: str, actual: Capture, expected: Capture) -> Differ
     )
 
 
-def failure_of(message: str) -> Difference:
+def failure_of(message: str, quantity: str | None = None) -> Difference:
     """Return the difference of a process that raised, with the place in dmoe.
 
-    The last line of the message names the quantity at work as [quantity], or none.
+    Args:
+        message: with the traceback; its last line may name the quantity at work as [quantity].
+        quantity: the quantity at work, if it is known.
     """
     last_line = message.strip().splitlines()[-1]
-    quantity = next((q for q in QUANTITIES if f"[{q}]" in last_line), "every rank finishes")
+    named = next((q for q in QUANTITIES if f"[{q}]" in last_line), "every rank finishes")
     frames = re.findall(r'File ".*/(dmoe/(?!verify/).*)", line (\d+)', message)
     place = "raised" + "".join(f" in {file}, line {line}" for file, line in frames[-1:])
-    return Difference(quantity, last_line, math.inf, exact=True, finding=place)
+    return Difference(quantity or named, last_line, math.inf, exact=True, finding=place)
 
 
 def multiple_of(actual: Array, expected: Array, part: Array) -> float | None:

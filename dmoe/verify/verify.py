@@ -247,8 +247,7 @@ def _compare_checkpoints(
     except CheckpointError as error:
         return Difference(quantity, str(error), math.inf, finding="refused")
     except Exception as error:
-        message = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RuntimeError(f"[{quantity}] {message}") from error
+        raise RuntimeError(f"[{quantity}] {error!r}") from error
 
 
 def _load_checkpoints(
@@ -282,9 +281,8 @@ def _load_checkpoints(
 
 
 def _apply_patches(job: _Job) -> None:
-    for change in (job.setup, job.patch):
-        if change is not None:
-            change()
+    for change in filter(None, (job.setup, job.patch)):
+        change()
 
 
 def _build(job: _Job, case: Case) -> Engine:
