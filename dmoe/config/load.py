@@ -20,7 +20,7 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.fields import TEXT, check_given, field_named, list_fields
 from dmoe.config.plugins import FORM, anchored
 from dmoe.config.schema import Config
-from dmoe.config.yaml_guard import NULLS, check_interpolation, parse, quoted, read_text, short
+from dmoe.config.yaml_guard import NULLS, check_text, parse, quoted, read_text, short
 
 KEY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*){0,15}")
 
@@ -109,7 +109,7 @@ def parse_override(override: str) -> dict[str, Any]:
 
 
 def _value(key: str, text: str) -> Any:
-    check_interpolation(key, text)
+    check_text(key, text)
     field = field_named(key)
     is_text = field is not None and (field.type in TEXT or field.type.endswith(FORM))
     if not text:

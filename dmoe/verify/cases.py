@@ -13,18 +13,20 @@ sets the precision.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
+
+import torch
 
 from dmoe.config.datasets import DATASETS
 from dmoe.config.errors import ConfigError
 from dmoe.config.expert_shapes import expert_shapes, multiply_adds
-from dmoe.config.plugin_loader import loaded_class
-from dmoe.config.plugins import references
 from dmoe.config.router_kinds import router_spec
 from dmoe.config.rules import can_share, check, moe_widths, shares_something
 from dmoe.config.schema import Config, DataConfig, ModelConfig, ModularConfig, MoEConfig
 from dmoe.train.modular.attach import BANK_FIELDS
+from dmoe.verify.naive.plugins import without_reference
 
 Exchange = Literal["packed", "padded"]
 Mode = Literal["ddp", "fsdp"]
@@ -53,23 +55,35 @@ class Case:
     tied: bool = False
     """Every second router row is zero, so that scores are equal to the last bit."""
     naive: bool = False
+    cuda: bool = False
 
     def __str__(self) -> str:
         if self.naive:
             return f"1 process, naive layer{' with tied scores' if self.tied else ''}"
         ranks = "1 process" if self.world == 1 else f"{self.world} ranks EP={self.ep}"
         special = " recompute" if self.recompute else " tied scores" if self.tied else ""
-        return f"{ranks} {self.exchange} {self.mode}{special}"
+        place = " on cuda" if self.cuda else ""
+        return f"{ranks} {self.exchange} {self.mode}{special}{place}"
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.cuda else "cpu"
 
     def config(self, base: Config) -> Config:
         """Return `base` with this case's settings."""
         return replace(
             base,
             parallel=replace(
-                base.parallel, ep=self.ep, virtual_ranks=self.virtual_ranks, mode=self.mode
+                base.parallel,
+                ep=self.ep,
+                virtual_ranks=self.virtual_ranks,
+                mode=self.mode,
+                backend="nccl" if self.cuda else "gloo",
             ),
             moe=replace(base.moe, exchange=self.exchange),
-            train=replace(base.train, recompute=self.recompute),
+            train=replace(
+                base.train, recompute=self.recompute, device="cuda" if self.cuda else "cpu"
+            ),
         )
 
 
@@ -87,9 +101,24 @@ def reference_case(groups: int) -> Case:
     return Case(1, 1, groups, "packed", "ddp", naive=True)
 
 
-def plan_cases(config: Config, worlds: list[int], groups: int) -> CasePlan:
-    """Return all cases for these numbers of ranks; `groups` is a multiple of each."""
-    cases, refused = list[Case](), _without_reference(config)
+def _check_gpus(device: str, worlds: Sequence[int]) -> None:
+    """Raise ConfigError unless each rank has a device of its own."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cuda" and not gpus:
+        raise ConfigError("--device", device, "no GPU is visible", "use --device cpu")
+    if device == "cuda" and max(worlds) > gpus:
+        fits = ",".join(str(world) for world in worlds if world <= gpus) or "1"
+        allowed = f"each rank needs a GPU, and {gpus} {'is' if gpus == 1 else 'are'} visible"
+        raise ConfigError("--worlds", ",".join(map(str, worlds)), allowed, f"use {fits}")
+
+
+def plan_cases(config: Config, worlds: list[int], groups: int, device: str = "cpu") -> CasePlan:
+    """Return all cases for these numbers of ranks; `groups` is a multiple of each.
+
+    Raises ConfigError where a rank has no `device` of its own.
+    """
+    _check_gpus(device, worlds)
+    cases, refused = list[Case](), without_reference(config)
     exchanges: list[Exchange] = ["packed"]
     if moe_widths(config):
         if config.moe.capacity.factor is None:
@@ -99,7 +128,8 @@ def plan_cases(config: Config, worlds: list[int], groups: int) -> CasePlan:
         else:
             exchanges.append("padded")
     for world in worlds:
-        for case in _cases_of_world(config, world, groups, exchanges):
+        for planned in _cases_of_world(config, world, groups, exchanges):
+            case = replace(planned, cuda=device == "cuda")
             try:
                 check(case.config(config), world)
                 cases.append(case)
@@ -112,16 +142,6 @@ def plan_cases(config: Config, worlds: list[int], groups: int) -> CasePlan:
         if router_spec(config.moe.router.kind).learned and moe_widths(config):
             cases.append(replace(largest[-1], tied=True))
     return CasePlan(cases, refused)
-
-
-def _without_reference(config: Config) -> dict[str, str]:
-    """Say of code of the user's own that it has no reference: nothing checks its formula."""
-    why = "has no reference(...) of its own: one process is compared with N ranks, not its formula"
-    return {
-        field: f"{reference.label} {why}"
-        for field, reference in references(config).items()
-        if not field.startswith("data.") and not hasattr(loaded_class(str(reference)), "reference")
-    }
 
 
 def _cases_of_world(
@@ -157,7 +177,7 @@ def prepare(config: Config, groups: int) -> Config:
             micro_batch=MICRO_BATCH,
             precision="fp32",
             device="cpu",
-            eval_sequences=groups,
+            eval_sequences=MICRO_BATCH * groups + 1,  # so that the second batch has padding
         ),
         optim=replace(config.optim, warmup=0),
         parallel=replace(config.parallel, backend="gloo"),

@@ -13,12 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmoe.config.plugin_loader import construct
+from dmoe.config.plugin_loader import construct, loaded_class
+from dmoe.config.plugins import references
 from dmoe.config.schedule import own_schedule
-from dmoe.config.schema import OptimConfig
+from dmoe.config.schema import Config, OptimConfig
 from dmoe.moe.layer import MoE
 from dmoe.moe.routing import BatchShape, Routing, TokenContext
 from dmoe.verify.naive.capacity import Choices, capacity_and_groups, has_capacity
+
+
+def without_reference(config: Config) -> dict[str, str]:
+    """Say of code of the user's own that it has no reference: nothing checks its formula."""
+    why = "has no reference of its own: N ranks are compared with one process, not its formula"
+    return {
+        field: f"{reference.label} {why}"
+        for field, reference in references(config).items()
+        if not field.startswith("data.") and not hasattr(loaded_class(str(reference)), "reference")
+    }
 
 
 def own_choices(
