@@ -150,7 +150,7 @@ def outcomes(rank: int, world: int) -> dict[str, list[Any]]:
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, list[Any]]:
-    (found,) = run_ranks(1, outcomes)
+    (found,) = run_ranks(1, outcomes, timeout=180)
     return found
 
 
