@@ -64,7 +64,7 @@ def _all_differences(
         yield from _updates(actual, expected, step)
     for name, a, b in _pairs("final/", actual, expected):
         if not name.startswith(("model.", "buffer.", "step.")):
-            yield replace(difference_of("Adam's moments", name, a, b), step=NUM_STEPS - 1)
+            yield replace(difference_of("moments", name, a, b), step=NUM_STEPS - 1)
     for name, a, b in _pairs("evaluation/", actual, expected):
         yield replace(difference_of("evaluation", name, a, b), step=NUM_STEPS - 1)
 

@@ -465,7 +465,7 @@ BUGS: dict[str, tuple[Patch, list[str], str, str]] = {
         "layer outputs",
         "other tokens",
     ),
-    "21 moments swapped": (moments_swapped, [], "Adam's moments", "decay rates"),
+    "21 moments swapped": (moments_swapped, [], "moments", "decay rates"),
     "22 noise without layer": (
         noise_without_layer,
         ["moe.router.jitter=0.1"],

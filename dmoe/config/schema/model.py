@@ -86,8 +86,6 @@ class RouterConfig:
     ] = "top_k"
     """Rule by which a token's experts are chosen; implemented in dmoe/moe/routers, or by a class of
     your own (docs/plugins.md)."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of a router of your own."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     """Logits to scores: softmax (Switch, Mixtral, OLMoE, Qwen) or sigmoid (DeepSeek-V3)."""
     weights_from: Literal["all", "chosen"] = "all"
@@ -100,8 +98,6 @@ class RouterConfig:
     jitter: Annotated[float, fraction("[)", fix="Switch used 0.01")] = 0.0
     """In training, multiply the router's input by uniform noise in [1 - jitter, 1 + jitter]
     (Switch)."""
-    freeze: bool = False
-    """Do not train the weights of the routers: they stay as they were drawn, or loaded."""
     groups: Annotated[int, at_least(1)] = 1
     """group_limited: number of groups of consecutive experts (DeepSeek-V3's n_group)."""
     topk_groups: Annotated[int, at_least(1)] = 1
@@ -121,6 +117,10 @@ class RouterConfig:
     allow_future_leak: bool = False
     """expert_choice, and budget with per=sequence: accept that the choice for a token depends on
     later tokens of its sequence, which a causal model must not do."""
+    freeze: bool = False
+    """Do not train the weights of the routers: they stay as they were drawn, or loaded."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a router of your own."""
 
 
 @dataclass(frozen=True)
@@ -163,17 +163,17 @@ class BalanceConfig:
     the noisy router."""
     usage_std: Annotated[float, at_least(0)] = 0.0
     """Coefficient of the standard deviation of the mean score of each expert."""
-    kind: Optional[str] = None
-    """A loss of your own, FILE.py:Name or package.module:Name (docs/plugins.md)."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of a loss of your own."""
-    own: Annotated[float, at_least(0)] = 0.0
-    """Coefficient of the loss of your own."""
     bias: Annotated[float, at_least(0)] = 0.0
     """Update rate u of the bias of loss-free balancing (DeepSeek-V3): after each step
     b_e += u * sign(mean load - load of e); 0: off."""
     recenter: bool = True
     """Subtract the mean of the bias after each update, so that it cannot drift."""
+    kind: Optional[str] = None
+    """A loss of your own, FILE.py:Name or package.module:Name (docs/plugins.md)."""
+    own: Annotated[float, at_least(0)] = 0.0
+    """Coefficient of the loss of your own."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a loss of your own."""
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,6 @@ class ExpertsConfig:
     kind: Annotated[str, one_of("swiglu", "geglu", "gelu", "relu")] = "swiglu"
     """Activation of an expert; swiglu and geglu are gated (three matrices), gelu and relu are not
     (two). Experts of your own stand beside dense feed-forwards and shared experts of swiglu."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of experts of your own."""
     shared: Annotated[int, at_least(0), at_most(1 << 16)] = 0
     """Number of shared experts, which every token uses beside the routed ones (DeepSeekMoE)."""
     shared_dim: Annotated[Optional[int], above(0), at_most(1 << 24)] = None
@@ -197,6 +195,8 @@ class ExpertsConfig:
     """Number of zero-cost experts that return their input."""
     constant: Annotated[int, at_least(0), at_most(1 << 16)] = 0
     """Number of zero-cost experts that return a trainable vector, whatever their input."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of experts of your own."""
 
 
 @dataclass(frozen=True)

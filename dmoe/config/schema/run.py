@@ -53,8 +53,6 @@ class DataConfig:
     shards, synthetic:KIND, or a class of your own (docs/plugins.md). For
     train.task=classification: sklearn:digits, sklearn:wine, sklearn:breast_cancer or
     synthetic:clusters."""
-    source_options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of a source of your own."""
     streams: Annotated[list[str], only_for("train.task", "classification")] = field(
         default_factory=list
     )
@@ -65,8 +63,6 @@ class DataConfig:
     tokenizer: Annotated[str, only_for("train.task", "language_modelling")] = "bytes"
     """bytes, a tokenizers .json file, or a tiktoken rank file (.tiktoken, or Mistral's
     tekken.json), or a class of your own."""
-    tokenizer_options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of a tokenizer of your own."""
     tokenizer_vocab: Annotated[
         Optional[int], only_for("train.task", "language_modelling"), above(0), at_most(1 << 24)
     ] = None
@@ -82,6 +78,10 @@ class DataConfig:
     proportional to size, larger is flatter. Default: every sequence is read once per epoch."""
     eval_source: Annotated[Optional[str], only_for("train.task", "language_modelling")] = None
     """Further entries, as in source, used only for evaluation."""
+    source_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a source of your own."""
+    tokenizer_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a tokenizer of your own."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +132,6 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    kind: Annotated[str, one_of("adamw", "muon")] = "adamw"
-    """adamw; or muon, which orthogonalises the update of each matrix, every expert's alone, and
-    updates embeddings, norms, routers, the output and vectors by AdamW."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of an optimizer of your own."""
     lr: Annotated[float, above(0)] = 0.004
     """Peak learning rate."""
     beta1: Annotated[float, fraction(), below(1)] = 0.9
@@ -145,13 +140,8 @@ class OptimConfig:
     """Decay of AdamW's second moment."""
     eps: Annotated[float, above(0)] = 1e-8
     """AdamW's epsilon."""
-    momentum: Annotated[float, only_for("optim.kind", "muon"), fraction("[)")] = 0.95
-    """muon: decay of the momentum."""
     weight_decay: Annotated[float, at_least(0)] = 0.1
     """Decoupled weight decay of matrices; norms, routers and embeddings have none."""
-    groups: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Own lr (the peak) and weight_decay of the parameters whose name a pattern matches, the first
-    of several, e.g. {"*.router.*": {lr: 0.001}, "*.experts.*": {weight_decay: 0}}."""
     clip: Annotated[Optional[float], above(0)] = 1.0
     """Maximum global gradient norm; null: no clipping."""
     schedule: Annotated[str, one_of("cosine", "linear", "wsd", "constant", "inverse_sqrt")] = (
@@ -159,11 +149,21 @@ class OptimConfig:
     )
     """Learning rate after the warmup; wsd stays at the peak and decays over the last decay_fraction
     of the steps; inverse_sqrt falls with sqrt(warmup / step), whatever the number of steps."""
-    schedule_options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of a schedule of your own."""
     warmup: Annotated[int, at_least(0)] = 50
     """Steps of linear warmup."""
     min_lr_ratio: Annotated[float, fraction()] = 0.05
     """Final (inverse_sqrt: lowest) learning rate, as a share of the peak."""
     decay_fraction: Annotated[float, fraction()] = 0.2
     """Share of the steps in which wsd decays."""
+    schedule_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a schedule of your own."""
+    kind: Annotated[str, one_of("adamw", "muon")] = "adamw"
+    """adamw; or muon, which orthogonalises the update of each matrix, every expert's alone, and
+    updates embeddings, norms, routers, the output and vectors by AdamW."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of an optimizer of your own."""
+    momentum: Annotated[float, only_for("optim.kind", "muon"), fraction("[)")] = 0.95
+    """muon: decay of the momentum."""
+    groups: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Own lr (the peak) and weight_decay of the parameters whose name a pattern matches, the first
+    of several, e.g. {"*.router.*": {lr: 0.001}, "*.experts.*": {weight_decay: 0}}."""
