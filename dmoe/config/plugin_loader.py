@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import Any
 
 from dmoe.config.errors import ConfigError
-from dmoe.config.plugins import Reference, options_field, parse, put, references
+from dmoe.config.plugins import Reference, is_under, options_field, parse, put, references
 
 
 def load_plugins(config: Any) -> Any:
@@ -40,10 +40,8 @@ def load_plugins(config: Any) -> Any:
         path = _source_file(field, reference)
         content = _read(field, reference, path)
         digest = hashlib.sha256(content).hexdigest()
-        accepted = config.checkpoint.accept_changes
-        if reference.digest not in (None, digest) and not {field, field.split(".")[0]} & {
-            *accepted
-        }:
+        accepted = is_under(field, config.checkpoint.accept_changes)
+        if reference.digest not in (None, digest) and not accepted:
             raise ConfigError(
                 field,
                 reference.label,
@@ -81,7 +79,8 @@ def loaded_class(value: str) -> type | None:
     """Return the class of a reference if `load_plugins` has loaded it in this process."""
     reference = parse(value)
     module = None if reference is None else sys.modules.get(_key(reference))
-    return None if module is None or reference is None else getattr(module, reference.name)
+    found = None if reference is None else getattr(module, reference.name, None)
+    return found if isinstance(found, type) else None
 
 
 def construct(
@@ -115,11 +114,9 @@ def construct(
     try:
         inspect.signature(kind).bind(*arguments, **options)
     except TypeError as error:
-        name, given = options_field(field), ", ".join(options) or "none"
+        given, fix = ", ".join(options) or "none", f"its arguments: {inspect.signature(kind)}"
         allowed = f"are not what {reference.label} takes: {error}"
-        raise ConfigError(
-            name, given, allowed, f"its arguments: {inspect.signature(kind)}"
-        ) from None
+        raise ConfigError(options_field(field), given, allowed, fix) from None
     try:
         made = kind(*arguments, **options)
     except ConfigError:
