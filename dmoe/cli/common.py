@@ -12,11 +12,12 @@ import typer
 from dmoe.config.errors import ConfigError
 from dmoe.config.load import load_text
 from dmoe.config.schema import Config
+from dmoe.config.shipped import find_config
 from dmoe.config.yaml_guard import INTEGER, NUMBER, read_text, short
 
 ARGUMENTS_HELP = (
-    "A YAML file (default: the quickstart), then overrides like moe.top_k=1. Numbers are decimal, "
-    "no value is empty (null for none)."
+    "A YAML file, or the name of a shipped one (see dmoe configs; default: the quickstart), then "
+    "overrides like moe.top_k=1. Numbers are decimal, no value is empty (null for none)."
 )
 DEFAULTS = "# no file given: the defaults\n{}\n"
 
@@ -24,7 +25,7 @@ DEFAULTS = "# no file given: the defaults\n{}\n"
 def split(arguments: list[str]) -> tuple[str | None, list[str]]:
     """Separate the path of the config file, if the first argument is one, from the overrides.
 
-    The path of an existing file may contain `=`.
+    The path of an existing file may contain `=`. A shipped config may be given by its name.
     """
     first = [
         argument for argument in arguments[:1] if "=" not in argument or os.path.isfile(argument)
@@ -38,7 +39,7 @@ def split(arguments: list[str]) -> tuple[str | None, list[str]]:
             "is neither the first argument (CONFIG) nor section.field=value",
             "put CONFIG first",
         )
-    return (first[0] if first else None), overrides
+    return (find_config(first[0]) if first else None), overrides
 
 
 def load_arguments(arguments: list[str]) -> tuple[Config, str]:

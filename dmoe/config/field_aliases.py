@@ -1,4 +1,4 @@
-"""Names of other frameworks for the fields of dmoe, and the field that an unknown key stands for."""
+"""Names that other frameworks have for the fields, and the field that an unknown key stands for."""
 
 from __future__ import annotations
 

@@ -44,5 +44,5 @@ def test_the_field_that_was_meant_is_named(override: str, field: str) -> None:
 def test_a_word_is_a_list_of_one() -> None:
     assert load(None, ["tracking.trackers=wandb"]).tracking.trackers == ["wandb"]
     assert load_text("tracking: {trackers: tensorboard}", "x").tracking.trackers == ["tensorboard"]
-    with pytest.raises(ConfigError, match="tracking.trackers"):
+    with pytest.raises(ConfigError, match=r"tracking\.trackers"):
         load(None, ["tracking.trackers={a: b}"])
