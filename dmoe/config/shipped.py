@@ -1,41 +1,33 @@
 """The configs that dmoe ships: found by name from a clone and from a wheel alike.
 
-In a clone they are the folder `configs/`. A wheel installs it as `share/dmoe/configs`; the record
-of the installed files says where that is, so `pip install --target` works too.
+In a clone they are the folder `configs/`; a wheel installs them as `share/dmoe/configs` beside the
+packages (`pip install --target`), in the environment, or in the user's folder.
 """
 
 from __future__ import annotations
 
+import site
+import sysconfig
 from functools import cache
-from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 SUFFIX = ".yaml"
-INSTALLED = ("share", "dmoe", "configs")
+INSTALLED = Path("share", "dmoe", "configs")
 TITLE = "# What it shows: "
+ROOT = Path(__file__).parents[2]
+"""The clone, or the folder where pip put the package."""
 
 
 @cache
 def list_shipped() -> dict[str, Path]:
     """Return the files by name, sorted: `quickstart`, `modular/adapter`, ..."""
-    clone = Path(__file__).parents[2] / "configs"
-    if clone.is_dir():
-        found = {path.relative_to(clone): path for path in clone.rglob(f"*{SUFFIX}")}
+    if (ROOT / "pyproject.toml").is_file():
+        folder = ROOT / "configs"
     else:
-        found = {}
-        for file in _installed_files():
-            if INSTALLED[-1] in file.parts and file.suffix == SUFFIX:
-                start = file.parts.index(INSTALLED[-1])
-                if file.parts[start - 2 : start + 1] == INSTALLED:
-                    found[Path(*file.parts[start + 1 :])] = Path(str(file.locate()))
-    return {str(name.with_suffix("")): found[name] for name in sorted(found)}
-
-
-def _installed_files() -> list:  # type: ignore[type-arg]  # PackagePath is not exported
-    try:
-        return files("dmoe") or []
-    except PackageNotFoundError:
-        return []
+        places = [ROOT, Path(sysconfig.get_path("data")), Path(site.getuserbase())]
+        folder = next((p / INSTALLED for p in places if (p / INSTALLED).is_dir()), ROOT / INSTALLED)
+    found = {str(path.relative_to(folder)): path for path in folder.rglob(f"*{SUFFIX}")}
+    return {name.removesuffix(SUFFIX): found[name] for name in sorted(found)}
 
 
 def find_config(given: str) -> str:
