@@ -14,6 +14,7 @@ from dmoe.config.load import load_text
 from dmoe.config.schema import Config
 from dmoe.config.shipped import find_config
 from dmoe.config.yaml_guard import INTEGER, NUMBER, read_text, short
+from dmoe.runs.directory import find_run
 
 ARGUMENTS_HELP = (
     "A YAML file, or the name of a shipped one (see dmoe configs; default: the quickstart), then "
@@ -51,6 +52,22 @@ def load_arguments(arguments: list[str]) -> tuple[Config, str]:
     return config, text + end + "".join(
         f"# override: {_one_line(override)}\n" for override in overrides
     )
+
+
+def load_resumed(run: str, overrides: list[str]) -> tuple[Config, str]:
+    """Return the config that a run recorded, with changes, and its text.
+
+    Args:
+        run: the run directory, e.g. `runs/latest`.
+        overrides: what the user changes, e.g. `train.steps=800`.
+    """
+    wrong = next((a for a in overrides if "=" not in a or a.startswith("train.run_dir=")), None)
+    if wrong is not None:
+        allowed = "does not go with --resume, which takes config and directory from the run"
+        raise ConfigError("argument", wrong, allowed, "give overrides like train.steps=800 only")
+    path = find_run(run).path
+    here = [*overrides, f"train.run_dir={path}"]
+    return load_arguments([str(path / "resolved.yaml"), *here])
 
 
 def _one_line(override: str) -> str:
