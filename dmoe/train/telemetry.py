@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dmoe.config.router_kinds import ROUTERS
+from dmoe.config.schema import TrainConfig
 from dmoe.moe.layer import MoE
 from dmoe.moe.load_balancing import coefficients
 from dmoe.observability.alerts import Alerts
@@ -23,6 +24,11 @@ from dmoe.train.routing_analysis import RoutingProbe
 from dmoe.train.step import StepResult
 from dmoe.train.step_metrics import LayerMetrics, StepMetrics, StepRecorder
 from dmoe.train.tasks import Score
+
+
+def is_logged(step: int, start_step: int, config: TrainConfig) -> bool:
+    """Return whether step `step`, from 1, of a process that began after `start_step` is logged."""
+    return step % config.log_every == 0 or step in (start_step + 1, config.steps)
 
 
 class Telemetry:

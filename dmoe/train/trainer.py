@@ -7,9 +7,9 @@ import time
 from typing import Any
 
 from dmoe.config.errors import NumbersError
-from dmoe.config.schema import TrainConfig
 from dmoe.distributed.init import set_timeouts
 from dmoe.distributed.rank_failure import is_collective_failure, lost_rank_error
+from dmoe.distributed.watchdog import Watchdog
 from dmoe.observability.logger import RunLogger
 from dmoe.observability.profiler import StepProfiler
 from dmoe.train.checkpointer import Checkpointer, CheckpointScheduler
@@ -35,12 +35,7 @@ from dmoe.train.step_guard import (
 )
 from dmoe.train.summary import log_start, print_summary
 from dmoe.train.tasks import DataSplits
-from dmoe.train.telemetry import Telemetry
-
-
-def is_logged(step: int, start_step: int, config: TrainConfig) -> bool:
-    """Return whether step `step`, from 1, of a process that began after `start_step` is logged."""
-    return step % config.log_every == 0 or step in (start_step + 1, config.steps)
+from dmoe.train.telemetry import Telemetry, is_logged
 
 
 class Trainer:
@@ -91,6 +86,9 @@ class Trainer:
             self.checkpointer, self.logger, config.checkpoint
         )
         self.telemetry = Telemetry(engine, data.domains)
+        self.watchdog = Watchdog(
+            config.parallel.timeout, [self.checkpointer.drain, self.logger.display.close]
+        )
         self.profiler = StepProfiler(
             self.config.profile_steps,
             self.config.profile_ranks,
@@ -133,6 +131,7 @@ class Trainer:
             seconds = time.monotonic() - self.step_began
             raise lost_rank_error(error, self.steps_done + 1, seconds) from error
         finally:
+            self.watchdog.close()
             self.checkpointer.drain()
             self.logger.close()
 
@@ -174,16 +173,17 @@ class Trainer:
         recorder = NULL_RECORDER
         if is_logged(step + 1, self.start_step, self.config):
             recorder = self.telemetry.start_recording(self.step_began)
-        totals = compute_gradients(
-            engine,
-            batches,
-            target_bytes=target_bytes,
-            requests=self.signals.take_requests(self.checkpoint_scheduler.failed),
-            recorder=recorder,
-        )
-        loss = totals.loss_sum / engine.targets_per_step
-        health, action = self.step_guard.check(step, loss, grad_norm(totals))
-        result = update(engine, totals, lr, apply=action is StepAction.APPLY)
+        with self.watchdog.watch(f"step {step + 1}"):
+            totals = compute_gradients(
+                engine,
+                batches,
+                target_bytes=target_bytes,
+                requests=self.signals.take_requests(self.checkpoint_scheduler.failed),
+                recorder=recorder,
+            )
+            loss = totals.loss_sum / engine.targets_per_step
+            health, action = self.step_guard.check(step, loss, grad_norm(totals))
+            result = update(engine, totals, lr, apply=action is StepAction.APPLY)
         self.steps_done = step + 1
         self._after_first_step(step, result)
         rolled_back = health is not StepHealth.GOOD and self._handle_bad_step(
@@ -211,6 +211,7 @@ class Trainer:
         """Shorten the timeouts after the first step of this process; check the run's first step."""
         if step == self.start_step:
             set_timeouts(self.engine.mesh.step_groups(), self.engine.config.parallel.timeout)
+            self.watchdog.start()
         if step == 0:
             warning = check_first_step(self.engine, result)
             if warning:
@@ -263,9 +264,10 @@ class Trainer:
         began = time.monotonic()
         compositions: list[dict[str, Any]] = []
         try:
-            result = evaluate(
-                self.engine, self.data, self.signals.is_stop_requested, self.telemetry.probe
-            )
+            with self.watchdog.watch(f"the evaluation after step {self.steps_done}"):
+                result = evaluate(
+                    self.engine, self.data, self.signals.is_stop_requested, self.telemetry.probe
+                )
             if self.steps_done == self.config.steps:
                 compositions = self.modular.evaluate_compositions(
                     self.data, self.signals.is_stop_requested
