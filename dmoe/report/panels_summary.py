@@ -111,6 +111,13 @@ def _count_events(*events: str) -> Callable[[Run], str]:
     return count
 
 
+def _commit(run: Run) -> str:
+    commit = run.start.get("commit")
+    if not isinstance(commit, str):
+        return NOT_RECORDED
+    return commit[:12] + (", with changes that are not committed" if run.start.get("dirty") else "")
+
+
 KEY_NUMBERS: dict[str, Callable[[Run], str]] = {
     "State": _state,
     "Validation": _validation,
@@ -133,6 +140,9 @@ KEY_NUMBERS: dict[str, Callable[[Run], str]] = {
     "Restarts": _count_events("restart", "rollback"),
     "Alerts": _count_events("alert"),
     "Checkpoints": _count_events("checkpoint"),
+    "Command": lambda run: str(run.start.get("command", NOT_RECORDED)),
+    "Commit": _commit,
+    "Machine": lambda run: str(run.start.get("machine", NOT_RECORDED)),
 }
 
 
