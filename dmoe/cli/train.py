@@ -93,6 +93,10 @@ def command(
                 "run dmoe verify first",
             )
         run_preflight(config)
+    if launcher is None and not quiet and sys.stdout.isatty():
+        # torch takes seconds to import, and on a busy machine many
+        where = f"{ranks} local ranks" if ranks else "one process"
+        print(f"starting {where}, with data.source={config.data.source}", flush=True)
     if ranks is None:
         from dmoe.train.run import train
 
