@@ -77,14 +77,14 @@ class MaskAgreement:
         self.is_given: bool | None = None
 
     def check(self, valid_T: Tensor | None, x_TD: Tensor, comm: DataParallelComm) -> None:
-        """Refuse a mask on some ranks only, or in some steps only. One all-reduce at first.
+        """Refuse a mask on some of several ranks only, or in some steps only.
+
+        One all-reduce at first.
 
         Raises:
             ConfigError: on every rank in the first forward; later on the rank that changes.
         """
         given = valid_T is not None
-        if comm.size == 1:
-            return
         fix = "pass one on every rank in every step, all True where there is no padding"
         if self.is_given is None:
             count = comm.sum(torch.full((1,), int(given), device=x_TD.device))
