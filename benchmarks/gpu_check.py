@@ -49,6 +49,7 @@ from dmoe.moe.routing import TokenContext
 from dmoe.train.engine import Engine, build_engine
 from dmoe.train.run import train
 from dmoe.train.step import train_step, training_batches
+from dmoe.verify.capture import noise_from_cpu
 
 DEADLINE = 225.0
 """Seconds of a half after which no check is started."""
@@ -208,7 +209,8 @@ def layer_differences(
         layer.initialize(0, std=0.1, out_std=0.1)
         layer = layer.to(dtype).to(device, kind)
         own = x.detach().to(device, kind).clone().requires_grad_()
-        output = layer(own, TokenContext(noise_key=(0, 0)))
+        with noise_from_cpu():
+            output = layer(own, TokenContext(noise_key=(0, 0)))
         grad = torch.randn(output.y.shape, generator=torch.Generator().manual_seed(1))
         loss = (output.y * grad.to(output.y)).sum() + sum(output.aux.values())
         loss.backward()
