@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dmoe.cli.common import ARGUMENTS_HELP, integer, load_arguments
+from dmoe.cli.common import ARGUMENTS_HELP, TrustCode, integer, load_arguments
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,6 +95,7 @@ def upcycle(
         int | None,
         typer.Option(help="Step of the checkpoint. Default: the newest intact one.", **integer()),
     ] = None,
+    trust_code: TrustCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
     """Initialize a mixture of experts from a dense run: each expert is a copy of a feed-forward.
@@ -110,7 +111,7 @@ def upcycle(
     from dmoe.runs.directory import find_run
     from dmoe.train.upcycle import upcycle as upcycle_run
 
-    result = upcycle_run(find_run(run), config, given, step)
+    result = upcycle_run(find_run(run), config, given, step, trust_code=trust_code)
     print(json.dumps(asdict(result), indent=2) if as_json else upcycle_text(result))
 
 

@@ -16,8 +16,9 @@ from typing import Protocol
 import numpy as np
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.plugins import label
 from dmoe.config.schema import DataConfig
-from dmoe.data.corpus import Corpus, count_files, split_corpus
+from dmoe.data.corpus import Corpus, count_files, own_corpus, split_corpus
 from dmoe.data.mixture import mix_domains
 from dmoe.data.packing import (
     DomainRuns,
@@ -145,14 +146,14 @@ class _TokenStreams:
 
 
 def _open_text(config: DataConfig, seed: int, tokenizer: Tokenizer) -> DatasetSplits:
-    corpus = read_corpus(config.source)
+    corpus = own_corpus(config) or read_corpus(config.source)
     train, held_out = split_corpus(corpus, config.holdout)
     names = tuple(sorted({*train.document_domains, *held_out.document_domains}))
     train_N, train_runs = _tokenize(train, tokenizer, names)
     held_out_N, held_out_runs = _tokenize(held_out, tokenizer, names)
     # A single file is cut in two documents, and is one file all the same.
     files, size = count_files(len(corpus.documents)), corpus.num_bytes / 1e6
-    origin = f"{config.source}: {files}, {size:.1f} MB"
+    origin = f"{label(config.source)}: {files}, {size:.1f} MB"
     if len(train.bytes_per_domain) > 1:
         shares = ", ".join(
             f"{domain} {num_bytes / train.num_bytes:.0%}"

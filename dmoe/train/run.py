@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import nullcontext
 
 import torch
 
+from dmoe.config.errors import ConfigError
+from dmoe.config.plugin_loader import load_plugins
+from dmoe.config.plugins import get, label, references
 from dmoe.config.rules import check
 from dmoe.config.rules.memory import explain_out_of_memory
 from dmoe.config.schema import Config
-from dmoe.distributed.init import init_distributed, launched_world_size, shutdown
+from dmoe.distributed.init import (
+    ProcessInfo,
+    init_distributed,
+    launched_world_size,
+    run_on_rank0,
+    shutdown,
+)
 from dmoe.distributed.rank_failure import LivenessResponder
 from dmoe.moe.rng import generator
 from dmoe.train.engine import build_engine
@@ -44,6 +54,7 @@ def train(config: Config, config_text: str, quiet: bool = False) -> None:
         LostRankError: where another rank is gone.
         SystemExit: with 128 + signal after a stop by that signal; the state is saved then.
     """
+    config = load_plugins(config)
     check(config, launched_world_size())
     check_base_models(config, launched_world_size())
     if config.train.deterministic:
@@ -67,6 +78,22 @@ def use_deterministic_kernels() -> None:
     torch.use_deterministic_algorithms(True)
 
 
+def check_same_code(config: Config, process: ProcessInfo) -> None:
+    """Refuse code of the user's own that differs between hosts. Collective if there is any.
+
+    Raises:
+        ConfigError: on the ranks whose file is not that of rank 0.
+    """
+    own = {field: str(reference.digest) for field, reference in references(config).items()}
+    if not own:
+        return
+    first = json.loads(run_on_rank0(process, lambda: json.dumps(own)))
+    for field, digest in own.items():
+        if first.get(field) != digest:
+            allowed = f"is another file on rank {process.rank} than on rank 0"
+            raise ConfigError(field, label(get(config, field)), allowed, "copy it to every host")
+
+
 def _train(config: Config, config_text: str, quiet: bool) -> None:
     """Train one run, after the run of its base model if that has to be trained first."""
     task = task_of(config)
@@ -79,6 +106,7 @@ def _train(config: Config, config_text: str, quiet: bool) -> None:
     # For the random numbers of a user's own module: torch seeds from the clock, so no run would
     # repeat another.
     torch.manual_seed(generator(config.train.seed, "rank", process.rank).initial_seed())
+    check_same_code(config, process)
     session = open_session(config.train, process) if is_config_file(config.modular.core) else None
     try:
         if session is not None and needs_base_model(config, session.directory.path):

@@ -276,7 +276,7 @@ _CAUSES: dict[str, str | Callable[[Difference, Case], str]] = {
         "the router bias was updated from counts after drops, of one rank only, more than once "
         "per step, with another rate or sign, or not recentered"
     ),
-    "Adam's moments": (
+    "moments": (
         "Adam's decay rates, or moments of gradients before clipping, of another parameter, or "
         "skipped for some"
     ),

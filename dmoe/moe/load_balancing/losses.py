@@ -56,11 +56,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from dmoe.config.errors import ConfigError
+from dmoe.config.plugin_loader import construct
+from dmoe.config.plugins import label
 from dmoe.config.schema import BalanceConfig
 from dmoe.moe.interfaces import DataParallelComm
 from dmoe.moe.routing import BatchShape, Noise, Routing, TokenContext, count_per_expert, masked
 
-LOSSES = ("switch", "z", "importance", "load", "usage_std")
+LOSSES = ("switch", "z", "importance", "load", "usage_std", "own")
 """Fields of `BalanceConfig` that are coefficients of a loss. `bias` is none: it changes the
 selection, not the loss."""
 
@@ -113,6 +116,8 @@ def auxiliary_losses(
             loss_U = importance_loss(routing.score_TE, valid_T, micro_batches)
         elif name == "load":
             loss_U = load_loss(routing, valid_T, micro_batches)
+        elif name == "own":
+            loss_U = own_loss(config, routing, valid_T, micro_batches)
         else:
             loss_U = usage_std_loss(routing.score_TE, valid_T, micro_batches)
         units = len(loss_U)
@@ -123,6 +128,23 @@ def auxiliary_losses(
             real_units[units] = comm.sum(num_real_units(valid_T, units)).clamp(min=1)
         losses[name] = loss_U.sum() / real_units[units]
     return losses
+
+
+def own_loss(config: BalanceConfig, routing: Routing, valid_T: Tensor | None, units: int) -> Tensor:
+    """Ask the loss of the user's own (`balance.kind`) for one value per unit of this rank.
+
+    Raises:
+        ConfigError: a result of another shape.
+    """
+    assert config.kind is not None
+    field = "moe.balance.kind"
+    loss = construct(config.kind, field, options=config.options, methods=("values",))
+    loss_U: Tensor = loss.values(routing, valid_T, units)
+    if not isinstance(loss_U, Tensor) or loss_U.shape != (units,):
+        shown = list(loss_U.shape) if isinstance(loss_U, Tensor) else type(loss_U).__name__
+        allowed = f"gives {shown}; values() must be one per unit, [{units}]"
+        raise ConfigError(field, label(config.kind), allowed, "see docs/plugins.md")
+    return loss_U
 
 
 def without_padding(routing: Routing, valid_T: Tensor) -> Routing:
