@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -57,6 +58,7 @@ def train(engine: Engine, *, decisions: bool = False) -> Capture:
     model, config = engine.model, engine.config
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     found: Capture = {f"initial/{n}": to_array(p) for n, p in model.named_parameters()}
+    found |= whole_schedule(scheduled_rate, config.optim)
     data = engine.task.open_data().train
     model.train()
     for step in range(NUM_STEPS):
@@ -169,6 +171,12 @@ def _sums_over_outputs(outputs: list[ModelOutput], step: int) -> Capture:
                 values = [float(a[n][name].detach()) for a in aux]
                 found[f"aux/{step}/{kind}{n}/{name}"] = np.array(sum(values) / len(values))
     return found
+
+
+def whole_schedule(rate: Callable[[int, int, OptimConfig], float], optim: OptimConfig) -> Capture:
+    """Return the learning rates of a run of twenty steps with a warm-up, by `rate`."""
+    rates = [rate(step, 20, replace(optim, warmup=3)) for step in range(20)]
+    return {"learning_rate/0, of a whole run with a warm-up": np.array(rates)}
 
 
 def scheduled_rate(step: int, steps: int, config: OptimConfig) -> float:
