@@ -39,7 +39,9 @@ from dmoe.train.routing_analysis import RoutingProbe
 from dmoe.train.step import Batch, compute_gradients, training_batches, update
 from dmoe.verify.cases import NUM_STEPS
 from dmoe.verify.decisions import Capture, as_array, record_layers
+from dmoe.verify.differences import compare_exactly
 from dmoe.verify.naive import evaluation as naive_evaluation
+from dmoe.verify.naive import optimizer as naive_optimizer
 from dmoe.verify.naive import step as naive_step
 from dmoe.verify.naive.adapters import MAX_LABELS, num_labels
 
@@ -88,6 +90,7 @@ def capture(engine: Engine, *, decisions: bool = False) -> Capture:
     data = engine.task.open_data()
     labels = num_labels(engine.config, MAX_LABELS)
     optim, steps = engine.config.optim, engine.config.train.steps
+    found |= naive_optimizer.whole_schedule(learning_rate, optim)
     for step in range(NUM_STEPS):
         batches = [
             _with_labels(batch, labels) for batch in training_batches(data.train, engine, step)
@@ -114,10 +117,14 @@ def capture(engine: Engine, *, decisions: bool = False) -> Capture:
             if name.endswith("bias_E")
         }
         found |= {f"weights/{step}/{name}": array for name, array in _weights(engine).items()}
+    state = state_arrays(engine)
     if not decisions:
         result = evaluate(engine, data, probe=RoutingProbe(engine, data.domains))
+        after = state_arrays(engine)
+        changed = compare_exactly("evaluation", after, state).size
         found |= naive_evaluation.numbers(result)
-    return found | {f"final/{name}": array for name, array in state_arrays(engine).items()}
+        found["evaluation/changed state"] = np.array(changed)
+    return found | {f"final/{name}": array for name, array in state.items()}
 
 
 def _run_rate(engine: Engine) -> float:

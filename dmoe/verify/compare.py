@@ -105,8 +105,8 @@ def _sums(actual: Capture, expected: Capture, step: int) -> Iterator[Difference]
         ("clip coefficient", "clip"),
         ("learning rate", "learning_rate"),
     ):
-        for _, a, b in _pairs(f"{name}/{step}", actual, expected):
-            yield replace(difference_of(quantity, f"step {step}", a, b), step=step)
+        for place, a, b in _pairs(f"{name}/{step}", actual, expected):
+            yield replace(difference_of(quantity, f"step {step}{place}", a, b), step=step)
     for name, a, b in _pairs(f"aux/{step}/", actual, expected):
         layer, _, loss = name.rpartition("/")
         found = difference_of(

@@ -259,7 +259,7 @@ MUTATIONS = [
         "distributed/data_parallel.py",
         "    if not torch.is_grad_enabled():\n        cast",
         "    if torch.is_grad_enabled():\n        cast",
-        "",
+        "evaluation",
         tests="tests/distributed/test_fsdp.py tests/distributed/test_fsdp_state.py",
     ),
     # experts
@@ -327,7 +327,7 @@ MUTATIONS = [
         "self.engine.targets_per_step * steps / seconds",
         "self.engine.targets_per_step / seconds",
         "",
-        tests="tests/train/test_telemetry.py tests/train/test_telemetry_vector.py",
+        tests="tests/train/test_loop.py tests/train/test_telemetry.py tests/train/test_telemetry_vector.py",
     ),
     Mutation(
         "config/schedule.py",

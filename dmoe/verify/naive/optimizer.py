@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
 
@@ -45,6 +47,12 @@ MUONS = (
     r"experts\.\d+\.w\d+",
 )
 """The parameters that Muon updates, by the end of their name."""
+
+
+def whole_schedule(rate: Callable[[int, int, OptimConfig], float], optim: OptimConfig) -> Capture:
+    """Return the learning rates of a run of twenty steps with a warm-up, by `rate`."""
+    rates = [rate(step, 20, replace(optim, warmup=3)) for step in range(20)]
+    return {"learning_rate/0, of a whole run with a warm-up": np.array(rates)}
 
 
 def scheduled_rate(step: int, steps: int, config: OptimConfig) -> float:

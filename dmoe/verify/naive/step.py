@@ -26,7 +26,7 @@ from dmoe.train.engine import Engine
 from dmoe.verify.cases import ACCUMULATION_STEPS, NUM_STEPS
 from dmoe.verify.decisions import Capture, record_layers
 from dmoe.verify.naive.adapters import MAX_LABELS, num_labels
-from dmoe.verify.naive.optimizer import update
+from dmoe.verify.naive.optimizer import scheduled_rate, update, whole_schedule
 
 LOSS_NAMES = ("switch", "z", "importance", "load", "usage_std")
 IGNORED_TARGET = -100
@@ -40,6 +40,7 @@ def train(engine: Engine, *, decisions: bool = False) -> Capture:
     model, config = engine.model, engine.config
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     found: Capture = {f"initial/{n}": to_array(p) for n, p in model.named_parameters()}
+    found |= whole_schedule(scheduled_rate, config.optim)
     data = engine.task.open_data().train
     model.train()
     for step in range(NUM_STEPS):
