@@ -52,9 +52,10 @@ def test_a_router_of_ones_own_trains_resumes_and_is_refused_once_its_file_has_ch
     assert refused.returncode == 2
     assert "--trust-code" in refused.stderr
 
-    resumed = run_in_process(
-        "train", str(run.path / "resolved.yaml"), "train.steps=8", cwd=tmp_path / "elsewhere"
-    )
+    going_on = ["train", "--resume", str(run.path), "train.steps=8"]
+    refused = run_in_process(*going_on, cwd=tmp_path)
+    assert (refused.returncode, "--trust-code" in refused.stderr) == (2, True), refused.stderr
+    resumed = run_in_process(*going_on, "--trust-code", cwd=tmp_path / "elsewhere")
     assert (resumed.returncode, resumed.stderr) == (0, ""), resumed.stderr
     assert "resumed after step 6" in resumed.stdout
     assert restore_model(run, trust_code=True).model.moe_layers()[0].router.power == 2
