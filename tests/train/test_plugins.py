@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from dmoe.checkpoint.manifest import read
 from dmoe.config.load import load
 from dmoe.config.plugin_loader import load_plugins
+from dmoe.distributed.init import ProcessInfo
 from dmoe.explain import explain
 from dmoe.runs.directory import RunDir
 from dmoe.train.restore import restore_model
+from dmoe.train.run_session import RunSession
 from tests.cli.commands import SMALL, dmoe, run_in_process
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "nearest_router.py"
@@ -110,3 +113,10 @@ def test_a_router_without_weights_says_what_it_is() -> None:
     )
     (routing,) = [s for s in explain(config, 1) if s.key == "routing"]
     assert "the experts of the token's place in its sequence" in " ".join(routing.sentences)
+
+
+def test_the_command_that_goes_on_trusts_the_code_that_was_given_once(tmp_path: Path) -> None:
+    session = RunSession(RunDir(tmp_path), ProcessInfo(0, 2, 0, torch.device("cpu")), None)
+    own = load(None, [f"moe.router.kind={EXAMPLE}:Nearest"])
+    assert session.resume_command(own).endswith("--ranks 2 --trust-code")
+    assert session.resume_command(load(None, [])).endswith("--ranks 2")
