@@ -1,8 +1,8 @@
 """Every field of the config reaches the training: another value gives other weights or losses.
 
 `dmoe verify` compares with a truth that reads the same config. A field that both sides leave at its
-default, or a seed that is not passed on, is equal on both. `optim.eps` was left out of the call of
-AdamW by hand, and the seed of the call that draws the weights: nothing was red.
+default, or a seed that is not passed on, is equal on both: `verify` did not see the seed left out of
+the call that draws the weights, and `optim.eps` out of that of AdamW only with another value.
 """
 
 from __future__ import annotations
