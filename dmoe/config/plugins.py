@@ -78,9 +78,9 @@ def label(value: str) -> str:
     return value if reference is None else reference.label
 
 
-def describe(value: str, options: Mapping[str, Any]) -> str:
+def describe(value: str, options: Mapping[str, Any], field: str = "") -> str:
     """Describe a kind for explain and report; a reference with its name, hash and options."""
-    reference = parse(value)
+    reference = parse(value, field)
     if reference is None:
         return value
     parts = [f"sha256 {reference.digest[:12]}"] if reference.digest else []

@@ -65,7 +65,7 @@ def config_sentences(config: Config, start: dict[str, Any]) -> list[str]:
         sentences += [*routing_sentences(config), *capacity_sentences(moe)]
         sentences += [*balance_sentences(moe), _ranks(config, start)]
     given = config.data
-    data = f"Data: {describe(given.source, given.source_options)}"
+    data = f"Data: {describe(given.source, given.source_options, 'data.source')}"
     if config.train.task != "classification":
         data += f", tokenizer {describe(given.tokenizer, given.tokenizer_options)}"
     return [*sentences, batch_sentence(config), f"{data}.", *optimizer_sentences(config)]

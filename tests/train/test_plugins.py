@@ -12,6 +12,7 @@ from dmoe.config.load import load
 from dmoe.config.plugin_loader import load_plugins
 from dmoe.distributed.init import ProcessInfo
 from dmoe.explain import explain
+from dmoe.report.sentences import config_sentences
 from dmoe.runs.directory import RunDir
 from dmoe.train.restore import restore_model
 from dmoe.train.run_session import RunSession
@@ -105,6 +106,15 @@ def test_explain_names_what_is_of_ones_own() -> None:
     assert "Auxiliary loss own x 0.01: own_kinds.py:Entropy of your own" in text
     size = sections["size"].numbers["rank_bytes"]
     assert size["moments"] == size["gradients"], "Lion has one moment"
+
+
+@pytest.mark.parametrize("source", ["guide:de", "synthetic:zipf", "stdlib", "sklearn:digits"])
+def test_a_built_in_source_is_not_called_ones_own(source: str) -> None:
+    """A report said "Data: sklearn:digits of your own"."""
+    (line,) = [
+        s for s in config_sentences(load(None, [f"data.source={source}"]), {}) if "Data:" in s
+    ]
+    assert line.startswith(f"Data: {source}, tokenizer bytes")
 
 
 def test_a_router_without_weights_says_what_it_is() -> None:
