@@ -6,28 +6,45 @@
 score = softmax(-|x - w_e|^power). The K largest of score + bias are chosen; their scores, divided
 by their sum, are the weights. `LearnedRouter` brings the matrix, the bias of loss-free balancing,
 and `route`, which chooses.
+
+Letters: T tokens, D width, E experts, K experts per token.
 """
 
-import torch
+from __future__ import annotations
 
+import torch
+from torch import Tensor
+
+from dmoe.config.schema import RouterConfig
 from dmoe.moe.routers.base import LearnedRouter, valid_choices
-from dmoe.moe.routing import Routing
+from dmoe.moe.routing import ONE_SEQUENCE, BatchShape, Routing, TokenContext
 
 
 class Nearest(LearnedRouter):
     """Chooses the experts whose row of the matrix is nearest to the token."""
 
-    def __init__(self, config, dim, num_experts, top_k, layer=0, *, power=1.0):
+    def __init__(
+        self,
+        config: RouterConfig,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        layer: int = 0,
+        *,
+        power: float = 1.0,
+    ) -> None:
         super().__init__(config, dim, num_experts, top_k, layer)
         self.power = power
 
-    def forward(self, x_TD, context, shape):
+    def forward(
+        self, x_TD: Tensor, context: TokenContext, shape: BatchShape = ONE_SEQUENCE
+    ) -> Routing:
         x_TD = self.router_input(x_TD, context, shape)
         squared_TE = (x_TD[:, None] - self.weight).square().sum(-1)
         logit_TE = -((squared_TE + 1e-12) ** (self.power / 2))
         return self.route(logit_TE, logit_TE.softmax(-1), context, shape)
 
-    def reference(self, x_TD, context, shape):
+    def reference(self, x_TD: Tensor, context: TokenContext, shape: BatchShape) -> Routing:
         """The same, one token and one expert at a time: `dmoe verify` compares with it."""
         logits, scores, experts, weights = [], [], [], []
         for x_D in x_TD:

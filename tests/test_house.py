@@ -9,8 +9,8 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 220,
-    "product lines": 37_400,
+    "product files": 225,
+    "product lines": 38_100,
     "files of one MoE forward": 13,
     "files of one training step": 36,
     "files that name a router kind": 6,

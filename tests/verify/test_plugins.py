@@ -73,6 +73,14 @@ def test_a_router_that_mixes_tokens_is_found_without_a_reference(tmp_path: Path)
     assert report.first.quantity == "router scores", lines(report)
 
 
-def test_muon_at_every_ep_and_mode() -> None:
-    report = verify(config("optim.kind=muon", "model.kv_heads=2"), worlds=[4])
+def test_muon_own_groups_and_a_frozen_router_at_every_ep_and_mode() -> None:
+    """The truth has the singular values of every expert's matrix; about 30 s."""
+    groups = "optim.groups={'*.attention.*': {lr: 0.001}, '*.experts.*': {weight_decay: 0.3}}"
+    report = verify(
+        config(
+            *("optim.kind=muon", "model.kv_heads=2", groups, "optim.schedule=inverse_sqrt"),
+            "moe.router.freeze=true",
+        ),
+        worlds=[4],
+    )
     assert report.ok, lines(report)
