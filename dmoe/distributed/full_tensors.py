@@ -1,4 +1,4 @@
-"""Full (unsharded) tensors of a distributed model, for comparing runs, not for training.
+"""Full (unsharded) tensors of a distributed model, for comparing runs and for `ParallelModel`.
 
 Independent of `state_dict.py` on purpose: `dmoe verify` checks checkpoints with this module, so it
 must not share their mistakes.
@@ -7,13 +7,20 @@ must not share their mistakes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dmoe.distributed.expert_parallel import ExpertLocation
+from dmoe.config.errors import ConfigError
+from dmoe.distributed.expert_parallel import (
+    ExpertLocation,
+    expert_buffers,
+    expert_locations,
+    expert_parameters,
+)
 from dmoe.distributed.gradients import local_tensor
 from dmoe.distributed.mesh import ParallelMesh
 
@@ -79,6 +86,62 @@ def broadcast_expert(
         buffer = full.detach().contiguous()
     dist.broadcast(buffer, group=mesh.ep_group, group_src=location.ep_rank)
     return buffer
+
+
+def full_state(model: nn.Module, mesh: ParallelMesh) -> dict[str, Any]:
+    """Return the state of the model on one process, on the CPU of each rank. Collective.
+
+    One tensor at a time, so that a GPU never holds more than one full tensor (of experts of
+    different shapes: those of all).
+    """
+    experts = {*expert_parameters(model), *expert_buffers(model)}
+    locations = expert_locations(model)
+    local = model.state_dict(keep_vars=True)
+    full = {
+        name: gather_full({name: value}, experts, mesh)[name].cpu().clone()
+        if isinstance(value, Tensor)
+        else value
+        for name, value in local.items()
+        if name not in locations
+    }
+    single = {name: value for name, value in local.items() if name in locations}
+    return full | {
+        name: value.cpu().clone()
+        for name, value in gather_full(single, set(), mesh, locations).items()
+    }
+
+
+def load_full_state(model: nn.Module, mesh: ParallelMesh, state: Mapping[str, Any]) -> None:
+    """Fill this rank's part of the model from `full_state`, or the state of one process.
+
+    No collective.
+
+    Raises:
+        ConfigError: a name is missing, unknown or of another shape; nothing is changed then.
+    """
+    locations = expert_locations(model)
+    stacks = {*expert_parameters(model), *expert_buffers(model)} - locations.keys()
+    local = _tensors(model.state_dict(keep_vars=True))
+    given, fix = _tensors(state), "load the state of the same model"
+    for name in sorted(given.keys() ^ (local.keys() | locations.keys())):
+        where = "the state" if name in given else "the model"
+        raise ConfigError("load_state_dict", name, f"is in {where} only", fix)
+    for name, value in local.items():
+        expected = list(value.shape)
+        if name in stacks:
+            expected[0] *= mesh.ep
+        if list(given[name].shape) != expected:
+            why = f"has shape {list(given[name].shape)}, and the model has {expected}"
+            raise ConfigError("load_state_dict", name, why, fix)
+    for name, value in local.items():
+        part, count = given[name].to(value.device), len(value) if value.dim() else 0
+        if name in stacks:
+            part = part[mesh.ep_rank * count : (mesh.ep_rank + 1) * count]
+        copy_full_into_shard(value, part)
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def full_norm(value: Tensor) -> float:

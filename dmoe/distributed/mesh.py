@@ -147,7 +147,8 @@ def _new_cpu_group(world_size: int, timeout: timedelta | None) -> dist.ProcessGr
 class ProcessGroupComm:
     """`moe.interfaces.DataParallelComm` over all ranks, on `dp_group`."""
 
-    def __init__(self, mesh: ParallelMesh) -> None:
+    def __init__(self, mesh: ParallelMesh, averages: bool = False) -> None:
+        self.averages = averages
         assert mesh.dp_group is not None
         self.group, self.size, self.rank = mesh.dp_group, mesh.world_size, mesh.rank
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmoe.moe.layer import MoE, MoEOutput
-from dmoe.moe.metrics import LayerStats
+from dmoe.moe.layer import MoE
+from dmoe.moe.metrics import LayerStats, MoEOutput
 from dmoe.moe.routing import DispatchPlan, Routing, TokenContext
 from dmoe.verify.naive.capacity import Choices, apply_capacity, has_capacity
 from dmoe.verify.naive.routing import route

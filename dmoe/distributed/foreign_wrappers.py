@@ -1,0 +1,108 @@
+"""Refuse DDP, FSDP and the like around sharded experts: they would give wrong numbers in silence.
+
+DDP would broadcast rank 0's experts over the others and average different experts; FSDP would
+gather a whole of parts that are not of one tensor. Three places see them: `parallelize` looks at
+the model it is given, `ParallelModel` at DDP that wraps it, and every MoE layer at its forward.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+
+from dmoe.config.errors import ConfigError
+from dmoe.distributed.expert_parallel import moe_layers
+from dmoe.distributed.mesh import ParallelMesh
+from dmoe.moe.interfaces import NoComm
+from dmoe.moe.layer import MoE
+
+WRAPPERS = (DistributedDataParallel, FullyShardedDataParallel, FSDPModule, nn.DataParallel)
+NAMED_WRAPPERS = ("_FabricModule", "DeepSpeedEngine")
+"""Classes of packages that dmoe does not import: Lightning Fabric's and DeepSpeed's."""
+MODES = ("ddp", "fsdp", None)
+
+
+def wrapper_error(wrapper: str) -> ConfigError:
+    """Return the error for a model with sharded experts in `wrapper`, with the right call."""
+    return ConfigError(
+        "model",
+        f"in {wrapper}",
+        "dmoe.parallelize already replicates or shards it, and no other wrapper knows that experts"
+        " differ between ranks",
+        "call the ParallelModel itself; give accelerate (prepare) or Fabric (setup_optimizers,"
+        " setup_dataloaders) only the optimizer and the data",
+    )
+
+
+def check_model(model: nn.Module, ep: int, mode: str | None, mesh: ParallelMesh | None) -> None:
+    """Refuse arguments of `parallelize` that cannot work. Raises ConfigError."""
+    if mode not in MODES:
+        raise ConfigError("mode", mode, "must be ddp, fsdp or None", "use ddp")
+    if mesh is not None and not isinstance(mesh, ParallelMesh):
+        raise ConfigError(
+            "mesh", type(mesh).__name__, "must be that of a ParallelModel", "leave it out"
+        )
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if type(ep) is not int or ep < 1 or world % ep:
+        sizes = [size for size in range(1, world + 1) if world % size == 0]
+        fix = f"use one of {sizes}, or start more ranks (torchrun) and init_process_group first"
+        raise ConfigError("ep", ep, f"must divide the number of ranks, {world}", fix)
+    if mesh is not None and mesh.ep != ep:
+        raise ConfigError("ep", ep, f"must be that of mesh, {mesh.ep}", f"use ep={mesh.ep}")
+    for module in model.modules():
+        name = type(module).__name__
+        if isinstance(module, WRAPPERS) or name in NAMED_WRAPPERS:
+            raise wrapper_error(next((w.__name__ for w in WRAPPERS if isinstance(module, w)), name))
+    layers = moe_layers(model)
+    if not layers and ep > 1:
+        raise ConfigError("model", type(model).__name__, "has no dmoe.MoE layer", "use ep=1")
+    if not any(True for _ in model.parameters()):
+        raise ConfigError("model", type(model).__name__, "has no parameters", "give another")
+    for layer in layers:
+        if not isinstance(layer.comm, NoComm):
+            raise ConfigError(
+                "model", type(model).__name__, "is parallel already", "call parallelize once"
+            )
+        count = layer.num_experts - layer.num_zero_cost if isinstance(layer, MoE) else ep
+        if count % ep:
+            raise ConfigError(
+                "ep", ep, f"must divide the {count} experts of layer {layer.layer}", "use 1"
+            )
+    meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if meta is not None:
+        raise ConfigError("model", meta, "has no weights yet (meta)", "initialise the model first")
+
+
+def watch_layers(model: nn.Module, ddp: DistributedDataParallel | None) -> None:
+    """Make each MoE layer check at its forward that nothing has wrapped it. `ddp`: the own one."""
+    for layer in moe_layers(model):
+        assert isinstance(layer, nn.Module)
+        sharded = isinstance(layer.experts, FSDPModule)
+        kept = None if sharded else list(layer.experts.parameters())
+        layer.register_forward_pre_hook(partial(_check_layer, ddp, kept))
+
+
+def _check_layer(
+    ddp: DistributedDataParallel | None,
+    kept: list[nn.Parameter] | None,
+    layer: nn.Module,
+    args: object,
+) -> None:
+    active = DistributedDataParallel._get_active_ddp_module()
+    if active is not None and active is not ddp:
+        raise wrapper_error("DistributedDataParallel")
+    if kept is None:
+        return
+    now = list(layer.experts.parameters())  # type: ignore[union-attr]
+    if {id(p) for p in now} != {id(p) for p in kept}:
+        raise ConfigError(
+            "model",
+            "its experts' parameters",
+            "are not those that dmoe.parallelize made: FSDP or load_state_dict(assign=True) has"
+            " replaced them",
+            "call the ParallelModel itself, and its load_state_dict",
+        )
