@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, _set_pg_timeout
+from torch.distributed.distributed_c10d import PrefixStore, Store, _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from dmoe.config.errors import ConfigError, DmoeError
@@ -54,13 +54,14 @@ def init_distributed(
     """Join the process group of the launcher's environment; without a launcher start no group.
 
     Args:
-        device: `auto | cpu | cuda`; cuda is the GPU of this process's local rank.
+        device: `auto | cpu | cuda`; cuda is the GPU of this process's local rank, or the only one
+            that it sees.
         backend: `auto | gloo | nccl`.
         timeout: seconds any collective may wait, until `set_timeouts`.
 
     Raises:
-        ConfigError: no CUDA device, fewer GPUs than local ranks, the rendezvous port in use, or a
-            launcher that is not supported.
+        ConfigError: no CUDA device, fewer GPUs than local ranks, two ranks on one GPU with NCCL,
+            the rendezvous port in use, or a launcher that is not supported.
     """
     set_cuda_environment()
     launch = _read_launch()
@@ -69,7 +70,7 @@ def init_distributed(
     if launch is None:
         return ProcessInfo(0, 1, 0, own_device)
     if not dist.is_initialized():
-        _init_process_group(own_backend, launch, timedelta(seconds=timeout))
+        _init_process_group(own_backend, launch, timedelta(seconds=timeout), own_device)
     return ProcessInfo(
         launch.rank,
         launch.world_size,
@@ -94,6 +95,14 @@ def _read_launch() -> LaunchEnv | None:
 CUDA_ENVIRONMENT = {
     # A dropless layer has another number of rows in every step, which fragments fixed blocks.
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    # In the backward up to three communicators are in flight, on streams of their own. NCCL
+    # promises progress only if all GPUs launch them in one order (nccl#522, nccl#1766): that of
+    # the host, which is the same on all ranks.
+    "NCCL_LAUNCH_ORDER_IMPLICIT": "1",
+    # Where ranks wait in different collectives, each writes its last ones to
+    # TORCH_NCCL_DEBUG_INFO_TEMP_FILE (/tmp/nccl_trace_rank_N) when `parallel.timeout` ends.
+    "TORCH_FR_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
 }
 """Environment variables of CUDA and NCCL that differ from their defaults."""
 
@@ -168,7 +177,9 @@ def set_timeouts(groups: list[dist.ProcessGroup], seconds: float) -> None:
         _set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-def _init_process_group(backend: str, launch: LaunchEnv, timeout: timedelta) -> None:
+def _init_process_group(
+    backend: str, launch: LaunchEnv, timeout: timedelta, device: torch.device
+) -> None:
     rank, world_size = launch.rank, launch.world_size
     try:
         store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
@@ -187,7 +198,32 @@ def _init_process_group(backend: str, launch: LaunchEnv, timeout: timedelta) -> 
         # that; remove it when torch does so itself. Across machines the restart count can differ:
         # launch/multi_node.sh therefore tells torchrun not to share a store.
         store = PrefixStore(f"attempt-{launch.restart_count}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    own_gpu = device if backend == "nccl" else None
+    if own_gpu is not None and launch.local_world_size > 1:
+        _check_own_gpu(store, launch, own_gpu)
+    # With a device NCCL's communicators are made at once, and those of subgroups split from the
+    # world's; without, each by a rendezvous in its first collective.
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=own_gpu
+    )
+
+
+def _check_own_gpu(store: Store, launch: LaunchEnv, device: torch.device) -> None:
+    """Refuse a GPU that two ranks of this machine have; NCCL would, with a traceback.
+
+    Collective over the ranks of this machine, which each see one GPU or all of them.
+    """
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    first = launch.rank - launch.local_rank
+    store.set(f"gpu/{launch.rank}", uuid)
+    for rank in range(first, first + launch.local_world_size):
+        if rank != launch.rank and store.get(f"gpu/{rank}").decode() == uuid:
+            raise ConfigError(
+                "train.device",
+                "cuda",
+                f"ranks {min(rank, launch.rank)} and {max(rank, launch.rank)} see the same GPU",
+                "start one rank per GPU",
+            )
 
 
 def _resolve_device(device: str, launch: LaunchEnv | None) -> torch.device:
@@ -201,7 +237,9 @@ def _resolve_device(device: str, launch: LaunchEnv | None) -> torch.device:
     local_rank, local_world_size = 0, 1
     if launch is not None:
         local_rank, local_world_size = launch.local_rank, launch.local_world_size
-    if local_world_size > visible:
+    if visible == 1:
+        local_rank = 0  # the launcher shows each rank its own: srun --gpus-per-task=1, Kubernetes
+    elif local_world_size > visible:
         raise ConfigError(
             "train.device",
             device,

@@ -15,18 +15,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+MAX_CONTROL_CTAS = 4
+"""Thread blocks of NCCL for a sum of a few thousand numbers."""
 
 
 @dataclass(frozen=True)
 class ParallelMesh:
     """Rank, degrees and process groups. A group of one rank is None.
 
-    Each use has its own communicator: the backward interleaves all-to-alls and gradient sums in an
-    order that can differ by rank, which on one communicator deadlocks (Megatron-LM#5749).
+    Uses that can be in flight together have communicators of their own: the backward interleaves
+    all-to-alls and gradient sums in an order that can differ by rank, which on one communicator
+    deadlocks (Megatron-LM#5749). On NCCL each holds GPU memory for its channels.
     """
 
     rank: int = 0
@@ -36,10 +41,9 @@ class ParallelMesh:
     """The row of this rank: the ranks of its token all-to-all."""
     edp_group: dist.ProcessGroup | None = None
     """The column of this rank: the ranks that hold the same experts."""
-    dp_group: dist.ProcessGroup | None = None
-    """All ranks, for sums inside a layer's forward."""
     control_group: dist.ProcessGroup | None = None
-    """All ranks, for the control reduction of each step, evaluation, and loading checkpoints."""
+    """All ranks, for sums inside a layer's forward, and between passes for the control reduction of
+    each step, evaluation and checkpoints."""
     checkpoint_group: dist.ProcessGroup | None = None
     """All ranks, on the CPU (gloo), only for the checkpoint writer, which may be a thread."""
 
@@ -70,7 +74,7 @@ class ParallelMesh:
         """
         groups = [
             group
-            for group in (self.ep_group, self.edp_group, self.dp_group, self.control_group)
+            for group in (self.ep_group, self.edp_group, self.control_group)
             if group is not None
         ]
         world = dist.group.WORLD
@@ -112,8 +116,7 @@ def build_mesh(ep: int, device: torch.device, timeout: float | None = None) -> P
         ep=ep,
         ep_group=_new_group_of_rank(rows, rank, limit),
         edp_group=_new_group_of_rank(columns, rank, limit),
-        dp_group=dist.new_group(timeout=limit),
-        control_group=dist.new_group(timeout=limit),
+        control_group=dist.new_group(timeout=limit, pg_options=_few_channels(limit)),
         checkpoint_group=_new_cpu_group(world_size, limit),
     )
     for group in mesh.step_groups():
@@ -135,6 +138,21 @@ def _new_group_of_rank(
     return own_group
 
 
+def _few_channels(timeout: timedelta | None) -> Any:
+    """Return the options of a group for small sums; None for the defaults, and without NCCL.
+
+    By default a communicator takes the channels, with GPU memory and multiprocessors for each, that
+    the largest messages need.
+    """
+    if dist.get_backend() != "nccl":
+        return None
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = MAX_CONTROL_CTAS
+    if timeout is not None:
+        options._timeout = timeout  # torch warns if it differs from the argument of `new_group`
+    return options
+
+
 def _new_cpu_group(world_size: int, timeout: timedelta | None) -> dist.ProcessGroup | None:
     """Create a gloo group of all ranks; a fake one if the world is torch's fake back-end."""
     if world_size == 1:
@@ -145,12 +163,12 @@ def _new_cpu_group(world_size: int, timeout: timedelta | None) -> dist.ProcessGr
 
 
 class ProcessGroupComm:
-    """`moe.interfaces.DataParallelComm` over all ranks, on `dp_group`."""
+    """`moe.interfaces.DataParallelComm` over all ranks, on `control_group`."""
 
     def __init__(self, mesh: ParallelMesh, averages: bool = False) -> None:
         self.averages = averages
-        assert mesh.dp_group is not None
-        self.group, self.size, self.rank = mesh.dp_group, mesh.world_size, mesh.rank
+        assert mesh.control_group is not None
+        self.group, self.size, self.rank = mesh.control_group, mesh.world_size, mesh.rank
 
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum over all ranks, without autograd."""

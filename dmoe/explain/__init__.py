@@ -6,23 +6,23 @@ Allocates no weights, starts no process and reads no file but the tokenizer's.
 from __future__ import annotations
 
 from dmoe.config.schema import Config
-from dmoe.explain import capacity, cost, placement, routing
+from dmoe.explain import cost, placement, routing
 from dmoe.explain.setting import Section, Setting, resolve
 
 __all__ = ["Section", "Setting", "explain"]
 
 TOPICS = (
-    capacity.explain_batch,
+    routing.explain_batch,
     placement.explain_placement,
     routing.explain_routing,
-    capacity.explain_capacity,
+    routing.explain_capacity,
     routing.explain_balance,
     placement.explain_modules,
     routing.explain_recommended,
     cost.explain_exchange,
     cost.explain_size,
     cost.explain_optimization,
-    capacity.explain_evaluation,
+    routing.explain_evaluation,
 )
 
 

@@ -85,7 +85,8 @@ class MoE(nn.Module):
         out_dim = dim if out_dim is None else out_dim
         given = {"router": router, "capacity": capacity, "balance": balance, "experts": experts}
         sections: dict[str, Any] = {name: part for name, part in given.items() if part is not None}
-        config = MoEConfig(num_experts, top_k, expert_dim, exchange=exchange, **sections)  # type: ignore[arg-type]
+        sections["exchange"] = exchange
+        config = MoEConfig(num_experts, top_k, expert_dim, **sections)
         check_arguments(
             config, dim=dim, out_dim=out_dim, virtual_ranks=virtual_ranks, layer=layer, seed=seed
         )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from collections.abc import Iterator
 from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +20,10 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import dmoe
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import Config
-from dmoe.distributed import init
+from dmoe.distributed import init, mesh
 from dmoe.distributed.accelerate_env import make_accelerator
 from dmoe.distributed.data_parallel import broadcast_weights
 from dmoe.distributed.expert_parallel import expert_buffers, expert_parameters, shard_experts
@@ -232,7 +236,155 @@ def test_blocks_of_gpu_memory_can_grow_unless_the_user_decides(
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", *init.CUDA_ENVIRONMENT):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+    monkeypatch.setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "0")
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     init.set_cuda_environment()
     assert os.environ["PYTORCH_ALLOC_CONF"] == expected
+    assert os.environ["NCCL_LAUNCH_ORDER_IMPLICIT"] == "0"
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+
+
+COLLECTIVES = {
+    *("all_reduce", "all_gather", "all_to_all_single", "broadcast", "barrier", "new_group"),
+    *("reduce_scatter_tensor", "all_gather_into_tensor", "gather", "full_tensor", "all_or_none"),
+}
+
+
+def test_no_collective_depends_on_the_rank() -> None:
+    """NCCL launches collectives in the order of the host, so it must be the same on all ranks.
+
+    `dist.new_group` counts: with a device it splits the world's communicator, which is collective.
+    """
+    package = Path(dmoe.__file__).parent
+    found = []
+    for path in sorted(
+        p for d in ("distributed", "checkpoint") for p in (package / d).glob("*.py")
+    ):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.If) and depends_on_rank(node.test):
+                calls = {
+                    call.func.attr
+                    for part in (*node.body, *node.orelse)
+                    for call in ast.walk(part)
+                    if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
+                }
+                found += [f"{path.name}:{node.lineno} {name}" for name in calls & COLLECTIVES]
+    assert not found
+
+
+def depends_on_rank(test: ast.expr) -> bool:
+    """Whether the condition names this rank; `ranks.rank in ...` of a group is such a name too."""
+    names = {
+        node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+        for node in ast.walk(test)
+    }
+    return bool(names & {"rank", "ep_rank", "edp_rank", "local_rank", "is_main", "get_rank"})
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Ranks of one machine, started in turn by this process; returns what starts their group."""
+    calls: list[dict[str, Any]] = []
+    store = dist.HashStore()
+    monkeypatch.setattr(init, "rendezvous", lambda *args, **options: iter([(store, 0, 0)]))
+    monkeypatch.setattr(
+        dist,
+        "init_process_group",
+        lambda backend, **more: calls.append({"backend": backend, **more}),
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    return calls
+
+
+def start_rank(
+    monkeypatch: pytest.MonkeyPatch, rank: int, visible: int, backend: str = "auto", uuid: str = ""
+) -> ProcessInfo:
+    """Start rank `rank` of two, which sees `visible` GPUs."""
+    launcher = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    launcher |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(
+            uuid=uuid or f"GPU-{rank if visible == 1 else device.index}"
+        ),
+    )
+    other = str(1 - rank)
+    store = next(iter(init.rendezvous()))[0]
+    store.set(f"gpu/{other}", f"GPU-{other}")
+    return init_distributed("cuda", backend)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_world_is_bound_to_the_ranks_gpu(
+    rank: int, started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it every clean end warned ("using the device under current context").
+
+    And each of five communicators was made by a rendezvous of its own, in its first collective.
+    """
+    process = start_rank(monkeypatch, rank, visible=2)
+    assert process.device == torch.device("cuda", rank)
+    assert started[0]["backend"] == "nccl"
+    assert started[0]["device_id"] == process.device
+    start_rank(monkeypatch, rank, visible=2, backend="gloo")
+    assert started[1]["device_id"] is None
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_only_visible_gpu_is_the_ranks_own(
+    rank: int, started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`srun --gpus-per-task=1` and Kubernetes show each rank one; "2 ranks and 1 GPUs" was said."""
+    assert start_rank(monkeypatch, rank, visible=1).device == torch.device("cuda", 0)
+    assert started[0]["device_id"] == torch.device("cuda", 0)
+
+
+def test_two_ranks_on_one_gpu_are_refused_in_a_sentence(
+    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun with more ranks than GPUs; NCCL's own message is a traceback. gloo allows it."""
+    with pytest.raises(ConfigError, match="ranks 0 and 1 see the same GPU; start one rank per GPU"):
+        start_rank(monkeypatch, 1, visible=1, uuid="GPU-0")
+    assert not started
+    assert start_rank(monkeypatch, 1, 1, "gloo", uuid="GPU-0").device.index == 0
+    monkeypatch.setattr(init, "_read_launch", lambda: init.LaunchEnv(3, 4, 4, 3))
+    with pytest.raises(ConfigError, match="4 ranks on this machine and 2 GPUs visible"):
+        start_rank(monkeypatch, 0, visible=2)
+
+
+def test_small_sums_take_few_channels_of_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There were five communicators, each with memory for the channels of large messages.
+
+    Sums in a layer and between passes are never in flight together, so they share one.
+    """
+    options = SimpleNamespace(config=SimpleNamespace(max_ctas=0), _timeout=None)
+    monkeypatch.setattr(
+        dist, "ProcessGroupNCCL", SimpleNamespace(Options=lambda: options), raising=False
+    )
+    real, made = dist.new_group, []
+
+    def new_group(ranks: Any = None, pg_options: Any = None, **more: Any) -> Any:
+        made.append(pg_options)
+        return real(ranks, **more)
+
+    dist.init_process_group("fake", store=FakeStore(), rank=5, world_size=8)
+    try:
+        monkeypatch.setattr(dist, "new_group", new_group)
+        build_mesh(4, torch.device("cpu"), 60.0)
+        assert made == [None] * 8, "two rows, four columns, the sums, the checkpoints"
+        made.clear()
+        monkeypatch.setattr(dist, "get_backend", lambda group=None: "nccl")
+        monkeypatch.setattr(mesh, "_new_cpu_group", lambda world_size, timeout: None)
+        build_mesh(4, torch.device("cpu"), 60.0)
+    finally:
+        dist.destroy_process_group()
+    assert made == [None] * 6 + [options]
+    assert options.config.max_ctas == mesh.MAX_CONTROL_CTAS
+    assert options._timeout.total_seconds() == 60.0

@@ -100,7 +100,7 @@ def save(rank: int, world: int, root: Path, step: int, fatal: tuple[int, int]) -
     state = sharded_state(world, 2, state_at(step))
     disk = Disk(fatal[1] if rank == fatal[0] else -1)
     disk.install()
-    AsyncSaver(root, keep=1, group=None, asynchronous=False).save(step, state, {"step": step})
+    AsyncSaver(root, max_kept=1, group=None, asynchronous=False).save(step, state, {"step": step})
     return disk.calls
 
 

@@ -1,8 +1,8 @@
 """Rules about values that do not fit together, checked before torch is imported.
 
-Bounds of single values stand beside their fields (`dmoe/config/schema`). model: the network and its
-task. layer: one MoE layer, from a config file or from Python. moe: the layers in a model. modular:
-modules. parallel: ranks and batches. memory: what fits.
+Bounds of single values stand beside their fields (`dmoe/config/schema`). model: the network, its
+task and its MoE layers. layer: one MoE layer, from a config file or from Python. modular: modules.
+parallel: ranks and batches. memory: what fits.
 """
 
 from __future__ import annotations
@@ -10,9 +10,15 @@ from __future__ import annotations
 from dmoe.config.fields import check_accept_changes
 from dmoe.config.rules.layer import check_arguments, check_fields_read, check_router
 from dmoe.config.rules.memory import check_memory
-from dmoe.config.rules.model import check_model, check_task, head_dim, moe_blocks, moe_widths
+from dmoe.config.rules.model import (
+    check_model,
+    check_moe,
+    check_task,
+    head_dim,
+    moe_blocks,
+    moe_widths,
+)
 from dmoe.config.rules.modular import check_modular, check_modules_used
-from dmoe.config.rules.moe import check_moe
 from dmoe.config.rules.parallel import (
     Batching,
     batching,
