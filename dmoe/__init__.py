@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         RouterConfig,
     )
     from dmoe.distributed.parallel_model import ParallelModel, parallelize
+    from dmoe.models.base import Model, ModelOutput, token_losses
     from dmoe.moe.layer import MoE
     from dmoe.moe.metrics import MoEOutput
     from dmoe.moe.routers.base import LearnedRouter, RouterModule
@@ -42,6 +43,8 @@ _MODULES = {
     "MoE": "moe.layer",
     "MoEConfig": "config.schema",
     "MoEOutput": "moe.metrics",
+    "Model": "models.base",
+    "ModelOutput": "models.base",
     "ParallelModel": "distributed.parallel_model",
     "RouterConfig": "config.schema",
     "RouterModule": "moe.routers.base",
@@ -52,7 +55,8 @@ _MODULES = {
     "load_config": "config.load:load",
     "parallelize": "distributed.parallel_model",
     "read_metrics": "train.api",
-    "train": "train:",
+    "token_losses": "models.base",
+    "train": "train",
 }
 """Module of each public name, imported on first use, so that `dmoe --help` does not wait for torch.
 `train` is the package itself, which can be called."""
@@ -70,6 +74,8 @@ __all__ = [
     "MoE",
     "MoEConfig",
     "MoEOutput",
+    "Model",
+    "ModelOutput",
     "ParallelModel",
     "RouterConfig",
     "RouterModule",
@@ -81,6 +87,7 @@ __all__ = [
     "load_config",
     "parallelize",
     "read_metrics",
+    "token_losses",
     "train",
 ]
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dmoe.config.router_kinds import ROUTERS
+from dmoe.config.schema import TrainConfig
 from dmoe.moe.layer import MoE
 from dmoe.moe.load_balancing import coefficients
 from dmoe.observability.alerts import Alerts
@@ -23,6 +24,11 @@ from dmoe.train.routing_analysis import RoutingProbe
 from dmoe.train.step import StepResult
 from dmoe.train.step_metrics import LayerMetrics, StepMetrics, StepRecorder
 from dmoe.train.tasks import Score
+
+
+def is_logged(step: int, start_step: int, config: TrainConfig) -> bool:
+    """Return whether step `step`, from 1, of a process that began after `start_step` is logged."""
+    return step % config.log_every == 0 or step in (start_step + 1, config.steps)
 
 
 class Telemetry:
@@ -75,6 +81,19 @@ class Telemetry:
         }
 
 
+def basic_metrics(result: StepResult, engine: Engine) -> dict[str, Any]:
+    """Return what is known of any step, logged or not; equal on all ranks."""
+    totals = result.totals
+    score = Score(totals.loss_sum, engine.targets_per_step, totals.target_bytes)
+    return {
+        "loss": score.loss,
+        **engine.task.metrics(score),
+        "grad_norm": result.grad_norm,
+        "clip_factor": result.clip_factor,
+        "updated": result.updated,
+    }
+
+
 def train_metrics(result: StepResult, metrics: StepMetrics, engine: Engine) -> dict[str, Any]:
     """Return the part of a `train` line that concerns the step itself.
 
@@ -82,7 +101,6 @@ def train_metrics(result: StepResult, metrics: StepMetrics, engine: Engine) -> d
     layers of what it adds to the loss.
     """
     totals = result.totals
-    score = Score(totals.loss_sum, engine.targets_per_step, totals.target_bytes)
     layers = [
         _layer_metrics(*layer, engine)
         for layer in zip(engine.model.moe_layers(), totals.layers, metrics.layers, strict=True)
@@ -91,19 +109,14 @@ def train_metrics(result: StepResult, metrics: StepMetrics, engine: Engine) -> d
     kept = sum(sum(layer.kept_counts) for layer in totals.layers)
     names = list(totals.layers[0].aux) if layers else []
     imbalances = (layer.load_max_over_mean for layer in totals.layers)
-    return {
-        "loss": score.loss,
-        **engine.task.metrics(score),
+    return basic_metrics(result, engine) | {
         "aux": {
             name: statistics.fmean(layer.aux[name] for layer in totals.layers) for name in names
         },
         "aux_weighted": {
             name: sum(layer["aux_weighted"][name] for layer in layers) for name in names
         },
-        "grad_norm": result.grad_norm,
         **_grad_norms(result, metrics),
-        "clip_factor": result.clip_factor,
-        "updated": result.updated,
         "drop_rate": 1.0 - kept / choices if choices else 0.0,
         "load_max_over_mean": max(imbalances, default=1.0),
         "step_time": metrics.seconds,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from dmoe.config.errors import NumbersError
-from dmoe.config.schema import TrainConfig
 from dmoe.distributed.init import set_timeouts
 from dmoe.distributed.rank_failure import is_collective_failure, lost_rank_error
 from dmoe.observability.logger import RunLogger
 from dmoe.observability.profiler import StepProfiler
+from dmoe.train.callbacks import Callback, Callbacks
 from dmoe.train.checkpointer import Checkpointer, CheckpointScheduler
 from dmoe.train.engine import Engine, learning_rate
 from dmoe.train.evaluation import Evaluation, evaluate
@@ -35,12 +36,7 @@ from dmoe.train.step_guard import (
 )
 from dmoe.train.summary import log_start, print_summary
 from dmoe.train.tasks import DataSplits
-from dmoe.train.telemetry import Telemetry
-
-
-def is_logged(step: int, start_step: int, config: TrainConfig) -> bool:
-    """Return whether step `step`, from 1, of a process that began after `start_step` is logged."""
-    return step % config.log_every == 0 or step in (start_step + 1, config.steps)
+from dmoe.train.telemetry import Telemetry, basic_metrics, is_logged
 
 
 class Trainer:
@@ -53,6 +49,7 @@ class Trainer:
         session: RunSession,
         config_text: str,
         quiet: bool = False,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         """Restore the newest checkpoint, if there is one. Collective.
 
@@ -62,6 +59,7 @@ class Trainer:
             session: the locked run directory.
             config_text: text of the config file, stored in the run directory.
             quiet: print notes, alerts and the run directory only.
+            callbacks: of this rank.
         """
         config = engine.config
         self.engine, self.data, self.session = engine, data, session
@@ -87,6 +85,7 @@ class Trainer:
             is_main=engine.process.is_main,
             quiet=quiet,
         )
+        self.callbacks = Callbacks(callbacks, engine, self.logger)
         self.checkpoint_scheduler = CheckpointScheduler(
             self.checkpointer, self.logger, config.checkpoint
         )
@@ -106,20 +105,21 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step. Collective.
 
-        Raises:
-            StopRequested: after a stop that all ranks agreed on; the state is saved.
-            NumbersError, LostRankError: see `train`.
+        Raises StopRequested after a stop that all ranks agreed on, its state saved; see `train`.
         """
         log_start(
             self.logger, self.engine, self.data, self.session, self.checkpointer, self.modular
         )
         self.signals.install_handlers()
+        self.callbacks.agree()
         self.step_began = self.interval_began = time.monotonic()
         try:
             self._train()
             self.logger.write_report(self.steps_done)
+            self.callbacks.agree()
         except StopRequested:
             self.logger.write_report(self.steps_done)
+            self.callbacks.agree()
             raise
         except NumbersError as error:
             self.session.record_fatal_error(error)
@@ -190,7 +190,7 @@ class Trainer:
             step, health, action, result
         )
         if not rolled_back:
-            self._log(result, lr)
+            self.callbacks.call("on_step_end", self.steps_done, self._log(result, lr))
             began = time.monotonic()
             self.checkpoint_scheduler.after_step(
                 self.steps_done,
@@ -206,15 +206,15 @@ class Trainer:
         due = self.config.eval_every and self.steps_done % self.config.eval_every == 0
         if due and self.steps_done < self.config.steps and not rolled_back:
             self._evaluate()
+        if self.callbacks.agree() and self.steps_done < self.config.steps:
+            raise StopRequested
 
     def _after_first_step(self, step: int, result: StepResult) -> None:
         """Shorten the timeouts after the first step of this process; check the run's first step."""
         if step == self.start_step:
             set_timeouts(self.engine.mesh.step_groups(), self.engine.config.parallel.timeout)
-        if step == 0:
-            warning = check_first_step(self.engine, result)
-            if warning:
-                self.logger.note(1, warning)
+        if step == 0 and (warning := check_first_step(self.engine, result)):
+            self.logger.note(1, warning)
 
     def _handle_bad_step(
         self, step: int, health: StepHealth, action: StepAction, result: StepResult
@@ -240,11 +240,12 @@ class Trainer:
         self.telemetry.probe.previous = []
         return True
 
-    def _log(self, result: StepResult, lr: float) -> None:
+    def _log(self, result: StepResult, lr: float) -> dict[str, Any]:
+        """Log the step where that is due; return its metrics, in any step the basic ones."""
         step = self.steps_done
         if not is_logged(step, self.start_step, self.config):
             self.logger.display.step(step)
-            return
+            return basic_metrics(result, self.engine) | {"lr": lr}
         now = time.monotonic()
         values = self.telemetry.train_record(
             result,
@@ -257,6 +258,7 @@ class Trainer:
         self.logger.log_metrics("train", step, values)
         for text in self.telemetry.alerts.check(values):
             self.logger.alert(step, "routing", text)
+        return values
 
     def _evaluate(self) -> Evaluation:
         """Evaluate on the held-out data and log the result. Raises StopRequested."""

@@ -16,7 +16,7 @@ from dmoe.distributed.all_to_all import CommTimer
 from dmoe.moe.routers.base import LearnedRouter
 from dmoe.train.run import train
 from dmoe.train.step_metrics import PHASES, StepTimer
-from dmoe.train.trainer import is_logged
+from dmoe.train.telemetry import is_logged
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, tiny
 from tests.train.reference_metrics import Measured, by_layer, measured_step
