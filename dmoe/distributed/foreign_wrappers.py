@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dmoe.config.errors import ConfigError
 from dmoe.distributed.expert_parallel import moe_layers
 from dmoe.distributed.mesh import ParallelMesh
+from dmoe.moe.dispatch import PackedLocal
 from dmoe.moe.interfaces import NoComm
 from dmoe.moe.layer import MoE
 
@@ -62,8 +63,9 @@ def check_model(model: nn.Module, ep: int, mode: str | None, mesh: ParallelMesh 
         raise ConfigError("model", type(model).__name__, "has no dmoe.MoE layer", "use ep=1")
     if not any(True for _ in model.parameters()):
         raise ConfigError("model", type(model).__name__, "has no parameters", "give another")
+    once = any(type(module).__name__ == "ParallelModel" for module in model.modules())
     for layer in layers:
-        if not isinstance(layer.comm, NoComm):
+        if once or not isinstance(layer.comm, NoComm):
             raise ConfigError(
                 "model", type(model).__name__, "is parallel already", "call parallelize once"
             )
@@ -84,6 +86,19 @@ def watch_layers(model: nn.Module, ddp: DistributedDataParallel | None) -> None:
         sharded = isinstance(layer.experts, FSDPModule)
         kept = None if sharded else list(layer.experts.parameters())
         layer.register_forward_pre_hook(partial(_check_layer, ddp, kept))
+        if sharded or not isinstance(layer.packed, PackedLocal):
+            layer.register_state_dict_pre_hook(_refuse_part)
+
+
+def _refuse_part(layer: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Refuse `state_dict()` of the model inside, which has this rank's experts only."""
+    if not keep_vars:  # with it, the caller works on the parameters themselves
+        raise ConfigError(
+            "state_dict",
+            "of this rank",
+            f"has only this rank's part of {prefix}experts",
+            "call the ParallelModel's state_dict on every rank",
+        )
 
 
 def _check_layer(

@@ -23,7 +23,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,7 +55,6 @@ from dmoe.distributed.gradients import (
 from dmoe.distributed.mesh import ParallelMesh, build_mesh
 from dmoe.moe.layer import MoE
 
-Mode = Literal["ddp", "fsdp"]
 STRATEGIES: dict[str | None, Callable[[nn.Module, ParallelMesh], DataParallel]] = {
     "ddp": lambda model, mesh: DDPStrategy(model, mesh, average=True),
     "fsdp": lambda model, mesh: FSDPStrategy(model, mesh, average=True),
@@ -66,7 +65,7 @@ STRATEGIES: dict[str | None, Callable[[nn.Module, ParallelMesh], DataParallel]] 
 def parallelize(
     model: nn.Module,
     ep: int = 1,
-    mode: Mode | None = "ddp",
+    mode: str | None = "ddp",
     mesh: ParallelMesh | None = None,
 ) -> ParallelModel:
     """Shard the experts over `ep` ranks, and make all gradients those of one process.
