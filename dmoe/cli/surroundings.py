@@ -21,7 +21,7 @@ from dmoe.config.launch_env import check_environment
 from dmoe.config.yaml_guard import not_utf8
 
 MAX_OPEN_FILES = 1 << 16
-"""A corpus of many files keeps each of them open; a shell's usual limit is 1024."""
+"""Each shard of a corpus is an open file while it is mapped; a shell's usual limit is 1024."""
 
 
 class PrintError(Protocol):

@@ -28,6 +28,9 @@ def command(
     dtype: Annotated[
         str, typer.Option(help="float64 (tolerance 1e-10) or float32 (1e-5; 1e-4 after Adam).")
     ] = "float64",
+    device: Annotated[
+        str, typer.Option(help="cpu (gloo), or cuda (NCCL, one GPU per rank) against the CPU.")
+    ] = "cpu",
     full: Annotated[
         bool, typer.Option("--full", help="Keep the config's widths and number of experts.")
     ] = False,
@@ -35,8 +38,8 @@ def command(
 ) -> None:
     """Verify that one process and N ranks train the same model with this config.
 
-    Starts gloo ranks for each number of ranks and expert-parallel size, with both exchanges and
-    both data-parallel modes. Compares every layer, loss, gradients, norm, clip, counts, bias,
+    Starts ranks for each number of ranks and expert-parallel size, with both exchanges and both
+    data-parallel modes. Compares every layer, loss, gradients, norm, clip, counts, bias,
     optimizer, two steps and checkpoints with one process that computes layer and step naively. If
     they differ, the exit code is 1 and the first difference is printed.
 
@@ -47,9 +50,11 @@ def command(
     world_sizes = _parse_worlds(worlds)
     if dtype not in ("float64", "float32"):
         raise ConfigError("--dtype", dtype, "must be float64 or float32", "use float64")
+    if device not in ("cpu", "cuda"):
+        raise ConfigError("--device", device, "must be cpu or cuda", "use cpu")
     from dmoe.verify.verify import verify
 
-    report = verify(config, world_sizes, dtype=dtype, full=full)
+    report = verify(config, world_sizes, dtype=dtype, device=device, full=full)
     if as_json:
         print(json.dumps(asdict(report) | {"ok": report.ok}, indent=2))
     else:

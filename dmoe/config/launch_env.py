@@ -132,6 +132,21 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
                 raise ConfigError(variable, name[:40], allowed, "correct it or unset it")
 
 
+def refuse_debug_detail(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse the debug level at which torch's DDP ends in a segmentation fault over gloo.
+
+    Its logger casts the group that DETAIL wraps around gloo's (torch 2.13).
+
+    Raises:
+        ConfigError: TORCH_DISTRIBUTED_DEBUG is DETAIL.
+    """
+    level = environment.get("TORCH_DISTRIBUTED_DEBUG", "OFF")
+    if level.upper() == "DETAIL":
+        allowed = "must be OFF or INFO: torch's DDP ends in a segmentation fault over gloo"
+        fix = "use INFO and debug.collectives=true, or parallel.mode=fsdp"
+        raise ConfigError("TORCH_DISTRIBUTED_DEBUG", level, allowed, fix)
+
+
 def has_accelerator() -> bool:
     """Return whether an accelerator's driver is there; only torch knows whether it can use it."""
     return any(Path(device).exists() for device in ACCELERATORS)

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dmoe.config.errors import ConfigError
 from dmoe.config.fields import TEXT, check_given, field_named
 from dmoe.config.schema import Config
-from dmoe.config.yaml_guard import NULLS, check_interpolation, parse, quoted, read_text, short
+from dmoe.config.yaml_guard import NULLS, check_text, parse, quoted, read_text, short
 
 KEY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*){0,15}")
 
@@ -103,7 +103,7 @@ def parse_override(override: str) -> dict[str, Any]:
 
 
 def _value(key: str, text: str) -> Any:
-    check_interpolation(key, text)
+    check_text(key, text)
     field = field_named(key)
     if not text:
         fix = "write a value; is a variable of the shell not set?"

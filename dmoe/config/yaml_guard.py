@@ -151,12 +151,14 @@ def quoted(text: str) -> str | None:
     return str(node.value) if isinstance(node, yaml.ScalarNode) else None
 
 
-def check_interpolation(field: str, value: str) -> None:
-    """Refuse `${` in a text.
+def check_text(field: str, value: str) -> None:
+    """Refuse `${` in a text, and a text that cannot be written as UTF-8.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: it is one of them.
     """
+    if shown := not_utf8(value):
+        raise ConfigError(field, short(shown), "is not UTF-8 text", "type it again, or rename it")
     if "${" in value:
         allowed = "must not hold ${, which would be replaced by a value from elsewhere"
         raise ConfigError(field, short(value), allowed, "write it out")

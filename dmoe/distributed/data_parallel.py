@@ -34,6 +34,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.launch_env import refuse_debug_detail
 from dmoe.distributed.expert_parallel import expert_buffers, expert_parameters
 from dmoe.distributed.fsdp import apply_fsdp
 from dmoe.distributed.gradients import DenseGradients, ExpertGradients
@@ -82,6 +83,8 @@ class DDPStrategy:
         self.ddp: DistributedDataParallel | None = None
         # DDP refuses a model without trainable dense parameters.
         if mesh.world_size > 1 and any(p.requires_grad for p in dense_parameters(model)):
+            if dist.get_backend() == "gloo":
+                refuse_debug_detail()
             exclude_experts_from_ddp(model)
             # A gradient is a view of its bucket: 4 bytes less for each dense parameter.
             self.ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)

@@ -65,11 +65,13 @@ def expert_buffers(model: nn.Module) -> set[str]:
 
 @dataclass(frozen=True)
 class ExpertLocation:
-    """EP rank, shape and dtype of one heterogeneous expert's matrix."""
+    """EP rank, shape, dtype and device of one heterogeneous expert's matrix."""
 
     ep_rank: int
     shape: tuple[int, int]
     dtype: torch.dtype
+    device: torch.device
+    """The own device of each rank."""
 
 
 def expert_locations(model: nn.Module) -> dict[str, ExpertLocation]:
@@ -82,9 +84,11 @@ def expert_locations(model: nn.Module) -> dict[str, ExpertLocation]:
     for path, layer in model.named_modules():
         if not isinstance(layer, MoE) or not isinstance(layer.experts, HeterogeneousExperts):
             continue
-        dtype = next(layer.experts.parameters()).dtype
+        local = next(layer.experts.parameters())
         for expert, shapes in enumerate(layer.experts.matrices):
             for n, shape in enumerate(shapes):
                 name = f"{path}.experts.{expert}.w{n}".removeprefix(".")
-                locations[name] = ExpertLocation(layer.placement.rank_of[expert], shape, dtype)
+                locations[name] = ExpertLocation(
+                    layer.placement.rank_of[expert], shape, local.dtype, local.device
+                )
     return locations

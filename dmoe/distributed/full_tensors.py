@@ -81,7 +81,11 @@ def broadcast_expert(
         assert full is not None, "with EP = 1 every rank has every expert"
         return full.detach()
     if full is None:
-        buffer = torch.empty(location.shape if shape is None else shape, dtype=location.dtype)
+        buffer = torch.empty(
+            location.shape if shape is None else shape,
+            dtype=location.dtype,
+            device=location.device,
+        )
     else:
         buffer = full.detach().contiguous()
     dist.broadcast(buffer, group=mesh.ep_group, group_src=location.ep_rank)

@@ -31,6 +31,15 @@ PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU)
 """A terminal that is closed sends HUP; LSF and SGE warn before a limit with USR2 or XCPU."""
 
+_IN_LIBRARY = "a library has crashed: start it again with PYTHONFAULTHANDLER=1 to see where"
+CRASHES = {
+    -signal.SIGSEGV: _IN_LIBRARY,
+    -signal.SIGABRT: _IN_LIBRARY,
+    -signal.SIGILL: "a library was built for another processor: install it for this one",
+    -signal.SIGBUS: "/dev/shm or the disk of a mapped file is full, or a file was cut short",
+}
+"""What ends a process without a word, by its exit code."""
+
 
 def handled_stop_signals() -> list[signal.Signals]:
     """Return the signals that stop a run: not those inherited as ignored, as HUP is under nohup.
@@ -87,12 +96,14 @@ def launch(num_ranks: int, arguments: list[str], port: int | None = None) -> int
         run(options)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode == -signal.SIGKILL:
-            # It could say nothing itself.
-            cause = (
-                "the kernel does so when main memory runs out (see dmesg): lower train.micro_batch"
+        # It could say nothing itself.
+        if failure.exitcode in (-signal.SIGKILL, *CRASHES):
+            cause = CRASHES.get(
+                failure.exitcode,
+                "the kernel does so when main memory runs out (see dmesg): lower train.micro_batch",
             )
-            print(f"dmoe: rank {rank} was killed (SIGKILL); {cause}", file=sys.stderr)
+            name = signal.Signals(-failure.exitcode).name
+            print(f"dmoe: rank {rank} was killed ({name}); {cause}", file=sys.stderr)
         return int(failure.exitcode) if failure.exitcode > 0 else 128 - int(failure.exitcode)
     # The signal was forwarded: the ranks have saved their step and ended.
     except SignalException as stop:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.launch_env import refuse_debug_detail
 
 PRELOAD = [
     "torch",
@@ -46,9 +47,13 @@ class _Rank:
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: object, timeout: float = 60.0
+    world_size: int,
+    function: Callable[..., Any],
+    *args: object,
+    timeout: float = 60.0,
+    device: str = "cpu",
 ) -> list[Any]:
-    """Run `function(rank, world_size, *args)` on each rank, each in its own process, over gloo.
+    """Run `function(rank, world_size, *args)` on each rank, each in its own process.
 
     One CPU thread per rank. All processes are gone when this returns or raises.
 
@@ -58,14 +63,17 @@ def run_ranks(
             would pass on a descriptor of memory that ends with the rank; use numpy arrays).
         args: further arguments of `function`.
         timeout: seconds for everything; also the time-out of the process group.
+        device: `cpu`: the ranks use gloo; `cuda`: NCCL, with GPU n for rank n.
 
     Returns:
         The results in order of rank.
 
     Raises:
         RankError: of the first rank that failed, or after the time-out.
-        ConfigError: the directory for temporary files has too long a path.
+        ConfigError: the directory for temporary files has too long a path, or a debug level is set
+            at which torch's DDP crashes.
     """
+    refuse_debug_detail()
     folder = tempfile.gettempdir()
     if len(os.fsencode(folder)) > MAX_TEMPDIR:
         allowed = f"must have at most {MAX_TEMPDIR} bytes: the ranks' sockets are in it"
@@ -74,7 +82,9 @@ def run_ranks(
     context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            _start_rank(context, Path(folder) / "store", rank, world_size, timeout, function, args)
+            _start_rank(
+                context, (Path(folder) / "store", rank, world_size, timeout, device, function, args)
+            )
             for rank in range(world_size)
         ]
         try:
@@ -86,21 +96,10 @@ def run_ranks(
                 rank.results.close()
 
 
-def _start_rank(
-    context: ForkServerContext,
-    store: Path,
-    rank: int,
-    world_size: int,
-    timeout: float,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-) -> _Rank:
+def _start_rank(context: ForkServerContext, arguments: tuple[Any, ...]) -> _Rank:
+    """Start `_rank_main` with these arguments, after the sender."""
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(
-        target=_rank_main,
-        args=(sender, store, rank, world_size, timeout, function, args),
-        daemon=True,
-    )
+    process = context.Process(target=_rank_main, args=(sender, *arguments), daemon=True)
     process.start()
     # With the sender closed here, a rank that dies is an end of file on the receiver.
     sender.close()
@@ -138,12 +137,15 @@ def _rank_main(
     rank: int,
     world_size: int,
     timeout: float,
+    device: str,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
     import torch
     import torch.distributed as dist
     from torch._C._distributed_c10d import FileStore
+
+    from dmoe.distributed.init import set_cuda_environment
 
     torch.set_num_threads(1)
     # Objects of the imports live to the end: without this each full collection visits them again,
@@ -160,12 +162,17 @@ def _rank_main(
                 LOCAL_WORLD_SIZE=str(world_size),
                 OMP_NUM_THREADS="1",
             )
+            gpu = torch.device("cuda", rank) if device == "cuda" else None
+            if gpu is not None:
+                set_cuda_environment()
+                torch.cuda.set_device(gpu)
             dist.init_process_group(
-                "gloo",
+                "gloo" if gpu is None else "nccl",
                 store=FileStore(str(store), world_size),
                 rank=rank,
                 world_size=world_size,
                 timeout=limit,
+                device_id=gpu,
             )
         value = function(rank, world_size, *args)
         if world_size > 1:

@@ -17,6 +17,7 @@ from torch import Tensor
 from dmoe.config.errors import ConfigError
 
 if TYPE_CHECKING:
+    from dmoe.moe.interfaces import DataParallelComm
     from dmoe.moe.routing import TokenContext
 
 
@@ -50,6 +51,39 @@ CASTS = {
     "label_T": as_int64,
 }
 """The fields of `TokenContext` that are cast where they enter."""
+
+
+class MaskAgreement:
+    """Whether a layer's training forwards have a mask: the same on all ranks and in all steps.
+
+    With a mask, the losses need one all-reduce more. A collate function that makes a mask where
+    there is padding only would make the ranks' collectives differ: they wait for each other, or one
+    reads the numbers of another. The first forward compares the ranks, later ones cost nothing.
+    """
+
+    def __init__(self) -> None:
+        self.is_given: bool | None = None
+
+    def check(self, valid_T: Tensor | None, x_TD: Tensor, comm: DataParallelComm) -> None:
+        """Refuse a mask on some ranks only, or in some steps only. One all-reduce at first.
+
+        Raises:
+            ConfigError: on every rank in the first forward; later on the rank that changes.
+        """
+        given = valid_T is not None
+        if comm.size == 1:
+            return
+        fix = "pass one on every rank in every step, all True where there is no padding"
+        if self.is_given is None:
+            count = comm.sum(torch.full((1,), int(given), device=x_TD.device))
+            if not count.is_meta and int(count) not in (0, comm.size):
+                allowed = f"{int(count)} of {comm.size} ranks have passed a mask"
+                raise ConfigError("valid_T", describe(valid_T), allowed, fix)
+            self.is_given = given
+        if self.is_given != given:
+            before = "passed" if self.is_given else "not passed"
+            allowed = f"a mask was {before} in the first step, and the ranks must act alike"
+            raise ConfigError("valid_T", describe(valid_T), allowed, fix)
 
 
 def input_error(x: Any, dim: int) -> ConfigError:

@@ -22,6 +22,7 @@ from dmoe.moe.capacity import apply_capacity, expert_capacity
 from dmoe.moe.compute_usage import ComputeUsage
 from dmoe.moe.dispatch import PackedLocal, PaddedLocal, expert_dtype, profiled
 from dmoe.moe.experts import FeedForward, ZeroCost, build_experts
+from dmoe.moe.inputs import MaskAgreement
 from dmoe.moe.interfaces import DataParallelComm, Dispatcher, NoComm
 from dmoe.moe.load_balancing import PendingCounts, auxiliary_losses, updated_bias
 from dmoe.moe.metrics import MoEOutput, layer_stats
@@ -46,7 +47,7 @@ class MoE(nn.Module):
     the dispatchers and keeps only this rank's experts; nothing else of the layer changes.
 
     Costs of a forward: those of the dispatcher in use, and one all-reduce if `balance.switch_level`
-    is `global`.
+    is `global`; in the first one of a training over several ranks another (`MaskAgreement`).
 
     Args:
         dim: input width D.
@@ -85,8 +86,7 @@ class MoE(nn.Module):
         out_dim = dim if out_dim is None else out_dim
         given = {"router": router, "capacity": capacity, "balance": balance, "experts": experts}
         sections: dict[str, Any] = {name: part for name, part in given.items() if part is not None}
-        sections["exchange"] = exchange
-        config = MoEConfig(num_experts, top_k, expert_dim, **sections)
+        config = MoEConfig(num_experts, top_k, expert_dim, **sections | {"exchange": exchange})
         check_arguments(
             config, dim=dim, out_dim=out_dim, virtual_ranks=virtual_ranks, layer=layer, seed=seed
         )
@@ -110,6 +110,7 @@ class MoE(nn.Module):
         self.packed: Dispatcher = PackedLocal()
         self.padded: Dispatcher | None = PaddedLocal() if exchange == "padded" else None
         self.comm: DataParallelComm = NoComm()
+        self.masks = MaskAgreement()
         self.pending_counts = PendingCounts() if self.balance.bias else None
         """None: no bias, or the trainer updates it from counts that it reduces for all layers."""
         self.initialize(seed)
@@ -182,6 +183,8 @@ class MoE(nn.Module):
         """
         x_TD, context = flatten_tokens(x, context, self.dim)
         context = with_budget(context, compute_budget, self.router.config)
+        if self.training:
+            self.masks.check(context.valid_T, x_TD, self.comm)
         shape = self.batch_shape(math.prod(x.shape[:-2]), x_TD.shape[0])
         with profiled("route"):
             routing = self.router(x_TD, context, shape)
@@ -218,8 +221,7 @@ class MoE(nn.Module):
     def count_for_bias(self, y_TM: Tensor, choice_E: Tensor) -> None:
         """Count a training forward for `update_bias`, once its backward has come."""
         if self.pending_counts is not None and self.training and y_TM.requires_grad:
-            name = f"MoE layer {self.layer}"
-            self.pending_counts.watch(y_TM, choice_E, self.parameters(), name)
+            self.pending_counts.watch(y_TM, choice_E, self.parameters(), f"MoE layer {self.layer}")
 
     def forget_counts(self) -> None:
         """Discard what `update_bias` would count: the weights are new."""
@@ -234,9 +236,8 @@ class MoE(nn.Module):
         """Update the balance bias (`balance.bias`); once per step, after `optimizer.step()`.
 
         By the assignments of the forwards whose backward has run since the last call, over all
-        ranks: one all-reduce of E int64 if `comm` has several, so every rank calls it. No host
-        sync. A no-op if `balance.bias` is 0. Forgotten, the next training forward raises
-        ConfigError. The trainer does not call it: it reduces the counts of all layers at once.
+        ranks: one all-reduce of E int64 if `comm` has several, so every rank calls it. No host sync
+        and, if `balance.bias` is 0, nothing. Forgotten, the next training forward raises an error.
         """
         if self.pending_counts is not None:
             self.move_bias(self.comm.sum(self.take_counts()))

@@ -20,6 +20,7 @@ from dmoe.distributed.gradients import all_reduce_max, all_reduce_sum
 from dmoe.observability.logger import RunLogger
 from dmoe.runs.metrics_log import START_EVENTS
 from dmoe.train.engine import Engine
+from dmoe.train.signals import StopRequested
 
 MAX_TEXT = 400
 """Bytes of an error that the other ranks get."""
@@ -56,20 +57,33 @@ class Callbacks:
         self.callbacks, self.run, self.stop = callbacks, logger.run, False
         logger.listeners.append(self.on_event)
         self.mesh, self.device = engine.mesh, engine.process.device
+        self.num_steps = engine.config.train.steps
         self.error: Exception | None = None
         self.text = ""
         self.active = self._maximum(float(bool(callbacks)))[0] > 0
 
     def on_event(self, event: str, step: int, values: Mapping[str, Any]) -> None:
-        """Call the callbacks of a line of metrics.jsonl."""
+        """Call the callbacks of a line of metrics.jsonl. Collective at the start and the end."""
         if event in START_EVENTS:
             self.call("on_train_begin", self.run.path, step)
+            self.agree()
         elif event == "eval":
             self.call("on_evaluate", step, values)
         elif event == "checkpoint":
             self.call("on_save", step, self.run.checkpoints / step_name(step))
         elif event == "end" and not values.get("failed"):
             self.call("on_train_end", step)
+            self.agree()
+
+    def end_step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Call `on_step_end`, then agree. Collective.
+
+        Raises:
+            StopRequested: on every rank, if a callback of any has asked to stop before the end.
+        """
+        self.call("on_step_end", step, metrics)
+        if self.agree() and step < self.num_steps:
+            raise StopRequested
 
     def call(self, event: str, *args: Any) -> None:
         """Call `event` of each callback. An error is kept until `agree`; no collective."""

@@ -10,6 +10,7 @@ from typing import Any
 from dmoe.config.errors import NumbersError
 from dmoe.distributed.init import set_timeouts
 from dmoe.distributed.rank_failure import is_collective_failure, lost_rank_error
+from dmoe.distributed.watchdog import Watchdog
 from dmoe.observability.logger import RunLogger
 from dmoe.observability.profiler import StepProfiler
 from dmoe.train.callbacks import Callback, Callbacks
@@ -90,6 +91,9 @@ class Trainer:
             self.checkpointer, self.logger, config.checkpoint
         )
         self.telemetry = Telemetry(engine, data.domains)
+        self.watchdog = Watchdog(
+            config.parallel.timeout, [self.checkpointer.drain, self.logger.display.close]
+        )
         self.profiler = StepProfiler(
             self.config.profile_steps,
             self.config.profile_ranks,
@@ -111,15 +115,12 @@ class Trainer:
             self.logger, self.engine, self.data, self.session, self.checkpointer, self.modular
         )
         self.signals.install_handlers()
-        self.callbacks.agree()
         self.step_began = self.interval_began = time.monotonic()
         try:
             self._train()
             self.logger.write_report(self.steps_done)
-            self.callbacks.agree()
         except StopRequested:
             self.logger.write_report(self.steps_done)
-            self.callbacks.agree()
             raise
         except NumbersError as error:
             self.session.record_fatal_error(error)
@@ -133,6 +134,7 @@ class Trainer:
             seconds = time.monotonic() - self.step_began
             raise lost_rank_error(error, self.steps_done + 1, seconds) from error
         finally:
+            self.watchdog.close()
             self.checkpointer.drain()
             self.logger.close()
 
@@ -174,23 +176,24 @@ class Trainer:
         recorder = NULL_RECORDER
         if is_logged(step + 1, self.start_step, self.config):
             recorder = self.telemetry.start_recording(self.step_began)
-        totals = compute_gradients(
-            engine,
-            batches,
-            target_bytes=target_bytes,
-            requests=self.signals.take_requests(self.checkpoint_scheduler.failed),
-            recorder=recorder,
-        )
-        loss = totals.loss_sum / engine.targets_per_step
-        health, action = self.step_guard.check(step, loss, grad_norm(totals))
-        result = update(engine, totals, lr, apply=action is StepAction.APPLY)
+        with self.watchdog.watch(f"step {step + 1}"):
+            totals = compute_gradients(
+                engine,
+                batches,
+                target_bytes=target_bytes,
+                requests=self.signals.take_requests(self.checkpoint_scheduler.failed),
+                recorder=recorder,
+            )
+            loss = totals.loss_sum / engine.targets_per_step
+            health, action = self.step_guard.check(step, loss, grad_norm(totals))
+            result = update(engine, totals, lr, apply=action is StepAction.APPLY)
         self.steps_done = step + 1
         self._after_first_step(step, result)
         rolled_back = health is not StepHealth.GOOD and self._handle_bad_step(
             step, health, action, result
         )
         if not rolled_back:
-            self.callbacks.call("on_step_end", self.steps_done, self._log(result, lr))
+            self.callbacks.end_step(self.steps_done, self._log(result, lr))
             began = time.monotonic()
             self.checkpoint_scheduler.after_step(
                 self.steps_done,
@@ -206,13 +209,12 @@ class Trainer:
         due = self.config.eval_every and self.steps_done % self.config.eval_every == 0
         if due and self.steps_done < self.config.steps and not rolled_back:
             self._evaluate()
-        if self.callbacks.agree() and self.steps_done < self.config.steps:
-            raise StopRequested
 
     def _after_first_step(self, step: int, result: StepResult) -> None:
         """Shorten the timeouts after the first step of this process; check the run's first step."""
         if step == self.start_step:
             set_timeouts(self.engine.mesh.step_groups(), self.engine.config.parallel.timeout)
+            self.watchdog.start()
         if step == 0 and (warning := check_first_step(self.engine, result)):
             self.logger.note(1, warning)
 
@@ -265,9 +267,10 @@ class Trainer:
         began = time.monotonic()
         compositions: list[dict[str, Any]] = []
         try:
-            result = evaluate(
-                self.engine, self.data, self.signals.is_stop_requested, self.telemetry.probe
-            )
+            with self.watchdog.watch(f"the evaluation after step {self.steps_done}"):
+                result = evaluate(
+                    self.engine, self.data, self.signals.is_stop_requested, self.telemetry.probe
+                )
             if self.steps_done == self.config.steps:
                 compositions = self.modular.evaluate_compositions(
                     self.data, self.signals.is_stop_requested

@@ -10,7 +10,8 @@ Keys, with step s, accumulation step a, MoE layer l and adapter layer p:
     gradient/s/NAME                                 full gradients
     learning_rate/s, bias/s/NAME, weights/s/NAME    of the update; biases and weights after it
 
-After both steps: final/NAME. `naive/step.py` makes the same keys for the reference.
+After both steps: final/NAME, and in float64 evaluation/NAME: in float32 rounding may change a
+choice. `naive/step.py` and `naive/evaluation.py` make the same keys for the reference.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dmoe.distributed.expert_parallel import expert_buffers, expert_locations, expert_parameters
 from dmoe.distributed.full_tensors import broadcast_expert, gather_full
 from dmoe.train.engine import Engine, learning_rate
+from dmoe.train.evaluation import evaluate
 from dmoe.train.reduction import ReducedStep
+from dmoe.train.routing_analysis import RoutingProbe
 from dmoe.train.step import Batch, compute_gradients, training_batches, update
 from dmoe.verify.cases import NUM_STEPS
-from dmoe.verify.decisions import Capture, record_layers
+from dmoe.verify.decisions import Capture, as_array, record_layers
+from dmoe.verify.naive import evaluation as naive_evaluation
 from dmoe.verify.naive import step as naive_step
 from dmoe.verify.naive.adapters import MAX_LABELS, num_labels
 
@@ -46,6 +49,7 @@ __all__ = [
 def capture_reference(engine: Engine, *, decisions: bool = False) -> Capture:
     """Return what two steps of the naive layers and the written-out step produced."""
     found = naive_step.train(engine, decisions=decisions)
+    found |= {} if decisions else naive_evaluation.evaluate(engine)
     return found | {f"final/{name}": array for name, array in state_arrays(engine).items()}
 
 
@@ -64,26 +68,29 @@ def capture(engine: Engine, *, decisions: bool = False) -> Capture:
         ]
         for a, batch in enumerate(batches):
             samples = {"input": batch.input, "target": batch.target, "label": batch.label_B}
-            found |= {f"{name}/{step}/{a}": _array(value) for name, value in samples.items()}
+            found |= {f"{name}/{step}/{a}": as_array(value) for name, value in samples.items()}
         with record_layers(engine.model, found, step, decisions=decisions):
             totals = compute_gradients(engine, batches)
         found |= {f"gradient/{step}/{name}": array for name, array in _gradients(engine).items()}
         rate = learning_rate(step, steps, optim)
-        result = update(engine, totals, rate)
+        updated = update(engine, totals, rate)
         numbers = {
             "loss": totals.loss_sum,
-            "norm": result.grad_norm,
-            "clip": result.clip_factor,
+            "norm": updated.grad_norm,
+            "clip": updated.clip_factor,
             "learning_rate": engine.optimizer.param_groups[0]["lr"],
         }
         found |= {f"{name}/{step}": np.array(float(value)) for name, value in numbers.items()}
         found |= _totals(totals, step)
         found |= {
-            f"bias/{step}/{name}": _array(value)
+            f"bias/{step}/{name}": as_array(value)
             for name, value in engine.model.named_buffers()
             if name.endswith("bias_E")
         }
         found |= {f"weights/{step}/{name}": array for name, array in _weights(engine).items()}
+    if not decisions:
+        result = evaluate(engine, data, probe=RoutingProbe(engine, data.domains))
+        found |= naive_evaluation.numbers(result)
     return found | {f"final/{name}": array for name, array in state_arrays(engine).items()}
 
 
@@ -135,7 +142,7 @@ def state_arrays(engine: Engine) -> Capture:
             if moment in engine.optimizer.state.get(p, {})
         }
         arrays |= {
-            f"{moment}.{name}": _array(v)
+            f"{moment}.{name}": as_array(v)
             for name, v in gather_full(values, experts, mesh, locations).items()
         }
     buffers = gather_full(dict(engine.model.named_buffers()), expert_buffers(engine.model), mesh)
@@ -153,8 +160,8 @@ def state_arrays(engine: Engine) -> Capture:
             name: broadcast_expert(steps.get(name), location, mesh, ())
             for name, location in step_locations.items()
         }
-    arrays |= {f"buffer.{name}": _array(value) for name, value in buffers.items()}
-    return arrays | {f"step.{name}": _array(value) for name, value in steps.items()}
+    arrays |= {f"buffer.{name}": as_array(value) for name, value in buffers.items()}
+    return arrays | {f"step.{name}": as_array(value) for name, value in steps.items()}
 
 
 def final_state(capture: Capture) -> Capture:
@@ -165,20 +172,15 @@ def final_state(capture: Capture) -> Capture:
 
 def _weights(engine: Engine) -> Capture:
     values = dict(engine.model.named_parameters())
-    return {n: _array(v) for n, v in _gathered(values, engine).items()}
+    return {n: as_array(v) for n, v in _gathered(values, engine).items()}
 
 
 def _gradients(engine: Engine) -> Capture:
     values = {name: p.grad for name, p in engine.model.named_parameters() if p.grad is not None}
-    return {n: _array(v) for n, v in _gathered(values, engine).items()}
+    return {n: as_array(v) for n, v in _gathered(values, engine).items()}
 
 
 def _gathered(values: Mapping[str, Tensor], engine: Engine) -> dict[str, Tensor]:
     return gather_full(
         values, set(expert_parameters(engine.model)), engine.mesh, expert_locations(engine.model)
     )
-
-
-def _array(value: Tensor) -> NDArray[np.generic]:
-    array: NDArray[np.generic] = value.detach().cpu().numpy().copy()
-    return array

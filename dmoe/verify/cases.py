@@ -13,8 +13,11 @@ sets the precision.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
+
+import torch
 
 from dmoe.config.datasets import DATASETS
 from dmoe.config.errors import ConfigError
@@ -51,23 +54,35 @@ class Case:
     tied: bool = False
     """Every second router row is zero, so that scores are equal to the last bit."""
     naive: bool = False
+    cuda: bool = False
 
     def __str__(self) -> str:
         if self.naive:
             return f"1 process, naive layer{' with tied scores' if self.tied else ''}"
         ranks = "1 process" if self.world == 1 else f"{self.world} ranks EP={self.ep}"
         special = " recompute" if self.recompute else " tied scores" if self.tied else ""
-        return f"{ranks} {self.exchange} {self.mode}{special}"
+        place = " on cuda" if self.cuda else ""
+        return f"{ranks} {self.exchange} {self.mode}{special}{place}"
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.cuda else "cpu"
 
     def config(self, base: Config) -> Config:
         """Return `base` with this case's settings."""
         return replace(
             base,
             parallel=replace(
-                base.parallel, ep=self.ep, virtual_ranks=self.virtual_ranks, mode=self.mode
+                base.parallel,
+                ep=self.ep,
+                virtual_ranks=self.virtual_ranks,
+                mode=self.mode,
+                backend="nccl" if self.cuda else "gloo",
             ),
             moe=replace(base.moe, exchange=self.exchange),
-            train=replace(base.train, recompute=self.recompute),
+            train=replace(
+                base.train, recompute=self.recompute, device="cuda" if self.cuda else "cpu"
+            ),
         )
 
 
@@ -85,8 +100,23 @@ def reference_case(groups: int) -> Case:
     return Case(1, 1, groups, "packed", "ddp", naive=True)
 
 
-def plan_cases(config: Config, worlds: list[int], groups: int) -> CasePlan:
-    """Return all cases for these numbers of ranks; `groups` is a multiple of each."""
+def _check_gpus(device: str, worlds: Sequence[int]) -> None:
+    """Raise ConfigError unless each rank has a device of its own."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cuda" and not gpus:
+        raise ConfigError("--device", device, "no GPU is visible", "use --device cpu")
+    if device == "cuda" and max(worlds) > gpus:
+        fits = ",".join(str(world) for world in worlds if world <= gpus) or "1"
+        allowed = f"each rank needs a GPU, and {gpus} {'is' if gpus == 1 else 'are'} visible"
+        raise ConfigError("--worlds", ",".join(map(str, worlds)), allowed, f"use {fits}")
+
+
+def plan_cases(config: Config, worlds: list[int], groups: int, device: str = "cpu") -> CasePlan:
+    """Return all cases for these numbers of ranks; `groups` is a multiple of each.
+
+    Raises ConfigError where a rank has no `device` of its own.
+    """
+    _check_gpus(device, worlds)
     cases, refused = list[Case](), dict[str, str]()
     exchanges: list[Exchange] = ["packed"]
     if moe_widths(config):
@@ -97,7 +127,8 @@ def plan_cases(config: Config, worlds: list[int], groups: int) -> CasePlan:
         else:
             exchanges.append("padded")
     for world in worlds:
-        for case in _cases_of_world(config, world, groups, exchanges):
+        for planned in _cases_of_world(config, world, groups, exchanges):
+            case = replace(planned, cuda=device == "cuda")
             try:
                 check(case.config(config), world)
                 cases.append(case)
@@ -145,7 +176,7 @@ def prepare(config: Config, groups: int) -> Config:
             micro_batch=MICRO_BATCH,
             precision="fp32",
             device="cpu",
-            eval_sequences=groups,
+            eval_sequences=MICRO_BATCH * groups + 1,  # so that the second batch has padding
         ),
         optim=replace(config.optim, warmup=0),
         parallel=replace(config.parallel, backend="gloo"),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dmoe.verify.cases import Case
-from dmoe.verify.differences import Difference, tolerance
+from dmoe.verify.differences import AFTER_ADAM, Difference, tolerance
 
 Finding = tuple[Case, Difference]
 
@@ -85,7 +85,7 @@ def likely_cause(difference: Difference, case: Case) -> str:
 
 
 def _step(difference: Difference) -> str:
-    last = difference.quantity in ("Adam's moments", "parameters after two steps")
+    last = difference.quantity in AFTER_ADAM
     if difference.step == 0 or last:
         return ""
     return "the first step agrees, so something is kept from it that should not be: "
@@ -119,7 +119,7 @@ def _initial_weights(difference: Difference, case: Case) -> str:
 def _layer_inputs(difference: Difference, case: Case) -> str:
     return (
         "the blocks before the layer: embedding, attention and its rotary positions, norms, dense "
-        "feed-forwards, adapters, or the residual sum (dmoe/models)"
+        "feed-forwards, or the residual sum (dmoe/models)"
     )
 
 
@@ -198,6 +198,17 @@ def _expert_gradients(difference: Difference, case: Case) -> str:
     )
 
 
+def _checkpoint(difference: Difference, case: Case) -> str:
+    if difference.finding == "refused":
+        return "reading refused the checkpoint: its files, or its tensors' names and shapes"
+    if difference.finding.startswith("raised"):
+        return "writing or reading raised an error at the place given, on any number of ranks"
+    return (
+        "a checkpoint of several ranks does not have every rank's experts or moments, or reading "
+        "does not give each rank its own (resharding), or not all of the state"
+    )
+
+
 def _parameters(difference: Difference, case: Case) -> str:
     if difference.finding.startswith("a multiple"):
         return "weight decay: its size, or which parameters have it (build_optimizer)"
@@ -216,6 +227,10 @@ _CAUSES: dict[str, str | Callable[[Difference, Case], str]] = {
     "initial draws": "two tensors are drawn from generators with the same key (initialize)",
     "samples": (
         "a rank trains on other samples than its share of the global batch (training_batches)"
+    ),
+    "module outputs": (
+        "the modules at one target: their routing, their formula, their aggregation or the sum "
+        "with the target's output (dmoe/modular); or what the target reads"
     ),
     "layer inputs": _layer_inputs,
     "router scores": (
@@ -266,17 +281,18 @@ _CAUSES: dict[str, str | Callable[[Difference, Case], str]] = {
         "skipped for some"
     ),
     "parameters after two steps": _parameters,
+    "evaluation": (
+        "the training agrees: what differs in evaluation (noise, capacity), or which held-out "
+        "samples each rank reads, padding, or the sums over ranks (dmoe/train/evaluation.py)"
+    ),
     "float32 under bf16": (
         "parameters, moments or biases are kept in bf16: updates smaller than 1/256 are lost"
     ),
-    "checkpoint written here, read by 1": (
-        "a checkpoint of several ranks does not have every rank's experts or moments"
-    ),
-    "checkpoint written by 1, read here": (
-        "loading does not give each rank its own experts or moments (resharding)"
-    ),
+    "checkpoint written here, read by 1": _checkpoint,
+    "checkpoint written by 1, read here": _checkpoint,
     "every rank finishes": (
-        "the ranks disagree on shapes, splits or the order of collectives, or one raised an error"
+        "one raised an error, at the place given, or the ranks disagree on shapes, splits or the "
+        "order of collectives"
     ),
 }
 """Sentence, or function that chooses one, by quantity."""

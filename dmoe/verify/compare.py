@@ -38,7 +38,7 @@ def compare(
         world: number of ranks.
         layers: names of the MoE layers in the model.
     """
-    largest: dict[tuple[str, int, int], Difference] = {}
+    largest: dict[tuple[str, int, float], Difference] = {}
     for difference in _all_differences(actual, expected, rank, world, layers):
         key = (difference.quantity, difference.step, difference.layer)
         if key not in largest or difference.size > largest[key].size:
@@ -65,6 +65,8 @@ def _all_differences(
     for moment in ("exp_avg.", "exp_avg_sq."):
         for name, a, b in _pairs(f"final/{moment}", actual, expected):
             yield replace(difference_of("Adam's moments", moment + name, a, b), step=NUM_STEPS - 1)
+    for name, a, b in _pairs("evaluation/", actual, expected):
+        yield replace(difference_of("evaluation", name, a, b), step=NUM_STEPS - 1)
 
 
 def _records(
@@ -73,8 +75,11 @@ def _records(
     """Compare what the MoE layers computed for this rank's tokens."""
     for quantity, record in {**FORWARD, **BACKWARD}.items():
         for key, a, b in _pairs(f"{record}/{step}/", actual, expected):
-            micro_step, layer = (int(part) for part in key.split("/"))
-            place = f"step {step}, accumulation step {micro_step}, MoE layer {layer}"
+            micro_step, number = key.split("/")
+            earlier, _, module = number.partition(".")
+            layer = int(earlier) - 0.5 if module else int(earlier)
+            name = f"adapter layer {module}" if module else f"MoE layer {number}"
+            place = f"step {step}, accumulation step {micro_step}, {name}"
             if record == "slots":
                 found = exact_difference(quantity, place, a * world if a.shape == () else a, b)
             elif quantity in EXACT:

@@ -7,6 +7,7 @@ tokens:
     y/s/a/l        [T, M]  output                     chosen/s/a/l    [T, E]  selected experts
     dx/s/a/l, dy/s/a/l     gradients of both          computed/s/a/l  [T, E]  after capacity
     slots/s/a/l            slots offered              weight/s/a/l    [T, E]  combine weights
+    module/s/a/n.p         [T, O]  output of adapter layer p, which runs after n MoE layers
 
 In float32 also the inputs of each decision, from which `ties.py` separates rounding from errors:
 
@@ -24,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +36,7 @@ from dmoe.config.router_kinds import ROUTERS
 from dmoe.distributed.full_tensors import copy_full_into_shard, full_tensor
 from dmoe.distributed.state_dict import model_state
 from dmoe.models.base import Model
+from dmoe.modular import AdapterLayer, adapter_layers
 from dmoe.moe.layer import MoE
 from dmoe.moe.metrics import MoEOutput
 from dmoe.moe.routing import DispatchPlan, Routing
@@ -42,6 +45,12 @@ from dmoe.verify.naive.capacity import Choices, apply_capacity
 from dmoe.verify.naive.routing import choose_experts
 
 Capture = dict[str, NDArray[np.generic]]
+
+
+def as_array(value: Tensor) -> NDArray[Any]:
+    """Copy a tensor of any device to the host."""
+    array: NDArray[Any] = value.detach().cpu().numpy().copy()
+    return array
 
 
 @contextmanager
@@ -59,9 +68,12 @@ def record_layers(model: Model, found: Capture, step: int, *, decisions: bool) -
     accumulation = [-1]
     layers = model.moe_layers()
     latest: dict[int, Routing] = {}
+    finished, recorded = set[int](), set[int]()
 
     def count_forward(module: object, inputs: object) -> None:
         accumulation[0] += 1
+        finished.clear()
+        recorded.clear()
 
     def key(n: int) -> str:
         return f"{step}/{accumulation[0]}/{n}"
@@ -78,19 +90,30 @@ def record_layers(model: Model, found: Capture, step: int, *, decisions: bool) -
             for name, tensor in (("dx", inputs[0]), ("dy", output.y)):
                 if tensor.requires_grad:
                     _hook_gradient(tensor, found, f"{name}/{key(n)}")
+        finished.add(n)
+
+    def record_module(p: int, layer: AdapterLayer, inputs: object, output: Tensor) -> None:
+        if p not in recorded:
+            recorded.add(p)
+            place = f"{step}/{accumulation[0]}/{len(finished)}.{p}"
+            found[f"module/{place}"] = as_array(output.flatten(0, -2))
 
     with ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(count_forward).remove)
         for n, layer in enumerate(layers):
-            stack.callback(layer.register_forward_hook(partial(record, n)).remove)
+            # before the hook that adds modules to the layer's output
+            handle = layer.register_forward_hook(partial(record, n), prepend=True)
+            stack.callback(handle.remove)
             hook: Callable[..., None] = partial(record_decision, n)
             stack.callback(layer.router.register_forward_hook(hook).remove)
+        for p, adapters in enumerate(adapter_layers(model).values()):
+            stack.callback(adapters.register_forward_hook(partial(record_module, p)).remove)
         yield
 
 
 def _hook_gradient(tensor: Tensor, found: Capture, name: str) -> None:
     def store(gradient: Tensor) -> None:
-        found[name] = gradient.detach().flatten(0, -2).numpy().copy()
+        found[name] = as_array(gradient.flatten(0, -2))
 
     tensor.register_hook(store)  # type: ignore[no-untyped-call]
 
@@ -113,19 +136,19 @@ def _layer_record(
     layer: MoE, x: Tensor, output: MoEOutput, routing: Routing | None, *, decisions: bool
 ) -> Capture:
     plan = output.plan
-    weight_TE = torch.zeros(plan.expert_TK.shape[0], plan.num_experts, dtype=plan.weight_TK.dtype)
+    weight_TE = plan.weight_TK.new_zeros(plan.expert_TK.shape[0], plan.num_experts)
     kept_weight_TK = plan.weight_TK.detach().masked_fill(~plan.is_kept_TK, 0.0)
     found: Capture = {
-        "x": x.detach().flatten(0, -2).numpy().copy(),
-        "y": output.y.detach().flatten(0, -2).numpy().copy(),
+        "x": as_array(x.flatten(0, -2)),
+        "y": as_array(output.y.flatten(0, -2)),
         "chosen": computed_experts(output.routing),
         "computed": computed_experts(plan),
-        "weight": weight_TE.scatter_add_(1, plan.expert_TK, kept_weight_TK).numpy().copy(),
+        "weight": as_array(weight_TE.scatter_add_(1, plan.expert_TK, kept_weight_TK)),
         "slots": np.array(output.stats.slots, np.float64),
     }
     if ROUTERS[layer.router.config.kind].learned:
         # those of other routers say no more than the choice, and differ for padding
-        found["score"] = output.routing.score_TE.detach().numpy().copy()
+        found["score"] = as_array(output.routing.score_TE)
     if decisions:
         sequences = x.shape[:-2].numel()
         found |= decision_inputs(layer, output, routing, sequences)
@@ -160,13 +183,13 @@ def computed_experts(assigned: Routing | DispatchPlan) -> NDArray[np.bool_]:
     Reads the tensors on the host.
     """
     active_TK = assigned.is_selected_TK if isinstance(assigned, Routing) else assigned.is_kept_TK
-    computed_TE = torch.zeros(len(active_TK), assigned.num_experts, dtype=torch.bool)
+    computed_TE = active_TK.new_zeros(len(active_TK), assigned.num_experts)
     # one choice at a time: a dropped one must not overwrite a kept one of the same expert
     for k in range(active_TK.shape[1]):
         computed_TE |= torch.zeros_like(computed_TE).scatter_(
             1, assigned.expert_TK[:, k : k + 1], active_TK[:, k : k + 1]
         )
-    return computed_TE.numpy()
+    return as_array(computed_TE)
 
 
 def decision_inputs(
@@ -189,9 +212,9 @@ def decision_inputs(
     chosen_TE = naive_chosen_TE if routing is None else computed_experts(routing)
     same_TE = (chosen_TE == naive_chosen_TE) & (computed_TE == naive_kept_TE)
     return {
-        "score": scored.score_TE.detach().numpy().copy(),
-        "router_bias": layer.router.get_buffer("bias_E").detach().numpy().copy(),
-        "max_logit": scored.logit_TE.detach().abs().amax(1).clamp(min=1.0).numpy().copy(),
+        "score": as_array(scored.score_TE),
+        "router_bias": as_array(layer.router.get_buffer("bias_E")),
+        "max_logit": as_array(scored.logit_TE.abs().amax(1).clamp(min=1.0)),
         "chosen": chosen_TE,
         "computed": computed_TE,
         "follows_rules": same_TE.all(1),
@@ -217,4 +240,4 @@ def naive_decisions(
     choices = Choices(experts, next_experts, score_TE, score_TE, score_TE, valid)
     kept = apply_capacity(layer, choices, sequences)
     own = slice(first, first + tokens)
-    return choices.mask(score_TE)[own].numpy(), kept.mask(score_TE)[own].numpy()
+    return as_array(choices.mask(score_TE)[own]), as_array(kept.mask(score_TE)[own])

@@ -8,6 +8,8 @@ Letters: T tokens, E experts.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -28,6 +30,7 @@ becomes a large part of the learning rate. Measured on correct code: up to 6e-5 
 parameters, with every gradient equal to 1e-6."""
 
 FORWARD = {
+    "module outputs": "module",
     "layer inputs": "x",
     "router scores": "score",
     "capacity slots": "slots",
@@ -58,13 +61,14 @@ QUANTITIES = (
     "bias",
     "Adam's moments",
     "parameters after two steps",
+    "evaluation",
     "float32 under bf16",
     "checkpoint written here, read by 1",
     "checkpoint written by 1, read here",
     "every rank finishes",
 )
 """Compared quantities in order of cause and effect: examine the first that differs."""
-AFTER_ADAM = ("parameters after two steps", "Adam's moments")
+AFTER_ADAM = ("parameters after two steps", "Adam's moments", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,9 @@ class Difference:
     finding: str = ""
     """Further observation, a phrase that causes.py reads."""
     step: int = 0
-    layer: int = -1
-    """Index of the MoE layer; -1 if the quantity belongs to none."""
+    layer: float = -1
+    """Index of the MoE layer; -1 if the quantity belongs to none; for modules between layer n and
+    the next n + 0.5."""
     follows: bool = False
     """Another difference of the case explains it."""
 
@@ -109,6 +114,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
     ("learning rate", "bias"),
     ("Adam's moments",),
     ("parameters after two steps",),
+    ("evaluation",),
 )  # fmt: skip
 """Quantities of a step that follow from each other, stage by stage."""
 
@@ -172,6 +178,20 @@ def compare_exactly(quantity: str, actual: Capture, expected: Capture) -> Differ
         (exact_difference(quantity, name, actual[name], expected[name]) for name in expected),
         key=lambda d: d.size,
     )
+
+
+def failure_of(message: str, quantity: str | None = None) -> Difference:
+    """Return the difference of a process that raised, with the place in dmoe.
+
+    Args:
+        message: with the traceback; its last line may name the quantity at work as [quantity].
+        quantity: the quantity at work, if it is known.
+    """
+    last_line = message.strip().splitlines()[-1]
+    named = next((q for q in QUANTITIES if f"[{q}]" in last_line), "every rank finishes")
+    frames = re.findall(r'File ".*/(dmoe/(?!verify/).*)", line (\d+)', message)
+    place = "raised" + "".join(f" in {file}, line {line}" for file, line in frames[-1:])
+    return Difference(quantity or named, last_line, math.inf, exact=True, finding=place)
 
 
 def multiple_of(actual: Array, expected: Array, part: Array) -> float | None:

@@ -6,6 +6,7 @@ import math
 import shutil
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,11 +31,17 @@ from dmoe.verify.capture import (
     low_precision_state,
     state_arrays,
 )
-from dmoe.verify.cases import Case, plan_cases, prepare, reference_case, shrink
+from dmoe.verify.cases import NUM_STEPS, Case, plan_cases, prepare, reference_case, shrink
 from dmoe.verify.causes import Report, make_row
 from dmoe.verify.compare import compare
 from dmoe.verify.decisions import Capture, tie_scores
-from dmoe.verify.differences import QUANTITIES, Difference, compare_exactly, mark_consequences
+from dmoe.verify.differences import (
+    QUANTITIES,
+    Difference,
+    compare_exactly,
+    failure_of,
+    mark_consequences,
+)
 from dmoe.verify.naive import adapters, layer, model
 
 __all__ = ["Report", "verify"]
@@ -80,6 +87,7 @@ def verify(
     worlds: Sequence[int] = (1, 2, 4),
     *,
     dtype: str = "float64",
+    device: str = "cpu",
     full: bool = False,
     patch: Patch | None = None,
     setup: Patch | None = None,
@@ -92,65 +100,60 @@ def verify(
         config: checked for one process.
         worlds: numbers of ranks; each is started once.
         dtype: of weights and arithmetic; float64 (tolerance 1e-10) or float32 (1e-5).
+        device: of the cases, `cpu` (gloo) or `cuda` (NCCL); the reference is always on the CPU.
         full: keep the config's widths; default: the narrow form of `shrink`.
         patch: called in every rank of the cases before anything is built, not in the reference;
             tests add a bug with it.
         setup: called before `patch`, and in the reference too; tests make a special case with it.
 
     Raises:
-        ConfigError: the config cannot run at all.
+        ConfigError: the config cannot run at all, or there are too few GPUs.
     """
-    start = time.monotonic()
-    groups = math.lcm(*worlds) * config.parallel.virtual_ranks
+    start, groups = time.monotonic(), math.lcm(*worlds) * config.parallel.virtual_ranks
     base = prepare(config if full else shrink(config), groups)
     reference = reference_case(groups)
     check(reference.config(base), 1)
-    plan = plan_cases(base, list(worlds), groups)
+    plan = plan_cases(base, list(worlds), groups, device)
     with tempfile.TemporaryDirectory() as name:
         job = _Job(base, list(enumerate(plan.cases)), Path(name), dtype, patch, setup)
         found = _run_all(job, reference, worlds)
-    rows = [make_row(quantity, found.differences, dtype) for quantity in QUANTITIES]
-    compared = [row for row in rows if row is not None]
+    rows = [row for name in QUANTITIES if (row := make_row(name, found.differences, dtype))]
     cases = [str(case) for case in plan.cases]
-    return Report(compared, cases, plan.refused, found.undecided, dtype, time.monotonic() - start)
+    return Report(rows, cases, plan.refused, found.undecided, dtype, time.monotonic() - start)
 
 
 def _run_all(job: _Job, reference: Case, worlds: Sequence[int]) -> _Findings:
     try:
         run_ranks(1, _record_reference, job, reference, timeout=TIMEOUT)
     except RankError as error:
-        return _Findings([(reference, _failure(error))])
+        return _Findings([(reference, failure_of(str(error)))])
     found = _Findings()
     for world in worlds:
         cases = [(index, case) for index, case in job.cases if case.world == world]
         found += _run_world(replace(job, cases=cases), world)
     saved = [(i, case) for i, case in job.cases if (job.folder / f"{i}.safetensors").exists()]
-    job = replace(job, cases=saved)
-    read = "checkpoint written here, read by 1"
+    job, read = replace(job, cases=saved), "checkpoint written here, read by 1"
     try:
         (loaded,) = run_ranks(1, _load_checkpoints, job, reference, timeout=TIMEOUT)
     except RankError as error:
-        loaded = [(reference, replace(_failure(error), quantity=read))]
+        loaded = [(reference, failure_of(str(error), read))]
     return found + _Findings(loaded)
-
-
-def _failure(error: RankError) -> Difference:
-    """Return the row of a process that raised; its message may name the quantity at work."""
-    last_line = str(error).strip().splitlines()[-1]
-    named = next((q for q in QUANTITIES if f"[{q}]" in last_line), "every rank finishes")
-    return Difference(named, last_line, math.inf, exact=True, finding="raised")
 
 
 def _run_world(job: _Job, world: int) -> _Findings:
     """Run all cases in one start of the ranks; if that fails, start the ranks for each case.
 
     A crash in one case then does not hide the results of the others; a hang would cost the time
-    limit in each, so after one the rest is not started.
+    limit in each, so after one the rest is not started. If no case fails alone, the failure of all
+    of them together is reported.
     """
     try:
-        ranks: list[list[_RankFindings]] = run_ranks(world, _compare_cases, job, timeout=TIMEOUT)
+        device = job.cases[0][1].device if job.cases else "cpu"
+        ranks: list[list[_RankFindings]] = run_ranks(
+            world, _compare_cases, job, timeout=TIMEOUT, device=device
+        )
     except RankError as error:
-        failure = _failure(error)
+        failure = failure_of(str(error))
         if len(job.cases) == 1 or "in time" in failure.where:
             return _Findings([(job.cases[0][1], failure)])
         found = _Findings()
@@ -160,27 +163,26 @@ def _run_world(job: _Job, world: int) -> _Findings:
             found += _run_world(replace(job, cases=[single]), world)
             if "in time" in found.differences[-1][1].where:
                 break
+        if not any(difference.is_red(job.dtype) for _, difference in found.differences):
+            found.differences.append((job.cases[0][1], failure))
         return found
     found = _Findings()
     for (_, case), results in zip(job.cases, zip(*ranks, strict=True), strict=True):
         found += _merge_ranks(case, results, job.dtype)
-        done = Difference("every rank finishes", "", 0.0, exact=True)
-        found.differences.append((case, done))
+        found.differences.append((case, Difference("every rank finishes", "", 0.0, exact=True)))
     return found
 
 
 def _merge_ranks(case: Case, ranks: Sequence[_RankFindings], dtype: str) -> _Findings:
     """Merge the findings of all ranks, without the quantities that follow from a tie.
 
-    Tied scores are equal to the last bit in the first step only. Experts that no token takes get
-    equal gradients but for rounding, which depends on the number of ranks, so in the second step
-    their scores are tied in exact arithmetic but not in floating point: its routing is left out.
+    Tied scores are equal to the last bit in the first step only: experts that no token takes get
+    gradients that are equal but for rounding. So the second step's routing is left out.
     """
     tie = ties.find_tie([rank.routing for rank in ranks])
+    undecided = tie.step if tie else 1 if case.tied else NUM_STEPS
     merged = mark_consequences([d for rank in ranks for d in rank.differences], dtype)
-    if case.tied:
-        merged = [difference for difference in merged if not ties.is_affected(difference, step=1)]
-    found = [(case, d) for d in merged if tie is None or not ties.is_affected(d, tie.step)]
+    found = [(case, d) for d in merged if not ties.is_affected(d, undecided)]
     return _Findings(found, {str(case): str(tie)} if tie else {})
 
 
@@ -225,7 +227,7 @@ def _compare_checkpoints(
     """Save a checkpoint for `_load_checkpoints`, load the reference's, and compare every bit.
 
     An unexpected exception leaves the other ranks in a collective, so it ends the process; its
-    message names the quantity, for `_failure`.
+    message names the quantity, for `failure_of`.
     """
     quantity = "checkpoint written here, read by 1"
     try:
@@ -245,8 +247,7 @@ def _compare_checkpoints(
     except CheckpointError as error:
         return Difference(quantity, str(error), math.inf, finding="refused")
     except Exception as error:
-        message = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RuntimeError(f"[{quantity}] {message}") from error
+        raise RuntimeError(f"[{quantity}] {error!r}") from error
 
 
 def _load_checkpoints(
@@ -264,38 +265,35 @@ def _load_checkpoints(
             checkpointer.load_training_state(engine, job.folder / str(index) / "step-00000001")
             saved = load_file(job.folder / f"{index}.safetensors")
             difference = compare_exactly(quantity, state_arrays(engine), saved)
-        except Exception as error:
-            what = "refused" if isinstance(error, CheckpointError) else type(error).__name__
-            difference = Difference(quantity, str(error), math.inf, finding=what)
+        except CheckpointError as error:
+            difference = Difference(quantity, str(error), math.inf, finding="refused")
+        except Exception:
+            difference = failure_of(traceback.format_exc(), quantity)
         found.append((case, difference))
     quantity, case = "float32 under bf16", Case(1, 1, reference.virtual_ranks, "packed", "ddp")
     config = replace(job.config, train=replace(job.config.train, precision="bf16"))
     try:
         names = low_precision_state(_build(replace(job, config=config, dtype="float32"), case))
         difference = Difference(quantity, ", ".join(names[:1]), float(len(names)), exact=True)
-    except Exception as error:
-        difference = Difference(quantity, f"{type(error).__name__}: {error}", math.inf, exact=True)
+    except Exception:
+        difference = failure_of(traceback.format_exc(), quantity)
     return [*found, (case, difference)]
 
 
 def _apply_patches(job: _Job) -> None:
-    for change in (job.setup, job.patch):
-        if change is not None:
-            change()
+    for change in filter(None, (job.setup, job.patch)):
+        change()
 
 
 def _build(job: _Job, case: Case) -> Engine:
     # one process builds many engines; accelerate expects one
     AcceleratorState._reset_state(reset_partial_state=True)
-    engine = build_engine(
-        case.config(job.config),
-        init_distributed("cpu"),
-        VOCAB_SIZE,
-        getattr(torch, job.dtype),
-    )
+    process, dtype = init_distributed(case.device), getattr(torch, job.dtype)
+    engine = build_engine(case.config(job.config), process, VOCAB_SIZE, dtype)
     if case.naive:
         for part in (layer, model, adapters):
             part.install(engine.model)
+        model.read_settings(engine.model, engine.config)
     adapters.randomize(engine)
     if case.tied:
         tie_scores(engine)

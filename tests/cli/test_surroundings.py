@@ -32,6 +32,7 @@ LATIN1 = os.fsdecode(b"caf\xe9")
     [
         ("train", f"train.run_dir={LATIN1}"),
         ("explain", f"{LATIN1}.yaml"),
+        ("explain", f"data.source={LATIN1}"),
         ("report", LATIN1),
         ("generate", "runs/latest", f"--prompt={LATIN1}"),
     ],
@@ -56,6 +57,12 @@ def test_lone_surrogates_of_yaml(text: str, tmp_path: Path) -> None:
     config.write_text(f"data:\n  source: {text}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"is not UTF-8 text in line 2 \(data.source\)"):
         load(str(config))
+
+
+def test_overrides_of_python() -> None:
+    """`load(overrides=[...])` has not been on a command line."""
+    with pytest.raises(ConfigError, match=r"^data.source=caf\\xe9: is not UTF-8 text"):
+        load(overrides=[f"data.source={LATIN1}"])
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "resolved.yaml"])
@@ -90,6 +97,17 @@ def test_values_of_the_environment_at_which_torch_ends(
 ) -> None:
     monkeypatch.setenv(name, "nosuch")
     refused(run_in_process(command, cwd=tmp_path), f"{name}=nosuch: must")
+
+
+def test_a_debug_level_at_which_torch_crashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DETAIL: DDP over gloo was a segmentation fault, and the launcher said nothing of it."""
+    monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "detail")
+    refused(
+        run_in_process("verify", cwd=tmp_path),
+        "TORCH_DISTRIBUTED_DEBUG=detail: must be OFF or INFO",
+    )
 
 
 def test_a_long_directory_for_temporary_files(

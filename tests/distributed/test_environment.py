@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from dmoe.config.errors import ConfigError
 from dmoe.config.launch_env import FOREIGN_LAUNCHERS, PREFIXES, VARIABLES, clear_environment
 from dmoe.distributed import accelerate_env
 from dmoe.distributed.accelerate_env import make_accelerator
@@ -23,6 +24,7 @@ from dmoe.train.engine import build_engine
 from dmoe.train.step import compute_gradients, training_batches
 from tests.cli.commands import SMALL, dmoe, train_lines
 from tests.distributed.accelerate_reads import variables_read
+from tests.ranks import run_ranks
 from tests.tiny import VOCAB, tiny
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -202,3 +204,19 @@ def test_verify_s_ranks_do_not_follow_the_environment(tmp_path: Path) -> None:
         ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4",
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+
+
+def error_at_debug_detail(rank: int, world: int) -> str:
+    with mock.patch.dict(os.environ, TORCH_DISTRIBUTED_DEBUG="DETAIL"):
+        try:
+            engine_step()
+        except ConfigError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.ranks
+def test_a_debug_level_at_which_ddp_crashes_is_refused() -> None:
+    """`TORCH_DISTRIBUTED_DEBUG=DETAIL dmoe train --ranks 2` ended with code 139, without a word."""
+    for error in run_ranks(2, error_at_debug_detail):
+        assert error.startswith("TORCH_DISTRIBUTED_DEBUG=DETAIL: must be OFF or INFO")

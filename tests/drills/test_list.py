@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
-FAULTS = range(1, 36)
+FAULTS = range(1, 45)
 RANDOM_FAULTS = "random_faults.py"
 """Drill of ten minutes, a separate program."""
 NUMBERS = re.compile(r"\b(?:Fault|Drill)s?\s+(\d+(?:(?:\s*,\s*|\s+and\s+|\s*,\s*and\s+)\d+)*)")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmoe.config.schema import BalanceConfig, ModelConfig, MoEConfig, RouterConfig
+from dmoe.config.schema import BalanceConfig, ExpertsConfig, ModelConfig, MoEConfig, RouterConfig
+from dmoe.models.base import IGNORE_INDEX
 from dmoe.models.classifier import Classifier
 from dmoe.models.fusion import drop_streams, present_streams
 from dmoe.moe.routing import TokenContext
@@ -240,3 +241,34 @@ def test_bfloat16_autocast_is_near_float32() -> None:
             rough = model(x_BW, class_B1).loss_sum
         assert rough.dtype == torch.float32
         torch.testing.assert_close(rough, exact, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 65504.0])
+@pytest.mark.parametrize("fusion", ["concat", "gated"])
+def test_padding_reaches_no_sample(fusion: str, value: float) -> None:
+    """An evaluation fills its last batch; a sample of padding, or a missing stream, may hold NaN.
+
+    The mean over real samples, their logits and all gradients are those of padding that holds 0.5.
+    """
+    kind = "fixed" if fusion == "gated" else "top_k"
+    router = RouterConfig(kind=kind, renormalize=False)  # type: ignore[arg-type]
+    moe = MoEConfig(2, 1, 4, router=router, experts=ExpertsConfig(shared=1))
+    config = ModelConfig(dim=6, layers=1, fusion=fusion, init_std=0.3)  # type: ignore[arg-type]
+    valid_B = torch.tensor([True, False, True, True])
+    target_B1 = torch.tensor([[0], [IGNORE_INDEX], [2], [1]])
+    found = []
+    for padding in (0.5, value):
+        model = Classifier(config, moe, [3, 2], 3).double()
+        x_BW = torch.randn(4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        x_BW[0, :3] = float("nan")
+        x_BW[1] = padding
+        out = model(x_BW, target_B1, TokenContext(valid_T=valid_B), return_logits=True)
+        assert out.logits is not None
+        (out.loss_sum + sum(loss for layer in out.aux for loss in layer.values())).backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append(grads | {"loss": out.loss_sum, "logits": out.logits[valid_B]})
+    clean, poisoned = found
+    assert clean.keys() == poisoned.keys()
+    for name, expected in clean.items():
+        assert bool(expected.isfinite().all()), name
+        assert torch.equal(poisoned[name], expected), name

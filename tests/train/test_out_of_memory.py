@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from pathlib import Path
 
@@ -67,14 +68,17 @@ def test_the_command_that_was_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.ranks
-def test_a_rank_that_the_kernel_kills_is_named(tmp_path: Path) -> None:
-    """The launcher returned 137 without a word: the kernel kills when main memory runs out."""
+@pytest.mark.parametrize(
+    ("name", "cause"), [("SIGKILL", "the kernel does so when "), ("SIGSEGV", "a library has crash")]
+)
+def test_a_rank_that_is_killed_is_named(name: str, cause: str, tmp_path: Path) -> None:
+    """The launcher returned 137 or 139 without a word: out of main memory, or a crash in torch."""
     fault = tmp_path / "sitecustomize.py"
     fault.write_text(
         "import os, signal\n"
         "if os.environ.get('LOCAL_RANK') == '1':\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"    os.kill(os.getpid(), signal.{name})\n"
     )
     run = dmoe("train", "--ranks", "2", *SMALL, cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    assert run.returncode == 137
-    assert "dmoe: rank 1 was killed (SIGKILL); the kernel does so when " in run.stderr
+    assert run.returncode == 128 + signal.Signals[name]
+    assert f"dmoe: rank 1 was killed ({name}); {cause}" in run.stderr

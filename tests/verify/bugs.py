@@ -477,7 +477,12 @@ BUGS: dict[str, tuple[Patch, list[str], str, str]] = {
     "26 one step late": (one_step_late, [], "learning rate", "schedule"),
     "27 dense averaged": (dense_averaged, [], "dense gradients", "exactly 2 times too small"),
     "28 bf16 parameters": (bf16_parameters, [], "float32 under bf16", "kept in bf16"),
-    "29 unreadable": (moments_unreadable, [], "checkpoint written here, read by 1", "moments"),
+    "29 unreadable": (
+        moments_unreadable,
+        [],
+        "checkpoint written here, read by 1",
+        "reading raised an error",
+    ),
     "30 bias with the wrong sign": (
         bias_with_the_wrong_sign,
         ["moe.balance.bias=0.01"],

@@ -30,6 +30,12 @@ CAPACITY = "moe.capacity.factor=1.0"
 GLOBAL = f"{CAPACITY} moe.capacity.group=global"
 NEXT = f"{CAPACITY} moe.capacity.overflow=next_choice"
 NOISY = "moe.router.kind=noisy moe.balance.load=0.1"
+BUDGET = (
+    "moe.router.kind=budget moe.top_k=5 moe.experts.zero=1 moe.router.renormalize=false"
+    " moe.router.budget=0.4"
+)
+LORA = "modular.bank=low_rank modular.modules=4 modular.routing=top_k modular.top_k=2"
+MODULES = "layer inputs|layer outputs|module outputs|loss"
 GRADIENTS = "expert gradients|router gradient|dense gradients"
 CHECKPOINT = "checkpoint written here, read by 1|checkpoint written by 1, read here"
 BACKWARD = "output gradients|dense gradients"
@@ -45,8 +51,9 @@ MUTATIONS = [
     Mutation(
         "moe/dispatch.py",
         "return _sum_over_choices(grads[0], weight_TK, permutation), None",
-        "return _sum_over_choices(grads[0], weight_TK, permutation) / 2, None",
+        "return _sum_over_choices(grads[0], None, permutation), None",
         "input gradients",
+        CAPACITY,
     ),
     Mutation(
         "moe/dispatch.py",
@@ -64,9 +71,9 @@ MUTATIONS = [
     ),
     Mutation(
         "distributed/all_to_all.py",
-        "return grad, None, None, None, None",
-        "return grad / 2, None, None, None, None",
-        "expert gradients|input gradients",
+        "_, inverse_R = ctx.saved_tensors",
+        "inverse_R, _ = ctx.saved_tensors",
+        "expert gradients",
     ),
     # capacity and its queues
     Mutation(
@@ -127,25 +134,24 @@ MUTATIONS = [
         "moe.router.scale=2.5",
     ),
     Mutation(
-        "moe/routers/base.py",
-        "else logit_TE.sigmoid()",
-        "else (logit_TE / 1.1).sigmoid()",
-        "router scores",
-        "moe.router.score=sigmoid",
+        "moe/routers/budget.py",
+        "left_T = left_T - cost_T * taken[-1]",
+        "left_T = left_T - cost_T",
+        "chosen experts",
+        BUDGET,
     ),
     Mutation(
-        "moe/routers/base.py",
-        "order_TE = sort_experts(score_TE.detach() + self.bias_E, eligible_TE)",
-        "order_TE = sort_experts(score_TE.detach() - self.bias_E, eligible_TE)",
-        "chosen experts",
-        "moe.balance.bias=0.1",
+        "train/step_metrics.py",
+        "sent[mesh.ep_rank] = placement",
+        "sent[:, mesh.ep_rank] = placement",
+        "",
+        tests="tests/train/test_telemetry.py tests/train/test_telemetry_vector.py",
     ),
     Mutation(
-        "moe/routers/base.py",
-        "return score_TE.sort(dim=-1, descending=True, stable=True).indices",
-        "last = score_TE.shape[-1] - 1\n"
-        "    return last - score_TE.flip(-1).sort(dim=-1, descending=True, stable=True).indices",
-        "chosen experts",
+        "distributed/data_parallel.py",
+        "return nullcontext() if last or self.ddp is None else self.ddp.no_sync()",
+        "return nullcontext()",
+        "dense gradients",
     ),
     Mutation(
         "moe/routers/base.py",
@@ -177,11 +183,11 @@ MUTATIONS = [
     ),
     Mutation("moe/rng.py", "context.first_sequence + b", "b", "router scores", NOISY),
     Mutation(
-        "moe/rng.py",
-        "seed, purpose, step, layer, context",
-        "seed, purpose, 0, layer, context",
-        "router scores",
-        NOISY,
+        "checkpoint/rng_state.py",
+        "_set(name, table[rank].clone())",
+        "_set(name, table[0].clone())",
+        "",
+        tests="tests/checkpoint",
     ),
     Mutation(
         "moe/routers/adaptive.py",
@@ -199,11 +205,11 @@ MUTATIONS = [
         "auxiliary losses",
     ),
     Mutation(
-        "moe/load_balancing/losses.py",
-        "logit_TE.logsumexp(-1, keepdim=True).square()",
-        "logit_TE.logsumexp(-1, keepdim=True).abs()",
-        "auxiliary losses",
-        "moe.balance.z=0.01",
+        "train/evaluation.py",
+        "index_add(0, label_T, masked(sums_T4, valid_T))",
+        "index_add(0, label_T, sums_T4)",
+        "evaluation",
+        tests="tests/train/test_evaluation.py",
     ),
     Mutation(
         "moe/load_balancing/losses.py",
@@ -213,11 +219,11 @@ MUTATIONS = [
         "moe.balance.importance=0.1",
     ),
     Mutation(
-        "moe/load_balancing/losses.py",
-        "else total[:num_experts] + prior_E",
-        "else total[:num_experts]",
-        "auxiliary losses",
-        "moe.balance.switch_level=global",
+        "data/order.py",
+        "permute(index_N % num_sequences, num_sequences, seed, index_N // num_sequences)",
+        "permute(index_N % num_sequences, num_sequences, seed, 0)",
+        "",
+        tests="tests/data",
     ),
     Mutation(
         "moe/load_balancing/losses.py",
@@ -228,8 +234,8 @@ MUTATIONS = [
     ),
     Mutation(
         "moe/load_balancing/bias.py",
-        "direction_E = (count_E.sum(-1, keepdim=True) - num_experts * count_E).sign()",
-        "direction_E = (num_experts * count_E - count_E.sum(-1, keepdim=True)).sign()",
+        "return bias_E - bias_E.mean(-1, keepdim=True) if recenter else bias_E",
+        "return bias_E",
         "bias",
         "moe.balance.bias=0.01",
     ),
@@ -241,14 +247,21 @@ MUTATIONS = [
         NEXT,
     ),
     Mutation(
-        "moe/metrics.py",
-        "self.choice_E.double(), self.kept_E.double()",
-        "self.choice_E.to(torch.int16).double(), self.kept_E.double()",
-        "",
-        tests="tests/verify/test_large_counts.py",
+        "train/engine.py",
+        "betas=(config.beta1, config.beta2), eps=config.eps, fused=True",
+        "betas=(config.beta1, config.beta2), fused=True",
+        "parameters after two steps",
+        "optim.eps=1e-3",
+        tests="tests/train tests/config",
     ),
     Mutation("train/reduction.py", "aux.mean(0)", "aux[-1]", "auxiliary losses"),
-    Mutation("train/reduction.py", "stats.sum(0)", "stats[0] + stats[-1]", "counts"),
+    Mutation(
+        "distributed/data_parallel.py",
+        "    if not torch.is_grad_enabled():\n        cast",
+        "    if torch.is_grad_enabled():\n        cast",
+        "",
+        tests="tests/distributed/test_fsdp.py tests/distributed/test_fsdp_state.py",
+    ),
     # experts
     Mutation(
         "moe/experts/activation.py",
@@ -263,10 +276,11 @@ MUTATIONS = [
         "layer outputs",
     ),
     Mutation(
-        "moe/experts/grouped_mlp.py",
-        "expert = self.first + local",
-        "expert = local",
-        "initial weights",
+        "modular/banks/weight_delta.py",
+        "return grouped_product(hidden_Rr, self.b, tokens_per_module) * self.scale",
+        "return grouped_product(hidden_Rr, self.b, tokens_per_module)",
+        MODULES,
+        f"{LORA} modular.alpha=2",
     ),
     Mutation(
         "moe/experts/grouped_mlp.py",
@@ -289,10 +303,11 @@ MUTATIONS = [
         "expert gradients",
     ),
     Mutation(
-        "distributed/gradients.py",
-        "1.0 if isinstance(g, DTensor) else 1.0 / replicas",
-        "1.0 if isinstance(g, DTensor) else 1.0",
-        "global norm",
+        "modular/aggregation/learned.py",
+        '"ta,tka->tk", query_TA, key_TKA) / math.sqrt(self.key_dim)',
+        '"ta,tka->tk", query_TA, key_TKA) / self.key_dim',
+        MODULES,
+        f"{LORA} modular.aggregation=attention",
     ),
     Mutation(
         "distributed/gradients.py",
@@ -308,16 +323,18 @@ MUTATIONS = [
         GRADIENTS,
     ),
     Mutation(
-        "train/engine.py",
-        '    "embedding",\n',
+        "train/telemetry.py",
+        "self.engine.targets_per_step * steps / seconds",
+        "self.engine.targets_per_step / seconds",
         "",
-        "parameters after two steps",
+        tests="tests/train/test_telemetry.py tests/train/test_telemetry_vector.py",
     ),
     Mutation(
         "train/engine.py",
-        "betas=(config.beta1, config.beta2)",
-        "betas=(config.beta2, config.beta1)",
-        "Adam's moments",
+        "return config.lr * (step + 1) / config.warmup",
+        "return config.lr * step / config.warmup",
+        "learning rate",
+        tests="tests/train tests/config",
     ),
     Mutation(
         "train/engine.py",
@@ -355,5 +372,114 @@ MUTATIONS = [
         'MOMENTS = ("exp_avg", "exp_avg_sq")',
         'MOMENTS = ("exp_avg",)',
         CHECKPOINT,
+    ),
+    # fifteen more, written before looking at what would see them
+    Mutation(
+        "models/attention.py",
+        "self.q_norm(q_BSHA), self.k_norm(k_BSNA)",
+        "self.q_norm(q_BSHA), self.q_norm(k_BSNA)",
+        "dense gradients",
+        "model.qk_norm=true",
+    ),
+    Mutation(
+        "train/evaluation.py",
+        "first = start + process.rank * count",
+        "first = start",
+        "evaluation",
+        tests="tests/train/test_evaluation.py tests/distributed/test_equality.py",
+    ),
+    Mutation(
+        "data/packing.py",
+        "np.arange(start, end - seq_len + 1, seq_len",
+        "np.arange(start, end - seq_len, seq_len",
+        "",
+        tests="tests/data",
+    ),
+    Mutation(
+        "data/mixture.py",
+        "block * quota_D[domain_B[position_N]] + earlier_B[position_N]",
+        "earlier_B[position_N]",
+        "",
+        tests="tests/data",
+    ),
+    Mutation(
+        "modular/aggregation/fixed.py",
+        "sequences, tokens_per_sequence, plan.num_experts).sum(1) / routed_B1",
+        "sequences, tokens_per_sequence, plan.num_experts).sum(1) / tokens_per_sequence",
+        MODULES,
+        tests="tests/modular",
+    ),
+    Mutation(
+        "modular/aggregation/fixed.py",
+        "modules.dispatch_and_combine(rows_TD + total_TW, kth_choice(plan, k))",
+        "modules.dispatch_and_combine(rows_TD, kth_choice(plan, k))",
+        MODULES,
+        "modular.bank=adapter modular.modules=4 modular.routing=top_k modular.top_k=2"
+        " modular.aggregation=stacked",
+    ),
+    Mutation(
+        "train/routing_analysis.py",
+        "changed = (new.chosen_TE != old_TE).any(-1).sum()",
+        "changed = (new.chosen_TE != old_TE).all(-1).sum()",
+        "",
+        tests="tests/train/test_routing_analysis.py",
+    ),
+    Mutation(
+        "train/checkpointer.py",
+        "self.overdue |= self.config.every > 0",
+        "self.overdue = self.config.every > 0",
+        "",
+        tests="tests/train/test_checkpoint_scheduler.py",
+    ),
+    Mutation(
+        "moe/metrics.py",
+        "share_TE = normalized(routing.score_TE)",
+        "share_TE = routing.score_TE",
+        "telemetry",
+        "moe.router.score=sigmoid",
+        tests="tests/moe/test_metrics.py tests/train/test_telemetry.py",
+    ),
+    Mutation(
+        "models/generate.py",
+        "prob_V[prob_V.cumsum(-1) - prob_V >= top_p * prob_V.sum()]",
+        "prob_V[prob_V.cumsum(-1) >= top_p * prob_V.sum()]",
+        "",
+        tests="tests/models/test_generate.py",
+    ),
+    Mutation(
+        "train/engine.py",
+        "model.initialize(config.train.seed)",
+        "model.initialize(0)",
+        "",
+        tests="--ignore=tests/train/test_every_field.py tests/train tests/models"
+        " tests/test_configs_seeds.py tests/distributed",
+    ),
+    Mutation(
+        "moe/experts/activation.py",
+        '"geglu": (F.gelu, aten.gelu_backward.grad_input)',
+        '"geglu": (F.gelu, aten.silu_backward.grad_input)',
+        "expert gradients",
+        "moe.experts.kind=geglu",
+    ),
+    Mutation(
+        "distributed/gradients.py",
+        "for p in layer.router.parameters()), mesh.world_size",
+        "for p in layer.router.parameters()), mesh.edp",
+        "telemetry",
+        tests="tests/train/test_telemetry.py tests/distributed",
+    ),
+    Mutation(
+        "train/step.py",
+        "batch.label_B.to(device).repeat_interleave(target.shape[1])",
+        "batch.label_B.to(device).repeat(target.shape[1])",
+        "chosen experts",
+        "moe.router.kind=fixed",
+    ),
+    Mutation(
+        "train/step_guard.py",
+        "self.losses.append(loss)\n            self.bad_steps = 0",
+        "self.losses.append(loss)",
+        "",
+        tests="tests/train/test_step_guard.py",
     ),
 ]

@@ -182,14 +182,14 @@ def auxiliary_losses(
     Returns:
         Scalar by name of the loss.
     """
-    config, tokens = layer.balance, len(choices.experts_T)
-    micro = _loss_groups(tokens, layer.virtual_ranks)
+    config = layer.balance
+    micro = _loss_groups(choices, layer.virtual_ranks)
     losses: dict[str, Tensor] = {}
     if config.switch:
         counts = {"sequence": sequences, "micro_batch": layer.virtual_ranks, "global": 1}
         prior_LE = context.prior_count_LE if config.switch_level == "global" else None
         prior_E = None if prior_LE is None else prior_LE[layer.layer]
-        groups = _loss_groups(tokens, counts[config.switch_level])
+        groups = _loss_groups(choices, counts[config.switch_level])
         losses["switch"] = _mean([_switch(layer, choices, group, prior_E) for group in groups])
     if config.z:
         losses["z"] = _mean([_router_z(choices, group) for group in micro])
@@ -263,8 +263,11 @@ def _cv_squared(total_E: Tensor) -> Tensor:
     return total_E.var(correction=0) / total_E.mean() ** 2
 
 
-def _loss_groups(tokens: int, count: int) -> list[range]:
-    return [range(u * tokens // count, (u + 1) * tokens // count) for u in range(count)]
+def _loss_groups(choices: Choices, count: int) -> list[range]:
+    """Return the groups of consecutive tokens that are not padding alone."""
+    tokens = len(choices.experts_T)
+    groups = [range(u * tokens // count, (u + 1) * tokens // count) for u in range(count)]
+    return [group for group in groups if _valid(choices, group)]
 
 
 def _valid(choices: Choices, group: range) -> list[int]:

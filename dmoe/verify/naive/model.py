@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dmoe.config.schema import Config
 from dmoe.models.attention import Attention
 from dmoe.models.base import ModelOutput
 from dmoe.models.layers import RMSNorm
@@ -39,6 +40,29 @@ def install(model: nn.Module) -> None:
         for kind, function in replacements:
             if isinstance(module, kind):
                 module.forward = MethodType(function, module)
+
+
+def read_settings(model: nn.Module, config: Config) -> None:
+    """Take every setting from the config, not from what the constructors have made of it.
+
+    A field that is not passed on would otherwise have its default on both sides.
+    """
+    moe, shape = config.moe, config.model
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.top_k, module.capacity, module.balance = moe.top_k, moe.capacity, moe.balance
+            module.virtual_ranks = config.parallel.virtual_ranks
+            module.router.config, module.experts.kind = moe.router, moe.experts.kind
+        elif isinstance(module, FeedForward):
+            module.kind = moe.experts.kind
+        elif isinstance(module, RMSNorm):
+            module.eps = shape.norm_eps
+        elif isinstance(module, Attention):
+            module.num_heads = shape.heads
+            module.num_kv_heads = shape.kv_heads or shape.heads
+            module.head_dim = shape.head_dim or shape.dim // shape.heads
+        elif isinstance(module, Transformer):
+            module.config = shape
 
 
 def rms_norm(norm: RMSNorm, x: Tensor) -> Tensor:
