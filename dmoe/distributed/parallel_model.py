@@ -8,12 +8,10 @@
     optimizer.step()                     # also moves the balance biases
     optimizer.zero_grad()
 
-The loss of the step is the mean of the ranks' losses, as under DDP: the code is that of one
-process, with the batch divided equally. An auxiliary loss is scaled such that this mean is the loss
-of one process (semantics.md, "Load balancing").
+The loss of the step is the mean of the ranks' losses, auxiliary losses included, as under DDP.
 
-Cost of a step: see `DDPStrategy`, `FSDPStrategy` and `PlainStrategy`; one all-reduce of the
-assignments of all layers if they have a balance bias; one of two numbers in `clip_grad_norm_`.
+Cost of a step: see the strategies in `data_parallel`; one all-reduce of the assignments of all
+layers if they have a balance bias; one of two numbers in `clip_grad_norm_`.
 """
 
 from __future__ import annotations
@@ -44,7 +42,6 @@ from dmoe.distributed.expert_parallel import (
     expert_parameters,
     shard_experts,
 )
-from dmoe.distributed.foreign_wrappers import check_model, watch_layers, wrapper_error
 from dmoe.distributed.full_tensors import full_state, load_full_state
 from dmoe.distributed.gradients import (
     all_reduce_sum,
@@ -53,6 +50,14 @@ from dmoe.distributed.gradients import (
     squared_grad_norms,
 )
 from dmoe.distributed.mesh import ParallelMesh, build_mesh
+from dmoe.distributed.parallel_checks import (
+    check_model,
+    check_optimizer,
+    check_reduced,
+    check_unchanged,
+    watch_layers,
+    wrapper_error,
+)
 from dmoe.moe.layer import MoE
 
 STRATEGIES: dict[str | None, Callable[[nn.Module, ParallelMesh], DataParallel]] = {
@@ -110,14 +115,7 @@ class ParallelModel(nn.Module):
         data_parallel: DataParallel,
         replaced: Mapping[int, weakref.ref[nn.Parameter]],
     ) -> None:
-        """Watch gradients and optimizers. Use `parallelize`.
-
-        Args:
-            model: sharded.
-            mesh: the ranks.
-            data_parallel: of the model.
-            replaced: the parameters of the model before it was sharded, by id.
-        """
+        """Watch gradients and optimizers. `replaced`: the parameters before sharding, by id."""
         super().__init__()
         self.module, self.mesh = model, mesh
         self._data_parallel = [data_parallel]  # a list: its wrapper is no further child
@@ -196,8 +194,7 @@ class ParallelModel(nn.Module):
     def step_balance(self) -> None:
         """Move the balance biases by the assignments since the last call (`balance.bias`).
 
-        The steps of torch's optimizers call it. Call it once per step yourself if you update the
-        parameters in another way.
+        torch's optimizers call it in their step; call it yourself if you update in another way.
         """
         layers = [
             layer
@@ -281,35 +278,23 @@ class ParallelModel(nn.Module):
 
     def _before_step(self, optimizer: Optimizer) -> None:
         """Check the gradients and move the biases, before an optimizer updates the model."""
-        updated = [p for group in optimizer.param_groups for p in group["params"]]
-        if any((old := self._replaced.get(id(p))) is not None and old() is p for p in updated):
-            raise ConfigError(
-                "optimizer",
-                type(optimizer).__name__,
-                "has parameters that parallelize has replaced by this rank's part of them",
-                "make the optimizer after dmoe.parallelize, of model.parameters()",
-            )
-        if self._own.isdisjoint(map(id, updated)):
+        updated = check_optimizer(optimizer, self._replaced)
+        if self._own.isdisjoint(updated):
             return
         self._check_synced()
-        ids = {id(p) for p in updated}
-        versions = self._versions()
-        if self.mesh.ep > 1 and any(
-            i in ids and versions.get(i, noted) != noted for i, noted in self._grad_versions.items()
-        ):
-            raise ConfigError(
-                "gradients",
-                "changed after backward",
-                "torch.nn.utils.clip_grad_norm_ sees only the experts of this rank",
-                "call model.clip_grad_norm_(max_norm); after changes of your own, with math.inf",
+        if self._ddp is not None:
+            check_reduced(self.module)
+        if self.mesh.ep > 1:
+            now = self._versions()
+            check_unchanged(
+                now.get(i, noted) == noted
+                for i, noted in self._grad_versions.items()
+                if i in updated
             )
         self.step_balance()
 
     def _check_synced(self) -> None:
         if self._unsynced and self.mesh.world_size > 1:
-            raise ConfigError(
-                "no_sync",
-                "around the last backward",
-                "the gradients are those of this rank alone",
-                "leave the last forward and backward of a step out of no_sync",
-            )
+            why = "the gradients are those of this rank alone"
+            fix = "leave the last forward and backward of a step out of no_sync"
+            raise ConfigError("no_sync", "around the last backward", why, fix)

@@ -107,10 +107,7 @@ class Trainer:
         self.interval_start_step = self.start_step
 
     def run(self) -> None:
-        """Train to the last step. Collective.
-
-        Raises StopRequested after a stop that all ranks agreed on, its state saved; see `train`.
-        """
+        """Train to the last step. Collective. Raises StopRequested, saved, and as `train_run`."""
         log_start(
             self.logger, self.engine, self.data, self.session, self.checkpointer, self.modular
         )

@@ -223,6 +223,16 @@ def state_on_one_rank(rank: int, model: dmoe.ParallelModel) -> None:
     raise dmoe.ConfigError("state_dict()", "on rank 0", "not this rank's", "")
 
 
+def unused_in_ddp(rank: int, model: dmoe.ParallelModel) -> None:
+    """DDP itself would raise in the next forward: after a step with gradients of this rank."""
+    net = nn.ModuleDict({"net": Net(), "unused": nn.Linear(2, 2)})
+    model = dmoe.parallelize(net, ep=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    net.forward = net["net"].forward  # type: ignore[method-assign]
+    model.backward(step_of(rank, model))
+    optimizer.step()
+
+
 def inner_state_saved(rank: int, model: dmoe.ParallelModel) -> None:
     model.module.state_dict()
 
@@ -245,6 +255,7 @@ WRONG: dict[Callable[[int, dmoe.ParallelModel], None], str] = {
     last_backward_in_no_sync: "no_sync=around the last backward",
     clipped_in_no_sync: "no_sync=around the last backward",
     second_backward: "backward=a second one.*mode=None",
+    unused_in_ddp: "parameter=unused.weight: has no gradient.*mode=None",
     inner_state_saved: "state_dict=of this rank.*call the ParallelModel's",
     state_on_one_rank: r"state_dict\(\)=on rank 0.*",  # the last: it leaves the group unusable
 }

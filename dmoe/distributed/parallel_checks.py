@@ -1,4 +1,6 @@
-"""Refuse DDP, FSDP and the like around sharded experts: they would give wrong numbers in silence.
+"""Refuse uses of a `ParallelModel` that would give wrong numbers in silence.
+
+Wrappers: DDP and FSDP around sharded experts.
 
 DDP would broadcast rank 0's experts over the others and average different experts; FSDP would
 gather a whole of parts that are not of one tensor. Three places see them: `parallelize` looks at
@@ -7,15 +9,18 @@ the model it is given, `ParallelModel` at DDP that wraps it, and every MoE layer
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import Optimizer
 
 from dmoe.config.errors import ConfigError
-from dmoe.distributed.expert_parallel import moe_layers
+from dmoe.distributed.expert_parallel import expert_parameters, moe_layers
 from dmoe.distributed.mesh import ParallelMesh
 from dmoe.moe.dispatch import PackedLocal
 from dmoe.moe.interfaces import NoComm
@@ -120,4 +125,39 @@ def _check_layer(
             "are not those that dmoe.parallelize made: FSDP or load_state_dict(assign=True) has"
             " replaced them",
             "call the ParallelModel itself, and its load_state_dict",
+        )
+
+
+def check_optimizer(
+    optimizer: Optimizer, replaced: Mapping[int, weakref.ref[nn.Parameter]]
+) -> set[int]:
+    """Return the ids of an optimizer's parameters. Raises ConfigError if it has `replaced` ones."""
+    updated = [p for group in optimizer.param_groups for p in group["params"]]
+    if any((old := replaced.get(id(p))) is not None and old() is p for p in updated):
+        raise ConfigError(
+            "optimizer",
+            type(optimizer).__name__,
+            "has parameters that parallelize has replaced by this rank's part of them",
+            "make the optimizer after dmoe.parallelize, of model.parameters()",
+        )
+    return {id(p) for p in updated}
+
+
+def check_reduced(model: nn.Module) -> None:
+    """Raise ConfigError if a parameter in DDP has no gradient: then its bucket is not reduced."""
+    experts = expert_parameters(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.grad is None and name not in experts:
+            why = "has no gradient, so DDP has not reduced those of its bucket"
+            raise ConfigError("parameter", name, why, "use parallelize(mode=None), or freeze it")
+
+
+def check_unchanged(unchanged: Iterable[bool]) -> None:
+    """Raise ConfigError if a gradient was changed between the backward and the step."""
+    if not all(unchanged):
+        raise ConfigError(
+            "gradients",
+            "changed after backward",
+            "torch.nn.utils.clip_grad_norm_ sees only the experts of this rank",
+            "call model.clip_grad_norm_(max_norm); after changes of your own, with math.inf",
         )
