@@ -9,10 +9,10 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 215,
-    "product lines": 35_500,
-    "files of one MoE forward": 11,
-    "files of one training step": 31,
+    "product files": 218,
+    "product lines": 37_300,
+    "files of one MoE forward": 12,
+    "files of one training step": 34,
     "files that name a router kind": 6,
     "largest package, share of lines": 0.15,
     "files in a folder, at most": 22,

@@ -27,6 +27,9 @@ class RunLogger:
     Text is redacted. A full disk or a failing tracker costs lines, never the run.
     """
 
+    listener: Callable[[str, int, dict[str, Any]], None] | None = None
+    """Called with each event, its step and its values, on every rank."""
+
     def __init__(
         self,
         config: Config,
@@ -50,8 +53,6 @@ class RunLogger:
         self.display: Display = open_display(config.train.steps, start_step, is_main, quiet)
         self.metrics = MetricsFile(run.metrics) if is_main else None
         self.run, self.lines_lost = run, 0
-        self.listeners: list[Callable[[str, int, dict[str, Any]], None]] = []
-        """Called with each event, its step and its values, on every rank."""
         self.trackers = Trackers(
             accelerator,
             config,
@@ -75,8 +76,8 @@ class RunLogger:
         """
         self._write_line(event, step, values)
         self.display.log_event(event, step, values, redact(line))
-        for listener in self.listeners:
-            listener(event, step, values)
+        if self.listener is not None:
+            self.listener(event, step, values)
 
     def note(self, step: int, text: str) -> None:
         """Log information for the user that needs no action, to the terminal and metrics.jsonl."""

@@ -55,7 +55,7 @@ class Callbacks:
     def __init__(self, callbacks: Sequence[Callback], engine: Engine, logger: RunLogger) -> None:
         """Ask whether any rank has callbacks: they may differ. Collective."""
         self.callbacks, self.run, self.stop = callbacks, logger.run, False
-        logger.listeners.append(self.on_event)
+        logger.listener = self.on_event
         self.mesh, self.device = engine.mesh, engine.process.device
         self.num_steps = engine.config.train.steps
         self.error: Exception | None = None
