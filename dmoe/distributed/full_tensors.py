@@ -138,10 +138,75 @@ def load_full_state(model: nn.Module, mesh: ParallelMesh, state: Mapping[str, An
             why = f"has shape {list(given[name].shape)}, and the model has {expected}"
             raise ConfigError("load_state_dict", name, why, fix)
     for name, value in local.items():
-        part, count = given[name].to(value.device), len(value) if value.dim() else 0
-        if name in stacks:
-            part = part[mesh.ep_rank * count : (mesh.ep_rank + 1) * count]
-        copy_full_into_shard(value, part)
+        copy_full_into_shard(value, _own_part(given[name], value, name in stacks, mesh))
+
+
+def full_optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, mesh: ParallelMesh
+) -> dict[str, Any]:
+    """Return an optimizer's state by the names of parameters, on the CPU of each rank. Collective.
+
+    Tensors of a parameter's shape have all E experts.
+    """
+    names, experts = _names_and_stacks(model)
+    full: dict[str, Any] = {}
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        name = names[id(parameter)]
+        full[name] = {
+            key: gather_full({name: value}, experts, mesh)[name].cpu().clone()
+            if isinstance(value, Tensor) and value.shape == parameter.shape
+            else value
+            for key, value in optimizer.state[parameter].items()
+        }
+    groups = [
+        {**group, "params": [names[id(p)] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    return {"state": full, "param_groups": groups}
+
+
+def local_optimizer_state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    mesh: ParallelMesh,
+    state: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return this rank's part of `full_optimizer_state`, for `optimizer.load_state_dict`."""
+    names, experts = _names_and_stacks(model)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    local: dict[int, dict[str, Any]] = {}
+    for index, parameter in enumerate(parameters):
+        name = names[id(parameter)]
+        shape = list(parameter.shape)
+        if name in experts:
+            shape[0] *= mesh.ep
+        for key, value in state["state"].get(name, {}).items():
+            if isinstance(value, Tensor) and shape and list(value.shape) == shape:
+                own = torch.zeros_like(parameter)
+                copy_full_into_shard(own, _own_part(value, own, name in experts, mesh))
+                value = own.detach()
+            local.setdefault(index, {})[key] = value
+    numbers, groups = iter(range(len(parameters))), []
+    for group, given in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        groups.append({**given, "params": [next(numbers) for _ in group["params"]]})
+    return {"state": local, "param_groups": groups}
+
+
+def _names_and_stacks(model: nn.Module) -> tuple[dict[int, str], set[str]]:
+    """Return the names of parameters by id, and those of expert stacks. Raises ConfigError."""
+    if expert_locations(model):
+        why = "the optimizer's state of experts of different shapes is not collected"
+        raise ConfigError("experts.shapes", "set", why, "leave it out, or train with dmoe.train")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return names, set(expert_parameters(model))
+
+
+def _own_part(full: Tensor, like: Tensor, is_stack: bool, mesh: ParallelMesh) -> Tensor:
+    """Return this rank's experts of a stack [E, ...], or another tensor as it is."""
+    full = full.to(like.device)
+    if is_stack:
+        full = full[mesh.ep_rank * len(like) : (mesh.ep_rank + 1) * len(like)]
+    return full
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:

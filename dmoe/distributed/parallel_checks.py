@@ -10,14 +10,15 @@ the model it is given, `ParallelModel` at DDP that wraps it, and every MoE layer
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import Optimizer
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from dmoe.config.errors import ConfigError
 from dmoe.distributed.expert_parallel import expert_parameters, moe_layers
@@ -128,6 +129,21 @@ def _check_layer(
         )
 
 
+Owner = TypeVar("Owner", bound=nn.Module)
+
+
+def before_every_step(owner: Owner, call: Callable[[Owner, Optimizer], None]) -> None:
+    """Call `call(owner, optimizer)` before each step of torch's optimizers, while `owner` lives."""
+    alive = weakref.ref(owner)
+
+    def before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        if (own := alive()) is not None:
+            call(own, optimizer)
+
+    handle = register_optimizer_step_pre_hook(before_step)
+    weakref.finalize(owner, handle.remove)
+
+
 def check_optimizer(
     optimizer: Optimizer, replaced: Mapping[int, weakref.ref[nn.Parameter]]
 ) -> set[int]:
@@ -161,3 +177,19 @@ def check_unchanged(unchanged: Iterable[bool]) -> None:
             "torch.nn.utils.clip_grad_norm_ sees only the experts of this rank",
             "call model.clip_grad_norm_(max_norm); after changes of your own, with math.inf",
         )
+
+
+def refuse_partial_state(optimizer: Optimizer) -> None:
+    """Make `optimizer.state_dict()` an error: one rank's would be loaded into all experts."""
+    if optimizer._optimizer_state_dict_pre_hooks:
+        return
+
+    def refuse(optimizer: Optimizer) -> None:
+        raise ConfigError(
+            "state_dict",
+            "of this rank's optimizer",
+            "has only this rank's part of the experts",
+            "call model.optimizer_state_dict(optimizer) on every rank, and save it on one",
+        )
+
+    optimizer.register_state_dict_pre_hook(refuse)

@@ -2,10 +2,9 @@
 
     model = dmoe.parallelize(model, ep=2)
     optimizer = torch.optim.AdamW(model.parameters())
-    loss = loss_of(model(x), y)          # of this rank's share of the batch
-    model.backward(loss)
+    model.backward(loss_of(model(x), y))     # of this rank's share of the batch
     model.clip_grad_norm_(1.0)
-    optimizer.step()                     # also moves the balance biases
+    optimizer.step()                         # also moves the balance biases
     optimizer.zero_grad()
 
 The loss of the step is the mean of the ranks' losses, auxiliary losses included, as under DDP.
@@ -27,8 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer
 
 from dmoe.config.errors import ConfigError
 from dmoe.distributed.data_parallel import (
@@ -42,7 +40,12 @@ from dmoe.distributed.expert_parallel import (
     expert_parameters,
     shard_experts,
 )
-from dmoe.distributed.full_tensors import full_state, load_full_state
+from dmoe.distributed.full_tensors import (
+    full_optimizer_state,
+    full_state,
+    load_full_state,
+    local_optimizer_state,
+)
 from dmoe.distributed.gradients import (
     all_reduce_sum,
     call_after_backward,
@@ -51,10 +54,12 @@ from dmoe.distributed.gradients import (
 )
 from dmoe.distributed.mesh import ParallelMesh, build_mesh
 from dmoe.distributed.parallel_checks import (
+    before_every_step,
     check_model,
     check_optimizer,
     check_reduced,
     check_unchanged,
+    refuse_partial_state,
     watch_layers,
     wrapper_error,
 )
@@ -119,6 +124,7 @@ class ParallelModel(nn.Module):
         super().__init__()
         self.module, self.mesh = model, mesh
         self._data_parallel = [data_parallel]  # a list: its wrapper is no further child
+        self._ddp: bool = getattr(data_parallel, "ddp", None) is not None
         self._sync = True
         """Whether the last forward was outside `no_sync`."""
         self._armed = False
@@ -136,11 +142,11 @@ class ParallelModel(nn.Module):
             if parameter.requires_grad and not isinstance(parameter, DTensor)
         ]
         if mesh.world_size > 1:
-            watch_layers(model, self._ddp)
+            watch_layers(model, getattr(data_parallel, "ddp", None))
             for parameter in model.parameters():
                 if parameter.requires_grad and not isinstance(parameter, DTensor):
                     parameter.register_post_accumulate_grad_hook(self._on_gradient)
-        self._watch_optimizers()
+        before_every_step(self, ParallelModel._before_step)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -155,10 +161,6 @@ class ParallelModel(nn.Module):
         self._armed, self._unsynced, self._in_backward = self._sync, not self._sync, False
         with data_parallel.grad_sync(self._sync):
             return data_parallel.wrapped(*args, **kwargs)
-
-    @property
-    def _ddp(self) -> DistributedDataParallel | None:
-        return getattr(self._data_parallel[0], "ddp", None)
 
     def backward(self, loss: Tensor) -> None:
         """Run `loss.backward()`: afterwards `grad` is that of the mean of the ranks' losses."""
@@ -233,6 +235,16 @@ class ParallelModel(nn.Module):
             if isinstance(layer, MoE):
                 layer.forget_counts()
 
+    def optimizer_state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the state of an optimizer by names, like `state_dict`; see there."""
+        self._meet("optimizer_state_dict()")
+        return full_optimizer_state(self.module, optimizer, self.mesh)
+
+    def load_optimizer_state_dict(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        """Load what `optimizer_state_dict` returned, at any number of ranks. No collective."""
+        local = local_optimizer_state(self.module, optimizer, self.mesh, state)
+        optimizer.load_state_dict(local)
+
     def _meet(self, call: str) -> None:
         """Wait for all ranks to make the same call, so that one that does not is an error."""
         if self.mesh.checkpoint_group is None or dist.get_backend() == "fake":
@@ -249,13 +261,10 @@ class ParallelModel(nn.Module):
         """Notice that a backward has begun, and when it ends."""
         if self._in_backward:
             return
-        if self._ddp is not None and not self._armed and not self._unsynced:
-            raise ConfigError(
-                "backward",
-                "a second one",
-                "DDP reduces the gradients of one backward per forward",
-                "add the losses and call backward once, or use parallelize(mode=None)",
-            )
+        if self._ddp and not self._armed and not self._unsynced:
+            why = "DDP reduces the gradients of one backward per forward"
+            fix = "add the losses and call backward once, or use parallelize(mode=None)"
+            raise ConfigError("backward", "a second one", why, fix)
         self._in_backward = True
         call_after_backward(self._end_backward)
 
@@ -266,25 +275,16 @@ class ParallelModel(nn.Module):
     def _versions(self) -> dict[int, int]:
         return {id(p): p.grad._version for p in self._experts if p.grad is not None}
 
-    def _watch_optimizers(self) -> None:
-        model = weakref.ref(self)
-
-        def before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
-            if (own := model()) is not None:
-                own._before_step(optimizer)
-
-        handle = register_optimizer_step_pre_hook(before_step)
-        weakref.finalize(self, handle.remove)
-
     def _before_step(self, optimizer: Optimizer) -> None:
         """Check the gradients and move the biases, before an optimizer updates the model."""
         updated = check_optimizer(optimizer, self._replaced)
         if self._own.isdisjoint(updated):
             return
         self._check_synced()
-        if self._ddp is not None:
+        if self._ddp:
             check_reduced(self.module)
         if self.mesh.ep > 1:
+            refuse_partial_state(optimizer)
             now = self._versions()
             check_unchanged(
                 now.get(i, noted) == noted

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,8 +18,19 @@ State = dict[str, np.ndarray]
 MODES = ("ddp", "fsdp", None)
 
 
+class View(nn.Module):
+    """Returns a view of what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x.flatten(0, 1)).tanh()).view(x.shape)
+
+
 class Net(nn.Module):
-    """Two layers of four experts, one of them nested, with losses and a bias; float64."""
+    """Two layers of four experts with losses and a bias, and a block between them; float64."""
 
     def __init__(self, experts: ExpertsConfig | None = None) -> None:
         super().__init__()
@@ -30,6 +41,7 @@ class Net(nn.Module):
             dmoe.MoE(8, 12, 4, 2, layer=layer, balance=balance, experts=experts)
             for layer in range(2)
         )
+        self.blocks.insert(1, View())
         for layer in self.moes():
             layer.initialize(0, std=0.3)
         self.double()
@@ -40,10 +52,13 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x, aux = self.inner(x), x.new_zeros(())
         for layer in self.blocks:
+            if isinstance(layer, View):
+                viewed = layer(x)
+                viewed += x  # in place: FSDP2 loses its backward hook if the output is a view
+                x = viewed
+                continue
             out = layer(x)
-            added = out.y
-            added += x  # in place: FSDP2 loses its backward hook if the output is a view
-            x, aux = added, aux + 0.1 * out.aux["switch"] + 0.01 * out.aux["z"]
+            x, aux = x + out.y, aux + 0.1 * out.aux["switch"] + 0.01 * out.aux["z"]
         return self.outer(x), aux
 
 
@@ -62,11 +77,13 @@ def arrays(state: dict[str, Any]) -> State:
     return {name: value.detach().numpy() for name, value in state.items()}
 
 
-def truth(parts: int, steps: int = 2, make: Callable[[], Net] = Net) -> tuple[list[float], State]:
+def truth(
+    parts: int, steps: Iterable[int] = range(2), make: Callable[[], Net] = Net
+) -> tuple[list[float], State]:
     """Train on one process, without dmoe.distributed: the mean of the losses of `parts` parts."""
     net = make()
     optimizer, norms = torch.optim.AdamW(net.parameters(), lr=0.01), []
-    for step in range(steps):
+    for step in steps:
         x, y = batch(step)
         pairs = zip(x.chunk(parts), y.chunk(parts), strict=True)
         torch.stack([loss_of(net, *pair) for pair in pairs]).mean().backward()
@@ -84,11 +101,12 @@ def own_loop(
     model: dmoe.ParallelModel,
     accumulate: int = 1,
     no_sync: bool = True,
-    steps: int = 2,
+    steps: Iterable[int] = range(2),
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> tuple[list[float], State]:
     """Train the same on this rank's parts of each batch."""
-    optimizer, norms = torch.optim.AdamW(model.parameters(), lr=0.01), []
-    for step in range(steps):
+    optimizer, norms = optimizer or torch.optim.AdamW(model.parameters(), lr=0.01), []
+    for step in steps:
         xs, ys = (part.chunk(world * accumulate) for part in batch(step))
         for index in range(accumulate):
             alone = no_sync and index < accumulate - 1

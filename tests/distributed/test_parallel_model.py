@@ -108,6 +108,29 @@ def test_the_state_has_every_expert_by_its_global_id() -> None:
         assert all(results)
 
 
+def resumed_over_sizes(rank: int, world: int) -> list[float]:
+    """Two steps at EP=2, saved with the optimizer, then two at another size and mode."""
+    results = []
+    for ep, mode in ((1, "ddp"), (2, "fsdp"), (1, "fsdp"), (2, None)):
+        first = dmoe.parallelize(Net(), ep=2, mode="ddp")
+        optimizer = torch.optim.AdamW(first.parameters(), lr=0.01)
+        own_loop(rank, world, first, optimizer=optimizer)
+        states = first.state_dict(), first.optimizer_state_dict(optimizer)
+        second = dmoe.parallelize(Net(), ep=ep, mode=mode)
+        optimizer = torch.optim.AdamW(second.parameters(), lr=0.5)
+        second.load_state_dict(states[0])
+        second.load_optimizer_state_dict(optimizer, states[1])
+        found = own_loop(rank, world, second, steps=range(2, 4), optimizer=optimizer)
+        norms, state = truth(world, steps=range(4))
+        results.append(compare(found, (norms[2:], state)))
+    return results
+
+
+def test_a_loop_resumes_at_another_size() -> None:
+    for differences in run_ranks(2, resumed_over_sizes, timeout=120):
+        assert max(differences) < TOLERANCE, differences
+
+
 def step_of(rank: int, model: nn.Module) -> Tensor:
     x, y = (part.chunk(2)[rank] for part in batch(0))
     return loss_of(model, x, y)
@@ -233,6 +256,14 @@ def unused_in_ddp(rank: int, model: dmoe.ParallelModel) -> None:
     optimizer.step()
 
 
+def optimizer_state_saved(rank: int, model: dmoe.ParallelModel) -> None:
+    """Rank 0's moments would be loaded into the experts of all ranks: the shapes are equal."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.backward(step_of(rank, model))
+    optimizer.step()
+    optimizer.state_dict()
+
+
 def inner_state_saved(rank: int, model: dmoe.ParallelModel) -> None:
     model.module.state_dict()
 
@@ -256,6 +287,7 @@ WRONG: dict[Callable[[int, dmoe.ParallelModel], None], str] = {
     clipped_in_no_sync: "no_sync=around the last backward",
     second_backward: "backward=a second one.*mode=None",
     unused_in_ddp: "parameter=unused.weight: has no gradient.*mode=None",
+    optimizer_state_saved: r"state_dict=.*call model.optimizer_state_dict\(optimizer\)",
     inner_state_saved: "state_dict=of this rank.*call the ParallelModel's",
     state_on_one_rank: r"state_dict\(\)=on rank 0.*",  # the last: it leaves the group unusable
 }
@@ -364,6 +396,23 @@ def every_right_way(rank: int, world: int, ep: int) -> dict[str, float]:
 def test_every_other_way_has_the_gradients_of_one_process(ep: int) -> None:
     for found in run_ranks(2, every_right_way, ep, timeout=120):
         assert {name: value for name, value in found.items() if value > TOLERANCE} == {}
+
+
+def gradients_in_no_sync(rank: int, world: int) -> list[float]:
+    net, found = Net(), []
+    loss_of(net, *(part.chunk(2)[rank] for part in batch(0))).backward()
+    for mode in ("ddp", None):
+        model = dmoe.parallelize(Net(), ep=2, mode=mode)
+        with model.no_sync():
+            model.backward(step_of(rank, model))
+        own, alone = model.module.outer.weight.grad, net.outer.weight.grad
+        found.append(float((own - alone).abs().max()))
+    return found
+
+
+def test_no_sync_leaves_the_gradients_of_this_rank() -> None:
+    for differences in run_ranks(2, gradients_in_no_sync):
+        assert max(differences) < TOLERANCE, differences
 
 
 def manual_updates(rank: int, world: int) -> str:
