@@ -12,11 +12,13 @@ import typer
 from dmoe.config.errors import ConfigError
 from dmoe.config.load import load_text
 from dmoe.config.schema import Config
+from dmoe.config.shipped import find_config
 from dmoe.config.yaml_guard import INTEGER, NUMBER, read_text, short
+from dmoe.runs.directory import find_run
 
 ARGUMENTS_HELP = (
-    "A YAML file (default: the quickstart), then overrides like moe.top_k=1. Numbers are decimal, "
-    "no value is empty (null for none)."
+    "A YAML file, or the name of a shipped one (see dmoe configs; default: the quickstart), then "
+    "overrides like moe.top_k=1. Numbers are decimal, no value is empty (null for none)."
 )
 DEFAULTS = "# no file given: the defaults\n{}\n"
 
@@ -24,7 +26,7 @@ DEFAULTS = "# no file given: the defaults\n{}\n"
 def split(arguments: list[str]) -> tuple[str | None, list[str]]:
     """Separate the path of the config file, if the first argument is one, from the overrides.
 
-    The path of an existing file may contain `=`.
+    The path of an existing file may contain `=`. A shipped config may be given by its name.
     """
     first = [
         argument for argument in arguments[:1] if "=" not in argument or os.path.isfile(argument)
@@ -38,7 +40,7 @@ def split(arguments: list[str]) -> tuple[str | None, list[str]]:
             "is neither the first argument (CONFIG) nor section.field=value",
             "put CONFIG first",
         )
-    return (first[0] if first else None), overrides
+    return (find_config(first[0]) if first else None), overrides
 
 
 def load_arguments(arguments: list[str]) -> tuple[Config, str]:
@@ -50,6 +52,22 @@ def load_arguments(arguments: list[str]) -> tuple[Config, str]:
     return config, text + end + "".join(
         f"# override: {_one_line(override)}\n" for override in overrides
     )
+
+
+def load_resumed(run: str, overrides: list[str]) -> tuple[Config, str]:
+    """Return the config that a run recorded, with changes, and its text.
+
+    Args:
+        run: the run directory, e.g. `runs/latest`.
+        overrides: what the user changes, e.g. `train.steps=800`.
+    """
+    wrong = next((a for a in overrides if "=" not in a or a.startswith("train.run_dir=")), None)
+    if wrong is not None:
+        allowed = "does not go with --resume, which takes config and directory from the run"
+        raise ConfigError("argument", wrong, allowed, "give overrides like train.steps=800 only")
+    path = find_run(run).path
+    here = [*overrides, f"train.run_dir={path}"]
+    return load_arguments([str(path / "resolved.yaml"), *here])
 
 
 def _one_line(override: str) -> str:

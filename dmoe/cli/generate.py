@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Annotated
 
 import typer
 
 from dmoe.cli.common import integer, number
 from dmoe.config.errors import ConfigError
+from dmoe.observability import escape_controls
 from dmoe.runs.directory import find_run
 
 
@@ -82,7 +84,9 @@ def command(
             seed=seed,
             stop=[tokenizer.separator],
         )
-    print(tokenizer.decode([*ids, *new]))
+    text = tokenizer.decode([*ids, *new])
+    # a pipe or a file gets what the model wrote
+    print(escape_controls(text) if sys.stdout.isatty() else text)
 
 
 def _check_options(

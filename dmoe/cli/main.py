@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dmoe import __version__
-from dmoe.cli import checkpoint, explain, generate, modules, runs, train, verify
+from dmoe.cli import checkpoint, configs, explain, generate, modules, runs, sweep, train, verify
 from dmoe.cli.surroundings import (
     OutputError,
     check_surroundings,
@@ -68,6 +68,7 @@ def root(
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train.command,
+    "sweep": sweep.command,
     "watch": runs.watch,
     "report": runs.report,
     "compare": runs.compare,
@@ -77,6 +78,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 for name, command in COMMANDS.items():
     app.command(name=name, help=help_text(command))(command)
+app.add_typer(configs.app, name="configs")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(modules.app, name="modules")
 

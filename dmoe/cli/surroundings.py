@@ -80,7 +80,14 @@ class _OutputFile(io.FileIO):
 
 
 def prepare_process() -> None:
-    """Reserve closed descriptors, guard the output and raise the limit of open files."""
+    """Reserve closed descriptors, guard the output, reset signals, raise the limit of open files.
+
+    Blocked signals are inherited, and a blocked TERM would never stop a run. With CHLD ignored
+    (a daemon's way to have no zombies) no exit code reaches the launcher: failed ranks were 0.
+    """
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dmoe.cli.common import ARGUMENTS_HELP, integer, load_arguments
+from dmoe.cli.common import ARGUMENTS_HELP, integer, load_arguments, load_resumed
 from dmoe.cli.surroundings import keep_running_without_output
 from dmoe.config.errors import ConfigError
 from dmoe.config.launch_env import has_accelerator, main_memory, read_launch_env
@@ -23,6 +23,14 @@ def command(
     ] = None,
     ranks: Annotated[
         int | None, typer.Option(help="Start this many local processes.", **integer(1))
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN",
+            help="Go on with this run, e.g. runs/latest, with the config that it recorded; only "
+            "what changes is given as K=V.",
+        ),
     ] = None,
     preflight: Annotated[
         bool,
@@ -46,7 +54,8 @@ def command(
 ) -> None:
     """Train a mixture-of-experts language model.
 
-    A run directory with a checkpoint is resumed; notes at the start say what will differ.
+    A run directory with a checkpoint is resumed; notes at the start say what will differ. --resume
+    RUN takes the config from the run too.
 
     Under torchrun, accelerate launch or Slurm, it is one of their ranks; with --ranks N, it starts
     N local ranks; otherwise it is one process.
@@ -57,7 +66,10 @@ def command(
     keep_running_without_output()
     # there is nothing to save yet, and the default action would end the process
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    config, given = load_arguments(arguments or [])
+    given_arguments = arguments or []
+    config, given = (
+        load_arguments(given_arguments) if resume is None else load_resumed(resume, given_arguments)
+    )
     launcher = read_launch_env()
     if launcher is not None and ranks is not None:
         raise ConfigError(
@@ -81,6 +93,10 @@ def command(
                 "run dmoe verify first",
             )
         run_preflight(config)
+    if launcher is None and not quiet and sys.stdout.isatty():
+        # torch takes seconds to import, and on a busy machine many
+        where = f"{ranks} local ranks" if ranks else "one process"
+        print(f"starting {where}, with data.source={config.data.source}", flush=True)
     if ranks is None:
         from dmoe.train.run import train
 
@@ -88,9 +104,9 @@ def command(
     else:
         from dmoe.distributed.launcher import launch
 
-        sys.exit(
-            launch(ranks, ["train", *(["--quiet"] if quiet else []), *(arguments or [])], port)
-        )
+        options = ["--quiet"] if quiet else []
+        options += ["--resume", resume] if resume is not None else []
+        sys.exit(launch(ranks, ["train", *options, *given_arguments], port))
 
 
 def run_preflight(config: Config) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.field_aliases import suggest_field
 from dmoe.config.secrets import REDACTED, is_secret_name
 from dmoe.config.yaml_guard import INTEGER, NUMBER, short
 
@@ -148,9 +149,9 @@ def _check_section(
     for key, value in given.items():
         name = f"{prefix}{key}"
         if key not in children:
-            near = difflib.get_close_matches(str(key), children, n=1)
+            near = suggest_field(str(key), prefix, list(known), children)
             names = ", ".join(children)
-            fix = f"did you mean {prefix}{near[0]}?" if near else f"known here: {names}"
+            fix = f"did you mean {near}?" if near else f"known here: {names}"
             shown = REDACTED if is_secret_name(name) else short(value)
             raise ConfigError(short(name), shown, f"there is no such field{source}", fix)
         if name in known:
@@ -186,6 +187,11 @@ def _type_errors(field: Field, value: Any) -> Iterator[tuple[Any, str, str]]:
         for text in items if field.type == "list[str]" else [value]:
             if not isinstance(text, str):
                 yield text, f"must be text, and YAML reads it as {_kind(text)}", "quote it"
+    if isinstance(value, Mapping) or (
+        field.type.startswith("list[") and not isinstance(value, list)
+    ):
+        yield value, f"must be {field.type.replace(' | ', ' or ')}", default
+        return
     if field.type == "list[list[int]]" and not _lists_of_integers(value):
         yield value, "must be a list of lists of whole numbers", "e.g. [[], [50], [64, 32]]"
     if field.type.startswith("bool") and str(value).lower() not in BOOLEANS:

@@ -2,7 +2,8 @@
 
 The value of a text field in an override is taken literally: as YAML, `data.source=0123` would be
 83, a glob that begins with a star an alias, and `train.sample_prompt=def f(x):` a mapping. All
-other values are YAML with decimal numbers only (`yaml_guard.py`). No value may be empty: that is a
+other values are YAML with decimal numbers only (`yaml_guard.py`); one word for a list of words is a
+list of one. No value may be empty: that is a
 shell's variable that is not set, and as YAML it would be null, which switches some fields off.
 """
 
@@ -72,6 +73,7 @@ def _mapping(text: str, source: str) -> dict[Any, Any]:
 
 def _merge(base: DictConfig, given: dict[Any, Any], source: str = "") -> None:
     """Merge into `base` in place: `OmegaConf.merge` would copy the whole config."""
+    given = _with_lists(given)
     check_given(given, source)
     try:
         base.merge_with(given)
@@ -83,6 +85,19 @@ def _merge(base: DictConfig, given: dict[Any, Any], source: str = "") -> None:
         where = f" (in {source})" if source else ""
         allowed = f"must be {field.type.replace(' | ', ' or ')}{where}"
         raise ConfigError(field.name, value, allowed, f"the default is {field.default}") from None
+
+
+def _with_lists(given: dict[Any, Any], prefix: str = "") -> dict[Any, Any]:
+    """Return `given` with a list of one for a word where the schema has a list of words."""
+    result = dict[Any, Any]()
+    for key, value in given.items():
+        field = field_named(f"{prefix}{key}")
+        if isinstance(value, dict):
+            value = _with_lists(value, f"{prefix}{key}.")
+        elif field is not None and field.type == "list[str]" and isinstance(value, str):
+            value = [value]
+        result[key] = value
+    return result
 
 
 def parse_override(override: str) -> dict[str, Any]:

@@ -152,13 +152,15 @@ def quoted(text: str) -> str | None:
 
 
 def check_text(field: str, value: str) -> None:
-    """Refuse `${` in a text, and a text that cannot be written as UTF-8.
+    """Refuse `${` in a text, a NUL, and a text that cannot be written as UTF-8.
 
     Raises:
         ConfigError: it is one of them.
     """
     if shown := not_utf8(value):
         raise ConfigError(field, short(shown), "is not UTF-8 text", "type it again, or rename it")
+    if "\0" in value:
+        raise ConfigError(field, short(value), NUL, "write it without")
     if "${" in value:
         allowed = "must not hold ${, which would be replaced by a value from elsewhere"
         raise ConfigError(field, short(value), allowed, "write it out")
@@ -190,6 +192,8 @@ def not_utf8(text: str) -> str | None:
 
 
 EMPTY = "an empty value is not allowed"
+NUL = "a NUL character is not allowed"
+"""No path can hold one."""
 
 
 def _forbidden(event: yaml.Event) -> str | None:
@@ -202,6 +206,8 @@ def _forbidden(event: yaml.Event) -> str | None:
     if isinstance(event, yaml.ScalarEvent):
         if shown := not_utf8(event.value):
             return f"{short(shown)} is not UTF-8 text"
+        if "\0" in event.value:
+            return NUL
         if "${" in event.value:
             return "${ is not allowed, which would be replaced by a value from elsewhere"
         if not event.style and not event.value:

@@ -37,6 +37,7 @@ CONVERT = "write its text to a .txt file"
 RECORD_SUFFIXES = {
     **dict.fromkeys((".jsonl", ".ndjson", ".jsonlines", ".jl"), "JSON Lines"),
     **dict.fromkeys((".csv", ".tsv", ".tab"), "CSV"),
+    ".ipynb": "Jupyter",
 }
 """Records that are text themselves: only the name tells."""
 MAGIC: dict[bytes, tuple[str, str]] = {

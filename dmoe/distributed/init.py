@@ -203,9 +203,21 @@ def _init_process_group(
         _check_own_gpu(store, launch, own_gpu)
     # With a device NCCL's communicators are made at once, and those of subgroups split from the
     # world's; without, each by a rendezvous in its first collective.
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=own_gpu
-    )
+    try:
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=own_gpu,
+        )
+    except RuntimeError as error:
+        if "unsupported gloo device" not in str(error):
+            raise
+        transport = os.environ.get("GLOO_DEVICE_TRANSPORT", "")[:40]
+        allowed = "this torch's gloo has no such transport"
+        raise ConfigError("GLOO_DEVICE_TRANSPORT", transport, allowed, "unset it") from None
 
 
 def _check_own_gpu(store: Store, launch: LaunchEnv, device: torch.device) -> None:

@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from dmoe.config.errors import ConfigError
 from dmoe.config.schema import MoEConfig
 from dmoe.models.layers import BlockOutput
 from dmoe.moe.experts.activation import gated_sum
@@ -91,16 +92,15 @@ def drop_streams(present_BS: Tensor, rate: float, context: TokenContext) -> Tens
     Args:
         present_BS: bool, the streams that are not missing.
         rate: fraction of the samples that lose a stream.
-        context: must hold a `noise_key`, else ValueError.
+        context: must hold a `noise_key`, else ConfigError.
 
     Returns:
         bool [B, S], the streams that remain.
     """
     if context.noise_key is None:
-        raise ValueError(
-            "stream_dropout draws in training: "
-            "pass TokenContext(noise_key=(seed, step)), or call .eval()"
-        )
+        allowed = "stream_dropout draws in training, and needs a key for it"
+        fix = "pass TokenContext(noise_key=(seed, step)), or call .eval()"
+        raise ConfigError("noise_key", None, allowed, fix)
     count_B1 = present_BS.sum(1, keepdim=True)
     like = torch.empty(present_BS.shape, dtype=torch.float32, device=present_BS.device)
     draw_B2 = keyed_noise(

@@ -44,7 +44,19 @@ def as_mask(name: str, value: Any) -> Tensor:
     return integer == 1
 
 
+def as_key(name: str, value: Any) -> tuple[int, int]:
+    """Return the key of random numbers; refuse anything but two whole numbers.
+
+    The text of a tensor or of a float would be another key on another device.
+    """
+    if isinstance(value, tuple | list) and [type(part) for part in value] == [int, int]:
+        return (value[0], value[1])
+    fix = "use int(), e.g. (0, 0)"
+    raise ConfigError(name, repr(value)[:40], "must be two whole numbers, (seed, step)", fix)
+
+
 CASTS = {
+    "noise_key": as_key,
     "valid_T": as_mask,
     "prior_count_LE": as_int64,
     "token_id_T": as_int64,
@@ -65,14 +77,14 @@ class MaskAgreement:
         self.is_given: bool | None = None
 
     def check(self, valid_T: Tensor | None, x_TD: Tensor, comm: DataParallelComm) -> None:
-        """Refuse a mask on some ranks only, or in some steps only. One all-reduce at first.
+        """Refuse a mask on some of several ranks only, or in some steps only.
+
+        One all-reduce at first.
 
         Raises:
             ConfigError: on every rank in the first forward; later on the rank that changes.
         """
         given = valid_T is not None
-        if comm.size == 1:
-            return
         fix = "pass one on every rank in every step, all True where there is no padding"
         if self.is_given is None:
             count = comm.sum(torch.full((1,), int(given), device=x_TD.device))

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dmoe.config.errors import ConfigError
 from dmoe.moe.routing import BatchShape, TokenContext
 
 
@@ -77,13 +78,12 @@ def keyed_noise(
         [T, width] in the dtype of `x_TX`.
 
     Raises:
-        ValueError: no `noise_key`; unkeyed noise would silently change with the world size.
+        ConfigError: no `noise_key`; unkeyed noise would silently change with the world size.
     """
     if context.noise_key is None:
-        raise ValueError(
-            f"the router draws {purpose} in training and needs a key for it: "
-            "pass TokenContext(noise_key=(seed, step)), or call .eval() to route without noise"
-        )
+        allowed = f"the router draws {purpose} in training, and needs a key for it"
+        fix = "pass TokenContext(noise_key=(seed, step)), or call .eval() to route without noise"
+        raise ConfigError("noise_key", None, allowed, fix)
     tokens = x_TX.shape[0]
     if x_TX.is_meta or tokens == 0:  # the meta device has no generator
         return x_TX.new_empty(tokens, width)

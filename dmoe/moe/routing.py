@@ -244,7 +244,7 @@ def with_budget(
         allowed = f"router.kind={config.kind} has no budget"
         raise ConfigError("compute_budget", budget, allowed, "use router.kind=budget")
     budget = config.budget if budget is None else budget
-    if not (isinstance(budget, int | float) and 0 <= budget <= 1):
+    if not (type(budget) in (int, float) and 0 <= budget <= 1):
         allowed = "must be from 0 to 1, the share of the cost of all experts"
         raise ConfigError("compute_budget", budget, allowed, "use 1 for no limit")
     return replace(context, budget=budget)

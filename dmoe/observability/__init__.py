@@ -6,6 +6,7 @@ Nothing here may stop or delay a run for long. So this module has the one call w
 from __future__ import annotations
 
 import threading
+import unicodedata
 from collections.abc import Callable
 
 
@@ -43,3 +44,16 @@ def run_with_timeout(
 def error_text(error: Exception) -> str:
     """Return the message of `error` on one line of at most 200 characters, else its type."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def escape_controls(text: str) -> str:
+    r"""Escape control characters but line breaks and tabs, e.g. `\x1b`.
+
+    A model in its first steps generates any byte, and a terminal obeys some of them.
+    """
+    return "".join(
+        letter
+        if letter in "\n\t" or unicodedata.category(letter) != "Cc"
+        else letter.encode("unicode_escape").decode("ascii")
+        for letter in text
+    )

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from dmoe.config.schema import Config
 from dmoe.config.secrets import redact
-from dmoe.observability import run_with_timeout
+from dmoe.observability import escape_controls, run_with_timeout
 from dmoe.observability.display import Display, open_display
 from dmoe.observability.trackers import Trackers
 from dmoe.runs.directory import RunDir
@@ -63,7 +63,7 @@ class RunLogger:
 
     def print(self, line: str) -> None:
         """Print a line on the terminal."""
-        self.display.print(redact(line))
+        self.display.print(escape_controls(redact(line)))
 
     def log_event(self, event: str, step: int, values: dict[str, Any], line: str = "") -> None:
         """Write one line of `metrics.jsonl`.

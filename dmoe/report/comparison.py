@@ -1,4 +1,7 @@
-"""Several runs as one table of plain text: quality beside cost, and remarks on fairness."""
+"""Several runs as tables of plain text: the settings that differ, quality beside cost, seeds.
+
+Below are remarks on fairness.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,14 @@ from typing import Any
 
 from dmoe.report.format import format_count, format_flops, format_number, single_line, text_table
 from dmoe.report.results import ABSENT
-from dmoe.report.run import Run, RunSummary, describe_end, is_finished, summarize
+from dmoe.report.run import (
+    Run,
+    RunSummary,
+    describe_end,
+    differing_settings,
+    is_finished,
+    summarize,
+)
 
 Column = tuple[str, Callable[[RunSummary], float | None], Callable[[float], str]]
 """Title, where `{unit}` is `token` or `sample`; value; its format."""
@@ -31,13 +41,79 @@ COLUMNS: tuple[Column, ...] = (
     ("dropped", lambda run: run.drop_rate, "{:.1%}".format),
     ("load\nmax/mean", lambda run: run.load_max_over_mean, "{:.2f}".format),
 )
+SEED = "train.seed"
+OVER_SEEDS = ("validation\nbits/byte", "validation\naccuracy", "dropped", "load\nmax/mean")
+"""Columns whose mean and range over seeds are printed."""
 
 
 def comparison_lines(runs: Sequence[Run], width: int) -> list[str]:
-    """Return the table, at most `width` wide, and the remarks. Unfinished runs have a star."""
+    """Return the tables, at most `width` wide, and the remarks. Unfinished runs have a star."""
     summaries = [summarize(run) for run in runs]
+    parts = [_settings_table(runs, width), _result_table(runs, summaries, width)]
+    parts.append(_seed_table(runs, summaries, width))
+    parts.append(
+        [
+            line
+            for remark in _remarks(runs, summaries)
+            for line in textwrap.wrap(remark, width, subsequent_indent="  ")
+        ]
+    )
+    return [line for part in parts if part for line in ("", *part)][1:]
+
+
+def _starred(runs: Sequence[Run]) -> list[str]:
+    return [single_line(run.name) + ("" if is_finished(run) else " *") for run in runs]
+
+
+def _settings_table(runs: Sequence[Run], width: int) -> list[str]:
+    """Return the fields that differ, a row per run; nothing if none does."""
+    different = differing_settings(runs)
+    if not different:
+        return []
+    head = ["run", *(name.replace(".", ".\n") for name, *_ in different)]
+    values = [[single_line(value) for value in row[1:]] for row in different]
+    return text_table(head, list(zip(_starred(runs), *values, strict=True)), width)
+
+
+def _seed_table(runs: Sequence[Run], summaries: Sequence[RunSummary], width: int) -> list[str]:
+    """Return mean and range of each group of runs that differ in the seed only."""
+    different = differing_settings(runs)
+    others = [row for row in different if row[0] != SEED]
+    groups: dict[tuple[str, ...], list[RunSummary]] = {}
+    for index, summary in enumerate(summaries):
+        groups.setdefault(tuple(row[index + 1] for row in others), []).append(summary)
+    if len(others) == len(different) or max(map(len, groups.values())) < 2:
+        return []
+    rows = [
+        [", ".join(f"{row[0]}={value}" for row, value in zip(others, key, strict=True)) or "all"]
+        for key in groups
+    ]
+    head = ["over seeds", "runs"]
+    for row, members in zip(rows, groups.values(), strict=True):
+        row.append(str(len(members)))
+    for title, read, form in COLUMNS:
+        if title not in OVER_SEEDS:
+            continue
+        known = [[v for s in members if (v := read(s)) is not None] for members in groups.values()]
+        if not any(known):
+            continue
+        head.append(title.format(unit=summaries[0].unit))
+        for row, values in zip(rows, known, strict=True):
+            row.append(_mean_and_range(values, form))
+    return text_table(head, rows, width)
+
+
+def _mean_and_range(values: Sequence[float], form: Callable[[float], str]) -> str:
+    if not values:
+        return ABSENT
+    mean = form(sum(values) / len(values))
+    return f"{mean} ({form(min(values))} .. {form(max(values))})"
+
+
+def _result_table(runs: Sequence[Run], summaries: Sequence[RunSummary], width: int) -> list[str]:
+    """Return quality and cost, a row per run."""
     head = ["run"]
-    columns = [[single_line(run.name) + ("" if is_finished(run) else " *") for run in runs]]
+    columns = [_starred(runs)]
     units = {summary.unit for summary in summaries}
     # A target is what tokens and samples have in common: each is predicted once.
     unit = units.pop() if len(units) == 1 else "target"
@@ -50,13 +126,7 @@ def comparison_lines(runs: Sequence[Run], width: int) -> list[str]:
         columns.append([ABSENT if value is None else form(value) for value in values])
     head.append("ranks\n/ EP")
     columns.append([_ranks(summary) for summary in summaries])
-    lines = text_table(head, list(zip(*columns, strict=True)), width)
-    remarks = [
-        line
-        for remark in _remarks(runs, summaries)
-        for line in textwrap.wrap(remark, width, subsequent_indent="  ")
-    ]
-    return [*lines, "", *remarks] if remarks else lines
+    return text_table(head, list(zip(*columns, strict=True)), width)
 
 
 def _ranks(summary: RunSummary) -> str:
@@ -66,7 +136,10 @@ def _ranks(summary: RunSummary) -> str:
 
 
 def comparison_json(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return the same as plain JSON with all digits; null if nothing was recorded."""
+    """Return the same as plain JSON with all digits; null if nothing was recorded.
+
+    `settings` has, per field that differs, its value in each run.
+    """
     summaries = [summarize(run) for run in runs]
     rows = [
         {
@@ -78,7 +151,8 @@ def comparison_json(runs: Sequence[Run]) -> dict[str, Any]:
         }
         for run, summary in zip(runs, summaries, strict=True)
     ]
-    return {"runs": rows, "remarks": list(_remarks(runs, summaries))}
+    different = {name: values for name, *values in differing_settings(runs)}
+    return {"runs": rows, "settings": different, "remarks": list(_remarks(runs, summaries))}
 
 
 def _remarks(runs: Sequence[Run], summaries: Sequence[RunSummary]) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from dmoe.report.format import (
@@ -17,7 +16,14 @@ from dmoe.report.format import (
     plural,
 )
 from dmoe.report.page import Panel, Table, TextBlock
-from dmoe.report.run import Run, describe_end, last_number, metric_name, summarize
+from dmoe.report.run import (
+    Run,
+    describe_end,
+    differing_settings,
+    last_number,
+    metric_name,
+    summarize,
+)
 from dmoe.report.sentences import config_sentences
 from dmoe.runs.metrics_log import Line, finite, number
 
@@ -50,28 +56,6 @@ def summary_panel(runs: Sequence[Run]) -> Panel:
             lists[heading] = config_sentences(run.config, run.start)
     problems = [f"{run.name}: {run.config_problem}" for run in runs if run.config is None]
     return Panel("summary", "Summary", problems, lists=lists, tables=tables)
-
-
-def differing_settings(runs: Sequence[Run]) -> list[list[str]]:
-    """Return a row per config field whose values differ, without `train.run_dir`."""
-    configs = [dict(_leaves(asdict(run.config), "")) if run.config else {} for run in runs]
-    names = list(dict.fromkeys(name for config in configs for name in config))
-    rows = [
-        [name, *(config.get(name, "unknown") for config in configs)]
-        for name in names
-        if name != "train.run_dir"
-    ]
-    return [row for row in rows if len(set(row[1:])) > 1]
-
-
-def _leaves(section: dict[str, Any], prefix: str) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
-    for name, value in section.items():
-        if isinstance(value, dict):
-            found += _leaves(value, f"{prefix}{name}.")
-        else:
-            found.append((f"{prefix}{name}", str(value)))
-    return found
 
 
 def _state(run: Run) -> str:
@@ -127,6 +111,13 @@ def _count_events(*events: str) -> Callable[[Run], str]:
     return count
 
 
+def _commit(run: Run) -> str:
+    commit = run.start.get("commit")
+    if not isinstance(commit, str):
+        return NOT_RECORDED
+    return commit[:12] + (", with changes that are not committed" if run.start.get("dirty") else "")
+
+
 KEY_NUMBERS: dict[str, Callable[[Run], str]] = {
     "State": _state,
     "Validation": _validation,
@@ -149,6 +140,9 @@ KEY_NUMBERS: dict[str, Callable[[Run], str]] = {
     "Restarts": _count_events("restart", "rollback"),
     "Alerts": _count_events("alert"),
     "Checkpoints": _count_events("checkpoint"),
+    "Command": lambda run: str(run.start.get("command", NOT_RECORDED)),
+    "Commit": _commit,
+    "Machine": lambda run: str(run.start.get("machine", NOT_RECORDED)),
 }
 
 

@@ -6,7 +6,7 @@ Only `resolved.yaml` and `metrics.jsonl` are read, never a checkpoint.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -107,12 +107,13 @@ class RunSummary:
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read run directories, under distinct names.
+    """Read run directories, under distinct names; one that is given twice is read once.
 
     Raises:
         ConfigError: a path is not a run directory.
     """
-    resolved = [_run_directory(path) for path in paths]
+    # runs/* holds runs/latest too, which is one of the others
+    resolved = list(dict.fromkeys(_run_directory(path) for path in paths))
     return [_load(path, name) for path, name in zip(resolved, _names(resolved), strict=True)]
 
 
@@ -136,21 +137,37 @@ def _load(path: Path, name: str) -> Run:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """Return directory names, with as many parents as needed; a repeated run gets a number."""
+    """Return directory names, with as many parents as needed to tell them apart."""
     parts = 1
-    while parts < MAX_NAME_PARTS and len({_tail(path, parts) for path in paths}) < len(set(paths)):
+    while parts < MAX_NAME_PARTS and len({_tail(path, parts) for path in paths}) < len(paths):
         parts += 1
-    names: list[str] = []
-    for path in paths:
-        name, repetition = _tail(path, parts), 2
-        while name in names:
-            name, repetition = f"{_tail(path, parts)} ({repetition})", repetition + 1
-        names.append(name)
-    return names
+    return [_tail(path, parts) for path in paths]
 
 
 def _tail(path: Path, parts: int) -> str:
     return "/".join(path.parts[-parts:])
+
+
+def differing_settings(runs: Sequence[Run]) -> list[list[str]]:
+    """Return a row per config field whose values differ, without `train.run_dir`."""
+    configs = [dict(_leaves(asdict(run.config), "")) if run.config else {} for run in runs]
+    names = list(dict.fromkeys(name for config in configs for name in config))
+    rows = [
+        [name, *(config.get(name, "unknown") for config in configs)]
+        for name in names
+        if name != "train.run_dir"
+    ]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def _leaves(section: dict[str, Any], prefix: str) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for name, value in section.items():
+        if isinstance(value, dict):
+            found += _leaves(value, f"{prefix}{name}.")
+        else:
+            found.append((f"{prefix}{name}", str(value)))
+    return found
 
 
 def _one_line_per_step(lines: list[Line]) -> list[Line]:

@@ -6,6 +6,7 @@ So a refusal ends all ranks with the same message and exit code.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -98,6 +99,12 @@ class RunSession:
     def __str__(self) -> str:
         """Return the path, relative to the working directory if the run is below it."""
         return self._name
+
+    def resume_command(self) -> str:
+        """Return the command that goes on with this run, on as many local ranks as now."""
+        world = self.process.world_size
+        ranks = f" --ranks {world}" if world > 1 else ""
+        return f"dmoe train --resume {shlex.quote(str(self))}{ranks}"
 
     def record_fatal_error(self, error: DmoeError) -> None:
         """Record an error that a restart cannot cure, for the attempts that the launcher starts."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dmoe.config.schedule import schedule_remarks
 from dmoe.config.schema import Config
 from dmoe.observability import run_with_timeout
 from dmoe.observability.logger import RunLogger
+from dmoe.runs.provenance import describe_provenance
 from dmoe.train.checkpointer import Checkpointer
 from dmoe.train.engine import Engine
 from dmoe.train.modular.session import ModularSession
@@ -52,7 +55,7 @@ def log_start(
         logger.note(start_step, note)
     resumed = f"resumed after step {start_step}; " if start_step else ""
     logger.print(f"{resumed}run directory: {session}")
-    values = {
+    values: dict[str, Any] = {
         "parameters": counts.total,
         "active_parameters": counts.active,
         "trainable_parameters": modular.num_trained(counts.trainable),
@@ -65,6 +68,8 @@ def log_start(
         "resumed_from": start_step,
         "attempt": process.restart_count,
     }
+    if process.is_main:
+        values |= describe_provenance()
     event = "restart" if start_step or process.restart_count else "start"
     logger.log_event(event, start_step, values)
 

@@ -16,8 +16,10 @@ choice. `naive/step.py` and `naive/evaluation.py` make the same keys for the ref
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +27,10 @@ from torch import Tensor
 
 from dmoe.distributed.expert_parallel import expert_buffers, expert_locations, expert_parameters
 from dmoe.distributed.full_tensors import broadcast_expert, gather_full
+from dmoe.models import fusion
+from dmoe.moe.rng import keyed_noise
+from dmoe.moe.routers import base as router_base
+from dmoe.moe.routers import noisy as router_noisy
 from dmoe.train.engine import Engine, learning_rate
 from dmoe.train.evaluation import evaluate
 from dmoe.train.reduction import ReducedStep
@@ -53,6 +59,25 @@ def capture_reference(engine: Engine, *, decisions: bool = False) -> Capture:
     return found | {f"final/{name}": array for name, array in state_arrays(engine).items()}
 
 
+@contextmanager
+def noise_from_cpu() -> Iterator[None]:
+    """Draw noise on the CPU inside: a GPU's generator gives other numbers for the same key."""
+
+    def draw_noise(draw: Any, purpose: str, x_TX: Tensor, *more: Any) -> Tensor:
+        like_TX = torch.empty(x_TX.shape, dtype=x_TX.dtype)
+        return keyed_noise(draw, purpose, like_TX, *more).to(x_TX.device)
+
+    users: list[Any] = [router_base, router_noisy, fusion]
+    for module in users:
+        module.keyed_noise = draw_noise
+    try:
+        yield
+    finally:
+        for module in users:
+            module.keyed_noise = keyed_noise
+
+
+@noise_from_cpu()
 def capture(engine: Engine, *, decisions: bool = False) -> Capture:
     """Train two steps and return what they produced. Collective.
 

@@ -8,10 +8,12 @@ Letters: T tokens, E experts.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -180,6 +182,16 @@ def compare_exactly(quantity: str, actual: Capture, expected: Capture) -> Differ
     )
 
 
+def write(path: Path, found: Sequence[Difference]) -> None:
+    """Write differences to a file."""
+    path.write_text(json.dumps([asdict(difference) for difference in found]), encoding="utf-8")
+
+
+def read(path: Path) -> list[Difference]:
+    """Read the differences that `write` wrote."""
+    return [Difference(**fields) for fields in json.loads(path.read_text(encoding="utf-8"))]
+
+
 def failure_of(message: str, quantity: str | None = None) -> Difference:
     """Return the difference of a process that raised, with the place in dmoe.
 
@@ -189,7 +201,9 @@ def failure_of(message: str, quantity: str | None = None) -> Difference:
     """
     last_line = message.strip().splitlines()[-1]
     named = next((q for q in QUANTITIES if f"[{q}]" in last_line), "every rank finishes")
-    frames = re.findall(r'File ".*/(dmoe/(?!verify/).*)", line (\d+)', message)
+    frames = re.findall(
+        r'File ".*/(dmoe/(?!verify/|distributed/local_ranks).*)", line (\d+)', message
+    )
     place = "raised" + "".join(f" in {file}, line {line}" for file, line in frames[-1:])
     return Difference(quantity or named, last_line, math.inf, exact=True, finding=place)
 

@@ -23,7 +23,7 @@ from dmoe.distributed.init import init_distributed
 from dmoe.distributed.local_ranks import RankError, run_ranks
 from dmoe.train import checkpointer
 from dmoe.train.engine import Engine, build_engine
-from dmoe.verify import ties
+from dmoe.verify import differences, ties
 from dmoe.verify.capture import (
     capture,
     capture_reference,
@@ -35,13 +35,7 @@ from dmoe.verify.cases import NUM_STEPS, Case, plan_cases, prepare, reference_ca
 from dmoe.verify.causes import Report, make_row
 from dmoe.verify.compare import compare
 from dmoe.verify.decisions import Capture, tie_scores
-from dmoe.verify.differences import (
-    QUANTITIES,
-    Difference,
-    compare_exactly,
-    failure_of,
-    mark_consequences,
-)
+from dmoe.verify.differences import QUANTITIES, Difference, compare_exactly, mark_consequences
 from dmoe.verify.naive import adapters, layer, model
 
 __all__ = ["Report", "verify"]
@@ -126,17 +120,17 @@ def _run_all(job: _Job, reference: Case, worlds: Sequence[int]) -> _Findings:
     try:
         run_ranks(1, _record_reference, job, reference, timeout=TIMEOUT)
     except RankError as error:
-        return _Findings([(reference, failure_of(str(error)))])
+        return _Findings([(reference, differences.failure_of(str(error)))])
     found = _Findings()
     for world in worlds:
         cases = [(index, case) for index, case in job.cases if case.world == world]
         found += _run_world(replace(job, cases=cases), world)
     saved = [(i, case) for i, case in job.cases if (job.folder / f"{i}.safetensors").exists()]
-    job, read = replace(job, cases=saved), "checkpoint written here, read by 1"
+    job, row = replace(job, cases=saved), "checkpoint written here, read by 1"
     try:
         (loaded,) = run_ranks(1, _load_checkpoints, job, reference, timeout=TIMEOUT)
     except RankError as error:
-        loaded = [(reference, failure_of(str(error), read))]
+        loaded = [(reference, differences.failure_of(str(error), row))]
     return found + _Findings(loaded)
 
 
@@ -147,16 +141,18 @@ def _run_world(job: _Job, world: int) -> _Findings:
     limit in each, so after one the rest is not started. If no case fails alone, the failure of all
     of them together is reported.
     """
+    found = _Findings()
+    if not job.cases:
+        return found
+    index, case = job.cases[0]
     try:
-        device = job.cases[0][1].device if job.cases else "cpu"
-        ranks: list[list[_RankFindings]] = run_ranks(
-            world, _compare_cases, job, timeout=TIMEOUT, device=device
-        )
+        ranks = run_ranks(world, _compare_cases, job, timeout=TIMEOUT, device=case.device)
     except RankError as error:
-        failure = failure_of(str(error))
+        failure = differences.failure_of(str(error))
         if len(job.cases) == 1 or "in time" in failure.where:
-            return _Findings([(job.cases[0][1], failure)])
-        found = _Findings()
+            written = job.folder.glob(f"{index}-*.json")
+            seen = [_RankFindings(differences.read(path), None) for path in written]
+            return _merge_ranks(case, seen, job.dtype) + _Findings([(case, failure)])
         for single in job.cases:
             # what the start that failed has saved would be in the way
             shutil.rmtree(job.folder / str(single[0]), ignore_errors=True)
@@ -164,9 +160,8 @@ def _run_world(job: _Job, world: int) -> _Findings:
             if "in time" in found.differences[-1][1].where:
                 break
         if not any(difference.is_red(job.dtype) for _, difference in found.differences):
-            found.differences.append((job.cases[0][1], failure))
+            found.differences.append((case, failure))
         return found
-    found = _Findings()
     for (_, case), results in zip(job.cases, zip(*ranks, strict=True), strict=True):
         found += _merge_ranks(case, results, job.dtype)
         found.differences.append((case, Difference("every rank finishes", "", 0.0, exact=True)))
@@ -214,6 +209,7 @@ def _compare_case(rank: int, world: int, job: _Job, index: int, case: Case) -> _
     actual = capture(engine, decisions=job.dtype == "float32")
     layers = [n for n, m in engine.model.named_modules() if m in engine.model.moe_layers()]
     found = compare(actual, expected, rank, world, layers)
+    differences.write(job.folder / f"{index}-{rank}.json", found)
     found.append(_compare_checkpoints(engine, job, index, case, actual, expected))
     engine.close()
     groups = world * case.virtual_ranks
@@ -227,7 +223,7 @@ def _compare_checkpoints(
     """Save a checkpoint for `_load_checkpoints`, load the reference's, and compare every bit.
 
     An unexpected exception leaves the other ranks in a collective, so it ends the process; its
-    message names the quantity, for `failure_of`.
+    message names the quantity, for `failure_of`, and the earlier differences are in a file.
     """
     quantity = "checkpoint written here, read by 1"
     try:
@@ -268,7 +264,7 @@ def _load_checkpoints(
         except CheckpointError as error:
             difference = Difference(quantity, str(error), math.inf, finding="refused")
         except Exception:
-            difference = failure_of(traceback.format_exc(), quantity)
+            difference = differences.failure_of(traceback.format_exc(), quantity)
         found.append((case, difference))
     quantity, case = "float32 under bf16", Case(1, 1, reference.virtual_ranks, "packed", "ddp")
     config = replace(job.config, train=replace(job.config.train, precision="bf16"))
@@ -276,7 +272,7 @@ def _load_checkpoints(
         names = low_precision_state(_build(replace(job, config=config, dtype="float32"), case))
         difference = Difference(quantity, ", ".join(names[:1]), float(len(names)), exact=True)
     except Exception:
-        difference = failure_of(traceback.format_exc(), quantity)
+        difference = differences.failure_of(traceback.format_exc(), quantity)
     return [*found, (case, difference)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,11 +42,42 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_one_row_per_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`dmoe compare runs/*` counted the run that runs/latest links to twice."""
     (tmp_path / "latest").symlink_to(run)
-    compare([run, tmp_path / "latest"])
-    _, _, *rows = capsys.readouterr().out.splitlines()[:4]
-    assert [row.split()[0] for row in rows] == ["run", "run"]
+    other = shutil.copytree(run, tmp_path / "other")
+    compare([run, tmp_path / "latest", other])
+    rows = capsys.readouterr().out.splitlines()[2:4]
+    assert [row.split()[0] for row in rows] == ["run", "other"]
     assert all("2.8750" in row for row in rows)
+
+
+def sweep_run(path: Path, seed: int, top_k: int, bits: float) -> Path:
+    lines = [line("start", 0, world=1, ep=1), line("eval", 1, loss=2.0, bits_per_byte=bits)]
+    return write(path, [*lines, line("end", 1)], f"train.seed={seed}", f"moe.top_k={top_k}")
+
+
+def test_settings_that_differ_come_first_and_seeds_are_averaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [
+        sweep_run(tmp_path / f"k{top_k}-{seed}", seed, top_k, bits)
+        for top_k, seed, bits in [(1, 0, 2.5), (1, 1, 2.7), (2, 0, 2.0), (2, 1, 2.2)]
+    ]
+    compare(runs)
+    tables = [part.splitlines() for part in capsys.readouterr().out.split("\n\n")]
+    assert [row.split() for row in tables[0][1:]] == [
+        ["run", "top_k", "seed"],
+        ["k1-0", "1", "0"],
+        ["k1-1", "1", "1"],
+        ["k2-0", "2", "0"],
+        ["k2-1", "2", "1"],
+    ]
+    assert "2.7000" in tables[1][3]
+    assert tables[2][-2].split() == ["moe.top_k=1", "2", "2.6000", "(2.5000", "..", "2.7000)"]
+    assert tables[2][-1].split() == ["moe.top_k=2", "2", "2.1000", "(2.0000", "..", "2.2000)"]
+    compare(runs, as_json=True)
+    found = json.loads(capsys.readouterr().out)["settings"]
+    assert found == {"train.seed": ["0", "1", "0", "1"], "moe.top_k": ["1", "1", "2", "2"]}
 
 
 def test_json_has_every_digit(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,12 +128,11 @@ def test_missing_results_are_a_note(tmp_path: Path) -> None:
 
 
 def test_full_marks_unfinished_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    compare(
-        [write(tmp_path / "run", [line("start", 0), line("end", 3, stopped=True)])] * 2, full=True
-    )
+    lines = [line("start", 0), line("end", 3, stopped=True)]
+    compare([write(tmp_path / name, lines) for name in ("run", "two")], full=True)
     output = capsys.readouterr().out
     assert "* run: stopped after step 3, and can be resumed." in output
-    assert "\n\nrun (2):\n" in output
+    assert "\n\ntwo:\n" in output
 
 
 def test_a_path_without_a_run_is_refused(run: Path, tmp_path: Path) -> None:

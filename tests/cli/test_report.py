@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_the_report_of_several_runs_is_in_the_working_directory(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    report([run, run])
+    report([run, shutil.copytree(run, tmp_path / "other")])
     assert "Report on 2 runs" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not (run / "report.html").exists()
 

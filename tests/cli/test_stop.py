@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import SMALL, environment
+from tests.cli.commands import SMALL, dmoe, environment, refused
 
 pytestmark = pytest.mark.ranks
 
@@ -63,3 +63,14 @@ def test_a_signal_saves_and_exits(tmp_path: Path, ranks: list[str], number: sign
     assert (
         tmp_path / "run" / "checkpoints" / f"step-{last['step']:08d}" / "manifest.json"
     ).exists()
+    if number == signal.SIGINT:
+        return
+    # what is printed is the whole line to paste: it used to be one override of several
+    command = output.partition("continue with: dmoe ")[2].splitlines()[0].split()
+    assert command == ["train", "--resume", "run", *ranks]
+    more = f"train.steps={last['step'] + 1}"
+    result = dmoe(*command, more, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert events(tmp_path / "run")[-1]["step"] == last["step"] + 1
+    refused(dmoe(*command, "train.run_dir=x", cwd=tmp_path), "does not go with --resume")
+    refused(dmoe("train", "--resume", "no", cwd=tmp_path), "RUN=no: is not a run directory")

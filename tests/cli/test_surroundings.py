@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,16 @@ def test_the_real_command_line(place: Path) -> None:
     result = subprocess.run(command, cwd=place, env=environment(), capture_output=True, text=True)
     refused(result, r"argument=train.run_dir=caf\xe9: is not UTF-8 text")
     assert not list(place.glob("caf*"))
+
+
+def test_a_nul_character(tmp_path: Path) -> None:
+    """`train.run_dir` with one was a ValueError of Path.mkdir."""
+    config = tmp_path / "config.yaml"
+    config.write_text('train:\n  run_dir: "a\\0b"\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"NUL .* in line 2 \(train.run_dir\)"):
+        load(str(config))
+    with pytest.raises(ConfigError, match=r"^train.run_dir=a.*: a NUL character"):
+        load(overrides=["train.run_dir=a\0b"])
 
 
 @pytest.mark.parametrize("text", [r'"\udce9"', r'"\ud800 \U0001f600"'])
@@ -178,6 +189,51 @@ def test_the_limit_of_open_files_is_raised(place: Path) -> None:
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard)),
     )
     assert int(result.stdout.split()[-1]) == min(hard % (1 << 64), 65536)
+
+
+def test_inherited_signals_are_reset(place: Path) -> None:
+    """A blocked TERM is never delivered; where CHLD is ignored, a child has no exit code."""
+    program = "import sys; sys.argv = ['dmoe', '--version']\n"
+    program += "import atexit, signal\n"
+    program += "atexit.register(lambda: print(signal.pthread_sigmask(signal.SIG_BLOCK, ())))\n"
+    program += "atexit.register(lambda: print(signal.getsignal(signal.SIGCHLD)))\n"
+    program += "from dmoe.cli.main import run; run()"
+
+    def block() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=place,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=block,
+    )
+    assert result.stdout.splitlines()[1:] == [str(signal.SIG_DFL), "set()"]
+
+
+@pytest.mark.ranks
+def test_a_failed_rank_is_no_success_where_children_are_ignored(tmp_path: Path) -> None:
+    """`trap '' CHLD; dmoe train --ranks 2` ended with 0 when its ranks had failed."""
+    shell = [
+        "bash",
+        "-c",
+        "trap '' CHLD; exec \"$@\"",
+        "bash",
+        sys.executable,
+        "-m",
+        "dmoe",
+        "train",
+    ]
+    more = ("--ranks", "2", "train.device=cpu", "train.run_dir=/proc/none")
+    command = [*shell, "data.source=synthetic:zipf", *more]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    refused(result, "train.run_dir=/proc/none: cannot be written")
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])

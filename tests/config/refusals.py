@@ -125,7 +125,7 @@ moe.num_experts=3 moe.experts.shapes=[[],[0],[5]] | moe.experts.shapes | from 1 
 moe.num_experts=3 moe.experts.shapes=[[],5,[5]] | moe.experts.shapes | lists of whole numbers
 moe.num_experts=3 moe.experts.shapes=[[],[1.5],[5]] | moe.experts.shapes | lists of whole numbers
 @shapes model.dense_first=1 | model.dense_dim | dense blocks
-@shapes parallel.ep=2 | parallel.ep | divide the world
+@shapes parallel.ep=2 | parallel.ep | needs 2 ranks & this is one process & --ranks 2
 moe.experts.zero=-1 | moe.experts.zero | must not be negative
 moe.experts.copy=1 @next | moe.capacity.overflow | no queue
 moe.experts.constant=1 moe.top_k=10 | moe.top_k | 9 experts, zero-cost ones included
@@ -246,7 +246,7 @@ REFUSALS = _rows() | {
     "lists nested 3000 deep": Refusal(
         ["moe.top_k=" + "[" * 3000], "moe.top_k", ["nested more than 16 deep"]
     ),
-    "bytes": Refusal(["optim.lr=\udcff"], "optim.lr", ["is not valid YAML"]),
+    "bytes": Refusal(["optim.lr=\udcff"], "optim.lr", ["is not UTF-8 text"]),
     "5000 digits": Refusal(
         ["train.steps=" + "9" * 5000], "train.steps", ["a number of 5000 digits"]
     ),

@@ -6,7 +6,7 @@ cut to two; widths, experts, routers, capacities and modules are the config's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from math import gcd
 from pathlib import Path
@@ -14,24 +14,26 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dmoe.config.errors import ConfigError
 from dmoe.config.load import load
 from dmoe.config.schema import Config
-from dmoe.distributed.expert_parallel import shard_experts
+from dmoe.distributed.expert_parallel import moe_layers, shard_experts
 from dmoe.distributed.mesh import ParallelMesh, build_mesh
 from dmoe.models.base import Model, ModelOutput
+from dmoe.moe.layer import MoE
 from dmoe.moe.metrics import decisions, router_metrics
 from dmoe.moe.routing import TokenContext
 from dmoe.train.modular.attach import attach_modules, select_trainable_parameters
 from dmoe.train.tasks import task_of
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").rglob("*.yaml"))
-SEQUENCES, RECEIVED = 8, 2
-"""Sequences of a forward; rows that a rank sends to and receives from each rank."""
+SEQUENCES = 8
+"""Sequences of a forward."""
+
+PADDED = ("moe.exchange=padded", "moe.capacity.factor=1.25")
 
 NO_DETERMINISTIC_KERNEL = {
     *("cumsum_", "histc", "kthvalue", "put_", "grid_sampler_2d", "nll_loss2d_forward"),
@@ -61,31 +63,17 @@ class CheckedOperators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def fake_world() -> Iterator[None]:
-    """torch's fake process group: rank 3 of 8, whose collectives move nothing."""
-    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=8)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.fixture
-def known_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give the host reads that a layer is allowed equal counts: the meta device has none."""
-
-    def counts(tensor: Tensor) -> list[Any]:
-        if tensor.dim() > 1:
-            return [counts(row) for row in tensor]
-        return [RECEIVED] * len(tensor)
-
-    monkeypatch.setattr(torch.Tensor, "tolist", counts)
-    monkeypatch.setattr(torch.Tensor, "__int__", lambda tensor: RECEIVED)
-
-
-def config_of(path: Path) -> Config:
+def config_of(path: Path, *overrides: str) -> Config:
     text = path.read_text(encoding="utf-8")
     short = [] if "classification" in text else ["data.seq_len=16"]
-    return load(path, ["model.layers=2", *short])
+    return load(path, ["model.layers=2", *short, *overrides])
+
+
+def ep_of(config: Config) -> int:
+    """The largest EP size that divides 8 ranks, the experts and the modules."""
+    experts = config.moe.num_experts
+    modules = config.modular.modules if config.modular.bank != "none" else experts
+    return gcd(8, experts, 1 if config.modular.aggregation == "parameter_mean" else modules)
 
 
 def model_of(config: Config, mesh: ParallelMesh) -> Model:
@@ -144,9 +132,40 @@ def test_one_gpu(path: Path) -> None:
 def test_rank_3_of_8(path: Path) -> None:
     """With the largest EP size that divides 8 ranks, the experts and the modules."""
     config = config_of(path)
-    experts = config.moe.num_experts
-    modules = config.modular.modules if config.modular.bank != "none" else experts
-    if config.modular.aggregation == "parameter_mean":
-        modules = 1
-    ep = gcd(8, experts, modules)
-    check(config, build_mesh(ep, torch.device("meta")))
+    check(config, build_mesh(ep_of(config), torch.device("meta")))
+
+
+def layers_of_configs() -> list[tuple[str, str]]:
+    """Configs with a MoE layer or modules of shapes of their own, by name, and their exchanges."""
+    found, seen = list[tuple[str, str]](), set[str]()
+    for path in CONFIGS:
+        config = config_of(path)
+        key = f"{config.model.dim} {config.moe} {config.modular} {config.train.task}"
+        if key in seen:
+            continue
+        seen.add(key)
+        found += [(path.stem, "packed")]
+        with suppress(ConfigError):
+            config_of(path, *PADDED)
+            found += [(path.stem, "padded")]
+    return found
+
+
+@pytest.mark.usefixtures("cuda_branch", "known_counts", "fake_world")
+@pytest.mark.parametrize("known_counts", [0], indirect=True)
+@pytest.mark.parametrize(("name", "exchange"), layers_of_configs())
+def test_a_rank_that_no_token_is_sent_to(name: str, exchange: str) -> None:
+    """Every shape of configs/ in both exchanges; a rank without rows has gradients all the same."""
+    (path,) = (path for path in CONFIGS if path.stem == name)
+    config = config_of(path, *(PADDED if exchange == "padded" else ()))
+    model = model_of(config, build_mesh(ep_of(config), torch.device("meta")))
+    layers = {layer.layer: layer for layer in moe_layers(model) if isinstance(layer, MoE)}
+    for layer in list(layers.values())[:1]:
+        assert (layer.padded is None) == (exchange == "packed")
+        x = torch.empty(SEQUENCES, 16, layer.dim, dtype=torch.bfloat16, device="meta")
+        labels = torch.zeros(SEQUENCES * 16, dtype=torch.int64, device="meta")
+        with CheckedOperators():
+            output = layer(x.requires_grad_(), TokenContext(label_T=labels, noise_key=(0, 0)))
+            (output.y.sum() + sum(output.aux.values())).backward()
+        trained = [p for p in layer.experts.parameters() if p.requires_grad]
+        assert all(p.grad is not None and p.grad.shape == p.shape for p in trained)

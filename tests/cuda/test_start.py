@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import dmoe
 from dmoe.config.errors import ConfigError
+from dmoe.config.load import load
 from dmoe.config.schema import Config
 from dmoe.distributed import init, mesh
 from dmoe.distributed.accelerate_env import make_accelerator
@@ -35,6 +37,7 @@ from dmoe.train.engine import Engine, build_engine, resolve_precision
 from dmoe.train.modular.attach import attach_modules
 from dmoe.train.step import train_step, training_batches
 from dmoe.train.tasks import task_of
+from dmoe.verify.cases import prepare, shrink
 from tests.tiny import VOCAB, tiny
 
 CPU = ProcessInfo(0, 1, 0, torch.device("cpu"))
@@ -70,16 +73,22 @@ def steps(config: Config, process: ProcessInfo) -> tuple[Engine, list[float]]:
     return engine, losses
 
 
-CASES: dict[str, list[str]] = {
-    "ddp": [],
-    "fsdp": ["parallel.mode=fsdp"],
-    "accumulation": ["train.micro_batch=2"],
-    "adapters": ["modular.bank=low_rank"],
-    "frozen dense": ["modular.bank=low_rank", "modular.train=modules"],
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").rglob("*.yaml"))
+CASES: dict[str, Config] = {
+    "ddp": tiny(),
+    "fsdp": tiny("parallel.mode=fsdp"),
+    "accumulation": tiny("train.micro_batch=2"),
+    "frozen dense": tiny("modular.bank=low_rank", "modular.train=modules"),
 }
+"""Beside every shipped config, as narrow as `dmoe verify` runs it."""
 
 
-@pytest.mark.parametrize("case", CASES)
+def narrow(path: Path) -> Config:
+    config = prepare(shrink(load(path, ["parallel.ep=1"])), 1)
+    return replace(config, train=replace(config.train, global_batch=2))
+
+
+@pytest.mark.parametrize("case", [*CASES, *(path.stem for path in CONFIGS)])
 def test_one_rank_on_a_gpu_under_a_launcher_trains(
     case: str, request: pytest.FixtureRequest
 ) -> None:
@@ -88,7 +97,7 @@ def test_one_rank_on_a_gpu_under_a_launcher_trains(
     accelerate wraps one process in DDP on CPUs, not on GPUs, so the same command worked wherever
     it was tested. dmoe wraps by itself, by the number of ranks.
     """
-    config = tiny(*CASES[case])
+    config = CASES.get(case) or narrow(*(path for path in CONFIGS if path.stem == case))
     engine, expected = steps(config, CPU)
     engine.close()
     state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -97,6 +106,7 @@ def test_one_rank_on_a_gpu_under_a_launcher_trains(
     assert engine.process.in_group
     assert engine.accelerator.distributed_type is DistributedType.MULTI_GPU
     assert losses == expected
+    assert losses[0] != losses[1]
 
 
 @pytest.mark.usefixtures("one_gpu_rank")

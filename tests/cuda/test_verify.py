@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from dmoe.distributed.expert_parallel import expert_locations, shard_experts
 from dmoe.distributed.full_tensors import gather_full
 from dmoe.distributed.init import init_distributed
 from dmoe.distributed.mesh import build_mesh
+from dmoe.moe import rng
+from dmoe.moe.routing import BatchShape, TokenContext
 from dmoe.train.engine import build_engine
 from dmoe.train.tasks import task_of
 from dmoe.verify import verify as verification
-from dmoe.verify.capture import capture
+from dmoe.verify.capture import capture, noise_from_cpu
 from dmoe.verify.cases import plan_cases, prepare, reference_case, shrink
 from tests.cli.commands import refused, run_in_process
 from tests.tiny import VOCAB, tiny
@@ -146,3 +149,39 @@ def test_an_expert_of_another_rank_arrives_on_this_ranks_device() -> None:
         dist.destroy_process_group()
     assert len(full) > len(list(model.named_parameters()))
     assert {value.device.type for value in full.values()} == {"meta"}
+
+
+def test_noise_is_drawn_on_the_cpu_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's generator gives other numbers for the same key, so routers with noise would differ."""
+    devices: list[str] = []
+    real = rng.generator
+
+    def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+        devices.append(str(device))
+        return real(*key)
+
+    monkeypatch.setattr(rng, "generator", generator)
+    package = Path(rng.__file__).parents[1]
+    users = [
+        p for p in package.rglob("*.py") if "import keyed_noise" in p.read_text(encoding="utf-8")
+    ]
+    modules = {
+        import_module(".".join(("dmoe", *p.relative_to(package).with_suffix("").parts)))
+        for p in users
+        if p.parent.name != "verify"
+    }
+    assert len(modules) >= 3
+    context, shape = TokenContext(noise_key=(0, 0)), BatchShape(2)
+    arguments = (torch.randn, "noise", torch.empty(4, 3), 3, 0, context, shape)
+    expected = rng.keyed_noise(*arguments)
+    for module in modules:
+        devices.clear()
+        with noise_from_cpu():
+            drawn = module.keyed_noise(*arguments)
+            elsewhere = module.keyed_noise(
+                *arguments[:2], torch.empty(4, 3, device="meta"), *arguments[3:]
+            )
+        assert torch.equal(drawn, expected)
+        assert devices == ["cpu"] * 4
+        assert elsewhere.device.type == "meta"
+        assert module.keyed_noise is rng.keyed_noise

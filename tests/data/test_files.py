@@ -45,6 +45,7 @@ OTHER_FORMATS: dict[str, tuple[str, bytes | Callable[[Path], None]]] = {
     "docs": ("JSON records", (LINE * 3).encode()),
     "docs.csv": ("CSV", b"text,label\nhello,1\n"),
     "docs.tsv": ("CSV", b"text\tlabel\nhello\t1\n"),
+    "docs.ipynb": ("Jupyter", json.dumps({"cells": [{"source": TEXT}]}).encode()),
     "docs.txt.gz": ("gzip", gzip.compress(TEXT.encode())),
     "renamed.txt": ("gzip", gzip.compress(TEXT.encode())),
     "docs.bz2": ("bzip2", bz2.compress(TEXT.encode())),

@@ -206,6 +206,15 @@ def test_verify_s_ranks_do_not_follow_the_environment(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
 
 
+def test_a_transport_that_gloo_has_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TCP_TLS in a build without TLS was a traceback of `makeDeviceForHostname`."""
+    launcher = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in (launcher | {"GLOO_DEVICE_TRANSPORT": "nosuch"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="GLOO_DEVICE_TRANSPORT=nosuch: this torch's gloo has no"):
+        init_distributed("cpu")
+
+
 def error_at_debug_detail(rank: int, world: int) -> str:
     with mock.patch.dict(os.environ, TORCH_DISTRIBUTED_DEBUG="DETAIL"):
         try:

@@ -155,7 +155,7 @@ def test_a_budget_in_the_context_is_not_lost() -> None:
     by_context = layer(x, TokenContext(budget=0.4))
     assert torch.equal(by_argument.y, by_context.y)
     assert not torch.equal(by_argument.y, layer(x).y)
-    for wrong in (-0.1, 1.5, float("nan"), "half"):
+    for wrong in (-0.1, 1.5, float("nan"), "half", True):
         with pytest.raises(ConfigError, match=r"compute_budget=.*from 0 to 1"):
             layer(x, TokenContext(budget=wrong))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="has no budget"):
@@ -165,3 +165,15 @@ def test_a_budget_in_the_context_is_not_lost() -> None:
 def test_tokens_that_do_not_divide() -> None:
     with pytest.raises(ConfigError, match=r"virtual_ranks=4: must divide the 6 tokens"):
         MoE(DIM, 4, 5, 2, virtual_ranks=4)(torch.zeros(2, 3, DIM))
+
+
+@pytest.mark.parametrize("key", [(0,), 0, (0, 1, 2), ("a", 0), (0.5, 1), (True, 0), torch.ones(2)])
+def test_other_keys_of_random_numbers_are_refused(key: Any) -> None:
+    """A tensor's text was part of the key, so a GPU would draw other numbers than a CPU."""
+    with pytest.raises(ConfigError, match=r"noise_key=.*must be two whole numbers"):
+        TokenContext(noise_key=key)
+
+
+def test_noise_without_a_key_is_a_sentence() -> None:
+    with pytest.raises(ConfigError, match=r"noise_key=None: the router draws jitter in training"):
+        make(router=RouterConfig(jitter=0.1))(tokens_of(2, 3))

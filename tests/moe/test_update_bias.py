@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -220,6 +221,25 @@ def test_a_copy_counts_for_itself() -> None:
     assert layer.pending_counts is not None
     assert twin.pending_counts is not None
     assert int(layer.pending_counts.count_E.sum()) == 2 * int(twin.pending_counts.count_E.sum())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("how", ["copy", "file"])
+def test_a_copy_between_backward_and_update_is_used_in_training(how: str) -> None:
+    """Its parameters have other version counters: it said that an update had been forgotten."""
+    layer = make()
+    backward(layer, batch(0))
+    if how == "copy":
+        twin = copy.deepcopy(layer)
+    else:
+        file = io.BytesIO()
+        torch.save(layer, file)
+        twin = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    twin(batch(1))
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(0.9)
+    with pytest.raises(ConfigError, match="were updated, and its balance bias was not"):
+        twin(batch(1))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

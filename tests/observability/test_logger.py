@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dmoe.observability import logger, run_with_timeout
+from dmoe.observability import escape_controls, logger, run_with_timeout
 
 
 def test_slow_report_is_abandoned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -72,3 +72,9 @@ def test_call_with_timeout_returns_the_reason_of_a_failure() -> None:
     assert run_with_timeout(lambda: "no server", 10) == "no server"
     assert run_with_timeout(fail, 10) == "two lines"
     assert run_with_timeout(lambda: time.sleep(30), 0.01, "too late") == "too late"
+
+
+def test_control_characters_of_a_sample_do_not_reach_the_terminal() -> None:
+    """An untrained model printed bytes that moved the cursor and rang the bell."""
+    text = "a\x1b[2J\x07\x9b\r\nna\u00efve\t\u200dé日"
+    assert escape_controls(text) == "a\\x1b[2J\\x07\\x9b\\r\nna\u00efve\t\u200dé日"

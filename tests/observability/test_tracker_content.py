@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -101,6 +102,11 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> RunOutputs:
         "train.sample_tokens=0",
         "moe.top_k=1",
         "moe.router.renormalize=false",
+        "tracking.name=first try",
+        "tracking.group=sweep",
+        "tracking.tags=[a,b]",
+        "tracking.entity=team",
+        "tracking.notes=to see",
         BOTH,
     ]
     command = [sys.executable, "-c", COMMAND, "train", *SMALL, *options, "train.run_dir=run"]
@@ -115,6 +121,22 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> RunOutputs:
     )
     assert outcome.returncode == 0, outcome.stderr[-3000:]
     return RunOutputs(place / "run")
+
+
+def test_the_run_has_the_name_and_labels_of_the_config(outputs: RunOutputs) -> None:
+    run = all_records(outputs.run / "logs/wandb", "run")[-1]
+    assert (run.display_name, run.run_group, run.entity) == ("first try", "sweep", "team")
+    assert (list(run.tags), run.notes, run.project) == (["a", "b"], "to see", "dmoe")
+
+
+def test_the_start_says_where_the_run_comes_from(outputs: RunOutputs) -> None:
+    start = read_metrics(outputs.run / "metrics.jsonl")[0]
+    assert start["event"] == "start"
+    assert "train.run_dir=run" in start["command"]
+    assert start["versions"]["torch"] == torch.__version__
+    assert "cores" in start["machine"]
+    # the temporary directory is in no repository
+    assert not {"commit", "dirty"} & start.keys()
 
 
 def numbers_of(line: dict[str, Any]) -> dict[str, float]:

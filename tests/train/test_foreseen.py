@@ -24,6 +24,7 @@ def notes(tmp_path: Path, *overrides: str) -> list[str]:
     texts = [line["text"] for line in lines[first:start] if line["event"] == "alert"]
     for text in texts:
         assert f"note: {text}" in run.stdout
+    assert ("resumed" in run.stdout) == (lines[start]["resumed_from"] > 0)
     return texts
 
 

@@ -30,7 +30,7 @@ class Outcome:
     """What saw one mutation."""
 
     seen_by: str
-    """`verify`, `tests`, `crash` or `nothing`."""
+    """`verify`, `tests`, `crash`, `timeout` or `nothing`."""
     first: str = ""
     named: bool = False
     """The first row has the right area."""
@@ -50,6 +50,8 @@ def run(copy: Path, mutation: Mutation) -> Outcome:
     path.write_text(original.replace(mutation.old, mutation.new), encoding="utf-8")
     try:
         return _verify(copy, mutation) or _tests(copy, mutation)
+    except subprocess.TimeoutExpired:
+        return Outcome("timeout")
     finally:
         path.write_text(original, encoding="utf-8")
 

@@ -451,8 +451,7 @@ MUTATIONS = [
         "model.initialize(config.train.seed)",
         "model.initialize(0)",
         "",
-        tests="--ignore=tests/train/test_every_field.py tests/train tests/models"
-        " tests/test_configs_seeds.py tests/distributed",
+        tests="tests/train/test_evaluation.py tests/train/test_every_field.py",
     ),
     Mutation(
         "moe/experts/activation.py",

@@ -125,6 +125,7 @@ def test_a_process_that_raised_names_the_place_in_the_product() -> None:
     """The last line alone, "index 4 is out of bounds", names no area."""
     trace = (
         "rank 1 failed:\n"
+        '  File "/x/dmoe/distributed/local_ranks.py", line 7, in _rank_main\n'
         '  File "/x/dmoe/verify/verify.py", line 9, in _compare_case\n'
         '  File "/x/dmoe/moe/layer.py", line 210, in forward\n'
         '  File "/x/dmoe/moe/experts/zero_cost.py", line 58, in forward\n'
@@ -141,7 +142,7 @@ def test_ranks_that_fail_only_together_are_reported(monkeypatch: pytest.MonkeyPa
     """The cases of a start that fails run again one by one; if all pass, the failure was lost."""
     cases = [(n, Case(2, 1, 1, "packed", mode)) for n, mode in enumerate(("ddp", "fsdp"))]
 
-    def run_ranks(world: int, run: object, job: verification._Job, timeout: float) -> object:
+    def run_ranks(world: int, run: object, job: verification._Job, **options: object) -> object:
         if len(job.cases) > 1:
             raise RankError("rank 1 raised\nRuntimeError: the groups of the first case are left")
         return [[verification._RankFindings([], [])]] * world

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dmoe.config.load import load
+from dmoe.models.attention import Attention as SelfAttention
 from dmoe.modular.aggregation import Attention
 from dmoe.moe.layer import MoE
 from dmoe.train import checkpointer, evaluation
@@ -62,6 +63,20 @@ def scores_unscaled() -> None:
     Attention.forward = unscaled  # type: ignore[method-assign]
 
 
+def key_norm_unused() -> None:
+    """Normalize the keys by the queries' norm: the checkpoint's error hid the gradient's row."""
+    original = SelfAttention.forward
+
+    def one_norm(self: SelfAttention, *args: Any) -> Any:
+        own = self._modules["k_norm"]
+        self._modules["k_norm"] = self._modules["q_norm"]
+        output = original(self, *args)
+        self._modules["k_norm"] = own
+        return output
+
+    SelfAttention.forward = one_norm  # type: ignore[method-assign]
+
+
 def padding_evaluated() -> None:
     """Count the padding of the last evaluation batch as targets: no evaluation was compared."""
     evaluation.masked = lambda value, valid: value  # type: ignore[attr-defined]
@@ -100,6 +115,7 @@ BY_SCORE = ["moe.capacity.factor=1.0", "moe.capacity.priority=score"]
             "dropped set",
         ),
         (scores_unscaled, LORA, "module outputs"),
+        (key_norm_unused, ["model.qk_norm=true"], "dense gradients"),
         (padding_evaluated, [], "evaluation"),
         (section_not_passed_on, BY_SCORE, "dropped set"),
     ],

@@ -34,7 +34,7 @@ def test_a_tie_is_undecided_and_does_not_fail() -> None:
         load(None, SHORT), worlds=[2], dtype="float32", patch=shift_by_rounding, setup=equal_experts
     )
     assert report.ok, lines(report)
-    # scores are compared in float64 in the case that ties them on purpose
+    # the case of tied scores sets the row of expert 0 to zero: experts 0 and 1 are not equal in it
     in_float32 = {case for case in report.cases if not case.endswith("tied scores")}
     assert set(report.undecided) == in_float32
     assert all(

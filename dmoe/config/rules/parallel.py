@@ -107,6 +107,10 @@ def expert_parallel(config: Config, world: int) -> int:
         allowed = "must be auto or a number of ranks from 1 up"
         raise ConfigError("parallel.ep", ep, allowed, "use parallel.ep=auto")
     if world % ep:
+        if world == 1:
+            allowed = f"needs {ep} ranks or a multiple of them, and this is one process"
+            fix = f"start {ep} with --ranks {ep}, launch/local.sh or torchrun, or use parallel.ep=1"
+            raise ConfigError("parallel.ep", ep, allowed, fix)
         allowed = f"must divide the world of {world} ranks"
         raise ConfigError("parallel.ep", ep, allowed, f"use one of {fits}")
     if _can_share_experts(config, ep) and not _can_share_modules(config, ep):

@@ -75,6 +75,16 @@ class TrackingConfig:
     """Any of wandb, tensorboard; metrics.jsonl is always written."""
     project: str = "dmoe"
     """Project name for the trackers."""
+    name: Optional[str] = None
+    """Name of the run for wandb; null: the name of the run directory."""
+    group: Optional[str] = None
+    """Group of runs in wandb, e.g. one per sweep."""
+    tags: list[str] = field(default_factory=list)
+    """Tags of the run in wandb."""
+    entity: Optional[str] = None
+    """User or team in wandb; null: your default one."""
+    notes: Optional[str] = None
+    """A longer description of the run in wandb."""
     wandb_mode: Literal["online", "offline", "disabled"] = "offline"
     """online: wandb connects to its server; offline: it writes to the run directory."""
 

@@ -70,8 +70,8 @@ class PendingCounts:
         self.remove_hook: Callable[[], object] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for a copy, which is no longer that of the hooked optimizer."""
-        return {**self.__dict__, "remove_hook": None}
+        """Return the state for a copy, whose parameters have other versions and optimizers."""
+        return {**self.__dict__, "remove_hook": None, "versions": ()}
 
     def watch(
         self, y: Tensor, count_E: Tensor, parameters: Iterable[nn.Parameter], name: str
@@ -89,6 +89,9 @@ class PendingCounts:
         """
         watched = list(parameters)
         versions = tuple(parameter._version for parameter in watched)
+        if self.count_E is not None and not self.versions:  # of a copy
+            self.versions = versions
+            self._notice_step(watched)
         if self.count_E is not None and (self.stepped or versions != self.versions):
             raise ConfigError(
                 "balance.bias",

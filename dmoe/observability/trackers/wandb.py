@@ -98,10 +98,14 @@ class WandbTracker(tracking.WandBTracker):  # type: ignore[misc]  # no types
     def _start(cls, config: Config, run: RunDir, past: list[Line], mode: str) -> WandbTracker:
         run_id = _run_id(run)
         first_unsent = _prepare_offline(run, run_id) if mode == "offline" else 0
+        given = config.tracking
+        texts = {"group": given.group, "entity": given.entity, "notes": given.notes}
         tracker = cls(
-            config.tracking.project,
+            given.project,
             id=run_id,
-            name=redact(run.path.name),
+            name=redact(given.name or run.path.name),
+            tags=[redact(tag) for tag in given.tags] or None,
+            **{name: redact(text) for name, text in texts.items() if text is not None},
             dir=str(run.logs),
             mode=mode,
             resume="allow" if mode == "online" else None,

@@ -20,6 +20,7 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.load import load, load_text
 from dmoe.config.rules import check
 from dmoe.config.schema import Config
+from dmoe.config.shipped import find_config
 from dmoe.config.yaml_guard import read_text
 from dmoe.train.modular.base_model import check_base_model
 
@@ -43,8 +44,8 @@ def is_config_file(core: str | None) -> bool:
 
 def base_model_config(config: Config) -> tuple[Config, str]:
     """Return the config that `modular.core` names, and its text. Raises ConfigError."""
-    path = config.modular.core
-    assert path is not None
+    assert config.modular.core is not None
+    path = find_config(config.modular.core)
     if not Path(path).is_file() and not Path(path).is_absolute():
         allowed = f"is not in {Path.cwd()}, where this command runs"
         raise ConfigError(

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmoe.modular import adapter_layers
 from dmoe.moe.routing import TokenContext
 from dmoe.train.engine import Engine
 from dmoe.train.evaluation import Evaluation
@@ -67,11 +68,13 @@ def _sums(
     """Return the sums of each domain [M, 4], and how often each layer chose a pair of experts.
 
     One forward has as many samples as those of all ranks together; behind the last sample there is
-    padding.
+    padding. Positions of a prompt or prefix have no pairs.
     """
     task, config, layers = engine.task, engine.config, engine.model.moe_layers()
     size = MICRO_BATCH * config.parallel.virtual_ranks
     total = min(config.train.eval_sequences, data.held_out.num_sequences or math.inf)
+    banks = [layer.experts for layer in adapter_layers(engine.model).values()]
+    prefix = max((bank.num_prefix_tokens for bank in banks), default=0)
     totals = np.zeros((max(1, len(data.domains)), len(SUMS)))
     pairs: dict[int, np.ndarray[Any, Any]] = {}
     for first in range(0, int(total), size):
@@ -96,6 +99,8 @@ def _sums(
                 totals[domain] += _target_sums(logit_BSV[b, position], target, data)
         for n, output in enumerate(outputs):
             chosen_TE = computed_experts(output.routing).astype(np.float64)
+            experts = chosen_TE.shape[1]
+            chosen_TE = chosen_TE.reshape(size, -1, experts)[:, prefix:].reshape(-1, experts)
             pairs[n] = pairs.get(n, 0) + chosen_TE.T @ chosen_TE
     return totals, pairs
 
