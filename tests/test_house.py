@@ -9,8 +9,8 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 218,
-    "product lines": 37_300,
+    "product files": 222,
+    "product lines": 38_000,
     "files of one MoE forward": 12,
     "files of one training step": 34,
     "files that name a router kind": 6,
