@@ -185,10 +185,9 @@ class LanguageModelling:
     def generate_sample(self, model: Model, data: DatasetSplits) -> str | None:
         """Generate the same text on all ranks: under expert parallelism each layer needs them."""
         train, tokenizer = self.config.train, data.tokenizer
-        if not train.sample_tokens:
+        if not train.sample_tokens or not isinstance(model, Transformer):
             return None
         prompt = tokenizer.encode(train.sample_prompt.encode()).tolist() or [tokenizer.separator]
-        assert isinstance(model, Transformer)
         ids = generate(
             model,
             prompt,
