@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from dmoe.config.errors import ConfigError
@@ -77,6 +77,17 @@ def unique_documents(documents: list[Document]) -> tuple[tuple[Document, ...], i
         if document.content:
             seen.setdefault(hashlib.sha256(document.content).digest(), document)
     return tuple(seen.values()), len(documents) - len(seen)
+
+
+def given_corpus(documents: Sequence[str | bytes]) -> Corpus:
+    """Return documents that are in memory, one text each. Raises ConfigError if there is none."""
+    contents = [text.encode() if isinstance(text, str) else text for text in documents]
+    named = [Document(text, f"document {n}", "given") for n, text in enumerate(contents)]
+    unique, removed = unique_documents(named)
+    if not unique:
+        raise ConfigError("data", documents, "must hold a text", "give a list of documents")
+    notes = (f"duplicate or empty documents left out ({removed})",) if removed else ()
+    return Corpus(unique, notes)
 
 
 def own_corpus(config: DataConfig) -> Corpus | None:

@@ -18,14 +18,7 @@ import numpy as np
 from dmoe.config.errors import ConfigError
 from dmoe.config.plugins import label
 from dmoe.config.schema import DataConfig
-from dmoe.data.corpus import (
-    Corpus,
-    Document,
-    count_files,
-    own_corpus,
-    split_corpus,
-    unique_documents,
-)
+from dmoe.data.corpus import Corpus, count_files, given_corpus, own_corpus, split_corpus
 from dmoe.data.mixture import mix_domains
 from dmoe.data.packing import (
     DomainRuns,
@@ -157,13 +150,7 @@ def open_documents(
     config: DataConfig, seed: int, documents: Sequence[str | bytes]
 ) -> DatasetSplits:
     """Open documents that are in memory, one text each, as `open_data` opens those of files."""
-    contents = [text.encode() if isinstance(text, str) else text for text in documents]
-    named = [Document(text, f"document {n}", "given") for n, text in enumerate(contents)]
-    unique, removed = unique_documents(named)
-    if not unique:
-        raise ConfigError("data", documents, "must hold a text", "give a list of documents")
-    notes = (f"duplicate or empty documents left out ({removed})",) if removed else ()
-    return _open_text(config, seed, open_tokenizer(config), Corpus(unique, notes))
+    return _open_text(config, seed, open_tokenizer(config), given_corpus(documents))
 
 
 def _open_text(
