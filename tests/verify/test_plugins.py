@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from dmoe.config.load import load
-from dmoe.config.plugin_loader import load_plugins
 from dmoe.config.schema import Config
 from dmoe.verify.verify import verify
 from tests.verify.test_verify import SHORT, lines
@@ -20,7 +19,7 @@ MEAN = ("x_TD[:, None] - self", "x_TD[:, None] + x_TD.mean(0) - self")
 
 
 def config(*overrides: str) -> Config:
-    return load_plugins(load(None, [*SHORT, *overrides]))
+    return load(None, [*SHORT, *overrides])
 
 
 def test_every_kind_of_ones_own_is_verified_against_its_reference() -> None:
