@@ -41,7 +41,9 @@ from dmoe.checkpoint import list_steps
 from dmoe.checkpoint import verify as verify_checkpoint
 from dmoe.checkpoint.async_saver import Staging
 from dmoe.config.load import load
+from dmoe.config.schedule import learning_rate
 from dmoe.config.schema import CapacityConfig, Config, ExpertsConfig, RouterConfig
+from dmoe.data import open_data
 from dmoe.distributed.init import ProcessInfo, init_distributed, set_cuda_environment
 from dmoe.models.layers import RMSNorm
 from dmoe.moe.experts.grouped_mlp import grouped_linear
@@ -577,8 +579,6 @@ def engine_of(config: Config, device: str) -> Engine:
 
 
 def load_data(config: Config) -> Any:
-    from dmoe.data import open_data
-
     return open_data(config.data, config.train.seed)
 
 
@@ -586,8 +586,6 @@ def run_steps(
     config: Config, steps: int, device: str = "cpu", scheduled: bool = False
 ) -> tuple[Engine, list[float]]:
     """Train without a launcher and without a run directory; mean losses in nats."""
-    from dmoe.train.engine import learning_rate
-
     engine = engine_of(config, device)
     data = engine.task.open_data().train
     losses = []

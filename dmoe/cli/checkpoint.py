@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dmoe.cli.common import ARGUMENTS_HELP, integer, load_arguments
+from dmoe.cli.common import ARGUMENTS_HELP, TrustCode, integer, load_arguments
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dmoe.train.checkpoint_info import CheckpointContents, CheckpointList, VerifiedCheckpoint
+    from dmoe.cli.checkpoint_info import CheckpointContents, CheckpointList, VerifiedCheckpoint
     from dmoe.train.upcycle import UpcycleResult
 
 app = typer.Typer(
@@ -42,7 +42,7 @@ def inspect(path: CheckpointPath, as_json: AsJson = False) -> None:
 
     Example: dmoe checkpoint inspect runs/latest
     """
-    from dmoe.train import checkpoint_info
+    from dmoe.cli import checkpoint_info
 
     found = checkpoint_info.find_checkpoints(path)
     contents = checkpoint_info.inspect_checkpoint(checkpoint_info.newest_intact(found))
@@ -61,7 +61,7 @@ def verify(path: CheckpointPath, as_json: AsJson = False) -> None:
 
     Example: dmoe checkpoint verify runs/latest
     """
-    from dmoe.train import checkpoint_info
+    from dmoe.cli import checkpoint_info
 
     found = checkpoint_info.find_checkpoints(path)
     results = [
@@ -95,6 +95,7 @@ def upcycle(
         int | None,
         typer.Option(help="Step of the checkpoint. Default: the newest intact one.", **integer()),
     ] = None,
+    trust_code: TrustCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
     """Initialize a mixture of experts from a dense run: each expert is a copy of a feed-forward.
@@ -110,7 +111,7 @@ def upcycle(
     from dmoe.runs.directory import find_run
     from dmoe.train.upcycle import upcycle as upcycle_run
 
-    result = upcycle_run(find_run(run), config, given, step)
+    result = upcycle_run(find_run(run), config, given, step, trust_code=trust_code)
     print(json.dumps(asdict(result), indent=2) if as_json else upcycle_text(result))
 
 

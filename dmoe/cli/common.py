@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.load import load_text
+from dmoe.config.plugin_loader import load_plugins
 from dmoe.config.schema import Config
 from dmoe.config.shipped import find_config
 from dmoe.config.yaml_guard import INTEGER, NUMBER, read_text, short
@@ -47,7 +48,8 @@ def load_arguments(arguments: list[str]) -> tuple[Config, str]:
     """Return the config, and the user's input as text: the file, with overrides as comments."""
     path, overrides = split(arguments)
     text = DEFAULTS if path is None else read_text(path)
-    config = load_text(text, str(path), overrides)
+    # the user's own config: what it names may run
+    config = load_plugins(load_text(text, str(path), overrides))
     end = "" if not text or text.endswith("\n") else "\n"
     return config, text + end + "".join(
         f"# override: {_one_line(override)}\n" for override in overrides
@@ -73,6 +75,15 @@ def load_resumed(run: str, overrides: list[str]) -> tuple[Config, str]:
 def _one_line(override: str) -> str:
     """Quote an override with a line break, which would end the comment in the config."""
     return override if override.isprintable() else json.dumps(override)
+
+
+TrustCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-code",
+        help="Run the code that RUN names (FILE.py:Name). Whoever wrote RUN chose it.",
+    ),
+]
 
 
 def integer(least: int | None = None, most: int | None = None) -> dict[str, Any]:

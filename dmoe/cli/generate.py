@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dmoe.cli.common import integer, number
+from dmoe.cli.common import TrustCode, integer, number
 from dmoe.config.errors import ConfigError
 from dmoe.observability import escape_controls
 from dmoe.runs.directory import find_run
@@ -47,6 +47,7 @@ def command(
             help="The checkpoint of this step. Default: the newest intact one.", **integer()
         ),
     ] = None,
+    trust_code: TrustCode = False,
 ) -> None:
     """Continue a text with a trained model, in one process with all experts.
 
@@ -61,7 +62,7 @@ def command(
     from dmoe.models.transformer import Transformer
     from dmoe.train.restore import restore_model
 
-    restored = restore_model(directory, step)
+    restored = restore_model(directory, step, trust_code=trust_code)
     if restored.config.train.task != "language_modelling":
         raise ConfigError(
             "RUN",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dmoe.cli.common import decimal, integer
+from dmoe.cli.common import TrustCode, decimal, integer
 from dmoe.config.errors import ConfigError
 from dmoe.config.yaml_guard import NUMBER
 
@@ -34,6 +34,7 @@ def show(
         str,
         typer.Argument(metavar="RUN_OR_FILE", help="A run, e.g. runs/latest, or a module file."),
     ],
+    trust_code: TrustCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")] = False,
 ) -> None:
     """List the target modules with their bank, router, aggregation and size.
@@ -44,7 +45,7 @@ def show(
 
     from dmoe.train.modular.commands import list_modules
 
-    targets = list_modules(path)
+    targets = list_modules(path, trust_code=trust_code)
     if as_json:
         print(json.dumps({"places": [asdict(target) for target in targets]}, indent=2))
     else:
@@ -59,6 +60,7 @@ def export(
         str | None, typer.Option(help="A folder for one low-rank module, in peft's format.")
     ] = None,
     module: Annotated[int, typer.Option(help="The module to write to --peft.", **integer())] = 0,
+    trust_code: TrustCode = False,
 ) -> None:
     """Write modules without the network: all into a file, or one in peft's format.
 
@@ -75,11 +77,11 @@ def export(
     from dmoe.train.modular import commands
 
     if to is not None:
-        base_model = commands.export_modules(directory, Path(to))
+        base_model = commands.export_modules(directory, Path(to), trust_code=trust_code)
         print(f"{to}: the modules of base model {base_model[:12]}")
     else:
         assert peft is not None
-        commands.export_module_to_peft(directory, module, Path(peft))
+        commands.export_module_to_peft(directory, module, Path(peft), trust_code=trust_code)
         print(f"{peft}: module {module}, as peft.PeftModel.from_pretrained loads it")
 
 
@@ -90,6 +92,7 @@ def add(
         list[str], typer.Argument(metavar="FILE...", help="Module files of the same base model.")
     ],
     to: NewRun,
+    trust_code: TrustCode = False,
 ) -> None:
     """Append saved modules to those of a run, in a new run directory; continue by modular.core=DIR.
 
@@ -102,7 +105,8 @@ def add(
 
     from dmoe.train.modular.commands import add_modules_to_run
 
-    count = add_modules_to_run(directory, [Path(file) for file in files], Path(to))
+    paths = [Path(file) for file in files]
+    count = add_modules_to_run(directory, paths, Path(to), trust_code=trust_code)
     print(f"{to}: {count} modules; train with modular.core={to} modular.modules={count}")
 
 
@@ -111,6 +115,7 @@ def merge_command(
     run: Run,
     weights: Annotated[str, typer.Option(help="One weight per module, e.g. 0.5,0.5.")],
     to: NewRun,
+    trust_code: TrustCode = False,
 ) -> None:
     """Merge the modules into the weights of the network, in a new run directory without modules.
 
@@ -123,7 +128,7 @@ def merge_command(
 
     from dmoe.train.modular.commands import merge_run
 
-    merge_run(directory, numbers, Path(to))
+    merge_run(directory, numbers, Path(to), trust_code=trust_code)
     print(f"{to}: the merged network; dmoe generate {to}, or modular.core={to}")
 
 

@@ -15,9 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dmoe.config.errors import ConfigError
+from dmoe.config.plugins import label, parse
 from dmoe.config.schema import ExpertsConfig, MoEConfig
 
+MAX_WIDTH, MAX_DEPTH = 1 << 24, 100
+"""Width, and number of hidden layers, of an expert."""
 GATED = frozenset({"swiglu", "geglu"})
+
+
+def dense_kind(experts: ExpertsConfig) -> str:
+    """Return the activation of dense and shared feed-forwards: swiglu beside own experts."""
+    return "swiglu" if parse(experts.kind) is not None else experts.kind
 
 
 def matrix_shapes(
@@ -57,3 +66,27 @@ def count_zero_cost(experts: ExpertsConfig) -> int:
 def count_choices(moe: MoEConfig) -> int:
     """Count the experts that a router chooses among: `moe.num_experts` and the zero-cost ones."""
     return moe.num_experts + count_zero_cost(moe.experts)
+
+
+def check_shapes(experts: ExpertsConfig, num_experts: int) -> None:
+    """Refuse shapes that are not those of `num_experts` experts.
+
+    Raises:
+        ConfigError: another number of shapes, or a width out of range.
+    """
+    if not experts.shapes:
+        return
+    if parse(experts.kind) is not None:
+        allowed = f"are not for experts of one's own, {label(experts.kind)}"
+        raise ConfigError("moe.experts.shapes", experts.shapes, allowed, "use moe.experts.options")
+    if len(experts.shapes) != num_experts:
+        allowed = f"must be the number of moe.experts.shapes, {len(experts.shapes)}"
+        raise ConfigError("moe.num_experts", num_experts, allowed, f"use {len(experts.shapes)}")
+    for shape in experts.shapes:
+        if len(shape) > MAX_DEPTH or any(not 1 <= width <= MAX_WIDTH for width in shape):
+            allowed = (
+                f"holds {shape}: hidden widths are from 1 to {MAX_WIDTH}, at most {MAX_DEPTH} of "
+                "an expert"
+            )
+            fix = "write [] for one linear map"
+            raise ConfigError("moe.experts.shapes", experts.shapes, allowed, fix)

@@ -19,6 +19,7 @@ from typing import Any
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.field_aliases import suggest_field
+from dmoe.config.plugins import FORM, parse
 from dmoe.config.secrets import REDACTED, is_secret_name
 from dmoe.config.yaml_guard import INTEGER, NUMBER, short
 
@@ -94,7 +95,7 @@ def _type(node: ast.expr) -> str:
     inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
     outer = ast.unparse(node.value)
     if outer == "Annotated":
-        return _type(inner[0])
+        return next((word for word in map(_words, inner[1:]) if word), _type(inner[0]))
     if outer == "Optional":
         return f"{_type(inner[0])} | null"
     if outer == "Union":
@@ -102,6 +103,13 @@ def _type(node: ast.expr) -> str:
     if outer == "Literal":
         return " | ".join(_word(item) for item in inner)
     return ast.unparse(node)
+
+
+def _words(constraint: ast.expr) -> str:
+    """Spell `one_of("a", "b")` as `a | b | FILE.py:Name`; empty for another constraint."""
+    if not isinstance(constraint, ast.Call) or ast.unparse(constraint.func) != "one_of":
+        return ""
+    return " | ".join([*map(_word, constraint.args), FORM])
 
 
 def _default(node: ast.expr | None) -> str:
@@ -181,6 +189,17 @@ def _type_errors(field: Field, value: Any) -> Iterator[tuple[Any, str, str]]:
     """Yield the part of the value that is wrong, what is allowed, and the fix."""
     items = value if isinstance(value, list) else [value]
     default = f"the default is {field.default}"
+    if field.type.endswith(FORM):
+        words = field.type.split(" | ")
+        if value not in words[:-1] and parse(value, field.name) is None:
+            near = difflib.get_close_matches(str(value).lower(), words[:-1], n=1)
+            fix = f"did you mean {near[0]}?" if near else default
+            yield value, f"must be {' or '.join(words)}", fix
+        return
+    if field.type.startswith("dict["):
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            yield value, "must be a mapping with names as keys", "e.g. {name: value}"
+        return
     if "???" in items:
         yield "???", "stands for a value that is missing", "write a value"
     if field.type in TEXT or (field.type == "list[str]" and isinstance(value, list)):

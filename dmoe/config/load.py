@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dmoe.config.errors import ConfigError
-from dmoe.config.fields import TEXT, check_given, field_named
+from dmoe.config.fields import TEXT, check_given, field_named, list_fields
+from dmoe.config.plugins import FORM, anchored
 from dmoe.config.schema import Config
 from dmoe.config.yaml_guard import NULLS, check_text, parse, quoted, read_text, short
 
@@ -39,7 +40,10 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     """Load from the text of a file; `source` is its name in errors."""
     merged = _writable(OmegaConf.structured(Config))
-    _merge(merged, _mapping(text, source), source)
+    given = _mapping(text, source)
+    if Path(source).is_file():
+        given = anchored(given, Path(source).parent.absolute())
+    _merge(merged, given, source)
     for override in overrides:
         _merge(merged, parse_override(override))
     return cast(Config, OmegaConf.to_object(merged))
@@ -78,7 +82,9 @@ def _merge(base: DictConfig, given: dict[Any, Any], source: str = "") -> None:
     try:
         base.merge_with(given)
     except OmegaConfBaseException as error:
-        field = field_named(error.full_key or "")
+        key = error.full_key or ""
+        # of a mapping's value, e.g. optim.groups, OmegaConf names the value's own key
+        field = next((f for f in list_fields() if f"{key}.".startswith(f"{f.name}.")), None)
         if field is None:
             raise
         value = short(OmegaConf.select(OmegaConf.create(given), field.name))
@@ -120,11 +126,12 @@ def parse_override(override: str) -> dict[str, Any]:
 def _value(key: str, text: str) -> Any:
     check_text(key, text)
     field = field_named(key)
+    is_text = field is not None and (field.type in TEXT or field.type.endswith(FORM))
     if not text:
         fix = "write a value; is a variable of the shell not set?"
         fix = f"{fix} An empty text is \"''\"" if field and field.type in TEXT else fix
         raise ConfigError(key, "''", "must not be empty", fix)
-    if field is None or field.type not in TEXT:
+    if field is None or not is_text:
         value = parse(text, key, short(text))
         if value is None and text.strip() not in NULLS:
             raise ConfigError(key, short(text), "holds no value", "write one, or null for none")

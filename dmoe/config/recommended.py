@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dmoe.config.router_kinds import ROUTERS
+from dmoe.config.router_kinds import router_spec
 from dmoe.config.schema import Config, MoEConfig
 
 
@@ -26,7 +26,7 @@ def _always(moe: MoEConfig) -> bool:
 
 def _takes_exactly_top_k(moe: MoEConfig) -> bool:
     """`moe.top_k` is the number of experts per token: no maximum, no mean, not all of them."""
-    spec = ROUTERS[moe.router.kind]
+    spec = router_spec(moe.router.kind)
     return spec.ranks_experts and not spec.variable_k
 
 
@@ -78,14 +78,14 @@ RECOMMENDED = (
         0.4,
         0.8,
         "Huang 2024: 0.4; the upper end is this project's",
-        lambda moe: "top_p" in ROUTERS[moe.router.kind].reads,
+        lambda moe: "top_p" in router_spec(moe.router.kind).reads,
     ),
     Recommended(
         "router.min_weight",
         0.05,
         0.2,
         "the project's source documents: 0.1",
-        lambda moe: "min_weight" in ROUTERS[moe.router.kind].reads,
+        lambda moe: "min_weight" in router_spec(moe.router.kind).reads,
     ),
     Recommended("experts.shared", 1, 2, "DeepSeekMoE 2, DeepSeek-V3 1"),
 )

@@ -9,7 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_SCORED = frozenset({"jitter"})
+from dmoe.config.plugin_loader import loaded_class
+from dmoe.config.plugins import label
+
+_SCORED = frozenset({"jitter", "freeze"})
+_OWN = _SCORED | {"score", "weights_from"}
+"""Fields that `LearnedRouter` reads for the routers derived from it."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,20 @@ ROUTERS: dict[str, RouterSpec] = {
         can_choose_none=True,
     ),
 }
+
+
+def router_spec(kind: str) -> RouterSpec:
+    """Return the row of a kind; of a router of the user's own, what its class says in `spec`.
+
+    Of one that is not loaded (a report on a run), the defaults.
+    """
+    if kind in ROUTERS:
+        return ROUTERS[kind]
+    own = loaded_class(kind)
+    spec = getattr(own, "spec", None)
+    if isinstance(spec, RouterSpec):
+        return spec
+    return RouterSpec(f"those that {label(kind)} chooses", _OWN)
 
 
 def kinds_where(**wanted: object) -> tuple[str, ...]:

@@ -19,6 +19,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.plugin_loader import construct
+from dmoe.config.plugins import label, parse
+from dmoe.config.schema import DataConfig
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,33 @@ def unique_documents(documents: list[Document]) -> tuple[tuple[Document, ...], i
         if document.content:
             seen.setdefault(hashlib.sha256(document.content).digest(), document)
     return tuple(seen.values()), len(documents) - len(seen)
+
+
+def own_corpus(config: DataConfig) -> Corpus | None:
+    """Read the documents of a source of the user's own; None for a built-in one.
+
+    Raises ConfigError on data.source: something else than documents, or none.
+    """
+    field = "data.source"
+    if parse(config.source, field) is None:
+        return None
+    source = construct(config.source, field, options=config.source_options, methods=("documents",))
+    given = list(source.documents())
+    for document in given:
+        if not isinstance(document, Document):
+            allowed = (
+                f"documents() gives a {type(document).__name__}, not dmoe.data.corpus.Document"
+            )
+            raise ConfigError(field, label(config.source), allowed, "see docs/plugins.md")
+    return corpus_of(given, field, label(config.source))
+
+
+def corpus_of(given: list[Document], field: str, value: str) -> Corpus:
+    """Return a corpus of documents from Python. Raises ConfigError on `field` without any text."""
+    documents, removed = unique_documents(given)
+    if not documents:
+        raise ConfigError(field, value, "gives no text", "give one document or more")
+    return Corpus(documents, (f"duplicate or empty files left out ({removed})",) * bool(removed))
 
 
 def count_files(count: int) -> str:

@@ -16,8 +16,16 @@ from typing import Protocol
 import numpy as np
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.plugins import label
 from dmoe.config.schema import DataConfig
-from dmoe.data.corpus import Corpus, Document, count_files, split_corpus, unique_documents
+from dmoe.data.corpus import (
+    Corpus,
+    Document,
+    corpus_of,
+    count_files,
+    own_corpus,
+    split_corpus,
+)
 from dmoe.data.mixture import mix_domains
 from dmoe.data.packing import (
     DomainRuns,
@@ -130,7 +138,7 @@ def open_data(config: DataConfig, seed: int) -> DatasetSplits:
         return _open_synthetic(config, seed, tokenizer)
     if is_shard_directory(config.source):
         return _open_shards(config, seed, tokenizer)
-    return _open_text(config, seed, tokenizer, read_corpus(config.source))
+    return _open_text(config, seed, tokenizer, own_corpus(config) or read_corpus(config.source))
 
 
 @dataclass(frozen=True)
@@ -144,17 +152,12 @@ class _TokenStreams:
     summary: str
 
 
-def open_documents(
-    config: DataConfig, seed: int, documents: Sequence[str | bytes]
-) -> DatasetSplits:
+def open_documents(config: DataConfig, seed: int, texts: Sequence[str | bytes]) -> DatasetSplits:
     """Open documents that are in memory, one text each, as `open_data` opens those of files."""
-    contents = [text.encode() if isinstance(text, str) else text for text in documents]
-    named = [Document(text, f"document {n}", "given") for n, text in enumerate(contents)]
-    unique, removed = unique_documents(named)
-    if not unique:
-        raise ConfigError("data", documents, "must hold a text", "give a list of documents")
-    notes = (f"duplicate or empty documents left out ({removed})",) if removed else ()
-    return _open_text(config, seed, open_tokenizer(config), Corpus(unique, notes))
+    contents = [text.encode() if isinstance(text, str) else text for text in texts]
+    given = [Document(text, f"document {n}", "given") for n, text in enumerate(contents)]
+    corpus = corpus_of(given, "data", f"{len(given)} texts")
+    return _open_text(config, seed, open_tokenizer(config), corpus)
 
 
 def _open_text(
@@ -166,7 +169,7 @@ def _open_text(
     held_out_N, held_out_runs = _tokenize(held_out, tokenizer, names)
     # A single file is cut in two documents, and is one file all the same.
     files, size = count_files(len(corpus.documents)), corpus.num_bytes / 1e6
-    origin = f"{config.source}: {files}, {size:.1f} MB"
+    origin = f"{label(config.source)}: {files}, {size:.1f} MB"
     if len(train.bytes_per_domain) > 1:
         shares = ", ".join(
             f"{domain} {num_bytes / train.num_bytes:.0%}"

@@ -1,6 +1,7 @@
 """Training state as named tensors for checkpoints, independent of world size, EP size and mode.
 
-Names: `model.NAME`, `optim.exp_avg.NAME`, `optim.exp_avg_sq.NAME`, `optim.step`.
+Names: `model.NAME`, `optim.MOMENT.NAME` and `optim.step`. Moments: AdamW `exp_avg`, `exp_avg_sq`;
+Muon `momentum_buffer`.
 
 Dense parameters are plain tensors, equal on all ranks; under FSDP2, DTensors over all ranks.
 Expert stacks are DTensors of global shape [E, ...]: Shard(0) over the EP ranks of a row and, down
@@ -13,12 +14,15 @@ global id, on the column of ranks that has it; other ranks know its name and sha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch._prims_common import make_contiguous_strides_for
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from dmoe.config.errors import ConfigError
 from dmoe.distributed.expert_parallel import (
     ExpertLocation,
     expert_buffers,
@@ -29,6 +33,7 @@ from dmoe.distributed.gradients import local_tensor
 from dmoe.distributed.mesh import ParallelMesh
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Of the parameters in a group that names no others."""
 
 
 def model_state(model: nn.Module, mesh: ParallelMesh) -> dict[str, Tensor]:
@@ -55,7 +60,7 @@ def model_state(model: nn.Module, mesh: ParallelMesh) -> dict[str, Tensor]:
 def optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, mesh: ParallelMesh
 ) -> dict[str, Tensor]:
-    """Collect AdamW's moments by parameter name, and the step count that all parameters share.
+    """Collect the moments by parameter name, and the step count that all parameters share.
 
     Before the first step the state is created (zeros), so that a checkpoint can be loaded into it.
     No collective.
@@ -66,10 +71,11 @@ def optimizer_state(
     local: dict[str, dict[str, Tensor]] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state: dict[str, Tensor] = {}
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        name, moments = names[id(parameter)], _moments(optimizer, parameter)
-        local[name] = moments
-        for moment in MOMENTS if name not in locations else ():
+    of_layer: dict[str, tuple[str, ...]] = {}
+    for parameter, kinds in _with_moments(optimizer):
+        name, moments = names[id(parameter)], _moments(optimizer, parameter, kinds)
+        local[name], of_layer[_layer(name)] = moments, kinds
+        for moment in kinds if name not in locations else ():
             value = moments[moment]
             state[f"optim.{moment}.{name}"] = (
                 _stacked_experts(value, device_mesh) if name in experts else value
@@ -79,7 +85,7 @@ def optimizer_state(
             "parameters of one optimizer have different step counts"
         )
     for name, location in locations.items():
-        for moment in MOMENTS:
+        for moment in of_layer[_layer(name)]:
             own_value = local[name][moment] if name in local else None
             state[f"optim.{moment}.{name}"] = _single_expert(own_value, location, mesh, device_type)
     return state
@@ -88,12 +94,26 @@ def optimizer_state(
 def _trained_locations(model: nn.Module) -> dict[str, ExpertLocation]:
     """Locate trained heterogeneous experts: a layer trains all or none, and every rank has one."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    frozen_layers = {name.rpartition(".experts.")[0] for name in frozen}
+    frozen_layers = set(map(_layer, frozen))
     return {
         name: location
         for name, location in expert_locations(model).items()
-        if name.rpartition(".experts.")[0] not in frozen_layers
+        if _layer(name) not in frozen_layers
     }
+
+
+def _layer(name: str) -> str:
+    """Return the path of the layer whose expert a parameter belongs to."""
+    return name.rpartition(".experts.")[0]
+
+
+def _with_moments(
+    optimizer: torch.optim.Optimizer,
+) -> Iterator[tuple[nn.Parameter, tuple[str, ...]]]:
+    """Yield every parameter with the names of its moments."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield parameter, group.get("moments", MOMENTS)
 
 
 def set_optimizer_step(optimizer: torch.optim.Optimizer, step: Tensor) -> None:
@@ -102,11 +122,17 @@ def set_optimizer_step(optimizer: torch.optim.Optimizer, step: Tensor) -> None:
         moments["step"] = step.detach().clone()
 
 
-def _moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+def _moments(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, kinds: tuple[str, ...]
+) -> dict[str, Tensor]:
     state: dict[str, Tensor] = optimizer.state[parameter]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        state.update({moment: torch.zeros_like(parameter) for moment in MOMENTS})
+        state.update({moment: torch.zeros_like(parameter) for moment in kinds})
+    if {*state} != {"step", *kinds}:
+        allowed = f"keeps {', '.join(sorted(state))}, not step and MOMENTS ({', '.join(kinds)})"
+        fix = "a checkpoint must know what to save; see docs/plugins.md"
+        raise ConfigError("optim.kind", type(optimizer).__name__, allowed, fix)
     return state
 
 

@@ -11,21 +11,23 @@ from typing import Any
 from torch import nn
 
 from dmoe.config.expert_shapes import count_choices
-from dmoe.config.router_kinds import ROUTERS
-from dmoe.config.schedule import schedule_remarks
+from dmoe.config.plugin_loader import loaded_class
+from dmoe.config.plugins import label, parse
+from dmoe.config.router_kinds import router_spec
+from dmoe.config.schedule import learning_rate, schedule_remarks
 from dmoe.distributed.expert_parallel import expert_parameters
 from dmoe.explain.setting import Section, Setting
 from dmoe.modular import adapter_layers
 from dmoe.moe.layer import MoE
 from dmoe.report.format import format_bytes, format_count, format_flops, plural
 from dmoe.report.sentences import EXCHANGE, model_sentence, optimizer_sentences
-from dmoe.train.engine import learning_rate
+from dmoe.train.optimizer import muon_matrices
 
 COLLECTIVES = {"packed": (3, 2, 1), "padded": (2, 2, 0)}
 """Collectives of forward and of backward, and host syncs, per layer; tests/distributed counts."""
 WEIGHT_BYTES = 4
-"""Master weights are float32 in every precision; so are gradients and AdamW's two moments, which
-frozen weights do not have."""
+"""Master weights are float32 in every precision; so are gradients and moments (AdamW has two, Muon
+one), which frozen weights do not have."""
 
 
 def explain_exchange(setting: Setting) -> Section | None:
@@ -103,7 +105,7 @@ def _assumption(setting: Setting) -> str:
     moe = setting.config.moe
     if moe.exchange == "padded":
         return ", always"
-    if ROUTERS[moe.router.kind].variable_k:
+    if router_spec(moe.router.kind).variable_k:
         return " if every token takes its most experts and all are chosen equally often"
     return " if the experts are chosen equally often"
 
@@ -139,11 +141,18 @@ def explain_size(setting: Setting) -> Section:
     outputs = "vocabulary" if task.name == "language_modelling" else "classes"
     on_rank, weights = dense + experts, (dense + experts) * WEIGHT_BYTES
     gradients = sum(rank_parameters(setting, trained=True)) * WEIGHT_BYTES
+    moments, kinds = 2 * gradients, "AdamW moments"
+    if parse(config.optim.kind) is not None:
+        names = getattr(loaded_class(config.optim.kind), "MOMENTS", ())
+        moments, kinds = len(names) * gradients, f"moments of {label(config.optim.kind)}"
+    if config.optim.kind == "muon":
+        moments -= sum(rank_parameters(setting, trained=True, only_muon=True)) * WEIGHT_BYTES
+        kinds = "moments (one of Muon, two of AdamW)"
     casts = _cast_bytes(setting)
     copies = (
         f", + {format_bytes(casts)} copies in {setting.precision} for backward" if casts else ""
     )
-    total = weights + 3 * gradients + casts
+    total = weights + gradients + moments + casts
     frozen = "" if gradients == weights else " (of trained parameters)"
     recomputed = " and a fourth forward for recomputation" if config.train.recompute else ""
     sentences = [
@@ -153,7 +162,7 @@ def explain_size(setting: Setting) -> Section:
         f"rank ({format_count(dense)} dense + {format_count(experts)} of "
         f"experts{_sharding(setting)}); {outputs} {task.num_outputs:,}.",
         f"Memory per rank: {format_bytes(weights)} weights + {format_bytes(gradients)} gradients + "
-        f"{format_bytes(2 * gradients)} AdamW moments{frozen}, all float32"
+        f"{format_bytes(moments)} {kinds}{frozen}, all float32"
         f"{copies} = {format_bytes(total)}, without activations and buffers.",
         f"Arithmetic: {format_flops(forward, 'FLOP')} per {task.unit} in forward, three times that "
         f"in training; {format_flops(step_flops, 'FLOP')} per step{recomputed}.",
@@ -168,7 +177,7 @@ def explain_size(setting: Setting) -> Section:
         "rank_bytes": {
             "weights": weights,
             "gradients": gradients,
-            "moments": 2 * gradients,
+            "moments": moments,
             "casts": casts,
             "total": total,
         },
@@ -190,34 +199,38 @@ def _cast_bytes(setting: Setting) -> int:
 
 
 def rank_parameters(
-    setting: Setting, trained: bool = False, sharded: bool = True
+    setting: Setting, trained: bool = False, sharded: bool = True, only_muon: bool = False
 ) -> tuple[int, int]:
     """Return the dense parameters and those of experts and modules on one rank.
 
-    With `trained`, only parameters that are trained. With fsdp, a rank's even share, rounded up;
-    without `sharded`, what it holds of them once they are gathered.
+    With `trained`, only parameters that are trained; with `only_muon`, that Muon updates. With
+    fsdp, a rank's even share, rounded up; without `sharded`, what it holds once it is gathered.
     """
     of_experts = set(map(id, expert_parameters(setting.model).values()))
-    counted = [p for p in setting.model.parameters() if p.requires_grad or not trained]
+    matrices = muon_matrices(setting.model) if only_muon else {}
+    counted = [
+        p
+        for name, p in setting.model.named_parameters()
+        if (p.requires_grad or not trained) and (name in matrices or not only_muon)
+    ]
+    ids = set(map(id, counted))
     dense = sum(p.numel() for p in counted if id(p) not in of_experts)
     if setting.config.parallel.mode == "fsdp" and sharded:
         experts = sum(p.numel() for p in counted if id(p) in of_experts)
         return -(-dense // setting.world), -(-experts // setting.world)
-    moe_layers = [
-        layer for layer in setting.model.moe_layers() if not trained or _is_trained(layer.experts)
-    ]
+    moe_layers = [layer for layer in setting.model.moe_layers() if _counts(layer.experts, ids)]
     banks = [
         layer.experts
         for layer in adapter_layers(setting.model).values()
-        if not trained or _is_trained(layer.experts)
+        if _counts(layer.experts, ids)
     ]
     of_modules = sum(p.numel() // setting.ep for bank in banks for p in bank.parameters())
     return dense, _largest_share(setting, moe_layers) + of_modules
 
 
-def _is_trained(experts: nn.Module) -> bool:
-    """Return whether a layer's experts or modules are trained: always all of them or none."""
-    return any(p.requires_grad for p in experts.parameters())
+def _counts(experts: nn.Module, ids: set[int]) -> bool:
+    """Return whether a layer's experts or modules are counted: always all of them or none."""
+    return any(id(p) in ids for p in experts.parameters())
 
 
 def _largest_share(setting: Setting, moe_layers: list[MoE]) -> int:
@@ -253,6 +266,7 @@ def explain_optimization(setting: Setting) -> Section:
         "depends on the number of ranks.",
     ]
     numbers = {
+        "optimizer": config.optim.kind,
         "schedule": config.optim.schedule,
         "peak": config.optim.lr,
         "first": learning_rate(0, steps, config.optim),

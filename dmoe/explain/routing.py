@@ -10,7 +10,7 @@ from typing import Any
 
 from dmoe.config.expert_shapes import count_choices
 from dmoe.config.recommended import out_of_range
-from dmoe.config.router_kinds import ROUTERS
+from dmoe.config.router_kinds import router_spec
 from dmoe.config.schema import MoEConfig
 from dmoe.explain.setting import Section, Setting
 from dmoe.report.format import plural
@@ -33,7 +33,7 @@ def explain_routing(setting: Setting) -> Section | None:
     if setting.layer is None:
         return None
     moe = setting.config.moe
-    reads = ROUTERS[moe.router.kind].reads
+    reads = router_spec(moe.router.kind).reads
     numbers: dict[str, Any] = {
         "kind": moe.router.kind,
         "num_experts": moe.num_experts,

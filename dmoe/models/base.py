@@ -17,7 +17,7 @@ from torch.export import register_dataclass
 from torch.utils.checkpoint import checkpoint
 
 from dmoe.config.errors import ConfigError
-from dmoe.config.router_kinds import ROUTERS
+from dmoe.config.router_kinds import router_spec
 from dmoe.config.schema import Config
 from dmoe.models.attention import Attention
 from dmoe.models.fusion import GatedFusion
@@ -223,7 +223,7 @@ def _max_active_weights(layer: MoE) -> int:
     """Count the weights of the K largest experts, or what the budget allows if that is less."""
     work = sorted(layer.experts.multiply_adds, reverse=True)
     largest, config = sum(work[: layer.router.top_k]), layer.router.config
-    if not ROUTERS[config.kind].has_budget:
+    if not router_spec(config.kind).has_budget:
         return largest
     return min(largest, int(config.budget * sum(work)))
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from dmoe.config.expert_shapes import dense_kind
 from dmoe.config.schema import ModelConfig, MoEConfig
 from dmoe.moe.experts import FeedForward
 from dmoe.moe.layer import MoE
@@ -111,7 +112,7 @@ def dense_hidden_dim(config: ModelConfig, moe: MoEConfig) -> int:
 def dense_feed_forward(config: ModelConfig, moe: MoEConfig) -> FeedForward:
     """Build the dense feed-forward of a block, with the activation of the experts."""
     hidden_dim = dense_hidden_dim(config, moe)
-    return FeedForward(moe.experts.kind, config.dim, hidden_dim, config.dim)
+    return FeedForward(dense_kind(moe.experts), config.dim, hidden_dim, config.dim)
 
 
 def run_feed_forward(layer: nn.Module, x_BSD: Tensor, context: TokenContext) -> BlockOutput:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmoe.config.router_kinds import ROUTERS
+from dmoe.config.router_kinds import router_spec
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.routing import DispatchPlan, Routing
 
@@ -88,7 +88,7 @@ class ComputeUsage:
 
     @property
     def _has_budget(self) -> bool:
-        return ROUTERS[self.router.kind].has_budget
+        return router_spec(self.router.kind).has_budget
 
     def _considered(self, token: int) -> list[tuple[int, bool, float]]:
         """List a token's experts in the order of consideration: (expert, selected, score)."""

@@ -14,7 +14,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
-from dmoe.config.expert_shapes import count_zero_cost
+from dmoe.config.expert_shapes import count_zero_cost, dense_kind
 from dmoe.config.rules import check_arguments
 from dmoe.config.schema import BalanceConfig, CapacityConfig, ExpertsConfig, MoEConfig, RouterConfig
 from dmoe.config.schema.constraints import check_type
@@ -104,9 +104,8 @@ class MoE(nn.Module):
         zero_cost_names = self.zero_cost.names if self.zero_cost else ()
         self.names_E = (*(f"expert {e}" for e in range(num_experts)), *zero_cost_names)
         shared_dim = config.experts.shared * (config.experts.shared_dim or expert_dim)
-        self.shared = (
-            FeedForward(config.experts.kind, dim, shared_dim, out_dim) if shared_dim else None
-        )
+        kind = dense_kind(config.experts)
+        self.shared = FeedForward(kind, dim, shared_dim, out_dim) if shared_dim else None
         self.packed: Dispatcher = PackedLocal()
         self.padded: Dispatcher | None = PaddedLocal() if exchange == "padded" else None
         self.comm: DataParallelComm = NoComm()

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from dmoe.config.errors import ConfigError
-from dmoe.config.router_kinds import ROUTERS
+from dmoe.config.router_kinds import router_spec
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.inputs import CASTS, context_of_rows, input_error
 
@@ -238,7 +238,7 @@ def with_budget(
         ConfigError: a budget that is no share, or for a router that has none.
     """
     budget = context.budget if compute_budget is None else compute_budget
-    if not ROUTERS[config.kind].has_budget:
+    if not router_spec(config.kind).has_budget:
         if budget is None:
             return context
         allowed = f"router.kind={config.kind} has no budget"

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from dmoe.config.expert_shapes import count_choices, count_zero_cost
-from dmoe.config.router_kinds import ROUTERS
-from dmoe.config.schedule import describe_schedule
+from dmoe.config.plugins import describe, parse
+from dmoe.config.router_kinds import router_spec
+from dmoe.config.schedule import describe_optimizer, describe_schedule
 from dmoe.config.schema import BalanceConfig, CapacityConfig, Config, MoEConfig
 from dmoe.report.format import plural
 
@@ -42,6 +43,7 @@ AUX_LOSSES = {
     "importance": "squared coefficient of variation of the experts' summed scores",
     "load": "squared coefficient of variation of the smooth load",
     "usage_std": "standard deviation of the experts' mean scores",
+    "own": "{own}",
 }
 BUDGET_SCORES = {
     "token": "each token",
@@ -62,9 +64,10 @@ def config_sentences(config: Config, start: dict[str, Any]) -> list[str]:
     if config.model.moe_every:
         sentences += [*routing_sentences(config), *capacity_sentences(moe)]
         sentences += [*balance_sentences(moe), _ranks(config, start)]
-    data = f"Data: {config.data.source}"
+    given = config.data
+    data = f"Data: {describe(given.source, given.source_options)}"
     if config.train.task != "classification":
-        data += f", tokenizer {config.data.tokenizer}"
+        data += f", tokenizer {describe(given.tokenizer, given.tokenizer_options)}"
     return [*sentences, batch_sentence(config), f"{data}.", *optimizer_sentences(config)]
 
 
@@ -79,7 +82,9 @@ def model_sentence(config: Config) -> str:
     which = "every block" if model.moe_every == 1 else f"every {model.moe_every}th block"
     after = f" after the first {model.dense_first}" if model.dense_first else ""
     widths = "different shapes" if moe.experts.shapes else f"hidden width {moe.expert_dim:,}"
-    experts = f"{moe.num_experts:,} experts ({moe.experts.kind}, {widths})"
+    experts = (
+        f"{moe.num_experts:,} experts ({describe(moe.experts.kind, moe.experts.options)}, {widths})"
+    )
     if zero_cost := count_zero_cost(moe.experts):
         experts += f" and {zero_cost:,} of zero cost"
     if moe.experts.shared:
@@ -99,16 +104,20 @@ def _classifier(config: Config) -> str:
 
 def routing_sentences(config: Config) -> list[str]:
     """Describe score, choice, weights and noise of the router."""
-    moe, spec = config.moe, ROUTERS[config.moe.router.kind]
+    moe, spec = config.moe, router_spec(config.moe.router.kind)
     gated = config.train.task == "classification" and config.model.fusion == "gated"
     score = f"{moe.router.score} of the logits of {count_choices(moe)} experts"
     score = f"Score: {score}, in float32 whatever the precision of the model."
     choice = GATED_FUSION if gated else _choice(moe)
-    return [*([score] if spec.learned else []), choice, _weights(moe), *_noise(moe)]
+    if parse(moe.router.kind) is not None:
+        score, choice = f"Router: {describe(moe.router.kind, moe.router.options)}.", _choice(moe)
+        return [score, choice, *_noise(moe)]
+    frozen = ["The router is not trained (moe.router.freeze)."] if moe.router.freeze else []
+    return [*([score] if spec.learned else []), choice, _weights(moe), *_noise(moe), *frozen]
 
 
 def _choice(moe: MoEConfig) -> str:
-    spec = ROUTERS[moe.router.kind]
+    spec = router_spec(moe.router.kind)
     amount = ""
     if spec.ordered_choices:
         most = "at most " if spec.variable_k else ""
@@ -156,7 +165,7 @@ DETAILS: dict[str, Callable[[MoEConfig], str]] = {
 
 
 def _weights(moe: MoEConfig) -> str:
-    router, spec = moe.router, ROUTERS[moe.router.kind]
+    router, spec = moe.router, router_spec(moe.router.kind)
     over_chosen = router.weights_from == "chosen" and router.score == "softmax"
     if not spec.learned:
         steps = [f"1/{moe.top_k} each"]
@@ -178,7 +187,7 @@ def _noise(moe: MoEConfig) -> list[str]:
     drawn = (
         "drawn by (seed, step, layer, sequence), equal on any number of ranks; not in evaluation"
     )
-    sentences = [f"Noise: {drawn}."] if ROUTERS[router.kind].has_noise else []
+    sentences = [f"Noise: {drawn}."] if router_spec(router.kind).has_noise else []
     if router.jitter:
         low, high = 1 - router.jitter, 1 + router.jitter
         sentences.append(
@@ -228,8 +237,9 @@ def balance_sentences(moe: MoEConfig) -> list[str]:
     """Describe auxiliary losses and the load-balancing bias."""
     balance = moe.balance
     level = SWITCH_LEVEL[balance.switch_level]
+    own = "" if balance.kind is None else describe(balance.kind, balance.options)
     sentences = [
-        f"Auxiliary loss {name} x {value:g}: {AUX_LOSSES[name].format(level=level)}."
+        f"Auxiliary loss {name} x {value:g}: {AUX_LOSSES[name].format(level=level, own=own)}."
         for name, value in aux_coefficients(balance).items()
     ]
     if sentences:
@@ -237,7 +247,7 @@ def balance_sentences(moe: MoEConfig) -> list[str]:
             "Auxiliary losses are summed over the MoE layers and added to the cross-entropy; "
             "padding is not counted; the metrics report them without the coefficient."
         )
-        if not ROUTERS[moe.router.kind].learned:
+        if not router_spec(moe.router.kind).learned:
             sentences.append("This router learns nothing, so the losses only measure the balance.")
     if balance.bias:
         centred = ", and the mean is subtracted" if balance.recenter else ""
@@ -273,12 +283,7 @@ def batch_sentence(config: Config) -> str:
 
 def optimizer_sentences(config: Config) -> list[str]:
     """Describe schedule and optimizer."""
-    optim = config.optim
-    clip = "no gradient clipping"
-    if optim.clip is not None:
-        clip = f"gradients clipped to a global norm of {optim.clip:g} over all parameters"
     return [
-        describe_schedule(optim, config.train.steps),
-        f"Optimizer: AdamW, betas {optim.beta1:g} and {optim.beta2:g}, eps {optim.eps:g}; weight "
-        f"decay {optim.weight_decay:g} on matrices, none on norms, routers and embeddings; {clip}.",
+        describe_schedule(config.optim, config.train.steps),
+        *describe_optimizer(config.optim),
     ]

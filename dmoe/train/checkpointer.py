@@ -14,6 +14,7 @@ from dmoe.checkpoint import save_load
 from dmoe.checkpoint.async_saver import AsyncSaver, SavedCheckpoint
 from dmoe.checkpoint.rng_state import gather_rng_state, rng_tables, set_rng_state
 from dmoe.checkpoint.save_load import remove_partials
+from dmoe.config.changes import describe_changes, describe_learning_rate
 from dmoe.config.errors import CheckpointError
 from dmoe.config.schema import CheckpointConfig
 from dmoe.distributed.state_dict import model_state, optimizer_state, set_optimizer_step
@@ -21,7 +22,7 @@ from dmoe.observability.logger import RunLogger
 from dmoe.runs.directory import RunDir
 from dmoe.train.engine import Engine
 from dmoe.train.reduction import Requests
-from dmoe.train.restore import check_same_run, describe_changes, describe_learning_rate
+from dmoe.train.restore import check_same_run
 from dmoe.train.step_guard import StepGuard
 from dmoe.train.tasks import DataSplits
 

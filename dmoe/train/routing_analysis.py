@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmoe.config.router_kinds import ROUTERS
+from dmoe.config.router_kinds import router_spec
 from dmoe.distributed.gradients import all_reduce_sum
 from dmoe.moe.metrics import LayerStats
 from dmoe.moe.routing import masked
@@ -147,7 +147,7 @@ class RoutingProbe:
         if len(self.domains) > 1:
             reached = [domain for domain, row in enumerate(by_domain) if any(row)]
             line["domains"] = {self.domains[domain]: by_domain[domain] for domain in reached}
-            router = ROUTERS[self.engine.config.moe.router.kind]
+            router = router_spec(self.engine.config.moe.router.kind)
             if len(reached) > 1 and router.ordered_choices:
                 line["mutual_information"] = mutual_information(first_by_domain)
         return line
@@ -173,7 +173,7 @@ class ComputeVsLoss:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, config = engine, engine.config.moe
-        self.rows = config.top_k + 1 if ROUTERS[config.router.kind].variable_k else 0
+        self.rows = config.top_k + 1 if router_spec(config.router.kind).variable_k else 0
         """Rows of a layer's sums, one per k; 0 if all tokens take equally many experts."""
 
     def update(

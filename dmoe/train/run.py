@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -11,10 +12,19 @@ from typing import Any
 
 import torch
 
+from dmoe.config.errors import ConfigError
+from dmoe.config.plugin_loader import load_plugins
+from dmoe.config.plugins import get, label, references
 from dmoe.config.rules import check
 from dmoe.config.rules.memory import explain_out_of_memory
 from dmoe.config.schema import Config
-from dmoe.distributed.init import init_distributed, launched_world_size, shutdown
+from dmoe.distributed.init import (
+    ProcessInfo,
+    init_distributed,
+    launched_world_size,
+    run_on_rank0,
+    shutdown,
+)
 from dmoe.distributed.rank_failure import LivenessResponder
 from dmoe.models.base import Model
 from dmoe.moe.rng import generator
@@ -72,6 +82,7 @@ def train_run(
         LostRankError: where another rank is gone.
         DmoeError: on all ranks, where a callback has raised on one.
     """
+    config = load_plugins(config)
     check(config, launched_world_size())
     check_base_models(config, launched_world_size())
     if config.train.deterministic:
@@ -100,6 +111,22 @@ def use_deterministic_kernels() -> None:
     torch.use_deterministic_algorithms(True)
 
 
+def check_same_code(config: Config, process: ProcessInfo) -> None:
+    """Refuse code of the user's own that differs between hosts. Collective if there is any.
+
+    Raises:
+        ConfigError: on the ranks whose file is not that of rank 0.
+    """
+    own = {field: str(reference.digest) for field, reference in references(config).items()}
+    if not own:
+        return
+    first = json.loads(run_on_rank0(process, lambda: json.dumps(own)))
+    for field, digest in own.items():
+        if first.get(field) != digest:
+            allowed = f"is another file on rank {process.rank} than on rank 0"
+            raise ConfigError(field, label(get(config, field)), allowed, "copy it to every host")
+
+
 def _train(
     config: Config,
     config_text: str,
@@ -122,6 +149,7 @@ def _train(
     # For the random numbers of a user's own module: torch seeds from the clock, so no run would
     # repeat another.
     torch.manual_seed(generator(config.train.seed, "rank", process.rank).initial_seed())
+    check_same_code(config, process)
     session = open_session(config.train, process) if is_config_file(config.modular.core) else None
     engine: Engine | None = None
     try:

@@ -147,7 +147,7 @@ def update(
         apply: the decision of the step guard.
     """
     for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
     norm, max_norm = grad_norm(totals), engine.config.optim.clip
     finite = math.isfinite(norm) and math.isfinite(totals.loss_sum)
     apply = apply and finite

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dmoe.config.plugins import describe, get, options_field, references
 from dmoe.config.schedule import schedule_remarks
 from dmoe.config.schema import Config
 from dmoe.observability import run_with_timeout
@@ -40,6 +41,9 @@ def log_start(
     counts, process = engine.model.num_parameters(), engine.process
     start_step = max(0, checkpointer.last_saved_step)
     logger.print(f"data: {data.describe()}")
+    for field, reference in references(engine.config).items():
+        options = get(engine.config, options_field(field))
+        logger.print(f"code: {field}={describe(str(reference), options)}")
     logger.print(
         f"model: {counts.total / 1e6:.2f} M parameters, "
         f"{counts.active / 1e6:.2f} M active per token; "

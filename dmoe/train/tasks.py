@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmoe.config.router_kinds import ROUTERS
+from dmoe.config.router_kinds import router_spec
 from dmoe.config.schema import Config
 from dmoe.data import DatasetSplits, TokenDataset, open_data, open_tokenizer
 from dmoe.models.base import Model
@@ -201,7 +201,7 @@ class LanguageModelling:
 
 def count_routing_labels(config: Config) -> int:
     """Count the labels that send samples to different experts; 1 if routing ignores labels."""
-    if ROUTERS[config.moe.router.kind].needs != "label_T" or config.modular.bank != "none":
+    if router_spec(config.moe.router.kind).needs != "label_T" or config.modular.bank != "none":
         return 1
     return max(1, config.moe.num_experts // config.moe.top_k)
 

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from dmoe.config.router_kinds import ROUTERS
+from dmoe.config.router_kinds import router_spec
 from dmoe.config.schema import TrainConfig
 from dmoe.moe.layer import MoE
 from dmoe.moe.load_balancing import coefficients
@@ -151,7 +151,7 @@ def _layer_metrics(
     """Return the entry of one MoE layer in `layers` of a `train` line."""
     load, kept, config = layer.choice_counts, layer.kept_counts, engine.config.moe
     mean, tokens = sum(load) / len(load), max(1.0, metrics.sums["tokens"][0])
-    weights, router = coefficients(config.balance), ROUTERS[config.router.kind]
+    weights, router = coefficients(config.balance), router_spec(config.router.kind)
     cost = sum(rows * cost for rows, cost in zip(kept, moe.cost_E, strict=True))
     values = {
         "layer": moe.layer,

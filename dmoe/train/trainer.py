@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dmoe.config.errors import NumbersError
+from dmoe.config.schedule import learning_rate
 from dmoe.distributed.init import set_timeouts
 from dmoe.distributed.rank_failure import is_collective_failure, lost_rank_error
 from dmoe.distributed.watchdog import Watchdog
@@ -15,7 +16,7 @@ from dmoe.observability.logger import RunLogger
 from dmoe.observability.profiler import StepProfiler
 from dmoe.train.callbacks import Callback, Callbacks
 from dmoe.train.checkpointer import Checkpointer, CheckpointScheduler
-from dmoe.train.engine import Engine, learning_rate
+from dmoe.train.engine import Engine
 from dmoe.train.evaluation import Evaluation, evaluate
 from dmoe.train.modular.session import ModularSession
 from dmoe.train.run_session import RunSession
@@ -102,8 +103,7 @@ class Trainer:
             self.logger.print,
             exclude=self._exclude,
         )
-        self.step_began = self.interval_began = time.monotonic()
-        """When the step in progress began, and the interval whose throughput is logged next."""
+        self.step_began = self.interval_began = time.monotonic()  # the step, the logged interval
         self.interval_start_step = self.start_step
 
     def run(self) -> None:

@@ -22,7 +22,7 @@ import dmoe
 from dmoe.checkpoint import list_steps, save
 from dmoe.config.errors import ConfigError
 from dmoe.config.load import load as load_config
-from dmoe.config.router_kinds import ROUTERS
+from dmoe.config.router_kinds import router_spec
 from dmoe.config.rules import batching, check, moe_blocks
 from dmoe.config.schema import Config, MoEConfig, ParallelConfig
 from dmoe.data import open_tokenizer
@@ -35,7 +35,7 @@ from dmoe.moe.experts import FeedForward, MLPExperts
 from dmoe.moe.layer import MoE
 from dmoe.moe.routing import TokenContext
 from dmoe.runs.directory import RunDir
-from dmoe.train.engine import build_optimizer
+from dmoe.train.optimizer import build_optimizer
 from dmoe.train.restore import RestoredModel, restore_model
 from dmoe.train.run_session import open_session
 from dmoe.train.step_guard import StepGuard
@@ -69,7 +69,12 @@ class UpcycleResult:
 
 
 def upcycle(
-    source: RunDir, config: Config, config_text: str, step: int | None = None
+    source: RunDir,
+    config: Config,
+    config_text: str,
+    step: int | None = None,
+    *,
+    trust_code: bool = False,
 ) -> UpcycleResult:
     """Create the run of `config`, with a checkpoint of step 0 from which `dmoe train` continues.
 
@@ -81,6 +86,7 @@ def upcycle(
         config: the config of the new run.
         config_text: text of its file, stored in the run directory.
         step: which checkpoint of `source`, by default the newest intact one.
+        trust_code: load the code that `source` names.
 
     Raises:
         ConfigError: for models that do not fit, or a run directory in use.
@@ -88,7 +94,7 @@ def upcycle(
     """
     check(replace(config, parallel=ParallelConfig(virtual_ranks=config.parallel.virtual_ranks)), 1)
     check_upcycle(load_config(source.path / "resolved.yaml"), config)
-    dense, task = restore_model(source, step), task_of(config)
+    dense, task = restore_model(source, step, trust_code=trust_code), task_of(config)
     data, model = task.open_data(), task.build_model()
     model.initialize(config.train.seed)
     layers = copy_weights(dense.model.cpu(), model)
@@ -203,7 +209,7 @@ def _check_experts(dense: Config, sparse: Config) -> None:
 
 def _check_weights(moe: MoEConfig) -> None:
     """Raise ConfigError unless the combine weights of every token sum to 1."""
-    router, spec = moe.router, ROUTERS[moe.router.kind]
+    router, spec = moe.router, router_spec(moe.router.kind)
     if spec.can_choose_none:
         allowed = "gives some tokens no expert, so the outputs would not be equal"
         raise ConfigError("moe.router.kind", router.kind, allowed, "use top_k")

@@ -25,20 +25,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmoe.config.schedule import learning_rate
 from dmoe.distributed.expert_parallel import expert_buffers, expert_locations, expert_parameters
 from dmoe.distributed.full_tensors import broadcast_expert, gather_full
 from dmoe.models import fusion
 from dmoe.moe.rng import keyed_noise
 from dmoe.moe.routers import base as router_base
 from dmoe.moe.routers import noisy as router_noisy
-from dmoe.train.engine import Engine, learning_rate
+from dmoe.train.engine import Engine
 from dmoe.train.evaluation import evaluate
 from dmoe.train.reduction import ReducedStep
 from dmoe.train.routing_analysis import RoutingProbe
 from dmoe.train.step import Batch, compute_gradients, training_batches, update
 from dmoe.verify.cases import NUM_STEPS
 from dmoe.verify.decisions import Capture, as_array, record_layers
+from dmoe.verify.differences import compare_exactly
 from dmoe.verify.naive import evaluation as naive_evaluation
+from dmoe.verify.naive import optimizer as naive_optimizer
 from dmoe.verify.naive import step as naive_step
 from dmoe.verify.naive.adapters import MAX_LABELS, num_labels
 
@@ -87,6 +90,7 @@ def capture(engine: Engine, *, decisions: bool = False) -> Capture:
     data = engine.task.open_data()
     labels = num_labels(engine.config, MAX_LABELS)
     optim, steps = engine.config.optim, engine.config.train.steps
+    found |= naive_optimizer.whole_schedule(learning_rate, optim)
     for step in range(NUM_STEPS):
         batches = [
             _with_labels(batch, labels) for batch in training_batches(data.train, engine, step)
@@ -103,7 +107,7 @@ def capture(engine: Engine, *, decisions: bool = False) -> Capture:
             "loss": totals.loss_sum,
             "norm": updated.grad_norm,
             "clip": updated.clip_factor,
-            "learning_rate": engine.optimizer.param_groups[0]["lr"],
+            "learning_rate": _run_rate(engine),
         }
         found |= {f"{name}/{step}": np.array(float(value)) for name, value in numbers.items()}
         found |= _totals(totals, step)
@@ -113,10 +117,20 @@ def capture(engine: Engine, *, decisions: bool = False) -> Capture:
             if name.endswith("bias_E")
         }
         found |= {f"weights/{step}/{name}": array for name, array in _weights(engine).items()}
+    state = state_arrays(engine)
     if not decisions:
         result = evaluate(engine, data, probe=RoutingProbe(engine, data.domains))
+        after = state_arrays(engine)
+        changed = compare_exactly("evaluation", after, state).size
         found |= naive_evaluation.numbers(result)
-    return found | {f"final/{name}": array for name, array in state_arrays(engine).items()}
+        found["evaluation/changed state"] = np.array(changed)
+    return found | {f"final/{name}": array for name, array in state.items()}
+
+
+def _run_rate(engine: Engine) -> float:
+    """Return the learning rate of the run, of which that of a group is a multiple."""
+    group = engine.optimizer.param_groups[0]
+    return float(group["lr"] / group.get("lr_scale", 1.0))
 
 
 def low_precision_state(engine: Engine) -> list[str]:
@@ -160,15 +174,18 @@ def state_arrays(engine: Engine) -> Capture:
     arrays = {f"model.{name}": array for name, array in _weights(engine).items()}
     named, experts = dict(engine.model.named_parameters()), set(expert_parameters(engine.model))
     locations, mesh = expert_locations(engine.model), engine.mesh
-    for moment in ("exp_avg", "exp_avg_sq"):
+    kinds = {m for group in engine.optimizer.param_groups for m in group.get("moments", ())}
+    for moment in sorted(kinds):
         values = {
             n: engine.optimizer.state[p][moment]
             for n, p in named.items()
             if moment in engine.optimizer.state.get(p, {})
         }
+        layers = {name.rpartition(".experts.")[0] for name in values}
+        held = {n: loc for n, loc in locations.items() if n.rpartition(".experts.")[0] in layers}
         arrays |= {
             f"{moment}.{name}": as_array(v)
-            for name, v in gather_full(values, experts, mesh, locations).items()
+            for name, v in gather_full(values, experts, mesh, held).items()
         }
     buffers = gather_full(dict(engine.model.named_buffers()), expert_buffers(engine.model), mesh)
     steps = {

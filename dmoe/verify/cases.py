@@ -22,10 +22,11 @@ import torch
 from dmoe.config.datasets import DATASETS
 from dmoe.config.errors import ConfigError
 from dmoe.config.expert_shapes import expert_shapes, multiply_adds
-from dmoe.config.router_kinds import ROUTERS
+from dmoe.config.router_kinds import router_spec
 from dmoe.config.rules import can_share, check, moe_widths, shares_something
 from dmoe.config.schema import Config, DataConfig, ModelConfig, ModularConfig, MoEConfig
 from dmoe.train.modular.attach import BANK_FIELDS
+from dmoe.verify.naive.plugins import without_reference
 
 Exchange = Literal["packed", "padded"]
 Mode = Literal["ddp", "fsdp"]
@@ -117,7 +118,7 @@ def plan_cases(config: Config, worlds: list[int], groups: int, device: str = "cp
     Raises ConfigError where a rank has no `device` of its own.
     """
     _check_gpus(device, worlds)
-    cases, refused = list[Case](), dict[str, str]()
+    cases, refused = list[Case](), without_reference(config)
     exchanges: list[Exchange] = ["packed"]
     if moe_widths(config):
         if config.moe.capacity.factor is None:
@@ -138,7 +139,7 @@ def plan_cases(config: Config, worlds: list[int], groups: int, device: str = "cp
     if largest:
         # recomputed activations must not be counted twice
         cases.append(replace(largest[0], ep=max(case.ep for case in largest), recompute=True))
-        if ROUTERS[config.moe.router.kind].learned and moe_widths(config):
+        if router_spec(config.moe.router.kind).learned and moe_widths(config):
             cases.append(replace(largest[-1], tied=True))
     return CasePlan(cases, refused)
 
@@ -189,6 +190,8 @@ def _data(config: Config) -> DataConfig:
         config.data,
         tokenizer="bytes",
         tokenizer_vocab=None,
+        tokenizer_options={},
+        source_options={},
         seq_len=min(config.data.seq_len, SEQ_LEN),
     )
     data = replace(data, temperature=None, eval_source=None)
@@ -273,7 +276,7 @@ def _moe(moe: MoEConfig) -> MoEConfig:
             },
         ),
     )
-    if not ROUTERS[router.kind].has_budget:
+    if not router_spec(router.kind).has_budget:
         return small
     return replace(small, router=replace(small.router, budget=_budget(small)))
 

@@ -276,14 +276,15 @@ _CAUSES: dict[str, str | Callable[[Difference, Case], str]] = {
         "the router bias was updated from counts after drops, of one rank only, more than once "
         "per step, with another rate or sign, or not recentered"
     ),
-    "Adam's moments": (
+    "moments": (
         "Adam's decay rates, or moments of gradients before clipping, of another parameter, or "
         "skipped for some"
     ),
     "parameters after two steps": _parameters,
     "evaluation": (
-        "the training agrees: what differs in evaluation (noise, capacity), or which held-out "
-        "samples each rank reads, padding, or the sums over ranks (dmoe/train/evaluation.py)"
+        "the training agrees: what differs in evaluation (noise, capacity), which held-out samples "
+        "each rank reads, padding, the sums over ranks, or an evaluation that changes the state "
+        "(dmoe/train/evaluation.py, dmoe/distributed/data_parallel.py)"
     ),
     "float32 under bf16": (
         "parameters, moments or biases are kept in bf16: updates smaller than 1/256 are lost"

@@ -32,7 +32,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dmoe.config.router_kinds import ROUTERS
+from dmoe.config.plugins import parse
+from dmoe.config.router_kinds import router_spec
 from dmoe.distributed.full_tensors import copy_full_into_shard, full_tensor
 from dmoe.distributed.state_dict import model_state
 from dmoe.models.base import Model
@@ -146,7 +147,7 @@ def _layer_record(
         "weight": as_array(weight_TE.scatter_add_(1, plan.expert_TK, kept_weight_TK)),
         "slots": np.array(output.stats.slots, np.float64),
     }
-    if ROUTERS[layer.router.config.kind].learned:
+    if router_spec(layer.router.config.kind).learned:
         # those of other routers say no more than the choice, and differ for padding
         found["score"] = as_array(output.routing.score_TE)
     if decisions:
@@ -205,7 +206,8 @@ def decision_inputs(
         routing: the router's decision; None for a naive layer, which follows the rules.
         sequences: B, of this rank.
     """
-    if not ROUTERS[layer.router.config.kind].learned:
+    kind = layer.router.config.kind
+    if not router_spec(kind).learned or parse(kind) is not None:
         return {}
     scored, computed_TE = output.routing, computed_experts(output.plan)
     naive_chosen_TE, naive_kept_TE = naive_decisions(layer, scored.score_TE, sequences)

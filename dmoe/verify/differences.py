@@ -61,7 +61,7 @@ QUANTITIES = (
     "clip coefficient",
     "learning rate",
     "bias",
-    "Adam's moments",
+    "moments",
     "parameters after two steps",
     "evaluation",
     "float32 under bf16",
@@ -70,7 +70,7 @@ QUANTITIES = (
     "every rank finishes",
 )
 """Compared quantities in order of cause and effect: examine the first that differs."""
-AFTER_ADAM = ("parameters after two steps", "Adam's moments", "evaluation")
+AFTER_ADAM = ("parameters after two steps", "moments", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ STAGES: tuple[tuple[str, ...], ...] = (
     ("global norm",),
     ("clip coefficient",),
     ("learning rate", "bias"),
-    ("Adam's moments",),
+    ("moments",),
     ("parameters after two steps",),
     ("evaluation",),
 )  # fmt: skip

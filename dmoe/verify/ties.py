@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dmoe.config.router_kinds import ROUTERS
+from dmoe.config.router_kinds import router_spec
 from dmoe.config.schema import Config
 from dmoe.train.tasks import task_of
 from dmoe.verify.decisions import Capture
@@ -80,7 +80,7 @@ def unit_size(config: Config, tokens: int, groups: int) -> int:
     """
     moe, positions = config.moe, task_of(config, num_outputs=0).targets_per_sample
     # a router that looks ahead gives each expert a capacity of its own
-    has_queues = moe.capacity.factor is not None or ROUTERS[moe.router.kind].looks_ahead
+    has_queues = moe.capacity.factor is not None or router_spec(moe.router.kind).looks_ahead
     shared_by = moe.capacity.group if has_queues else "sequence"
     return {"rank": tokens // groups, "sequence": positions, "global": tokens}[shared_by]
 

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from dmoe.checkpoint import save_load
 from dmoe.config.errors import CheckpointError
+from dmoe.config.plugin_loader import load_plugins
 from dmoe.config.rules import check
 from dmoe.config.schema import Config
 from dmoe.distributed.init import init_distributed
@@ -285,7 +286,7 @@ def _build(job: _Job, case: Case) -> Engine:
     # one process builds many engines; accelerate expects one
     AcceleratorState._reset_state(reset_partial_state=True)
     process, dtype = init_distributed(case.device), getattr(torch, job.dtype)
-    engine = build_engine(case.config(job.config), process, VOCAB_SIZE, dtype)
+    engine = build_engine(load_plugins(case.config(job.config)), process, VOCAB_SIZE, dtype)
     if case.naive:
         for part in (layer, model, adapters):
             part.install(engine.model)

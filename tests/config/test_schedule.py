@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from itertools import pairwise
 
 import pytest
 
-from dmoe.config.schedule import decay_steps, describe_schedule, schedule_remarks
+from dmoe.config.schedule import decay_steps, describe_schedule, learning_rate, schedule_remarks
 from dmoe.explain import explain
-from dmoe.train.engine import learning_rate
 from tests.tiny import tiny
 
 WARMUPS = (0, 1, 5, 9, 10, 11, 50)
@@ -17,6 +17,7 @@ SCHEDULES = (
     "cosine",
     "linear",
     "constant",
+    "inverse_sqrt",
     *(f"wsd optim.decay_fraction={share}" for share in (0, 0.04, 0.2, 0.6, 1)),
 )
 
@@ -34,10 +35,13 @@ def test_the_sentence_is_what_the_schedule_does(warmup: int, schedule: str) -> N
     assert (max(rates) == pytest.approx(optim.lr)) == ("never reaches" not in text)
     falls = sum(b < a for a, b in pairwise(rates))
     assert decay_steps(optim, steps) in (falls, falls + 1)
-    assert bool(falls) == bool(re.search(r"cosine to|linear to", text))
+    assert bool(falls) == bool(re.search(r"cosine to|linear to|step\) to", text))
     if falls:
         assert f"{rates[-1]:g} at step 10" in text
-        assert rates[-1] == pytest.approx(optim.lr * optim.min_lr_ratio)
+        lowest = optim.min_lr_ratio
+        if schedule == "inverse_sqrt":
+            lowest = max(lowest, math.sqrt(max(1, warmup) / steps))
+        assert rates[-1] == pytest.approx(optim.lr * lowest)
     if "never reaches" in text:
         assert f"it ends at {rates[-1]:g} and never reaches" in text
         assert remark.startswith(f"optim.warmup={warmup}: the run has 10 steps")

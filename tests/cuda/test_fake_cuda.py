@@ -27,8 +27,9 @@ from dmoe.distributed.gradients import clip_grads_, squared_grad_norms
 from dmoe.distributed.init import ProcessInfo
 from dmoe.distributed.mesh import ParallelMesh
 from dmoe.models.base import Model
-from dmoe.train.engine import Engine, build_optimizer
+from dmoe.train.engine import Engine
 from dmoe.train.evaluation import evaluate
+from dmoe.train.optimizer import build_optimizer
 from dmoe.train.reduction import Requests, pack
 from dmoe.train.routing_analysis import RoutingProbe
 from dmoe.train.step import forward, training_batches

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
+from dmoe.config.schedule import learning_rate
 from dmoe.config.schema import Config
 from dmoe.data import open_data
 from dmoe.distributed.init import init_distributed
 from dmoe.distributed.state_dict import model_state
-from dmoe.train.engine import build_engine, learning_rate
+from dmoe.train.engine import build_engine
 from dmoe.train.step import train_step, training_batches
 
 __all__ = ["Trace", "trace"]

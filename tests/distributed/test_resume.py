@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dmoe.config.schedule import learning_rate
 from dmoe.config.schema import Config
 from dmoe.data import open_data
 from dmoe.distributed.init import init_distributed
 from dmoe.runs.directory import RunDir
 from dmoe.train.checkpointer import Checkpointer
-from dmoe.train.engine import build_engine, learning_rate
+from dmoe.train.engine import build_engine
 from dmoe.train.step import train_step, training_batches
 from dmoe.train.step_guard import StepGuard
 from dmoe.verify.capture import Capture, state_arrays

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dmoe.config.rules import batching, expert_parallel
+from dmoe.config.schedule import learning_rate
 from dmoe.config.schema import Config
 from dmoe.distributed import all_to_all, mesh
 from dmoe.distributed.expert_parallel import expert_parameters, shard_experts
@@ -18,7 +19,6 @@ from dmoe.distributed.mesh import ParallelMesh
 from dmoe.explain import explain
 from dmoe.models.transformer import Transformer
 from dmoe.moe.layer import MoE
-from dmoe.train.engine import learning_rate
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, tiny
 
@@ -89,7 +89,7 @@ def test_batch_parts_multiply_to_the_global_batch() -> None:
     )
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant", "inverse_sqrt"])
 def test_first_and_last_learning_rate(schedule: str) -> None:
     config = tiny(f"optim.schedule={schedule}", "train.steps=50")
     explained = numbers(config, 1)["optimization"]

@@ -1,22 +1,25 @@
 """Every field of the config reaches the training: another value gives other weights or losses.
 
 `dmoe verify` compares with a truth that reads the same config. A field that both sides leave at its
-default, or a seed that is not passed on, is equal on both. `optim.eps` was left out of the call of
-AdamW by hand, and the seed of the call that draws the weights: nothing was red.
+default, or a seed that is not passed on, is equal on both: `verify` did not see the seed left out of
+the call that draws the weights, and `optim.eps` out of that of AdamW only with another value.
 """
 
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from dmoe.config.plugin_loader import load_plugins
+from dmoe.config.schedule import learning_rate
 from dmoe.config.schema import Config, ModelConfig, MoEConfig, OptimConfig
 from dmoe.distributed.init import init_distributed
-from dmoe.train.engine import build_engine, learning_rate
+from dmoe.train.engine import build_engine
 from dmoe.train.evaluation import evaluate
 from dmoe.train.step import train_step, training_batches
 from tests.ranks import run_ranks
@@ -24,6 +27,7 @@ from tests.tiny import VOCAB, tiny
 
 pytestmark = pytest.mark.ranks
 
+KINDS = Path(__file__).parents[1] / "own_kinds.py"
 CLASSES = "train.task=classification data.source=synthetic:clusters data.streams=[a,b]"
 LIMITED = "moe.capacity.factor=1"
 GROUPED = "moe.router.kind=group_limited moe.router.groups=4 moe.router.topk_groups=2"
@@ -51,6 +55,13 @@ BASES = {
     "moe.balance.recenter=false": "moe.balance.bias=0.01",
     "moe.experts.shared_dim=20": "moe.experts.shared=1",
     "optim.decay_fraction=0.9": "optim.schedule=wsd",
+    'moe.router.options={"offset":1}': f"moe.router.kind={KINDS}:Position",
+    "moe.balance.own=0.5": f"moe.balance.kind={KINDS}:Entropy moe.balance.own=0.1",
+    'moe.balance.options={"scale":3}': f"moe.balance.kind={KINDS}:Entropy moe.balance.own=0.1",
+    'moe.experts.options={"power":3}': f"moe.experts.kind={KINDS}:Squared",
+    'optim.options={"beta1":0.1}': f"optim.kind={KINDS}:Lion",
+    'optim.schedule_options={"period":2}': f"optim.schedule={KINDS}:Sawtooth",
+    "optim.momentum=0.5": "optim.kind=muon",
 }
 """What must be set for another value of a field to have a meaning."""
 CHANGES = [
@@ -84,7 +95,11 @@ CHANGES = [
     "moe.balance.importance=0.1",
     "moe.balance.usage_std=0.1",
     "moe.balance.bias=0.01",
+    f"moe.balance.kind={KINDS}:Entropy moe.balance.own=0.1",
+    "moe.router.freeze=true",
     "moe.experts.kind=geglu",
+    "optim.kind=muon",
+    'optim.groups={"*.experts.*":{"lr":0.001}}',
     "moe.experts.shared=1",
     "moe.experts.shapes=[[24],[24],[24],[24],[8],[8],[8],[8]]",
     "moe.experts.zero=1",
@@ -110,6 +125,7 @@ def outcome(config: Config) -> list[Any]:
     """Return the weights before and after three steps, and the losses of an evaluation."""
     AcceleratorState._reset_state(reset_partial_state=True)
     num_outputs = 4 if config.train.task == "classification" else VOCAB
+    config = load_plugins(config)
     engine = build_engine(config, init_distributed("cpu"), num_outputs)
     data = engine.task.open_data()
     before = [float(p.detach().double().abs().sum()) for p in engine.model.parameters()]
@@ -134,7 +150,7 @@ def outcomes(rank: int, world: int) -> dict[str, list[Any]]:
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, list[Any]]:
-    (found,) = run_ranks(1, outcomes)
+    (found,) = run_ranks(1, outcomes, timeout=180)
     return found
 
 

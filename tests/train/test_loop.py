@@ -6,6 +6,7 @@ step would be equal to nothing and differ from nothing.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from dmoe.distributed.init import init_distributed
 from dmoe.train.checkpointer import load_training_state
 from dmoe.train.engine import Engine, build_engine
 from dmoe.train.evaluation import evaluate
-from dmoe.train.step import train_step, training_batches
+from dmoe.train.step import compute_gradients, train_step, training_batches, update
+from dmoe.train.telemetry import Telemetry
 from dmoe.verify.naive.step import scheduled_rate
 from tests.cli.commands import SMALL, metrics, run_in_process
 from tests.tiny import VOCAB
@@ -30,6 +32,20 @@ pytestmark = pytest.mark.ranks
 def build(config: Config) -> Engine:
     AcceleratorState._reset_state(reset_partial_state=True)
     return build_engine(config, init_distributed("cpu"), VOCAB)
+
+
+def test_speed_is_of_all_steps_since_the_last_line() -> None:
+    """The tokens per second of one step over the seconds of ten were no test's difference."""
+    engine = build(load(None, [*SMALL, "data.source=synthetic:zipf"]))
+    data = engine.task.open_data()
+    telemetry = Telemetry(engine, data.domains)
+    recorder = telemetry.start_recording(time.monotonic())
+    batches = training_batches(data.train, engine, 0)
+    result = update(engine, compute_gradients(engine, batches, recorder=recorder), 0.001)
+    line = telemetry.train_record(result, tokens=7, learning_rate=0.001, seconds=2.0, steps=5)
+    assert line["tokens_per_second"] == 8 * 16 * 5 / 2
+    flops = 3 * engine.model.flops_per_token(16) * line["tokens_per_second"]
+    assert line["mfu"] == pytest.approx(flops / telemetry.peak_flops)
 
 
 def test_a_run_is_the_loop_of_its_steps(tmp_path: Path) -> None:

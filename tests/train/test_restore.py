@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from dmoe.config.changes import describe_changes, describe_learning_rate
 from dmoe.config.errors import CheckpointError
-from dmoe.train.engine import learning_rate
-from dmoe.train.restore import check_same_run, describe_changes, describe_learning_rate
+from dmoe.config.schedule import learning_rate
+from dmoe.train.restore import check_same_run
 from tests.tiny import tiny
 
 SAVED: dict[str, Any] = json.loads(json.dumps(asdict(tiny())))

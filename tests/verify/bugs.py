@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dmoe.config import schedule
 from dmoe.distributed import data_parallel, gradients, state_dict
 from dmoe.distributed.expert_parallel import expert_parameters
 from dmoe.models import attention, transformer
@@ -351,7 +352,7 @@ def ties_to_the_higher_expert() -> None:
 
 def one_step_late() -> None:
     """26: set the learning rate of the step before (a scheduler that is stepped too late)."""
-    rate = engine.learning_rate
+    rate = schedule.learning_rate
     _replace_in_all_modules("learning_rate", lambda n, *rest: rate(max(0, n - 1), *rest))
 
 
@@ -464,7 +465,7 @@ BUGS: dict[str, tuple[Patch, list[str], str, str]] = {
         "layer outputs",
         "other tokens",
     ),
-    "21 moments swapped": (moments_swapped, [], "Adam's moments", "decay rates"),
+    "21 moments swapped": (moments_swapped, [], "moments", "decay rates"),
     "22 noise without layer": (
         noise_without_layer,
         ["moe.router.jitter=0.1"],

@@ -8,11 +8,13 @@ parallel: ranks and batches. memory: what fits.
 from __future__ import annotations
 
 from dmoe.config.fields import check_accept_changes
+from dmoe.config.plugins import check_options
 from dmoe.config.rules.layer import check_arguments, check_fields_read, check_router
 from dmoe.config.rules.memory import check_memory
 from dmoe.config.rules.model import (
     check_model,
     check_moe,
+    check_optim,
     check_task,
     head_dim,
     moe_blocks,
@@ -62,11 +64,13 @@ def check(config: Config, world: int = 1) -> None:
     check_only_for(config)
     check_fields_read(config.moe.router)
     check_bounds(config)
+    check_options(config)
     check_world(world)
     check_task(config)
     check_model(config)
     check_moe(config)
     check_modular(config)
+    check_optim(config)
     check_size(config)
     expert_parallel(config, world)
     batching(config, world)

@@ -19,8 +19,8 @@ from dmoe.config.launch_env import main_memory
 from dmoe.config.rules.parallel import batching, expert_parallel, model_size
 from dmoe.config.schema import Config
 
-BYTES_PER_PARAMETER = 16
-"""In training: weight, gradient and AdamW's two moments, in float32 each."""
+BYTES_PER_PARAMETER = {"adamw": 16, "muon": 12}
+"""In training, at least: weight, gradient, and AdamW's two moments or Muon's one, in float32."""
 BYTES_PER_LOGIT = 8
 """When the backward begins: log-softmax and gradient. A vocabulary has 256 entries or more."""
 Stage = Literal["data", "model", "batch", "other"]
@@ -49,7 +49,7 @@ def check_memory(config: Config, world: int, local_world_size: int, memory: int)
     size, fsdp = model_size(config), config.parallel.mode == "fsdp"
     dense = size.dense // (world if fsdp else 1)
     experts = size.experts // (world if fsdp else expert_parallel(config, world))
-    needed = BYTES_PER_PARAMETER * local_world_size * (dense + experts)
+    needed = BYTES_PER_PARAMETER.get(config.optim.kind, 8) * local_world_size * (dense + experts)
     if needed > memory:
         allowed = (
             f"gives {size.dense + size.experts:,} parameters, whose training takes at least "

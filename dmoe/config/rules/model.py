@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dmoe.config.datasets import DATASETS, selected_streams, table_spec
 from dmoe.config.errors import ConfigError
-from dmoe.config.router_kinds import ROUTERS, kinds_where
+from dmoe.config.router_kinds import kinds_where, router_spec
 from dmoe.config.rules.layer import check_layer, check_widths
 from dmoe.config.schema import Config, ModelConfig
 
@@ -46,6 +46,23 @@ def moe_widths(config: Config) -> list[tuple[int, int]]:
 def head_dim(model: ModelConfig) -> int:
     """Return the width of one attention head."""
     return model.head_dim or model.dim // model.heads
+
+
+def check_optim(config: Config) -> None:
+    """Refuse parameter groups with settings of their own that mean nothing.
+
+    Raises:
+        ConfigError: the first reason found.
+    """
+    for pattern, own in config.optim.groups.items():
+        for name, value in own.items():
+            shown = f"{pattern}: {name}={value:g}"
+            if name not in ("lr", "weight_decay"):
+                allowed = f"has {name}; a group has lr and weight_decay of its own"
+                raise ConfigError("optim.groups", shown, allowed, "use one of them")
+            if value < 0:
+                fix = "lr: 0 trains nothing" if name == "lr" else "use 0"
+                raise ConfigError("optim.groups", shown, "must not be negative", fix)
 
 
 def check_model(config: Config) -> None:
@@ -121,7 +138,7 @@ def _check_gated_fusion(config: Config, streams: list[str]) -> None:
         allowed = "must be linear for model.fusion=gated, whose router is fixed by the stream"
         raise ConfigError("model.head", head, allowed, "use linear")
     why = "for model.fusion=gated, where the encoder of a stream is its expert"
-    if ROUTERS[moe.router.kind].needs != "label_T":
+    if router_spec(moe.router.kind).needs != "label_T":
         kinds = " or ".join(kinds_where(needs="label_T"))
         allowed = f"must be {kinds} {why}"
         raise ConfigError("moe.router.kind", moe.router.kind, allowed, f"use {kinds}")
@@ -134,7 +151,7 @@ def _check_gated_fusion(config: Config, streams: list[str]) -> None:
 
 def _check_classifier_routers(config: Config) -> None:
     moe, widths = config.moe, moe_widths(config)
-    needs = ROUTERS[moe.router.kind].needs
+    needs = router_spec(moe.router.kind).needs
     if widths and needs in ROUTED_BY:
         allowed = (
             f"routes by {ROUTED_BY[needs]}; samples have no such thing to go by with "
@@ -171,7 +188,7 @@ def check_moe(config: Config) -> None:
 def _check_causal(config: Config) -> None:
     """Refuse what a router must not do in a causal language model."""
     router = config.moe.router
-    spec = ROUTERS[router.kind]
+    spec = router_spec(router.kind)
     if config.train.task != "language_modelling" or router.allow_future_leak:
         return
     if spec.looks_ahead:

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from dmoe.config.errors import ConfigError
-from dmoe.config.expert_shapes import GATED, multiply_adds
+from dmoe.config.expert_shapes import GATED, dense_kind, multiply_adds
 from dmoe.config.rules.model import head_dim, moe_blocks, moe_widths
 from dmoe.config.schema import Config, MoEConfig, TrainConfig
 
@@ -192,7 +192,7 @@ def model_size(config: Config) -> Size:
     """Count the parameters, without what this module leaves out."""
     model, moe = config.model, config.moe
     num_moe = len(moe_blocks(config))
-    matrices = 3 if moe.experts.kind in GATED else 2
+    matrices = 3 if dense_kind(moe.experts) in GATED else 2
     heads = 2 * (model.heads + (model.kv_heads or model.heads))
     attention = model.dim * head_dim(model) * heads
     if config.train.task == "classification":

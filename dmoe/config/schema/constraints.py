@@ -16,6 +16,7 @@ from types import NoneType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.plugins import parse
 
 LARGEST = 10**12
 """Upper bound of an integer without a bound of its own: steps, intervals, counts."""
@@ -47,6 +48,18 @@ class ItemsFrom:
 
     values: tuple[str, ...]
     fix: str
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Condition of `one_of`."""
+
+    values: tuple[str, ...]
+
+
+def one_of(*values: str) -> OneOf:
+    """Require one of `values`, or a reference to a class of the user's own (`plugins.py`)."""
+    return OneOf(values)
 
 
 def only_for(name: str, *values: str) -> OnlyFor:
@@ -115,7 +128,7 @@ def check_types(section: Any, prefix: str = "") -> None:
     """
     hints, _ = _schema(type(section))  # type: ignore[arg-type]
     for name, value in vars(section).items():
-        kind = _without_constraints(hints[name])
+        kind = _words_or_reference(hints[name], value)
         if is_dataclass(kind) and isinstance(value, kind):  # type: ignore[arg-type]
             check_types(value, f"{prefix}{name}.")
         else:
@@ -143,7 +156,7 @@ def check_type(name: str, value: Any, kind: Any) -> None:
 def check_field(section: type, field: str, name: str, value: Any) -> None:
     """Refuse a value that could not be that of `field` in `section`; errors call it `name`."""
     kind = _schema(section)[0][field]
-    check_type(name, value, _without_constraints(kind))
+    check_type(name, value, _words_or_reference(kind, value))
     _check_number(name, value, getattr(kind, "__metadata__", ()))
 
 
@@ -215,6 +228,14 @@ def _schema(section: type) -> tuple[dict[str, Any], dict[str, Any]]:
     return get_type_hints(section, include_extras=True), vars(section())
 
 
+def _words_or_reference(kind: Any, value: object) -> Any:
+    """Return the type that a value must have: of `one_of` the words, unless it is a reference."""
+    words = [part for part in getattr(kind, "__metadata__", ()) if isinstance(part, OneOf)]
+    if words and parse(value) is None:
+        return Literal[words[0].values]
+    return _without_constraints(kind)
+
+
 def _without_constraints(kind: Any) -> Any:
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
@@ -231,6 +252,11 @@ def _is_of(value: Any, kind: Any) -> bool:
         return isinstance(value, str) and value in get_args(kind)
     if get_origin(kind) is list:
         return isinstance(value, list | tuple) and all(_is_of(v, *get_args(kind)) for v in value)
+    if get_origin(kind) is dict:
+        items = value.items() if isinstance(value, dict) else [(0, value)]
+        return all(isinstance(key, str) and _is_of(v, get_args(kind)[1]) for key, v in items)
+    if kind is Any:
+        return True
     if kind in (int, float) and isinstance(value, bool):
         return False
     if kind is float:
@@ -244,6 +270,8 @@ def _must_be(kind: Any) -> str:
     for part in _alternatives(kind):
         if get_origin(part) is Literal:
             words += get_args(part)
+        elif get_origin(part) is dict:
+            words.append(f"a mapping ({part})")
         elif get_origin(part) is list:
             words.append(f"a list ({part})")
         else:

@@ -6,9 +6,9 @@ Letters: T tokens, D model width, F expert hidden width, E experts, K experts pe
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Any, Literal, Optional
 
-from dmoe.config.schema.constraints import above, at_least, at_most, fraction, only_for
+from dmoe.config.schema.constraints import above, at_least, at_most, fraction, one_of, only_for
 
 # OmegaConf evaluates these annotations and accepts Optional and Union, not `X | Y`.
 
@@ -70,18 +70,22 @@ class ModelConfig:
 class RouterConfig:
     """The fields that only some kinds read are listed in `dmoe/config/router_kinds.py`."""
 
-    kind: Literal[
-        "top_k",
-        "noisy",
-        "group_limited",
-        "adaptive",
-        "fixed",
-        "hash",
-        "soft",
-        "expert_choice",
-        "budget",
+    kind: Annotated[
+        str,
+        one_of(
+            "top_k",
+            "noisy",
+            "group_limited",
+            "adaptive",
+            "fixed",
+            "hash",
+            "soft",
+            "expert_choice",
+            "budget",
+        ),
     ] = "top_k"
-    """Rule by which a token's experts are chosen; implemented in dmoe/moe/routers."""
+    """Rule by which a token's experts are chosen; implemented in dmoe/moe/routers, or by a class of
+    your own (docs/plugins.md)."""
     score: Literal["softmax", "sigmoid"] = "softmax"
     """Logits to scores: softmax (Switch, Mixtral, OLMoE, Qwen) or sigmoid (DeepSeek-V3)."""
     weights_from: Literal["all", "chosen"] = "all"
@@ -113,6 +117,10 @@ class RouterConfig:
     allow_future_leak: bool = False
     """expert_choice, and budget with per=sequence: accept that the choice for a token depends on
     later tokens of its sequence, which a causal model must not do."""
+    freeze: bool = False
+    """Do not train the weights of the routers: they stay as they were drawn, or loaded."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a router of your own."""
 
 
 @dataclass(frozen=True)
@@ -160,13 +168,19 @@ class BalanceConfig:
     b_e += u * sign(mean load - load of e); 0: off."""
     recenter: bool = True
     """Subtract the mean of the bias after each update, so that it cannot drift."""
+    kind: Optional[str] = None
+    """A loss of your own, FILE.py:Name or package.module:Name (docs/plugins.md)."""
+    own: Annotated[float, at_least(0)] = 0.0
+    """Coefficient of the loss of your own."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a loss of your own."""
 
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    kind: Literal["swiglu", "geglu", "gelu", "relu"] = "swiglu"
+    kind: Annotated[str, one_of("swiglu", "geglu", "gelu", "relu")] = "swiglu"
     """Activation of an expert; swiglu and geglu are gated (three matrices), gelu and relu are not
-    (two)."""
+    (two). Experts of your own stand beside dense feed-forwards and shared experts of swiglu."""
     shared: Annotated[int, at_least(0), at_most(1 << 16)] = 0
     """Number of shared experts, which every token uses beside the routed ones (DeepSeekMoE)."""
     shared_dim: Annotated[Optional[int], above(0), at_most(1 << 24)] = None
@@ -181,6 +195,8 @@ class ExpertsConfig:
     """Number of zero-cost experts that return their input."""
     constant: Annotated[int, at_least(0), at_most(1 << 16)] = 0
     """Number of zero-cost experts that return a trainable vector, whatever their input."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of experts of your own."""
 
 
 @dataclass(frozen=True)

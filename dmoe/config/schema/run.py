@@ -6,7 +6,7 @@ Letters: W world size, V virtual ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, Optional, Union
+from typing import Annotated, Any, Literal, Optional, Union
 
 from dmoe.config.schema.constraints import (
     above,
@@ -14,6 +14,7 @@ from dmoe.config.schema.constraints import (
     at_most,
     below,
     fraction,
+    one_of,
     only_for,
 )
 
@@ -49,8 +50,9 @@ class DataConfig:
     """stdlib (the source of Python's standard library), guide:LANG (Debian's installation guide in
     one language), plain text files, directories or globs, separated by commas (JSON Lines, CSV and
     compressed files are refused); upper:ENTRY is one of these in upper case. Or a directory of
-    shards, or synthetic:KIND. For train.task=classification: sklearn:digits, sklearn:wine,
-    sklearn:breast_cancer or synthetic:clusters."""
+    shards, synthetic:KIND, or a class of your own (docs/plugins.md). For
+    train.task=classification: sklearn:digits, sklearn:wine, sklearn:breast_cancer or
+    synthetic:clusters."""
     streams: Annotated[list[str], only_for("train.task", "classification")] = field(
         default_factory=list
     )
@@ -60,7 +62,7 @@ class DataConfig:
     """Tokens per sequence; each token predicts the next one."""
     tokenizer: Annotated[str, only_for("train.task", "language_modelling")] = "bytes"
     """bytes, a tokenizers .json file, or a tiktoken rank file (.tiktoken, or Mistral's
-    tekken.json)."""
+    tekken.json), or a class of your own."""
     tokenizer_vocab: Annotated[
         Optional[int], only_for("train.task", "language_modelling"), above(0), at_most(1 << 24)
     ] = None
@@ -76,6 +78,10 @@ class DataConfig:
     proportional to size, larger is flatter. Default: every sequence is read once per epoch."""
     eval_source: Annotated[Optional[str], only_for("train.task", "language_modelling")] = None
     """Further entries, as in source, used only for evaluation."""
+    source_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a source of your own."""
+    tokenizer_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a tokenizer of your own."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,7 @@ class TrainConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     lr: Annotated[float, above(0)] = 0.004
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     beta1: Annotated[float, fraction(), below(1)] = 0.9
     """Decay of AdamW's first moment."""
     beta2: Annotated[float, fraction(), below(1)] = 0.95
@@ -138,12 +144,26 @@ class OptimConfig:
     """Decoupled weight decay of matrices; norms, routers and embeddings have none."""
     clip: Annotated[Optional[float], above(0)] = 1.0
     """Maximum global gradient norm; null: no clipping."""
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    schedule: Annotated[str, one_of("cosine", "linear", "wsd", "constant", "inverse_sqrt")] = (
+        "cosine"
+    )
     """Learning rate after the warmup; wsd stays at the peak and decays over the last decay_fraction
-    of the steps."""
+    of the steps; inverse_sqrt falls with sqrt(warmup / step), whatever the number of steps."""
     warmup: Annotated[int, at_least(0)] = 50
     """Steps of linear warmup."""
     min_lr_ratio: Annotated[float, fraction()] = 0.05
-    """Final learning rate, as a share of the peak."""
+    """Final (inverse_sqrt: lowest) learning rate, as a share of the peak."""
     decay_fraction: Annotated[float, fraction()] = 0.2
     """Share of the steps in which wsd decays."""
+    schedule_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a schedule of your own."""
+    kind: Annotated[str, one_of("adamw", "muon")] = "adamw"
+    """adamw; or muon, which orthogonalises the update of each matrix, every expert's alone, and
+    updates embeddings, norms, routers, the output and vectors by AdamW."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of an optimizer of your own."""
+    momentum: Annotated[float, only_for("optim.kind", "muon"), fraction("[)")] = 0.95
+    """muon: decay of the momentum."""
+    groups: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Own lr (the peak) and weight_decay of the parameters whose name a pattern matches, the first
+    of several, e.g. {"*.router.*": {lr: 0.001}, "*.experts.*": {weight_decay: 0}}."""

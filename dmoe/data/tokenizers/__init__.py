@@ -17,10 +17,13 @@ from typing import Protocol
 import numpy as np
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.plugin_loader import construct
+from dmoe.config.plugins import label, parse
 from dmoe.config.schema import DataConfig
 from dmoe.data.files import special_kind
 
 _ALLOWED = "must be bytes, a tokenizers .json file, a .tiktoken rank file or Mistral's tekken.json"
+_PROBE = b"def f(x):\n    return x + 1\n"
 _REPLACEMENT = "\ufffd".encode()
 
 
@@ -135,6 +138,8 @@ def open_tokenizer(config: DataConfig) -> Tokenizer:
     Raises ConfigError on data.tokenizer (unknown, missing, damaged, or not byte-level) and on
     data.tokenizer_vocab (out of range, or set for a kind whose vocabulary cannot be reduced).
     """
+    if parse(config.tokenizer, "data.tokenizer") is not None:
+        return _own_tokenizer(config)
     is_rank_file = config.tokenizer.endswith(".tiktoken") or Path(config.tokenizer).name.startswith(
         "tekken"
     )
@@ -156,6 +161,27 @@ def open_tokenizer(config: DataConfig) -> Tokenizer:
 
         return open_tokenizers_json(config.tokenizer)
     raise ConfigError("data.tokenizer", config.tokenizer, _ALLOWED, "name one of these")
+
+
+def _own_tokenizer(config: DataConfig) -> Tokenizer:
+    """Construct the tokenizer of the user's own, and try it on a text.
+
+    Raises ConfigError on data.tokenizer if ids or bytes are not those of the text.
+    """
+    field = "data.tokenizer"
+    needed = ("name", "vocab_size", "separator", "token_bytes", "fingerprint", "encode", "decode")
+    tokenizer: Tokenizer = construct(
+        config.tokenizer, field, options=config.tokenizer_options, methods=needed
+    )
+    ids = np.asarray(tokenizer.encode(_PROBE))
+    is_valid = ids.dtype.kind in "iu" and ids.size and 0 <= ids.min() <= ids.max()
+    if not is_valid or ids.max() >= tokenizer.vocab_size or tokenizer.separator in ids:
+        allowed = f"gives ids that are not whole numbers from 0 to {tokenizer.vocab_size - 1}"
+    elif int(np.asarray(tokenizer.token_bytes)[ids].sum()) != len(_PROBE):
+        allowed = "has token_bytes that do not sum to the bytes of a text: bits per byte are wrong"
+    else:
+        return tokenizer
+    raise ConfigError(field, label(config.tokenizer), allowed, "see docs/plugins.md")
 
 
 def read_tokenizer_file(path: str) -> bytes:

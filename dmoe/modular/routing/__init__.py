@@ -77,7 +77,7 @@ def routed(
         )
     if first is not None and per != "sequence":
         raise ConfigError("first", first, "is for per=sequence only", "leave it out")
-    config = RouterConfig(kind=kind, **options)  # type: ignore[arg-type]
+    config = RouterConfig(kind=kind, **options)
 
     def make(width: int, layer: int) -> RouterModule:
         router = routers.build_router(

@@ -4,7 +4,6 @@ A loss is one number per unit (a sequence, a micro-batch of one virtual rank, or
 micro-batch), and the trained loss is its mean over all units. `auxiliary_losses` returns this
 rank's share of that mean: the sum of the shares over the data-parallel ranks is the mean. So the
 loss of a run is the same number on any number of ranks, and a single process reads the loss itself.
-Where losses are averaged over the ranks (`comm.averages`), a share is W times as large.
 Assignments are counted before any drop; padding counts nowhere, so a unit of padding alone is no
 unit: the mean is over the units with a real token, of all ranks. Units are equal, contiguous runs
 of tokens.
@@ -57,11 +56,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from dmoe.config.errors import ConfigError
+from dmoe.config.plugin_loader import construct
+from dmoe.config.plugins import label
 from dmoe.config.schema import BalanceConfig
 from dmoe.moe.interfaces import DataParallelComm
 from dmoe.moe.routing import BatchShape, Noise, Routing, TokenContext, count_per_expert, masked
 
-LOSSES = ("switch", "z", "importance", "load", "usage_std")
+LOSSES = ("switch", "z", "importance", "load", "usage_std", "own")
 """Fields of `BalanceConfig` that are coefficients of a loss. `bias` is none: it changes the
 selection, not the loss."""
 
@@ -114,6 +116,8 @@ def auxiliary_losses(
             loss_U = importance_loss(routing.score_TE, valid_T, micro_batches)
         elif name == "load":
             loss_U = load_loss(routing, valid_T, micro_batches)
+        elif name == "own":
+            loss_U = own_loss(config, routing, valid_T, micro_batches)
         else:
             loss_U = usage_std_loss(routing.score_TE, valid_T, micro_batches)
         units = len(loss_U)
@@ -123,9 +127,24 @@ def auxiliary_losses(
         if units not in real_units:
             real_units[units] = comm.sum(num_real_units(valid_T, units)).clamp(min=1)
         losses[name] = loss_U.sum() / real_units[units]
-    if comm.averages:
-        losses = {name: loss * comm.size for name, loss in losses.items()}
-    return losses
+    return {n: loss * comm.size for n, loss in losses.items()} if comm.averages else losses
+
+
+def own_loss(config: BalanceConfig, routing: Routing, valid_T: Tensor | None, units: int) -> Tensor:
+    """Ask the loss of the user's own (`balance.kind`) for one value per unit of this rank.
+
+    Raises:
+        ConfigError: a result of another shape.
+    """
+    assert config.kind is not None
+    field = "moe.balance.kind"
+    loss = construct(config.kind, field, options=config.options, methods=("values",))
+    loss_U: Tensor = loss.values(routing, valid_T, units)
+    if not isinstance(loss_U, Tensor) or loss_U.shape != (units,):
+        shown = list(loss_U.shape) if isinstance(loss_U, Tensor) else type(loss_U).__name__
+        allowed = f"gives {shown}; values() must be one per unit, [{units}]"
+        raise ConfigError(field, label(config.kind), allowed, "see docs/plugins.md")
+    return loss_U
 
 
 def without_padding(routing: Routing, valid_T: Tensor) -> Routing:

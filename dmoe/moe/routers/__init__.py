@@ -1,5 +1,7 @@
 """Routers: one class per router kind. `ROUTER_CLASSES` is the only table of kinds and classes.
 
+A class of the user's own needs no entry (docs/plugins.md).
+
 A new kind needs a row in `dmoe/config/router_kinds.py`, a file here with its entry below, a naive
 twin in `dmoe/verify/naive/routing.py`, and a case in `tests/moe/routers/cases.py`.
 """
@@ -8,6 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from dmoe.config.errors import ConfigError
+from dmoe.config.plugin_loader import construct, plugin_class
+from dmoe.config.plugins import label
 from dmoe.config.router_kinds import ROUTERS
 from dmoe.config.rules import check_router
 from dmoe.config.schema import RouterConfig
@@ -51,4 +56,13 @@ def build_router(
     """
     check_router(config, num_experts, top_k)
     assert set(ROUTER_CLASSES) == set(ROUTERS), "router_kinds.py and ROUTER_CLASSES differ"
+    field, arguments = "moe.router.kind", (config, dim, num_experts, top_k, layer)
+    if plugin_class(config.kind, field) is not None:
+        made: RouterModule = construct(
+            config.kind, field, *arguments, options=config.options, base=RouterModule
+        )
+        if made.spec is None and not isinstance(made, LearnedRouter):
+            allowed = "must say what kind of router it is: spec = RouterSpec(...) in the class"
+            raise ConfigError(field, label(config.kind), allowed, "see docs/plugins.md")
+        return made
     return ROUTER_CLASSES[config.kind](config, dim, num_experts, top_k, layer)

@@ -31,11 +31,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from dmoe.config.router_kinds import RouterSpec
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.rng import keyed_noise, normal_
 from dmoe.moe.routing import (
@@ -56,6 +57,8 @@ class RouterModule(nn.Module):
         top_k: K.
         layer: index among the MoE layers.
     """
+
+    spec: ClassVar[RouterSpec | None] = None  # of a router of the user's own: its properties
 
     def __init__(self, config: RouterConfig, num_experts: int, top_k: int, layer: int = 0) -> None:
         super().__init__()

@@ -92,10 +92,16 @@ def initialize_modules(model: nn.Module, config: Config) -> None:
         initialize(model, config.train.seed)
 
 
-def select_trainable_parameters(model: nn.Module, config: Config) -> None:
-    """Set `requires_grad` by `modular.train`, before DDP or FSDP2 and the optimizer are set up."""
+def select_trainable_parameters(model: Model, config: Config) -> None:
+    """Set `requires_grad` by `modular.train` and `moe.router.freeze`.
+
+    Before DDP or FSDP2 and the optimizer are set up.
+    """
     if config.modular.bank != "none":
         select_trainable(model, config.modular.train)
+    if config.moe.router.freeze:
+        for layer in model.moe_layers():
+            layer.router.requires_grad_(False)
 
 
 def freezes_base_model(config: Config) -> bool:

@@ -49,7 +49,7 @@ class TargetSummary:
     """Number of parameters of the bank."""
 
 
-def list_modules(source: Path) -> list[TargetSummary]:
+def list_modules(source: Path, *, trust_code: bool = False) -> list[TargetSummary]:
     """List the modules of a run or of a module file.
 
     Raises: ConfigError for a run without modules; CheckpointError for any other file.
@@ -58,7 +58,7 @@ def list_modules(source: Path) -> list[TargetSummary]:
         saved = inspect_modules(source).targets
         summary: Any = TargetSummary
         return [summary(name, **fields) for name, fields in saved.items()]
-    found = _restore_with_modules(RunDir(source))
+    found = _restore_with_modules(RunDir(source), trust_code)
     return [
         TargetSummary(
             name,
@@ -72,31 +72,33 @@ def list_modules(source: Path) -> list[TargetSummary]:
     ]
 
 
-def export_modules(run: RunDir, to: Path) -> str:
+def export_modules(run: RunDir, to: Path, *, trust_code: bool = False) -> str:
     """Write the modules into a file and return the hash of their base model."""
-    found = _restore_with_modules(run)
+    found = _restore_with_modules(run, trust_code)
     base_model = base_model_hash(found.model)
     _report_write_errors("--to", to, lambda: save_modules(found.model, to, base_model=base_model))
     return base_model
 
 
-def export_module_to_peft(run: RunDir, module: int, folder: Path) -> None:
+def export_module_to_peft(
+    run: RunDir, module: int, folder: Path, *, trust_code: bool = False
+) -> None:
     """Write one low-rank module of every target in peft's format.
 
     Raises: ConfigError for another kind of bank, or an unknown module.
     """
-    found = _restore_with_modules(run)
+    found = _restore_with_modules(run, trust_code)
     _check_module(found.config.modular, module)
     _report_write_errors("--peft", folder, lambda: export_peft(found.model, module, folder))
 
 
-def merge_run(run: RunDir, weights: Sequence[float], to: Path) -> None:
+def merge_run(run: RunDir, weights: Sequence[float], to: Path, *, trust_code: bool = False) -> None:
     """Write a run directory with the modules merged into the weights of the base model.
 
     Raises: ConfigError unless there is one weight per module and every target can be merged. Then
     nothing is written.
     """
-    found = _restore_with_modules(run)
+    found = _restore_with_modules(run, trust_code)
     if len(weights) != found.config.modular.modules:
         allowed = f"must be one number for each of the {found.config.modular.modules} modules"
         raise ConfigError("--weights", ",".join(map(str, weights)), allowed, "e.g. 0.5,0.5 for two")
@@ -105,7 +107,9 @@ def merge_run(run: RunDir, weights: Sequence[float], to: Path) -> None:
     _write_run(found, ModularConfig(), to)
 
 
-def add_modules_to_run(run: RunDir, files: Sequence[Path], to: Path) -> int:
+def add_modules_to_run(
+    run: RunDir, files: Sequence[Path], to: Path, *, trust_code: bool = False
+) -> int:
     """Write a run directory with the run's modules, then those of the files; return their number.
 
     Routers are not trained for the new modules: a learned one gets new rows, constant weights are
@@ -114,7 +118,7 @@ def add_modules_to_run(run: RunDir, files: Sequence[Path], to: Path) -> int:
     Raises: CheckpointError for modules of another base model, or that do not fit. Then nothing is
     written.
     """
-    found = _restore_with_modules(run)
+    found = _restore_with_modules(run, trust_code)
     _check_new_directory(to)
     base_model, count = base_model_hash(found.model), 0
     for file in files:
@@ -132,8 +136,8 @@ def add_modules_to_run(run: RunDir, files: Sequence[Path], to: Path) -> int:
     return first
 
 
-def _restore_with_modules(run: RunDir) -> RestoredModel:
-    found = restore_model(run)
+def _restore_with_modules(run: RunDir, trust_code: bool = False) -> RestoredModel:
+    found = restore_model(run, trust_code=trust_code)
     if found.config.modular.bank == "none":
         raise ConfigError(
             "RUN",

@@ -18,6 +18,7 @@ from dmoe.checkpoint import save_load
 from dmoe.checkpoint.manifest import read
 from dmoe.config.errors import ConfigError
 from dmoe.config.load import load, load_text
+from dmoe.config.plugin_loader import load_plugins
 from dmoe.config.rules import check
 from dmoe.config.schema import Config
 from dmoe.config.shipped import find_config
@@ -52,7 +53,7 @@ def base_model_config(config: Config) -> tuple[Config, str]:
             "modular.core", path, allowed, "run it where the path begins, or give an absolute path"
         )
     text = read_text(path)
-    return load_text(text, path), text
+    return load_plugins(load_text(text, path)), text
 
 
 def check_base_models(config: Config, world: int, depth: int = 0) -> None:

@@ -59,7 +59,8 @@ def evaluate(engine: Engine) -> Capture:
             if sums[1]
         }
     engine.model.train()
-    return dict(_flat("evaluation", found | {"missing": missing, "co_selection": pairs}))
+    found |= {"missing": missing, "co_selection": pairs, "changed state": 0}
+    return dict(_flat("evaluation", found))
 
 
 def _sums(

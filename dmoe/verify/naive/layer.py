@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmoe.moe.experts import HeterogeneousExperts, MLPExperts
 from dmoe.moe.layer import MoE
 from dmoe.moe.metrics import LayerStats, MoEOutput
 from dmoe.moe.routing import DispatchPlan, Routing, TokenContext
 from dmoe.verify.naive.capacity import Choices, apply_capacity, has_capacity
+from dmoe.verify.naive.plugins import own_expert_output, own_loss
 from dmoe.verify.naive.routing import route
 
 
@@ -127,6 +129,8 @@ def expert_output(layer: MoE, e: int, x_TD: Tensor) -> Tensor:
     computed = layer.experts.num_experts
     if e >= computed:
         return _zero_cost_output(layer, e - computed, x_TD)
+    if type(layer.experts) not in (MLPExperts, HeterogeneousExperts):
+        return own_expert_output(layer, e, x_TD)
     first, *others = _expert_weights(layer, e)
     rows = x_TD @ first
     for weight in others:
@@ -199,6 +203,8 @@ def auxiliary_losses(
         losses["usage_std"] = _mean(
             [_mean_score(choices, group).std(correction=0) for group in micro]
         )
+    if config.own:
+        losses["own"] = own_loss(layer, choices, len(micro))
     if config.load:
         losses["load"] = _mean(
             [_cv_squared(_smooth_load(layer, choices, group)) for group in micro]

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from dmoe.config.plugins import parse
 from dmoe.moe.layer import MoE
 from dmoe.moe.routing import TokenContext
 from dmoe.verify.naive.capacity import Choices, capacity_and_groups
+from dmoe.verify.naive.plugins import own_choices
 
 
 def route(layer: MoE, x_TD: Tensor, context: TokenContext, sequences: int) -> Choices:
@@ -32,15 +34,14 @@ def route(layer: MoE, x_TD: Tensor, context: TokenContext, sequences: int) -> Ch
     """
     valid = [True] * len(x_TD) if context.valid_T is None else [bool(v) for v in context.valid_T]
     kind = layer.router.config.kind
+    if parse(kind) is not None:
+        return own_choices(layer, x_TD, context, sequences, valid)
     if kind in ("fixed", "hash"):
         return _static(layer, x_TD, context, valid)
     clean_TE, std_TE, logit_TE = _logits(layer, x_TD, context, sequences)
-    sigmoid = layer.router.config.score == "sigmoid"
-    score_TE = (
-        torch.sigmoid(logit_TE)
-        if sigmoid
-        else torch.exp(logit_TE) / torch.exp(logit_TE).sum(-1, keepdim=True)
-    )
+    score_TE = torch.sigmoid(logit_TE)
+    if layer.router.config.score != "sigmoid":
+        score_TE = torch.exp(logit_TE) / torch.exp(logit_TE).sum(-1, keepdim=True)
     experts, next_experts = choose_experts(layer, score_TE, valid, sequences)
     weight_TE = _weights(layer, logit_TE, score_TE, experts)
     return Choices(

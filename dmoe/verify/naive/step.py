@@ -1,27 +1,24 @@
-"""The reference's training step by its formulas: one number, one backward, AdamW written out.
+"""The reference's training step by its formulas: one number, one backward, one update.
 
     loss = (sum of -log p(target) over the global batch) / (number of its targets)
            + sum over MoE layers of coefficient * (mean over accumulation steps of auxiliary loss)
 
 Nothing of `dmoe/train/step.py`, `dmoe/distributed` or accelerate is called: not the accumulation,
-not the reductions, not the clipping, not torch's AdamW, not the learning rate, not the bias
-update. The list of decayed parameters is written out. `capture.py` makes the same keys from the
-real step.
+not the reductions, not the bias update; the clipping, the learning rate and the optimizers are
+written out in `optimizer.py`. `capture.py` makes the same keys from the real step.
 
 Letters: B sequences of the global batch, S positions per sequence, E experts.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dmoe.config.schema import Config, OptimConfig
+from dmoe.config.schema import Config
 from dmoe.models.base import ModelOutput
 from dmoe.modular import adapter_layers
 from dmoe.moe.routing import TokenContext
@@ -29,22 +26,8 @@ from dmoe.train.engine import Engine
 from dmoe.verify.cases import ACCUMULATION_STEPS, NUM_STEPS
 from dmoe.verify.decisions import Capture, record_layers
 from dmoe.verify.naive.adapters import MAX_LABELS, num_labels
+from dmoe.verify.naive.optimizer import scheduled_rate, update, whole_schedule
 
-DECAYED = (
-    r"attention\.w_qkv\.weight",
-    r"attention\.w_out\.weight",
-    r"(feed_forward|shared)\.w_(in|out)\.weight",
-    r"experts\.w_(in|out)",
-    r"experts\.\d+\.w\d+",
-    r"fusion\.projections?(\.\d+)?\.weight",
-    r"fusion\.gate",
-    r"(^|\.)(output|head)\.weight",
-    r"modular\.experts\.(a|b|up|down|value)",
-    r"modular\.aggregation\.(projection|gate|query_weight|key_weight|value_weight)",
-)
-"""The parameters with weight decay, by the end of their name: matrices of attention, feed-forwards,
-experts, fusion, adapters and the output. No other has any: vectors, norms, embeddings, routers,
-constant experts, scaling modules, prompts."""
 LOSS_NAMES = ("switch", "z", "importance", "load", "usage_std")
 IGNORED_TARGET = -100
 
@@ -57,6 +40,7 @@ def train(engine: Engine, *, decisions: bool = False) -> Capture:
     model, config = engine.model, engine.config
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     found: Capture = {f"initial/{n}": to_array(p) for n, p in model.named_parameters()}
+    found |= whole_schedule(scheduled_rate, config.optim)
     data = engine.task.open_data().train
     model.train()
     for step in range(NUM_STEPS):
@@ -82,7 +66,7 @@ def train(engine: Engine, *, decisions: bool = False) -> Capture:
         found[f"loss/{step}"] = np.array(float(loss.detach()))
         found |= _sums_over_outputs(outputs, step)
         found |= {f"gradient/{step}/{n}": to_array(g) for n, g in present.items()}
-        found |= _update(engine, {n: named[n] for n in present}, present, step)
+        found |= update(engine, {n: named[n] for n in present}, present, step)
         found |= _bias_update(engine, outputs)
         found |= {f"bias/{step}/{n}": to_array(b) for n, b in _biases(model)}
         found |= {f"weights/{step}/{n}": to_array(p) for n, p in model.named_parameters()}
@@ -169,62 +153,6 @@ def _sums_over_outputs(outputs: list[ModelOutput], step: int) -> Capture:
                 values = [float(a[n][name].detach()) for a in aux]
                 found[f"aux/{step}/{kind}{n}/{name}"] = np.array(sum(values) / len(values))
     return found
-
-
-def scheduled_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Return the learning rate of optimizer step `step` of `steps`, by the documented schedule."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    floor = config.lr * config.min_lr_ratio
-    start = config.warmup
-    if config.schedule == "constant":
-        return config.lr
-    if config.schedule == "wsd":
-        start = max(start, round(steps - steps * config.decay_fraction))
-    if step < start:
-        return config.lr
-    done = min(1.0, (step - start) / max(1, steps - 1 - start))
-    left = (1 + math.cos(math.pi * done)) / 2 if config.schedule == "cosine" else 1 - done
-    return floor + (config.lr - floor) * left
-
-
-def is_decayed(name: str) -> bool:
-    """Return True for a parameter with weight decay."""
-    return any(re.search(rf"{pattern}$", name) for pattern in DECAYED)
-
-
-def _update(
-    engine: Engine, named: dict[str, nn.Parameter], gradients: dict[str, Tensor], step: int
-) -> Capture:
-    """Clip and take one AdamW step in place (Loshchilov and Hutter 2019, algorithm 2)."""
-    config, optimizer = engine.config.optim, engine.optimizer
-    norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in gradients.values()))
-    clip = 1.0 if config.clip is None else min(1.0, config.clip / (norm + 1e-6))
-    rate = scheduled_rate(step, engine.config.train.steps, config)
-    t = step + 1
-    for name, parameter in named.items():
-        state = optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        with torch.no_grad():
-            gradient = gradients[name] * clip
-            first = config.beta1 * state["exp_avg"] + (1 - config.beta1) * gradient
-            second = config.beta2 * state["exp_avg_sq"] + (1 - config.beta2) * gradient**2
-            state["step"].fill_(t)
-            state["exp_avg"].copy_(first)
-            state["exp_avg_sq"].copy_(second)
-            decay = config.weight_decay if is_decayed(name) else 0.0
-            direction = (first / (1 - config.beta1**t)) / (
-                torch.sqrt(second / (1 - config.beta2**t)) + config.eps
-            )
-            parameter.copy_(parameter - rate * decay * parameter - rate * direction)
-    return {
-        f"norm/{step}": np.array(norm),
-        f"clip/{step}": np.array(clip),
-        f"learning_rate/{step}": np.array(rate),
-    }
 
 
 def _biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -35,7 +35,7 @@ EXPERTS = re.compile(r"model\.(.+)\.experts\.[^.]+")
 """Name of a stack of experts [E, ...]; the group is the layer."""
 ONE_EXPERT = re.compile(r"model\.(.+)\.experts\.(\d+)\.[^.]+")
 """Name of a matrix of one of the experts that differ in shape; the groups are layer and id."""
-MOMENT = re.compile(r"optim\.exp_avg(_sq)?\.")
+MOMENT = re.compile(r"optim\.\w+\.")
 
 
 @dataclass(frozen=True)
