@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from dmoe.config.errors import ConfigError
@@ -79,17 +79,6 @@ def unique_documents(documents: list[Document]) -> tuple[tuple[Document, ...], i
     return tuple(seen.values()), len(documents) - len(seen)
 
 
-def given_corpus(documents: Sequence[str | bytes]) -> Corpus:
-    """Return documents that are in memory, one text each. Raises ConfigError if there is none."""
-    contents = [text.encode() if isinstance(text, str) else text for text in documents]
-    named = [Document(text, f"document {n}", "given") for n, text in enumerate(contents)]
-    unique, removed = unique_documents(named)
-    if not unique:
-        raise ConfigError("data", documents, "must hold a text", "give a list of documents")
-    notes = (f"duplicate or empty documents left out ({removed})",) if removed else ()
-    return Corpus(unique, notes)
-
-
 def own_corpus(config: DataConfig) -> Corpus | None:
     """Read the documents of a source of the user's own; None for a built-in one.
 
@@ -106,9 +95,14 @@ def own_corpus(config: DataConfig) -> Corpus | None:
                 f"documents() gives a {type(document).__name__}, not dmoe.data.corpus.Document"
             )
             raise ConfigError(field, label(config.source), allowed, "see docs/plugins.md")
+    return corpus_of(given, field, label(config.source))
+
+
+def corpus_of(given: list[Document], field: str, value: str) -> Corpus:
+    """Return a corpus of documents from Python. Raises ConfigError on `field` without any text."""
     documents, removed = unique_documents(given)
     if not documents:
-        raise ConfigError(field, label(config.source), "gives no text", "give one document or more")
+        raise ConfigError(field, value, "gives no text", "give one document or more")
     return Corpus(documents, (f"duplicate or empty files left out ({removed})",) * bool(removed))
 
 

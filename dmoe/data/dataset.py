@@ -18,7 +18,14 @@ import numpy as np
 from dmoe.config.errors import ConfigError
 from dmoe.config.plugins import label
 from dmoe.config.schema import DataConfig
-from dmoe.data.corpus import Corpus, count_files, given_corpus, own_corpus, split_corpus
+from dmoe.data.corpus import (
+    Corpus,
+    Document,
+    corpus_of,
+    count_files,
+    own_corpus,
+    split_corpus,
+)
 from dmoe.data.mixture import mix_domains
 from dmoe.data.packing import (
     DomainRuns,
@@ -131,8 +138,7 @@ def open_data(config: DataConfig, seed: int) -> DatasetSplits:
         return _open_synthetic(config, seed, tokenizer)
     if is_shard_directory(config.source):
         return _open_shards(config, seed, tokenizer)
-    corpus = own_corpus(config) or read_corpus(config.source)
-    return _open_text(config, seed, tokenizer, corpus)
+    return _open_text(config, seed, tokenizer, own_corpus(config) or read_corpus(config.source))
 
 
 @dataclass(frozen=True)
@@ -146,11 +152,12 @@ class _TokenStreams:
     summary: str
 
 
-def open_documents(
-    config: DataConfig, seed: int, documents: Sequence[str | bytes]
-) -> DatasetSplits:
+def open_documents(config: DataConfig, seed: int, texts: Sequence[str | bytes]) -> DatasetSplits:
     """Open documents that are in memory, one text each, as `open_data` opens those of files."""
-    return _open_text(config, seed, open_tokenizer(config), given_corpus(documents))
+    contents = [text.encode() if isinstance(text, str) else text for text in texts]
+    given = [Document(text, f"document {n}", "given") for n, text in enumerate(contents)]
+    corpus = corpus_of(given, "data", f"{len(given)} texts")
+    return _open_text(config, seed, open_tokenizer(config), corpus)
 
 
 def _open_text(

@@ -415,6 +415,33 @@ def test_no_sync_leaves_the_gradients_of_this_rank() -> None:
         assert max(differences) < TOLERANCE, differences
 
 
+def clipped_by_torch(rank: int, world: int) -> dict[str, str | float]:
+    """What torch's function does in every mode: the norm, or the error of it or of the step."""
+    found: dict[str, str | float] = {}
+    for ep in (1, 2):
+        for mode in MODES:
+            model = dmoe.parallelize(Net(), ep=ep, mode=mode)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            model.backward(step_of(rank, model))
+            try:
+                norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                optimizer.step()
+                found[f"{ep} {mode}"] = float(
+                    getattr(norm, "full_tensor", lambda norm=norm: norm)()
+                )
+            except (RuntimeError, dmoe.ConfigError) as error:
+                found[f"{ep} {mode}"] = type(error).__name__
+    return found
+
+
+def test_torch_clipping_is_right_or_an_error_in_every_mode() -> None:
+    norm = truth(2, steps=range(1))[0][0]
+    for found in run_ranks(2, clipped_by_torch):
+        assert found.pop("2 ddp") == found.pop("2 None") == "ConfigError"
+        assert found.pop("2 fsdp") == "RuntimeError"  # torch's own: two kinds of tensors
+        assert found == pytest.approx({"1 ddp": norm, "1 fsdp": norm, "1 None": norm})
+
+
 def manual_updates(rank: int, world: int) -> str:
     """A loop that updates without an optimizer of torch has no hook that moves the bias."""
     model = dmoe.parallelize(Net(), ep=2, mode=None)

@@ -95,7 +95,7 @@ def test_texts_are_data(tmp_path: Path) -> None:
     assert "source: given to dmoe.train" in (run.path / "resolved.yaml").read_text()
     with pytest.raises(dmoe.DmoeError, match="its content is not what the checkpoint was trained"):
         dmoe.train(options, data=texts[1:], quiet=True)
-    with pytest.raises(dmoe.ConfigError, match=r"data=.*must hold a text"):
+    with pytest.raises(dmoe.ConfigError, match="data=0 texts: gives no text"):
         dmoe.train(options, data=[], quiet=True)
 
 

@@ -4,7 +4,6 @@ A loss is one number per unit (a sequence, a micro-batch of one virtual rank, or
 micro-batch), and the trained loss is its mean over all units. `auxiliary_losses` returns this
 rank's share of that mean: the sum of the shares over the data-parallel ranks is the mean. So the
 loss of a run is the same number on any number of ranks, and a single process reads the loss itself.
-Where losses are averaged over the ranks (`comm.averages`), a share is W times as large.
 Assignments are counted before any drop; padding counts nowhere, so a unit of padding alone is no
 unit: the mean is over the units with a real token, of all ranks. Units are equal, contiguous runs
 of tokens.
@@ -128,9 +127,7 @@ def auxiliary_losses(
         if units not in real_units:
             real_units[units] = comm.sum(num_real_units(valid_T, units)).clamp(min=1)
         losses[name] = loss_U.sum() / real_units[units]
-    if comm.averages:
-        losses = {name: loss * comm.size for name, loss in losses.items()}
-    return losses
+    return {n: loss * comm.size for n, loss in losses.items()} if comm.averages else losses
 
 
 def own_loss(config: BalanceConfig, routing: Routing, valid_T: Tensor | None, units: int) -> Tensor:
