@@ -153,6 +153,22 @@ def find_latest(root: Path, *, group: dist.ProcessGroup | None = None) -> Path |
     return None if step < 0 else Path(root) / step_name(step)
 
 
+def find(root: Path, step: int | None, *, group: dist.ProcessGroup | None = None) -> Path:
+    """Return the checkpoint of a step, by default the newest intact one; collective over `group`.
+
+    Raises:
+        CheckpointError: on every rank if there is none.
+    """
+    found = find_latest(root, group=group) if step is None else root / step_name(step)
+    if found is None:
+        why = "has no checkpoint yet: train longer, or lower checkpoint.every"
+        raise CheckpointError(f"{root.parent} {why}")
+    if not found.is_dir():
+        there = ", ".join(str(number) for number, _ in directory.list_steps(root)) or "none"
+        raise CheckpointError(f"{root.parent} has no checkpoint of step {step}: there are {there}")
+    return found
+
+
 def _make_partial(partial: Path, final: Path) -> None:
     partial.parent.mkdir(parents=True, exist_ok=True)
     directory.remove_entry(partial)

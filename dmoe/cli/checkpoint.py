@@ -14,7 +14,7 @@ from dmoe.cli.common import ARGUMENTS_HELP, TrustCode, integer, load_arguments
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dmoe.train.checkpoint_info import CheckpointContents, CheckpointList, VerifiedCheckpoint
+    from dmoe.cli.checkpoint_info import CheckpointContents, CheckpointList, VerifiedCheckpoint
     from dmoe.train.upcycle import UpcycleResult
 
 app = typer.Typer(
@@ -42,7 +42,7 @@ def inspect(path: CheckpointPath, as_json: AsJson = False) -> None:
 
     Example: dmoe checkpoint inspect runs/latest
     """
-    from dmoe.train import checkpoint_info
+    from dmoe.cli import checkpoint_info
 
     found = checkpoint_info.find_checkpoints(path)
     contents = checkpoint_info.inspect_checkpoint(checkpoint_info.newest_intact(found))
@@ -61,7 +61,7 @@ def verify(path: CheckpointPath, as_json: AsJson = False) -> None:
 
     Example: dmoe checkpoint verify runs/latest
     """
-    from dmoe.train import checkpoint_info
+    from dmoe.cli import checkpoint_info
 
     found = checkpoint_info.find_checkpoints(path)
     results = [

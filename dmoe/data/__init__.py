@@ -11,7 +11,7 @@ tokenizers/      bytes, tokenizer.json, tiktoken
 
 from __future__ import annotations
 
-from dmoe.data.dataset import DatasetSplits, TokenDataset, open_data
+from dmoe.data.dataset import DatasetSplits, TokenDataset, open_data, open_documents
 from dmoe.data.mixture import task_weights, tasks_of_step
 from dmoe.data.shards import prepare_shards
 from dmoe.data.tokenizers import Tokenizer, open_tokenizer
@@ -21,6 +21,7 @@ __all__ = [
     "TokenDataset",
     "Tokenizer",
     "open_data",
+    "open_documents",
     "open_tokenizer",
     "prepare_shards",
     "task_weights",

@@ -95,9 +95,14 @@ def own_corpus(config: DataConfig) -> Corpus | None:
                 f"documents() gives a {type(document).__name__}, not dmoe.data.corpus.Document"
             )
             raise ConfigError(field, label(config.source), allowed, "see docs/plugins.md")
+    return corpus_of(given, field, label(config.source))
+
+
+def corpus_of(given: list[Document], field: str, value: str) -> Corpus:
+    """Return a corpus of documents from Python. Raises ConfigError on `field` without any text."""
     documents, removed = unique_documents(given)
     if not documents:
-        raise ConfigError(field, label(config.source), "gives no text", "give one document or more")
+        raise ConfigError(field, value, "gives no text", "give one document or more")
     return Corpus(documents, (f"duplicate or empty files left out ({removed})",) * bool(removed))
 
 

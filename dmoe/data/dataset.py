@@ -18,7 +18,14 @@ import numpy as np
 from dmoe.config.errors import ConfigError
 from dmoe.config.plugins import label
 from dmoe.config.schema import DataConfig
-from dmoe.data.corpus import Corpus, count_files, own_corpus, split_corpus
+from dmoe.data.corpus import (
+    Corpus,
+    Document,
+    corpus_of,
+    count_files,
+    own_corpus,
+    split_corpus,
+)
 from dmoe.data.mixture import mix_domains
 from dmoe.data.packing import (
     DomainRuns,
@@ -131,7 +138,7 @@ def open_data(config: DataConfig, seed: int) -> DatasetSplits:
         return _open_synthetic(config, seed, tokenizer)
     if is_shard_directory(config.source):
         return _open_shards(config, seed, tokenizer)
-    return _open_text(config, seed, tokenizer)
+    return _open_text(config, seed, tokenizer, own_corpus(config) or read_corpus(config.source))
 
 
 @dataclass(frozen=True)
@@ -145,8 +152,17 @@ class _TokenStreams:
     summary: str
 
 
-def _open_text(config: DataConfig, seed: int, tokenizer: Tokenizer) -> DatasetSplits:
-    corpus = own_corpus(config) or read_corpus(config.source)
+def open_documents(config: DataConfig, seed: int, texts: Sequence[str | bytes]) -> DatasetSplits:
+    """Open documents that are in memory, one text each, as `open_data` opens those of files."""
+    contents = [text.encode() if isinstance(text, str) else text for text in texts]
+    given = [Document(text, f"document {n}", "given") for n, text in enumerate(contents)]
+    corpus = corpus_of(given, "data", f"{len(given)} texts")
+    return _open_text(config, seed, open_tokenizer(config), corpus)
+
+
+def _open_text(
+    config: DataConfig, seed: int, tokenizer: Tokenizer, corpus: Corpus
+) -> DatasetSplits:
     train, held_out = split_corpus(corpus, config.holdout)
     names = tuple(sorted({*train.document_domains, *held_out.document_domains}))
     train_N, train_runs = _tokenize(train, tokenizer, names)

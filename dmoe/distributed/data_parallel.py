@@ -22,33 +22,34 @@ FSDP2 gathers weights in their own dtype (float32) and autocast converts them, e
 
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.launch_env import refuse_debug_detail
-from dmoe.distributed.expert_parallel import expert_buffers, expert_parameters, moe_layers
-from dmoe.distributed.gradients import ExpertGradients
+from dmoe.distributed.expert_parallel import expert_buffers, expert_parameters
+from dmoe.distributed.fsdp import apply_fsdp
+from dmoe.distributed.gradients import DenseGradients, ExpertGradients
 from dmoe.distributed.mesh import ParallelMesh
 
 
 class DataParallel(Protocol):
     """Replication or sharding of parameters, and the sums of their gradients, over the ranks.
 
-    Implemented by `DDPStrategy` and `FSDPStrategy`.
+    Implemented by `DDPStrategy`, `FSDPStrategy` and `PlainStrategy`.
 
     Made after `shard_experts` and the initialisation of the weights, and before the optimizer,
-    since it may replace parameters. Collective over all ranks.
+    since it may replace parameters. Collective over all ranks. `average`: gradients are means over
+    the ranks, complete when the backward ends (`parallel_model`); else sums, after
+    `wait_for_grads`. `accelerator`: puts the model under autocast.
     """
 
     wrapped: nn.Module
@@ -66,10 +67,19 @@ class DataParallel(Protocol):
 class DDPStrategy:
     """`DataParallel` by DDP; one process has nothing to sum and keeps the model as it is."""
 
-    def __init__(self, model: nn.Module, mesh: ParallelMesh, accelerator: Accelerator) -> None:
-        # accelerate's "evaluation mode" only adds autocast around the forward. It wraps in DDP by
-        # the number of processes on GPUs, and always on CPUs.
-        self.wrapped: nn.Module = accelerator.prepare_model(model, evaluation_mode=True)
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: ParallelMesh,
+        accelerator: Accelerator | None = None,
+        *,
+        average: bool = False,
+    ) -> None:
+        self.wrapped = model
+        if accelerator is not None:
+            # accelerate's "evaluation mode" only adds autocast around the forward. It wraps in DDP
+            # by the number of processes on GPUs, and always on CPUs.
+            self.wrapped = accelerator.prepare_model(model, evaluation_mode=True)
         self.ddp: DistributedDataParallel | None = None
         # DDP refuses a model without trainable dense parameters.
         if mesh.world_size > 1 and any(p.requires_grad for p in dense_parameters(model)):
@@ -78,9 +88,11 @@ class DDPStrategy:
             exclude_experts_from_ddp(model)
             # A gradient is a view of its bucket: 4 bytes less for each dense parameter.
             self.ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-            sum_dense_gradients(self.ddp)
+            check_experts_excluded(self.ddp)
+            if not average:
+                sum_dense_gradients(self.ddp)
             self.wrapped = self.ddp
-        self.expert_gradients = ExpertGradients(model, mesh)
+        self.expert_gradients = ExpertGradients(model, mesh, average)
 
     def grad_sync(self, last: bool) -> AbstractContextManager[None]:
         """Context of one forward and backward; gradients are summed in the `last` of a step."""
@@ -129,12 +141,17 @@ def dense_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def sum_dense_gradients(ddp: DistributedDataParallel) -> None:
-    """Make DDP sum gradients over the ranks instead of averaging; assert that no expert is inside.
+    """Make DDP sum gradients over the ranks instead of averaging.
 
     The loss is already divided by the global number of targets, so the sum over ranks *is* the
     gradient. A division during communication is avoided: gloo has no AVG, and bf16 PREMUL_SUM on
     NCCL has lost gradients.
     """
+    ddp.register_comm_hook(None, _sum_hook)
+
+
+def check_experts_excluded(ddp: DistributedDataParallel) -> None:
+    """Assert that DDP reduces no expert."""
     experts = {id(parameter) for parameter in expert_parameters(ddp.module).values()}
     reduced = {
         id(p) for name, p in ddp.module.named_parameters() if name not in ddp.parameters_to_ignore
@@ -142,7 +159,6 @@ def sum_dense_gradients(ddp: DistributedDataParallel) -> None:
     assert not experts & reduced, (
         "expert parameters are inside DDP: they would be overwritten by rank 0's"
     )
-    ddp.register_comm_hook(None, _sum_hook)
 
 
 def _sum_hook(state: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -154,20 +170,31 @@ def _sum_hook(state: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
 class FSDPStrategy:
     """`DataParallel` by FSDP2; one process has nothing to shard and keeps the model as it is."""
 
-    def __init__(self, model: nn.Module, mesh: ParallelMesh, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: ParallelMesh,
+        accelerator: Accelerator | None = None,
+        *,
+        average: bool = False,
+    ) -> None:
+        self.wrapped = model
         if mesh.world_size > 1:
-            if accelerator.scaler is not None:
+            if accelerator is not None and accelerator.scaler is not None:
                 why = (
                     "does not work with parallel.mode=fsdp: torch's loss scaler refuses gradients"
                     " on different meshes"
                 )
                 raise ConfigError("train.precision", "fp16", why, "use bf16, or parallel.mode=ddp")
-            apply_fsdp(model, mesh)
-        # accelerate has no FSDP2 on CPU and would wrap the model in DDP. Its "evaluation mode" only
-        # adds autocast around the forward.
-        self.wrapped: nn.Module = accelerator.prepare_model(
-            model, device_placement=False, evaluation_mode=True
-        )
+            apply_fsdp(model, mesh, mesh.world_size if average else 1)
+            if average:
+                ExpertGradients(model, mesh, average)  # of experts without replicas
+        if accelerator is not None:
+            # accelerate has no FSDP2 on CPU and would wrap the model in DDP. Its "evaluation mode"
+            # only adds autocast around the forward.
+            self.wrapped = accelerator.prepare_model(
+                model, device_placement=False, evaluation_mode=True
+            )
 
     def grad_sync(self, last: bool) -> AbstractContextManager[None]:
         """Reduce gradients in the `last` backward; until then each rank keeps them in full."""
@@ -179,61 +206,22 @@ class FSDPStrategy:
         """Do nothing: the backward itself ends with the last reduction."""
 
 
-def apply_fsdp(model: nn.Module, mesh: ParallelMesh) -> None:
-    """Replace the parameters by sharded DTensors, in place. No collective.
+class PlainStrategy:
+    """`DataParallel` without a wrapper: the model is called as it is, and gradients averaged."""
 
-    Call it after `shard_experts` and the initialisation, before an optimizer sees the parameters.
-    Units: the experts of each MoE layer (sharded over edp), each child of the model's module lists
-    (the blocks), and the root with the rest (both over all ranks). Experts without replicas
-    (EDP = 1) stay plain tensors.
-    """
-    device_type = next(model.parameters()).device.type
-    world_mesh = _device_mesh(dist.group.WORLD, device_type)
-    unsharded = set(expert_parameters(model).values())
-    if mesh.edp_group is not None:
-        edp_mesh, unsharded = _device_mesh(mesh.edp_group, device_type), set[nn.Parameter]()
-        for layer in moe_layers(model):
-            fully_shard(
-                layer.experts,
-                mesh=edp_mesh,
-                shard_placement_fn=lambda p: Shard(shard_dim(p.shape, mesh.edp)),
-            )
-    for blocks in (child for child in model.children() if isinstance(child, nn.ModuleList)):
-        for block in blocks:
-            fully_shard(block, mesh=world_mesh, ignored_params=unsharded)
-    fully_shard(model, mesh=world_mesh, ignored_params=unsharded)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            # A factor of 1.0 alone still asks for PREMUL_SUM, which gloo does not have.
-            module.set_force_sum_reduction_for_comms(True)
-    model.register_forward_hook(_reshard_root)
+    def __init__(self, model: nn.Module, mesh: ParallelMesh) -> None:
+        self.wrapped = model
+        self.expert_gradients = ExpertGradients(model, mesh, average=True)
+        self.dense_gradients = DenseGradients(dense_parameters(model), mesh)
 
+    def grad_sync(self, last: bool) -> AbstractContextManager[None]:
+        """Context of one forward and backward; gradients are averaged in the `last` of a step."""
+        self.expert_gradients.enable_sync(last)
+        self.dense_gradients.sync_enabled, self.dense_gradients.scheduled = last, False
+        return nullcontext()
 
-def shard_dim(shape: torch.Size, num_shards: int) -> int:
-    """Return the first dimension that `num_shards` divides, else 0 (FSDP2 shards only 0 unevenly).
-
-    For experts [e, D, H]: whole experts where there are enough of them (no copy around the
-    collectives), else slices of each expert.
-    """
-    return next((dim for dim, size in enumerate(shape) if size % num_shards == 0), 0)
-
-
-def _reshard_root(model: nn.Module, inputs: object, output: object) -> None:
-    """Reshard the root after a forward without backward.
-
-    FSDP2 keeps the root gathered for its backward; without one, `model.parameters()` would return
-    other tensors than the optimizer's.
-    """
-    if not torch.is_grad_enabled():
-        cast(FSDPModule, model).reshard()
-
-
-def _device_mesh(group: dist.ProcessGroup | None, device_type: str) -> DeviceMesh:
-    """One-dimensional DeviceMesh over a communicator that `build_mesh` created and used."""
-    assert group is not None
-    device_mesh: Any = DeviceMesh.from_group(group, device_type)
-    return cast(DeviceMesh, device_mesh)
+    def wait_for_grads(self) -> None:
+        """Do nothing: the backward itself ends with the reductions."""
 
 
 def make_grad_scaler(mesh: ParallelMesh, device: torch.device) -> torch.amp.GradScaler:

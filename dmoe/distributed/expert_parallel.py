@@ -16,18 +16,23 @@ from dmoe.moe.layer import MoE
 
 
 def shard_experts(
-    model: nn.Module, mesh: ParallelMesh, checker: CollectiveChecker | None = None
+    model: nn.Module,
+    mesh: ParallelMesh,
+    checker: CollectiveChecker | None = None,
+    *,
+    average: bool = False,
 ) -> None:
     """Keep this rank's experts in every MoE layer and dispatch tokens to the others by all-to-all.
 
     Call it before the weights are materialised (on the meta device, so that a rank never holds
     more than its own experts) and before an optimizer sees the parameters. With EP = 1 nothing is
-    sharded. `checker` compares every all-to-all over the ranks (`debug.collectives`).
+    sharded. `checker` compares every all-to-all over the ranks (`debug.collectives`). With
+    `average`, auxiliary losses are such that their mean over the ranks is the loss, not their sum.
     No collective.
     """
     for layer in moe_layers(model):
         if mesh.world_size > 1:
-            layer.comm = ProcessGroupComm(mesh)
+            layer.comm = ProcessGroupComm(mesh, average)
         if mesh.ep_group is not None:
             layer.shard(mesh.ep, mesh.ep_rank)
             expert_group = ExpertGroup(mesh.ep_group, layer.layer, checker)

@@ -5,15 +5,22 @@ all-to-all's backward already sums over the ranks of a row of the mesh; `ExpertG
 the replicas, down the column. FSDP2 does both sums itself and leaves each rank a shard of each.
 No group of parameters has a factor of its own. Bugs of this kind elsewhere: DeepSpeed#6545,
 Megatron-LM#5916, megablocks#86, fastmoe#169.
+
+In a training loop of one's own (`parallel_model`) the loss is the mean of the ranks' losses, as
+under DDP, so gradients are averaged. Then a sum that is reduced once more, with a further backward,
+stays right: the mean of equal numbers is the number. The factor 1/W of an expert is 1/EP for each
+gradient before it is accumulated, and 1/EDP with each reduction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.distributed.tensor import DTensor
 
 from dmoe.distributed.expert_parallel import expert_parameters, moe_layers
@@ -25,18 +32,25 @@ class ExpertGradients:
 
     A hook starts the all-reduce of a parameter as soon as its gradient of the last accumulation
     step is complete. Cost: one all-reduce per parameter and step over the EDP group; none with
-    EDP = 1.
+    EDP = 1. With `average` gradients are means over all ranks, and complete when the backward ends.
+    Parameters that FSDP2 has sharded are left to it.
     """
 
-    def __init__(self, model: nn.Module, mesh: ParallelMesh) -> None:
+    def __init__(self, model: nn.Module, mesh: ParallelMesh, average: bool = False) -> None:
         self.group, self.sync_enabled, self.pending = mesh.edp_group, False, list[dist.Work]()
-        if self.group is not None:
-            for parameter in filter(lambda p: p.requires_grad, expert_parameters(model).values()):
+        self.average, self.replicas = average, mesh.edp
+        for parameter in expert_parameters(model).values():
+            if not parameter.requires_grad or isinstance(parameter, DTensor):
+                continue
+            if average and mesh.ep > 1:
+                parameter.register_hook(partial(torch.mul, other=1 / mesh.ep))
+            if self.group is not None:
                 parameter.register_post_accumulate_grad_hook(self._start)
 
     def enable_sync(self, last: bool) -> None:
         """Reduce in the next backward if it is the `last` of the accumulation."""
         self.sync_enabled = last
+        self.pending.clear()  # of a backward that failed
 
     def wait_for_grads(self) -> None:
         """Wait for all started all-reduces."""
@@ -47,9 +61,53 @@ class ExpertGradients:
     def _start(self, parameter: Tensor) -> None:
         if self.sync_enabled:
             assert parameter.grad is not None
+            if self.average:
+                parameter.grad.div_(self.replicas)
+                if not self.pending:
+                    call_after_backward(self.wait_for_grads)
             work = dist.all_reduce(parameter.grad, group=self.group, async_op=True)
             assert work is not None
             self.pending.append(work)
+
+
+class DenseGradients:
+    """Averages dense gradients over all ranks at the end of a backward, for a model without DDP.
+
+    In one order on all ranks, whatever the order of the backward. A parameter without a gradient on
+    some ranks counts as zero there; without one on any rank it stays without. Cost: one all-reduce
+    per dtype and step, and a copy of the dense gradients.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], mesh: ParallelMesh) -> None:
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self.world_size, self.sync_enabled, self.scheduled = mesh.world_size, False, False
+        for parameter in self.parameters if mesh.world_size > 1 else ():
+            parameter.register_post_accumulate_grad_hook(self._schedule)
+
+    def _schedule(self, parameter: Tensor) -> None:
+        if self.sync_enabled and not self.scheduled:
+            self.scheduled = True
+            call_after_backward(self._average)
+
+    def _average(self) -> None:
+        self.scheduled = False
+        for dtype in dict.fromkeys(parameter.dtype for parameter in self.parameters):
+            members = [parameter for parameter in self.parameters if parameter.dtype == dtype]
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in members]
+            present = grads[0].new_tensor([p.grad is not None for p in members])
+            flat = torch.cat([present, *(grad.flatten() for grad in grads)]).div_(self.world_size)
+            dist.all_reduce(flat)
+            present, *averages = flat.split([len(members), *(grad.numel() for grad in grads)])
+            for parameter, grad, average in zip(members, grads, averages, strict=True):
+                grad.copy_(average.view_as(grad))
+                parameter.grad = grad
+            for parameter, share in zip(members, present.tolist(), strict=True):
+                parameter.grad = parameter.grad if share else None
+
+
+def call_after_backward(function: Callable[[], None]) -> None:
+    """Call `function` when the backward that is running has ended, as DDP and FSDP2 do."""
+    Variable._execution_engine.queue_callback(function)
 
 
 def squared_grad_norms(model: nn.Module, mesh: ParallelMesh) -> Tensor:

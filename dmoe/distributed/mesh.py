@@ -165,7 +165,8 @@ def _new_cpu_group(world_size: int, timeout: timedelta | None) -> dist.ProcessGr
 class ProcessGroupComm:
     """`moe.interfaces.DataParallelComm` over all ranks, on `control_group`."""
 
-    def __init__(self, mesh: ParallelMesh) -> None:
+    def __init__(self, mesh: ParallelMesh, averages: bool = False) -> None:
+        self.averages = averages
         assert mesh.control_group is not None
         self.group, self.size, self.rank = mesh.control_group, mesh.world_size, mesh.rank
 

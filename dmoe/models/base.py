@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.export import register_dataclass
 from torch.utils.checkpoint import checkpoint
 
+from dmoe.config.errors import ConfigError
 from dmoe.config.router_kinds import router_spec
+from dmoe.config.schema import Config
 from dmoe.models.attention import Attention
 from dmoe.models.fusion import GatedFusion
 from dmoe.models.layers import BlockOutput
@@ -36,7 +38,7 @@ class Model(nn.Module, ABC):
     The constructor works on the meta device and leaves the weights of seed 0.
     """
 
-    recompute: bool
+    recompute: bool = False
     """Keep only the input of each block and compute the block again in backward."""
 
     @abstractmethod
@@ -135,6 +137,27 @@ def token_losses(logits: Tensor, target: Tensor, per_token: bool) -> TokenLosses
         return TokenLosses(loss_sum, None, None)
     loss_T = F.cross_entropy(wide_TV, target_T, ignore_index=IGNORE_INDEX, reduction="none")
     return TokenLosses(loss_T.sum(), loss_T, wide_TV.argmax(-1) == target_T)
+
+
+def check_own_model(model: nn.Module, config: Config) -> None:
+    """Prepare a model of the user's for the trainer, which does what its layers do not need to.
+
+    Raises:
+        ConfigError: it is no `Model`, or its MoE layers are not those of the config.
+    """
+    name = type(model).__name__
+    if not isinstance(model, Model):
+        why = "must be a subclass of dmoe.Model"
+        raise ConfigError("model", name, why, "derive from it, or use dmoe.parallelize")
+    if config.modular.bank != "none":
+        why = "attaches modules to the model of the config"
+        raise ConfigError("modular.bank", config.modular.bank, why, "leave it out, or model=")
+    for index, layer in enumerate(model.moe_layers()):
+        if (layer.layer, layer.balance) != (index, config.moe.balance):
+            why = "its MoE layers must have layer=0, 1, ... in order, and the balance of the config"
+            fix = "make them with dmoe.MoE.from_config(config.moe, dim, layer=index)"
+            raise ConfigError("model", name, why, fix)
+        layer.virtual_ranks, layer.pending_counts = config.parallel.virtual_ranks, None
 
 
 class ParameterCounts(NamedTuple):

@@ -29,9 +29,8 @@ from dmoe.moe.capacity import dropless_plan
 from dmoe.moe.dispatch import PackedLocal, expert_dtype, profiled
 from dmoe.moe.inputs import context_of_rows
 from dmoe.moe.interfaces import DataParallelComm, Dispatcher, NoComm
-from dmoe.moe.layer import MoEOutput
 from dmoe.moe.load_balancing import auxiliary_losses
-from dmoe.moe.metrics import LayerStats, layer_stats
+from dmoe.moe.metrics import LayerStats, MoEOutput, layer_stats
 from dmoe.moe.routers.base import RouterModule
 from dmoe.moe.routing import (
     EMPTY_CONTEXT,

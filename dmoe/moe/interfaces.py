@@ -23,6 +23,8 @@ class DataParallelComm(Protocol):
 
     size: int
     rank: int
+    averages: bool
+    """Whether a loss is the mean over the ranks, as in a training loop of one's own, not a sum."""
 
     def sum(self, value: Tensor) -> Tensor:
         """Return `value` summed over the ranks. One all-reduce."""
@@ -38,6 +40,7 @@ class NoComm:
 
     size = 1
     rank = 0
+    averages = False
 
     def sum(self, value: Tensor) -> Tensor:
         return value.detach()

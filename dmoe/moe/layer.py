@@ -9,7 +9,6 @@ width, E experts, K experts per token, R rows.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from dmoe.moe.experts import FeedForward, ZeroCost, build_experts
 from dmoe.moe.inputs import MaskAgreement
 from dmoe.moe.interfaces import DataParallelComm, Dispatcher, NoComm
 from dmoe.moe.load_balancing import PendingCounts, auxiliary_losses, updated_bias
-from dmoe.moe.metrics import LayerStats, layer_stats
+from dmoe.moe.metrics import MoEOutput, layer_stats
 from dmoe.moe.placement import to_physical_experts
 from dmoe.moe.routers import build_router
 from dmoe.moe.routing import (
@@ -39,24 +38,6 @@ from dmoe.moe.routing import (
     masked,
     with_budget,
 )
-
-
-@dataclass(frozen=True)
-class MoEOutput:
-    """The result of one forward."""
-
-    y: Tensor
-    """[..., out_dim], in the dtype the experts computed in."""
-    aux: dict[str, Tensor]
-    """This rank's share of each auxiliary loss, unweighted, by name; on one process, the loss."""
-    stats: LayerStats
-    """Counts of selected, kept and dropped assignments."""
-    routing: Routing
-    """The router's decision, before capacity."""
-    plan: DispatchPlan
-    """The assignments that were computed, after capacity."""
-    compute_usage: ComputeUsage | None = None
-    """Experts used and cost per token, computed on request."""
 
 
 class MoE(nn.Module):
@@ -257,10 +238,17 @@ class MoE(nn.Module):
         ranks: one all-reduce of E int64 if `comm` has several, so every rank calls it. No host sync
         and, if `balance.bias` is 0, nothing. Forgotten, the next training forward raises an error.
         """
-        if self.pending_counts is None:
-            return
+        if self.pending_counts is not None:
+            self.move_bias(self.comm.sum(self.take_counts()))
+
+    def take_counts(self) -> Tensor:
+        """Return this rank's assignments since the last update, int64 [E], and start from zero."""
+        assert self.pending_counts is not None, "the layer has no balance bias to update"
+        return self.pending_counts.take(self.router.get_buffer("bias_E"))
+
+    def move_bias(self, count_E: Tensor) -> None:
+        """Move the balance bias by the assignments of all ranks."""
         bias_E = self.router.get_buffer("bias_E")
-        count_E = self.comm.sum(self.pending_counts.take(bias_E))
         bias_E.copy_(updated_bias(bias_E, count_E, self.balance.bias, self.balance.recenter))
 
     def add_local_experts(self, y_TM: Tensor, x_TD: Tensor, plan: DispatchPlan) -> Tensor:

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.export import register_dataclass
 
+from dmoe.moe.compute_usage import ComputeUsage
 from dmoe.moe.load_balancing.losses import normalized, num_real_tokens
 from dmoe.moe.routing import (
     EMPTY_CONTEXT,
@@ -159,3 +161,25 @@ def decisions(routing: Routing, plan: DispatchPlan, context: TokenContext) -> di
         "chosen_TE": zero_TE.scatter_add(1, routing.expert_TK, selected_TK.long()) > 0,
         "first_TE": zero_TE.scatter_add(1, first_T1, first_selected_T1.long()) > 0,
     }
+
+
+@dataclass(frozen=True)
+class MoEOutput:
+    """The result of one forward."""
+
+    y: Tensor
+    """[..., out_dim], in the dtype the experts computed in."""
+    aux: dict[str, Tensor]
+    """This rank's share of each auxiliary loss, unweighted, by name; on one process, the loss."""
+    stats: LayerStats
+    """Counts of selected, kept and dropped assignments."""
+    routing: Routing
+    """The router's decision, before capacity."""
+    plan: DispatchPlan
+    """The assignments that were computed, after capacity."""
+    compute_usage: ComputeUsage | None = None
+    """Experts used and cost per token, computed on request."""
+
+
+# Before torch 2.13, FSDP2 looks for tensors in pytrees only and silently misses a backward.
+register_dataclass(MoEOutput)

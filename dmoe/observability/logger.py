@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ class RunLogger:
 
     Text is redacted. A full disk or a failing tracker costs lines, never the run.
     """
+
+    listener: Callable[[str, int, dict[str, Any]], None] | None = None
+    """Called with each event, its step and its values, on every rank."""
 
     def __init__(
         self,
@@ -72,6 +76,8 @@ class RunLogger:
         """
         self._write_line(event, step, values)
         self.display.log_event(event, step, values, redact(line))
+        if self.listener is not None:
+            self.listener(event, step, values)
 
     def note(self, step: int, text: str) -> None:
         """Log information for the user that needs no action, to the terminal and metrics.jsonl."""

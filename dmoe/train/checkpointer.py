@@ -160,6 +160,7 @@ class Checkpointer:
                 "micro_batch": engine.batching.micro_batch,
             },
             "data": self.data.fingerprint,
+            "model": engine.own_model,
             "guard": self.step_guard.state_dict(),
             "scaler": None if scaler is None else _as_numbers(scaler.state_dict()),
             "versions": {"dmoe": dmoe.__version__, "torch": torch.__version__},

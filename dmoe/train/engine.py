@@ -25,7 +25,7 @@ from dmoe.distributed.data_parallel import (
 from dmoe.distributed.expert_parallel import shard_experts
 from dmoe.distributed.init import ProcessInfo
 from dmoe.distributed.mesh import ParallelMesh, build_mesh
-from dmoe.models.base import Model, ModelOutput
+from dmoe.models.base import Model, ModelOutput, check_own_model
 from dmoe.moe.rng import generator
 from dmoe.moe.routing import TokenContext
 from dmoe.train.modular.attach import (
@@ -60,6 +60,8 @@ class Engine:
     optimizer: torch.optim.Optimizer
     collective_checker: CollectiveChecker | None
     """Compares the ranks' all-to-alls, if `debug.collectives`."""
+    own_model: str | None = None
+    """Class of the user's model; None for that of the config."""
 
     @property
     def wrapped_model(self) -> nn.Module:
@@ -81,7 +83,11 @@ class Engine:
 
 
 def build_engine(
-    config: Config, process: ProcessInfo, num_outputs: int, dtype: torch.dtype = torch.float32
+    config: Config,
+    process: ProcessInfo,
+    num_outputs: int,
+    dtype: torch.dtype = torch.float32,
+    model: Model | None = None,
 ) -> Engine:
     """Build, shard, initialize and wrap the model, in this order. Collective over all ranks.
 
@@ -92,6 +98,7 @@ def build_engine(
         process: rank and device of this process.
         num_outputs: vocabulary size, or number of classes.
         dtype: of the parameters; float64 is for `dmoe verify`.
+        model: one to train in place of the config's, with its weights.
     """
     precision = resolve_precision(config.train.precision, process.device, config.model.dim)
     mesh = build_mesh(
@@ -103,7 +110,13 @@ def build_engine(
         else None
     )
     task = task_of(config, num_outputs)
-    model = _build_model(task, mesh, checker, process, dtype)
+    own_model = None if model is None else type(model).__qualname__
+    if model is None:
+        model = _build_model(task, mesh, checker, process, dtype)
+    else:
+        check_own_model(model, config)
+        shard_experts(model, mesh, checker)
+        model.to(process.device)
     broadcast_weights(model, mesh)
     accelerator = make_accelerator(process, precision)
     if precision == "fp16":
@@ -122,6 +135,7 @@ def build_engine(
         data_parallel,
         optimizer,
         checker,
+        own_model,
     )
     with explain_out_of_memory(config, process.world_size, "batch"):
         _warm_up(engine)

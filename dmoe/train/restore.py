@@ -10,20 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from dmoe import checkpoint
-from dmoe.checkpoint.manifest import step_name
+from dmoe.checkpoint import save_load
 from dmoe.config.changes import differences
 from dmoe.config.errors import CheckpointError
 from dmoe.config.load import load as load_config
 from dmoe.config.plugin_loader import load_plugins
 from dmoe.config.plugins import is_under, parse, put
 from dmoe.config.schema import Config
-from dmoe.distributed.mesh import ParallelMesh
+from dmoe.distributed.expert_parallel import shard_experts
+from dmoe.distributed.mesh import ParallelMesh, build_mesh
 from dmoe.distributed.state_dict import model_state
 from dmoe.models.base import Model
 from dmoe.runs.directory import RunDir
@@ -60,13 +59,24 @@ class RestoredModel:
 
 
 def restore_model(
-    run: RunDir, step: int | None = None, *, trust_code: bool = False
+    run: RunDir,
+    step: int | None = None,
+    ep: int = 1,
+    model: Model | None = None,
+    *,
+    trust_code: bool = False,
 ) -> RestoredModel:
     """Load the model of `run` after `step` steps, by default of its newest intact checkpoint.
 
-    Runs in one process, whatever world and expert-parallel size the run had. Reads the weights
-    only, no optimizer state. Code that the run names (`FILE.py:Name`) is loaded with `trust_code`
-    only: whoever wrote the run directory chose it.
+    Whatever world and expert-parallel size the run had. Reads the weights only, no optimizer state.
+
+    Args:
+        run: the run directory.
+        step: of the checkpoint.
+        ep: 1 for one process with all experts; else collective, and each rank reads its own.
+        model: of the user's, for a run that trained one.
+        trust_code: load the code that the run names (`FILE.py:Name`); without it, refuse: whoever
+            wrote the run directory chose that code.
 
     Raises: CheckpointError if there is no such checkpoint, or none that is intact; ConfigError if
     the tokenizer's file is missing.
@@ -74,39 +84,32 @@ def restore_model(
     config = load_config(run.path / "resolved.yaml")
     if trust_code:
         config = load_plugins(config)
-    path = _find_checkpoint(run, step)
-    task = task_of(config)
     device = torch.device(
         "cuda" if torch.cuda.is_available() and config.train.device != "cpu" else "cpu"
     )
-    with torch.device("meta"):
-        model = task.build_model()
-        attach_modules(model, config)
-    model.to_empty(device=device)
-    state = model_state(model, ParallelMesh())
+    mesh = build_mesh(ep, device) if ep > 1 else ParallelMesh()
+    group, task = mesh.checkpoint_group, task_of(config)
+    path = save_load.find(run.checkpoints, step, group=group)
+    own = save_load.read_manifest_on_all(path, group=group).extra.get("model")
+    if own is not None and model is None:
+        call = f"dmoe.load(run, model={own}(...))"
+        raise CheckpointError(f"{run.path} trained a model of your own: load it with {call}")
+    if model is None:
+        with torch.device("meta"):
+            model = task.build_model()
+            attach_modules(model, config)
+        shard_experts(model, mesh)
+        model.to_empty(device=device)
+    else:
+        shard_experts(model, mesh)
+        model.to(device)
+    state = model_state(model, mesh)
     filled = {name.removeprefix("model.") for name in state}
     assert filled >= {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}, (
         "a buffer that no checkpoint holds"
     )
-    extra = checkpoint.load(path, state, prefix="model.")
+    extra = save_load.load(path, state, prefix="model.", group=group)
     return RestoredModel(config, model.eval(), task, int(extra["step"]), device)
-
-
-def _find_checkpoint(run: RunDir, step: int | None) -> Path:
-    if step is None:
-        newest = checkpoint.find_latest(run.checkpoints)
-        if newest is None:
-            raise CheckpointError(
-                f"{run.path} has no checkpoint yet: train longer, or lower checkpoint.every"
-            )
-        return newest
-    path = run.checkpoints / step_name(step)
-    if not path.is_dir():
-        there = (
-            ", ".join(str(number) for number, _ in checkpoint.list_steps(run.checkpoints)) or "none"
-        )
-        raise CheckpointError(f"{run.path} has no checkpoint of step {step}: there are {there}")
-    return path
 
 
 FIXED_FIELDS = ("model", "moe", "modular", "train.task", "train.seed", "train.global_batch")

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,8 +26,10 @@ from dmoe.distributed.init import (
     shutdown,
 )
 from dmoe.distributed.rank_failure import LivenessResponder
+from dmoe.models.base import Model
 from dmoe.moe.rng import generator
-from dmoe.train.engine import build_engine
+from dmoe.train.callbacks import Callback
+from dmoe.train.engine import Engine, build_engine
 from dmoe.train.modular.session import check_domains
 from dmoe.train.modular.stages import (
     BASE_MODEL_DIR,
@@ -38,13 +44,35 @@ from dmoe.train.tasks import task_of
 from dmoe.train.trainer import Trainer
 
 
-def train(config: Config, config_text: str, quiet: bool = False) -> None:
+@dataclass(frozen=True)
+class EndedRun:
+    """A run that has ended; its process group is still open."""
+
+    path: Path
+    model: Model | None
+    """None if it was stopped before it was made, in the run of its base model."""
+    stop_signal: int | None
+    """None at the last step; number of the signal that stopped it, SIGTERM for a callback."""
+
+
+def train_run(
+    config: Config,
+    config_text: str,
+    quiet: bool = False,
+    *,
+    callbacks: Sequence[Callback] = (),
+    data: Any = None,
+    model: Model | None = None,
+) -> EndedRun:
     """Train as `config` says, as the only process or as one rank of a launched job.
 
     Args:
         config: the whole config.
         config_text: text of the config file, stored in the run directory.
         quiet: print notes, alerts and the run directory only.
+        callbacks: of this rank.
+        data: the splits, in place of those that the config names.
+        model: one to train in place of the config's.
 
     Raises:
         ConfigError: for a config that cannot work; before anything is written.
@@ -52,21 +80,26 @@ def train(config: Config, config_text: str, quiet: bool = False) -> None:
         NumbersError: where training cannot continue.
         NoProgressError: where the launcher has restarted the job too often from one step.
         LostRankError: where another rank is gone.
-        SystemExit: with 128 + signal after a stop by that signal; the state is saved then.
+        DmoeError: on all ranks, where a callback has raised on one.
     """
     config = load_plugins(config)
     check(config, launched_world_size())
     check_base_models(config, launched_world_size())
     if config.train.deterministic:
         use_deterministic_kernels()
-    exit_code = 0
-    try:
-        _train(config, config_text, quiet)
-    except StopRequested as stop:
-        exit_code = 128 + stop.signal_number
+    return _train(config, config_text, quiet, callbacks, data, model)
+
+
+def train(config: Config, config_text: str, quiet: bool = False) -> None:
+    """Train, and leave the process group: for a process that ends with the run.
+
+    Arguments and errors as in `train_run`. Raises SystemExit with 128 + signal after a stop by that
+    signal; the state is saved then.
+    """
+    stop_signal = train_run(config, config_text, quiet).stop_signal
     shutdown()
-    if exit_code:
-        raise SystemExit(exit_code)
+    if stop_signal is not None:
+        raise SystemExit(128 + stop_signal)
 
 
 def use_deterministic_kernels() -> None:
@@ -94,11 +127,21 @@ def check_same_code(config: Config, process: ProcessInfo) -> None:
             raise ConfigError(field, label(get(config, field)), allowed, "copy it to every host")
 
 
-def _train(config: Config, config_text: str, quiet: bool) -> None:
-    """Train one run, after the run of its base model if that has to be trained first."""
+def _train(
+    config: Config,
+    config_text: str,
+    quiet: bool,
+    callbacks: Sequence[Callback] = (),
+    data: Any = None,
+    model: Model | None = None,
+) -> EndedRun:
+    """Train one run, after the run of its base model if that has to be trained first.
+
+    Arguments as in `train_run`.
+    """
     task = task_of(config)
     with explain_out_of_memory(config, launched_world_size(), "data"):
-        data = task.open_data()
+        data = task.open_data() if data is None else data
     check_domains(config, data.domains)
     process = init_distributed(
         config.train.device, config.parallel.backend, config.parallel.start_timeout
@@ -108,20 +151,33 @@ def _train(config: Config, config_text: str, quiet: bool) -> None:
     torch.manual_seed(generator(config.train.seed, "rank", process.rank).initial_seed())
     check_same_code(config, process)
     session = open_session(config.train, process) if is_config_file(config.modular.core) else None
+    engine: Engine | None = None
     try:
         if session is not None and needs_base_model(config, session.directory.path):
             if process.is_main and not quiet:
                 where = f"{session}/{BASE_MODEL_DIR}"
                 print(f"first its core, from {config.modular.core}: {where}", flush=True)
             train_base_model(
-                config, session.directory.path, lambda base, text: _train(base, text, quiet)
+                config, session.directory.path, lambda base, text: _train_base(base, text, quiet)
             )
         with explain_out_of_memory(config, process.world_size, "model"):
-            engine = build_engine(config, process, task.num_outputs)
+            engine = build_engine(config, process, task.num_outputs, model=model)
         session = open_session(config.train, process) if session is None else session
         liveness = LivenessResponder() if process.world_size > 1 else nullcontext()
         with liveness, explain_out_of_memory(config, process.world_size, "batch"):
-            Trainer(engine, data, session, config_text, quiet).run()
+            Trainer(engine, data, session, config_text, quiet, callbacks).run()
+        return EndedRun(session.directory.path, engine.model, None)
+    except StopRequested as stop:
+        assert session is not None
+        trained = None if engine is None else engine.model
+        return EndedRun(session.directory.path, trained, stop.signal_number)
     finally:
         if session is not None:
             session.close()
+
+
+def _train_base(config: Config, config_text: str, quiet: bool) -> None:
+    """Train a base model. Raises StopRequested after a stop."""
+    stop_signal = _train(config, config_text, quiet).stop_signal
+    if stop_signal is not None:
+        raise StopRequested(stop_signal)

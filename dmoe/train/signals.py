@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from types import FrameType
 
@@ -49,7 +50,9 @@ class Signals:
         return self.stop_signal != 0
 
     def install_handlers(self) -> None:
-        """Install the handlers. Python allows that on the main thread only."""
+        """Install the handlers, on the main thread: Python allows it nowhere else."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number in handled_stop_signals():
             signal.signal(number, self._on_stop_signal)
         signal.signal(signal.SIGUSR1, self._on_save_signal)

@@ -81,6 +81,19 @@ class Telemetry:
         }
 
 
+def basic_metrics(result: StepResult, engine: Engine) -> dict[str, Any]:
+    """Return what is known of any step, logged or not; equal on all ranks."""
+    totals = result.totals
+    score = Score(totals.loss_sum, engine.targets_per_step, totals.target_bytes)
+    return {
+        "loss": score.loss,
+        **engine.task.metrics(score),
+        "grad_norm": result.grad_norm,
+        "clip_factor": result.clip_factor,
+        "updated": result.updated,
+    }
+
+
 def train_metrics(result: StepResult, metrics: StepMetrics, engine: Engine) -> dict[str, Any]:
     """Return the part of a `train` line that concerns the step itself.
 
@@ -88,7 +101,6 @@ def train_metrics(result: StepResult, metrics: StepMetrics, engine: Engine) -> d
     layers of what it adds to the loss.
     """
     totals = result.totals
-    score = Score(totals.loss_sum, engine.targets_per_step, totals.target_bytes)
     layers = [
         _layer_metrics(*layer, engine)
         for layer in zip(engine.model.moe_layers(), totals.layers, metrics.layers, strict=True)
@@ -97,19 +109,14 @@ def train_metrics(result: StepResult, metrics: StepMetrics, engine: Engine) -> d
     kept = sum(sum(layer.kept_counts) for layer in totals.layers)
     names = list(totals.layers[0].aux) if layers else []
     imbalances = (layer.load_max_over_mean for layer in totals.layers)
-    return {
-        "loss": score.loss,
-        **engine.task.metrics(score),
+    return basic_metrics(result, engine) | {
         "aux": {
             name: statistics.fmean(layer.aux[name] for layer in totals.layers) for name in names
         },
         "aux_weighted": {
             name: sum(layer["aux_weighted"][name] for layer in layers) for name in names
         },
-        "grad_norm": result.grad_norm,
         **_grad_norms(result, metrics),
-        "clip_factor": result.clip_factor,
-        "updated": result.updated,
         "drop_rate": 1.0 - kept / choices if choices else 0.0,
         "load_max_over_mean": max(imbalances, default=1.0),
         "step_time": metrics.seconds,

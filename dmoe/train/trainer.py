@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from dmoe.config.errors import NumbersError
@@ -13,6 +14,7 @@ from dmoe.distributed.rank_failure import is_collective_failure, lost_rank_error
 from dmoe.distributed.watchdog import Watchdog
 from dmoe.observability.logger import RunLogger
 from dmoe.observability.profiler import StepProfiler
+from dmoe.train.callbacks import Callback, Callbacks
 from dmoe.train.checkpointer import Checkpointer, CheckpointScheduler
 from dmoe.train.engine import Engine
 from dmoe.train.evaluation import Evaluation, evaluate
@@ -36,7 +38,7 @@ from dmoe.train.step_guard import (
 )
 from dmoe.train.summary import log_start, print_summary
 from dmoe.train.tasks import DataSplits
-from dmoe.train.telemetry import Telemetry, is_logged
+from dmoe.train.telemetry import Telemetry, basic_metrics, is_logged
 
 
 class Trainer:
@@ -49,6 +51,7 @@ class Trainer:
         session: RunSession,
         config_text: str,
         quiet: bool = False,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         """Restore the newest checkpoint, if there is one. Collective.
 
@@ -58,6 +61,7 @@ class Trainer:
             session: the locked run directory.
             config_text: text of the config file, stored in the run directory.
             quiet: print notes, alerts and the run directory only.
+            callbacks: of this rank.
         """
         config = engine.config
         self.engine, self.data, self.session = engine, data, session
@@ -83,6 +87,7 @@ class Trainer:
             is_main=engine.process.is_main,
             quiet=quiet,
         )
+        self.callbacks = Callbacks(callbacks, engine, self.logger)
         self.checkpoint_scheduler = CheckpointScheduler(
             self.checkpointer, self.logger, config.checkpoint
         )
@@ -102,12 +107,7 @@ class Trainer:
         self.interval_start_step = self.start_step
 
     def run(self) -> None:
-        """Train to the last step. Collective.
-
-        Raises:
-            StopRequested: after a stop that all ranks agreed on; the state is saved.
-            NumbersError, LostRankError: see `train`.
-        """
+        """Train to the last step. Collective. Raises StopRequested, saved, and as `train_run`."""
         log_start(
             self.logger, self.engine, self.data, self.session, self.checkpointer, self.modular
         )
@@ -190,7 +190,7 @@ class Trainer:
             step, health, action, result
         )
         if not rolled_back:
-            self._log(result, lr)
+            self.callbacks.end_step(self.steps_done, self._log(result, lr))
             began = time.monotonic()
             self.checkpoint_scheduler.after_step(
                 self.steps_done,
@@ -212,10 +212,8 @@ class Trainer:
         if step == self.start_step:
             set_timeouts(self.engine.mesh.step_groups(), self.engine.config.parallel.timeout)
             self.watchdog.start()
-        if step == 0:
-            warning = check_first_step(self.engine, result)
-            if warning:
-                self.logger.note(1, warning)
+        if step == 0 and (warning := check_first_step(self.engine, result)):
+            self.logger.note(1, warning)
 
     def _handle_bad_step(
         self, step: int, health: StepHealth, action: StepAction, result: StepResult
@@ -241,11 +239,12 @@ class Trainer:
         self.telemetry.probe.previous = []
         return True
 
-    def _log(self, result: StepResult, lr: float) -> None:
+    def _log(self, result: StepResult, lr: float) -> dict[str, Any]:
+        """Log the step where that is due; return its metrics, in any step the basic ones."""
         step = self.steps_done
         if not is_logged(step, self.start_step, self.config):
             self.logger.display.step(step)
-            return
+            return basic_metrics(result, self.engine) | {"lr": lr}
         now = time.monotonic()
         values = self.telemetry.train_record(
             result,
@@ -258,6 +257,7 @@ class Trainer:
         self.logger.log_metrics("train", step, values)
         for text in self.telemetry.alerts.check(values):
             self.logger.alert(step, "routing", text)
+        return values
 
     def _evaluate(self) -> Evaluation:
         """Evaluate on the held-out data and log the result. Raises StopRequested."""

@@ -38,7 +38,8 @@ from dmoe.distributed.full_tensors import copy_full_into_shard, full_tensor
 from dmoe.distributed.state_dict import model_state
 from dmoe.models.base import Model
 from dmoe.modular import AdapterLayer, adapter_layers
-from dmoe.moe.layer import MoE, MoEOutput
+from dmoe.moe.layer import MoE
+from dmoe.moe.metrics import MoEOutput
 from dmoe.moe.routing import DispatchPlan, Routing
 from dmoe.train.engine import Engine
 from dmoe.verify.naive.capacity import Choices, apply_capacity

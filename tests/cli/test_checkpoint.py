@@ -13,13 +13,13 @@ import torch
 from safetensors import safe_open
 
 from dmoe.checkpoint import read_manifest, save
-from dmoe.config.errors import CheckpointError, ConfigError
-from dmoe.train.checkpoint_info import (
+from dmoe.cli.checkpoint_info import (
     find_checkpoints,
     inspect_checkpoint,
     newest_intact,
     verify_checkpoint,
 )
+from dmoe.config.errors import CheckpointError, ConfigError
 from tests.checkpoint.states import full_state
 from tests.cli.commands import dmoe, refused
 from tests.cli.conftest import Run

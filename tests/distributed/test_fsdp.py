@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from dmoe.config.errors import ConfigError
-from dmoe.distributed.data_parallel import FSDPStrategy, shard_dim
+from dmoe.distributed.data_parallel import FSDPStrategy
+from dmoe.distributed.fsdp import shard_dim
 from dmoe.distributed.mesh import ParallelMesh
 from dmoe.models.base import ModelOutput
 from tests.distributed.runs import Trace, trace

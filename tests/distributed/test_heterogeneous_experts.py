@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dmoe.checkpoint import save_load
+from dmoe.cli.checkpoint_info import inspect_checkpoint
 from dmoe.config.errors import ConfigError
 from dmoe.config.rules import expert_parallel
 from dmoe.config.schema import CapacityConfig, Config, ExpertsConfig, RouterConfig
@@ -21,7 +22,6 @@ from dmoe.distributed.init import init_distributed
 from dmoe.distributed.mesh import build_mesh
 from dmoe.moe.layer import MoE
 from dmoe.train import checkpointer
-from dmoe.train.checkpoint_info import inspect_checkpoint
 from dmoe.train.engine import Engine, build_engine
 from dmoe.train.step import train_step, training_batches
 from dmoe.verify.capture import state_arrays

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import typer.main
 
+import dmoe
 from dmoe.cli.common import load_arguments
 from dmoe.cli.main import app
 from dmoe.config.fields import list_fields
@@ -23,7 +24,9 @@ pytestmark = pytest.mark.ranks
 EXAMPLES = [pair for document in DOCUMENTS for pair in snippets(document)]
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
-REPOSITORY_PATH = re.compile(r"(?:dmoe|configs|launch|docker|tests|docs|benchmarks|\.ci)/[\w./-]*")
+REPOSITORY_PATH = re.compile(
+    r"(?:dmoe|examples|configs|launch|docker|tests|docs|benchmarks|\.ci)/[\w./-]*"
+)
 SECTIONS = [
     "model",
     "moe",
@@ -42,6 +45,7 @@ FIELD = re.compile(rf"((?:{'|'.join(SECTIONS)})\.[a-z_.]+?)(?:=\S+|: .*)?")
 WITH_CONFIG = ("train", "verify", "explain")
 PLACEHOLDERS = {"CONFIG"}
 NEEDED = {
+    "sweep": ["moe.top_k=1,2"],
     "generate": ["runs/latest", "--prompt", "def"],
     "report": ["runs/latest"],
     "watch": ["runs/latest"],
@@ -155,7 +159,7 @@ def test_the_tree_of_the_readme_is_the_repository() -> None:
         for path in (ROOT / "dmoe").iterdir()
         if (path / "__init__.py").is_file()
     }
-    folders = {"configs/", "launch/", "docker/", "benchmarks/", "tests/", "docs/"}
+    folders = {"examples/", "configs/", "launch/", "docker/", "benchmarks/", "tests/", "docs/"}
     assert packages | folders <= set(rows), (
         f"not in the table: {sorted((packages | folders) - set(rows))}"
     )
@@ -173,6 +177,20 @@ def test_each_config_field_exists(document: Path) -> None:
             assert match[1] in known, (
                 f"{document.name} names {match[1]}, which is no field of the config"
             )
+
+
+def test_every_public_name_has_an_example() -> None:
+    """On one page: in its table, and in an example that is run."""
+    page = ROOT / "docs" / "api.md"
+    table = {
+        name
+        for row in re.findall(r"^\| (.+?) \|", prose(page), re.M)
+        for name in INLINE.findall(row)
+    }
+    examples = "\n".join(block.text for block, _ in snippets(page))
+    for name in dmoe.__all__:
+        assert name in table, f"{name} is not in the table of docs/api.md"
+        assert re.search(rf"\bdmoe\.{name}\b", examples), name
 
 
 def test_the_readme_has_the_two_commands() -> None:

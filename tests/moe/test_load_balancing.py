@@ -29,7 +29,7 @@ TOKENS, SEQUENCES, RANKS = 24, 6, 2
 class TwoEqualRanks:
     """This rank and one that chose and holds the same: every sum doubles."""
 
-    size = 2
+    size, averages = 2, False
 
     def sum(self, value: Tensor) -> Tensor:
         return 2 * value.detach()

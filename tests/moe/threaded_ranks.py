@@ -21,7 +21,8 @@ class ThreadComm:
     """`DataParallelComm` of one thread; counts its collectives."""
 
     def __init__(self, rank: int, parts: list[Tensor], barrier: threading.Barrier) -> None:
-        self.rank, self.size, self.parts, self.barrier = rank, len(parts), parts, barrier
+        self.rank, self.size, self.averages = rank, len(parts), False
+        self.parts, self.barrier = parts, barrier
         self.collectives = 0
 
     def gather(self, value: Tensor) -> Tensor:

@@ -37,8 +37,8 @@ def divided_by_edp() -> None:
 
     create = gradients.ExpertGradients.__init__
 
-    def store_replicas(self: Any, model: Any, mesh: Any) -> None:
-        create(self, model, mesh)
+    def store_replicas(self: Any, model: Any, mesh: Any, *rest: Any) -> None:
+        create(self, model, mesh, *rest)
         self.parameters, self.replicas = list(expert_parameters(model).values()), mesh.edp
 
     gradients.ExpertGradients.__init__ = store_replicas

@@ -71,8 +71,9 @@ class MLPExperts(Experts):
         """Keep only the global experts `first .. first+count-1`."""
         self.first = first
         for name in ("w_in", "w_out"):
-            kept = getattr(self, name).detach()[first : first + count].clone()
-            setattr(self, name, nn.Parameter(kept))
+            whole = getattr(self, name)
+            kept = whole.detach()[first : first + count].clone()
+            setattr(self, name, nn.Parameter(kept, requires_grad=whole.requires_grad))
 
     def initialize(self, seed: int, layer: int, std: float, out_std: float) -> None:
         """Draw each expert from a generator keyed by its global id: the same at any EP size."""

@@ -40,7 +40,6 @@ from dmoe.config.router_kinds import RouterSpec
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.rng import keyed_noise, normal_
 from dmoe.moe.routing import (
-    ONE_SEQUENCE,
     BatchShape,
     Routing,
     RowProduct,
@@ -73,9 +72,8 @@ class RouterModule(nn.Module):
     def set_expert_costs(self, multiply_adds: Sequence[int]) -> None:
         """Set the multiply-adds of a row with each expert; used by routers with a budget only."""
 
-    def forward(
-        self, x_TD: Tensor, context: TokenContext, shape: BatchShape = ONE_SEQUENCE
-    ) -> Routing:
+    def forward(self, x_TD: Tensor, context: TokenContext, shape: BatchShape) -> Routing:
+        """Route tokens [T, D]; see `Routing`."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> RouterModule:

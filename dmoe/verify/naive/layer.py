@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmoe.moe.experts import HeterogeneousExperts, MLPExperts
-from dmoe.moe.layer import MoE, MoEOutput
-from dmoe.moe.metrics import LayerStats
+from dmoe.moe.layer import MoE
+from dmoe.moe.metrics import LayerStats, MoEOutput
 from dmoe.moe.routing import DispatchPlan, Routing, TokenContext
 from dmoe.verify.naive.capacity import Choices, apply_capacity, has_capacity
 from dmoe.verify.naive.plugins import own_expert_output, own_loss

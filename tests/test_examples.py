@@ -1,0 +1,86 @@
+"""The examples run as they are written, with the numbers of one process, and are typed."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.ranks
+ROOT = Path(__file__).parent.parent
+OWN_LOOP = ROOT / "examples" / "own_loop.py"
+MODES = ("ddp", "fsdp", "none")
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def run_own_loop(rank: int, world: int, folder: str, ports: list[int]) -> None:
+    """Start the example as torchrun would, once for each mode."""
+    for mode, port in zip(MODES, ports, strict=True):
+        dist.destroy_process_group()
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        sys.argv = [str(OWN_LOOP), f"{folder}/{mode}.pt", mode]
+        runpy.run_path(str(OWN_LOOP), run_name="__main__")
+
+
+def difference(found: Path, expected: Path) -> float:
+    ours, theirs = torch.load(found), torch.load(expected)
+    assert ours.keys() == theirs.keys()
+    return max(
+        float((torch.as_tensor(ours[k]) - torch.as_tensor(v)).abs().max())
+        for k, v in theirs.items()
+    )
+
+
+def test_own_loop_has_the_numbers_of_one_process(tmp_path: Path) -> None:
+    """Weights, balance biases and the gradient norm, after four steps of plain descent."""
+    lines = OWN_LOOP.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 60
+    imports = [line for line in lines if line.startswith(("import dmoe", "from dmoe"))]
+    assert imports == ["import dmoe"]
+    one = tmp_path / "one.pt"
+    subprocess.run([sys.executable, str(OWN_LOOP), str(one)], check=True, cwd=ROOT)
+    run_ranks(2, run_own_loop, str(tmp_path), free_ports(3))
+    assert torch.load(one)["moes.0.router.bias_E"].abs().max() > 0
+    for mode in MODES:
+        assert difference(tmp_path / f"{mode}.pt", one) < 1e-6, mode
+    command = ["torchrun", "--standalone", "--nproc-per-node", "2", str(OWN_LOOP)]
+    subprocess.run([*command, str(tmp_path / "two.pt")], check=True, capture_output=True)
+    assert difference(tmp_path / "two.pt", one) < 1e-6
+
+
+def test_train_from_python(tmp_path: Path) -> None:
+    script = ROOT / "examples" / "train_from_python.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert "stopped early: True" in done.stdout, done.stdout
+
+
+def test_the_examples_are_typed() -> None:
+    """As a user's own code would be, strictly; the options are those of `mypy`, and so its cache."""
+    assert (ROOT / "dmoe" / "py.typed").is_file()
+    command = [sys.executable, "-m", "mypy", "examples"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
