@@ -126,7 +126,7 @@ def test_a_config_that_nobody_has_loaded_runs_no_code(tmp_path: Path) -> None:
 def test_the_bytes_that_are_hashed_run_although_the_file_has_the_old_time(tmp_path: Path) -> None:
     """Cached bytecode, which goes by time and size, would run the old router under the new hash."""
     code = tmp_path / "router.py"
-    sources = [EXAMPLE.read_text().replace("power=1.0", f"power={n}.0") for n in (3, 4)]
+    sources = [EXAMPLE.read_text().replace("power: float = 1.0", f"power: float = {n}.0") for n in (3, 4)]
     powers = []
     for source in sources:
         code.write_text(source)
