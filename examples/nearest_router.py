@@ -6,13 +6,18 @@
 score = softmax(-|x - w_e|^power). The K largest of score + bias are chosen; their scores, divided
 by their sum, are the weights. `LearnedRouter` brings the matrix, the bias of loss-free balancing,
 and `route`, which chooses.
+
+Letters: T tokens, D width, E experts, K experts per token.
 """
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from dmoe import BatchShape, LearnedRouter, RouterConfig, Routing, TokenContext
-from dmoe.moe.routers.base import valid_choices
+from dmoe.config.schema import RouterConfig
+from dmoe.moe.routers.base import LearnedRouter, valid_choices
+from dmoe.moe.routing import ONE_SEQUENCE, BatchShape, Routing, TokenContext
 
 
 class Nearest(LearnedRouter):
@@ -31,7 +36,9 @@ class Nearest(LearnedRouter):
         super().__init__(config, dim, num_experts, top_k, layer)
         self.power = power
 
-    def forward(self, x_TD: Tensor, context: TokenContext, shape: BatchShape) -> Routing:
+    def forward(
+        self, x_TD: Tensor, context: TokenContext, shape: BatchShape = ONE_SEQUENCE
+    ) -> Routing:
         x_TD = self.router_input(x_TD, context, shape)
         squared_TE = (x_TD[:, None] - self.weight).square().sum(-1)
         logit_TE = -((squared_TE + 1e-12) ** (self.power / 2))

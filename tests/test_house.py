@@ -9,10 +9,10 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 230,
+    "product files": 231,
     "product lines": 39_500,
     "files of one MoE forward": 13,
-    "files of one training step": 37,
+    "files of one training step": 38,
     "files that name a router kind": 6,
     "largest package, share of lines": 0.15,
     "files in a folder, at most": 22,

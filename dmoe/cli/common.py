@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from dmoe.config.errors import ConfigError
-from dmoe.config.load import load_text
-from dmoe.config.plugin_loader import load_plugins
+from dmoe.config.load import load, load_text
+from dmoe.config.plugin_loader import load_plugins, refuse_code
 from dmoe.config.schema import Config
 from dmoe.config.shipped import find_config
 from dmoe.config.yaml_guard import INTEGER, NUMBER, read_text, short
@@ -56,18 +56,21 @@ def load_arguments(arguments: list[str]) -> tuple[Config, str]:
     )
 
 
-def load_resumed(run: str, overrides: list[str]) -> tuple[Config, str]:
+def load_resumed(run: str, overrides: list[str], *, trust_code: bool = False) -> tuple[Config, str]:
     """Return the config that a run recorded, with changes, and its text.
 
     Args:
         run: the run directory, e.g. `runs/latest`.
         overrides: what the user changes, e.g. `train.steps=800`.
+        trust_code: load the code that the run names; what an override names is the user's own.
     """
     wrong = next((a for a in overrides if "=" not in a or a.startswith("train.run_dir=")), None)
     if wrong is not None:
         allowed = "does not go with --resume, which takes config and directory from the run"
         raise ConfigError("argument", wrong, allowed, "give overrides like train.steps=800 only")
     path = find_run(run).path
+    if not trust_code:
+        refuse_code(load(path / "resolved.yaml"), [a.partition("=")[0] for a in overrides])
     here = [*overrides, f"train.run_dir={path}"]
     return load_arguments([str(path / "resolved.yaml"), *here])
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dmoe.cli.common import ARGUMENTS_HELP, integer, load_arguments, load_resumed
+from dmoe.cli.common import ARGUMENTS_HELP, TrustCode, integer, load_arguments, load_resumed
 from dmoe.cli.surroundings import keep_running_without_output
 from dmoe.config.errors import ConfigError
 from dmoe.config.launch_env import has_accelerator, main_memory, read_launch_env
@@ -32,6 +32,7 @@ def command(
             "what changes is given as K=V.",
         ),
     ] = None,
+    trust_code: TrustCode = False,
     preflight: Annotated[
         bool,
         typer.Option(
@@ -67,9 +68,10 @@ def command(
     # there is nothing to save yet, and the default action would end the process
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     given_arguments = arguments or []
-    config, given = (
-        load_arguments(given_arguments) if resume is None else load_resumed(resume, given_arguments)
-    )
+    if resume is None:
+        config, given = load_arguments(given_arguments)
+    else:
+        config, given = load_resumed(resume, given_arguments, trust_code=trust_code)
     launcher = read_launch_env()
     if launcher is not None and ranks is not None:
         raise ConfigError(
@@ -106,6 +108,7 @@ def command(
 
         options = ["--quiet"] if quiet else []
         options += ["--resume", resume] if resume is not None else []
+        options += ["--trust-code"] if trust_code else []
         sys.exit(launch(ranks, ["train", *options, *given_arguments], port))
 
 

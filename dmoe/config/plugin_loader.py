@@ -19,7 +19,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,10 +69,25 @@ def plugin_class(value: str, field: str) -> type | None:
         return None
     kind = loaded_class(value)
     if kind is None:
-        allowed = "is code of your own, and a config that is read from a run loads none by itself"
-        fix = "if you trust it, add --trust-code (dmoe.config.plugin_loader.load_plugins)"
-        raise ConfigError(field, f"{reference.place}:{reference.name}", allowed, fix)
+        raise _untrusted(field, reference)
     return kind
+
+
+def refuse_code(config: Any, given: Collection[str]) -> None:
+    """Refuse code that the config of a run names, but in the fields that the user has `given`.
+
+    Raises:
+        ConfigError: for the first such field.
+    """
+    for field, reference in references(config).items():
+        if field not in given:
+            raise _untrusted(field, reference)
+
+
+def _untrusted(field: str, reference: Reference) -> ConfigError:
+    allowed = "is code of your own, and a config that is read from a run loads none by itself"
+    fix = "if you trust it, add --trust-code (dmoe.config.plugin_loader.load_plugins)"
+    return ConfigError(field, f"{reference.place}:{reference.name}", allowed, fix)
 
 
 def loaded_class(value: str) -> type | None:

@@ -221,7 +221,7 @@ class ParallelModel(nn.Module):
         Raises:
             ConfigError: a rank did not call it within `patience` seconds.
         """
-        self._meet("state_dict()")
+        self._barrier("state_dict()")
         return full_state(self.module, self.mesh)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # type: ignore[override]
@@ -237,7 +237,7 @@ class ParallelModel(nn.Module):
 
     def optimizer_state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the state of an optimizer by names, like `state_dict`; see there."""
-        self._meet("optimizer_state_dict()")
+        self._barrier("optimizer_state_dict()")
         return full_optimizer_state(self.module, optimizer, self.mesh)
 
     def load_optimizer_state_dict(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
@@ -245,7 +245,7 @@ class ParallelModel(nn.Module):
         local = local_optimizer_state(self.module, optimizer, self.mesh, state)
         optimizer.load_state_dict(local)
 
-    def _meet(self, call: str) -> None:
+    def _barrier(self, call: str) -> None:
         """Wait for all ranks to make the same call, so that one that does not is an error."""
         if self.mesh.checkpoint_group is None or dist.get_backend() == "fake":
             return

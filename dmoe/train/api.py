@@ -18,6 +18,7 @@ from dmoe.checkpoint import save_load
 from dmoe.config.errors import DmoeError
 from dmoe.config.load import load_text, to_yaml
 from dmoe.config.schema import Config
+from dmoe.config.shipped import find_config
 from dmoe.config.yaml_guard import read_text
 from dmoe.data import open_documents
 from dmoe.distributed.init import barrier
@@ -112,7 +113,7 @@ def train(
     accelerate's state are restored; torch's generators are seeded with `train.seed`.
 
     Args:
-        config: a `Config`, or the path of a YAML file.
+        config: a `Config`, the path of a YAML file, or the name of a shipped one.
         callbacks: of this rank; called on this rank.
         data: texts, one per document, to tokenize, split and pack by `config.data`; or an object
             with the splits, such as `dmoe.data.DatasetSplits`. None: `data.source`.
@@ -125,8 +126,9 @@ def train(
     if isinstance(config, Config):
         text = to_yaml(config)
     else:
-        text = read_text(config)
-        config = load_text(text, str(config))
+        path = find_config(str(config))
+        text = read_text(path)
+        config = load_text(text, path)
     splits: Any = data
     if data is not None:
         if isinstance(data, Sequence):
@@ -139,7 +141,12 @@ def train(
 
 
 def load(
-    run: Run | str | Path, step: int | None = None, *, ep: int = 1, model: Model | None = None
+    run: Run | str | Path,
+    step: int | None = None,
+    *,
+    ep: int = 1,
+    model: Model | None = None,
+    trust_code: bool = False,
 ) -> Model:
     """Return the model of a run in evaluation mode, whatever world and EP size the run had.
 
@@ -148,6 +155,7 @@ def load(
         step: of the checkpoint; None: the newest that is intact.
         ep: 1: all experts on this process. More: those of this rank, which alone are read.
         model: to fill, for a run that trained a model of yours.
+        trust_code: load the code that the run names (`FILE.py:Name`), for a run that you trust.
 
     In a process group every rank must call it.
 
@@ -155,7 +163,7 @@ def load(
         DmoeError: there is no such checkpoint, or it is damaged.
     """
     directory = run._directory if isinstance(run, Run) else find_run(str(run))
-    return restore_model(directory, step, ep, model).model
+    return restore_model(directory, step, ep, model, trust_code=trust_code).model
 
 
 def read_metrics(run: Run | str | Path) -> Metrics:

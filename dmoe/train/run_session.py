@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dmoe.config.errors import ConfigError, DmoeError, NoProgressError
+from dmoe.config.plugins import references
 from dmoe.config.schema import Config, TrainConfig
 from dmoe.distributed.init import ProcessInfo, elastic_run_id, run_on_rank0
 from dmoe.runs.directory import RunDir, name_run
@@ -100,11 +101,12 @@ class RunSession:
         """Return the path, relative to the working directory if the run is below it."""
         return self._name
 
-    def resume_command(self) -> str:
+    def resume_command(self, config: Config) -> str:
         """Return the command that goes on with this run, on as many local ranks as now."""
         world = self.process.world_size
-        ranks = f" --ranks {world}" if world > 1 else ""
-        return f"dmoe train --resume {shlex.quote(str(self))}{ranks}"
+        more = f" --ranks {world}" if world > 1 else ""
+        more += " --trust-code" if references(config) else ""
+        return f"dmoe train --resume {shlex.quote(str(self))}{more}"
 
     def record_fatal_error(self, error: DmoeError) -> None:
         """Record an error that a restart cannot cure, for the attempts that the launcher starts."""

@@ -17,7 +17,9 @@ from torch import Tensor
 from dmoe.config.router_kinds import router_spec
 from dmoe.config.schema import Config
 from dmoe.data import DatasetSplits, TokenDataset, open_data, open_tokenizer
+from dmoe.data.tables import SampleDataset, TableSplits, num_classes, open_table, stream_widths
 from dmoe.models.base import Model
+from dmoe.models.classifier import Classifier
 from dmoe.models.generate import generate
 from dmoe.models.transformer import Transformer
 
@@ -199,6 +201,66 @@ class LanguageModelling:
         return tokenizer.decode([*prompt, *ids])
 
 
+class Classification:
+    """Predict the class of a sample of numbers, which is its domain in evaluations too."""
+
+    name, unit, targets_per_sample = "classification", "sample", 1
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.num_outputs = config, num_classes(config.data)
+        self.widths = stream_widths(config.data)
+        self.streams = tuple(self.widths) if len(self.widths) > 1 else ()
+
+    def build_model(self, virtual_ranks: int = 1, recompute: bool = False) -> Model:
+        model, moe = self.config.model, self.config.moe
+        return Classifier(
+            model,
+            moe,
+            list(self.widths.values()),
+            self.num_outputs,
+            virtual_ranks=virtual_ranks,
+            recompute=recompute,
+        )
+
+    def open_data(self) -> TableSplits:
+        return open_table(self.config.data, self.config.train.seed)
+
+    def training_samples(
+        self, dataset: SampleDataset, step: int, first: int, count: int, global_batch: int
+    ) -> Samples:
+        return _collate_rows(*dataset.batch(step, first, count, global_batch))
+
+    def samples(self, dataset: SampleDataset, first: int, count: int) -> Samples:
+        return _collate_rows(*dataset.samples(first, count))
+
+    def dummy_batch(self, count: int, random: torch.Generator | None = None) -> Samples:
+        x_BW = torch.zeros(count, sum(self.widths.values()))
+        class_B = torch.zeros(count, dtype=torch.int64)
+        if random is not None:
+            x_BW.normal_(generator=random)
+            class_B.random_(self.num_outputs, generator=random)
+        return Samples(x_BW, class_B.unsqueeze(1), class_B)
+
+    def mask_stream(self, input: Tensor, stream: str) -> Tensor:
+        """Return the samples with NaN in the columns of one stream."""
+        names = list(self.widths)
+        first = sum(self.widths[name] for name in names[: names.index(stream)])
+        changed = input.clone()
+        changed[:, first : first + self.widths[stream]] = math.nan
+        return changed
+
+    def bytes_per_target(self, data: TableSplits, target: Tensor) -> Tensor:
+        return torch.zeros_like(target)
+
+    def metrics(self, score: Score) -> dict[str, float]:
+        return (
+            {} if score.correct is None else {"accuracy": score.correct / max(1.0, score.targets)}
+        )
+
+    def generate_sample(self, model: Model, data: TableSplits) -> str | None:
+        return None
+
+
 def count_routing_labels(config: Config) -> int:
     """Count the labels that send samples to different experts; 1 if routing ignores labels."""
     if router_spec(config.moe.router.kind).needs != "label_T" or config.modular.bank != "none":
@@ -216,6 +278,11 @@ def _collate(token_BS: np.ndarray, label_B: np.ndarray) -> Samples:
     return Samples(tokens[:, :-1], tokens[:, 1:], torch.from_numpy(label_B))
 
 
+def _collate_rows(*found: object) -> Samples:
+    x_BW, class_B = (torch.from_numpy(part) for part in found)
+    return Samples(x_BW, class_B.unsqueeze(1), class_B)
+
+
 def task_of(config: Config, num_outputs: int | None = None) -> Task:
     """Return the task of a config. Reads a tokenizer's file at most, no data.
 
@@ -223,6 +290,4 @@ def task_of(config: Config, num_outputs: int | None = None) -> Task:
     """
     if config.train.task == "language_modelling":
         return LanguageModelling(config, num_outputs)
-    from dmoe.train.classification import Classification
-
     return Classification(config)

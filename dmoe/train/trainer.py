@@ -146,7 +146,7 @@ class Trainer:
         except StopRequested:
             self.checkpoint_scheduler.save_final(self.steps_done)
             done = f"stopped after step {self.steps_done}, which is saved"
-            line = f"{done}; continue with: {self.session.resume_command()}"
+            line = f"{done}; continue with: {self.session.resume_command(self.engine.config)}"
             self.logger.log_event("end", self.steps_done, {"stopped": True}, line)
             # The signal may have reached other ranks only.
             raise StopRequested(self.signals.stop_signal or signal.SIGTERM) from None

@@ -105,6 +105,7 @@ def verify(
         ConfigError: the config cannot run at all, or there are too few GPUs.
     """
     start, groups = time.monotonic(), math.lcm(*worlds) * config.parallel.virtual_ranks
+    config = load_plugins(config)
     base = prepare(config if full else shrink(config), groups)
     reference = reference_case(groups)
     check(reference.config(base), 1)

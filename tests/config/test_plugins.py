@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sys
 from dataclasses import replace
@@ -123,13 +124,17 @@ def test_a_config_that_nobody_has_loaded_runs_no_code(tmp_path: Path) -> None:
     assert proof.exists()
 
 
-def test_the_bytes_that_are_hashed_run_although_the_file_has_the_old_time(tmp_path: Path) -> None:
+def test_the_bytes_that_are_hashed_run_although_the_file_has_the_old_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Cached bytecode, which goes by time and size, would run the old router under the new hash."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     code = tmp_path / "router.py"
-    sources = [EXAMPLE.read_text().replace("power: float = 1.0", f"power: float = {n}.0") for n in (3, 4)]
+    sources = [EXAMPLE.read_text().replace("= 1.0", f"= {n}.0") for n in (3, 4)]
     powers = []
     for source in sources:
         code.write_text(source)
+        os.utime(code, (10**9, 10**9))
         config = load_plugins(load(None, [f"moe.router.kind={code}:Nearest"]))
         powers.append(build_router(config.moe.router, 8, 4, 2, 0).power)
     assert powers == [3.0, 4.0]

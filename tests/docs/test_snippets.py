@@ -45,6 +45,7 @@ FIELD = re.compile(rf"((?:{'|'.join(SECTIONS)})\.[a-z_.]+?)(?:=\S+|: .*)?")
 WITH_CONFIG = ("train", "verify", "explain")
 PLACEHOLDERS = {"CONFIG"}
 NEEDED = {
+    "sweep": ["moe.top_k=1,2"],
     "generate": ["runs/latest", "--prompt", "def"],
     "report": ["runs/latest"],
     "watch": ["runs/latest"],

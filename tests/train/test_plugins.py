@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from dmoe.checkpoint.manifest import read
 from dmoe.config.load import load
 from dmoe.config.plugin_loader import load_plugins
+from dmoe.distributed.init import ProcessInfo
 from dmoe.explain import explain
 from dmoe.runs.directory import RunDir
 from dmoe.train.restore import restore_model
+from dmoe.train.run_session import RunSession
 from tests.cli.commands import SMALL, dmoe, run_in_process
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "nearest_router.py"
@@ -52,9 +55,10 @@ def test_a_router_of_ones_own_trains_resumes_and_is_refused_once_its_file_has_ch
     assert refused.returncode == 2
     assert "--trust-code" in refused.stderr
 
-    resumed = run_in_process(
-        "train", str(run.path / "resolved.yaml"), "train.steps=8", cwd=tmp_path / "elsewhere"
-    )
+    going_on = ["train", "--resume", str(run.path), "train.steps=8"]
+    refused = run_in_process(*going_on, cwd=tmp_path)
+    assert (refused.returncode, "--trust-code" in refused.stderr) == (2, True), refused.stderr
+    resumed = run_in_process(*going_on, "--trust-code", cwd=tmp_path / "elsewhere")
     assert (resumed.returncode, resumed.stderr) == (0, ""), resumed.stderr
     assert "resumed after step 6" in resumed.stdout
     assert restore_model(run, trust_code=True).model.moe_layers()[0].router.power == 2
@@ -109,3 +113,10 @@ def test_a_router_without_weights_says_what_it_is() -> None:
     )
     (routing,) = [s for s in explain(config, 1) if s.key == "routing"]
     assert "the experts of the token's place in its sequence" in " ".join(routing.sentences)
+
+
+def test_the_command_that_goes_on_trusts_the_code_that_was_given_once(tmp_path: Path) -> None:
+    session = RunSession(RunDir(tmp_path), ProcessInfo(0, 2, 0, torch.device("cpu")), None)
+    own = load(None, [f"moe.router.kind={EXAMPLE}:Nearest"])
+    assert session.resume_command(own).endswith("--ranks 2 --trust-code")
+    assert session.resume_command(load(None, [])).endswith("--ranks 2")

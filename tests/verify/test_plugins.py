@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from dmoe.config.load import load
-from dmoe.config.plugin_loader import load_plugins
 from dmoe.config.schema import Config
 from dmoe.verify.verify import verify
 from tests.verify.test_verify import SHORT, lines
@@ -20,7 +19,7 @@ MEAN = ("x_TD[:, None] - self", "x_TD[:, None] + x_TD.mean(0) - self")
 
 
 def config(*overrides: str) -> Config:
-    return load_plugins(load(None, [*SHORT, *overrides]))
+    return load(None, [*SHORT, *overrides])
 
 
 def test_every_kind_of_ones_own_is_verified_against_its_reference() -> None:
@@ -73,6 +72,14 @@ def test_a_router_that_mixes_tokens_is_found_without_a_reference(tmp_path: Path)
     assert report.first.quantity == "router scores", lines(report)
 
 
-def test_muon_at_every_ep_and_mode() -> None:
-    report = verify(config("optim.kind=muon", "model.kv_heads=2"), worlds=[4])
+def test_muon_own_groups_and_a_frozen_router_at_every_ep_and_mode() -> None:
+    """The truth has the singular values of every expert's matrix; about 30 s."""
+    groups = "optim.groups={'*.attention.*': {lr: 0.001}, '*.experts.*': {weight_decay: 0.3}}"
+    report = verify(
+        config(
+            *("optim.kind=muon", "model.kv_heads=2", groups, "optim.schedule=inverse_sqrt"),
+            "moe.router.freeze=true",
+        ),
+        worlds=[4],
+    )
     assert report.ok, lines(report)

@@ -282,13 +282,9 @@ def mean_over_tokens(value_TX: Tensor, valid_T: Tensor | None, units: int) -> Te
 
 
 def num_real_tokens(like: Tensor, valid_T: Tensor | None) -> Tensor:
-    """Count the tokens that are not padding, int64 [1].
-
-    Filled on the device: copying a number there would make the host wait.
-    """
-    if valid_T is None:
-        return torch.full((1,), like.shape[0], dtype=torch.int64, device=like.device)
-    return valid_T.sum().view(1)
+    """Count the tokens that are not padding, int64 [1]; without waiting for the device."""
+    number = like.new_full((1,), like.shape[0], dtype=torch.int64)
+    return number if valid_T is None else valid_T.sum().view(1)
 
 
 def squared_variation(value_UE: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dmoe.config.plugins import parse
 from dmoe.config.schema import Config
 from dmoe.models.attention import Attention
 from dmoe.models.base import ModelOutput
@@ -54,7 +55,8 @@ def read_settings(model: nn.Module, config: Config) -> None:
             module.virtual_ranks = config.parallel.virtual_ranks
             module.router.config, module.experts.kind = moe.router, moe.experts.kind
         elif isinstance(module, FeedForward):
-            module.kind = moe.experts.kind
+            is_own = parse(moe.experts.kind) is not None
+            module.kind = "swiglu" if is_own else moe.experts.kind
         elif isinstance(module, RMSNorm):
             module.eps = shape.norm_eps
         elif isinstance(module, Attention):
