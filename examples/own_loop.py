@@ -1,6 +1,6 @@
 """A model, router, loss and loop of one's own; the same numbers on one process and on two ranks.
 
-torchrun --standalone --nproc-per-node 2 examples/own_loop.py two.pt fsdp    # ddp, none; or python
+torchrun --standalone --nproc-per-node 2 examples/own_loop.py out.safetensors fsdp  # ddp, none
 """
 
 import os
@@ -8,7 +8,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import dmoe
@@ -39,7 +39,7 @@ class Net(nn.Module):
         for moe in self.moes:
             out = moe(hidden)
             hidden, loss = hidden + out.y, loss + BALANCE.switch * out.aux["switch"]
-        return loss + F.multi_margin_loss(self.outer(hidden).flatten(0, 1), y.flatten())
+        return loss + nn.functional.multi_margin_loss(self.outer(hidden).flatten(0, 1), y.flatten())
 
 
 path, mode = (*sys.argv[1:], "ddp")[:2]
@@ -57,4 +57,4 @@ for _ in range(4):
     optimizer.zero_grad()
 state = model.state_dict()  # on every rank; saved on one
 if rank == 0:
-    torch.save({"norm": norm, **state}, path)
+    save_file({"norm": torch.tensor(norm), **state}, path)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from tests.ranks import run_ranks
 
@@ -36,12 +37,12 @@ def run_own_loop(rank: int, world: int, folder: str, ports: list[int]) -> None:
     for mode, port in zip(MODES, ports, strict=True):
         dist.destroy_process_group()
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        sys.argv = [str(OWN_LOOP), f"{folder}/{mode}.pt", mode]
+        sys.argv = [str(OWN_LOOP), f"{folder}/{mode}.safetensors", mode]
         runpy.run_path(str(OWN_LOOP), run_name="__main__")
 
 
 def difference(found: Path, expected: Path) -> float:
-    ours, theirs = torch.load(found), torch.load(expected)
+    ours, theirs = load_file(found), load_file(expected)
     assert ours.keys() == theirs.keys()
     return max(
         float((torch.as_tensor(ours[k]) - torch.as_tensor(v)).abs().max())
@@ -55,15 +56,15 @@ def test_own_loop_has_the_numbers_of_one_process(tmp_path: Path) -> None:
     assert len(lines) <= 60
     imports = [line for line in lines if line.startswith(("import dmoe", "from dmoe"))]
     assert imports == ["import dmoe"]
-    one = tmp_path / "one.pt"
+    one = tmp_path / "one.safetensors"
     subprocess.run([sys.executable, str(OWN_LOOP), str(one)], check=True, cwd=ROOT)
     run_ranks(2, run_own_loop, str(tmp_path), free_ports(3))
-    assert torch.load(one)["moes.0.router.bias_E"].abs().max() > 0
+    assert load_file(one)["moes.0.router.bias_E"].abs().max() > 0
     for mode in MODES:
-        assert difference(tmp_path / f"{mode}.pt", one) < 1e-6, mode
+        assert difference(tmp_path / f"{mode}.safetensors", one) < 1e-6, mode
     command = ["torchrun", "--standalone", "--nproc-per-node", "2", str(OWN_LOOP)]
-    subprocess.run([*command, str(tmp_path / "two.pt")], check=True, capture_output=True)
-    assert difference(tmp_path / "two.pt", one) < 1e-6
+    subprocess.run([*command, str(tmp_path / "two.safetensors")], check=True, capture_output=True)
+    assert difference(tmp_path / "two.safetensors", one) < 1e-6
 
 
 def test_train_from_python(tmp_path: Path) -> None:
