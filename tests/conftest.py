@@ -4,6 +4,7 @@ A worker of `--dist loadfile` takes one file at a time, those with the fewest te
 directories that start processes have the longest files, so they come first.
 """
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,15 @@ MULTI_PROCESS = ("verify", "distributed", "train", "cli", "launch", "checkpoint"
 """Directories whose tests start processes, the longest files first."""
 
 torch.set_num_threads(1)
+# Under nohup, or behind `&` in a script, the tests inherit that signals are ignored, and what they
+# start keeps ignoring them: what waits for the end of a process would wait for ever.
+for number, default in {
+    signal.SIGHUP: signal.SIG_DFL,
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGQUIT: signal.SIG_DFL,
+}.items():
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, default)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
