@@ -211,13 +211,14 @@ def test_deterministic_kernels_are_asked_for_before_anything_starts(
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     seen: list[tuple[bool, str | None]] = []
 
-    def started(*args: object) -> None:
+    def started(*args: object) -> run.EndedRun:
         seen.append(
             (
                 torch.are_deterministic_algorithms_enabled(),
                 os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
             )
         )
+        return run.EndedRun(Path(), None, None)
 
     monkeypatch.setattr(run, "_train", started)
     try:
