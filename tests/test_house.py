@@ -9,20 +9,21 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 231,
+    "product files": 228,
     "product lines": 39_500,
-    "files of one MoE forward": 13,
-    "files of one training step": 38,
-    "files that name a router kind": 6,
+    "files of one MoE forward": 12,
+    "files of one training step": 37,
+    "files that name a router kind": 5,
     "largest package, share of lines": 0.15,
     "files in a folder, at most": 22,
-    "field words that name nothing": 6,
-    "lines over 100 columns": 1,
+    "field words that name nothing": 5,
+    "lines over 100 columns": 0,
     "docstrings that open with What, Who, Which, Where, Whether, Of": 0.01,
     "import circles": 0,
     "files over 300 lines": 0,
 }
-"""The one line over 100 columns carries a `type: ignore`, which the formatter cannot move."""
+"""Hold what is: II and III added files (own code, public API, Muon, watchdog), and none may come
+unseen."""
 
 
 def test_the_layout_is_within_its_limits() -> None:
