@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -62,8 +63,9 @@ class RunLogger:
         )
 
     def print(self, line: str) -> None:
-        """Print a line on the terminal."""
-        self.display.print(escape_controls(redact(line)))
+        """Print a line; on a terminal without control characters."""
+        text = redact(line)
+        self.display.print(escape_controls(text) if sys.stdout.isatty() else text)
 
     def log_event(self, event: str, step: int, values: dict[str, Any], line: str = "") -> None:
         """Write one line of `metrics.jsonl`.

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from dmoe.config.errors import ConfigError
 from dmoe.config.load import to_yaml
 from dmoe.runs.directory import RunDir
-from dmoe.train.modular.stages import check_base_models
+from dmoe.train.modular.stages import base_model_config, check_base_models
 from dmoe.train.run import train
 from tests.tiny import tiny
 from tests.train.test_modules import LORA, lines
@@ -71,9 +71,12 @@ def test_a_missing_base_model_config_names_the_directory(
     """From another directory, the message named the field CONFIG and no directory."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        ConfigError, match=rf"modular\.core=configs/modular/core\.yaml: is not in {tmp_path}"
+        ConfigError, match=rf"modular\.core=configs/own\.yaml: is not in {tmp_path}"
     ):
-        check_base_models(tiny("modular.core=configs/modular/core.yaml"), 1)
+        check_base_models(tiny("modular.core=configs/own.yaml"), 1)
+    # one that dmoe ships is found from everywhere
+    base, _ = base_model_config(tiny("modular.core=configs/modular/core.yaml"))
+    assert base.model.dim == 64
 
 
 def test_training_the_base_model_first_is_announced(

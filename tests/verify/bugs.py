@@ -21,7 +21,7 @@ from dmoe.models import attention, transformer
 from dmoe.moe import dispatch, expert_queue, layer, rng
 from dmoe.moe.experts.grouped_mlp import MLPExperts
 from dmoe.moe.routers import base
-from dmoe.train import checkpointer, engine, step
+from dmoe.train import checkpointer, engine, optimizer, step
 
 Patch = Callable[[], None]
 
@@ -234,7 +234,7 @@ def counted_twice() -> None:
 
 def routers_decayed() -> None:
     """16: decay routers like other matrices."""
-    engine.NO_DECAY = tuple(part for part in engine.NO_DECAY if part != "router")
+    optimizer.NO_DECAY = tuple(part for part in optimizer.NO_DECAY if part != "router")
 
 
 def prior_counts_kept_between_steps() -> None:
