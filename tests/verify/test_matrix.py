@@ -116,9 +116,9 @@ def row(router: str, factor: str) -> tuple[list[str], int, int]:
 
 @pytest.fixture
 def verify_half(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Verify one half of the cases on one process and some ranks; all cases on request."""
+    """Verify one half of the cases of some worlds; all cases on request."""
 
-    def check(overrides: list[str], ranks: int, half: int, path: Path | None = None) -> None:
+    def check(overrides: list[str], worlds: list[int], half: int, path: Path | None = None) -> None:
         def half_of_the_plan(*arguments: object) -> CasePlan:
             plan = plan_cases(*arguments)  # type: ignore[arg-type]
             if FULL:
@@ -126,9 +126,7 @@ def verify_half(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             return replace(plan, cases=[case for case in plan.cases if in_half(case, half)])
 
         monkeypatch.setattr(verification, "plan_cases", half_of_the_plan)
-        report = verification.verify(
-            load(path, overrides), worlds=[1, 2, 4] if FULL else [1, ranks]
-        )
+        report = verification.verify(load(path, overrides), worlds=[1, 2, 4] if FULL else worlds)
         assert report.ok, lines(report)
         assert any(row.size > 0 for row in report.rows), "compared with itself?"
 
@@ -137,19 +135,22 @@ def verify_half(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.mark.parametrize(("router", "factor"), ROWS)
 def test_routers(router: str, factor: str, verify_half: Callable[..., None]) -> None:
-    verify_half(*row(router, factor))
+    overrides, ranks, half = row(router, factor)
+    verify_half(overrides, [1, ranks], half)
 
 
 @pytest.mark.parametrize("capacity", CAPACITIES)
 def test_capacities(capacity: str, verify_half: Callable[..., None]) -> None:
     verify_half(
-        [*CAPACITIES[capacity], "moe.capacity.factor=1.0"], 4, list(CAPACITIES).index(capacity) % 2
+        [*CAPACITIES[capacity], "moe.capacity.factor=1.0"],
+        [4],
+        list(CAPACITIES).index(capacity) % 2,
     )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs(path: Path, verify_half: Callable[..., None]) -> None:
-    verify_half([], 4 if path.parent.name == "configs" else 2, len(path.stem) % 2, path)
+    verify_half([], [4 if path.parent.name == "configs" else 2], len(path.stem) % 2, path)
 
 
 def pairs(row: tuple[str, str], cases: list[Case]) -> Iterator[frozenset[tuple[str, object]]]:
