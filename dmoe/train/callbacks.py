@@ -1,9 +1,9 @@
-"""Callbacks: code of one's own at the events of a run, which cannot make ranks part.
+"""Callbacks: code of one's own at the events of a run, which cannot desynchronise the ranks.
 
 A callback is called on every rank, with numbers that are reduced over all ranks and therefore
 equal. What it raises on one rank ends the run on all of them, with one sentence, and what it
 returns can stop the run on all: after every step the ranks agree with one reduction of two numbers,
-whoever has callbacks (none if nobody has).
+whichever have callbacks (none if no rank has).
 """
 
 from __future__ import annotations
