@@ -54,9 +54,9 @@ def open_tokenizers_json(path: str) -> ByteLevelTokenizer:
     pieces, separator = _pieces(path, tokenizer)
 
     def encode(data: bytes) -> np.ndarray:
-        return np.array(
-            tokenizer.encode(decode_utf8(data), add_special_tokens=False).ids, dtype=np.int64
-        )
+        # "fast": without the offsets of the tokens in the text.
+        (found,) = tokenizer.encode_batch_fast([decode_utf8(data)], add_special_tokens=False)
+        return np.array(found.ids, dtype=np.int64)
 
     result = ByteLevelTokenizer(
         name=Path(path).name + (", without its NFC normalizer" if without_nfc else ""),
@@ -66,6 +66,7 @@ def open_tokenizers_json(path: str) -> ByteLevelTokenizer:
             b"dmoe tokenizers tokenizer 1\0" + b"no NFC\0" * without_nfc + content
         ).hexdigest(),
         encoder=encode,
+        splits_words=tokenizer.pre_tokenizer is not None,
     )
     try:
         for probe in _PROBES:
