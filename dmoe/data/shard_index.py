@@ -34,8 +34,8 @@ from dmoe.data.files import FORMAT, INDEX
 from dmoe.data.packing import ONE_DOMAIN, DomainRuns
 
 SPLITS = ("train", "held_out")
-PARTS = "parts"
-"""Directory that an unfinished preparation holds instead of an index (prepare/)."""
+PARTS, PLAN = "parts", "plan.json"
+"""Directory, and a file in it, that an unfinished preparation has (prepare/)."""
 _VERSION = 1
 _DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.bin")
@@ -106,6 +106,18 @@ def is_shard_directory(source: str) -> bool:
     return Path(source).expanduser().joinpath(INDEX).is_file()
 
 
+def refuse_unfinished(source: str) -> None:
+    """Refuse a directory whose preparation was interrupted. Raises ConfigError on data.source."""
+    directory = Path(source).expanduser()
+    if (directory / PARTS / PLAN).is_file() and not is_shard_directory(source):
+        raise ConfigError(
+            "data.source",
+            directory,
+            "is unfinished: dmoe data prepare was interrupted",
+            "run the same dmoe data prepare again, which goes on",
+        )
+
+
 def read_index(directory: Path) -> ShardIndex:
     """Read and validate index.json; ConfigError on data.source if it cannot be used."""
     try:
@@ -117,7 +129,7 @@ def read_index(directory: Path) -> ShardIndex:
             "data.source",
             directory,
             f"has an {INDEX} that is not of format {FORMAT}",
-            "name a directory written by dmoe.data.prepare_shards, "
+            "name a directory written by dmoe data prepare, "
             f"or for text use the glob {directory}/**",
         )
     if body.get("version") != _VERSION:

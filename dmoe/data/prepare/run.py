@@ -32,11 +32,10 @@ from dmoe.data.prepare.parts import PART, PartReader
 from dmoe.data.prepare.source import Source
 from dmoe.data.prepare.worker import part_path
 from dmoe.data.prepare.workers import Encoder, InProcess, WorkerPool, unwritable
-from dmoe.data.shard_index import PARTS, ShardIndex, is_shard_directory
+from dmoe.data.shard_index import PARTS, PLAN, ShardIndex, is_shard_directory
 from dmoe.data.splits import cut_note, validation_notes
 from dmoe.data.tokenizers import Tokenizer, damaged_note, nul_note, open_tokenizer
 
-_PLAN = "plan.json"
 _VERSION = 1
 
 
@@ -169,7 +168,7 @@ def _is_complete(path: Path, digest: str, reader: PartReader, directory: Path) -
 def _claimed(directory: Path, settings: dict[str, Any]) -> Iterator[Path]:
     """Yield the directory of parts, made or left by an interrupted run, locked for this process."""
     parts = directory / PARTS
-    plan = parts / _PLAN
+    plan = parts / PLAN
     if directory.exists() and not plan.is_file():
         allowed = "must not exist yet, be empty, or be left by an interrupted dmoe data prepare"
         if not directory.is_dir() or set(os.listdir(directory)) - {PARTS}:

@@ -29,7 +29,7 @@ from dmoe.data.prepare.documents import (
     TokenContent,
 )
 from dmoe.data.shard_index import is_shard_directory
-from dmoe.data.sources import Documents
+from dmoe.data.sources import Documents, no_text_error
 from dmoe.data.splits import record_fields
 from dmoe.data.token_files import TokenFile, is_token_file, open_token_file
 from dmoe.data.tokenizers import Tokenizer
@@ -105,6 +105,11 @@ class Source:
             yield from map(self._counted, map(_described, own_documents(config)))
         else:
             yield from map(self._counted, self._read(config.source, record_fields(config)))
+
+    def refuse_nothing(self, count: int) -> None:
+        """Raise ConfigError if the source gave no document with text."""
+        if not count:
+            raise no_text_error("data.source", self._config.source)
 
     def validation(self) -> Iterator[SourceDocument]:
         """Yield the documents of data.validation_source."""

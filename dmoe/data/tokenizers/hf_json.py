@@ -10,6 +10,7 @@ the settings in the file; after that every text is compared with its tokens (`en
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def open_tokenizers_json(path: str) -> ByteLevelTokenizer:
             b"dmoe tokenizers tokenizer 1\0" + b"no NFC\0" * without_nfc + content
         ).hexdigest(),
         encoder=encode,
-        splits_words=tokenizer.pre_tokenizer is not None,
+        splits_words=_splits_words(json.loads(content).get("pre_tokenizer")),
     )
     try:
         for probe in _PROBES:
@@ -88,6 +89,15 @@ def _drop_nfc(tokenizer: Any) -> bool:
         return False
     tokenizer.normalizer = None
     return True
+
+
+def _splits_words(body: Any) -> bool:
+    """Return whether a pre-tokenizer splits text into words: `ByteLevel` may only rename bytes."""
+    if not isinstance(body, dict):
+        return False
+    if body.get("type") == "Sequence":
+        return any(map(_splits_words, body.get("pretokenizers", ())))
+    return body.get("type") != "ByteLevel" or body.get("use_regex", True) is True
 
 
 def _load(path: str, content: bytes) -> Any:
