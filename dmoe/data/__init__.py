@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dmoe.data.dataset import DatasetSplits, TokenDataset, open_data, open_documents
 from dmoe.data.mixture import task_weights, tasks_of_step
-from dmoe.data.shards import prepare_shards
+from dmoe.data.prepare import prepare_shards
 from dmoe.data.tokenizers import Tokenizer, open_tokenizer
 
 __all__ = [

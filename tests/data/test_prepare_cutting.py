@@ -72,7 +72,8 @@ TEXT = st.lists(
         ["the", " token", "\n", "\n\n", "\r\n", " ", "  ", ".", "!\n", "/", "'s", "42", "é", "中",
          "\u3000", "\u00a0", "\U0001f600", "aB", "\t", "expert", "\nthe", "a\n", ".\n/", "1234567"]
     ),
-    max_size=120,
+    min_size=60,
+    max_size=200,
 ).map("".join)  # fmt: skip
 
 
