@@ -35,9 +35,7 @@ LabelField = Annotated[
 ]
 Vocab = Annotated[
     int | None,
-    typer.Option(
-        "--tokenizer-vocab", help="Entries kept of a tiktoken vocabulary.", **integer(1)
-    ),
+    typer.Option("--tokenizer-vocab", help="Entries kept of a tiktoken vocabulary.", **integer(1)),
 ]
 
 
@@ -56,9 +54,7 @@ def prepare(
     ],
     tokenizer: Annotated[
         str,
-        typer.Option(
-            metavar="T", help="bytes, a tokenizers .json file or a tiktoken rank file."
-        ),
+        typer.Option(metavar="T", help="bytes, a tokenizers .json file or a tiktoken rank file."),
     ] = "bytes",
     tokenizer_vocab: Vocab = None,
     workers: Annotated[

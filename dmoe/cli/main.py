@@ -15,7 +15,18 @@ from typing import Annotated, NoReturn
 import typer
 
 from dmoe import __version__
-from dmoe.cli import checkpoint, configs, data, explain, generate, modules, runs, sweep, train, verify
+from dmoe.cli import (
+    checkpoint,
+    configs,
+    data,
+    explain,
+    generate,
+    modules,
+    runs,
+    sweep,
+    train,
+    verify,
+)
 from dmoe.cli.surroundings import (
     OutputError,
     check_surroundings,

@@ -13,8 +13,8 @@
 
 "runs" says where the domain changes (`packing.DomainRuns`). Without "runs" and "domains" (shards of
 an older version) there is one domain. "documents" of both splits add up to the documents that were
-read: where the end of each is held out, "held_out" has 0. "boundaries" (absent in shards of an older
-version) is a file of little-endian int64: the position of the separator before each document.
+read: where the end of each is held out, "held_out" has 0. "boundaries" (absent in shards of an
+older version) is a file of little-endian int64: the position of the separator before each document.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from dmoe.data.shard_index import SPLITS, read_index
 from dmoe.data.shards import map_documents, map_shards, verify_shards
 from tests.data.conftest import text_of_file
 
-PARTS, SHARDS = 700, 900
+PARTS, SHARDS = 1500, 300
 
 
 def prepare(config: DataConfig, out: Path, **more: object) -> Path:
@@ -107,11 +107,11 @@ def test_records_labels_and_a_validation_source(tmp_path: Path) -> None:
 CONTENT = st.one_of(
     st.binary(max_size=300),
     st.text(alphabet="ab \n\té\U0001f600'", max_size=300).map(str.encode),
-)
+).map(lambda data: data and b"t" + data)  # no magic bytes of another format
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     contents=st.lists(CONTENT, min_size=1, max_size=8),
@@ -181,9 +181,7 @@ def test_an_unfinished_part_is_encoded_again(tmp_path: Path, texts: Path) -> Non
     parts[2].write_bytes(b"")
     (tmp_path / "out" / "parts" / "0000003.part.99.partial").write_bytes(b"half")
     kept = list[int]()
-    prepare(
-        config, tmp_path / "out", shard_tokens=2**20, on_progress=lambda p: kept.append(p.kept)
-    )
+    prepare(config, tmp_path / "out", shard_tokens=2**20, on_progress=lambda p: kept.append(p.kept))
     assert kept[-1] == len(parts) - 2
     assert files_of(tmp_path / "out") == expected
 
@@ -256,7 +254,7 @@ class Dying:
         self.token_bytes, self.fingerprint = self.inner.token_bytes, "0" * 64
         self.decode = self.inner.decode
     def encode(self, data):
-        if b"file 30" in data and self.flag.exists():
+        if b"file 25" in data and self.flag.exists():
             os.kill(os.getpid(), 9)
         return self.inner.encode(data)
 """
@@ -311,13 +309,13 @@ def test_constant_memory_needs_no_whole_file(
     path = tmp_path / "large.txt"
     path.write_text("".join(f"line {n}\n" for n in range(30_000)))
     config = DataConfig(source=str(path), seq_len=16)
-    expected = files_of(prepare(config, tmp_path / "a", part_bytes=4000))
+    expected = files_of(prepare(config, tmp_path / "a", part_bytes=60_000, shard_tokens=90_000))
     monkeypatch.setattr("dmoe.data.prepare.source.SMALL", 1000)
     monkeypatch.setattr(documents_module, "BLOCK", 512)
     refuse = "a large file was read whole"
     monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail(refuse))
     monkeypatch.setattr("dmoe.data.sources.read_records", lambda *given: pytest.fail(refuse))
-    prepare(config, tmp_path / "b", part_bytes=4000)
+    prepare(config, tmp_path / "b", part_bytes=60_000, shard_tokens=90_000)
     monkeypatch.undo()
     assert files_of(tmp_path / "b") == expected
     assert os.path.getsize(path) > 100 * 512

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,9 +77,7 @@ TEXT = st.lists(
 
 
 @pytest.mark.parametrize("name", [*PATTERNS, "words"])
-def test_pieces_have_the_tokens_of_the_whole(
-    encoders: dict[str, Tokenizer], name: str
-) -> None:
+def test_pieces_have_the_tokens_of_the_whole(encoders: dict[str, Tokenizer], name: str) -> None:
     tokenizer, cuts = encoders[name], list[int]()
 
     @settings(max_examples=60, deadline=None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,8 @@ class _File:
         os.replace(self._temporary, self.path)
 
     def discard(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what is buffered may not fit on the disk
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 

@@ -121,9 +121,7 @@ def _split(
     for first in range(0, len(start_N), _BLOCK):
         labels = domain_labels(start_N[first : first + _BLOCK], split.runs)
         counts += np.bincount(labels, minlength=len(counts))
-    domains = {
-        d: (int(c), n) for d, c, n in zip(index.domains, counts, of_label, strict=True)
-    }
+    domains = {d: (int(c), n) for d, c, n in zip(index.domains, counts, of_label, strict=True)}
     # The separator before a document is none of its tokens, and one more ends the stream.
     length_N = np.diff(start_N, append=size - 1) - 1
     samples = []
@@ -131,9 +129,7 @@ def _split(
         first, count = int(start_N[number]) + 1, min(SAMPLE, int(length_N[number]))
         tokens = np.concatenate([*_slices(arrays, first, first + count)] or [length_N[:0]])
         samples.append(Sample(f"document {number}", _decoded(tokens, tokenizer)))
-    return SplitInfo(
-        len(start_N), size, split.text_bytes, _quantiles(length_N), domains, samples
-    )
+    return SplitInfo(len(start_N), size, split.text_bytes, _quantiles(length_N), domains, samples)
 
 
 def _tokens(path: Path, tokenizer: Tokenizer | None, num_samples: int) -> DataInfo:

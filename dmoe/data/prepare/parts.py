@@ -19,7 +19,7 @@ from itertools import islice
 from typing import overload
 
 from dmoe.data.prepare.cutting import PIECE, pieces
-from dmoe.data.prepare.documents import DigestSet, Digests, SourceDocument, TokenContent, digest
+from dmoe.data.prepare.documents import Digests, DigestSet, SourceDocument, TokenContent, digest
 from dmoe.data.prepare.source import Source
 from dmoe.data.splits import (
     FEW,
@@ -179,7 +179,7 @@ class PartReader:
                 self.counts.train += 1
                 yield document, found, [(0, 0, document.content.size)]
         if not self.counts.train:
-            raise no_training_error(self.source.validation_source)
+            raise no_training_error(str(self.source.validation_source))
 
     def _cut(self, document: SourceDocument) -> int:
         """Return where the held-out end of a document begins."""

@@ -81,7 +81,7 @@ def prepare_shards(
         ConfigError: what cannot be read or written, a directory of something else, a worker that
             died. Complete parts are kept.
     """
-    assert shard_tokens > 0 and workers > 0 and part_bytes > 0
+    assert min(shard_tokens, workers, part_bytes, piece_bytes) > 0
     tokenizer = open_tokenizer(config)
     source = Source(config, tokenizer)
     settings = _settings(config, tokenizer, shard_tokens, part_bytes, piece_bytes)

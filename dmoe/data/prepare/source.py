@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-
 from dmoe.config.errors import ConfigError
 from dmoe.config.plugins import label, parse
 from dmoe.config.schema import DataConfig
@@ -49,7 +48,7 @@ class _LargeFile(Document):
     size: int
 
     @property
-    def content(self) -> bytes:  # type: ignore[override]
+    def content(self) -> bytes:
         """All of it, for what cannot be done in pieces (`upper:`)."""
         return self.path.read_bytes()
 

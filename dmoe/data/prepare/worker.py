@@ -64,9 +64,7 @@ def encode_to_file(
 ) -> dict[str, Any]:
     """Encode a part into its file; return the answer of a worker: done, or what is wrong."""
     try:
-        write_file(
-            part_path(directory, number), encode_part(pieces, number, digest, tokenizer)
-        )
+        write_file(part_path(directory, number), encode_part(pieces, number, digest, tokenizer))
     except ConfigError as error:
         return {"error": [error.field, str(error.value), error.allowed, error.fix]}
     except OSError as error:
@@ -87,11 +85,16 @@ def main() -> None:
         config = load_plugins(Config(data=DataConfig(**setup["data"]))).data
         tokenizer, directory = open_tokenizer(config), Path(setup["directory"])
         while (body := read_message(source)) is not None:
-            pieces = [Piece(*given, source.read(size)) for *given, size in body["pieces"]]
+            pieces = [_read_piece(source, described) for described in body["pieces"]]
             if pieces and len(pieces[-1].data) < body["pieces"][-1][-1]:
                 return  # the parent was killed while it sent
             answer = encode_to_file(pieces, body["number"], body["digest"], tokenizer, directory)
             write_message(answers, answer)
+
+
+def _read_piece(stream: BinaryIO, described: list[Any]) -> Piece:
+    split, document, domain, opens, closes, is_tokens, size = described
+    return Piece(split, document, domain, opens, closes, is_tokens, stream.read(size))
 
 
 def setup_message(config: DataConfig, directory: Path) -> dict[str, Any]:
