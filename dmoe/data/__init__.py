@@ -6,14 +6,16 @@ files.py         which files are text                 shards.py       token stre
 corpus.py        documents, duplicates, hold-out      shard_index.py  their index.json
 debian_guide.py  the Debian installation guide        synthetic.py    endless datasets
 packing.py       token stream -> sequences            tables.py       samples for classification
-tokenizers/      bytes, tokenizer.json, tiktoken
+held_out.py      order of evaluation                  token_masks.py  documents, answers, padding
+splits.py        both datasets of a run               tokenizers/     bytes, .json, tiktoken
 """
 
 from __future__ import annotations
 
-from dmoe.data.dataset import DatasetSplits, TokenDataset, open_data, open_documents
+from dmoe.data.dataset import open_data, open_documents
 from dmoe.data.mixture import task_weights, tasks_of_step
 from dmoe.data.shards import prepare_shards
+from dmoe.data.splits import DatasetSplits, TokenDataset
 from dmoe.data.tokenizers import Tokenizer, open_tokenizer
 
 __all__ = [

@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -26,10 +25,10 @@ from dmoe.data.corpus import (
     own_corpus,
     split_corpus,
 )
+from dmoe.data.held_out import HeldOutDataset
 from dmoe.data.mixture import mix_domains
 from dmoe.data.packing import (
     DomainRuns,
-    HeldOutDataset,
     PackedDataset,
     domain_runs,
     token_chunks,
@@ -38,89 +37,10 @@ from dmoe.data.packing import (
 from dmoe.data.shard_index import SPLITS, is_shard_directory, read_index
 from dmoe.data.shards import map_shards
 from dmoe.data.sources import EvalOnlyText, read_corpus, read_eval_only
+from dmoe.data.splits import DatasetSplits, TokenDataset
 from dmoe.data.synthetic import SyntheticDataset
+from dmoe.data.token_masks import document_starts
 from dmoe.data.tokenizers import Tokenizer, encoding_notes, open_tokenizer
-
-
-class TokenDataset(Protocol):
-    """Sequences of seq_len + 1 tokens: seq_len inputs and, shifted by one, seq_len targets."""
-
-    @property
-    def num_sequences(self) -> int | None:
-        """Number of different sequences; None if the dataset is endless."""
-
-    @property
-    def seq_len(self) -> int:
-        """Targets per sequence."""
-
-    def batch(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
-        """Return consecutive samples of one step, in shuffled order, epoch after epoch.
-
-        A function of its arguments and the seed alone: ranks read disjoint ranges of the same
-        global batch.
-
-        Args:
-            step: optimizer step, from 0.
-            first: index of the first sample in the global batch.
-            count: number of samples.
-            global_batch: samples per step, over all ranks.
-
-        Returns:
-            int64 [count, seq_len + 1].
-        """
-
-    def labels(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
-        """Return the label of each sample of `batch`: int64 [count].
-
-        A label is an index into `DatasetSplits.domains`: the domain of the document in which the
-        sequence starts. Arguments as in `batch`.
-        """
-
-    def samples(self, first: int, count: int) -> np.ndarray:
-        """Return sequences first .. first + count - 1 for evaluation: int64 [count, seq_len + 1].
-
-        In stored order; held-out sequences alternate between the domains. Never wraps: the caller
-        keeps first + count within `num_sequences` (an assertion).
-        """
-
-    def sample_labels(self, first: int, count: int) -> np.ndarray:
-        """Return the label of each sequence of `samples`: int64 [count]."""
-
-
-@dataclass(frozen=True)
-class DatasetSplits:
-    """The training and the held-out dataset of a run, and their tokenizer."""
-
-    train: TokenDataset
-    held_out: TokenDataset
-    tokenizer: Tokenizer
-    fingerprint: str
-    """SHA-256 (hex) of the token streams, the tokenizer, seq_len and the hold-out."""
-    summary: str
-    domains: tuple[str, ...]
-    """Domain names by label: those of data.source, sorted, then those that only data.eval_source
-    has, sorted."""
-    eval_only: tuple[str, ...] = ()
-    """Domains that training does not have: the last ones of `domains`."""
-
-    def sequences_per_domain(self) -> dict[str, tuple[int, int]]:
-        """Return (training, held-out) sequences by domain; ValueError for endless datasets."""
-        if self.train.num_sequences is None or self.held_out.num_sequences is None:
-            raise ValueError("an endless dataset has no number of sequences")
-        train_D, held_out_D = (
-            np.bincount(
-                split.sample_labels(0, split.num_sequences or 0), minlength=len(self.domains)
-            )
-            for split in (self.train, self.held_out)
-        )
-        return {
-            name: (int(train_D[label]), int(held_out_D[label]))
-            for label, name in enumerate(self.domains)
-        }
-
-    def describe(self) -> str:
-        """Return one line: source, files, bytes, tokens, sequences, fingerprint (12 digits)."""
-        return f"{self.summary}; fingerprint {self.fingerprint[:12]}"
 
 
 def open_data(config: DataConfig, seed: int) -> DatasetSplits:
@@ -150,6 +70,19 @@ class _TokenStreams:
     hashes: tuple[str, str]
     holdout: float
     summary: str
+    document_starts: tuple[np.ndarray | None, np.ndarray | None]
+    """See `PackedDataset.document_start_N`."""
+    prepared: bool = False
+    """Whether the text was tokenized before: `data.document_mask` is then on by default."""
+
+    def is_masked(self, document_mask: bool | None) -> bool:
+        """Return whether documents are not to see each other. Raises ConfigError if unknown."""
+        known = all(start_N is not None for start_N in self.document_starts)
+        if document_mask and not known:
+            allowed = "needs the boundaries of documents, which these shards do not hold"
+            fix = "prepare them again, or leave it out"
+            raise ConfigError("data.document_mask", True, allowed, fix)
+        return self.prepared and known if document_mask is None else document_mask
 
 
 def open_documents(config: DataConfig, seed: int, texts: Sequence[str | bytes]) -> DatasetSplits:
@@ -182,6 +115,10 @@ def _open_text(
         (token_hash([train_N]), token_hash([held_out_N])),
         config.holdout,
         "; ".join((origin, *train.notes, *encoding_notes(corpus.contents(), tokenizer))),
+        (
+            document_starts(train_N, tokenizer.separator),
+            document_starts(held_out_N, tokenizer.separator),
+        ),
     )
     eval_only = read_eval_only(
         config.eval_source, train.documents, held_out.documents, tokenizer, names
@@ -226,6 +163,8 @@ def _open_shards(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Dataset
         # The split was made when the shards were written, so data.holdout is not used.
         index.holdout,
         summary,
+        (None, None),
+        prepared=True,
     )
     eval_only = read_eval_only(config.eval_source, (), (), tokenizer, index.domains)
     return _pack(config, seed, tokenizer, streams, eval_only)
@@ -251,10 +190,16 @@ def _open_synthetic(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data
                 f"leave {field} out",
             )
     kind = config.source.removeprefix("synthetic:")
-    train, held_out = (SyntheticDataset(kind, config.seq_len, seed, split) for split in SPLITS)
-    fingerprint = _sha256("synthetic", kind, config.seq_len, seed)
+    masked = bool(config.document_mask)
+    train, held_out = (
+        SyntheticDataset(kind, config.seq_len, seed, split, masked) for split in SPLITS
+    )
+    more = ("documents apart",) if masked else ()
+    fingerprint = _sha256("synthetic", kind, config.seq_len, seed, *more)
     summary = f"{config.source}: endless sequences of {config.seq_len} tokens"
-    return DatasetSplits(train, held_out, tokenizer, fingerprint, summary, (kind,))
+    return DatasetSplits(
+        train, held_out, tokenizer, fingerprint, summary, (kind,), document_mask=masked
+    )
 
 
 def _pack(
@@ -266,9 +211,28 @@ def _pack(
 ) -> DatasetSplits:
     """Cut both token streams into sequences."""
     seq_len, vocab_size, domains = config.seq_len, tokenizer.vocab_size, eval_only.domains
-    packed = PackedDataset(streams.arrays[0], seq_len, seed, vocab_size, "train", streams.runs[0])
+    masked = streams.is_masked(config.document_mask)
+    packed = PackedDataset(
+        streams.arrays[0],
+        seq_len,
+        seed,
+        vocab_size,
+        "train",
+        streams.runs[0],
+        streams.document_starts[0],
+        masked,
+    )
     arrays, runs = eval_only.append_to(streams.arrays[1], streams.runs[1])
-    held_out = HeldOutDataset(PackedDataset(arrays, seq_len, seed, vocab_size, "held_out", runs))
+    starts_N = streams.document_starts[1]
+    if starts_N is not None and len(eval_only.token_N):
+        last = sum(len(array) for array in streams.arrays[1]) - 1
+        more_N = document_starts(
+            np.append(tokenizer.separator, eval_only.token_N), tokenizer.separator
+        )
+        starts_N = np.append(starts_N, last + more_N)
+    held_out = HeldOutDataset(
+        PackedDataset(arrays, seq_len, seed, vocab_size, "held_out", runs, starts_N, masked)
+    )
     notes = [
         f"{streams.summary}; {packed.num_tokens + held_out.packed.num_tokens:,} tokens "
         f"({tokenizer.name}, vocabulary {vocab_size:,}); {packed.num_sequences:,} training and "
@@ -284,6 +248,9 @@ def _pack(
         shares = [f"{domains[label]} {share:.1%}" for label, share in mixture.shares.items()]
         notes.append(f"drawn: {', '.join(shares)}")
         sampling = ("temperature", float(config.temperature))
+    if masked:
+        notes.append("documents do not see each other")
+        sampling += ("documents apart",)
     missing = [name for label, name in enumerate(domains) if label not in held_out.label_N]
     if missing:
         notes.append(f"too little held-out text to evaluate {', '.join(missing)}")
@@ -291,7 +258,14 @@ def _pack(
         "packed", *streams.hashes, tokenizer.fingerprint, seq_len, streams.holdout, *sampling
     )
     return DatasetSplits(
-        train, held_out, tokenizer, fingerprint, "; ".join(notes), domains, eval_only.eval_only
+        train,
+        held_out,
+        tokenizer,
+        fingerprint,
+        "; ".join(notes),
+        domains,
+        eval_only.eval_only,
+        masked,
     )
 
 

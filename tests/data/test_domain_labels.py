@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data import DatasetSplits, open_data, prepare_shards
+from dmoe.data.held_out import HeldOutDataset
 from dmoe.data.packing import (
-    HeldOutDataset,
     PackedDataset,
     domain_labels,
     domain_runs,
