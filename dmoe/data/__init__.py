@@ -7,7 +7,8 @@ corpus.py        documents, duplicates, hold-out      shard_index.py  their inde
 debian_guide.py  the Debian installation guide        synthetic.py    endless datasets
 packing.py       token stream -> sequences            tables.py       samples for classification
 held_out.py      order of evaluation                  token_masks.py  documents, answers, padding
-splits.py        both datasets of a run               tokenizers/     bytes, .json, tiktoken
+splits.py        training and held-out documents      tokenizers/     bytes, .json, tiktoken
+token_dataset.py both datasets of a run               formats/        text and records of any file
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 from dmoe.data.dataset import open_data, open_documents
 from dmoe.data.mixture import task_weights, tasks_of_step
 from dmoe.data.shards import prepare_shards
-from dmoe.data.splits import DatasetSplits, TokenDataset
+from dmoe.data.token_dataset import DatasetSplits, TokenDataset
 from dmoe.data.tokenizers import Tokenizer, open_tokenizer
 
 __all__ = [

@@ -22,9 +22,8 @@ from dmoe.data.corpus import (
     Document,
     corpus_of,
     count_files,
-    own_corpus,
-    split_corpus,
 )
+from dmoe.data.eval_source import EvalOnlyText, read_eval_only
 from dmoe.data.held_out import HeldOutDataset
 from dmoe.data.mixture import mix_domains
 from dmoe.data.packing import (
@@ -36,9 +35,16 @@ from dmoe.data.packing import (
 )
 from dmoe.data.shard_index import SPLITS, is_shard_directory, read_index
 from dmoe.data.shards import map_shards
-from dmoe.data.sources import EvalOnlyText, read_corpus, read_eval_only
-from dmoe.data.splits import DatasetSplits, TokenDataset
+from dmoe.data.splits import (
+    FIELDS,
+    Splits,
+    read_splits,
+    record_fields,
+    refuse_fields,
+    split_documents,
+)
 from dmoe.data.synthetic import SyntheticDataset
+from dmoe.data.token_dataset import DatasetSplits, TokenDataset
 from dmoe.data.token_masks import document_starts
 from dmoe.data.tokenizers import Tokenizer, encoding_notes, open_tokenizer
 
@@ -58,7 +64,7 @@ def open_data(config: DataConfig, seed: int) -> DatasetSplits:
         return _open_synthetic(config, seed, tokenizer)
     if is_shard_directory(config.source):
         return _open_shards(config, seed, tokenizer)
-    return _open_text(config, seed, tokenizer, own_corpus(config) or read_corpus(config.source))
+    return _open_text(config, seed, tokenizer, read_splits(config))
 
 
 @dataclass(frozen=True)
@@ -90,38 +96,35 @@ def open_documents(config: DataConfig, seed: int, texts: Sequence[str | bytes]) 
     contents = [text.encode() if isinstance(text, str) else text for text in texts]
     given = [Document(text, f"document {n}", "given") for n, text in enumerate(contents)]
     corpus = corpus_of(given, "data", f"{len(given)} texts")
-    return _open_text(config, seed, open_tokenizer(config), corpus)
+    return _open_text(config, seed, open_tokenizer(config), split_documents(corpus, config))
 
 
 def _open_text(
-    config: DataConfig, seed: int, tokenizer: Tokenizer, corpus: Corpus
+    config: DataConfig, seed: int, tokenizer: Tokenizer, splits: Splits
 ) -> DatasetSplits:
-    train, held_out = split_corpus(corpus, config.holdout)
+    train, held_out = splits.train, splits.held_out
     names = tuple(sorted({*train.document_domains, *held_out.document_domains}))
     train_N, train_runs = _tokenize(train, tokenizer, names)
     held_out_N, held_out_runs = _tokenize(held_out, tokenizer, names)
-    # A single file is cut in two documents, and is one file all the same.
-    files, size = count_files(len(corpus.documents)), corpus.num_bytes / 1e6
-    origin = f"{label(config.source)}: {files}, {size:.1f} MB"
-    if len(train.bytes_per_domain) > 1:
-        shares = ", ".join(
-            f"{domain} {num_bytes / train.num_bytes:.0%}"
-            for domain, num_bytes in train.bytes_per_domain.items()
-        )
-        origin += f" ({shares})"
+    origin = f"{label(config.source)}: {splits.describe()}"
     streams = _TokenStreams(
         ([train_N], [held_out_N]),
         (train_runs, held_out_runs),
         (token_hash([train_N]), token_hash([held_out_N])),
         config.holdout,
-        "; ".join((origin, *train.notes, *encoding_notes(corpus.contents(), tokenizer))),
+        "; ".join((origin, *train.notes, *encoding_notes(splits.contents(), tokenizer))),
         (
             document_starts(train_N, tokenizer.separator),
             document_starts(held_out_N, tokenizer.separator),
         ),
     )
     eval_only = read_eval_only(
-        config.eval_source, train.documents, held_out.documents, tokenizer, names
+        config.eval_source,
+        record_fields(config),
+        train.documents,
+        held_out.documents,
+        tokenizer,
+        names,
     )
     return _pack(config, seed, tokenizer, streams, eval_only)
 
@@ -137,6 +140,7 @@ def _tokenize(
 
 def _open_shards(config: DataConfig, seed: int, tokenizer: Tokenizer) -> DatasetSplits:
     directory = Path(config.source).expanduser()
+    refuse_fields(config, FIELDS, f"the shards in {directory}, which were made with it or without")
     index = read_index(directory)
     if index.tokenizer["fingerprint"] != tokenizer.fingerprint:
         raise ConfigError(
@@ -166,7 +170,9 @@ def _open_shards(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Dataset
         (None, None),
         prepared=True,
     )
-    eval_only = read_eval_only(config.eval_source, (), (), tokenizer, index.domains)
+    eval_only = read_eval_only(
+        config.eval_source, record_fields(config), (), (), tokenizer, index.domains
+    )
     return _pack(config, seed, tokenizer, streams, eval_only)
 
 
@@ -178,17 +184,7 @@ def _open_synthetic(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data
             f"must be bytes for data.source={config.source}",
             "set data.tokenizer=bytes",
         )
-    for field, value in (
-        ("data.eval_source", config.eval_source),
-        ("data.temperature", config.temperature),
-    ):
-        if value is not None:
-            raise ConfigError(
-                field,
-                value,
-                f"has no meaning for data.source={config.source}",
-                f"leave {field} out",
-            )
+    refuse_fields(config, ("temperature", "eval_source", *FIELDS), f"data.source={config.source}")
     kind = config.source.removeprefix("synthetic:")
     masked = bool(config.document_mask)
     train, held_out = (

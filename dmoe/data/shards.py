@@ -18,7 +18,6 @@ import numpy as np
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
-from dmoe.data.corpus import split_corpus
 from dmoe.data.files import INDEX
 from dmoe.data.packing import ONE_DOMAIN, domain_runs, record_lengths, token_chunks, token_dtype
 from dmoe.data.shard_index import (
@@ -30,7 +29,7 @@ from dmoe.data.shard_index import (
     is_shard_directory,
     read_index,
 )
-from dmoe.data.sources import read_corpus
+from dmoe.data.splits import read_splits
 from dmoe.data.tokenizers import Tokenizer, encoding_notes, open_tokenizer
 
 _BLOCK_BYTES = 2**22
@@ -59,24 +58,18 @@ def prepare_shards(config: DataConfig, directory: Path, shard_tokens: int = 2**2
             "name text files, a glob or stdlib",
         )
     tokenizer = open_tokenizer(config)
-    corpus = read_corpus(config.source)
-    train, held_out = split_corpus(corpus, config.holdout)
-    # A single file is cut in two documents, and is one file all the same.
-    files = {
-        "train": len(train.documents),
-        "held_out": len(corpus.documents) - len(train.documents),
-    }
-    splits = {
+    splits = read_splits(config)
+    content = {
         name: SplitContent(
             token_chunks(split.contents(), tokenizer),
-            files[name],
+            documents,
             split.num_bytes,
             split.document_domains,
         )
-        for name, split in (("train", train), ("held_out", held_out))
+        for name, split, documents in zip(SPLITS, splits[:2], splits.documents, strict=True)
     }
-    notes = (*train.notes, *encoding_notes(corpus.contents(), tokenizer))
-    return write_shards(directory, tokenizer, config.holdout, splits, shard_tokens, notes)
+    notes = (*splits.train.notes, *encoding_notes(splits.contents(), tokenizer))
+    return write_shards(directory, tokenizer, config.holdout, content, shard_tokens, notes)
 
 
 def write_shards(

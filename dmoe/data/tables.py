@@ -34,8 +34,8 @@ import numpy as np
 from dmoe.config.datasets import selected_streams, table_spec
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
-from dmoe.data.corpus import holdout_hash
 from dmoe.data.order import sequence_indices
+from dmoe.data.splits import holdout_hash
 from dmoe.data.synthetic import ClusterDataset
 
 

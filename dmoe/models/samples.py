@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmoe.data.splits import TokenDataset
+from dmoe.data.token_dataset import TokenDataset
 from dmoe.data.token_masks import NO_MASKS, TokenMasks
 from dmoe.models.base import IGNORE_INDEX
 from dmoe.moe.routing import TokenContext

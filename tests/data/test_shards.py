@@ -61,7 +61,7 @@ def test_shards_give_exactly_the_data_of_the_text(config: DataConfig, shards: Pa
     assert mapped.train.num_sequences == text.train.num_sequences
     assert np.array_equal(mapped.train.batch(5, 0, 64, 64), text.train.batch(5, 0, 64, 64))
     assert np.array_equal(mapped.held_out.samples(0, 10), text.held_out.samples(0, 10))
-    assert "40 files" in mapped.describe()
+    assert "60 files" in mapped.describe()
     assert "holdout 0.2" in mapped.describe()
 
 

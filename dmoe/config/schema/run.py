@@ -48,11 +48,20 @@ class ParallelConfig:
 class DataConfig:
     source: str = "stdlib"
     """stdlib (the source of Python's standard library), guide:LANG (Debian's installation guide in
-    one language), plain text files, directories or globs, separated by commas (JSON Lines, CSV and
-    compressed files are refused); upper:ENTRY is one of these in upper case. Or a directory of
-    shards, synthetic:KIND, or a class of your own (docs/plugins.md). For
-    train.task=classification: sklearn:digits, sklearn:wine, sklearn:breast_cancer or
-    synthetic:clusters."""
+    one language), files, directories or globs of text or of records (JSON Lines, CSV, Parquet,
+    Arrow, also compressed), hf:NAME (a Hugging Face dataset), separated by commas; upper:ENTRY is
+    one of these in upper case. Or a directory of shards, synthetic:KIND, or a class of your own
+    (docs/plugins.md). For train.task=classification: a table of your own (CSV, Parquet, ...),
+    sklearn:digits, sklearn:wine, sklearn:breast_cancer or synthetic:clusters."""
+    text_field: Annotated[Optional[str], only_for("train.task", "language_modelling")] = None
+    """Field or column of records that is the text. Default: text; of a table without that column
+    its only column of strings."""
+    label_field: Optional[str] = None
+    """Field or column of records that is the label: the class for train.task=classification, else
+    the domain of the document. Default: the file is the domain."""
+    validation_source: Optional[str] = None
+    """Entries, as in source, that are the held-out split; data.holdout is then not used. A document
+    that source has too is left out of training."""
     streams: Annotated[list[str], only_for("train.task", "classification")] = field(
         default_factory=list
     )
@@ -69,8 +78,8 @@ class DataConfig:
     """Keep only the first n entries of a tiktoken vocabulary (any n >= 256 is a valid byte-pair
     encoding)."""
     holdout: Annotated[float, fraction("()", fix="use 0.05")] = 0.05
-    """Share of the files (of a table: samples) that is held out from training, chosen by a hash of
-    their content."""
+    """Share of the documents (of a table: samples) that is held out from training, chosen by a hash
+    of their content. Of fewer than 50 documents: share of each, its end."""
     document_mask: Annotated[Optional[bool], only_for("train.task", "language_modelling")] = None
     """Documents that share a sequence do not see each other: attention and positions end at their
     boundaries. Default: on for shards that hold the boundaries, off for text."""
