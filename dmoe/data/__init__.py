@@ -6,14 +6,19 @@ files.py         which files are text                 shards.py       token stre
 corpus.py        documents, duplicates, hold-out      shard_index.py  their index.json
 debian_guide.py  the Debian installation guide        synthetic.py    endless datasets
 packing.py       token stream -> sequences            tables.py       samples for classification
-tokenizers/      bytes, tokenizer.json, tiktoken
+held_out.py      order of evaluation                  token_masks.py  documents, answers, padding
+splits.py        training and held-out documents      tokenizers/     bytes, .json, tiktoken
+token_dataset.py both datasets of a run               formats/        text and records of any file
+token_streams.py shards, files of tokens              token_files.py  nanoGPT, Megatron
+prepare/         dmoe data prepare, inspect
 """
 
 from __future__ import annotations
 
-from dmoe.data.dataset import DatasetSplits, TokenDataset, open_data, open_documents
+from dmoe.data.dataset import open_data, open_documents
 from dmoe.data.mixture import task_weights, tasks_of_step
 from dmoe.data.prepare import prepare_shards
+from dmoe.data.token_dataset import DatasetSplits, TokenDataset
 from dmoe.data.tokenizers import Tokenizer, open_tokenizer
 
 __all__ = [

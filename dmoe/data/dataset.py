@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -22,20 +19,18 @@ from dmoe.data.corpus import (
     Corpus,
     Document,
     corpus_of,
-    count_files,
 )
 from dmoe.data.eval_source import EvalOnlyText, read_eval_only
+from dmoe.data.held_out import HeldOutDataset
 from dmoe.data.mixture import mix_domains
 from dmoe.data.packing import (
     DomainRuns,
-    HeldOutDataset,
     PackedDataset,
     domain_runs,
     token_chunks,
     token_hash,
 )
-from dmoe.data.shard_index import SPLITS, is_shard_directory, read_index, refuse_unfinished
-from dmoe.data.shards import map_shards
+from dmoe.data.shard_index import SPLITS
 from dmoe.data.splits import (
     FIELDS,
     Splits,
@@ -45,92 +40,14 @@ from dmoe.data.splits import (
     split_documents,
 )
 from dmoe.data.synthetic import SyntheticDataset
+from dmoe.data.token_dataset import DatasetSplits, TokenDataset
+from dmoe.data.token_masks import document_starts
+from dmoe.data.token_streams import TokenStreams, prepared_streams
 from dmoe.data.tokenizers import Tokenizer, encoding_notes, open_tokenizer
 
 
-class TokenDataset(Protocol):
-    """Sequences of seq_len + 1 tokens: seq_len inputs and, shifted by one, seq_len targets."""
-
-    @property
-    def num_sequences(self) -> int | None:
-        """Number of different sequences; None if the dataset is endless."""
-
-    @property
-    def seq_len(self) -> int:
-        """Targets per sequence."""
-
-    def batch(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
-        """Return consecutive samples of one step, in shuffled order, epoch after epoch.
-
-        A function of its arguments and the seed alone: ranks read disjoint ranges of the same
-        global batch.
-
-        Args:
-            step: optimizer step, from 0.
-            first: index of the first sample in the global batch.
-            count: number of samples.
-            global_batch: samples per step, over all ranks.
-
-        Returns:
-            int64 [count, seq_len + 1].
-        """
-
-    def labels(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
-        """Return the label of each sample of `batch`: int64 [count].
-
-        A label is an index into `DatasetSplits.domains`: the domain of the document in which the
-        sequence starts. Arguments as in `batch`.
-        """
-
-    def samples(self, first: int, count: int) -> np.ndarray:
-        """Return sequences first .. first + count - 1 for evaluation: int64 [count, seq_len + 1].
-
-        In stored order; held-out sequences alternate between the domains. Never wraps: the caller
-        keeps first + count within `num_sequences` (an assertion).
-        """
-
-    def sample_labels(self, first: int, count: int) -> np.ndarray:
-        """Return the label of each sequence of `samples`: int64 [count]."""
-
-
-@dataclass(frozen=True)
-class DatasetSplits:
-    """The training and the held-out dataset of a run, and their tokenizer."""
-
-    train: TokenDataset
-    held_out: TokenDataset
-    tokenizer: Tokenizer
-    fingerprint: str
-    """SHA-256 (hex) of the token streams, the tokenizer, seq_len and the hold-out."""
-    summary: str
-    domains: tuple[str, ...]
-    """Domain names by label: those of data.source, sorted, then those that only data.eval_source
-    has, sorted."""
-    eval_only: tuple[str, ...] = ()
-    """Domains that training does not have: the last ones of `domains`."""
-
-    def sequences_per_domain(self) -> dict[str, tuple[int, int]]:
-        """Return (training, held-out) sequences by domain; ValueError for endless datasets."""
-        if self.train.num_sequences is None or self.held_out.num_sequences is None:
-            raise ValueError("an endless dataset has no number of sequences")
-        train_D, held_out_D = (
-            np.bincount(
-                split.sample_labels(0, split.num_sequences or 0), minlength=len(self.domains)
-            )
-            for split in (self.train, self.held_out)
-        )
-        return {
-            name: (int(train_D[label]), int(held_out_D[label]))
-            for label, name in enumerate(self.domains)
-        }
-
-    def describe(self) -> str:
-        """Return one line: source, files, bytes, tokens, sequences, fingerprint (12 digits)."""
-        return f"{self.summary}; fingerprint {self.fingerprint[:12]}"
-
-
 def open_data(config: DataConfig, seed: int) -> DatasetSplits:
-    """Open `data.source`: synthetic:KIND, a directory of shards (with an index.json), or text.
+    """Open `data.source`: synthetic:KIND, a directory of shards, a file of tokens, or text.
 
     `seed` decides the order of training sequences, and the content of synthetic ones. Raises
     ConfigError on the field of data.* that cannot work.
@@ -142,21 +59,13 @@ def open_data(config: DataConfig, seed: int) -> DatasetSplits:
     tokenizer = open_tokenizer(config)
     if config.source.startswith("synthetic:"):
         return _open_synthetic(config, seed, tokenizer)
-    refuse_unfinished(config.source)
-    if is_shard_directory(config.source):
-        return _open_shards(config, seed, tokenizer)
+    prepared = prepared_streams(config, tokenizer)
+    if prepared is not None:
+        streams, domains = prepared
+        fields = record_fields(config)
+        eval_only = read_eval_only(config.eval_source, fields, (), (), tokenizer, domains)
+        return _pack(config, seed, tokenizer, streams, eval_only)
     return _open_text(config, seed, tokenizer, read_splits(config))
-
-
-@dataclass(frozen=True)
-class _TokenStreams:
-    """Token streams of both splits, before they are packed. Pairs are (train, held out)."""
-
-    arrays: tuple[Sequence[np.ndarray], Sequence[np.ndarray]]
-    runs: tuple[DomainRuns, DomainRuns]
-    hashes: tuple[str, str]
-    holdout: float
-    summary: str
 
 
 def open_documents(config: DataConfig, seed: int, texts: Sequence[str | bytes]) -> DatasetSplits:
@@ -175,12 +84,16 @@ def _open_text(
     train_N, train_runs = _tokenize(train, tokenizer, names)
     held_out_N, held_out_runs = _tokenize(held_out, tokenizer, names)
     origin = f"{label(config.source)}: {splits.describe()}"
-    streams = _TokenStreams(
+    streams = TokenStreams(
         ([train_N], [held_out_N]),
         (train_runs, held_out_runs),
         (token_hash([train_N]), token_hash([held_out_N])),
         config.holdout,
         "; ".join((origin, *train.notes, *encoding_notes(splits.contents(), tokenizer))),
+        (
+            document_starts(train_N, tokenizer.separator),
+            document_starts(held_out_N, tokenizer.separator),
+        ),
     )
     eval_only = read_eval_only(
         config.eval_source,
@@ -202,42 +115,6 @@ def _tokenize(
     return np.concatenate(chunks), runs
 
 
-def _open_shards(config: DataConfig, seed: int, tokenizer: Tokenizer) -> DatasetSplits:
-    directory = Path(config.source).expanduser()
-    refuse_fields(config, FIELDS, f"the shards in {directory}, which were made with it or without")
-    index = read_index(directory)
-    if index.tokenizer["fingerprint"] != tokenizer.fingerprint:
-        raise ConfigError(
-            "data.tokenizer",
-            f"{config.tokenizer} ({tokenizer.name})",
-            f"must be the tokenizer of the shards in {directory}, {index.tokenizer['name']}",
-            "name that one (with the same data.tokenizer_vocab), or prepare the shards again",
-        )
-    train, held_out = (index.splits[split] for split in SPLITS)
-    arrays = (map_shards(directory, index, "train"), map_shards(directory, index, "held_out"))
-    files, size = train.documents + held_out.documents, train.text_bytes + held_out.text_bytes
-    count = len(arrays[0]) + len(arrays[1])
-    summary = (
-        f"{directory}: {count_files(files)}, {size / 1e6:.1f} MB in {count} shards, "
-        f"holdout {index.holdout}"
-    )
-    if config.holdout not in (index.holdout, DataConfig.holdout):
-        summary += f" (of the shards; data.holdout={config.holdout:g} is not used)"
-    summary = "; ".join((summary, *index.notes))
-    streams = _TokenStreams(
-        arrays,
-        (train.runs, held_out.runs),
-        (train.sha256, held_out.sha256),
-        # The split was made when the shards were written, so data.holdout is not used.
-        index.holdout,
-        summary,
-    )
-    eval_only = read_eval_only(
-        config.eval_source, record_fields(config), (), (), tokenizer, index.domains
-    )
-    return _pack(config, seed, tokenizer, streams, eval_only)
-
-
 def _open_synthetic(config: DataConfig, seed: int, tokenizer: Tokenizer) -> DatasetSplits:
     if config.tokenizer != "bytes":
         raise ConfigError(
@@ -248,24 +125,49 @@ def _open_synthetic(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data
         )
     refuse_fields(config, ("temperature", "eval_source", *FIELDS), f"data.source={config.source}")
     kind = config.source.removeprefix("synthetic:")
-    train, held_out = (SyntheticDataset(kind, config.seq_len, seed, split) for split in SPLITS)
-    fingerprint = _sha256("synthetic", kind, config.seq_len, seed)
+    masked = bool(config.document_mask)
+    train, held_out = (
+        SyntheticDataset(kind, config.seq_len, seed, split, masked) for split in SPLITS
+    )
+    more = ("documents apart",) if masked else ()
+    fingerprint = sha256_of("synthetic", kind, config.seq_len, seed, *more)
     summary = f"{config.source}: endless sequences of {config.seq_len} tokens"
-    return DatasetSplits(train, held_out, tokenizer, fingerprint, summary, (kind,))
+    return DatasetSplits(
+        train, held_out, tokenizer, fingerprint, summary, (kind,), document_mask=masked
+    )
 
 
 def _pack(
     config: DataConfig,
     seed: int,
     tokenizer: Tokenizer,
-    streams: _TokenStreams,
+    streams: TokenStreams,
     eval_only: EvalOnlyText,
 ) -> DatasetSplits:
     """Cut both token streams into sequences."""
     seq_len, vocab_size, domains = config.seq_len, tokenizer.vocab_size, eval_only.domains
-    packed = PackedDataset(streams.arrays[0], seq_len, seed, vocab_size, "train", streams.runs[0])
+    masked = streams.is_masked(config.document_mask)
+    packed = PackedDataset(
+        streams.arrays[0],
+        seq_len,
+        seed,
+        vocab_size,
+        "train",
+        streams.runs[0],
+        streams.document_starts[0],
+        masked,
+    )
     arrays, runs = eval_only.append_to(streams.arrays[1], streams.runs[1])
-    held_out = HeldOutDataset(PackedDataset(arrays, seq_len, seed, vocab_size, "held_out", runs))
+    starts_N = streams.document_starts[1]
+    if starts_N is not None and len(eval_only.token_N):
+        last = sum(len(array) for array in streams.arrays[1]) - 1
+        more_N = document_starts(
+            np.append(tokenizer.separator, eval_only.token_N), tokenizer.separator
+        )
+        starts_N = np.append(starts_N, last + more_N)
+    held_out = HeldOutDataset(
+        PackedDataset(arrays, seq_len, seed, vocab_size, "held_out", runs, starts_N, masked)
+    )
     notes = [
         f"{streams.summary}; {packed.num_tokens + held_out.packed.num_tokens:,} tokens "
         f"({tokenizer.name}, vocabulary {vocab_size:,}); {packed.num_sequences:,} training and "
@@ -281,16 +183,27 @@ def _pack(
         shares = [f"{domains[label]} {share:.1%}" for label, share in mixture.shares.items()]
         notes.append(f"drawn: {', '.join(shares)}")
         sampling = ("temperature", float(config.temperature))
-    missing = [name for label, name in enumerate(domains) if label not in held_out.label_N]
+    if masked:
+        notes.append("documents do not see each other")
+        sampling += ("documents apart",)
+    missing = [name for label, name in enumerate(domains) if label not in held_out.labels_present]
     if missing:
         notes.append(f"too little held-out text to evaluate {', '.join(missing)}")
-    fingerprint = _sha256(
+    fingerprint = sha256_of(
         "packed", *streams.hashes, tokenizer.fingerprint, seq_len, streams.holdout, *sampling
     )
     return DatasetSplits(
-        train, held_out, tokenizer, fingerprint, "; ".join(notes), domains, eval_only.eval_only
+        train,
+        held_out,
+        tokenizer,
+        fingerprint,
+        "; ".join(notes),
+        domains,
+        eval_only.eval_only,
+        masked,
     )
 
 
-def _sha256(*parts: object) -> str:
+def sha256_of(*parts: object) -> str:
+    """Return the SHA-256 (hex) of the parts of a fingerprint."""
     return hashlib.sha256("\0".join(["dmoe data 1", *map(str, parts)]).encode()).hexdigest()

@@ -34,6 +34,7 @@ import numpy as np
 from dmoe.config.errors import ConfigError
 from dmoe.data.order import counter_hash, global_sample_indices, permute
 from dmoe.data.packing import DomainRuns, PackedDataset
+from dmoe.data.token_masks import TokenMasks
 
 BLOCK_SIZE = 4096
 _BLOCK_SALT = 0x6D69786564
@@ -149,6 +150,15 @@ class MixtureDataset:
             shuffled_M = permute(position_M, domain.size, seed, epoch_M)
             index_N[in_domain_N] = domain.sequence_index(shuffled_M)
         return index_N
+
+    def masks(self, step: int, first: int, count: int, global_batch: int) -> TokenMasks:
+        """Return positions and masks of the samples of `batch`."""
+        index_N = self.sequence_indices(step, first, count, global_batch)
+        return self.packed.read_masks(index_N * self.seq_len)
+
+    def sample_masks(self, first: int, count: int) -> TokenMasks:
+        """Return positions and masks of the sequences of `samples`."""
+        return self.packed.sample_masks(first, count)
 
     def samples(self, first: int, count: int) -> np.ndarray:
         """Return consecutive sequences in stored order: int64 [count, seq_len + 1]."""

@@ -43,6 +43,10 @@ class Batch:
     step: int
     first_sequence: int
     """Index of the first sample in the global batch of the step."""
+    position_BS: Tensor | None = None
+    """int64: position of each token in its document; None: each sample is one document."""
+    valid_BS: Tensor | None = None
+    """bool: False for padding; None: there is none."""
     metrics_fn: MetricsFn | None = None
     """Metrics that the MoE layers compute in this forward, beside their counts."""
 
@@ -89,7 +93,8 @@ def training_batches(dataset: Any, engine: Engine, step: int) -> list[Batch]:
     for index in range(engine.batching.accumulation):
         first = (index * process.world_size + process.rank) * count
         samples = engine.task.training_samples(dataset, step, first, count, global_batch)
-        batches.append(Batch(*samples, step, first))
+        input, target, label_B, position_BS, valid_BS = samples
+        batches.append(Batch(input, target, label_B, step, first, position_BS, valid_BS))
     return batches
 
 
@@ -187,11 +192,17 @@ def forward(engine: Engine, batch: Batch, prior_LE: Tensor | None) -> ModelOutpu
         prior_count_LE=prior_LE,
         label_T=batch.label_B.to(device).repeat_interleave(target.shape[1]),
         noise_key=(engine.config.train.seed, batch.step),
+        position_T=_per_token(batch.position_BS, device),
+        valid_T=_per_token(batch.valid_BS, device),
         first_sequence=batch.first_sequence,
         metrics_fn=batch.metrics_fn,
     )
     output: ModelOutput = engine.wrapped_model(input, target, context)
     return output
+
+
+def _per_token(value_BS: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if value_BS is None else value_BS.flatten().to(device, non_blocking=True)
 
 
 def _accumulate(

@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,18 +20,8 @@ from dmoe.data.tables import SampleDataset, TableSplits, num_classes, open_table
 from dmoe.models.base import Model
 from dmoe.models.classifier import Classifier
 from dmoe.models.generate import generate
+from dmoe.models.samples import Samples, collate_tokens, read_masks, target_bytes
 from dmoe.models.transformer import Transformer
-
-
-class Samples(NamedTuple):
-    """Consecutive samples of one split."""
-
-    input: Tensor
-    """[B, ...]: input of the model."""
-    target: Tensor
-    """int64 [B, S]."""
-    label_B: Tensor
-    """int64: domain of each sample, an index into the data's `domains`."""
 
 
 class DataSplits(Protocol):
@@ -159,13 +148,17 @@ class LanguageModelling:
     def training_samples(
         self, dataset: TokenDataset, step: int, first: int, count: int, global_batch: int
     ) -> Samples:
-        return _collate(
+        return collate_tokens(
             dataset.batch(step, first, count, global_batch),
             dataset.labels(step, first, count, global_batch),
+            read_masks(dataset, "masks", step, first, count, global_batch),
         )
 
     def samples(self, dataset: TokenDataset, first: int, count: int) -> Samples:
-        return _collate(dataset.samples(first, count), dataset.sample_labels(first, count))
+        masks = read_masks(dataset, "sample_masks", first, count)
+        return collate_tokens(
+            dataset.samples(first, count), dataset.sample_labels(first, count), masks
+        )
 
     def dummy_batch(self, count: int, random: torch.Generator | None = None) -> Samples:
         token_BS = torch.zeros(count, self.targets_per_sample, dtype=torch.int64)
@@ -179,7 +172,7 @@ class LanguageModelling:
         raise AssertionError("text has no streams")
 
     def bytes_per_target(self, data: DatasetSplits, target: Tensor) -> Tensor:
-        return torch.from_numpy(data.tokenizer.token_bytes).to(target.device)[target.clamp(min=0)]
+        return target_bytes(torch.from_numpy(data.tokenizer.token_bytes).to(target.device), target)
 
     def metrics(self, score: Score) -> dict[str, float]:
         return {"bits_per_byte": bits_per_byte(score.loss_sum, score.target_bytes)}
@@ -271,11 +264,6 @@ def count_routing_labels(config: Config) -> int:
 def bits_per_byte(loss_sum: float, target_bytes: float) -> float:
     """Return bits per byte of text from the summed cross-entropy: comparable between tokenizers."""
     return loss_sum / math.log(2) / max(1.0, target_bytes)
-
-
-def _collate(token_BS: np.ndarray, label_B: np.ndarray) -> Samples:
-    tokens = torch.from_numpy(token_BS)
-    return Samples(tokens[:, :-1], tokens[:, 1:], torch.from_numpy(label_B))
 
 
 def _collate_rows(*found: object) -> Samples:

@@ -80,6 +80,9 @@ class DataConfig:
     holdout: Annotated[float, fraction("()", fix="use 0.05")] = 0.05
     """Share of the documents (of a table: samples) that is held out from training, chosen by a hash
     of their content. Of fewer than 50 documents: share of each, its end."""
+    document_mask: Annotated[Optional[bool], only_for("train.task", "language_modelling")] = None
+    """Documents that share a sequence do not see each other: attention and positions end at their
+    boundaries. Default: on for shards that hold the boundaries, off for text."""
     temperature: Annotated[
         Optional[float], only_for("train.task", "language_modelling"), above(0)
     ] = None
