@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,14 @@ def _claimed(directory: Path, settings: dict[str, Any]) -> Iterator[Path]:
             write_file(plan, (json.dumps(settings, indent=1) + "\n").encode())
         for left in [*parts.glob("*.partial"), *directory.glob("*.bin.partial")]:
             left.unlink()
-        yield parts
+        try:
+            yield parts
+        except BaseException:
+            if not any(parts.glob("*.part")):  # nothing to go on with
+                shutil.rmtree(parts)
+                with suppress(OSError):  # it is not empty
+                    directory.rmdir()
+            raise
 
 
 def _check_settings(directory: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,9 +35,7 @@ def part_path(directory: Path, number: int) -> Path:
 def write_message(stream: BinaryIO, body: Any, payload: tuple[bytes, ...] = ()) -> None:
     """Write one message."""
     text = json.dumps(body).encode()
-    stream.write(len(text).to_bytes(8, "little") + text)
-    for data in payload:
-        stream.write(data)
+    stream.write(b"".join([len(text).to_bytes(8, "little"), text, *payload]))
     stream.flush()
 
 
@@ -78,7 +77,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     source = sys.stdin.buffer
-    with os.fdopen(int(sys.argv[1]), "wb") as answers:
+    # Without a buffer, which would be written once more at the end, to a parent that is gone.
+    with suppress(BrokenPipeError), os.fdopen(int(sys.argv[1]), "wb", buffering=0) as answers:
         setup = read_message(source)
         if setup is None:
             return
