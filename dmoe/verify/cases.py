@@ -194,7 +194,8 @@ def _data(config: Config) -> DataConfig:
         source_options={},
         seq_len=min(config.data.seq_len, SEQ_LEN),
     )
-    data = replace(data, temperature=None, eval_source=None)
+    data = replace(data, temperature=None, eval_source=None, validation_source=None)
+    data = replace(data, text_field=None, label_field=None, columns=[], classes=[])
     if config.train.task == "language_modelling":
         return replace(data, source="synthetic:zipf")
     streams = list(DATASETS["synthetic:clusters"].streams)
