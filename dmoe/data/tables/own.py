@@ -65,7 +65,7 @@ def fill_table_shape(config: Config) -> Config:
         raise _no_label(data.source, columns)
     if label not in columns:
         raise missing_column("data.label_field", label, data.source, columns)
-    chosen = list(data.columns) or _numbers(data, columns, label)
+    chosen = list(data.columns) or _numbers(data, rows, columns, label)
     for name in chosen:
         if name not in columns or name == label:
             rest = {name: kind for name, kind in columns.items() if name != label}
@@ -197,7 +197,7 @@ def _columns(data: DataConfig, rows: Rows) -> Mapping[str, str]:
     return {name: "number" if is_number else "text" for name, is_number in numeric.items()}
 
 
-def _numbers(data: DataConfig, columns: Mapping[str, str], label: str) -> list[str]:
+def _numbers(data: DataConfig, rows: Rows, columns: Mapping[str, str], label: str) -> list[str]:
     """Return every column but the label; refuse those that are not of numbers."""
     rest = {name: kind for name, kind in columns.items() if name != label}
     others = [name for name, kind in rest.items() if kind != "number"]
@@ -212,14 +212,24 @@ def _numbers(data: DataConfig, columns: Mapping[str, str], label: str) -> list[s
             "train.task=language_modelling",
         )
     if others:
+        where = _first_text(rows, others[0])
         raise ConfigError(
             "data.columns",
             "[]",
             f"must name columns of numbers, and {', '.join(others)} of {data.source} "
-            f"{'is' if len(others) == 1 else 'are'} not",
+            f"{'is' if len(others) == 1 else 'are'} not{where}",
             f"use data.columns=[{','.join(numbers)}], or write it as numbers",
         )
     return numbers
+
+
+def _first_text(rows: Rows, name: str) -> str:
+    """Return where a column has its first value that is no number: one `NA` makes it text."""
+    for row in rows([name]):
+        value = row.values.get(name)
+        if isinstance(value, str) and value.strip() and number_or_none(value) is None:
+            return f" ({row.place} has {value[:40]!r})"
+    return ""
 
 
 def _classes(source: str, rows: Rows, label: str) -> list[str]:
