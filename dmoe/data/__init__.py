@@ -11,6 +11,7 @@ debian_guide.py  the Debian installation guide        tokenizers/     bytes, .js
 held_out.py      order of evaluation                  token_masks.py  documents, answers, padding
 token_dataset.py both datasets of a run               token_streams.py shards, files of tokens
 token_files.py   nanoGPT, Megatron                    prepare/        dmoe data prepare, inspect
+domain_weights.py domains drawn by weight
 """
 
 from __future__ import annotations

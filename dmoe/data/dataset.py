@@ -20,6 +20,7 @@ from dmoe.data.corpus import (
     Document,
     corpus_of,
 )
+from dmoe.data.domain_weights import mix_by_weights
 from dmoe.data.eval_source import EvalOnlyText, read_eval_only
 from dmoe.data.held_out import HeldOutDataset
 from dmoe.data.mixture import mix_domains
@@ -123,7 +124,9 @@ def _open_synthetic(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data
             f"must be bytes for data.source={config.source}",
             "set data.tokenizer=bytes",
         )
-    refuse_fields(config, ("temperature", "eval_source", *FIELDS), f"data.source={config.source}")
+    refuse_fields(
+        config, ("temperature", "weights", "eval_source", *FIELDS), f"data.source={config.source}"
+    )
     kind = config.source.removeprefix("synthetic:")
     masked = bool(config.document_mask)
     train, held_out = (
@@ -176,13 +179,20 @@ def _pack(
     ]
     train: TokenDataset = packed
     # The text that is only evaluated may change when a run is resumed; which sequences are drawn
-    # may not, so the temperature is part of the fingerprint.
+    # may not, so that is part of the fingerprint.
     sampling: tuple[object, ...] = ()
-    if config.temperature is not None:
-        train = mixture = mix_domains(packed, config.temperature)
+    mixture = None
+    if config.weights:
+        _refuse_both(config)
+        mixture = mix_by_weights(packed, config.weights, domains)
+        sampling = ("weights", *mixture.quota_D.tolist())
+    elif config.temperature is not None:
+        mixture = mix_domains(packed, config.temperature)
+        sampling = ("temperature", float(config.temperature))
+    if mixture is not None:
+        train = mixture
         shares = [f"{domains[label]} {share:.1%}" for label, share in mixture.shares.items()]
         notes.append(f"drawn: {', '.join(shares)}")
-        sampling = ("temperature", float(config.temperature))
     if masked:
         notes.append("documents do not see each other")
         sampling += ("documents apart",)
@@ -202,6 +212,12 @@ def _pack(
         eval_only.eval_only,
         masked,
     )
+
+
+def _refuse_both(config: DataConfig) -> None:
+    if config.temperature is not None:
+        allowed = "says how domains are drawn, and so does data.weights"
+        raise ConfigError("data.temperature", config.temperature, allowed, "leave one of them out")
 
 
 def sha256_of(*parts: object) -> str:

@@ -68,14 +68,9 @@ def read_corpus(source: str, fields: RecordFields = _FIELDS) -> Corpus:
         of = "files" if not found.has_records else "documents"
         notes.append(f"duplicate or empty {of} left out ({removed})")
     if not unique:
-        raise no_text_error(fields.origin, source)
+        allowed = f"{_ALLOWED}, and hold at least one byte of text"
+        raise ConfigError(fields.origin, source or "''", allowed, "name a text")
     return Corpus(unique, tuple(notes))
-
-
-def no_text_error(field: str, source: str) -> ConfigError:
-    """Return the error of a source without text."""
-    allowed = f"{_ALLOWED}, and hold at least one byte of text"
-    return ConfigError(field, source or "''", allowed, "name a text")
 
 
 class Documents:

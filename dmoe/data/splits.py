@@ -39,7 +39,7 @@ def record_fields(config: DataConfig, origin: str = "data.source") -> RecordFiel
 def refuse_fields(config: DataConfig, names: Sequence[str], source: str) -> None:
     """Refuse fields of `data` that a source does not read. Raises ConfigError on the first."""
     for name in names:
-        if (value := getattr(config, name)) is not None:
+        if (value := getattr(config, name)) not in (None, {}):
             allowed = f"has no meaning for {source}"
             raise ConfigError(f"data.{name}", value, allowed, f"leave data.{name} out")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dmoe.report.run import Line, as_dict, number
+from dmoe.report.run import as_dict
+from dmoe.runs.metrics_log import Line, number
 
 
 def data_share(train: Sequence[Line]) -> float | None:

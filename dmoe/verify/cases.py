@@ -195,7 +195,7 @@ def _data(config: Config) -> DataConfig:
         source_options={},
         seq_len=min(config.data.seq_len, SEQ_LEN),
     )
-    data = replace(data, temperature=None, eval_source=None, validation_source=None)
+    data = replace(data, temperature=None, weights={}, eval_source=None, validation_source=None)
     data = replace(data, text_field=None, label_field=None, columns=[], classes=[])
     if config.data.document_mask is None and is_shard_directory(config.data.source):
         data = replace(data, document_mask=True)  # the default of prepared text

@@ -28,7 +28,7 @@ from dmoe.data.prepare.documents import (
     TokenContent,
 )
 from dmoe.data.shard_index import is_shard_directory
-from dmoe.data.sources import Documents, no_text_error
+from dmoe.data.sources import Documents
 from dmoe.data.splits import record_fields
 from dmoe.data.token_files import TokenFile, is_token_file, open_token_file
 from dmoe.data.tokenizers import Tokenizer
@@ -108,7 +108,8 @@ class Source:
     def refuse_nothing(self, count: int) -> None:
         """Raise ConfigError if the source gave no document with text."""
         if not count:
-            raise no_text_error("data.source", self._config.source)
+            allowed = "must hold at least one byte of text"
+            raise ConfigError("data.source", self._config.source, allowed, "name a text")
 
     def validation(self) -> Iterator[SourceDocument]:
         """Yield the documents of data.validation_source."""
