@@ -47,7 +47,7 @@ class EvaluationOrder:
         self._before_D = self._before_D[self._count_D > 0]
         self._count_D = self._count_D[self._count_D > 0]
 
-    def look_up(self, index_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def sequences_at(self, index_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (start, label) of sequences by their index in the order: int64 [N] each."""
         stretch_N = np.searchsorted(self._offset_S, index_N, side="right") - 1
         domain_N, rank_N = np.empty_like(index_N), np.empty_like(index_N)
@@ -107,30 +107,30 @@ class HeldOutDataset:
 
     def samples(self, first: int, count: int) -> np.ndarray:
         """Return consecutive sequences in evaluation order: int64 [count, seq_len + 1]."""
-        return self.packed.read_sequences(self.order.look_up(self._indices(first, count))[0])
+        return self.packed.read_sequences(self.order.sequences_at(self._indices(first, count))[0])
 
     def sample_labels(self, first: int, count: int) -> np.ndarray:
         """Return the label of each sequence of `samples`: int64 [count]."""
-        return self.order.look_up(self._indices(first, count))[1]
+        return self.order.sequences_at(self._indices(first, count))[1]
 
     def batch(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
         """Return samples of one step in shuffled order: int64 [count, seq_len + 1]."""
         index_B = self._shuffled_indices(step, first, count, global_batch)
-        return self.packed.read_sequences(self.order.look_up(index_B)[0])
+        return self.packed.read_sequences(self.order.sequences_at(index_B)[0])
 
     def labels(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
         """Return the label of each sample of `batch`: int64 [count]."""
         index_B = self._shuffled_indices(step, first, count, global_batch)
-        return self.order.look_up(index_B)[1]
+        return self.order.sequences_at(index_B)[1]
 
     def masks(self, step: int, first: int, count: int, global_batch: int) -> TokenMasks:
         """Return positions and masks of the samples of `batch`."""
         index_B = self._shuffled_indices(step, first, count, global_batch)
-        return self.packed.read_masks(self.order.look_up(index_B)[0])
+        return self.packed.read_masks(self.order.sequences_at(index_B)[0])
 
     def sample_masks(self, first: int, count: int) -> TokenMasks:
         """Return positions and masks of the sequences of `samples`."""
-        return self.packed.read_masks(self.order.look_up(self._indices(first, count))[0])
+        return self.packed.read_masks(self.order.sequences_at(self._indices(first, count))[0])
 
     def _shuffled_indices(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
         seed = self.packed.seed

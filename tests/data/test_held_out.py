@@ -44,7 +44,7 @@ def test_one_of_each_domain_in_turn(drawn: list[tuple[int, int]], seq_len: int) 
     marks = tuple((begin, label) for begin, (label, _) in zip(edges, runs, strict=False))
     order, expected = EvaluationOrder(marks, edges[-1] + 1, seq_len), naive(runs, seq_len)
     assert order.num_sequences == len(expected)
-    begin_N, label_N = order.look_up(np.arange(len(expected)))
+    begin_N, label_N = order.sequences_at(np.arange(len(expected)))
     assert list(zip(begin_N.tolist(), label_N.tolist(), strict=True)) == expected
     assert set(order.label_D.tolist()) == {label for _, label in expected}
 

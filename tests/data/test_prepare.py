@@ -230,6 +230,22 @@ def test_a_directory_of_something_else_is_refused(
     assert files_of(out) == before
 
 
+def test_two_at_once_and_too_many_runs(
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DataConfig(source=f"{texts}/odd,{texts}/even", seq_len=16, holdout=0.2)
+
+    def again(progress: Progress) -> None:
+        if not progress.finished:
+            with pytest.raises(ConfigError, match="is being prepared by another process"):
+                prepare(config, tmp_path / "out")
+
+    prepare(config, tmp_path / "out", part_bytes=50_000, on_progress=again)
+    monkeypatch.setattr("dmoe.data.prepare.collect.MAX_RUNS", 1)
+    with pytest.raises(ConfigError, match=r"domains that change more than 1 times"):
+        prepare(config, tmp_path / "other")
+
+
 def test_a_full_disk_keeps_what_is_prepared(tmp_path: Path, texts: Path) -> None:
     config = DataConfig(source=str(texts), seq_len=16, holdout=0.2)
     expected = files_of(prepare(config, tmp_path / "whole", shard_tokens=2**20))

@@ -21,6 +21,8 @@ from dmoe.data.prepare.part_file import PartFile
 from dmoe.data.shard_index import SPLITS, DocumentsFile, Shard, Split
 
 _BLOCK = 1 << 22
+MAX_RUNS = 1 << 20
+"""Changes of domain along a split; they are in the index, and in every rank's memory."""
 
 
 class _File:
@@ -80,6 +82,13 @@ class SplitWriter:
         for local, domain in share.runs:
             if not self.runs or self.runs[-1][1] != domain:
                 self.runs.append((start + local, domain))
+        if len(self.runs) > MAX_RUNS:
+            raise ConfigError(
+                "data.label_field",
+                domain,
+                f"is one of the domains that change more than {MAX_RUNS:,} times along the source",
+                "order the records by label, or leave it out",
+            )
         if self._starts is None:
             self._starts = _File(self._directory / f"documents-{self._name}.bin")
         self._starts.write(part.starts(split) + start)
