@@ -6,17 +6,17 @@ files.py         which files are text                 shards.py       token stre
 corpus.py        documents, duplicates, hold-out      shard_index.py  their index.json
 debian_guide.py  the Debian installation guide        synthetic.py    endless datasets
 packing.py       token stream -> sequences            tables.py       samples for classification
-held_out.py      order of evaluation                  token_masks.py  documents, answers, padding
+instruct/        conversations                        sequences/      datasets and their masks
 splits.py        training and held-out documents      tokenizers/     bytes, .json, tiktoken
-token_dataset.py both datasets of a run               formats/        text and records of any file
+formats/         text and records of any file
 """
 
 from __future__ import annotations
 
 from dmoe.data.dataset import open_data, open_documents
 from dmoe.data.mixture import task_weights, tasks_of_step
+from dmoe.data.sequences.token_dataset import DatasetSplits, TokenDataset
 from dmoe.data.shards import prepare_shards
-from dmoe.data.token_dataset import DatasetSplits, TokenDataset
 from dmoe.data.tokenizers import Tokenizer, open_tokenizer
 
 __all__ = [

@@ -7,9 +7,7 @@ input_BS, target_BS = token_BS[:, :-1], token_BS[:, 1:]
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +22,15 @@ from dmoe.data.corpus import (
     count_files,
 )
 from dmoe.data.eval_source import EvalOnlyText, read_eval_only
-from dmoe.data.held_out import HeldOutDataset
-from dmoe.data.mixture import mix_domains
 from dmoe.data.packing import (
     DomainRuns,
-    PackedDataset,
     domain_runs,
     token_chunks,
     token_hash,
 )
+from dmoe.data.sequences.streams import TokenStreams, fingerprint_of, pack_streams
+from dmoe.data.sequences.token_dataset import DatasetSplits
+from dmoe.data.sequences.token_masks import document_starts
 from dmoe.data.shard_index import SPLITS, is_shard_directory, read_index
 from dmoe.data.shards import map_shards
 from dmoe.data.splits import (
@@ -44,8 +42,6 @@ from dmoe.data.splits import (
     split_documents,
 )
 from dmoe.data.synthetic import SyntheticDataset
-from dmoe.data.token_dataset import DatasetSplits, TokenDataset
-from dmoe.data.token_masks import document_starts
 from dmoe.data.tokenizers import Tokenizer, encoding_notes, open_tokenizer
 
 
@@ -62,33 +58,11 @@ def open_data(config: DataConfig, seed: int) -> DatasetSplits:
     tokenizer = open_tokenizer(config)
     if config.source.startswith("synthetic:"):
         return _open_synthetic(config, seed, tokenizer)
+    if config.format == "instruct":
+        return _open_instruct(config, seed, tokenizer)
     if is_shard_directory(config.source):
         return _open_shards(config, seed, tokenizer)
     return _open_text(config, seed, tokenizer, read_splits(config))
-
-
-@dataclass(frozen=True)
-class _TokenStreams:
-    """Token streams of both splits, before they are packed. Pairs are (train, held out)."""
-
-    arrays: tuple[Sequence[np.ndarray], Sequence[np.ndarray]]
-    runs: tuple[DomainRuns, DomainRuns]
-    hashes: tuple[str, str]
-    holdout: float
-    summary: str
-    document_starts: tuple[np.ndarray | None, np.ndarray | None]
-    """See `PackedDataset.document_start_N`."""
-    prepared: bool = False
-    """Whether the text was tokenized before: `data.document_mask` is then on by default."""
-
-    def is_masked(self, document_mask: bool | None) -> bool:
-        """Return whether documents are not to see each other. Raises ConfigError if unknown."""
-        known = all(start_N is not None for start_N in self.document_starts)
-        if document_mask and not known:
-            allowed = "needs the boundaries of documents, which these shards do not hold"
-            fix = "prepare them again, or leave it out"
-            raise ConfigError("data.document_mask", True, allowed, fix)
-        return self.prepared and known if document_mask is None else document_mask
 
 
 def open_documents(config: DataConfig, seed: int, texts: Sequence[str | bytes]) -> DatasetSplits:
@@ -107,7 +81,7 @@ def _open_text(
     train_N, train_runs = _tokenize(train, tokenizer, names)
     held_out_N, held_out_runs = _tokenize(held_out, tokenizer, names)
     origin = f"{label(config.source)}: {splits.describe()}"
-    streams = _TokenStreams(
+    streams = TokenStreams(
         ([train_N], [held_out_N]),
         (train_runs, held_out_runs),
         (token_hash([train_N]), token_hash([held_out_N])),
@@ -126,7 +100,7 @@ def _open_text(
         tokenizer,
         names,
     )
-    return _pack(config, seed, tokenizer, streams, eval_only)
+    return pack_streams(config, seed, tokenizer, streams, eval_only)
 
 
 def _tokenize(
@@ -160,7 +134,7 @@ def _open_shards(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Dataset
     if config.holdout not in (index.holdout, DataConfig.holdout):
         summary += f" (of the shards; data.holdout={config.holdout:g} is not used)"
     summary = "; ".join((summary, *index.notes))
-    streams = _TokenStreams(
+    streams = TokenStreams(
         arrays,
         (train.runs, held_out.runs),
         (train.sha256, held_out.sha256),
@@ -168,12 +142,36 @@ def _open_shards(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Dataset
         index.holdout,
         summary,
         (None, None),
-        prepared=True,
+        masked_by_default=True,
     )
     eval_only = read_eval_only(
         config.eval_source, record_fields(config), (), (), tokenizer, index.domains
     )
-    return _pack(config, seed, tokenizer, streams, eval_only)
+    return pack_streams(config, seed, tokenizer, streams, eval_only)
+
+
+def _open_instruct(config: DataConfig, seed: int, tokenizer: Tokenizer) -> DatasetSplits:
+    from dmoe.data.instruct import read_instruct
+
+    data = read_instruct(config, tokenizer)
+    pair = (data.train, data.held_out)
+    streams = TokenStreams(
+        ([pair[0].token_N], [pair[1].token_N]),
+        (pair[0].runs, pair[1].runs),
+        # the roles are part of what is trained on
+        (
+            token_hash([pair[0].token_N, pair[0].role_N]),
+            token_hash([pair[1].token_N, pair[1].role_N]),
+        ),
+        config.holdout,
+        data.summary,
+        (pair[0].document_start_N, pair[1].document_start_N),
+        masked_by_default=True,
+        roles=(pair[0].role_N, pair[1].role_N),
+        chat=data.template,
+    )
+    none = EvalOnlyText(np.zeros(0, dtype=np.int64), (), data.domains, (), ())
+    return pack_streams(config, seed, tokenizer, streams, none)
 
 
 def _open_synthetic(config: DataConfig, seed: int, tokenizer: Tokenizer) -> DatasetSplits:
@@ -186,84 +184,15 @@ def _open_synthetic(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data
         )
     refuse_fields(config, ("temperature", "eval_source", *FIELDS), f"data.source={config.source}")
     kind = config.source.removeprefix("synthetic:")
-    masked = bool(config.document_mask)
+    instruct = config.format == "instruct"
+    masked = instruct if config.document_mask is None else config.document_mask
     train, held_out = (
-        SyntheticDataset(kind, config.seq_len, seed, split, masked) for split in SPLITS
+        SyntheticDataset(kind, config.seq_len, seed, split, masked, instruct) for split in SPLITS
     )
-    more = ("documents apart",) if masked else ()
-    fingerprint = _sha256("synthetic", kind, config.seq_len, seed, *more)
+    more: tuple[str, ...] = ("documents apart",) if masked else ()
+    more += ("instruct",) if instruct else ()
+    fingerprint = fingerprint_of("synthetic", kind, config.seq_len, seed, *more)
     summary = f"{config.source}: endless sequences of {config.seq_len} tokens"
     return DatasetSplits(
         train, held_out, tokenizer, fingerprint, summary, (kind,), document_mask=masked
     )
-
-
-def _pack(
-    config: DataConfig,
-    seed: int,
-    tokenizer: Tokenizer,
-    streams: _TokenStreams,
-    eval_only: EvalOnlyText,
-) -> DatasetSplits:
-    """Cut both token streams into sequences."""
-    seq_len, vocab_size, domains = config.seq_len, tokenizer.vocab_size, eval_only.domains
-    masked = streams.is_masked(config.document_mask)
-    packed = PackedDataset(
-        streams.arrays[0],
-        seq_len,
-        seed,
-        vocab_size,
-        "train",
-        streams.runs[0],
-        streams.document_starts[0],
-        masked,
-    )
-    arrays, runs = eval_only.append_to(streams.arrays[1], streams.runs[1])
-    starts_N = streams.document_starts[1]
-    if starts_N is not None and len(eval_only.token_N):
-        last = sum(len(array) for array in streams.arrays[1]) - 1
-        more_N = document_starts(
-            np.append(tokenizer.separator, eval_only.token_N), tokenizer.separator
-        )
-        starts_N = np.append(starts_N, last + more_N)
-    held_out = HeldOutDataset(
-        PackedDataset(arrays, seq_len, seed, vocab_size, "held_out", runs, starts_N, masked)
-    )
-    notes = [
-        f"{streams.summary}; {packed.num_tokens + held_out.packed.num_tokens:,} tokens "
-        f"({tokenizer.name}, vocabulary {vocab_size:,}); {packed.num_sequences:,} training and "
-        f"{held_out.num_sequences:,} held-out sequences of {seq_len}",
-        *eval_only.notes,
-    ]
-    train: TokenDataset = packed
-    # The text that is only evaluated may change when a run is resumed; which sequences are drawn
-    # may not, so the temperature is part of the fingerprint.
-    sampling: tuple[object, ...] = ()
-    if config.temperature is not None:
-        train = mixture = mix_domains(packed, config.temperature)
-        shares = [f"{domains[label]} {share:.1%}" for label, share in mixture.shares.items()]
-        notes.append(f"drawn: {', '.join(shares)}")
-        sampling = ("temperature", float(config.temperature))
-    if masked:
-        notes.append("documents do not see each other")
-        sampling += ("documents apart",)
-    missing = [name for label, name in enumerate(domains) if label not in held_out.label_N]
-    if missing:
-        notes.append(f"too little held-out text to evaluate {', '.join(missing)}")
-    fingerprint = _sha256(
-        "packed", *streams.hashes, tokenizer.fingerprint, seq_len, streams.holdout, *sampling
-    )
-    return DatasetSplits(
-        train,
-        held_out,
-        tokenizer,
-        fingerprint,
-        "; ".join(notes),
-        domains,
-        eval_only.eval_only,
-        masked,
-    )
-
-
-def _sha256(*parts: object) -> str:
-    return hashlib.sha256("\0".join(["dmoe data 1", *map(str, parts)]).encode()).hexdigest()
