@@ -189,6 +189,11 @@ class LanguageModelling:
         if not train.sample_tokens or not isinstance(model, Transformer):
             return None
         prompt = tokenizer.encode(train.sample_prompt.encode()).tolist() or [tokenizer.separator]
+        if data.chat is not None:
+            from dmoe.data.instruct import prompt_ids
+
+            asked = [{"role": "user", "content": train.sample_prompt}]
+            prompt = prompt_ids(asked, data.chat, tokenizer)
         ids = generate(
             model,
             prompt,

@@ -12,6 +12,7 @@ from dmoe.data.instruct.chat_template import ChatTemplate, open_chat_template
 from dmoe.data.instruct.conversations import Conversation, read_conversations
 from dmoe.data.instruct.encode import Encoded, encode_conversation
 from dmoe.data.instruct.pack import Stream, cut, pack
+from dmoe.data.sequences.token_masks import PADDING
 from dmoe.data.splits import FEW, holdout_hash, record_fields, refuse_fields
 from dmoe.data.tokenizers import Tokenizer
 
@@ -74,6 +75,8 @@ def read_instruct(config: DataConfig, tokenizer: Tokenizer) -> InstructData:
         f"{label(config.source)}: {len(train):,} training and {len(held_out):,} held-out "
         f"conversations; chat template {template.name}, the loss is on answers alone"
     ]
+    padding = (streams[0].role_N[:-1] == PADDING).mean()
+    notes.append(f"{padding:.0%} of the places of training sequences are padding")
     if removed:
         notes.append(f"duplicate conversations left out ({removed})")
     if num_cut:
