@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.schema import DataConfig
 from dmoe.data.mixture import MixtureDataset, block_quotas, domains_to_draw
 from dmoe.data.packing import PackedDataset
 
@@ -43,3 +44,10 @@ def mix_by_weights(
         raise ConfigError(field, shown, allowed, "use a smaller data.seq_len, or leave it out")
     quotas = block_quotas([weights[names[domain.label]] for domain in domains])
     return MixtureDataset(packed, tuple(domains), quotas)
+
+
+def refuse_both(config: DataConfig) -> None:
+    """Refuse data.weights with data.temperature. Raises ConfigError on the latter."""
+    if config.weights and config.temperature is not None:
+        allowed = "says how domains are drawn, and so does data.weights"
+        raise ConfigError("data.temperature", config.temperature, allowed, "leave one of them out")

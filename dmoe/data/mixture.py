@@ -35,7 +35,7 @@ import numpy as np
 from dmoe.config.errors import ConfigError
 from dmoe.data.order import counter_hash, global_sample_indices, permute
 from dmoe.data.packing import DomainRuns, PackedDataset
-from dmoe.data.token_masks import TokenMasks
+from dmoe.data.sequences.token_masks import TokenMasks
 
 BLOCK_SIZE = 4096
 _BLOCK_SALT = 0x6D69786564

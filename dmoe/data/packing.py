@@ -28,7 +28,13 @@ import numpy as np
 
 from dmoe.config.errors import ConfigError
 from dmoe.data.order import sequence_indices
-from dmoe.data.token_masks import NO_MASKS, TokenMasks, positions_in_documents
+from dmoe.data.sequences.token_masks import (
+    ANSWER,
+    NO_MASKS,
+    PADDING,
+    TokenMasks,
+    positions_in_documents,
+)
 from dmoe.data.tokenizers import Tokenizer
 
 DomainRuns = tuple[tuple[int, int], ...]
@@ -117,6 +123,8 @@ class PackedDataset:
     which belongs to it. May be a memory map. None: not known."""
     document_mask: bool = False
     """Whether documents are not to see each other; needs their starts."""
+    role_N: np.ndarray | None = None
+    """uint8: PADDING, GIVEN or ANSWER of each token of the stream. None: text, all predicted."""
     _run_UD: np.ndarray = field(init=False, repr=False)
     """`runs` as an array."""
 
@@ -174,10 +182,15 @@ class PackedDataset:
 
     def read_masks(self, start_B: np.ndarray) -> TokenMasks:
         """Return positions and masks of the sequences of `read_sequences`."""
-        starts = self.document_start_N if self.document_mask else None
-        if starts is None:
+        if not self.document_mask and self.role_N is None:
             return NO_MASKS
-        return TokenMasks(positions_in_documents(start_B, self.seq_len, starts))
+        position_BS = None
+        if self.document_mask and self.document_start_N is not None:
+            position_BS = positions_in_documents(start_B, self.seq_len, self.document_start_N)
+        if self.role_N is None:
+            return TokenMasks(position_BS)
+        role_BS = self.role_N[start_B[:, None] + np.arange(self.seq_len + 1)]
+        return TokenMasks(position_BS, role_BS[:, 1:] == ANSWER, role_BS[:, :-1] != PADDING)
 
     def read_sequences(self, start_B: np.ndarray) -> np.ndarray:
         """Return the seq_len + 1 tokens from each stream position on: int64 [B, seq_len + 1]."""

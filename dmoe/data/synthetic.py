@@ -11,7 +11,8 @@ and bits per byte are bits per token.
   and 0 in the second.
 
 With `data.document_mask=true` a sequence is cut into documents of random lengths, a mean of
-DOCUMENT_LENGTH tokens, which do not see each other.
+DOCUMENT_LENGTH tokens, which do not see each other. With `data.format=instruct` half of the tokens
+at random are answers, and a sequence may end in padding.
 
 Labelled samples: `synthetic:clusters`, three streams per sample, Gaussian clusters:
 
@@ -32,13 +33,13 @@ import numpy as np
 
 from dmoe.config.errors import ConfigError
 from dmoe.data.order import counter_hash, global_sample_indices
-from dmoe.data.token_masks import NO_MASKS, TokenMasks, positions_after
+from dmoe.data.sequences.token_masks import NO_MASKS, TokenMasks, positions_after
 
 KINDS = ("uniform", "zipf", "copy")
 _NUM_TOKENS = 255
 _SPLIT_KEY = {"train": 0, "held_out": 1}
-_DOCUMENT = 1
-"""Counter that separates the draws of documents from those of tokens."""
+_DOCUMENT, _PADDING = 1, 2
+"""Counters that separate the draws of documents and of padding from those of tokens."""
 DOCUMENT_LENGTH = 8
 
 
@@ -60,6 +61,8 @@ class SyntheticDataset:
     seed: int
     split: str
     document_mask: bool = False
+    instruct: bool = False
+    """Predict some of the tokens only, and let sequences end in padding."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -98,11 +101,21 @@ class SyntheticDataset:
         return self._masks(np.arange(first, first + count, dtype=np.int64))
 
     def _masks(self, index_B: np.ndarray) -> TokenMasks:
-        if not self.document_mask:
+        if not (self.document_mask or self.instruct):
             return NO_MASKS
-        place_S, split = np.arange(self.seq_len), _SPLIT_KEY[self.split]
+        place_S, split = np.arange(self.seq_len + 1), _SPLIT_KEY[self.split]
         word_BS = counter_hash(self.seed, split, index_B[:, None], place_S, _DOCUMENT)
-        return TokenMasks(positions_after(word_BS % np.uint64(DOCUMENT_LENGTH) == 0))
+        starts_BS = word_BS % np.uint64(DOCUMENT_LENGTH) == 0
+        positions = positions_after(starts_BS[:, :-1]) if self.document_mask else None
+        if not self.instruct:
+            return TokenMasks(positions)
+        # The first token of the padding is at 1 at least, so each sequence has a real token.
+        end_B1 = 1 + counter_hash(self.seed, split, index_B, _PADDING)[:, None] % np.uint64(
+            2 * self.seq_len
+        )
+        valid_BS = place_S < end_B1.astype(np.int64)
+        answer_BS = (word_BS % np.uint64(2) == 0) & ~starts_BS & valid_BS
+        return TokenMasks(positions, answer_BS[:, 1:], valid_BS[:, :-1])
 
     def _draw(self, index_B: np.ndarray) -> np.ndarray:
         position_S = np.arange(self.seq_len + 1)

@@ -6,8 +6,6 @@ not grow with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,36 +13,13 @@ import numpy as np
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data.corpus import count_files
-from dmoe.data.packing import ONE_DOMAIN, DomainRuns
+from dmoe.data.packing import ONE_DOMAIN
+from dmoe.data.sequences.streams import TokenStreams
 from dmoe.data.shard_index import SPLITS, is_shard_directory, read_index, refuse_unfinished
 from dmoe.data.shards import map_documents, map_shards
 from dmoe.data.splits import FIELDS, check_holdout, refuse_fields
 from dmoe.data.token_files import TokenFile, is_token_file, open_token_file
 from dmoe.data.tokenizers import Tokenizer
-
-
-@dataclass(frozen=True)
-class TokenStreams:
-    """Token streams of both splits, before they are packed. Pairs are (train, held out)."""
-
-    arrays: tuple[Sequence[np.ndarray], Sequence[np.ndarray]]
-    runs: tuple[DomainRuns, DomainRuns]
-    hashes: tuple[str, str]
-    holdout: float
-    summary: str
-    document_starts: tuple[np.ndarray | None, np.ndarray | None]
-    """See `PackedDataset.document_start_N`."""
-    prepared: bool = False
-    """Whether the text was tokenized before: `data.document_mask` is then on by default."""
-
-    def is_masked(self, document_mask: bool | None) -> bool:
-        """Return whether documents are not to see each other. Raises ConfigError if unknown."""
-        known = all(start_N is not None for start_N in self.document_starts)
-        if document_mask and not known:
-            allowed = "needs the boundaries of documents, which these tokens come without"
-            fix = "prepare them (dmoe data prepare), or leave it out"
-            raise ConfigError("data.document_mask", True, allowed, fix)
-        return self.prepared and known if document_mask is None else document_mask
 
 
 def prepared_streams(
@@ -96,7 +71,7 @@ def _open_shards(config: DataConfig, tokenizer: Tokenizer) -> tuple[TokenStreams
             map_documents(directory, index, "train"),
             map_documents(directory, index, "held_out"),
         ),
-        prepared=True,
+        masked_by_default=True,
     )
     return streams, index.domains
 
@@ -136,7 +111,7 @@ def _open_token_file(
         config.holdout,
         summary,
         (starts[0], starts[1]),
-        prepared=True,
+        masked_by_default=True,
     )
     return streams, (file.path.stem,)
 

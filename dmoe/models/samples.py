@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmoe.data.token_dataset import TokenDataset
-from dmoe.data.token_masks import NO_MASKS, TokenMasks
+from dmoe.data.sequences.token_dataset import TokenDataset
+from dmoe.data.sequences.token_masks import NO_MASKS, TokenMasks
 from dmoe.models.base import IGNORE_INDEX
 from dmoe.moe.routing import TokenContext
 

@@ -74,7 +74,7 @@ class Engine:
 
     @property
     def targets_per_step(self) -> int:
-        """Targets of the global batch, by which the loss is divided."""
+        """Targets of the global batch, by which the loss is divided if all are predicted."""
         return self.config.train.global_batch * self.task.targets_per_sample
 
     def close(self) -> None:

@@ -65,6 +65,8 @@ class Task(Protocol):
     """Word for a target: token or sample."""
     targets_per_sample: int
     """S."""
+    predicts_all_targets: bool
+    """Whether no target is ever IGNORE_INDEX in training."""
     num_outputs: int
     """Width V of the logits: vocabulary size or number of classes."""
     streams: tuple[str, ...]
@@ -129,6 +131,7 @@ class LanguageModelling:
     def __init__(self, config: Config, num_outputs: int | None = None) -> None:
         """`num_outputs`: the vocabulary size, if known; else the tokenizer's file is read."""
         self.config, self.targets_per_sample = config, config.data.seq_len
+        self.predicts_all_targets = config.data.format == "text"
         self.num_outputs = (
             open_tokenizer(config.data).vocab_size if num_outputs is None else num_outputs
         )
@@ -166,7 +169,10 @@ class LanguageModelling:
         if random is not None:
             token_BS.random_(self.num_outputs, generator=random)
             label_B.random_(count_routing_labels(self.config), generator=random)
-        return Samples(token_BS, token_BS.clone(), label_B)
+        # the layers are to know in every step whether there is padding
+        has_padding = not self.predicts_all_targets
+        valid_BS = torch.ones_like(token_BS, dtype=torch.bool) if has_padding else None
+        return Samples(token_BS, token_BS.clone(), label_B, None, valid_BS)
 
     def mask_stream(self, input: Tensor, stream: str) -> Tensor:
         raise AssertionError("text has no streams")
@@ -183,6 +189,11 @@ class LanguageModelling:
         if not train.sample_tokens or not isinstance(model, Transformer):
             return None
         prompt = tokenizer.encode(train.sample_prompt.encode()).tolist() or [tokenizer.separator]
+        if data.chat is not None:
+            from dmoe.data.instruct import prompt_ids
+
+            asked = [{"role": "user", "content": train.sample_prompt}]
+            prompt = prompt_ids(asked, data.chat, tokenizer)
         ids = generate(
             model,
             prompt,
@@ -198,6 +209,7 @@ class Classification:
     """Predict the class of a sample of numbers, which is its domain in evaluations too."""
 
     name, unit, targets_per_sample = "classification", "sample", 1
+    predicts_all_targets = True
 
     def __init__(self, config: Config) -> None:
         self.config, self.num_outputs = config, num_classes(config.data)

@@ -197,6 +197,7 @@ def _data(config: Config) -> DataConfig:
     )
     data = replace(data, temperature=None, weights={}, eval_source=None, validation_source=None)
     data = replace(data, text_field=None, label_field=None, columns=[], classes=[])
+    data = replace(data, chat_template=None)
     if config.data.document_mask is None and is_shard_directory(config.data.source):
         data = replace(data, document_mask=True)  # the default of prepared text
     if config.train.task == "language_modelling":

@@ -12,9 +12,9 @@ from dmoe.config.load import load
 from dmoe.config.rules import check
 from dmoe.config.schema import DataConfig
 from dmoe.data import open_data, open_documents, prepare_shards
-from dmoe.data.held_out import HeldOutDataset
 from dmoe.data.packing import PackedDataset
-from dmoe.data.token_masks import positions_in_documents
+from dmoe.data.sequences.held_out import HeldOutDataset
+from dmoe.data.sequences.token_masks import positions_in_documents
 
 TEXTS = ["a" * n + "b" for n in (1, 3, 9, 2, 2, 40, 5, 1, 7, 12, 6, 3, 11, 4, 8, 2, 30, 5)]
 

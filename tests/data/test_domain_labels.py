@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data import DatasetSplits, open_data, prepare_shards
-from dmoe.data.held_out import HeldOutDataset
 from dmoe.data.packing import (
     PackedDataset,
     domain_labels,
     domain_runs,
     token_chunks,
 )
+from dmoe.data.sequences.held_out import HeldOutDataset
 from dmoe.data.tokenizers import byte_tokenizer
 
 

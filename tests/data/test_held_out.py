@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data import open_data, prepare_shards
-from dmoe.data.held_out import EvaluationOrder, HeldOutDataset
 from dmoe.data.packing import PackedDataset
+from dmoe.data.sequences.held_out import EvaluationOrder, HeldOutDataset
 
 RUNS = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40)), min_size=1, max_size=6)
 """(domain, tokens)."""

@@ -96,7 +96,7 @@ def test_rotary_positions_restart() -> None:
 
 def test_a_sequence_of_one_document_takes_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused causal kernel is used where no sequence of the batch has a second document."""
-    from dmoe.data.token_masks import TokenMasks
+    from dmoe.data.sequences.token_masks import TokenMasks
 
     tokens = torch.zeros(2, 6, dtype=torch.int64).numpy()
     for lengths, plain in (([[5], [5]], True), ([[5], [4, 1]], False)):

@@ -62,6 +62,13 @@ class DataConfig:
     validation_source: Optional[str] = None
     """Entries, as in source, that are the held-out split; data.holdout is then not used. A document
     that source has too is left out of training."""
+    format: Annotated[Literal["text", "instruct"], only_for("train.task", "language_modelling")] = (
+        "text"
+    )
+    """text; or instruct: conversations (messages, or prompt and completion), of which only the
+    answers are predicted (docs/instruct.md)."""
+    chat_template: Annotated[Optional[str], only_for("data.format", "instruct")] = None
+    """instruct: a file with a Jinja template, or chatml. Default: that of the tokenizer."""
     streams: Annotated[list[str], only_for("train.task", "classification")] = field(
         default_factory=list
     )
@@ -92,7 +99,8 @@ class DataConfig:
     of their content. Of fewer than 50 documents: share of each, its end."""
     document_mask: Annotated[Optional[bool], only_for("train.task", "language_modelling")] = None
     """Documents that share a sequence do not see each other: attention and positions end at their
-    boundaries. Default: on for shards that hold the boundaries, off for text."""
+    boundaries. Default: on for shards that hold the boundaries and for instruct, off for text.
+    instruct: off gives each conversation a sequence of its own."""
     temperature: Annotated[
         Optional[float], only_for("train.task", "language_modelling"), above(0)
     ] = None

@@ -79,6 +79,9 @@ class Source:
                 "must be text to be prepared",
                 "name text files, a glob or stdlib",
             )
+        if config.format == "instruct":
+            allowed = "is not prepared: conversations are encoded at the start of a run"
+            raise ConfigError("data.format", config.format, allowed, "train on them as they are")
         self._config, self._tokenizer = config, tokenizer
         self.label = label(config.source)
         self.validation_source = config.validation_source

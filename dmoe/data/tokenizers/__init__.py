@@ -9,10 +9,10 @@ bytes and tiktoken), so a vocabulary of 256 entries really has 256 entries.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -60,6 +60,15 @@ class Tokenizer(Protocol):
         """
 
 
+class SpecialToken(NamedTuple):
+    """A token that stands for no text; only a chat template writes it by its name."""
+
+    id: int
+    lstrip: bool = False
+    """Whether it swallows white space before it."""
+    rstrip: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class ByteLevelTokenizer:
     """A tokenizer defined by the bytes of each token and a function from bytes to ids.
@@ -78,6 +87,8 @@ class ByteLevelTokenizer:
     splits_words: bool = False
     """Whether text is split into words by a pattern before it is merged: then a long text may be
     encoded in pieces (prepare/cutting.py)."""
+    special: Mapping[str, SpecialToken] = field(default_factory=dict)
+    """Special tokens by name."""
     token_bytes: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:

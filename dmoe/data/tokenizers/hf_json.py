@@ -17,7 +17,12 @@ from typing import Any
 import numpy as np
 
 from dmoe.config.errors import ConfigError
-from dmoe.data.tokenizers import ByteLevelTokenizer, decode_utf8, read_tokenizer_file
+from dmoe.data.tokenizers import (
+    ByteLevelTokenizer,
+    SpecialToken,
+    decode_utf8,
+    read_tokenizer_file,
+)
 
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>")
 _PROBES = (
@@ -68,6 +73,7 @@ def open_tokenizers_json(path: str) -> ByteLevelTokenizer:
         ).hexdigest(),
         encoder=encode,
         splits_words=_splits_words(json.loads(content).get("pre_tokenizer")),
+        special=_special(tokenizer),
     )
     try:
         for probe in _PROBES:
@@ -152,6 +158,15 @@ def _pieces(path: str, tokenizer: Any) -> tuple[tuple[bytes, ...], int]:
     special = {token.content: index for index, token in added.items() if token.special}
     separator = next((special[name] for name in _SEPARATORS if name in special), size)
     return tuple(pieces if separator < size else [*pieces, b""]), separator
+
+
+def _special(tokenizer: Any) -> dict[str, SpecialToken]:
+    added: dict[int, Any] = tokenizer.get_added_tokens_decoder()
+    return {
+        token.content: SpecialToken(index, token.lstrip, token.rstrip)
+        for index, token in added.items()
+        if token.special
+    }
 
 
 def _refused(path: str, reason: str) -> ConfigError:

@@ -88,8 +88,10 @@ def _sums(
             input = task.mask_stream(input, missing)
         length = samples.target.shape[1]
         context = TokenContext(
-            valid_T=_padded(samples.valid_BS, True, samples.target, size),
-            position_T=_padded(samples.position_BS, 1, samples.target, size),
+            valid_T=_padded(samples.valid_BS, samples.target, size).bool(),
+            position_T=None
+            if samples.position_BS is None
+            else _padded(samples.position_BS, samples.target, size),
             label_T=label_B.repeat_interleave(length),
         )
         with record_routing(layers) as (outputs, _):
@@ -108,12 +110,11 @@ def _sums(
     return totals, pairs
 
 
-def _padded(value_BS: Tensor | None, plain: bool | int, target: Tensor, size: int) -> Tensor:
-    """Return one value per token of `size` sequences: `plain` by default, 0 behind the last one."""
-    value_BS = torch.full_like(target, plain) if value_BS is None else value_BS.long()
+def _padded(value_BS: Tensor | None, target: Tensor, size: int) -> Tensor:
+    """Return one number per token of `size` sequences: 1 by default, 0 behind the last one."""
+    value_BS = torch.ones_like(target) if value_BS is None else value_BS.long()
     none_MS = target.new_zeros(size - len(target), target.shape[1])
-    padded_T = torch.cat([value_BS, none_MS]).flatten()
-    return padded_T.bool() if plain is True else padded_T
+    return torch.cat([value_BS, none_MS]).flatten()
 
 
 def _target_sums(logit_V: Tensor, target: int, data: Any) -> list[float]:

@@ -26,7 +26,7 @@ from dmoe.models.transformer import Block, Transformer
 from dmoe.moe.experts import FeedForward
 from dmoe.moe.layer import MoE
 from dmoe.moe.routing import TokenContext
-from dmoe.verify.naive.layer import activation
+from dmoe.verify.naive.layer import activation, without_padding
 
 
 def install(model: nn.Module) -> None:
@@ -156,6 +156,7 @@ def transformer(
     )
     out = ModelOutput(None, None)
     x_BSD, rope_base = model.embedding(input), cast(Any, model.config.rope_base)
+    x_BSD = without_padding(x_BSD.flatten(0, 1), context).view_as(x_BSD)
     documents = cast(Any, documents_of(context, input.shape))
     for block in model.blocks:
         assert isinstance(block, Block)

@@ -27,6 +27,8 @@ class TokenMasks(NamedTuple):
     """bool: False for inputs that are padding. None: there is none."""
 
 
+PADDING, GIVEN, ANSWER = 0, 1, 2
+"""Roles of a token of a conversation; only answers are predicted."""
 NO_MASKS = TokenMasks()
 """Sequences of one document, all of whose tokens are predicted."""
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from dmoe.data.token_masks import TokenMasks
+from dmoe.data.sequences.token_masks import TokenMasks
 from dmoe.data.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from dmoe.data.instruct import ChatTemplate
 
 
 class TokenDataset(Protocol):
@@ -79,6 +82,8 @@ class DatasetSplits:
     """Domains that training does not have: the last ones of `domains`."""
     document_mask: bool = False
     """Whether the documents of a sequence do not see each other."""
+    chat: ChatTemplate | None = None
+    """How a conversation is written (data.format=instruct)."""
 
     def sequences_per_domain(self) -> dict[str, tuple[int, int]]:
         """Return (training, held-out) sequences by domain; ValueError for endless datasets."""

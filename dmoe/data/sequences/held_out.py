@@ -12,7 +12,7 @@ import numpy as np
 from dmoe.config.errors import ConfigError
 from dmoe.data.order import sequence_indices
 from dmoe.data.packing import DomainRuns, PackedDataset
-from dmoe.data.token_masks import TokenMasks
+from dmoe.data.sequences.token_masks import TokenMasks
 
 
 class EvaluationOrder:
