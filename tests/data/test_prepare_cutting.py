@@ -35,9 +35,15 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
         (folder / f"{name}.tiktoken").write_text("".join(lines))
         config = DataConfig(tokenizer=str(folder / f"{name}.tiktoken"))
         found[name] = open_tokenizer(config)
-    for name, body in (("words", True), ("none", False)):
+    for name in ("words", "none", "lines in words"):
         path = folder / f"{name}.json"
-        path.write_text(json.dumps(_bpe(ranks, words=body)))
+        body = _bpe(ranks, words=name == "words")
+        if name == "lines in words":
+            split = {"type": "Split", "pattern": {"Regex": "[^ ]+| +"}}
+            split |= {"behavior": "Isolated", "invert": False}
+            parts = [split, body["pre_tokenizer"]]
+            body["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
+        path.write_text(json.dumps(body))
         found[name] = open_tokenizer(DataConfig(tokenizer=str(path)))
     return found
 
@@ -97,6 +103,17 @@ def test_pieces_have_the_tokens_of_the_whole(encoders: dict[str, Tokenizer], nam
 
     check()
     assert sum(cuts) > 50
+
+
+def test_a_pattern_that_crosses_lines_is_noticed(encoders: dict[str, Tokenizer]) -> None:
+    """Its words hold line breaks, and a token begins with one: only other places are cut."""
+    tokenizer = encoders["lines in words"]
+    data = b"expert a\nthe\nthe gate, of it " * 400
+    document = SourceDocument(MemoryContent(data), "x", "x")
+    found = list(pieces(document, 0, len(data), tokenizer, size=512))
+    assert len(found) > 5
+    whole = tokenizer.encode(data)
+    assert np.array_equal(np.concatenate([*map(tokenizer.encode, found)]), whole)
 
 
 def test_a_text_without_a_place_to_cut_is_refused(

@@ -78,7 +78,7 @@ def test_a_directory_in_use_is_refused(config: DataConfig, shards: Path) -> None
         prepare_shards(config, shards)
     with pytest.raises(ConfigError, match="must be text to be prepared"):
         prepare_shards(replace(config, source=str(shards)), shards.parent / "again")
-    with pytest.raises(ConfigError, match="data.format=instruct: is not prepared"):
+    with pytest.raises(ConfigError, match=r"data.format=instruct: is not prepared"):
         prepare_shards(replace(config, format="instruct"), shards.parent / "again")
 
 
