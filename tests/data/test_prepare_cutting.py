@@ -108,7 +108,7 @@ def test_pieces_have_the_tokens_of_the_whole(encoders: dict[str, Tokenizer], nam
 def test_a_pattern_that_crosses_lines_is_noticed(encoders: dict[str, Tokenizer]) -> None:
     """Its words hold line breaks, and a token begins with one: only other places are cut."""
     tokenizer = encoders["lines in words"]
-    data = b"expert a\nthe\nthe gate, of it " * 400
+    data = b"expert of\nta\nta gate, of it " * 400
     document = SourceDocument(MemoryContent(data), "x", "x")
     found = list(pieces(document, 0, len(data), tokenizer, size=512))
     assert len(found) > 5
