@@ -70,7 +70,7 @@ def arrow(path: Path, texts: Sequence[str], stream: bool) -> Path:
     whole = table(texts, pa.large_string())
     opened = pa.ipc.new_stream if stream else pa.ipc.new_file
     with opened(path, whole.schema) as file:
-        file.write_table(whole, max_chunksize=3)
+        file.write_table(whole, max_chunksize=None if stream else 3)
     return path
 
 
