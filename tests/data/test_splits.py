@@ -100,6 +100,20 @@ def test_validation_files_are_the_held_out_split(tmp_path: Path) -> None:
         open_data(replace(config, validation_source="none.txt"), 0)
 
 
+def test_records_may_be_evaluated_beside_plain_text(tmp_path: Path) -> None:
+    """data.text_field is then of one of the sources only."""
+    lines = books(tmp_path / "val.jsonl", range(3))
+    lines.write_text(lines.read_text().replace('"text"', '"body"'))
+    text = tmp_path / "a.txt"
+    text.write_text("other text " * 50)
+    for source, field in ((text, lines), (lines, text)):
+        for name in ("validation_source", "eval_source"):
+            config = DataConfig(str(source), seq_len=8, text_field="body", **{name: str(field)})  # type: ignore[arg-type]
+            assert (open_data(config, 0).held_out.num_sequences or 0) > 0
+    with pytest.raises(ConfigError, match=r"data\.text_field=body: is a field of records"):
+        open_data(DataConfig(str(text), seq_len=8, text_field="body"), 0)
+
+
 def test_shards_of_records_give_the_same_sequences(tmp_path: Path) -> None:
     source = books(tmp_path / "train.jsonl", range(10))
     validation = books(tmp_path / "val.jsonl", range(8, 12))
