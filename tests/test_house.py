@@ -9,8 +9,8 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 240,
-    "product lines": 41_000,
+    "product files": 260,
+    "product lines": 43_500,
     "files of one MoE forward": 12,
     "files of one training step": 38,
     "files that name a router kind": 5,

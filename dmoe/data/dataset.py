@@ -114,7 +114,8 @@ def _tokenize(
 
 def _open_shards(config: DataConfig, seed: int, tokenizer: Tokenizer) -> DatasetSplits:
     directory = Path(config.source).expanduser()
-    refuse_fields(config, FIELDS, f"the shards in {directory}, which were made with it or without")
+    fixed = FIELDS if config.eval_source is None else ("validation_source",)
+    refuse_fields(config, fixed, f"the shards in {directory}, which were split when they were made")
     index = read_index(directory)
     if index.tokenizer["fingerprint"] != tokenizer.fingerprint:
         raise ConfigError(

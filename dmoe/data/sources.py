@@ -105,7 +105,7 @@ class Documents:
                     if self._fields.label is None:
                         self.notes.append(f"{first} and {entry} are one domain, {domain}")
                 yield document
-        if not self.has_records:
+        if self._fields.alone and not self.has_records:
             self._check_fields()
 
     def _check_fields(self) -> None:

@@ -33,7 +33,8 @@ FIELDS = ("text_field", "label_field", "validation_source")
 
 def record_fields(config: DataConfig, origin: str = "data.source") -> RecordFields:
     """Return the fields of records that a config reads."""
-    return RecordFields(config.text_field, config.label_field, origin)
+    alone = config.validation_source is None and config.eval_source is None
+    return RecordFields(config.text_field, config.label_field, origin, alone)
 
 
 def refuse_fields(config: DataConfig, names: Sequence[str], source: str) -> None:

@@ -19,6 +19,7 @@ from dmoe.config.rules import check
 from dmoe.config.rules.memory import explain_out_of_memory
 from dmoe.config.rules.modular import PREFIX_BANKS, prefix_error
 from dmoe.config.schema import Config
+from dmoe.data.tables import fill_table_shape
 from dmoe.distributed.init import (
     ProcessInfo,
     init_distributed,
@@ -83,7 +84,7 @@ def train_run(
         LostRankError: where another rank is gone.
         DmoeError: on all ranks, where a callback has raised on one.
     """
-    config = load_plugins(config)
+    config = fill_table_shape(load_plugins(config))
     check(config, launched_world_size())
     check_base_models(config, launched_world_size())
     if config.train.deterministic:

@@ -74,6 +74,16 @@ class DataConfig:
     )
     """classification: streams of the source to read, in this order, e.g. [pixels, strokes].
     Default: its first one."""
+    columns: Annotated[list[str], only_for("train.task", "classification")] = field(
+        default_factory=list
+    )
+    """classification: columns of numbers of a table of your own that are the features. Default: all
+    but data.label_field. Filled in when the run starts."""
+    classes: Annotated[list[str], only_for("train.task", "classification")] = field(
+        default_factory=list
+    )
+    """classification: the values of data.label_field, in the order of the logits. Default: those
+    that the file has, sorted. Filled in when the run starts."""
     seq_len: Annotated[int, at_least(1), at_most(1 << 27)] = 128
     """Tokens per sequence; each token predicts the next one."""
     tokenizer: Annotated[str, only_for("train.task", "language_modelling")] = "bytes"

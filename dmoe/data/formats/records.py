@@ -40,6 +40,8 @@ class RecordFields:
     """data.label_field; None: no label is read."""
     origin: str = "data.source"
     """The config field that names the files, for error messages."""
+    alone: bool = True
+    """Whether no other config field names further files: then a field that none has is refused."""
 
 
 def read_records(
