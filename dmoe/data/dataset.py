@@ -8,7 +8,6 @@ input_BS, target_BS = token_BS[:, :-1], token_BS[:, 1:]
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -19,7 +18,6 @@ from dmoe.data.corpus import (
     Corpus,
     Document,
     corpus_of,
-    count_files,
 )
 from dmoe.data.eval_source import EvalOnlyText, read_eval_only
 from dmoe.data.packing import (
@@ -31,8 +29,7 @@ from dmoe.data.packing import (
 from dmoe.data.sequences.streams import TokenStreams, fingerprint_of, pack_streams
 from dmoe.data.sequences.token_dataset import DatasetSplits
 from dmoe.data.sequences.token_masks import document_starts
-from dmoe.data.shard_index import SPLITS, is_shard_directory, read_index
-from dmoe.data.shards import map_shards
+from dmoe.data.shard_index import SPLITS
 from dmoe.data.splits import (
     FIELDS,
     Splits,
@@ -42,11 +39,12 @@ from dmoe.data.splits import (
     split_documents,
 )
 from dmoe.data.synthetic import SyntheticDataset
+from dmoe.data.token_streams import prepared_streams
 from dmoe.data.tokenizers import Tokenizer, encoding_notes, open_tokenizer
 
 
 def open_data(config: DataConfig, seed: int) -> DatasetSplits:
-    """Open `data.source`: synthetic:KIND, a directory of shards (with an index.json), or text.
+    """Open `data.source`: synthetic:KIND, a directory of shards, a file of tokens, or text.
 
     `seed` decides the order of training sequences, and the content of synthetic ones. Raises
     ConfigError on the field of data.* that cannot work.
@@ -60,8 +58,12 @@ def open_data(config: DataConfig, seed: int) -> DatasetSplits:
         return _open_synthetic(config, seed, tokenizer)
     if config.format == "instruct":
         return _open_instruct(config, seed, tokenizer)
-    if is_shard_directory(config.source):
-        return _open_shards(config, seed, tokenizer)
+    prepared = prepared_streams(config, tokenizer)
+    if prepared is not None:
+        streams, domains = prepared
+        fields = record_fields(config)
+        eval_only = read_eval_only(config.eval_source, fields, (), (), tokenizer, domains)
+        return pack_streams(config, seed, tokenizer, streams, eval_only)
     return _open_text(config, seed, tokenizer, read_splits(config))
 
 
@@ -112,45 +114,6 @@ def _tokenize(
     return np.concatenate(chunks), runs
 
 
-def _open_shards(config: DataConfig, seed: int, tokenizer: Tokenizer) -> DatasetSplits:
-    directory = Path(config.source).expanduser()
-    fixed = FIELDS if config.eval_source is None else ("validation_source",)
-    refuse_fields(config, fixed, f"the shards in {directory}, which were split when they were made")
-    index = read_index(directory)
-    if index.tokenizer["fingerprint"] != tokenizer.fingerprint:
-        raise ConfigError(
-            "data.tokenizer",
-            f"{config.tokenizer} ({tokenizer.name})",
-            f"must be the tokenizer of the shards in {directory}, {index.tokenizer['name']}",
-            "name that one (with the same data.tokenizer_vocab), or prepare the shards again",
-        )
-    train, held_out = (index.splits[split] for split in SPLITS)
-    arrays = (map_shards(directory, index, "train"), map_shards(directory, index, "held_out"))
-    files, size = train.documents + held_out.documents, train.text_bytes + held_out.text_bytes
-    count = len(arrays[0]) + len(arrays[1])
-    summary = (
-        f"{directory}: {count_files(files)}, {size / 1e6:.1f} MB in {count} shards, "
-        f"holdout {index.holdout}"
-    )
-    if config.holdout not in (index.holdout, DataConfig.holdout):
-        summary += f" (of the shards; data.holdout={config.holdout:g} is not used)"
-    summary = "; ".join((summary, *index.notes))
-    streams = TokenStreams(
-        arrays,
-        (train.runs, held_out.runs),
-        (train.sha256, held_out.sha256),
-        # The split was made when the shards were written, so data.holdout is not used.
-        index.holdout,
-        summary,
-        (None, None),
-        masked_by_default=True,
-    )
-    eval_only = read_eval_only(
-        config.eval_source, record_fields(config), (), (), tokenizer, index.domains
-    )
-    return pack_streams(config, seed, tokenizer, streams, eval_only)
-
-
 def _open_instruct(config: DataConfig, seed: int, tokenizer: Tokenizer) -> DatasetSplits:
     from dmoe.data.instruct import read_instruct
 
@@ -183,7 +146,8 @@ def _open_synthetic(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data
             f"must be bytes for data.source={config.source}",
             "set data.tokenizer=bytes",
         )
-    refuse_fields(config, ("temperature", "eval_source", *FIELDS), f"data.source={config.source}")
+    unread = ("temperature", "weights", "eval_source", *FIELDS)
+    refuse_fields(config, unread, f"data.source={config.source}")
     kind = config.source.removeprefix("synthetic:")
     instruct = config.format == "instruct"
     masked = instruct if config.document_mask is None else config.document_mask

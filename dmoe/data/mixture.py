@@ -2,9 +2,10 @@
 
     p_i = n_i^(1/t) / sum_j n_j^(1/t)     t = 1: proportional to size;  t -> infinity: uniform
 
-The temperature is the one of multilingual models (Devlin 2018; Arivazhagan et al. 2019). Each
-domain has its own epochs: all of its sequences are read in a shuffled order before any is repeated.
-With a flat mixture, small domains are repeated many times while a large one is read in part.
+Or the p_i are given by name (domain_weights.py). The temperature is the one of multilingual models
+(Devlin 2018; Arivazhagan et al. 2019). Each domain has its own epochs: all of its sequences are
+read in a shuffled order before any is repeated. With a flat mixture, small domains are repeated
+many times while a large one is read in part.
 
 Sample i of step s has the run-wide index n = s * global_batch + i, and its domain is a function of
 (seed, n) alone, as in order.py: a resumed run, or a run on another number of ranks, draws the same.
@@ -82,16 +83,18 @@ def mix_domains(packed: PackedDataset, temperature: float) -> MixtureDataset:
 
     Raises ConfigError on data.temperature: not positive, or more domains than a block has places.
     """
-    domains = sequences_of_domains(packed.runs, packed.num_sequences, packed.seq_len)
-    if len(domains) > BLOCK_SIZE:
-        raise ConfigError(
-            "data.temperature",
-            temperature,
-            f"works for up to {BLOCK_SIZE} domains, not {len(domains)}",
-            "leave it out",
-        )
+    domains = domains_to_draw(packed, "data.temperature", temperature)
     weights = task_weights([domain.size for domain in domains], temperature)
     return MixtureDataset(packed, tuple(domains), block_quotas(weights))
+
+
+def domains_to_draw(packed: PackedDataset, field: str, value: object) -> list[DomainSequences]:
+    """Return the domains with a sequence. Raises ConfigError on `field` if a block lacks places."""
+    domains = sequences_of_domains(packed.runs, packed.num_sequences, packed.seq_len)
+    if len(domains) > BLOCK_SIZE:
+        allowed = f"works for up to {BLOCK_SIZE} domains, not {len(domains)}"
+        raise ConfigError(field, value, allowed, "leave it out")
+    return domains
 
 
 @dataclass(frozen=True, eq=False)

@@ -195,10 +195,9 @@ def _data(config: Config) -> DataConfig:
         source_options={},
         seq_len=min(config.data.seq_len, SEQ_LEN),
     )
-    data = replace(data, temperature=None, eval_source=None, chat_template=None)
-    data = replace(
-        data, validation_source=None, text_field=None, label_field=None, columns=[], classes=[]
-    )
+    data = replace(data, temperature=None, weights={}, eval_source=None, validation_source=None)
+    data = replace(data, text_field=None, label_field=None, columns=[], classes=[])
+    data = replace(data, chat_template=None)
     if config.data.document_mask is None and is_shard_directory(config.data.source):
         data = replace(data, document_mask=True)  # the default of prepared text
     if config.train.task == "language_modelling":

@@ -15,7 +15,8 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data import open_data, prepare_shards
 from dmoe.data.corpus import Corpus, Document
-from dmoe.data.packing import HeldOutDataset, PackedDataset
+from dmoe.data.packing import PackedDataset
+from dmoe.data.sequences.held_out import HeldOutDataset
 from dmoe.data.splits import FEW, split_corpus
 
 

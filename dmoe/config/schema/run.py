@@ -106,6 +106,11 @@ class DataConfig:
     ] = None
     """Draw each sample's domain with p ~ n^(1/t), where n is its number of sequences: 1 is
     proportional to size, larger is flatter. Default: every sequence is read once per epoch."""
+    weights: Annotated[dict[str, float], only_for("train.task", "language_modelling")] = field(
+        default_factory=dict
+    )
+    """Share of each domain in the samples, in proportion, e.g. {code: 3, books: 1}; every domain of
+    source has one. Default: in proportion to their size, or as temperature says."""
     eval_source: Annotated[Optional[str], only_for("train.task", "language_modelling")] = None
     """Further entries, as in source, used only for evaluation."""
     source_options: dict[str, Any] = field(default_factory=dict)

@@ -1,12 +1,11 @@
 """The order in which held-out sequences are evaluated: the domains alternate.
 
-Letters: N sequences.
+Letters: N sequences, U runs of one domain, D domains, S stretches of the order.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 
@@ -16,25 +15,51 @@ from dmoe.data.packing import DomainRuns, PackedDataset
 from dmoe.data.sequences.token_masks import TokenMasks
 
 
-def interleave_domains(
-    runs: DomainRuns, num_tokens: int, seq_len: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return (start, label) of each sequence in evaluation order: int64 [N] each.
+class EvaluationOrder:
+    """The place of each sequence in the order of evaluation, by arithmetic.
 
-    Sequence k of every domain comes before sequence k + 1 of any domain. `start` is a position in
-    the token stream of `num_tokens` tokens.
+    Sequence k of every domain comes before sequence k + 1 of any domain. So in a stretch of the
+    order in which the same m domains have sequences left, index i is of domain i mod m. Memory: a
+    few numbers per run of one domain, none per sequence.
     """
-    starts, labels = [], []
-    for (start, label), (end, _) in pairwise((*runs, (num_tokens - 1, -1))):
-        # The token at `end` is the separator that closes the run: the last sequence's last target.
-        starts.append(np.arange(start, end - seq_len + 1, seq_len, dtype=np.int64))
-        labels.append(np.full(len(starts[-1]), label, dtype=np.int64))
-    start_N, label_N = np.concatenate(starts), np.concatenate(labels)
-    rank_in_domain_N = np.empty_like(label_N)
-    for label in np.unique(label_N):
-        rank_in_domain_N[label_N == label] = np.arange((label_N == label).sum())
-    order_N = np.lexsort((label_N, rank_in_domain_N))
-    return start_N[order_N], label_N[order_N]
+
+    def __init__(self, runs: DomainRuns, num_tokens: int, seq_len: int) -> None:
+        """Order the sequences of a stream of `num_tokens` tokens, cut in each run on its own."""
+        start_U, label_U = np.array(runs, dtype=np.int64).reshape(-1, 2).T
+        # The token at an end is the separator that closes the run: the last one's last target.
+        end_U = np.append(start_U[1:], num_tokens - 1)
+        count_U = np.maximum(0, (end_U - start_U) // seq_len)
+        by_label_U = np.argsort(label_U, kind="stable")
+        self._start_U, count_U = start_U[by_label_U], count_U[by_label_U]
+        self.label_D, first_D = np.unique(label_U[by_label_U], return_index=True)
+        self._before_U = np.cumsum(count_U) - count_U
+        """Sequences of earlier runs, of any domain, in the order of labels."""
+        self._before_D = self._before_U[first_D]
+        self._count_D = np.add.reduceat(count_U, first_D)
+        self._seq_len = seq_len
+        # A stretch ends where a domain has no more; `rank` counts the sequences of each before it.
+        self._rank_S = np.unique(np.append(0, self._count_D))[:-1]
+        active_S = np.array([(self._count_D > rank).sum() for rank in self._rank_S.tolist()])
+        length_S = np.diff(np.append(self._rank_S, self._count_D.max())) * active_S
+        self._offset_S = np.cumsum(length_S) - length_S
+        self.num_sequences = int(self._count_D.sum())
+        self.label_D = self.label_D[self._count_D > 0]
+        self._before_D = self._before_D[self._count_D > 0]
+        self._count_D = self._count_D[self._count_D > 0]
+
+    def sequences_at(self, index_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (start, label) of sequences by their index in the order: int64 [N] each."""
+        stretch_N = np.searchsorted(self._offset_S, index_N, side="right") - 1
+        domain_N, rank_N = np.empty_like(index_N), np.empty_like(index_N)
+        for stretch in np.unique(stretch_N).tolist():
+            here_N = stretch_N == stretch
+            active = np.flatnonzero(self._count_D > self._rank_S[stretch])
+            row_N, turn_N = np.divmod(index_N[here_N] - self._offset_S[stretch], len(active))
+            domain_N[here_N], rank_N[here_N] = active[turn_N], self._rank_S[stretch] + row_N
+        number_N = self._before_D[domain_N] + rank_N
+        run_N = np.searchsorted(self._before_U, number_N, side="right") - 1
+        start_N = self._start_U[run_N] + (number_N - self._before_U[run_N]) * self._seq_len
+        return start_N, self.label_D[domain_N]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,31 +72,33 @@ class HeldOutDataset:
 
     Each domain is cut into sequences separately, so a metric of a domain contains no other text.
     The tail of a domain (less than seq_len tokens) is not evaluated. With one domain, the order is
-    the stored one. Memory: 16 bytes per sequence. Methods and their arguments are those of
-    `TokenDataset`.
+    the stored one. Methods and their arguments are those of `TokenDataset`.
     """
 
     packed: PackedDataset
-    start_N: np.ndarray = field(init=False)
-    label_N: np.ndarray = field(init=False)
+    order: EvaluationOrder = field(init=False)
 
     def __post_init__(self) -> None:
         packed = self.packed
-        start_N, label_N = interleave_domains(packed.runs, packed.num_tokens, packed.seq_len)
-        if not len(start_N):
+        order = EvaluationOrder(packed.runs, packed.num_tokens, packed.seq_len)
+        if not order.num_sequences:
             raise ConfigError(
                 "data.seq_len",
                 self.seq_len,
                 f"must be less than the tokens of some domain of the {packed.split} split",
                 "use a smaller one, or more text",
             )
-        object.__setattr__(self, "start_N", start_N)
-        object.__setattr__(self, "label_N", label_N)
+        object.__setattr__(self, "order", order)
+
+    @property
+    def labels_present(self) -> frozenset[int]:
+        """Labels of the domains that have a sequence."""
+        return frozenset(self.order.label_D.tolist())
 
     @property
     def num_sequences(self) -> int:
         """Sequences of all domains."""
-        return len(self.start_N)
+        return self.order.num_sequences
 
     @property
     def seq_len(self) -> int:
@@ -80,36 +107,37 @@ class HeldOutDataset:
 
     def samples(self, first: int, count: int) -> np.ndarray:
         """Return consecutive sequences in evaluation order: int64 [count, seq_len + 1]."""
-        return self.packed.read_sequences(self.start_N[self._slice(first, count)])
+        return self.packed.read_sequences(self.order.sequences_at(self._indices(first, count))[0])
 
     def sample_labels(self, first: int, count: int) -> np.ndarray:
         """Return the label of each sequence of `samples`: int64 [count]."""
-        return np.asarray(self.label_N[self._slice(first, count)])
+        return self.order.sequences_at(self._indices(first, count))[1]
 
     def batch(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
         """Return samples of one step in shuffled order: int64 [count, seq_len + 1]."""
         index_B = self._shuffled_indices(step, first, count, global_batch)
-        return self.packed.read_sequences(self.start_N[index_B])
+        return self.packed.read_sequences(self.order.sequences_at(index_B)[0])
 
     def labels(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
         """Return the label of each sample of `batch`: int64 [count]."""
-        return np.asarray(self.label_N[self._shuffled_indices(step, first, count, global_batch)])
+        index_B = self._shuffled_indices(step, first, count, global_batch)
+        return self.order.sequences_at(index_B)[1]
 
     def masks(self, step: int, first: int, count: int, global_batch: int) -> TokenMasks:
         """Return positions and masks of the samples of `batch`."""
         index_B = self._shuffled_indices(step, first, count, global_batch)
-        return self.packed.read_masks(self.start_N[index_B])
+        return self.packed.read_masks(self.order.sequences_at(index_B)[0])
 
     def sample_masks(self, first: int, count: int) -> TokenMasks:
         """Return positions and masks of the sequences of `samples`."""
-        return self.packed.read_masks(self.start_N[self._slice(first, count)])
+        return self.packed.read_masks(self.order.sequences_at(self._indices(first, count))[0])
 
     def _shuffled_indices(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
         seed = self.packed.seed
         return sequence_indices(step, first, count, global_batch, self.num_sequences, seed)
 
-    def _slice(self, first: int, count: int) -> slice:
+    def _indices(self, first: int, count: int) -> np.ndarray:
         assert 0 <= first <= first + count <= self.num_sequences, (
             f"samples {first}+{count} of {self.num_sequences}"
         )
-        return slice(first, first + count)
+        return np.arange(first, first + count, dtype=np.int64)

@@ -11,6 +11,7 @@ import numpy as np
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
+from dmoe.data.domain_weights import mix_by_weights, refuse_both
 from dmoe.data.eval_source import EvalOnlyText
 from dmoe.data.mixture import mix_domains
 from dmoe.data.packing import DomainRuns, PackedDataset
@@ -44,8 +45,8 @@ class TokenStreams:
         """Return whether documents are not to see each other. Raises ConfigError if unknown."""
         known = all(start_N is not None for start_N in self.document_starts)
         if document_mask and not known:
-            allowed = "needs the boundaries of documents, which these shards do not hold"
-            fix = "prepare them again, or leave it out"
+            allowed = "needs the boundaries of documents, which these tokens come without"
+            fix = "prepare them (dmoe data prepare), or leave it out"
             raise ConfigError("data.document_mask", True, allowed, fix)
         return self.masked_by_default and known if document_mask is None else document_mask
 
@@ -60,6 +61,7 @@ def pack_streams(
     """Cut both token streams into sequences."""
     seq_len, vocab_size, domains = config.seq_len, tokenizer.vocab_size, eval_only.domains
     masked = streams.is_masked(config.document_mask)
+    refuse_both(config)
     packed = PackedDataset(
         streams.arrays[0],
         seq_len,
@@ -100,17 +102,23 @@ def pack_streams(
     ]
     train: TokenDataset = packed
     # The text that is only evaluated may change when a run is resumed; which sequences are drawn
-    # may not, so the temperature is part of the fingerprint.
+    # may not, so that is part of the fingerprint.
     sampling: tuple[object, ...] = ()
-    if config.temperature is not None:
-        train = mixture = mix_domains(packed, config.temperature)
+    mixture = None
+    if config.weights:
+        mixture = mix_by_weights(packed, config.weights, domains)
+        sampling = ("weights", *mixture.quota_D.tolist())
+    elif config.temperature is not None:
+        mixture = mix_domains(packed, config.temperature)
+        sampling = ("temperature", float(config.temperature))
+    if mixture is not None:
+        train = mixture
         shares = [f"{domains[label]} {share:.1%}" for label, share in mixture.shares.items()]
         notes.append(f"drawn: {', '.join(shares)}")
-        sampling = ("temperature", float(config.temperature))
     if masked:
         notes.append("documents do not see each other")
         sampling += ("documents apart",)
-    missing = [name for label, name in enumerate(domains) if label not in held_out.label_N]
+    missing = [name for label, name in enumerate(domains) if label not in held_out.labels_present]
     if missing:
         notes.append(f"too little held-out text to evaluate {', '.join(missing)}")
     fingerprint = fingerprint_of(

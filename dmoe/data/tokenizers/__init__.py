@@ -84,6 +84,9 @@ class ByteLevelTokenizer:
     encoder: Callable[[bytes], np.ndarray]
     lossless_by_construction: bool = False
     """True: `encode` does not compare the tokens with the text."""
+    splits_words: bool = False
+    """Whether text is split into words by a pattern before it is merged: then a long text may be
+    encoded in pieces (prepare/cutting.py)."""
     special: Mapping[str, SpecialToken] = field(default_factory=dict)
     """Special tokens by name."""
     token_bytes: np.ndarray = field(init=False)
@@ -224,10 +227,18 @@ def encoding_notes(contents: Iterable[bytes], tokenizer: Tokenizer) -> list[str]
     for content in contents:
         num_nul += content.count(0)
         num_damaged += tokenizer.name != "bytes" and "\ufffd" in decode_utf8(content)
-    notes = [f"NUL bytes removed ({num_nul})"] if num_nul else []
-    if num_damaged:
-        notes.append(
-            f"files that are not UTF-8 or hold U+FFFD ({num_damaged}): bytes that cannot be "
-            "decoded become U+FFFD"
-        )
-    return notes
+    notes = [nul_note(num_nul)] if num_nul else []
+    return [*notes, damaged_note(num_damaged)] if num_damaged else notes
+
+
+def nul_note(count: int) -> str:
+    """Say how many NUL bytes were removed."""
+    return f"NUL bytes removed ({count})"
+
+
+def damaged_note(count: int) -> str:
+    """Say how many files could not be decoded."""
+    return (
+        f"files that are not UTF-8 or hold U+FFFD ({count}): bytes that cannot be decoded "
+        "become U+FFFD"
+    )
