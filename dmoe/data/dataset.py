@@ -69,6 +69,9 @@ def open_data(config: DataConfig, seed: int) -> DatasetSplits:
 
 def open_documents(config: DataConfig, seed: int, texts: Sequence[str | bytes]) -> DatasetSplits:
     """Open documents that are in memory, one text each, as `open_data` opens those of files."""
+    if config.format != "text":
+        allowed = "reads conversations from files, and texts are given"
+        raise ConfigError("data.format", config.format, allowed, "name a file in data.source")
     contents = [text.encode() if isinstance(text, str) else text for text in texts]
     given = [Document(text, f"document {n}", "given") for n, text in enumerate(contents)]
     corpus = corpus_of(given, "data", f"{len(given)} texts")

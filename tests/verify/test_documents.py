@@ -1,4 +1,4 @@
-"""`dmoe verify` covers the mask of documents: green as it is, red where it leaks or is shifted."""
+"""`dmoe verify` covers documents, answers and padding: green as they are, red where they leak."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from torch import Tensor
 from dmoe.config.load import load
 from dmoe.data import synthetic
 from dmoe.models import transformer
+from dmoe.train import step
 from dmoe.verify.causes import Report
 from dmoe.verify.verify import Patch, verify
 
 pytestmark = pytest.mark.ranks
 
 
-def run(patch: Patch | None = None, worlds: tuple[int, ...] = (1,)) -> Report:
-    settings = ["model.layers=2", "moe.num_experts=4", "data.document_mask=true"]
+def run(
+    patch: Patch | None = None, worlds: tuple[int, ...] = (1,), data: str = "document_mask=true"
+) -> Report:
+    settings = ["model.layers=2", "moe.num_experts=4", f"data.{data}"]
     return verify(load(None, settings), worlds=worlds, patch=patch)
 
 
@@ -46,11 +49,48 @@ def not_restarting() -> None:
     )
 
 
-def test_documents_pass_on_two_ranks() -> None:
-    report = run(worlds=(2,))
+def all_targets_counted() -> None:
+    """Divide the loss by all targets, answers or not."""
+    step._global_targets = lambda engine, batches, counts: engine.targets_per_step
+
+
+def own_targets_counted() -> None:
+    """Divide by the targets of this rank times the ranks: a mean of the ranks' means."""
+    step._global_targets = lambda engine, batches, counts: (
+        counts.targets * engine.process.world_size
+    )
+
+
+def padding_routed() -> None:
+    """Leave padding in the MoE layers of training."""
+    step._per_token = lambda value_BS, device: (
+        None
+        if value_BS is None
+        else (value_BS | True if value_BS.dtype == torch.bool else value_BS).flatten()
+    )
+
+
+@pytest.mark.parametrize("data", ["format=instruct", "document_mask=true"])
+def test_passes_on_two_ranks(data: str) -> None:
+    report = run(worlds=(2,), data=data)
     assert report.ok, report.first
     sizes = {row.quantity: row.size for row in report.rows}
     assert 0 < sizes["dense gradients"] < 1e-10, "compared with itself?"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("patch", "world", "quantity"),
+    [
+        (all_targets_counted, 1, "output gradients"),
+        (own_targets_counted, 2, "output gradients"),
+        (padding_routed, 1, "layer inputs"),
+    ],
+)
+def test_broken_answers_are_red(patch: Patch, world: int, quantity: str) -> None:
+    report = run(patch, (world,), "format=instruct")
+    assert report.first is not None
+    assert report.first.quantity == quantity, report.first
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from dmoe.config.errors import ConfigError
 from dmoe.config.rules import check
 from dmoe.config.schema import Config, DataConfig
-from dmoe.data import DatasetSplits, open_data
+from dmoe.data import DatasetSplits, open_data, open_documents
 from dmoe.data.instruct.pack import best_fit
 
 
@@ -170,6 +170,11 @@ def test_settings_that_cannot_work(tmp_path: Path, fields: Any, match: str) -> N
     path = write(tmp_path / "a.jsonl", ROWS[:3])
     with pytest.raises(ConfigError, match=match):
         open_data(config(path, **fields), 0)
+
+
+def test_given_texts_are_no_conversations() -> None:
+    with pytest.raises(ConfigError, match=r"data\.format=instruct: reads conversations from files"):
+        open_documents(config("given"), 0, ["a text", "another"])
 
 
 def test_a_text_file_is_no_conversations(tmp_path: Path) -> None:
