@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dmoe.runs.metrics_log import read_metrics
+
 ROOT = Path(__file__).parent.parent
 SMALL = ["train.steps=20", "train.log_every=1", "train.eval_every=10", "train.eval_sequences=4"]
 SHORT = ["train.global_batch=8", "data.seq_len=64", "train.precision=fp32", "tracking.trackers=[]"]
@@ -118,7 +120,7 @@ def record() -> dict[str, Any]:
 def lines(run: Path) -> list[Any]:
     """Return the `train` and `eval` lines of a run."""
     path = run / "metrics.jsonl"
-    every = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    every = read_metrics(path) if path.exists() else []
     return [numbers(line) for line in every if line["event"] in ("train", "eval")]
 
 

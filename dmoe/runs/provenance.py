@@ -25,7 +25,7 @@ GIT_SECONDS = 5.0
 def describe_provenance() -> dict[str, Any]:
     """Return command, commit, machine and versions as plain values."""
     found: dict[str, Any] = {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([_program(), *sys.argv[1:]]),
         "versions": {
             "dmoe": __version__,
             "torch": torch.__version__,
@@ -39,6 +39,12 @@ def describe_provenance() -> dict[str, Any]:
         changed = _git("status", "--porcelain", "--untracked-files=no")
         found |= {"commit": commit, "dirty": bool(changed)}
     return found
+
+
+def _program() -> str:
+    """Return the name of the program; `python -m dmoe` is `dmoe`."""
+    path = Path(sys.argv[0])
+    return path.parent.name if path.name == "__main__.py" else path.name
 
 
 def _git(*arguments: str) -> str | None:

@@ -77,7 +77,7 @@ class RunSession:
                 return "yes" if config.eval_first else "no"
             due = config.eval_every > 0 and step % config.eval_every == 0 and step < config.steps
             path = self.directory.metrics
-            records = read_metrics(path) if due and path.exists() else []
+            records = read_metrics(path, layers=False) if due and path.exists() else []
             logged = any(line["event"] == "eval" and line["step"] == step for line in records)
             return "yes" if due and not logged else "no"
 

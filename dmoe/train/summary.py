@@ -124,10 +124,11 @@ def _read_results(logger: RunLogger, lines: list[str]) -> str | None:
     """Append the table to `lines`; return why that failed, or None."""
     # Imported here: only the end of a run needs them.
     from dmoe.report.results import result_lines
+    from dmoe.report.run import MAX_LAYER_LINES
     from dmoe.runs.metrics_log import read_metrics_tolerant
 
     try:
-        lines += result_lines(read_metrics_tolerant(logger.run.metrics))
+        lines += result_lines(read_metrics_tolerant(logger.run.metrics, MAX_LAYER_LINES))
     except Exception as error:  # whatever it is: the run is trained and saved
         return " ".join(str(error).split())[:200] or type(error).__name__
     return None

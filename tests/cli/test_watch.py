@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import pytest
 
 from dmoe.observability.display.watch import RunWatcher, StallDetector
-from dmoe.runs.metrics_log import MetricsFollower
+from dmoe.runs.metrics_follower import MetricsFollower
 from tests.cli.commands import SMALL, dmoe, environment, refused
 from tests.cli.conftest import Run
 from tests.cli.terminal import Terminal

@@ -78,7 +78,7 @@ def resume(run: Path, corpus: tuple[str, ...]) -> Callable[..., RankOutcome]:
 
 def snapshot(run: Path) -> dict[str, bytes]:
     """Return the files that a refusal must not change."""
-    kept = ("resolved.yaml", "config.yaml", "metrics.jsonl")
+    kept = ("resolved.yaml", "config.yaml", "metrics.jsonl", "metrics.layers.bin")
     return {name: (run / name).read_bytes() for name in kept} | {
         path.name: b"" for path in (run / "checkpoints").iterdir()
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from dmoe.config.schema import Config
 from dmoe.distributed.all_to_all import CommTimer
 from dmoe.moe.routers.base import LearnedRouter
+from dmoe.runs.metrics_log import read_metrics
 from dmoe.train.run import train
 from dmoe.train.step_metrics import PHASES, StepTimer
 from dmoe.train.telemetry import is_logged
@@ -252,7 +252,7 @@ def test_a_collapsed_router_shows_everywhere(
         "train.sample_tokens=0",
     )
     train(tiny(*options, f"train.run_dir={tmp_path}"), "")
-    lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(tmp_path / "metrics.jsonl")
     logged = [line for line in lines if line["event"] == "train"]
     assert [line["step"] for line in logged] == [1, 2, 4, 6, 8, 10]
     for line in logged:

@@ -14,7 +14,8 @@ from dmoe.observability.display.layer_table import CharSet
 from dmoe.observability.display.live import LiveDisplay
 from dmoe.observability.display.panel import panel_lines
 from dmoe.observability.display.state import DisplayState, event_text, format_clock, train_text
-from dmoe.runs.metrics_log import START_EVENTS, Line, MetricsFollower, finite
+from dmoe.runs.metrics_follower import MetricsFollower
+from dmoe.runs.metrics_log import START_EVENTS, Line, finite
 
 POLL_INTERVAL = 0.5
 """Seconds between reads of the file."""

@@ -185,7 +185,9 @@ def _prepare_offline(run: RunDir, run_id: str) -> int:
         folder.glob(f"offline-run-*-{run_id}*/*.synced")
     ):
         # Void lines count too: they were sent.
-        lines = read_metrics(run.metrics, include_void=True) if run.metrics.exists() else []
+        lines = []
+        if run.metrics.exists():
+            lines = read_metrics(run.metrics, include_void=True, layers=False)
         return 1 + max((line["step"] for line in lines if line["event"] in SENT_EVENTS), default=0)
     for directory in offline:
         shutil.rmtree(directory)
