@@ -9,8 +9,8 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 276,
-    "product lines": 45_500,
+    "product files": 282,
+    "product lines": 46_400,
     "files of one MoE forward": 12,
     "files of one training step": 38,
     "files that name a router kind": 5,
@@ -23,7 +23,7 @@ LIMITS = {
     "files over 300 lines": 0,
 }
 """Hold what is: II and III added files (own code, public API, Muon, watchdog), and none may come
-unseen."""
+unseen. IX: the compact file of metrics, the report without a plotting library."""
 
 
 def test_the_layout_is_within_its_limits() -> None:

@@ -3,6 +3,8 @@
 Curves are thinned to the width of a screen. Averages would hide what a reader looks for (a spike, a
 step in which one expert got everything), so nothing is averaged: of each stretch of steps the
 smallest and the largest value stay, as they were measured.
+
+A quantity that did not change, or was measured once, is a few words instead of a chart.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from functools import partial
 from statistics import fmean
 from typing import Any, Literal
 
+from dmoe.report.format import format_bytes, format_number, format_percent
 from dmoe.report.page import Chart, Panel, Selector, round_number
 from dmoe.report.run import Run, layers_of
 from dmoe.runs.metrics_log import Line, finite, number, numbers
@@ -24,8 +27,18 @@ View = dict[str, Any]
 """What a chart draws for one combination of its selectors; plain JSON."""
 MAX_POINTS = 1000
 """Points per curve, about the pixel columns of a chart."""
-MAX_MATRIX_CELLS = 250_000
-"""Cells of one matrix chart over all runs and layers: about 1.5 MB of HTML."""
+MAX_MATRIX_CELLS = 120_000
+"""Cells of one matrix chart over all runs and layers: about 0.6 MB of HTML."""
+MAX_CONSTANTS = 4
+"""Curves of a chart that is said in words."""
+FORMATS: dict[str, Callable[[float], str]] = {
+    "share": format_percent,
+    "bytes": format_bytes,
+    "bytes per step": format_bytes,
+}
+"""By unit; all others are numbers with their unit."""
+NO_UNITS = ("raw", "ratio", "factor", "norm", "score", "logit", "rate", "experts", "")
+"""Units that say no more than the title."""
 
 
 def at(*path: str) -> Reader:
@@ -36,6 +49,17 @@ def at(*path: str) -> Reader:
 def layer_mean(key: str, position: int | None = None) -> Reader:
     """Return a reader of the mean over MoE layers of `key`, or of one position of its list."""
     return partial(_layer_mean, key, position)
+
+
+def layer_sum(key: str) -> Reader:
+    """Return a reader of the sum over MoE layers of `key`."""
+
+    def read(line: Line) -> float | None:
+        values = [finite(row.get(key)) for row in layers_of(line).values()]
+        known = [value for value in values if value is not None]
+        return sum(known) if known else None
+
+    return read
 
 
 def _layer_mean(key: str, position: int | None, line: Line) -> float | None:
@@ -79,7 +103,36 @@ def curve_panel(
         absent: sentence in place of the charts if none has data.
     """
     built = [chart for spec in charts if (chart := build_curve_chart(spec, runs)) is not None]
-    return Panel(id, title, [] if built else [absent], charts=built)
+    constant = [text for chart in built if (text := describe_constant(chart)) is not None]
+    drawn = [chart for chart in built if describe_constant(chart) is None]
+    return Panel(id, title, [] if built else [absent], charts=drawn, constant=constant)
+
+
+def describe_constant(chart: Chart) -> str | None:
+    """Return title and value of a chart whose curves do not change; None if one of them does."""
+    found: dict[str, str] = {}
+    for view in chart.views.values():
+        for curve in view["curves"]:
+            points = [
+                pair for pair in zip(curve["x"], curve["y"], strict=True) if pair[1] is not None
+            ]
+            if len({value for _, value in points}) > 1:
+                return None
+            text = _format_value(points[0][1], chart.axes["y"])
+            if len(points) == 1:
+                text += f" (step {points[0][0]:,} only)"
+            found[curve["name"]] = text
+    if len(set(found.values())) == 1:
+        return f"{chart.title}: {next(iter(found.values()))}"
+    if len(found) > MAX_CONSTANTS:
+        return None
+    return f"{chart.title}: {', '.join(f'{name} {value}' for name, value in found.items())}"
+
+
+def _format_value(value: float, unit: str) -> str:
+    if unit in FORMATS:
+        return FORMATS[unit](value)
+    return format_number(value) + ("" if unit in NO_UNITS else f" {unit}")
 
 
 def build_curve_chart(chart: CurveChart, runs: Sequence[Run]) -> Chart | None:
@@ -123,8 +176,13 @@ def _overlaid_curves(chart: CurveChart, runs: Sequence[Run]) -> list[dict[str, A
 
 
 def _run_curves(chart: CurveChart, run: Run) -> list[dict[str, Any]]:
+    lines = run.train
+    if chart.layout == "stacked":
+        # Stacked curves need the same steps, so they are thinned by their sum.
+        sums = [[read(line) or 0.0 for read in chart.train.values()] for line in lines]
+        lines = [lines[index] for index in extreme_indices(list(map(sum, sums)), MAX_POINTS)]
     curves = [
-        make_curve(name, run.train, read, colour=position, dash=position)
+        make_curve(name, lines, read, colour=position, dash=position)
         for position, (name, read) in enumerate(chart.train.items())
     ]
     return [curve for curve in curves if curve is not None]
@@ -199,9 +257,15 @@ def keep_extremes(
 
     A gap (None) stays if a whole stretch is a gap.
     """
-    length = len(steps)
+    order = extreme_indices(values, max_points)
+    return [steps[index] for index in order], [values[index] for index in order]
+
+
+def extreme_indices(values: Sequence[float | None], max_points: int) -> list[int]:
+    """Return the indices of the points that `keep_extremes` keeps, ascending."""
+    length = len(values)
     if length <= max_points:
-        return list(steps), list(values)
+        return list(range(length))
     kept = {0, length - 1}
     for stretch in _stretches(length, max(1, (max_points - 2) // 2)):
         known = {index: value for index in stretch if (value := values[index]) is not None}
@@ -209,8 +273,7 @@ def keep_extremes(
             kept |= {min(known, key=known.__getitem__), max(known, key=known.__getitem__)}
         else:
             kept.add(stretch[0])
-    order = sorted(kept)
-    return [steps[index] for index in order], [values[index] for index in order]
+    return sorted(kept)
 
 
 def most_imbalanced_steps(imbalance: Sequence[float], max_steps: int) -> list[int]:

@@ -12,8 +12,10 @@ from dmoe.report.charts import (
     at,
     curve_panel,
     layer_mean,
+    layer_sum,
     make_curve,
 )
+from dmoe.report.format import format_number
 from dmoe.report.page import Chart, Panel, Selector
 from dmoe.report.run import Run, as_dict, layers_of
 from dmoe.runs.metrics_log import Line, number, numbers
@@ -56,8 +58,8 @@ ROUTER_CHARTS = (
         evaluation=layer_mean("stability"),
     ),
 )
-MAX_LAYER_POINTS = 200_000
-"""Points of all curves of single layers together: about 3 MB of HTML."""
+MAX_LAYER_POINTS = 60_000
+"""Points of all curves of single layers together: about 1 MB of HTML."""
 MIN_LAYER_POINTS = 24
 LAYER_QUANTITIES = {
     "load_max_over_mean": "Load: largest over mean",
@@ -165,7 +167,11 @@ def balance_panel(runs: Sequence[Run]) -> Panel:
             {"": layer_mean("load_cv")},
         ),
         CurveChart(
-            "dead", "Experts without any token", MEAN, "experts", {"": layer_mean("dead_experts")}
+            "dead",
+            "Experts without any token",
+            "Of all MoE layers together.",
+            "experts",
+            {"": layer_sum("dead_experts")},
         ),
         *(
             CurveChart(
@@ -209,10 +215,15 @@ def layers_panel(runs: Sequence[Run]) -> Panel:
     paths: dict[str, tuple[str, ...]] = {name: (key,) for key, name in LAYER_QUANTITIES.items()}
     paths |= {f"Auxiliary loss: {name}": ("aux", name) for name in losses}
     found = {title: [_values_by_layer(run, path) for run in runs] for title, path in paths.items()}
-    measured = {title: by_run for title, by_run in found.items() if any(by_run)}
-    if not measured:
+    recorded = {title: by_run for title, by_run in found.items() if any(by_run)}
+    if not recorded:
         absent = "No layer was recorded: a dense model, or no step was logged."
         return Panel("layers", "Layer by layer", [absent])
+    constant = {title: value for title in recorded if (value := _constant_value(recorded[title]))}
+    measured = {title: by_run for title, by_run in recorded.items() if title not in constant}
+    remarks = [f"{title}: {value}" for title, value in constant.items()]
+    if not measured:
+        return Panel("layers", "Layer by layer", constant=remarks)
     num_curves = sum(len(layers) for by_run in measured.values() for layers in by_run)
     max_points = min(MAX_POINTS, max(MIN_LAYER_POINTS, MAX_LAYER_POINTS // num_curves))
     views = {
@@ -234,7 +245,14 @@ def layers_panel(runs: Sequence[Run]) -> Panel:
         [Selector("Run", [run.name for run in runs]), Selector("Quantity", list(measured))],
         wide=True,
     )
-    return Panel("layers", "Layer by layer", charts=[chart])
+    return Panel("layers", "Layer by layer", charts=[chart], constant=remarks)
+
+
+def _constant_value(by_run: Sequence[dict[int, list[Line]]]) -> str | None:
+    """Return the value of a quantity that is the same in all layers and steps, else None."""
+    lines = [line for layers in by_run for lines in layers.values() for line in lines]
+    values = {line["value"] for line in lines}
+    return format_number(values.pop()) if len(values) == 1 and len(lines) > 1 else None
 
 
 def _values_by_layer(run: Run, path: tuple[str, ...]) -> dict[int, list[Line]]:

@@ -1,8 +1,9 @@
-"""Panels that every training run has: quality, gradients and learning rate, time and memory."""
+"""Panels that every training run has: domains, gradients and learning rate, time and memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dmoe.report.charts import CurveChart, at, curve_panel
 from dmoe.report.page import Panel, Table
@@ -10,35 +11,6 @@ from dmoe.report.results import domain_rows
 from dmoe.report.run import Run
 
 STEP_PARTS = ("data", "forward", "backward", "exchange", "optimizer", "other")
-HELD_OUT = (
-    "Points with markers are validation data, the other line is the training batch of that step."
-)
-QUALITY_CHARTS = (
-    CurveChart(
-        "loss",
-        "Loss",
-        f"Lower is better. {HELD_OUT}",
-        "nats per target",
-        {"training": at("loss")},
-        evaluation=at("loss"),
-    ),
-    CurveChart(
-        "bits-per-byte",
-        "Bits per byte",
-        f"Lower is better. {HELD_OUT} Comparable between tokenizers.",
-        "bits per byte",
-        {"training": at("bits_per_byte")},
-        evaluation=at("bits_per_byte"),
-    ),
-    CurveChart(
-        "accuracy",
-        "Accuracy",
-        f"Share of the targets that were predicted correctly; higher is better. {HELD_OUT}",
-        "share",
-        {"training": at("accuracy")},
-        evaluation=at("accuracy"),
-    ),
-)
 GRADIENT_CHARTS = (
     CurveChart(
         "grad-norm",
@@ -102,17 +74,18 @@ TIME_CHARTS = (
 )
 
 
-def quality_panel(runs: Sequence[Run]) -> Panel:
-    """Build loss, bits per byte or accuracy, and the validation metric by domain."""
-    absent = "No step of training and no evaluation was recorded."
-    panel = curve_panel("quality", "Loss, bits per byte, accuracy", QUALITY_CHARTS, runs, absent)
+def domains_panel(runs: Sequence[Run]) -> Panel | None:
+    """Build the validation metric by domain, at the first and the last evaluation.
+
+    None if the data has one domain, as most do.
+    """
     tables = []
     for run in runs:
         head, rows = domain_rows(run.evals)
         if len(rows) > 1:
             caption = "Validation, by domain" + (f", {run.name}" if len(runs) > 1 else "")
             tables.append(Table(caption, [name.replace("\n", " ") for name in head], rows))
-    return Panel(panel.id, panel.title, panel.sentences, charts=panel.charts, tables=tables)
+    return Panel("domains-table", "Validation by domain", tables=tables) if tables else None
 
 
 def gradients_panel(runs: Sequence[Run]) -> Panel:
@@ -127,5 +100,4 @@ def time_panel(runs: Sequence[Run]) -> Panel:
     panel = curve_panel("time", "Time, bytes and memory", TIME_CHARTS, runs, absent)
     if not panel.charts or any(chart.id == "time-split" for chart in panel.charts):
         return panel
-    sentences = ["The parts of the step time were not recorded."]
-    return Panel(panel.id, panel.title, sentences, charts=panel.charts)
+    return replace(panel, sentences=["The parts of the step time were not recorded."])

@@ -16,11 +16,11 @@ from dmoe.report.format import (
     format_utc,
     plural,
 )
+from dmoe.report.overview import count_alerts, describe_commit
 from dmoe.report.page import Panel, Table, TextBlock
 from dmoe.report.run import (
     Run,
     describe_end,
-    differing_settings,
     last_number,
     metric_name,
     summarize,
@@ -29,10 +29,14 @@ from dmoe.report.sentences import config_sentences
 from dmoe.runs.metrics_log import Line, finite, number
 
 MEASUREMENTS = ("train", "eval")
+EVENT_NAMES = {"held": "training waited"}
+"""Words for fields of an event whose names say too little."""
 EVENT_FIELDS = ("event", "step", "time", "text", "title", "sample", "data", "attempt")
 """Fields that are not listed among the details of an event."""
 MAX_EVENTS = 500
-"""Rows of the event table; checkpoints are left out first, because they are all alike."""
+"""Rows of the event table; checkpoints and evaluations, all alike, are left out first."""
+MARKED = ("alert", "skip", "restart", "rollback")
+"""Kinds of events that curves show."""
 MAX_MARKS = 300
 """Marks of each kind in the curves."""
 MAX_DETAILS = 600
@@ -48,15 +52,25 @@ def summary_panel(runs: Sequence[Run]) -> Panel:
     rows = [[label, *(form(run) for run in runs)] for label, form in KEY_NUMBERS.items()]
     recorded = [row for row in rows if any(cell != NOT_RECORDED for cell in row[1:])]
     tables = [Table("Key numbers", ["", *names], recorded)]
-    if different := differing_settings(runs):
-        tables.append(Table("Settings that differ", ["Setting", *names], different))
-    lists = {}
-    for run in runs:
-        if run.config is not None:
-            heading = f"Settings of {run.name}" if len(runs) > 1 else "Settings"
-            lists[heading] = config_sentences(run.config, run.start)
+    lists = _settings(runs)
     problems = [f"{run.name}: {run.config_problem}" for run in runs if run.config is None]
-    return Panel("summary", "Summary", problems, lists=lists, tables=tables)
+    return Panel("summary", "Key numbers and settings", problems, lists=lists, tables=tables)
+
+
+def _settings(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Return the sentences on the settings: those that all runs share once, then the others."""
+    by_run = {
+        run.name: config_sentences(run.config, run.start) for run in runs if run.config is not None
+    }
+    if len(by_run) < 2:
+        return {"Settings": next(iter(by_run.values()))} if by_run else {}
+    first, *others = by_run.values()
+    common = [text for text in first if all(text in other for other in others)]
+    lists = {"Settings of all runs": common} if common else {}
+    for name, sentences in by_run.items():
+        if own := [text for text in sentences if text not in common]:
+            lists[f"Settings of {name}"] = own
+    return lists
 
 
 def _state(run: Run) -> str:
@@ -112,13 +126,6 @@ def _count_events(*events: str) -> Callable[[Run], str]:
     return count
 
 
-def _commit(run: Run) -> str:
-    commit = run.start.get("commit")
-    if not isinstance(commit, str):
-        return NOT_RECORDED
-    return commit[:12] + (", with changes that are not committed" if run.start.get("dirty") else "")
-
-
 KEY_NUMBERS: dict[str, Callable[[Run], str]] = {
     "State": _state,
     "Validation": _validation,
@@ -140,10 +147,10 @@ KEY_NUMBERS: dict[str, Callable[[Run], str]] = {
     "Model FLOPs utilization, last step": lambda run: format_percent(last_number(run.train, "mfu")),
     "Memory, last step": lambda run: format_bytes(last_number(run.train, "memory")),
     "Restarts": _count_events("restart", "rollback"),
-    "Alerts": _count_events("alert"),
+    "Alerts": lambda run: f"{count_alerts(run):,}",
     "Checkpoints": _count_events("checkpoint"),
     "Command": lambda run: str(run.start.get("command", NOT_RECORDED)),
-    "Commit": _commit,
+    "Commit": lambda run: describe_commit(run) or NOT_RECORDED,
     "Machine": lambda run: str(run.start.get("machine", NOT_RECORDED)),
 }
 
@@ -154,13 +161,14 @@ def events_panel(runs: Sequence[Run]) -> Panel:
     for run in runs:
         events = [(line, False) for line in run.metrics.lines]
         events += [(line, True) for line in run.metrics.void]
-        events = [pair for pair in events if pair[0]["event"] not in MEASUREMENTS]
+        events = [pair for pair in events if pair[0]["event"] != "train"]
         events.sort(key=lambda pair: finite(pair[0].get("time")) or 0.0)
         if len(events) > MAX_EVENTS:
-            rare = [pair for pair in events if _event_kind(pair[0]) != "checkpoint"][-MAX_EVENTS:]
+            often = ("checkpoint", "eval")
+            rare = [pair for pair in events if pair[0]["event"] not in often][-MAX_EVENTS:]
             sentences.append(
                 f"{run.name}: the last {len(rare)} of {len(events):,} events are shown, without "
-                "checkpoints."
+                "checkpoints and evaluations."
             )
             events = rare
         if events:
@@ -177,8 +185,9 @@ def event_marks(run: Run) -> list[dict[str, Any]]:
     """Return {kind, step, text} per event in the curves, the last ones of each kind."""
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for line in run.metrics.lines:
-        if line["event"] not in (*MEASUREMENTS, "start"):
-            kind, text = _event_kind(line), _event_details(line)[:MAX_MARK_TEXT]
+        kind = _event_kind(line)
+        if kind in MARKED:
+            text = _event_details(line)[:MAX_MARK_TEXT]
             mark = {"kind": kind, "step": line["step"], "text": text}
             by_kind.setdefault(kind, []).append(mark)
     return [mark for marks in by_kind.values() for mark in marks[-MAX_MARKS:]]
@@ -186,6 +195,8 @@ def event_marks(run: Run) -> list[dict[str, Any]]:
 
 def _event_kind(line: Line) -> str:
     """Return the event's name; an alert line is a `skip`, an `alert` or a `note`."""
+    if line["event"] == "eval":
+        return "evaluation"
     if line["event"] != "alert":
         return str(line["event"])
     text = line.get("text")
@@ -202,13 +213,13 @@ def _event_details(line: Line) -> str:
     for name, value in line.items():
         # A fresh run is resumed from nothing, and is no attempt after another one.
         fresh = name in ("resumed_from", "attempt") and value == 0
-        if name in EVENT_FIELDS or isinstance(value, dict | list) or fresh:
+        if name in EVENT_FIELDS or isinstance(value, dict | list) or fresh or value is None:
             continue
         amount = finite(value)
         formatted = str(value) if amount is None else format_number(amount)
-        if name == "seconds" and amount is not None:
+        if name in ("seconds", "held") and amount is not None:
             formatted = format_duration(amount)
-        parts.append(f"{name.replace('_', ' ')} {formatted}")
+        parts.append(f"{EVENT_NAMES.get(name, name.replace('_', ' '))} {formatted}")
     text = "; ".join(parts)
     return text if len(text) <= MAX_DETAILS else text[:MAX_DETAILS] + " ..."
 
@@ -225,6 +236,16 @@ def _lost_lines(run: Run) -> list[str]:
         sentences.append(
             f"{run.name}: {run.metrics.unreadable} line(s) of metrics.jsonl could not be read and "
             "are left out."
+        )
+    if run.metrics.without_layers:
+        sentences.append(
+            f"{run.name}: the layers of {run.metrics.without_layers} line(s) are missing in "
+            "metrics.layers.bin, or damaged, and left out."
+        )
+    if run.metrics.skipped_layers:
+        sentences.append(
+            f"{run.name}: the numbers per layer of {run.metrics.skipped_layers:,} logged steps, "
+            "evenly spread, are not shown; they are in metrics.layers.bin."
         )
     void = sum(line["event"] in MEASUREMENTS for line in run.metrics.void)
     if void:

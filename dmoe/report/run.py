@@ -23,6 +23,8 @@ FORWARD_AND_BACKWARD = 3
 QUALITY_METRICS = ("bits_per_byte", "accuracy")
 """What an evaluation is judged by besides the loss, depending on the task."""
 MAX_NAME_PARTS = 6
+MAX_LAYER_LINES = 2_000
+"""Logged steps whose numbers per layer are read: 0.3 GB for 16 layers of 64 experts."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,9 @@ def _load(path: Path, name: str) -> Run:
             "This version of dmoe cannot read the run's resolved.yaml, so its settings are left "
             f"out: {error}."
         )
-    return Run(read_metrics_tolerant(path / "metrics.jsonl"), name, path, config, problem)
+    return Run(
+        read_metrics_tolerant(path / "metrics.jsonl", MAX_LAYER_LINES), name, path, config, problem
+    )
 
 
 def _names(paths: list[Path]) -> list[str]:

@@ -22,7 +22,7 @@ def test_the_report_of_one_run_is_in_its_directory(
 ) -> None:
     report([run])
     assert capsys.readouterr().out == f"report: {run / 'report.html'}\n"
-    assert "Report on run" in (run / "report.html").read_text(encoding="utf-8")
+    assert "<h1>run</h1>" in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_report_of_several_runs_is_in_the_working_directory(
@@ -30,7 +30,7 @@ def test_the_report_of_several_runs_is_in_the_working_directory(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     report([run, shutil.copytree(run, tmp_path / "other")])
-    assert "Report on 2 runs" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<h1>2 runs compared</h1>" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not (run / "report.html").exists()
 
 

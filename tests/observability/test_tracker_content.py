@@ -217,8 +217,8 @@ def test_no_number_is_missing(outputs: RunOutputs) -> None:
 
 def test_report_has_the_same_values(outputs: RunOutputs) -> None:
     for chart, curve, key in (
-        ("loss", "training", "loss"),
-        ("drop-rate", "Drop rate", "drop_rate"),
+        ("Loss", "training", "loss"),
+        ("grad-norm", "all", "grad_norm"),
     ):
         expected = {
             step: pytest.approx(line[key], rel=SIX_DIGITS) for step, line in outputs.train.items()

@@ -45,10 +45,10 @@ def test_curves_equal_the_metrics(full_run: Path, one: Path) -> None:
     def same(curve: dict[int, float | None], expected: dict[int, float]) -> None:
         assert curve == pytest.approx(expected, rel=1e-5)
 
-    same(page.curve("loss", "training"), {step: item["loss"] for step, item in lines.items()})
-    same(page.curve("loss", "validation"), {step: item["loss"] for step, item in evals.items()})
+    same(page.curve("Loss", "training"), {step: item["loss"] for step, item in lines.items()})
+    same(page.curve("Loss", "validation"), {step: item["loss"] for step, item in evals.items()})
     same(
-        page.curve("bits-per-byte", "training"),
+        page.curve("Bits per byte", "training"),
         {step: item["bits_per_byte"] for step, item in lines.items()},
     )
     same(
@@ -114,8 +114,9 @@ def test_void_lines_are_in_the_event_table_only(tmp_path: Path) -> None:
         ],
     )
     page = report_page(tmp_path, run)
-    assert page.curve("loss", "training") == {1: 8, 2: 7}
+    assert page.curve("Loss", "training") == {1: 8, 2: 7}
     assert "seconds 1.5 s; void after a later restart" in page.text
+    assert "Alerts 1 expert 7 is dead" in page.text
     assert "1 measurement(s) of steps that a restart repeated are left out" in page.text
     assert [mark["kind"] for mark in page.data["marks"][0]] == ["alert", "restart"]
 
@@ -124,14 +125,14 @@ def test_several_runs_are_overlaid(two: Path) -> None:
     page = read_page(two)
     names = page.data["runs"]
     assert names == ["<b onclick=alert(1)>one&amp;", "two"]
-    drawn = [curve["name"] for curve in page.view("loss")["curves"]]
+    drawn = [curve["name"] for curve in page.quality("Loss")["curves"]]
     assert drawn == [f"{name}, {part}" for name in names for part in ("training", "validation")]
-    colours = {curve["name"]: curve["colour"] for curve in page.view("loss")["curves"]}
+    colours = {curve["name"]: curve["colour"] for curve in page.quality("Loss")["curves"]}
     assert colours["two, training"] == colours["two, validation"] != colours[drawn[0]]
     assert page.view("load", "1|0")["y"] == list(range(16))
     # The second run has one layer.
     assert "1|1" not in page.data["charts"]["load"]["views"]
-    assert re.search(r"Settings that differ .*moe\.num_experts 8 16", page.text)
+    assert re.search(r"Settings that differ, and results .*moe\.num_experts 8 16", page.text)
     assert "train.run_dir" not in page.text
 
 
@@ -147,7 +148,7 @@ def test_a_run_that_was_killed_before_its_first_step(tmp_path: Path) -> None:
         tmp_path, write(tmp_path / "run", [line("start", 0, world=1, ep=1)], torn='{"event": "tr')
     )
     assert page.data["charts"] == {}
-    assert "No step of training and no evaluation was recorded." in page.text
+    assert "No gradient norm was recorded." in page.text
     assert "still running, or killed" in page.text
     assert "1 line(s) of metrics.jsonl could not be read" in page.text
     assert "Each rank has all experts, so no row is sent." in page.text
@@ -208,7 +209,7 @@ def test_invalid_values_are_gaps(tmp_path: Path) -> None:
             [line("train", 1, loss=2.0), line("train", 2, **odd), line("train", 3, loss=1.0)],
         ),
     )
-    assert page.view("loss")["curves"][0]["y"] == [2, None, 1]
+    assert page.quality("Loss")["curves"][0]["y"] == [2, None, 1]
     assert set(page.data["charts"]) == {"loss"}
 
 
@@ -229,7 +230,7 @@ def test_text_from_outside_is_escaped(full_run: Path, other_run: Path, two: Path
     body = source[: source.index("<script")]
     assert "<img" not in body
     assert "&lt;/script&gt;&lt;img src=x onerror=&quot;" in body
-    assert source.count("</script>") == 3
+    assert source.count("</script>") == 2
     data = source[source.index('id="report-data">') :].removeprefix('id="report-data">')
     assert "<" not in data[: data.index("</script>")]
     assert [mark["text"] for mark in page.data["marks"][0] if HOSTILE in mark["text"]] == [
@@ -248,7 +249,7 @@ def test_the_security_policy_lists_the_scripts(one: Path) -> None:
 
 
 def test_size_of_the_report_of_a_large_run(tmp_path: Path) -> None:
-    """100,000 steps, and 48 layers of 64 experts: within 15 MB, and the only spike is kept."""
+    """100,000 steps, and 48 layers of 64 experts: within 5 MB, and the only spike is kept."""
     lines = [
         line("train", step, loss=1.0 if step != 54_320 else 50.0, grad_norm=step * 1e-5)
         for step in range(10, 100_001, 10)
@@ -263,8 +264,8 @@ def test_size_of_the_report_of_a_large_run(tmp_path: Path) -> None:
         for step in range(10, 4001, 10)
     ]
     page = report_page(tmp_path, write(tmp_path / "long", lines), write(tmp_path / "wide", wide))
-    assert page.curve("loss", "long, training")[54_320] == 50
-    assert (tmp_path / "report.html").stat().st_size < 15e6
+    assert page.curve("Loss", "long, training")[54_320] == 50
+    assert (tmp_path / "report.html").stat().st_size < 5e6
     assert len(page.view("load", "1|47")["x"]) >= 24
 
 

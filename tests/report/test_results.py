@@ -289,9 +289,9 @@ def test_a_table_fits_its_width(width: int) -> None:
 def test_a_report_of_a_classification_run(tmp_path: Path) -> None:
     """Regression: classification runs had no validation metric and no curve of it."""
     page = read_page(write_report([classification_run(tmp_path / "run")], tmp_path / "r.html"))
-    assert page.curve("accuracy", "validation") == {1: 0.9612, 2: 0.9512}
-    assert page.curve("accuracy", "training") == {1: 0.5, 2: 0.5}
-    assert "bits-per-byte" not in page.data["charts"]
+    assert page.curve("Accuracy", "validation") == {1: 0.9612, 2: 0.9512}
+    assert page.curve("Accuracy", "training") == {1: 0.5, 2: 0.5}
+    assert page.data["charts"]["loss"]["choices"][0]["options"] == ["Accuracy", "Loss"]
     assert "Validation 95.1% accuracy (best 96.1% accuracy at step 1)" in page.text
     assert (
         "Model: a classifier of the streams pixels, strokes, concatenated; "
