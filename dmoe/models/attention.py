@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from dmoe.config.rules.model import check_attention, head_dim
 from dmoe.config.schema import ModelConfig
 from dmoe.models.layers import RMSNorm
 from dmoe.moe.rng import normal_
+
+if TYPE_CHECKING:
+    from dmoe.models.key_value_cache import LayerCache
 
 MAX_UNFUSED_LENGTH = 256
 """Longest sequence for which matrix products beat fused bfloat16 attention on a CPU."""
@@ -51,17 +54,19 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x_BSD: Tensor, rotary: Rotary) -> Tensor:
-        """Attend causally: [B, S, D] -> [B, S, D], in autocast's dtype under autocast."""
+    def forward(self, x_BSD: Tensor, rotary: Rotary, cache: LayerCache | None = None) -> Tensor:
+        """Attend causally: [B, S, D] -> [B, S, D], in autocast's dtype under autocast.
+
+        With a cache, also to the tokens that it holds; they come before these.
+        """
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q_BSHA, k_BSNA, v_BSNA = (
             self.w_qkv(x_BSD).unflatten(-1, (sum(heads), self.head_dim)).split(heads, 2)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHA, k_BSNA = self.q_norm(q_BSHA), self.k_norm(k_BSNA)
-        y_BSHA = causal_attention(
-            apply_rotary(q_BSHA, rotary), apply_rotary(k_BSNA, rotary), v_BSNA
-        )
+        attend = causal_attention if cache is None else cache.attend
+        y_BSHA = attend(apply_rotary(q_BSHA, rotary), apply_rotary(k_BSNA, rotary), v_BSNA)
         out_BSD: Tensor = self.w_out(y_BSHA.flatten(2))
         return out_BSD
 
@@ -118,7 +123,7 @@ def unfused_causal_attention(q_BSHA: Tensor, k_BSNA: Tensor, v_BSNA: Tensor) -> 
 
 
 Rotary = tuple[Tensor, Tensor]
-"""cos and signed sin, both [S, 1, A], float32 (float64 for a float64 model).
+"""cos and signed sin, both [S, 1, A] or [B, S, 1, A], float32 (float64 for a float64 model).
 
 First half of a head (cos, -sin), second half (cos, sin).
 """

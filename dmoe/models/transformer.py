@@ -18,6 +18,7 @@ from dmoe.config.schema import ModelConfig, MoEConfig
 from dmoe.config.schema.constraints import check_bounds, check_types
 from dmoe.models.attention import Attention, Rotary, rotary_table
 from dmoe.models.base import Model, ModelOutput, token_losses
+from dmoe.models.key_value_cache import KeyValueCache, LayerCache
 from dmoe.models.layers import (
     BlockOutput,
     RMSNorm,
@@ -47,9 +48,15 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = feed_forward
 
-    def forward(self, x_BSD: Tensor, rotary: Rotary, context: TokenContext) -> BlockOutput:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: Rotary,
+        context: TokenContext,
+        cache: LayerCache | None = None,
+    ) -> BlockOutput:
         """Apply the block; the residual stream keeps its dtype: under autocast, float32."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, cache)
         out = run_feed_forward(self.feed_forward, self.feed_forward_norm(x_BSD), context)
         return out._replace(x_BSD=x_BSD + out.x_BSD)
 
@@ -143,6 +150,7 @@ class Transformer(Model):
         context: TokenContext | None = None,
         *,
         return_logits: bool = False,
+        cache: KeyValueCache | None = None,
     ) -> ModelOutput:
         """Predict each next token.
 
@@ -155,6 +163,7 @@ class Transformer(Model):
             target: token ids, int64 [B, S]; IGNORE_INDEX (-100) is not predicted.
             context: labels and padding of the tokens.
             return_logits: return logits although there are targets.
+            cache: holds the tokens before these, and then these too.
         """
         input = as_int64("input", input)
         context = context_of_rows(context or EMPTY_CONTEXT, input.shape)
@@ -162,15 +171,21 @@ class Transformer(Model):
         x_BSD = self.embedding(input)
         if context.valid_T is not None:  # attention multiplies values by weights of 0
             x_BSD = masked(x_BSD.flatten(0, 1), context.valid_T.flatten()).view_as(x_BSD)
-        rotary = rotary_table(
-            input.shape[1], self.head_dim, self.config.rope_base, x_BSD.dtype, x_BSD.device
+        length = input.shape[1]
+        rotary = (
+            rotary_table(length, self.head_dim, self.config.rope_base, x_BSD.dtype, x_BSD.device)
+            if cache is None
+            else cache.rotary(length)
         )
         out = ModelOutput(None, None)
-        for block in self.blocks:
-            x_BSD, aux, stats = self.run_block(block, x_BSD, rotary, context)
+        for index, block in enumerate(self.blocks):
+            layer_cache = None if cache is None else cache.layers[index]
+            x_BSD, aux, stats = self.run_block(block, x_BSD, rotary, context, layer_cache)
             if aux is not None and stats is not None:
                 out.aux.append(aux)
                 out.stats.append(stats)
+        if cache is not None:
+            cache.advance(length)
         output_VD = self.embedding.weight if self.output is None else self.output.weight
         logits_BSV = F.linear(self.norm(x_BSD), output_VD)
         if target is not None:
