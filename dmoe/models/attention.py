@@ -123,7 +123,7 @@ def unfused_causal_attention(q_BSHA: Tensor, k_BSNA: Tensor, v_BSNA: Tensor) -> 
 
 
 Rotary = tuple[Tensor, Tensor]
-"""cos and signed sin, both [S, 1, A] or [B, S, 1, A], float32 (float64 for a float64 model).
+"""cos and signed sin, both [S, 1, A], float32 (float64 for a float64 model).
 
 First half of a head (cos, -sin), second half (cos, sin).
 """

@@ -99,7 +99,9 @@ def generate_batch(
     _check_arguments(prompts, window, temperature, top_k, top_p)
     texts = [Text(list(ids), _generator(seed, first + index)) for index, ids in enumerate(prompts)]
     is_cached = use_cache and uncached_reason(model) is None
-    next_logits = (Cached if is_cached else Recomputed)(model, window, label)
+    next_logits = (
+        Cached(model, window, label, max_tokens) if is_cached else Recomputed(model, window, label)
+    )
     active = list(range(len(texts)))
     # no_grad and not inference_mode: see train/evaluation.py.
     with sampling_mode(model), torch.no_grad():
@@ -161,7 +163,7 @@ def _check_arguments(
     top_p: float | None,
 ) -> None:
     if not all(len(ids) for ids in prompts):
-        raise ValueError("a prompt is empty: give at least one token to continue from")
+        raise ValueError("prompt_ids is empty: give at least one token to continue from")
     if window < 1:
         raise ValueError(f"window={window}: must be at least 1; use data.seq_len")
     if temperature < 0:

@@ -2,8 +2,8 @@
 
     y = softmax(q k^T / sqrt(A) + mask) v    with k, v of the tokens before from the cache
 
-Sequences of unequal length are padded on the left: the new token of each is the last column, and a
-token's position in its text is its column minus the padding. Padding is never attended to.
+Sequences of unequal length are padded on the left: the new token of each is the last column.
+Padding is never attended to.
 
 Letters: B sequences, S new tokens per sequence, L columns in use, C columns of the cache, H query
 heads, N key/value heads, A width of a head.
@@ -52,13 +52,14 @@ class KeyValueCache:
         self._table = rotary_table(columns, head_dim, rope_base, dtype, device)
 
     def rotary(self, new: int) -> Rotary:
-        """Return the rotary table of the next `new` columns: [S, 1, A], or [B, S, 1, A]."""
+        """Return the rotary table of the next `new` columns, [S, 1, A].
+
+        Of columns, not of positions: scores depend on the difference of two positions alone, and
+        padding moves both.
+        """
         cos_C1A, sin_C1A = self._table
-        if self.padding_B is None:
-            return tuple(part[self.length : self.length + new] for part in (cos_C1A, sin_C1A))
-        column_S = torch.arange(self.length, self.length + new, device=self.padding_B.device)
-        position_BS = (column_S - self.padding_B.unsqueeze(1)).clamp(min=0)
-        return cos_C1A[position_BS], sin_C1A[position_BS]
+        part = slice(self.length, self.length + new)
+        return cos_C1A[part], sin_C1A[part]
 
     def mask(self, new: int) -> Tensor | None:
         """Return which columns the next `new` ones attend to, bool [B or 1, 1, S, L].

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dmoe.config.plugins import label as label_of
 from dmoe.config.router_kinds import ROUTERS, router_spec
+from dmoe.models.decode import Decoder, can_decode
 from dmoe.models.key_value_cache import KeyValueCache
 from dmoe.models.transformer import Transformer
 from dmoe.moe.interfaces import ExpertLayer
@@ -73,8 +74,10 @@ class Recomputed:
 
     def __call__(self, texts: Sequence[Text]) -> Tensor:
         """Return the logits of the next token of each text, [B, V]."""
-        contexts = [text.ids[context_start(len(text.ids), self.window) :] for text in texts]
-        return torch.cat([self._forward([context])[:, -1] for context in contexts])
+        return torch.cat([self._forward([context])[:, -1] for context in self._contexts(texts)])
+
+    def _contexts(self, texts: Sequence[Text]) -> list[list[int]]:
+        return [text.ids[context_start(len(text.ids), self.window) :] for text in texts]
 
     def _forward(
         self,
@@ -93,35 +96,53 @@ class Recomputed:
 
 
 class Cached(Recomputed):
-    """Computes the new token of each text, and the contexts when the start of one has moved."""
+    """Computes the new token of each text, and the contexts anew when the cache is full.
+
+    No context moves before: it fits the window as long as it fits the cache.
+
+    Args:
+        model, window, label: see `generate_batch`.
+        max_tokens: most tokens to come; the cache has place for these at most.
+    """
 
     cache: KeyValueCache
     texts: Sequence[Text] = ()
     """The texts in the cache, one per sequence."""
-    starts: Sequence[int] = ()
+
+    def __init__(self, model: Transformer, window: int, label: int, max_tokens: int) -> None:
+        super().__init__(model, window, label)
+        self.max_tokens = max_tokens
+        self.decoder = Decoder(model) if can_decode(model) else None
 
     def __call__(self, texts: Sequence[Text]) -> Tensor:
-        starts = [context_start(len(text.ids), self.window) for text in texts]
         rows = [row for row, text in enumerate(self.texts) if any(text is t for t in texts)]
-        moved = starts != [self.starts[row] for row in rows]
-        if not rows or moved or self.cache.length == self.cache.columns:
-            logits_BSV = self._fill(texts, starts)
+        if not rows or self.cache.length == self.cache.columns:
+            logits_BSV = self._fill(texts)
         else:
             if len(rows) < len(self.texts):
                 self.cache.keep(rows)
-            logits_BSV = self._forward([[text.ids[-1]] for text in texts], cache=self.cache)
-        self.texts, self.starts = texts, starts
+            logits_BSV = self._step([text.ids[-1] for text in texts])
+        self.texts = texts
         return logits_BSV[:, -1]
 
-    def _fill(self, texts: Sequence[Text], starts: Sequence[int]) -> Tensor:
+    def _step(self, tokens: list[int]) -> Tensor:
+        """Return the logits after one more token of each text, [B, 1, V]."""
+        if self.decoder is None:
+            return self._forward([[token] for token in tokens], cache=self.cache)
+        token_B = torch.tensor(tokens, device=self.model.embedding.weight.device)
+        label_B = torch.full_like(token_B, self.label)
+        context = TokenContext(token_id_T=token_B, label_T=label_B)
+        return self.decoder.step(token_B, context, self.cache).unsqueeze(1)
+
+    def _fill(self, texts: Sequence[Text]) -> Tensor:
         """Start a new cache with the contexts, padded on the left to one length."""
-        contexts = [text.ids[start:] for text, start in zip(texts, starts, strict=True)]
+        contexts = self._contexts(texts)
         columns = max(map(len, contexts))
         padding = [columns - len(context) for context in contexts]
         weight, config = self.model.embedding.weight, self.model.config
         self.cache = KeyValueCache(
             config.layers,
-            self.window,
+            min(self.window, columns + self.max_tokens),
             self.model.head_dim,
             config.rope_base,
             padding=padding,
