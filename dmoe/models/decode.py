@@ -78,13 +78,13 @@ class Decoder:
         cos, sin = rotary
         heads, kv_heads = block.heads
         qkv_BGA = F.linear(x_BD, block.w_qkv).view(len(x_BD), heads + 2 * kv_heads, -1)
-        qk_BGA, v_BNA = qkv_BGA.split((heads + kv_heads, kv_heads), 1)
+        qk_BGA, v_BNA = qkv_BGA[:, :-kv_heads], qkv_BGA[:, -kv_heads:]
         if block.qk_norm_GA is not None:
             qk_BGA = self._norm(qk_BGA, block.qk_norm_GA)
         wide = qk_BGA.to(cos.dtype)
         partner = wide.roll(wide.shape[-1] // 2, -1)
         turned_BGA = (wide * cos).addcmul_(partner, sin).to(qkv_BGA.dtype)
-        q_BHA, k_BNA = turned_BGA.split((heads, kv_heads), 1)
+        q_BHA, k_BNA = turned_BGA[:, :heads], turned_BGA[:, heads:]
         y_B1HA = cache.attend(q_BHA.unsqueeze(1), k_BNA.unsqueeze(1), v_BNA.unsqueeze(1))
         return F.linear(y_B1HA.flatten(1), block.w_out)
 
