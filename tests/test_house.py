@@ -9,8 +9,8 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 228,
-    "product lines": 39_500,
+    "product files": 245,
+    "product lines": 42_000,
     "files of one MoE forward": 12,
     "files of one training step": 37,
     "files that name a router kind": 5,

@@ -15,7 +15,18 @@ from typing import Annotated, NoReturn
 import typer
 
 from dmoe import __version__
-from dmoe.cli import checkpoint, configs, explain, generate, modules, runs, sweep, train, verify
+from dmoe.cli import (
+    checkpoint,
+    configs,
+    evaluate,
+    explain,
+    generate,
+    modules,
+    runs,
+    sweep,
+    train,
+    verify,
+)
 from dmoe.cli.surroundings import (
     OutputError,
     check_surroundings,
@@ -74,6 +85,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": runs.compare,
     "explain": explain.command,
     "verify": verify.command,
+    "evaluate": evaluate.command,
     "generate": generate.command,
 }
 for name, command in COMMANDS.items():
