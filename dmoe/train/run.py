@@ -17,6 +17,7 @@ from dmoe.config.plugin_loader import load_plugins
 from dmoe.config.plugins import get, label, references
 from dmoe.config.rules import check
 from dmoe.config.rules.memory import explain_out_of_memory
+from dmoe.config.rules.tracking import check_tracking
 from dmoe.config.schema import Config
 from dmoe.distributed.init import (
     ProcessInfo,
@@ -84,6 +85,7 @@ def train_run(
     """
     config = load_plugins(config)
     check(config, launched_world_size())
+    check_tracking(config)
     check_base_models(config, launched_world_size())
     if config.train.deterministic:
         use_deterministic_kernels()
