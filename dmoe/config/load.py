@@ -44,6 +44,8 @@ def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     if Path(source).is_file():
         given = anchored(given, Path(source).parent.absolute())
     _merge(merged, given, source)
+    if isinstance(overrides, str):
+        raise ConfigError("overrides", overrides, "must be a list of texts", f"use [{overrides!r}]")
     for override in overrides:
         _merge(merged, parse_override(override))
     return cast(Config, OmegaConf.to_object(merged))
