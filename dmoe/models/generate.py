@@ -103,7 +103,7 @@ def generate_batch(
         Cached(model, window, label, max_tokens) if is_cached else Recomputed(model, window, label)
     )
     active = list(range(len(texts)))
-    # no_grad and not inference_mode: see train/evaluation.py.
+    # no_grad and not inference_mode: see train/evaluation/__init__.py.
     with sampling_mode(model), torch.no_grad():
         for _ in range(max_tokens):
             if not active:
