@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dmoe.cli.common import TrustCode, integer, number
-from dmoe.cli.text_stream import TextStream
+from dmoe.cli.continuation import Continuer, Message
 from dmoe.config.errors import ConfigError
 from dmoe.config.yaml_guard import short
 from dmoe.observability import escape_controls
@@ -56,6 +58,20 @@ def command(
         list[str] | None,
         typer.Option(help="Text that ends a continuation, and is no part of it; may be repeated."),
     ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Prompts are messages of a user, written by the chat template. Without any, the "
+            "lines of stdin are the turns of a conversation.",
+        ),
+    ] = False,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Template of --chat: chatml or a file. Default: the tokenizer's."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.", **integer())] = 0,
     batch: Annotated[
         int, typer.Option(help="Prompts that are continued at the same time.", **integer(1))
@@ -81,12 +97,15 @@ def command(
     stops = stop or []
     if "" in stops:
         raise ConfigError("--stop", "", "must not be empty", "leave it out")
+    if chat_template is not None and not chat:
+        raise ConfigError("--chat-template", chat_template, "needs --chat", "add --chat")
     prompts = read_prompts(prompt or [], prompts_file)
+    if not prompts and (not chat or as_json):
+        fix = "use --prompt TEXT (may be empty) or --prompts-file FILE"
+        raise ConfigError("--prompt", None, "must be given, or a file with prompts", fix)
 
     directory = find_run(run)
 
-    from dmoe.data import open_tokenizer
-    from dmoe.models.generate import generate_batch
     from dmoe.models.next_logits import uncached_reason
     from dmoe.models.transformer import Transformer
     from dmoe.train.restore import restore_model
@@ -100,53 +119,52 @@ def command(
             "name another",
         )
     assert isinstance(restored.model, Transformer)
-    tokenizer = open_tokenizer(restored.config.data)
+    continuer = Continuer(
+        restored, stops, tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    )
+    ask = continuer.use_chat(chat_template) if chat else None
     if reason := uncached_reason(restored.model):
         print(
             f"note: no key-value cache, so each token takes as long as its context: {reason}",
             file=sys.stderr,
         )
+    if ask is not None and not prompts:
+        _converse(continuer, ask)
+        return
     is_live = len(prompts) == 1 and not as_json
     for first in range(0, len(prompts), batch):
         part = prompts[first : first + batch]
-        encoded = [tokenizer.encode(text.encode("utf-8", "surrogateescape")) for text in part]
-        prompt_ids = [ids.tolist() or [tokenizer.separator] for ids in encoded]
-        streams = [
-            TextStream(tokenizer.decode, ids, stops, show if is_live else None)
-            for ids in prompt_ids
+        encoded = [
+            continuer.encode(text) if ask is None else ask([{"role": "user", "content": text}])
+            for text in part
         ]
+        heads = [continuer.shown_prompt(ids) if ask is None else "" for ids in encoded]
         if is_live:
-            show(tokenizer.decode(prompt_ids[0])[: streams[0].start])
-        with restored.autocast():
-            new = generate_batch(
-                restored.model,
-                prompt_ids,
-                tokens,
-                window=restored.config.data.seq_len,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed,
-                stop=[tokenizer.separator],
-                first=first,
-                on_token=partial(_add_token, streams),
-            )
-        for index, (text, stream, ids) in enumerate(zip(part, streams, new, strict=True)):
-            continuation = stream.end()
-            if is_live:
-                print()
-            elif as_json:
-                length = stream.stopped_by is None and len(ids) == tokens
-                ended = stream.stopped_by or ("tokens" if length else "end of document")
-                print(to_json(text, continuation, len(ids), ended), flush=True)
-            else:
-                print(f"--- prompt {first + index + 1} of {len(prompts)}")
-                show(tokenizer.decode(prompt_ids[index])[: stream.start] + continuation)
-                print(flush=True)
+            show(heads[0])
+        found = continuer.run(encoded, first, show if is_live else None)
+        for index, (text, head, new) in enumerate(zip(part, heads, found, strict=True), first + 1):
+            if as_json:
+                print(json.dumps({"prompt": text, **asdict(new)}), flush=True)
+                continue
+            if not is_live:
+                print(f"--- prompt {index} of {len(prompts)}")
+                show(head + new.text)
+            print(flush=True)
 
 
-def _add_token(streams: list[TextStream], index: int, token: int) -> bool:
-    return streams[index].add(token)
+def _converse(continuer: Continuer, ask: Callable[[Sequence[Message]], list[int]]) -> None:
+    """Answer the lines of stdin as the turns of one conversation, until its end."""
+    messages: list[Message] = []
+    for turn in itertools.count():
+        if sys.stdin.isatty():
+            show("> ")
+        line = sys.stdin.readline()
+        if not line:
+            return
+        messages.append({"role": "user", "content": line.rstrip("\n")})
+        (answer,) = continuer.run([ask(messages)], turn, show)
+        print(flush=True)
+        messages.append({"role": "assistant", "content": answer.text})
 
 
 def show(text: str) -> None:
@@ -158,11 +176,6 @@ def show(text: str) -> None:
     sys.stdout.flush()
 
 
-def to_json(prompt: str, text: str, tokens: int, ended: str) -> str:
-    """Return one line of JSON: prompt, text, number of tokens, what ended it."""
-    return json.dumps({"prompt": prompt, "text": text, "tokens": tokens, "ended_by": ended})
-
-
 def read_prompts(given: list[str], path: str | None) -> list[str]:
     """Return the prompts of the command line and of a file.
 
@@ -170,7 +183,7 @@ def read_prompts(given: list[str], path: str | None) -> list[str]:
     may hold line breaks. Empty lines are left out.
 
     Raises:
-        ConfigError: there is none, or the file cannot be read.
+        ConfigError: the file cannot be read.
     """
     prompts = list(given)
     if path is not None:
@@ -185,9 +198,6 @@ def read_prompts(given: list[str], path: str | None) -> list[str]:
             for place, line in enumerate(lines, 1)
             if line.strip()
         ]
-    if not prompts:
-        fix = "use --prompt TEXT (may be empty) or --prompts-file FILE"
-        raise ConfigError("--prompt", None, "must be given, or a file with prompts", fix)
     return prompts
 
 

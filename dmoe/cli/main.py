@@ -18,6 +18,7 @@ from dmoe import __version__
 from dmoe.cli import (
     checkpoint,
     configs,
+    data,
     evaluate,
     explain,
     generate,
@@ -93,6 +94,7 @@ for name, command in COMMANDS.items():
 app.add_typer(configs.app, name="configs")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(modules.app, name="modules")
+app.add_typer(data.app, name="data")
 
 
 def run() -> NoReturn:

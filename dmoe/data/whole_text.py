@@ -2,38 +2,55 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data.corpus import count_files
-from dmoe.data.dataset import DatasetSplits, open_data
-from dmoe.data.packing import HeldOutDataset, PackedDataset, domain_runs, token_chunks, token_hash
+from dmoe.data.dataset import open_data
+from dmoe.data.packing import PackedDataset, domain_runs, token_chunks, token_hash
+from dmoe.data.sequences.held_out import HeldOutDataset
+from dmoe.data.sequences.streams import fingerprint_of
+from dmoe.data.sequences.token_dataset import DatasetSplits
+from dmoe.data.sequences.token_masks import document_starts
 from dmoe.data.shard_index import is_shard_directory
 from dmoe.data.sources import read_corpus
+from dmoe.data.splits import record_fields
+from dmoe.data.token_files import is_token_file
 from dmoe.data.tokenizers import encoding_notes, open_tokenizer
+
+FIELD = "--data"
+"""What messages call the source."""
 
 
 def open_whole_text(config: DataConfig, seed: int, source: str) -> DatasetSplits:
     """Open a source with all of its documents in the held-out split; `train` is the same text.
 
-    Of shards and synthetic sequences, which are split already, the held-out split.
+    Of tokens that were prepared, of synthetic sequences and of conversations, which have splits of
+    their own, the held-out split.
 
     Args:
-        config: section `data` of a run: its tokenizer and seq_len are used.
+        config: section `data` of a run; its tokenizer, seq_len and fields of records are used.
         seed: of the run.
         source: as `data.source`.
 
     Raises:
         ConfigError: on `--data`, if it cannot be read or is shorter than one sequence.
     """
-    if source.startswith("synthetic:") or is_shard_directory(source):
-        own = replace(config, source=source, eval_source=None, temperature=None)
+    none: dict[str, Any] = {
+        "validation_source": None,
+        "eval_source": None,
+        "temperature": None,
+        "weights": {},
+    }
+    own = replace(config, source=source, **none)
+    is_split = source.startswith("synthetic:") or is_shard_directory(source)
+    if is_split or is_token_file(source) or config.format == "instruct":
         return open_data(own, seed)
-    tokenizer, corpus = open_tokenizer(config), read_corpus(source, "--data")
+    tokenizer, corpus = open_tokenizer(config), read_corpus(source, record_fields(own, FIELD))
     names = tuple(sorted(set(corpus.document_domains)))
     chunks = list(token_chunks(corpus.contents(), tokenizer))
     # The first chunk is the opening separator, which belongs to no document.
@@ -41,13 +58,23 @@ def open_whole_text(config: DataConfig, seed: int, source: str) -> DatasetSplits
     tokens = np.concatenate(chunks)
     if len(tokens) <= config.seq_len:
         allowed = f"has {len(tokens):,} tokens, and one sequence takes {config.seq_len + 1:,}"
-        raise ConfigError("--data", source, allowed, "name more text")
-    packed = PackedDataset([tokens], config.seq_len, seed, tokenizer.vocab_size, "held_out", runs)
+        raise ConfigError(FIELD, source, allowed, "name more text")
+    is_masked = bool(config.document_mask)
+    packed = PackedDataset(
+        [tokens],
+        config.seq_len,
+        seed,
+        tokenizer.vocab_size,
+        "held_out",
+        runs,
+        document_starts(tokens, tokenizer.separator),
+        is_masked,
+    )
     held_out = HeldOutDataset(packed)
     size, files = corpus.num_bytes / 1e6, count_files(len(corpus.documents))
-    notes = [*corpus.notes, *encoding_notes(corpus.contents(), tokenizer)]
     head = f"{source}: {files}, {size:.1f} MB, {held_out.num_sequences:,} sequences"
-    key = "\0".join([token_hash([tokens]), tokenizer.fingerprint, str(config.seq_len)])
-    fingerprint = hashlib.sha256(key.encode()).hexdigest()
-    summary = "; ".join([head, *notes])
-    return DatasetSplits(packed, held_out, tokenizer, fingerprint, summary, names)
+    notes = [head, *corpus.notes, *encoding_notes(corpus.contents(), tokenizer)]
+    digest = fingerprint_of(token_hash([tokens]), tokenizer.fingerprint, config.seq_len, is_masked)
+    return DatasetSplits(
+        packed, held_out, tokenizer, digest, "; ".join(notes), names, document_mask=is_masked
+    )

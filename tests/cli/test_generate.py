@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,6 +74,41 @@ def test_batch_file_stop_and_json(alone: Run, place: Path) -> None:
     plain = run_in_process("generate", "alone", *options, "--batch", "2", cwd=place).stdout
     assert "--- prompt 3 of 3\nx\ny" in plain
     assert f"# file{text}\n--- prompt 2" in plain
+
+
+def chatml(*messages: str) -> str:
+    """Write messages of user and assistant in turn, up to where an answer begins."""
+    roles = itertools.cycle(("user", "assistant"))
+    turns = [f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in zip(roles, messages)]
+    return "".join(turns) + "<|im_start|>assistant\n"
+
+
+def test_chat_writes_prompts_by_the_template(
+    alone: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As messages, and as the lines of stdin, whose turns see the turns before."""
+    greedy = ("--temperature", "0", "--tokens", "9")
+
+    def answer(*messages: str) -> str:
+        plain = ("--prompt", chatml(*messages), "--stop", "<|im_end|>", "--json")
+        result = run_in_process("generate", "alone", *plain, *greedy, cwd=place)
+        return json.loads(result.stdout)["text"]
+
+    chat = ("generate", "alone", "--chat", "--chat-template", "chatml", *greedy)
+    result = run_in_process(*chat, "--prompt", "hi", "--prompt", "ho", "--json", cwd=place)
+    assert result.returncode == 0, result.stderr
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["text"] for line in found] == [answer("hi"), answer("ho")]
+    assert run_in_process(*chat, "--prompt", "hi", cwd=place).stdout == answer("hi") + "\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\nmore\n"))
+    result = run_in_process(*chat, cwd=place)
+    first = answer("hi")
+    assert result.stdout == f"{first}\n{answer('hi', first, 'more')}\n"
+    for options, words in (
+        (("--chat", "--prompt", "hi"), ("data.chat_template", "chatml")),
+        (("--prompt", "hi", "--chat-template", "chatml"), ("--chat-template", "--chat")),
+    ):
+        refused(run_in_process("generate", "alone", *options, cwd=place), *words)
 
 
 def test_wrong_prompts_are_refused(alone: Run, place: Path) -> None:
