@@ -79,7 +79,10 @@ def test_batch_file_stop_and_json(alone: Run, place: Path) -> None:
 def chatml(*messages: str) -> str:
     """Write messages of user and assistant in turn, up to where an answer begins."""
     roles = itertools.cycle(("user", "assistant"))
-    turns = [f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in zip(roles, messages)]
+    turns = [
+        f"<|im_start|>{role}\n{text}<|im_end|>\n"
+        for role, text in zip(roles, messages, strict=False)
+    ]
     return "".join(turns) + "<|im_start|>assistant\n"
 
 
