@@ -93,15 +93,23 @@ def own_corpus(config: DataConfig) -> Corpus | None:
     field = "data.source"
     if parse(config.source, field) is None:
         return None
+    return corpus_of(list(own_documents(config)), field, label(config.source))
+
+
+def own_documents(config: DataConfig) -> Iterator[Document]:
+    """Yield the documents of a source of the user's own.
+
+    Raises ConfigError on data.source: something else than documents.
+    """
+    field = "data.source"
     source = construct(config.source, field, options=config.source_options, methods=("documents",))
-    given = list(source.documents())
-    for document in given:
+    for document in source.documents():
         if not isinstance(document, Document):
             allowed = (
                 f"documents() gives a {type(document).__name__}, not dmoe.data.corpus.Document"
             )
             raise ConfigError(field, label(config.source), allowed, "see docs/plugins.md")
-    return corpus_of(given, field, label(config.source))
+        yield document
 
 
 def corpus_of(given: list[Document], field: str, value: str) -> Corpus:

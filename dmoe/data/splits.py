@@ -40,7 +40,7 @@ def record_fields(config: DataConfig, origin: str = "data.source") -> RecordFiel
 def refuse_fields(config: DataConfig, names: Sequence[str], source: str) -> None:
     """Refuse fields of `data` that a source does not read. Raises ConfigError on the first."""
     for name in names:
-        if (value := getattr(config, name)) is not None:
+        if (value := getattr(config, name)) not in (None, {}):
             allowed = f"has no meaning for {source}"
             raise ConfigError(f"data.{name}", value, allowed, f"leave data.{name} out")
 
@@ -97,13 +97,11 @@ def split_documents(corpus: Corpus, config: DataConfig) -> Splits:
     keys = {document.split_key for document in held_out.documents}
     train = tuple(document for document in corpus.documents if document.split_key not in keys)
     if not train:
-        allowed = "holds every document of data.source, and leaves none for training"
-        fix = "name other files, or leave it out"
-        raise ConfigError("data.validation_source", source, allowed, fix)
+        raise no_training_error(source)
     count, size = count_documents(held_out.documents), held_out.num_bytes / 1e6
-    notes = [*corpus.notes, f"held out: {source}, {count}, {size:.1f} MB", *held_out.notes]
-    if removed := len(corpus.documents) - len(train):
-        notes.append(f"documents of data.validation_source left out of training ({removed})")
+    removed = len(corpus.documents) - len(train)
+    found = validation_notes(source, f"{count}, {size:.1f} MB", removed, held_out.notes)
+    notes = [*corpus.notes, *found]
     if config.holdout != DataConfig.holdout:
         notes.append(f"data.holdout={config.holdout:g} is not used")
     source_corpus = Corpus(train, tuple(notes))
@@ -122,26 +120,13 @@ def split_corpus(corpus: Corpus, holdout: float) -> tuple[Corpus, Corpus]:
     Of fewer than `FEW` documents the last `holdout` share of each is held out, and a note says so.
     Raises ConfigError on data.holdout: not between 0 and 1, or one split would be empty.
     """
-    if not 0 < holdout < 1:
-        raise ConfigError(
-            "data.holdout",
-            holdout,
-            "must be greater than 0 and less than 1",
-            "set data.holdout=0.05",
-        )
+    check_holdout(holdout)
     if len(corpus.documents) < FEW:
         return _cut_documents(corpus, holdout)
     fractions = [holdout_hash(document.split_key) for document in corpus.documents]
     train = tuple(d for d, f in zip(corpus.documents, fractions, strict=True) if f >= holdout)
     held_out = tuple(d for d, f in zip(corpus.documents, fractions, strict=True) if f < holdout)
-    if not held_out:
-        enough = math.ceil(min(fractions) * 1e4 + 1) / 1e4
-        fix = f"set data.holdout={enough:.4f}" if enough < 1 else "add more files"
-        raise _empty_split_error(holdout, "no", len(train), fix)
-    if not train:
-        raise _empty_split_error(
-            holdout, "every", len(held_out), f"set data.holdout={max(fractions) * 0.999:.4f}"
-        )
+    check_both_splits(holdout, len(train), len(held_out), (min(fractions), max(fractions)))
     return Corpus(train, corpus.notes), Corpus(held_out)
 
 
@@ -156,22 +141,13 @@ def _cut_documents(corpus: Corpus, holdout: float) -> tuple[Corpus, Corpus]:
         if cut < len(content):
             held_out.append(replace(document, content=content[cut:], group_key=key))
     count = len(corpus.documents)
-    if not held_out:
-        longest = max(len(document.content) for document in corpus.documents)
-        which = "the single document" if count == 1 else f"one of {count} documents"
-        raise ConfigError(
-            "data.holdout",
-            holdout,
-            f"must cut {which} of {longest} bytes{' at most' * (count > 1)} in two",
-            "use a longer text or a share nearer to 0.5",
-        )
-    note = f"one document: its last {holdout:.2%} held out"
-    if count > 1:
-        note = f"{count} documents, fewer than {FEW}: the last {holdout:.2%} of each held out"
+    longest = max(len(document.content) for document in corpus.documents)
+    check_some_cut(holdout, len(held_out), count, longest)
+    note = cut_note(count, holdout)
     return Corpus(tuple(train), (*corpus.notes, note)), Corpus(tuple(held_out))
 
 
-def cut_position(content: bytes, holdout: float) -> int:
+def cut_position(content: Sequence[int], holdout: float) -> int:
     """Return where the end of a document that is held out begins: never inside a character.
 
     The length of the document if it is too short for two parts.
@@ -182,6 +158,71 @@ def cut_position(content: bytes, holdout: float) -> int:
         if 0 < cut < len(content) and content[cut] & 0xC0 == 0x80:
             cut -= 1
     return cut if 0 < cut < len(content) else len(content)
+
+
+def check_holdout(holdout: float) -> None:
+    """Raise ConfigError on data.holdout if it is not between 0 and 1."""
+    if not 0 < holdout < 1:
+        raise ConfigError(
+            "data.holdout",
+            holdout,
+            "must be greater than 0 and less than 1",
+            "set data.holdout=0.05",
+        )
+
+
+def check_both_splits(
+    holdout: float, train: int, held_out: int, fractions: tuple[float, float]
+) -> None:
+    """Raise ConfigError on data.holdout if one split has no documents.
+
+    Args:
+        holdout: data.holdout.
+        train: documents to train on.
+        held_out: documents that are held out.
+        fractions: smallest and largest hash of all.
+    """
+    if not held_out:
+        enough = math.ceil(fractions[0] * 1e4 + 1) / 1e4
+        fix = f"set data.holdout={enough:.4f}" if enough < 1 else "add more files"
+        raise _empty_split_error(holdout, "no", train, fix)
+    if not train:
+        fix = f"set data.holdout={fractions[1] * 0.999:.4f}"
+        raise _empty_split_error(holdout, "every", held_out, fix)
+
+
+def check_some_cut(holdout: float, cut: int, count: int, longest: int) -> None:
+    """Raise ConfigError on data.holdout if none of `count` documents is long enough to be cut."""
+    if not cut:
+        which = "the single document" if count == 1 else f"one of {count} documents"
+        raise ConfigError(
+            "data.holdout",
+            holdout,
+            f"must cut {which} of {longest} bytes{' at most' * (count > 1)} in two",
+            "use a longer text or a share nearer to 0.5",
+        )
+
+
+def no_training_error(source: str) -> ConfigError:
+    """Return the error of a data.validation_source that holds all documents."""
+    allowed = "holds every document of data.source, and leaves none for training"
+    fix = "name other files, or leave it out"
+    return ConfigError("data.validation_source", source, allowed, fix)
+
+
+def cut_note(count: int, holdout: float) -> str:
+    """Say that the end of each of few documents is held out."""
+    if count == 1:
+        return f"one document: its last {holdout:.2%} held out"
+    return f"{count} documents, fewer than {FEW}: the last {holdout:.2%} of each held out"
+
+
+def validation_notes(source: str, size: str, removed: int, notes: Sequence[str] = ()) -> list[str]:
+    """Say what data.validation_source holds, and how many of it data.source has too."""
+    found = [f"held out: {source}, {size}", *notes]
+    if removed:
+        found.append(f"documents of data.validation_source left out of training ({removed})")
+    return found
 
 
 def _empty_split_error(holdout: float, which: str, count: int, fix: str) -> ConfigError:

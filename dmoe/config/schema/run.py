@@ -62,6 +62,13 @@ class DataConfig:
     validation_source: Optional[str] = None
     """Entries, as in source, that are the held-out split; data.holdout is then not used. A document
     that source has too is left out of training."""
+    format: Annotated[Literal["text", "instruct"], only_for("train.task", "language_modelling")] = (
+        "text"
+    )
+    """text; or instruct: conversations (messages, or prompt and completion), of which only the
+    answers are predicted (docs/instruct.md)."""
+    chat_template: Annotated[Optional[str], only_for("data.format", "instruct")] = None
+    """instruct: a file with a Jinja template, or chatml. Default: that of the tokenizer."""
     streams: Annotated[list[str], only_for("train.task", "classification")] = field(
         default_factory=list
     )
@@ -90,11 +97,20 @@ class DataConfig:
     holdout: Annotated[float, fraction("()", fix="use 0.05")] = 0.05
     """Share of the documents (of a table: samples) that is held out from training, chosen by a hash
     of their content. Of fewer than 50 documents: share of each, its end."""
+    document_mask: Annotated[Optional[bool], only_for("train.task", "language_modelling")] = None
+    """Documents that share a sequence do not see each other: attention and positions end at their
+    boundaries. Default: on for shards that hold the boundaries and for instruct, off for text.
+    instruct: off gives each conversation a sequence of its own."""
     temperature: Annotated[
         Optional[float], only_for("train.task", "language_modelling"), above(0)
     ] = None
     """Draw each sample's domain with p ~ n^(1/t), where n is its number of sequences: 1 is
     proportional to size, larger is flatter. Default: every sequence is read once per epoch."""
+    weights: Annotated[dict[str, float], only_for("train.task", "language_modelling")] = field(
+        default_factory=dict
+    )
+    """Share of each domain in the samples, in proportion, e.g. {code: 3, books: 1}; every domain of
+    source has one. Default: in proportion to their size, or as temperature says."""
     eval_source: Annotated[Optional[str], only_for("train.task", "language_modelling")] = None
     """Further entries, as in source, used only for evaluation."""
     source_options: dict[str, Any] = field(default_factory=dict)
