@@ -9,8 +9,8 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 282,
-    "product lines": 46_400,
+    "product files": 292,
+    "product lines": 48_000,
     "files of one MoE forward": 12,
     "files of one training step": 38,
     "files that name a router kind": 5,
