@@ -46,9 +46,11 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any
     return model.to(dtype)
 
 
-def tiny_directory(family: str, folder: Path, **changes: Any) -> str:
+def tiny_directory(
+    family: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any
+) -> str:
     """Save a tiny model and return its directory."""
-    model = tiny(family, **changes)
+    model = tiny(family, dtype, **changes)
     model.save_pretrained(folder)
     return str(folder)
 
