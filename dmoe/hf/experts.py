@@ -40,6 +40,8 @@ class MoefiedExperts:
 
     num_all_experts: int
     """E, over all ranks."""
+    first_expert: int
+    """Global id of the first local expert."""
 
     def forward(
         self,
@@ -76,6 +78,7 @@ class MoefiedExperts:
         """Keep only the experts of one rank; nothing to do if only they were loaded."""
         module = cast(nn.Module, self)
         owned = placement.experts[rank]
+        self.first_expert = owned[0]
         for name, whole in stacked_parameters(module).items():
             if len(whole) != self.num_all_experts:
                 assert len(whole) == len(owned), f"{name} has {len(whole)} of the experts"

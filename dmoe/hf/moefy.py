@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.rules.published import check_published_moe
 from dmoe.config.schema import BalanceConfig, CapacityConfig, MoEConfig
 from dmoe.config.schema.constraints import check_bounds, check_type, check_types
 from dmoe.hf.experts import MoefiedExperts, stacked_parameters
@@ -76,7 +77,7 @@ def moefy(
         num_experts = len(experts.down_proj)
         kinds: tuple[Any, Any] = type(block), type(experts)
         experts.__class__ = _mixed(MoefiedExperts, kinds[1])
-        experts.__dict__ |= {"owner": (block,), "num_all_experts": num_experts}
+        experts.__dict__ |= {"owner": (block,), "num_all_experts": num_experts, "first_expert": 0}
         layer: Any = block
         layer.__class__ = _mixed(MoefiedLayer, kinds[0], not hasattr(block, "router"))
         layer.facts, layer.record = facts, record
@@ -183,23 +184,7 @@ def _check_settings(capacity: CapacityConfig, balance: BalanceConfig, exchange: 
     config = MoEConfig(capacity=capacity, balance=balance, exchange=exchange)  # type: ignore[arg-type]
     check_types(config, "moe.")
     check_bounds(config, "moe.")
-    refuse_settings(config)
-
-
-def refuse_settings(moe: MoEConfig) -> None:
-    """Refuse what needs dmoe's own router. Raises ConfigError."""
-    if moe.exchange == "padded" and moe.capacity.factor is None:
-        why = "has fixed slots, and there is no capacity"
-        raise ConfigError("moe.exchange", "padded", why, "set moe.capacity.factor, or use packed")
-    if moe.capacity.overflow != "drop":
-        why = "needs a router that ranks its next choices; a published model's own does not"
-        raise ConfigError("moe.capacity.overflow", moe.capacity.overflow, why, "use drop")
-    if moe.capacity.renormalize:
-        why = "would change weights that a published model's router does not scale to a fixed sum"
-        raise ConfigError("moe.capacity.renormalize", True, why, "use false")
-    if moe.balance.load:
-        why = "needs the noisy router; a published model has its own"
-        raise ConfigError("moe.balance.load", moe.balance.load, why, "use moe.balance.switch")
+    check_published_moe(config)
 
 
 @cache
