@@ -22,8 +22,10 @@ from torch import Tensor
 from dmoe.checkpoint.manifest import read as read_manifest
 from dmoe.checkpoint.tensor_reader import TensorReader
 from dmoe.config.errors import CheckpointError, ConfigError
+from dmoe.config.published import read_config, source_directory
 from dmoe.hf.compare import compare_directories
-from dmoe.hf.disk_format import DiskFormat, build_on_meta
+from dmoe.hf.disk_format import DiskFormat
+from dmoe.hf.model import build_empty
 from dmoe.hf.published import (
     MAX_SHARD_BYTES,
     TORCH_DTYPES,
@@ -55,7 +57,7 @@ def export_checkpoint(
 
     Args:
         checkpoint: directory of one checkpoint.
-        source: directory of the published model that the run was trained from.
+        source: directory or hub name of the published model that the run was trained from.
         out: directory to create.
         max_shard_bytes: size of one file.
 
@@ -64,8 +66,8 @@ def export_checkpoint(
             is not what the source's files look like. Nothing is left at `out` then.
         ConfigError: `out` exists.
     """
-    published = PublishedDirectory(source)
-    model = build_on_meta(published)
+    published = PublishedDirectory(source_directory(str(source)))
+    model = build_empty(read_config(str(published.folder)), str(source))
     layout = DiskFormat(model, published)
     reader = TensorReader(checkpoint)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}

@@ -20,7 +20,8 @@ from dmoe.hf.compare import Comparison, compare_directories
 from dmoe.hf.disk_format import DiskFormat
 from dmoe.hf.published import PublishedDirectory
 from tests.cli.commands import run_in_process
-from tests.hf.tiny_hf import FAMILIES, save_tokenizer, tiny_directory, tokens
+from tests.hf.families import FAMILIES
+from tests.hf.tiny_hf import save_tokenizer, tiny_directory, tokens
 
 Tensors = dict[str, Tensor]
 MTP = "model.layers.61.eh_proj.weight"
@@ -247,7 +248,8 @@ def test_the_command_exports_and_verifies(
     source, checkpoint = trained["mixtral"]
     out = tmp_path / "out"
     done = run_in_process("checkpoint", "export", str(checkpoint), "--to", str(out), cwd=tmp_path)
-    assert done.returncode == 0 and "65 tensors in 1 file" in done.stdout, done
+    assert done.returncode == 0, done
+    assert "65 tensors in 1 file" in done.stdout
     again = run_in_process("checkpoint", "export", str(checkpoint), "--to", str(out), cwd=tmp_path)
     assert again.returncode == 2
     assert "exists and is not empty" in again.stderr
