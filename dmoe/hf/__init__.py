@@ -8,6 +8,7 @@ optional extra (`pip install 'dmoe[models]'`) and is imported only where it is n
 from dmoe.hf.layer import Forward
 from dmoe.hf.moefy import auxiliary_loss, forward_of, moefied_layers, moefy
 from dmoe.hf.plugin import ExpertCounts, expert_counts, register
+from dmoe.hf.save import save_pretrained
 
 __all__ = [
     "ExpertCounts",
@@ -18,4 +19,5 @@ __all__ = [
     "moefied_layers",
     "moefy",
     "register",
+    "save_pretrained",
 ]

@@ -72,7 +72,7 @@ def test_import_and_export_are_the_identity(family: str, tmp_path: Path) -> None
     )
     checkpoint = make_checkpoint(source, tmp_path / "checkpoints")
     out = tmp_path / "out"
-    done = export.export_checkpoint(checkpoint, source, out, max_shard_bytes=100_000)
+    done = export.export_checkpoint(checkpoint, source, out, max_shard_bytes=50_000)
     ours, theirs = weights(out), weights(source)
     assert ours.keys() == theirs.keys()
     assert all(
@@ -97,16 +97,6 @@ def test_import_and_export_are_the_identity(family: str, tmp_path: Path) -> None
     if family == "deepseek_v3":
         assert done.copied == [MTP]
         assert "copied from the source" in " ".join(done.notes)
-    if family == "mixtral":
-        tampered = ours | {"lm_head.weight": ours["model.embed_tokens.weight"]}
-        for file in out.glob("model*"):
-            file.unlink()
-        save_file(tampered, out / "model.safetensors")
-        found = compare_directories(PublishedDirectory(out), PublishedDirectory(source)).problems
-        assert any(
-            "lm_head.weight is a copy of" in problem or "is model.embed_tokens" in problem
-            for problem in found
-        )
 
 
 def swapped_gate_and_up(t: Tensors) -> Tensors:
