@@ -10,6 +10,7 @@ Letters: E experts, e local experts.
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -67,11 +68,15 @@ def save_pretrained(
         layout = DiskFormat(inner, PublishedDirectory(source_directory(named)))
         if mesh.rank == 0:
             reserve(out)
-    with ranks.all_or_none("save_pretrained"):
-        # a rank that cannot write goes on with the collectives, and fails at the end
-        _RankSaver(
-            inner, layout, mesh, ShardWriter(partial, f"{mesh.rank}-", max_shard_bytes)
-        ).run()
+    writer = ShardWriter(partial, f"{mesh.rank}-", max_shard_bytes)
+    try:
+        with ranks.all_or_none("save_pretrained"):
+            # a rank that cannot write goes on with the collectives, and fails at the end
+            _RankSaver(inner, layout, mesh, writer).run()
+    except CheckpointError:
+        if mesh.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     done = None
     with ranks.all_or_none("save_pretrained"):
         if mesh.rank == 0:

@@ -1,4 +1,4 @@
-"""`dmoe.hf.save_pretrained` on two and four ranks: each rank writes its own experts only."""
+"""`dmoe.hf.save_pretrained` on four ranks: each rank writes its own experts only."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def save_on_ranks(rank: int, world: int, folder: str) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for family in FAMILIES:
-        for mode, ep in (("ddp", 2), ("fsdp", 2)):
+        for mode, ep in (("ddp", 4), ("fsdp", 2)):
             model = AutoModelForCausalLM.from_pretrained(f"{folder}/{family}", dtype=torch.float32)
             whole = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
             parallel = dmoe.parallelize(dmoe.moefy(model), ep=ep, mode=mode)
@@ -63,11 +63,11 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("world", [2, 4])
-def test_each_rank_writes_its_own_experts(world: int, tmp_path: Path) -> None:
+def test_each_rank_writes_its_own_experts(tmp_path: Path) -> None:
     """The bytes of the source; no expert is gathered but in stacked families; all or nothing."""
     for family in FAMILIES:
         make_source(family, tmp_path / family, mtp=family == "deepseek_v3")
+    world = 4
     results = run_ranks(world, save_on_ranks, str(tmp_path), timeout=120)
     for family in FAMILIES:
         source = tensors(tmp_path / family)
