@@ -6,6 +6,8 @@ optional extra (`pip install 'dmoe[models]'`) and is imported only where it is n
 """
 
 from dmoe.hf.layer import Forward
+from dmoe.hf.lora import add_lora, merge_lora
+from dmoe.hf.lora_peft import load_lora, save_lora
 from dmoe.hf.moefy import auxiliary_loss, forward_of, moefied_layers, moefy
 from dmoe.hf.plugin import ExpertCounts, expert_counts, register
 from dmoe.hf.save import save_pretrained
@@ -13,11 +15,15 @@ from dmoe.hf.save import save_pretrained
 __all__ = [
     "ExpertCounts",
     "Forward",
+    "add_lora",
     "auxiliary_loss",
     "expert_counts",
     "forward_of",
+    "load_lora",
+    "merge_lora",
     "moefied_layers",
     "moefy",
     "register",
+    "save_lora",
     "save_pretrained",
 ]

@@ -26,6 +26,7 @@ from dmoe.distributed.mesh import ParallelMesh
 from dmoe.distributed.parallel_model import ParallelModel
 from dmoe.hf.disk_format import DiskFormat
 from dmoe.hf.export import Exported, as_in_source, commit, finish, partial_name, reserve
+from dmoe.hf.lora import is_lora
 from dmoe.hf.published import MAX_SHARD_BYTES, PublishedDirectory, ShardWriter, tensors_of_parts
 
 EXPERT_ID = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
@@ -54,10 +55,14 @@ def save_pretrained(
 
     Raises:
         CheckpointError: on every rank, if anything fails on any; `folder` is not created then.
-        ConfigError: the model names no source.
+        ConfigError: the model names no source, or has LoRA.
     """
     mesh = model.mesh if isinstance(model, ParallelModel) else ParallelMesh()
     inner = cast(Any, model.module if isinstance(model, ParallelModel) else model)
+    if any(map(is_lora, inner.state_dict(keep_vars=True))):
+        why = "has LoRA, which a published model's files cannot hold"
+        fix = "call dmoe.hf.save_lora(model, DIR), or dmoe.hf.merge_lora(model) first"
+        raise ConfigError("model", type(inner).__name__, why, fix)
     named = source or getattr(inner.config, "_name_or_path", "")
     if not named:
         why = "does not say from which directory it was loaded"
