@@ -30,10 +30,15 @@ def export(
             help="Directory or hub name of the published model. Default: the run's model.source."
         ),
     ] = None,
+    adapter: Annotated[
+        bool, typer.Option(help="Only the factors of model.lora, as a directory of peft.")
+    ] = False,
     max_shard: Annotated[int, typer.Option(help=SIZE_HELP, **integer(1))] = 4,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
     """Write a run's newest intact checkpoint in the format of the model it was trained from.
+
+    With model.lora, the factors are merged into the weights, or written alone by --adapter.
 
     The directory has the source's tokenizer, chat template and configs, and loads in transformers,
     vLLM and SGLang. It is compared with the source before it gets its name. Exit code 3 if the
@@ -49,6 +54,14 @@ def export(
     if named is None:
         fix = "give --source DIR, the directory of the published model"
         raise ConfigError("RUN", run, "was not trained from a model.source", fix)
+    if adapter:
+        from dmoe.hf.lora_peft import export_lora
+
+        tensors = export_lora(path, named, to)
+        print(
+            json.dumps({"path": to, "tensors": tensors}) if as_json else f"{tensors} factors: {to}"
+        )
+        return
     result = export_checkpoint(path, named, to, max_shard << 30)
     print(json.dumps(asdict(result), indent=2) if as_json else export_text(result))
 

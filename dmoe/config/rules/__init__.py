@@ -32,7 +32,7 @@ from dmoe.config.rules.parallel import (
     expert_parallel,
     shares_something,
 )
-from dmoe.config.rules.published import check_published
+from dmoe.config.rules.published import check_published, refuse_lora
 from dmoe.config.schema import Config
 from dmoe.config.schema.constraints import check_bounds, check_only_for, check_types
 from dmoe.config.secrets import refuse_secrets
@@ -70,6 +70,7 @@ def check(config: Config, world: int = 1) -> None:
     check_world(world)
     check_task(config)
     if config.model.source is None:
+        refuse_lora(config.model.lora)
         check_model(config)
         check_moe(config)
     else:
