@@ -63,8 +63,6 @@ class PublishedModel(Model):
             exchange=config.moe.exchange,
             virtual_ranks=virtual_ranks,
         )
-        self.notes: list[str] = []
-        """What the reader of the weights has to say."""
         self.train()
 
     @property
