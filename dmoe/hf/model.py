@@ -67,8 +67,6 @@ class PublishedModel(Model):
         lora = config.model.lora
         if lora.rank:
             add_lora(self.hf, lora.rank, lora.alpha, lora.targets or None)
-        self.notes: list[str] = []
-        """What the reader of the weights has to say."""
         self.train()
 
     @property

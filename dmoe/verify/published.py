@@ -57,9 +57,13 @@ WIDTHS = {
     "linear_num_value_heads": 4,
     "mamba_d_state": 4,
     "mamba_dt_rank": 4,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 8,
     "sliding_window": 8,
     "vocab_size_per_layer_input": 256,
-    "block_auto_adjust_ff_dim": False,
 }
 """Fields of the configs of transformers, and their value in the narrow model."""
 VOCAB_SIZE, MAX_EXPERTS, MAX_LAYERS = 256, 8, 6
@@ -101,7 +105,8 @@ def narrow(settings: Any) -> Any:
     """Return a narrow config of the same family: fewer layers, widths and experts, equal kinds."""
     text = settings.get_text_config()
     kept = _kept_layers(text)
-    total = text.num_hidden_layers
+    total, heads = text.num_hidden_layers, text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None)
     for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == total:
             setattr(text, name, [value[layer] for layer in kept])
@@ -109,9 +114,8 @@ def narrow(settings: Any) -> Any:
             setattr(text, name, WIDTHS[name])
     if getattr(text, "q_lora_rank", None):
         text.q_lora_rank = 16
-    heads = getattr(text, "num_key_value_heads", None)
-    if heads is not None:
-        text.num_key_value_heads = max(1, 4 * heads // (_heads(settings) or heads))
+    if kv_heads is not None:
+        text.num_key_value_heads = max(1, 4 * kv_heads // heads)
     if getattr(text, "num_kv_shared_layers", 0):
         text.num_kv_shared_layers = 0
     if getattr(text, "first_k_dense_replace", 0):
@@ -126,10 +130,6 @@ def narrow(settings: Any) -> Any:
         del text.quantization_config
     text._experts_implementation = "eager"
     return text
-
-
-def _heads(settings: Any) -> int:
-    return int(settings.get_text_config().num_attention_heads)
 
 
 def _kept_layers(text: Any) -> list[int]:
@@ -148,8 +148,8 @@ def _kept_layers(text: Any) -> list[int]:
 
 def _narrow_experts(text: Any) -> None:
     names = FIELD_NAMES["moe.num_experts"]
-    own = next(getattr(text, n) for n in names if isinstance(getattr(text, n, None), int))
-    experts = min(own, MAX_EXPERTS)
+    own = [v for n in names if isinstance(v := getattr(text, n, None), int)]
+    experts = min([MAX_EXPERTS, *own])
     groups = getattr(text, "n_group", None) or 1
     for name in names:
         if name in vars(text):
