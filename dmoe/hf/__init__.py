@@ -10,6 +10,7 @@ from dmoe.hf.lora import add_lora, merge_lora
 from dmoe.hf.lora_peft import load_lora, save_lora
 from dmoe.hf.moefy import auxiliary_loss, forward_of, moefied_layers, moefy
 from dmoe.hf.plugin import ExpertCounts, expert_counts, register
+from dmoe.hf.pooled_loss import pooled_auxiliary_loss
 from dmoe.hf.save import save_pretrained
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "merge_lora",
     "moefied_layers",
     "moefy",
+    "pooled_auxiliary_loss",
     "register",
     "save_lora",
     "save_pretrained",
