@@ -23,6 +23,8 @@ from dmoe.hf.published import PublishedDirectory
 FLOATS = ("F64", "F32", "F16", "BF16")
 ALIKE, UNLIKE = 0.9, 0.5
 """Cosines above and below which two tensors are the same, or not the same, for certain."""
+MIN_ELEMENTS = 64
+"""Of a tensor whose place is judged by a cosine: short vectors can be alike by chance."""
 LAYER = re.compile(r"(.*?\.\d+\.)")
 """Start of a name up to its layer's number."""
 CONFIG_FIELDS = ("model_type", "architectures", "tie_word_embeddings", "vocab_size")
@@ -125,7 +127,7 @@ def _compare_names(
 
 def _misplaced(name: str, value: Tensor, alike: float, source: PublishedDirectory) -> str | None:
     """Return a sentence if a tensor is unlike its own source and equal to something else there."""
-    if alike > UNLIKE or value.numel() < 2:
+    if alike > UNLIKE or value.numel() < MIN_ELEMENTS:
         return None
     for other, form, candidate in _candidates(name, source):
         if candidate.shape == value.shape and cosine(value, candidate) > ALIKE:

@@ -82,7 +82,8 @@ def export_checkpoint(
     reserve(Path(out))
     with commit(Path(out)) as folder:
         writer = ShardWriter(folder, max_bytes=max_shard_bytes)
-        names = [name for name in shapes if name in set(layout.known.values())]
+        known = set(layout.known.values())
+        names = [name for name in shapes if name in known]
         for name, value in converted(layout, names, read):
             writer.add(name, value)
         for name in layout.unknown:
