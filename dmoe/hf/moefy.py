@@ -193,7 +193,8 @@ def _check_experts(experts: Any, name: str) -> None:
 def _check_settings(capacity: CapacityConfig, balance: BalanceConfig, exchange: str) -> None:
     check_type("capacity", capacity, CapacityConfig)
     check_type("balance", balance, BalanceConfig)
-    config = MoEConfig(capacity=capacity, balance=balance, exchange=exchange)  # type: ignore[arg-type]
+    packing: Any = exchange
+    config = MoEConfig(capacity=capacity, balance=balance, exchange=packing)
     check_types(config, "moe.")
     check_bounds(config, "moe.")
     check_published_moe(config)
