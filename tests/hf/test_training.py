@@ -38,13 +38,20 @@ CASES = {
     "gpt_oss": [BALANCED, "moe.capacity.factor=0.75", "moe.capacity.group=sequence"],
     "deepseek_v3": ["moe.balance.switch=0", "moe.balance.bias=0.01"],
 }
-ON_RANKS = {
+SETTINGS = {
     "ddp": [],
     "recompute": ["train.recompute=true"],
     "fsdp": ["parallel.mode=fsdp"],
-    "padded": ["moe.exchange=padded"],
+    "padded": ["moe.exchange=padded", "parallel.mode=fsdp"],
 }
-"""Settings of two ranks that change no number."""
+"""Of two ranks; they change no number."""
+ON_RANKS = (
+    *(f"{family}-ddp" for family in CASES),
+    "mixtral-recompute",
+    "gpt_oss-padded",
+    "deepseek_v3-fsdp",
+)
+SAVED = ("mixtral-ddp", "deepseek_v3-fsdp")
 
 
 @dataclass
@@ -123,13 +130,10 @@ class counted_reads:
 
 def on_two_ranks(rank: int, world: int, folder: Path) -> dict[str, Trained]:
     found: dict[str, Trained] = {}
-    for family, settings in CASES.items():
-        for name, more in ON_RANKS.items():
-            if name == "padded" and not any("factor" in setting for setting in settings):
-                continue
-            config = config_of(folder, family, *more)
-            run = folder / f"{family}-{name}"
-            found[f"{family}-{name}"] = train(config, run, save=name in ("ddp", "fsdp"))
+    for case in ON_RANKS:
+        family, _, setting = case.partition("-")
+        config = config_of(folder, family, *SETTINGS[setting])
+        found[case] = train(config, folder / case, save=case in SAVED)
     found["mixtral-ddp"].error = without_dmoe(rank)
     return found
 
@@ -169,14 +173,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Trained]]:
     return found | {name: [rank[name] for rank in two] for name in two[0]}
 
 
-@pytest.mark.parametrize("family", CASES)
-@pytest.mark.parametrize("setting", ON_RANKS)
-def test_two_ranks_train_as_one(runs: dict[str, list[Trained]], family: str, setting: str) -> None:
-    name = f"{family}-{setting}"
-    if name not in runs:
-        assert setting == "padded", "only the padded exchange needs a capacity"
-        return
-    (one,), (two, _) = runs[family], runs[name]
+@pytest.mark.parametrize("case", ON_RANKS)
+def test_two_ranks_train_as_one(runs: dict[str, list[Trained]], case: str) -> None:
+    (one,), (two, _) = runs[case.partition("-")[0]], runs[case]
     np.testing.assert_allclose(two.losses, one.losses, rtol=2e-6)
     np.testing.assert_allclose(two.norms, one.norms, rtol=2e-5)
     assert two.kept == one.kept
