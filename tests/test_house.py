@@ -9,10 +9,10 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 228,
-    "product lines": 39_500,
-    "files of one MoE forward": 12,
-    "files of one training step": 37,
+    "product files": 243,
+    "product lines": 41_500,
+    "files of one MoE forward": 13,
+    "files of one training step": 38,
     "files that name a router kind": 5,
     "largest package, share of lines": 0.15,
     "files in a folder, at most": 22,

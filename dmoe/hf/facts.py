@@ -85,6 +85,7 @@ SIGMOID_ROUTERS = frozenset(
         "KimiLinearTopkRouter",
         "Kolibri1TopKRouter",
         "LagunaTopKRouter",
+        "Llama4Router",
         "Lfm2MoeTopKRouter",
         "MiMoV2FlashTopkRouter",
         "MiniMaxM2TopKRouter",

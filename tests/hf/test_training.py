@@ -13,6 +13,8 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
+import dmoe
+from dmoe.config.errors import ConfigError
 from dmoe.config.load import load
 from dmoe.config.schedule import learning_rate
 from dmoe.config.schema import Config
@@ -36,13 +38,20 @@ CASES = {
     "gpt_oss": [BALANCED, "moe.capacity.factor=0.75", "moe.capacity.group=sequence"],
     "deepseek_v3": ["moe.balance.switch=0", "moe.balance.bias=0.01"],
 }
-ON_RANKS = {
+SETTINGS = {
     "ddp": [],
     "recompute": ["train.recompute=true"],
     "fsdp": ["parallel.mode=fsdp"],
-    "padded": ["moe.exchange=padded"],
+    "padded": ["moe.exchange=padded", "parallel.mode=fsdp"],
 }
-"""Settings of two ranks that change no number."""
+"""Of two ranks; they change no number."""
+ON_RANKS = (
+    *(f"{family}-ddp" for family in CASES),
+    "mixtral-recompute",
+    "gpt_oss-padded",
+    "deepseek_v3-fsdp",
+)
+SAVED = ("mixtral-ddp", "deepseek_v3-fsdp")
 
 
 @dataclass
@@ -55,6 +64,8 @@ class Trained:
     state: Capture
     read: int = 0
     """Elements of experts that were read from the files."""
+    error: str = ""
+    """Of plain DDP."""
 
 
 def config_of(folder: Path, family: str, *more: str) -> Config:
@@ -118,32 +129,37 @@ class counted_reads:
 
 
 def on_two_ranks(rank: int, world: int, folder: Path) -> dict[str, Trained]:
-    found = {}
-    for family, settings in CASES.items():
-        for name, more in ON_RANKS.items():
-            if name == "padded" and not any("factor" in setting for setting in settings):
-                continue
-            config = config_of(folder, family, *more)
-            run = folder / f"{family}-{name}"
-            found[f"{family}-{name}"] = train(config, run, save=name in ("ddp", "fsdp"))
-    found["resumed"] = train(config_of(folder, "mixtral"), folder / "one", resume=True)
+    found: dict[str, Trained] = {}
+    for case in ON_RANKS:
+        family, _, setting = case.partition("-")
+        config = config_of(folder, family, *SETTINGS[setting])
+        found[case] = train(config, folder / case, save=case in SAVED)
+    found["mixtral-ddp"].error = without_dmoe(rank)
     return found
 
 
 def on_one(rank: int, world: int, folder: Path) -> dict[str, Trained]:
-    found = {family: train(config_of(folder, family), folder / family) for family in CASES}
-    found["saved"] = train(config_of(folder, "mixtral"), folder / "one", save=True)
-    config = config_of(folder, "mixtral")
-    found["uninterrupted"] = train(config, folder / "one", resume=True)
+    """Train each family, then go on after the checkpoints of two ranks and of this process."""
+    found = {
+        family: train(config_of(folder, family), folder / family, save=family != "gpt_oss")
+        for family in CASES
+    }
+    for name in ("mixtral", "mixtral-ddp", "deepseek_v3", "deepseek_v3-fsdp"):
+        config = config_of(folder, name.partition("-")[0])
+        found[f"{name}, resumed"] = train(config, folder / name, resume=True)
     return found
 
 
-def resumed_on_one(rank: int, world: int, folder: Path) -> dict[str, Trained]:
-    names = ("mixtral-ddp", "deepseek_v3-fsdp")
-    return {
-        name: train(config_of(folder, name.partition("-")[0]), folder / name, resume=True)
-        for name in names
-    }
+def without_dmoe(rank: int) -> str:
+    """Train a moefied model in plain DDP, as a trainer of others would; return the error."""
+    model: Any = dmoe.moefy(tiny("mixtral", torch.float32))
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    ids = torch.randint(3, 97, (2, 8), generator=torch.Generator().manual_seed(rank))
+    try:
+        wrapped(input_ids=ids, labels=ids, use_cache=False)
+    except ConfigError as error:
+        return str(error)
+    return "trained wrong in silence"
 
 
 @pytest.fixture(scope="module")
@@ -151,22 +167,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Trained]]:
     folder = tmp_path_factory.mktemp("published")
     for family in CASES:
         tiny(family, torch.float32, vocab_size=256).save_pretrained(folder / family)
-    one = run_ranks(1, on_one, folder, timeout=300)
     two = run_ranks(2, on_two_ranks, folder, timeout=300)
-    back = run_ranks(1, resumed_on_one, folder, timeout=300)
-    found = {name: [trained] for name, trained in one[0].items()}
-    found |= {name: [rank[name] for rank in two] for name in two[0]}
-    return found | {f"{name} on one": [trained] for name, trained in back[0].items()}
+    (one,) = run_ranks(1, on_one, folder, timeout=300)
+    found = {name: [trained] for name, trained in one.items()}
+    return found | {name: [rank[name] for rank in two] for name in two[0]}
 
 
-@pytest.mark.parametrize("family", CASES)
-@pytest.mark.parametrize("setting", ON_RANKS)
-def test_two_ranks_train_as_one(runs: dict[str, list[Trained]], family: str, setting: str) -> None:
-    name = f"{family}-{setting}"
-    if name not in runs:
-        assert setting == "padded", "only the padded exchange needs a capacity"
-        return
-    (one,), (two, _) = runs[family], runs[name]
+@pytest.mark.parametrize("case", ON_RANKS)
+def test_two_ranks_train_as_one(runs: dict[str, list[Trained]], case: str) -> None:
+    (one,), (two, _) = runs[case.partition("-")[0]], runs[case]
     np.testing.assert_allclose(two.losses, one.losses, rtol=2e-6)
     np.testing.assert_allclose(two.norms, one.norms, rtol=2e-5)
     assert two.kept == one.kept
@@ -204,9 +213,14 @@ def test_the_bias_of_the_choice_is_moved(runs: dict[str, list[Trained]]) -> None
 
 
 def test_checkpoints_go_on_at_another_ep_size(runs: dict[str, list[Trained]]) -> None:
-    """Written by one and read by two ranks, and the other way, also from FSDP2."""
-    expected = runs["uninterrupted"][0]
-    for rank in runs["resumed"]:
-        np.testing.assert_allclose(rank.losses, expected.losses, rtol=2e-6)
-    np.testing.assert_allclose(runs["mixtral-ddp on one"][0].losses, expected.losses, rtol=2e-6)
-    assert all(np.isfinite(runs["deepseek_v3-fsdp on one"][0].losses))
+    """Written by two ranks, in DDP and FSDP2, and read by one that has all experts."""
+    for family, name in (("mixtral", "mixtral-ddp"), ("deepseek_v3", "deepseek_v3-fsdp")):
+        expected, resumed = runs[f"{family}, resumed"][0], runs[f"{name}, resumed"][0]
+        np.testing.assert_allclose(resumed.losses, expected.losses, rtol=2e-6)
+        assert resumed.kept == expected.kept
+
+
+def test_plain_ddp_around_a_moefied_model_is_an_error(runs: dict[str, list[Trained]]) -> None:
+    """It would average the experts of different ranks, and count no expert twice in the norm."""
+    for rank in runs["mixtral-ddp"]:
+        assert "plain DDP gives wrong gradients" in rank.error
