@@ -225,12 +225,21 @@ def rank_parameters(
         if _counts(layer.experts, ids)
     ]
     of_modules = sum(p.numel() // setting.ep for bank in banks for p in bank.parameters())
-    return dense, _largest_share(setting, moe_layers) + of_modules
+    partly = [layer for layer in moe_layers if not _all_counted(layer.experts, ids)]
+    whole = [layer for layer in moe_layers if _all_counted(layer.experts, ids)]
+    of_parts = sum(
+        p.numel() // setting.ep for o in partly for p in o.experts.parameters() if id(p) in ids
+    )
+    return dense, _largest_share(setting, whole) + of_parts + of_modules
 
 
 def _counts(experts: nn.Module, ids: set[int]) -> bool:
-    """Return whether a layer's experts or modules are counted: always all of them or none."""
+    """Return whether a layer's experts or modules are counted, or their factors of LoRA."""
     return any(id(p) in ids for p in experts.parameters())
+
+
+def _all_counted(experts: nn.Module, ids: set[int]) -> bool:
+    return all(id(p) in ids for p in experts.parameters())
 
 
 def _largest_share(setting: Setting, moe_layers: list[MoELayer]) -> int:
