@@ -9,7 +9,7 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 243,
+    "product files": 244,
     "product lines": 41_500,
     "files of one MoE forward": 13,
     "files of one training step": 38,

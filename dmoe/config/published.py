@@ -202,8 +202,9 @@ def _download(source: str, name: str | None) -> Path:
             return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
         return Path(huggingface_hub.hf_hub_download(source, name))
     except Exception as error:
-        if name == TOKENIZER and type(error).__name__ == "EntryNotFoundError":
+        kind = type(error).__name__
+        if name == TOKENIZER and "EntryNotFound" in kind and not kind.startswith("Local"):
             return None  # type: ignore[return-value]
-        allowed = f"is no directory here, and not to be had from the hub ({type(error).__name__})"
+        allowed = f"is no directory here, and not to be had from the hub ({kind})"
         fix = "download it where there is a network, and name its directory"
         raise ConfigError("model.source", source, allowed, fix) from None

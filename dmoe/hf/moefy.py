@@ -82,7 +82,7 @@ def moefy(
         layer.layer, layer.num_experts, layer.num_zero_cost = index, num_experts, 0
         layer.top_k, layer.virtual_ranks = top_k, virtual_ranks
         layer.capacity, layer.balance = capacity, balance
-        layer.placement, layer.cost_E = experts.placement(1), (1 / num_experts,) * num_experts
+        layer.placement, layer.cost_E = experts.placement(1), experts.cost
         layer.names_E = tuple(f"expert {e}" for e in range(num_experts))
         layer.packed, layer.comm, layer.masks = PackedLocal(), NoComm(), MaskAgreement()
         layer.padded = PaddedLocal() if exchange == "padded" else None

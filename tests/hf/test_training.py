@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,14 @@ SETTINGS = {
     "ddp": [],
     "recompute": ["train.recompute=true"],
     "fsdp": ["parallel.mode=fsdp"],
+    "whole": [],
     "padded": ["moe.exchange=padded", "parallel.mode=fsdp"],
 }
 """Of two ranks; they change no number."""
 ON_RANKS = (
     *(f"{family}-ddp" for family in CASES),
     "mixtral-recompute",
+    "mixtral-whole",
     "gpt_oss-padded",
     "deepseek_v3-fsdp",
 )
@@ -128,12 +131,18 @@ class counted_reads:
         self.patch.stop()
 
 
+def whole_files() -> AbstractContextManager[object]:
+    """Read all experts on every rank, as before transformers 5.23 and from FP8 files."""
+    return patch("dmoe.hf.load._reading_own_experts", lambda kind, group: (kind, {}))
+
+
 def on_two_ranks(rank: int, world: int, folder: Path) -> dict[str, Trained]:
     found: dict[str, Trained] = {}
     for case in ON_RANKS:
         family, _, setting = case.partition("-")
         config = config_of(folder, family, *SETTINGS[setting])
-        found[case] = train(config, folder / case, save=case in SAVED)
+        with whole_files() if setting == "whole" else nullcontext():
+            found[case] = train(config, folder / case, save=case in SAVED)
     found["mixtral-ddp"].error = without_dmoe(rank)
     return found
 
