@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dmoe.hf.published import PublishedDirectory
+from dmoe.hf.published import BLOCKS, SCALES, PublishedDirectory
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 ALIKE, UNLIKE = 0.9, 0.5
@@ -113,14 +113,14 @@ def _compare_config(
 def _compare_names(
     found: PublishedDirectory, source: PublishedDirectory, result: Comparison
 ) -> None:
-    missing = source.tensors.keys() - found.tensors.keys()
-    if source.quantized:
-        missing = {n for n in missing if source.tensors[n].dtype in FLOATS and "_scale" not in n}
+    expected = set(source.tensors)
+    if source.quantized and not found.quantized:
+        expected = {n.removesuffix(BLOCKS) for n in expected if not n.endswith(SCALES)}
     for where, names in (
-        ("missing", missing),
-        ("new", found.tensors.keys() - source.tensors.keys()),
+        ("missing", expected - found.tensors.keys()),
+        ("new", found.tensors.keys() - expected),
     ):
-        if names and not (where == "new" and source.quantized):
+        if names:
             first = sorted(names)[0]
             result.problems.append(f"{first} is {where}; {len(names)} tensors are")
 

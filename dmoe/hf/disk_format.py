@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dmoe.hf.published import PublishedDirectory
+from dmoe.config.errors import CheckpointError
+from dmoe.hf.published import BLOCKS, SCALES, PublishedDirectory
 
 
 class DiskFormat:
@@ -30,6 +31,9 @@ class DiskFormat:
         Args:
             model: of transformers; may be on the meta device, and in any expert sharding.
             source: the directory whose format is meant.
+
+        Raises:
+            CheckpointError: the source lacks a tensor of the model.
         """
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
@@ -44,17 +48,23 @@ class DiskFormat:
         renamings = [one for one in every if isinstance(one, WeightRenaming)]
         converters = [one for one in every if isinstance(one, WeightConverter)]
         self.known, self.unknown = {}, []
-        for name in source.tensors:
+        for stored in source.tensors:
+            # the codes of MXFP4 are at another name than the weights that they stand for
+            name = stored.removesuffix(BLOCKS) if source.quantized else stored
             target, _ = rename_source_key(
                 name, renamings, converters, model.base_model_prefix, state
             )
             if target in state:
                 self.known[name] = target
             else:
-                self.unknown.append(name)
+                self.unknown.append(stored)
         if source.quantized:
             # scales belong to the weights beside them, and are gone once these are dequantized
             self.unknown = [name for name in self.unknown if not name.endswith(SCALES)]
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        if lacking := sorted(state.keys() - {*self.known.values()} - tied):
+            why = "has no tensor for it, so that it cannot be exported in the source's format"
+            raise CheckpointError(f"{source.folder}: {lacking[0]}: {why}")
         self._used = [one for one in every if one.was_used()]
         reverse = [one.reverse_transform() for one in self._used[::-1]]
         self._reverse_converters = [one for one in reverse if isinstance(one, WeightConverter)]
@@ -85,7 +95,3 @@ class DiskFormat:
         finally:
             self.model._weight_conversions = before
         return reverted
-
-
-SCALES = ("_scale_inv", "_scale", "_scales", "_blocks")
-"""Endings of the names of a quantized source's scales."""

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dmoe.checkpoint.manifest import read as read_manifest
 from dmoe.checkpoint.tensor_reader import TensorReader
 from dmoe.config.errors import CheckpointError, ConfigError
 from dmoe.config.published import read_config, source_directory
-from dmoe.hf.compare import compare_directories
+from dmoe.hf.compare import FLOATS, compare_directories
 from dmoe.hf.disk_format import DiskFormat
 from dmoe.hf.experts import FACTOR_A, FACTOR_B
 from dmoe.hf.lora import delta
@@ -87,7 +88,7 @@ def export_checkpoint(
         for name, value in converted(layout, names, read):
             writer.add(name, value)
         for name in layout.unknown:
-            writer.add(name, published.read(name))
+            writer.add(name, as_in_source(layout, name, published.read(name)))
         writer.flush()
         return finish(folder, Path(out), tensors_of_parts(folder), layout)
 
@@ -113,12 +114,15 @@ def converted(
 def as_in_source(layout: DiskFormat, name: str, value: Tensor) -> Tensor:
     """Return a tensor of a file in the dtype of the source's; bfloat16 for a quantized source."""
     facts = layout.source.tensors.get(name)
+    quantized = layout.source.quantized and (facts is None or facts.dtype not in FLOATS)
+    if quantized and name in layout.known:
+        return value.to(torch.bfloat16)
     if facts is None:
-        raise CheckpointError(
-            f"{layout.source.folder}: has no tensor {name!r}; it cannot be exported"
-        )
-    quantized = layout.source.quantized and facts.dtype not in ("BF16", "F16", "F32", "F64")
-    return value.to(TORCH_DTYPES["BF16" if quantized else facts.dtype])
+        raise CheckpointError(f"{layout.source.folder}: has no tensor {name!r} to export")
+    if facts.dtype not in TORCH_DTYPES:
+        why = f"is {facts.dtype} and unknown to the class, and cannot be copied beside bfloat16"
+        raise CheckpointError(f"{layout.source.folder}: {name!r} {why}")
+    return value.to(TORCH_DTYPES[facts.dtype])
 
 
 def finish(folder: Path, out: Path, parts: Mapping[str, list[str]], layout: DiskFormat) -> Exported:

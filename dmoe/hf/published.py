@@ -23,6 +23,10 @@ from dmoe.config.errors import CheckpointError
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 """Endings of files that hold weights; every other file of a source belongs to the model too."""
+SCALES = ("_scale_inv", "_scale", "_scales")
+"""Endings of the names of a quantized model's scales."""
+BLOCKS = "_blocks"
+"""Ending of the names of MXFP4 codes; the weights that they stand for are called without it."""
 MAX_SHARD_BYTES = 4 << 30
 TORCH_DTYPES = {name: getattr(torch, torch_name) for name, torch_name in DTYPES.items()}
 

@@ -267,3 +267,53 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(
     with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
         export.export_checkpoint(checkpoint, tmp_path, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def quantize(source: Path, method: str) -> None:
+    """Replace experts' weights by codes and scales as FP8 and MXFP4 files have them (of no use)."""
+    tensors: Tensors = {}
+    for name, value in weights(source).items():
+        if method == "fp8" and ".experts." in name:
+            tensors[name] = value.to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = torch.ones(1, 1)
+        elif method == "mxfp4" and name.endswith(("gate_up_proj", "down_proj")):
+            tensors[f"{name}_blocks"] = torch.zeros(8, 4, 1, 16, dtype=torch.uint8)
+            tensors[f"{name}_scales"] = torch.zeros(8, 4, 1, dtype=torch.uint8)
+        else:
+            tensors[name] = value
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    quantization = {"quant_method": method, "weight_block_size": [128, 128]}
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+
+
+@pytest.mark.parametrize(("method", "family"), [("fp8", "mixtral"), ("mxfp4", "gpt_oss")])
+def test_a_quantized_source_is_exported_as_bfloat16(
+    method: str, family: str, tmp_path: Path
+) -> None:
+    """All weights are there, none is quantized, the config does not say so, and the user is told."""
+    source = make_source(family, tmp_path / "source", dtype=torch.bfloat16)
+    before = weights(source)
+    checkpoint = make_checkpoint(source, tmp_path / "checkpoints")
+    quantize(source, method)
+    done = export.export_checkpoint(checkpoint, source, tmp_path / "out")
+    assert "the source is quantized; the export is bfloat16" in done.notes
+    ours = weights(tmp_path / "out")
+    assert ours.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in ours.items())
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    del ours["model.layers.1.input_layernorm.weight"]
+    lost = next(name for name in ours if ".experts." in name)
+    del ours[lost]
+    save_file(ours, tmp_path / "out" / "model.safetensors")
+    found = compare_directories(PublishedDirectory(tmp_path / "out"), PublishedDirectory(source))
+    assert "2 tensors are" in found.problems[0]
+
+
+def test_a_source_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
+    source = make_source("mixtral", tmp_path / "source")
+    checkpoint = make_checkpoint(source, tmp_path / "checkpoints")
+    kept = {n: v for n, v in weights(source).items() if "w2" not in n}
+    save_file(kept, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"experts\.down_proj: has no tensor for it"):
+        export.export_checkpoint(checkpoint, source, tmp_path / "out")
