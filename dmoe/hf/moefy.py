@@ -20,7 +20,7 @@ from dmoe.config.rules.published import check_published_moe
 from dmoe.config.schema import BalanceConfig, CapacityConfig, MoEConfig
 from dmoe.config.schema.constraints import check_bounds, check_type, check_types
 from dmoe.hf.experts import MoefiedExperts, stacked_parameters
-from dmoe.hf.facts import BlockFacts, block_facts, find_bias
+from dmoe.hf.facts import BlockFacts, bias_as_buffer, block_facts, find_bias
 from dmoe.hf.layer import Forward, MoefiedLayer
 from dmoe.hf.llama4 import Llama4Experts, Llama4Layer, check_llama4
 from dmoe.moe.base_layer import MoELayer
@@ -88,6 +88,8 @@ def moefy(
         layer.padded = PaddedLocal() if exchange == "padded" else None
         layer.pending_counts = PendingCounts() if balance.bias else None
         facts.logits.register_forward_hook(layer.keep_logits)
+        if balance.bias:
+            bias_as_buffer(block, facts.router, num_experts)
     model.__dict__["dmoe_forward"] = record
     model.register_forward_pre_hook(_begin, with_kwargs=True)
     model.register_forward_hook(_end, always_call=True)

@@ -38,6 +38,7 @@ CASES = {
     "mixtral": [BALANCED, "moe.capacity.factor=1.0", "moe.capacity.group=global"],
     "gpt_oss": [BALANCED, "moe.capacity.factor=0.75", "moe.capacity.group=sequence"],
     "deepseek_v3": ["moe.balance.switch=0", "moe.balance.bias=0.01"],
+    "ernie4_5_moe": ["moe.balance.switch=0", "moe.balance.bias=0.01"],
 }
 SETTINGS = {
     "ddp": [],
@@ -48,13 +49,15 @@ SETTINGS = {
 }
 """Of two ranks; they change no number."""
 ON_RANKS = (
-    *(f"{family}-ddp" for family in CASES),
+    "mixtral-ddp",
+    "gpt_oss-ddp",
+    "deepseek_v3-ddp",
     "mixtral-recompute",
     "mixtral-whole",
     "gpt_oss-padded",
-    "deepseek_v3-fsdp",
+    "ernie4_5_moe-fsdp",
 )
-SAVED = ("mixtral-ddp", "deepseek_v3-fsdp")
+SAVED = ("mixtral-ddp", "ernie4_5_moe-fsdp")
 
 
 @dataclass
@@ -153,7 +156,7 @@ def on_one(rank: int, world: int, folder: Path) -> dict[str, Trained]:
         family: train(config_of(folder, family), folder / family, save=family != "gpt_oss")
         for family in CASES
     }
-    for name in ("mixtral", "mixtral-ddp", "deepseek_v3", "deepseek_v3-fsdp"):
+    for name in ("mixtral", "mixtral-ddp", "ernie4_5_moe", "ernie4_5_moe-fsdp"):
         config = config_of(folder, name.partition("-")[0])
         found[f"{name}, resumed"] = train(config, folder / name, resume=True)
     return found
@@ -207,7 +210,12 @@ def test_a_rank_reads_its_own_experts_only(runs: dict[str, list[Trained]], famil
         and "shared" not in key
     ]
     assert len(experts) >= 2
-    for rank in runs[f"{family}-ddp"]:
+    (ranks,) = [
+        runs[case]
+        for case in ON_RANKS
+        if case in (f"{family}-ddp", "ernie4_5_moe-fsdp") and case.startswith(family)
+    ]
+    for rank in ranks:
         assert rank.read == sum(experts) // 2
     assert runs[family][0].read == 0, "one process reads everything at once"
 
@@ -223,7 +231,7 @@ def test_the_bias_of_the_choice_is_moved(runs: dict[str, list[Trained]]) -> None
 
 def test_checkpoints_go_on_at_another_ep_size(runs: dict[str, list[Trained]]) -> None:
     """Written by two ranks, in DDP and FSDP2, and read by one that has all experts."""
-    for family, name in (("mixtral", "mixtral-ddp"), ("deepseek_v3", "deepseek_v3-fsdp")):
+    for family, name in (("mixtral", "mixtral-ddp"), ("ernie4_5_moe", "ernie4_5_moe-fsdp")):
         expected, resumed = runs[f"{family}, resumed"][0], runs[f"{name}, resumed"][0]
         np.testing.assert_allclose(resumed.losses, expected.losses, rtol=2e-6)
         assert resumed.kept == expected.kept
