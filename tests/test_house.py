@@ -9,8 +9,8 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 244,
-    "product lines": 41_500,
+    "product files": 257,
+    "product lines": 44_000,
     "files of one MoE forward": 13,
     "files of one training step": 38,
     "files that name a router kind": 5,

@@ -17,6 +17,7 @@ from dmoe.config.router_kinds import router_spec
 from dmoe.config.schedule import describe_optimizer, describe_schedule
 from dmoe.config.schema import BalanceConfig, CapacityConfig, Config, MoEConfig
 from dmoe.report.format import plural
+from dmoe.report.trained_part import describe_trained_part
 
 EXCHANGE = {
     "packed": "Packed: the row counts are exchanged first, then exactly the rows that exist.",
@@ -295,11 +296,3 @@ def optimizer_sentences(config: Config) -> list[str]:
         *describe_optimizer(config.optim),
         *describe_trained_part(config),
     ]
-
-
-def describe_trained_part(config: Config) -> list[str]:
-    """Say what is trained if it is not the whole model."""
-    lora, patterns = config.model.lora, config.optim.trainable
-    parts = [f"low-rank factors of rank {lora.rank} (LoRA)"] if lora.rank else []
-    parts += [f"parameters named {', '.join(patterns)}"] if patterns else []
-    return [f"Trained: {' and '.join(parts)}; all else keeps its values."] if parts else []
