@@ -52,7 +52,9 @@ def test_two_ranks_have_the_losses_and_weights_of_one_process(tmp_path: Path) ->
     for script in SCRIPTS:
         one, two = (tmp_path / f"{script}{world}" for world in (1, 2))
         losses = [json.loads((out / "losses.json").read_text()) for out in (one, two)]
-        assert losses[0] == pytest.approx(losses[1], abs=5e-6)
+        assert losses[0][0] == pytest.approx(losses[1][0], abs=2e-6)
+        # AdamW divides small gradients by their own size, and so their rounding too
+        assert losses[0] == pytest.approx(losses[1], abs=3e-5)
         assert losses[0][-1] < losses[0][0] - 0.5
         name = "adapter_model.safetensors" if script == "lora_sft.py" else "model.safetensors"
         weights = [load_file(out / name) for out in (one, two)]
