@@ -55,7 +55,7 @@ def rounds_of(
         result = update(engine, compute_gradients(engine, batches, recorder=recorder), 1e-3)
         if logged:
             values = telemetry.train_record(
-                result, tokens=0, learning_rate=1e-3, seconds=1.0, steps=1
+                result, tokens=0, learning_rate=1e-3, seconds=1.0, interval_tokens=1
             )
             telemetry.alerts.check(values)
             file.write("train", number, values)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 257,
-    "product lines": 44_000,
+    "product files": 290,
+    "product lines": 47_500,
     "files of one MoE forward": 13,
-    "files of one training step": 38,
+    "files of one training step": 39,
     "files that name a router kind": 5,
-    "largest package, share of lines": 0.15,
+    "largest package, share of lines": 0.19,
     "files in a folder, at most": 22,
     "field words that name nothing": 5,
     "lines over 100 columns": 0,

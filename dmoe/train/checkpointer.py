@@ -53,6 +53,8 @@ class Checkpointer:
         self.saver = AsyncSaver(run.checkpoints, config.keep, self.group, config.asynchronous)
         self.last_saved_step = -1
         """The last step that was passed to `save`, or restored."""
+        self.tokens = 0
+        """Tokens of all steps until now, without padding: of this process and those before it."""
         self.notes: list[str] = []
         """Notes of `resume`: what the new config redefines, and what could not be restored."""
 
@@ -144,6 +146,7 @@ class Checkpointer:
             self.notes.append(note)
         self.step_guard.load_state_dict(extra.get("guard"))
         self.last_saved_step = int(extra["step"])
+        self.tokens = int(extra["tokens"])
         return self.last_saved_step
 
     def _extra(self, step: int) -> dict[str, Any]:
@@ -151,7 +154,7 @@ class Checkpointer:
         engine, scaler = self.engine, self.engine.accelerator.scaler
         return {
             "step": step,
-            "tokens": step * engine.targets_per_step,
+            "tokens": self.tokens,
             "config": asdict(engine.config),
             "topology": {
                 "world": engine.process.world_size,

@@ -33,7 +33,6 @@ from dmoe.models.base import Model
 from dmoe.models.layers import dense_hidden_dim
 from dmoe.moe.experts import FeedForward, MLPExperts
 from dmoe.moe.layer import MoE
-from dmoe.moe.routing import TokenContext
 from dmoe.runs.directory import RunDir
 from dmoe.train.optimizer import build_optimizer
 from dmoe.train.restore import RestoredModel, restore_model
@@ -232,7 +231,7 @@ def _max_logit_difference(
     available = data.held_out.num_sequences
     count = NUM_CHECK_SEQUENCES if available is None else min(NUM_CHECK_SEQUENCES, available)
     samples = task.samples(data.held_out, 0, count)
-    context = TokenContext(label_T=samples.label_B.repeat_interleave(samples.input.shape[1]))
+    context = samples.context()
     before, after = (
         model.eval()(samples.input, None, context).logits for model in (dense.model, sparse)
     )
