@@ -9,8 +9,8 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 304,
-    "product lines": 49_500,
+    "product files": 314,
+    "product lines": 51_500,
     "files of one MoE forward": 13,
     "files of one training step": 39,
     "files that name a router kind": 5,

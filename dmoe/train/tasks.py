@@ -199,8 +199,9 @@ class LanguageModelling:
 
             asked = [{"role": "user", "content": train.sample_prompt}]
             prompt = prompt_ids(asked, data.chat, tokenizer)
+        network: Any = model  # a published one takes the same calls, without a cache
         ids = generate(
-            model,
+            network,
             prompt,
             train.sample_tokens,
             window=self.targets_per_sample,

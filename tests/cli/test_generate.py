@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import itertools
+import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from dmoe.runs.directory import RunDir
 from dmoe.train.restore import restore_model
-from tests.cli.commands import dmoe, refused
+from tests.cli.commands import dmoe, refused, run_in_process
 from tests.cli.conftest import Run
 
 pytestmark = pytest.mark.ranks
@@ -43,6 +47,82 @@ def test_one_process_generates_from_two_ranks_run(pair: Run, place: Path) -> Non
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("def é")
+
+
+def test_batch_file_stop_and_json(alone: Run, place: Path) -> None:
+    """Several prompts give what each gives alone; a file may hold JSON; a stop string cuts."""
+    greedy = ("--temperature", "0", "--tokens", "12")
+    (place / "prompts.txt").write_text('def \n\n{"prompt": "x\\ny"}\n', encoding="utf-8")
+    options = ("--prompts-file", "prompts.txt", "--prompt", "# file", *greedy)
+    result = run_in_process("generate", "alone", *options, "--json", cwd=place)
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["prompt"] for line in lines] == ["# file", "def ", "x\ny"]
+    for line in lines:
+        alone_text = run_in_process(
+            "generate", "alone", "--prompt", line["prompt"], *greedy, cwd=place
+        ).stdout
+        assert alone_text == line["prompt"] + line["text"] + "\n"
+    text = lines[0]["text"]
+    assert lines[0]["tokens"] == 12
+    stop = text[5]
+    cut = run_in_process(
+        "generate", "alone", "--prompt", "# file", *greedy, "--stop", stop, "--json", cwd=place
+    )
+    found = json.loads(cut.stdout)
+    assert (found["text"], found["ended_by"]) == (text[: text.index(stop)], stop)
+    plain = run_in_process("generate", "alone", *options, "--batch", "2", cwd=place).stdout
+    assert "--- prompt 3 of 3\nx\ny" in plain
+    assert f"# file{text}\n--- prompt 2" in plain
+
+
+def chatml(*messages: str) -> str:
+    """Write messages of user and assistant in turn, up to where an answer begins."""
+    roles = itertools.cycle(("user", "assistant"))
+    turns = [
+        f"<|im_start|>{role}\n{text}<|im_end|>\n"
+        for role, text in zip(roles, messages, strict=False)
+    ]
+    return "".join(turns) + "<|im_start|>assistant\n"
+
+
+def test_chat_writes_prompts_by_the_template(
+    alone: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As messages, and as the lines of stdin, whose turns see the turns before."""
+    greedy = ("--temperature", "0", "--tokens", "9")
+
+    def answer(*messages: str) -> str:
+        plain = ("--prompt", chatml(*messages), "--stop", "<|im_end|>", "--json")
+        result = run_in_process("generate", "alone", *plain, *greedy, cwd=place)
+        return json.loads(result.stdout)["text"]
+
+    chat = ("generate", "alone", "--chat", "--chat-template", "chatml", *greedy)
+    result = run_in_process(*chat, "--prompt", "hi", "--prompt", "ho", "--json", cwd=place)
+    assert result.returncode == 0, result.stderr
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["text"] for line in found] == [answer("hi"), answer("ho")]
+    assert run_in_process(*chat, "--prompt", "hi", cwd=place).stdout == answer("hi") + "\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\nmore\n"))
+    result = run_in_process(*chat, cwd=place)
+    first = answer("hi")
+    assert result.stdout == f"{first}\n{answer('hi', first, 'more')}\n"
+    for options, words in (
+        (("--chat", "--prompt", "hi"), ("data.chat_template", "chatml")),
+        (("--prompt", "hi", "--chat-template", "chatml"), ("--chat-template", "--chat")),
+    ):
+        refused(run_in_process("generate", "alone", *options, cwd=place), *words)
+
+
+def test_wrong_prompts_are_refused(alone: Run, place: Path) -> None:
+    (place / "broken.jsonl").write_text('{"promt": "x"}\n', encoding="utf-8")
+    for options, words in (
+        ((), ("--prompt", "--prompts-file FILE")),
+        (("--prompts-file", "missing.txt"), ("--prompts-file=missing.txt", "cannot be read")),
+        (("--prompts-file", "broken.jsonl"), ("broken.jsonl:1", "prompt")),
+        (("--prompt", "a", "--stop", ""), ("--stop", "empty")),
+    ):
+        refused(run_in_process("generate", "alone", *options, cwd=place), *words)
 
 
 def test_step_option(alone: Run) -> None:
