@@ -9,10 +9,10 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 292,
-    "product lines": 48_000,
-    "files of one MoE forward": 12,
-    "files of one training step": 38,
+    "product files": 314,
+    "product lines": 51_500,
+    "files of one MoE forward": 13,
+    "files of one training step": 39,
     "files that name a router kind": 5,
     "largest package, share of lines": 0.19,
     "files in a folder, at most": 22,

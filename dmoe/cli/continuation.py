@@ -91,16 +91,15 @@ class Continuer:
             write: receives the parts of the text of a lone prompt as they come.
         """
         from dmoe.models.generate import generate_batch
-        from dmoe.models.transformer import Transformer
 
-        assert isinstance(self.restored.model, Transformer)
+        model: Any = self.restored.model
         streams = [TextStream(self.tokenizer.decode, ids, self.stop, write) for ids in prompts]
         ends = {self.tokenizer.separator: "end of document"}
         if self.turn_end is not None:
             ends[self.turn_end] = "end of turn"
         with self.restored.autocast():
             new = generate_batch(
-                self.restored.model,
+                model,
                 prompts,
                 self.max_tokens,
                 window=self.restored.config.data.seq_len,

@@ -107,7 +107,6 @@ def command(
     directory = find_run(run)
 
     from dmoe.models.next_logits import uncached_reason
-    from dmoe.models.transformer import Transformer
     from dmoe.train.restore import restore_model
 
     restored = restore_model(directory, step, trust_code=trust_code)
@@ -118,7 +117,6 @@ def command(
             "must be the run of a language model",
             "name another",
         )
-    assert isinstance(restored.model, Transformer)
     continuer = Continuer(
         restored, stops, tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )

@@ -10,7 +10,7 @@ shell's variable that is not set, and as YAML it would be null, which switches s
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dmoe.config.errors import ConfigError
 from dmoe.config.fields import TEXT, check_given, field_named, list_fields
 from dmoe.config.plugins import FORM, anchored
+from dmoe.config.published import with_source
 from dmoe.config.schema import Config
 from dmoe.config.yaml_guard import NULLS, check_text, parse, quoted, read_text, short
 
@@ -46,9 +47,21 @@ def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     _merge(merged, given, source)
     if isinstance(overrides, str):
         raise ConfigError("overrides", overrides, "must be a list of texts", f"use [{overrides!r}]")
+    parts = [given]
     for override in overrides:
-        _merge(merged, parse_override(override))
-    return cast(Config, OmegaConf.to_object(merged))
+        parts.append(parse_override(override))
+        _merge(merged, parts[-1])
+    set_names = {name for part in parts for name in _names(part)}
+    return with_source(cast(Config, OmegaConf.to_object(merged)), set_names)
+
+
+def _names(given: dict[Any, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of the fields in a nested mapping."""
+    for key, value in given.items():
+        if isinstance(value, dict):
+            yield from _names(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def to_yaml(config: Config) -> str:

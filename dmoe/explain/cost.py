@@ -18,7 +18,7 @@ from dmoe.config.schedule import learning_rate, schedule_remarks
 from dmoe.distributed.expert_parallel import expert_parameters
 from dmoe.explain.setting import Section, Setting
 from dmoe.modular import adapter_layers
-from dmoe.moe.layer import MoE
+from dmoe.moe.base_layer import MoELayer
 from dmoe.report.format import format_bytes, format_count, format_flops, plural
 from dmoe.report.sentences import EXCHANGE, model_sentence, optimizer_sentences
 from dmoe.train.optimizer import muon_matrices
@@ -225,20 +225,29 @@ def rank_parameters(
         if _counts(layer.experts, ids)
     ]
     of_modules = sum(p.numel() // setting.ep for bank in banks for p in bank.parameters())
-    return dense, _largest_share(setting, moe_layers) + of_modules
+    partly = [layer for layer in moe_layers if not _all_counted(layer.experts, ids)]
+    whole = [layer for layer in moe_layers if _all_counted(layer.experts, ids)]
+    of_parts = sum(
+        p.numel() // setting.ep for o in partly for p in o.experts.parameters() if id(p) in ids
+    )
+    return dense, _largest_share(setting, whole) + of_parts + of_modules
 
 
 def _counts(experts: nn.Module, ids: set[int]) -> bool:
-    """Return whether a layer's experts or modules are counted: always all of them or none."""
+    """Return whether a layer's experts or modules are counted, or their factors of LoRA."""
     return any(id(p) in ids for p in experts.parameters())
 
 
-def _largest_share(setting: Setting, moe_layers: list[MoE]) -> int:
+def _all_counted(experts: nn.Module, ids: set[int]) -> bool:
+    return all(id(p) in ids for p in experts.parameters())
+
+
+def _largest_share(setting: Setting, moe_layers: list[MoELayer]) -> int:
     """Return the expert weights on the rank with the most; equal on all with uniform experts."""
     if not moe_layers:
         return 0
     return max(
-        sum(layer.experts.multiply_adds[e] for layer in moe_layers for e in experts)
+        sum(layer.weights_of_experts[e] for layer in moe_layers for e in experts)
         for experts in map(setting.local_experts, range(setting.ep))
     )
 

@@ -32,7 +32,7 @@ def explain_placement(setting: Setting) -> Section:
     title = "Experts and ranks"
     if setting.layer is None:
         return Section("experts", title, ["The model is dense: no block has experts."], numbers)
-    cost = setting.layer.experts.cost
+    cost = setting.layer.cost_E
     owners = [
         (list(range(first, setting.world, setting.ep)), setting.local_experts(first))
         for first in range(setting.ep)
@@ -91,7 +91,7 @@ def _owner(setting: Setting, ranks: list[int], experts: tuple[int, ...]) -> str:
     if not setting.config.moe.experts.shapes:
         return line
     assert setting.layer is not None
-    cost = setting.layer.experts.cost
+    cost = setting.layer.cost_E
     work = sum(cost[e] for e in experts)
     return f"{line}, {work:.1%} of the work if all experts are chosen equally often"
 
@@ -102,7 +102,7 @@ def _costs(setting: Setting) -> list[str]:
     assert layer is not None
     sentences = []
     if moe.experts.shapes:
-        shapes = enumerate(zip(moe.experts.shapes, layer.experts.cost, strict=True))
+        shapes = enumerate(zip(moe.experts.shapes, layer.cost_E, strict=False))
         each = [
             f"{e} ({' x '.join(map(str, shape)) or 'linear'}) {cost:.1%}"
             for e, (shape, cost) in shapes

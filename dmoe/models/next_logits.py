@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmoe.config.plugins import label as label_of
 from dmoe.config.router_kinds import ROUTERS, router_spec
@@ -36,11 +36,13 @@ def context_start(length: int, window: int) -> int:
     return max(0, -(-(length - window) // half) * half)
 
 
-def uncached_reason(model: Transformer) -> str | None:
+def uncached_reason(model: nn.Module) -> str | None:
     """Return why the tokens of a context have to be computed together, or None.
 
     Then a past token's vectors would change with the tokens after it, or the rule is not known.
     """
+    if not isinstance(model, Transformer):
+        return "it is a published model, whose whole context is computed"
     for module in model.modules():
         if not isinstance(module, MoE):
             if isinstance(module, ExpertLayer):

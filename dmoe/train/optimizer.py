@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,6 +16,7 @@ from dmoe.config.schema import OptimConfig
 from dmoe.distributed.expert_parallel import expert_locations
 from dmoe.distributed.muon import Muon, Parts
 from dmoe.distributed.state_dict import MOMENTS
+from dmoe.hf.moefy import moefied_layers
 from dmoe.models.attention import Attention
 from dmoe.moe.experts import Experts, FeedForward
 
@@ -26,8 +27,12 @@ NO_DECAY = (
     "constant",
     "modular.experts.l",
     "modular.experts.vector",
+    "embed_tokens",
+    "bias",
+    "A_log",
 )
-"""Parts of the names of parameters without weight decay, beside all vectors."""
+"""Parts of the names of parameters without weight decay, beside all vectors. The last three are of
+published models: their embedding, biases stacked per expert, decay rates of a state space."""
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -42,14 +47,17 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     Raises:
         ConfigError: a pattern of `optim.groups` that matches no parameter.
     """
-    _check_patterns(model, config.groups)
+    check_name_patterns(model, config.groups, "optim.groups")
     own = plugin_class(config.kind, "optim.kind")
     matrices = muon_matrices(model) if config.kind == "muon" else {}
+    routers = {id(p) for layer in moefied_layers(model) for p in layer.router.parameters()}
+    """Of published models, which have other names for them."""
     params: dict[tuple[Any, ...], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             given = next((v for p, v in config.groups.items() if fnmatchcase(name, p)), {})
             no_decay = parameter.ndim < 2 or any(part in name for part in NO_DECAY)
+            no_decay = no_decay or id(parameter) in routers
             weight_decay = given.get("weight_decay", 0.0 if no_decay else config.weight_decay)
             scale = given.get("lr", config.lr) / config.lr
             device_mesh = getattr(parameter, "device_mesh", None)
@@ -82,12 +90,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
-def _check_patterns(model: nn.Module, groups: Mapping[str, Any]) -> None:
+def check_name_patterns(model: nn.Module, patterns: Iterable[str], field: str) -> None:
+    """Refuse a pattern that matches no parameter. Raises ConfigError, for the field `field`."""
     names = [*dict(model.named_parameters()), *expert_locations(model)]
-    for pattern in groups:
+    for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             allowed = f"matches no parameter; they are called e.g. {', '.join(names[:3])}"
-            raise ConfigError("optim.groups", pattern, allowed, "a * stands for any text")
+            raise ConfigError(field, pattern, allowed, "a * stands for any text")
 
 
 def muon_matrices(model: nn.Module) -> dict[str, Parts]:

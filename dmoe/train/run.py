@@ -15,6 +15,7 @@ import torch
 from dmoe.config.errors import ConfigError
 from dmoe.config.plugin_loader import load_plugins
 from dmoe.config.plugins import get, label, references
+from dmoe.config.published import with_source
 from dmoe.config.rules import check
 from dmoe.config.rules.memory import explain_out_of_memory
 from dmoe.config.rules.modular import PREFIX_BANKS, prefix_error
@@ -85,7 +86,7 @@ def train_run(
         LostRankError: where another rank is gone.
         DmoeError: on all ranks, where a callback has raised on one.
     """
-    config = fill_table_shape(load_plugins(config))
+    config = with_source(fill_table_shape(load_plugins(config)))
     check(config, launched_world_size())
     check_tracking(config)
     check_base_models(config, launched_world_size())

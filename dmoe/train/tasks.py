@@ -137,6 +137,10 @@ class LanguageModelling:
         )
 
     def build_model(self, virtual_ranks: int = 1, recompute: bool = False) -> Model:
+        if self.config.model.source is not None:
+            from dmoe.hf.model import PublishedModel
+
+            return PublishedModel(self.config, self.num_outputs, virtual_ranks, recompute)
         return Transformer(
             self.config.model,
             self.config.moe,
@@ -186,7 +190,8 @@ class LanguageModelling:
     def generate_sample(self, model: Model, data: DatasetSplits) -> str | None:
         """Generate the same text on all ranks: under expert parallelism each layer needs them."""
         train, tokenizer = self.config.train, data.tokenizer
-        if not train.sample_tokens or not isinstance(model, Transformer):
+        own = not isinstance(model, Transformer) and self.config.model.source is None
+        if own or not train.sample_tokens:
             return None
         prompt = tokenizer.encode(train.sample_prompt.encode()).tolist() or [tokenizer.separator]
         if data.chat is not None:
@@ -194,8 +199,9 @@ class LanguageModelling:
 
             asked = [{"role": "user", "content": train.sample_prompt}]
             prompt = prompt_ids(asked, data.chat, tokenizer)
+        network: Any = model  # a published one takes the same calls, without a cache
         ids = generate(
-            model,
+            network,
             prompt,
             train.sample_tokens,
             window=self.targets_per_sample,
