@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dmoe.cli.checkpoint_info import CheckpointContents, CheckpointList, VerifiedCheckpoint
-    from dmoe.train.upcycle import UpcycleResult
+    from dmoe.conversion.upcycle import UpcycleResult
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -108,8 +108,8 @@ def upcycle(
     """
     config, given = load_arguments(arguments or [])
 
+    from dmoe.conversion.upcycle import upcycle as upcycle_run
     from dmoe.runs.directory import find_run
-    from dmoe.train.upcycle import upcycle as upcycle_run
 
     result = upcycle_run(find_run(run), config, given, step, trust_code=trust_code)
     print(json.dumps(asdict(result), indent=2) if as_json else upcycle_text(result))

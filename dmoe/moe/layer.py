@@ -28,6 +28,7 @@ from dmoe.moe.load_balancing import PendingCounts, auxiliary_losses, updated_bia
 from dmoe.moe.metrics import MoEOutput, layer_stats
 from dmoe.moe.placement import to_physical_experts
 from dmoe.moe.routers import build_router
+from dmoe.moe.routers.replayed import with_given_experts
 from dmoe.moe.routing import (
     EMPTY_CONTEXT,
     BatchShape,
@@ -187,6 +188,7 @@ class MoE(nn.Module):
         shape = self.batch_shape(math.prod(x.shape[:-2]), x_TD.shape[0])
         with profiled("route"):
             routing = self.router(x_TD, context, shape)
+            routing = with_given_experts(routing, context, self.layer, self.router.config)
             plan = apply_capacity(routing, shape, self.capacity, self.comm, self.num_zero_cost)
         dispatcher = self.packed if self.padded is None or plan.slots is None else self.padded
         with profiled("dispatch"):

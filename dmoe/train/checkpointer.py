@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ class Checkpointer:
         self.saver = AsyncSaver(run.checkpoints, config.keep, self.group, config.asynchronous)
         self.last_saved_step = -1
         """The last step that was passed to `save`, or restored."""
+        self.before_save: Callable[[], None] = lambda: None
+        """Writes what must not be behind a checkpoint. Collective."""
         self.notes: list[str] = []
         """Notes of `resume`: what the new config redefines, and what could not be restored."""
 
@@ -94,6 +96,7 @@ class Checkpointer:
         Raises CheckpointError on all ranks, of this save or of the previous one if that was still
         being written.
         """
+        self.before_save()
         if step == self.last_saved_step:
             return
         state = train_state(self.engine) | gather_rng_state(self.engine.mesh.control_group)

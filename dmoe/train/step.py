@@ -6,7 +6,8 @@
 Every rank computes its share of that one number, and every gradient is summed, so no factor of W,
 EP or EDP appears anywhere.
 
-Letters: L MoE layers, E experts, B sequences of this process, S sequence length.
+Letters: L MoE layers, E experts, K experts per token, B sequences of this process, S sequence
+length, T = B*S tokens.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Batch:
     """Index of the first sample in the global batch of the step."""
     metrics_fn: MetricsFn | None = None
     """Metrics that the MoE layers compute in this forward, beside their counts."""
+    given_expert_LTK: Tensor | None = None
+    """int64: the experts of each token in every MoE layer, if they are replayed."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,11 @@ def training_batches(dataset: Any, engine: Engine, step: int) -> list[Batch]:
         samples = engine.task.training_samples(dataset, step, first, count, global_batch)
         batches.append(Batch(*samples, step, first))
     return batches
+
+
+def count_target_bytes(engine: Engine, data: Any, batches: Sequence[Batch]) -> int:
+    """Return the bytes of text of the targets of this rank's batches."""
+    return sum(int(engine.task.bytes_per_target(data, batch.target).sum()) for batch in batches)
 
 
 def train_step(engine: Engine, batches: list[Batch], learning_rate: float) -> StepResult:
@@ -183,12 +191,14 @@ def forward(engine: Engine, batch: Batch, prior_LE: Tensor | None) -> ModelOutpu
     device = engine.process.device
     input = batch.input.to(device, non_blocking=True)
     target = batch.target.to(device, non_blocking=True)
+    given = batch.given_expert_LTK
     context = TokenContext(
         prior_count_LE=prior_LE,
         label_T=batch.label_B.to(device).repeat_interleave(target.shape[1]),
         noise_key=(engine.config.train.seed, batch.step),
         first_sequence=batch.first_sequence,
         metrics_fn=batch.metrics_fn,
+        given_expert_LTK=None if given is None else given.to(device, non_blocking=True),
     )
     output: ModelOutput = engine.wrapped_model(input, target, context)
     return output

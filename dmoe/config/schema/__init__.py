@@ -18,6 +18,7 @@ from dmoe.config.schema.model import (
     ExpertsConfig,
     ModelConfig,
     MoEConfig,
+    ReplayConfig,
     RouterConfig,
 )
 from dmoe.config.schema.modular import ModularConfig
@@ -45,6 +46,7 @@ __all__ = [
     "ModularConfig",
     "OptimConfig",
     "ParallelConfig",
+    "ReplayConfig",
     "RouterConfig",
     "TrackingConfig",
     "TrainConfig",
