@@ -188,7 +188,8 @@ class MoE(nn.Module):
         shape = self.batch_shape(math.prod(x.shape[:-2]), x_TD.shape[0])
         with profiled("route"):
             routing = self.router(x_TD, context, shape)
-            routing = with_given_experts(routing, context, self.layer, self.router.config)
+            if context.given_expert_LTK is not None:
+                routing = with_given_experts(routing, context, self.layer, self.router.config)
             plan = apply_capacity(routing, shape, self.capacity, self.comm, self.num_zero_cost)
         dispatcher = self.packed if self.padded is None or plan.slots is None else self.padded
         with profiled("dispatch"):

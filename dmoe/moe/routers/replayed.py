@@ -28,7 +28,7 @@ from dmoe.moe.routing import DispatchPlan, Routing, TokenContext
 def with_given_experts(
     routing: Routing, context: TokenContext, layer: int, config: RouterConfig
 ) -> Routing:
-    """Return the routing with the context's experts, if it gives any.
+    """Return the routing with the context's experts.
 
     Args:
         routing: the router's own decision.
@@ -36,8 +36,7 @@ def with_given_experts(
         layer: index among the MoE layers.
         config: of the router, as it uses it.
     """
-    if context.given_expert_LTK is None:
-        return routing
+    assert context.given_expert_LTK is not None
     given_TK = context.given_expert_LTK[layer]
     selected_TK: Tensor | None = given_TK >= 0
     if not router_spec(config.kind).variable_k:
