@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         RouterConfig,
     )
     from dmoe.distributed.parallel_model import ParallelModel, parallelize
+    from dmoe.hf.moefy import moefy
     from dmoe.models.base import Model, ModelOutput, token_losses
     from dmoe.moe.layer import MoE
     from dmoe.moe.metrics import MoEOutput
@@ -53,6 +54,7 @@ _MODULES = {
     "TokenContext": "moe.routing",
     "load": "train.api",
     "load_config": "config.load:load",
+    "moefy": "hf.moefy",
     "parallelize": "distributed.parallel_model",
     "read_metrics": "train.api",
     "token_losses": "models.base",
@@ -85,6 +87,7 @@ __all__ = [
     "__version__",
     "load",
     "load_config",
+    "moefy",
     "parallelize",
     "read_metrics",
     "token_losses",

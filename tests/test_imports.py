@@ -15,13 +15,14 @@ LEVELS = [
     ("train",),
     ("observability",),
     ("report",),
+    ("hf",),
     ("modular", "models", "distributed"),
     ("moe", "runs", "checkpoint", "data", "replay"),
     ("config",),
 ]
 LEVEL_OF = {name: len(LEVELS) - position for position, names in enumerate(LEVELS) for name in names}
 ROOT_MODULES = {
-    "": {"config", "distributed", "models", "moe", "train"},
+    "": {"config", "distributed", "hf", "models", "moe", "train"},
     "__main__": {"cli"},
 }
 """`dmoe/__init__.py` exports the public names, `dmoe/__main__.py` runs the command line."""
@@ -147,6 +148,7 @@ BROKEN = {
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dmoe.train import t",
     ),
     "sideways": ("models/a.py", "from dmoe.distributed import init"),
+    "models to published ones": ("models/a.py", "from dmoe.hf import moefy"),
     "sideways, the package": ("models/a.py", "from dmoe import modular"),
     "config upwards": ("config/a.py", "import dmoe.moe.layer"),
     "data and moe": ("data/a.py", "from dmoe.moe import routing"),

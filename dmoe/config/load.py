@@ -10,7 +10,7 @@ shell's variable that is not set, and as YAML it would be null, which switches s
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.fields import TEXT, check_given, field_named, list_fields
 from dmoe.config.keywords import shown, with_attributes, with_shown
 from dmoe.config.plugins import FORM, anchored
+from dmoe.config.published import with_source
 from dmoe.config.schema import Config
 from dmoe.config.yaml_guard import NULLS, check_text, parse, quoted, read_text, short
 
@@ -45,9 +46,20 @@ def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     if Path(source).is_file():
         given = anchored(given, Path(source).parent.absolute())
     _merge(merged, given, source)
-    for override in overrides:
-        _merge(merged, parse_override(override))
-    return cast(Config, OmegaConf.to_object(merged))
+    parts = [given, *map(parse_override, overrides)]
+    for part in parts[1:]:
+        _merge(merged, part)
+    set_names = {name for part in parts for name in _names(part)}
+    return with_source(cast(Config, OmegaConf.to_object(merged)), set_names)
+
+
+def _names(given: dict[Any, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of the fields in a nested mapping."""
+    for key, value in given.items():
+        if isinstance(value, dict):
+            yield from _names(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def to_yaml(config: Config) -> str:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from dmoe.distributed.collective_check import CollectiveChecker
+from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.dispatch import (
     Permutation,
     packed_permutation,
@@ -36,7 +37,6 @@ from dmoe.moe.dispatch import (
     unpermute,
 )
 from dmoe.moe.interfaces import TokensPerExpert
-from dmoe.moe.layer import MoE
 from dmoe.moe.routing import DispatchPlan
 
 
@@ -132,7 +132,7 @@ class ExpertGroup:
 
 def comm_timers(model: nn.Module) -> list[CommTimer]:
     """List the timer of each MoE layer that uses an all-to-all; empty where EP = 1."""
-    dispatchers = [module.packed for module in model.modules() if isinstance(module, MoE)]
+    dispatchers = [module.packed for module in model.modules() if isinstance(module, MoELayer)]
     return [
         dispatcher.expert_group.timer
         for dispatcher in dispatchers

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from dmoe.distributed.all_to_all import ExpertGroup, PackedAllToAll, PaddedAllToAll
 from dmoe.distributed.collective_check import CollectiveChecker
@@ -38,6 +43,32 @@ def shard_experts(
             expert_group = ExpertGroup(mesh.ep_group, layer.layer, checker)
             layer.packed = PackedAllToAll(expert_group)
             layer.padded = None if layer.padded is None else PaddedAllToAll(expert_group)
+
+
+def expert_group_of(layer: ExpertLayer) -> dist.ProcessGroup | None:
+    """Return the ranks that share a layer's experts; None if this one has them all."""
+    dispatcher = layer.packed
+    return dispatcher.expert_group.group if isinstance(dispatcher, PackedAllToAll) else None
+
+
+def stacks_over_ranks(stacks: Iterable[nn.Module], group: dist.ProcessGroup) -> DeviceMesh:
+    """Replace the parameters of stacked experts by DTensors over the ranks of `group`.
+
+    For a model on the meta device whose weights a reader of DTensors fills. No collective.
+
+    Args:
+        stacks: modules whose own parameters are [E, ...].
+        group: the ranks that share the experts.
+
+    Returns:
+        Their device mesh.
+    """
+    device_mesh: Any = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("ep",))
+    for module in stacks:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            part = distribute_tensor(parameter, device_mesh, [Shard(0)], src_data_rank=None)
+            setattr(module, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
+    return cast(DeviceMesh, device_mesh)
 
 
 def moe_layers(model: nn.Module) -> list[ExpertLayer]:

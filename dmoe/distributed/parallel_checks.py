@@ -23,9 +23,9 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from dmoe.config.errors import ConfigError
 from dmoe.distributed.expert_parallel import expert_parameters, moe_layers
 from dmoe.distributed.mesh import ParallelMesh
+from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.dispatch import PackedLocal
 from dmoe.moe.interfaces import NoComm
-from dmoe.moe.layer import MoE
 
 WRAPPERS = (DistributedDataParallel, FullyShardedDataParallel, FSDPModule, nn.DataParallel)
 NAMED_WRAPPERS = ("_FabricModule", "DeepSpeedEngine")
@@ -75,7 +75,7 @@ def check_model(model: nn.Module, ep: int, mode: str | None, mesh: ParallelMesh 
             raise ConfigError(
                 "model", type(model).__name__, "is parallel already", "call parallelize once"
             )
-        count = layer.num_experts - layer.num_zero_cost if isinstance(layer, MoE) else ep
+        count = layer.num_experts - layer.num_zero_cost if isinstance(layer, MoELayer) else ep
         if count % ep:
             raise ConfigError(
                 "ep", ep, f"must divide the {count} experts of layer {layer.layer}", "use 1"
@@ -83,6 +83,25 @@ def check_model(model: nn.Module, ep: int, mode: str | None, mesh: ParallelMesh 
     meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if meta is not None:
         raise ConfigError("model", meta, "has no weights yet (meta)", "initialise the model first")
+
+
+def check_parallel(layer: MoELayer) -> None:
+    """Refuse a training forward on several ranks of a layer that knows only one.
+
+    DDP or a trainer of others would average the gradients of this rank's experts with those of
+    other ones, or train with losses and biases that differ between the ranks.
+
+    Raises:
+        ConfigError: there are several ranks, and nothing has parallelized the layer.
+    """
+    if isinstance(layer.comm, NoComm) and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ConfigError(
+            "model",
+            f"MoE layer {layer.layer}",
+            f"trains on {dist.get_world_size()} ranks, and dmoe has not been told of them: plain"
+            " DDP gives wrong gradients of experts, norms and checkpoints in silence",
+            "use model = dmoe.parallelize(model, ep=...) in a loop of your own, or dmoe train",
+        )
 
 
 def watch_layers(model: nn.Module, ddp: DistributedDataParallel | None) -> None:

@@ -63,7 +63,7 @@ from dmoe.distributed.parallel_checks import (
     watch_layers,
     wrapper_error,
 )
-from dmoe.moe.layer import MoE
+from dmoe.moe.base_layer import MoELayer
 
 STRATEGIES: dict[str | None, Callable[[nn.Module, ParallelMesh], DataParallel]] = {
     "ddp": lambda model, mesh: DDPStrategy(model, mesh, average=True),
@@ -201,7 +201,7 @@ class ParallelModel(nn.Module):
         layers = [
             layer
             for layer in self.module.modules()
-            if isinstance(layer, MoE)
+            if isinstance(layer, MoELayer)
             and layer.pending_counts is not None
             and layer.pending_counts.count_E is not None
         ]
@@ -232,7 +232,7 @@ class ParallelModel(nn.Module):
         """
         load_full_state(self.module, self.mesh, state)
         for layer in self.module.modules():
-            if isinstance(layer, MoE):
+            if isinstance(layer, MoELayer):
                 layer.forget_counts()
 
     def optimizer_state_dict(self, optimizer: Optimizer) -> dict[str, Any]:

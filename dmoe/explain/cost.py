@@ -18,7 +18,7 @@ from dmoe.config.schedule import learning_rate, schedule_remarks
 from dmoe.distributed.expert_parallel import expert_parameters
 from dmoe.explain.setting import Section, Setting
 from dmoe.modular import adapter_layers
-from dmoe.moe.layer import MoE
+from dmoe.moe.base_layer import MoELayer
 from dmoe.report.format import format_bytes, format_count, format_flops, plural
 from dmoe.report.sentences import EXCHANGE, model_sentence, optimizer_sentences
 from dmoe.train.optimizer import muon_matrices
@@ -233,12 +233,12 @@ def _counts(experts: nn.Module, ids: set[int]) -> bool:
     return any(id(p) in ids for p in experts.parameters())
 
 
-def _largest_share(setting: Setting, moe_layers: list[MoE]) -> int:
+def _largest_share(setting: Setting, moe_layers: list[MoELayer]) -> int:
     """Return the expert weights on the rank with the most; equal on all with uniform experts."""
     if not moe_layers:
         return 0
     return max(
-        sum(layer.experts.multiply_adds[e] for layer in moe_layers for e in experts)
+        sum(layer.weights_of_experts[e] for layer in moe_layers for e in experts)
         for experts in map(setting.local_experts, range(setting.ep))
     )
 

@@ -16,8 +16,9 @@ import torch
 from dmoe.config.rules import Batching, batching, check, expert_parallel
 from dmoe.config.schema import Config
 from dmoe.models.base import Model
+from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.interfaces import NoComm
-from dmoe.moe.layer import MoE
+from dmoe.moe.placement import ExpertPlacement
 from dmoe.moe.routing import BatchShape
 from dmoe.report.format import BYTES_PER_NUMBER
 from dmoe.train.engine import resolve_precision
@@ -58,7 +59,7 @@ class Setting:
     """On the meta device, with all experts."""
 
     @property
-    def layer(self) -> MoE | None:
+    def layer(self) -> MoELayer | None:
         """The first MoE layer, like all others; a classifier's last one may have another width."""
         layers = self.model.moe_layers()
         return layers[0] if layers else None
@@ -85,14 +86,18 @@ class Setting:
 
     def local_experts(self, rank: int) -> tuple[int, ...]:
         """Return the global ids of a rank's experts, ascending; equal in all layers."""
-        assert self.layer is not None
-        return tuple(sorted(self.layer.experts.placement(self.ep).experts[rank % self.ep]))
+        return tuple(sorted(self._placement.experts[rank % self.ep]))
 
     @property
     def num_physical_experts(self) -> int:
         """Physical experts of an EP group: more than E if ranks have unequal numbers of them."""
+        return self._placement.experts_per_rank * self.ep
+
+    @property
+    def _placement(self) -> ExpertPlacement:
         assert self.layer is not None
-        return self.layer.experts.placement(self.ep).experts_per_rank * self.ep
+        placement: ExpertPlacement = self.layer.experts.placement(self.ep)
+        return placement
 
     def slots(self, training: bool = True) -> BatchShape:
         """Return `groups` G and `capacity` C (None: dropless) of one forward, from the layer."""

@@ -17,14 +17,13 @@ from torch.export import register_dataclass
 from torch.utils.checkpoint import checkpoint
 
 from dmoe.config.errors import ConfigError
-from dmoe.config.router_kinds import router_spec
 from dmoe.config.schema import Config
 from dmoe.models.attention import Attention
 from dmoe.models.fusion import GatedFusion
 from dmoe.models.layers import BlockOutput
+from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.inputs import as_int64
 from dmoe.moe.interfaces import ExpertLayer
-from dmoe.moe.layer import MoE
 from dmoe.moe.metrics import LayerStats
 from dmoe.moe.routing import TokenContext
 
@@ -72,9 +71,9 @@ class Model(nn.Module, ABC):
             result = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
         return result
 
-    def moe_layers(self) -> list[MoE]:
+    def moe_layers(self) -> list[MoELayer]:
         """Return the MoE layers in order; element l has `layer == l`."""
-        return [module for module in self.modules() if isinstance(module, MoE)]
+        return [module for module in self.modules() if isinstance(module, MoELayer)]
 
     def num_parameters(self) -> ParameterCounts:
         """Count parameters from shapes, over the experts of all ranks; works on the meta device."""
@@ -178,11 +177,11 @@ class ParameterCounts(NamedTuple):
 
 def count_parameters(model: nn.Module) -> ParameterCounts:
     """Count the parameters of a model with MoE layers, with or without adapters attached."""
-    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
     adapters = [
         module
         for module in model.modules()
-        if isinstance(module, ExpertLayer) and not isinstance(module, MoE)
+        if isinstance(module, ExpertLayer) and not isinstance(module, MoELayer)
     ]
     stacks: list[nn.Module] = [layer.experts for layer in layers]
     stacks += [layer.experts for layer in adapters]
@@ -190,13 +189,13 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
     dense = [p for p in model.parameters() if id(p) not in experts]
     num_dense = sum(p.numel() for p in dense)
     # A weight of an expert is one multiply-add; the counts are those of all ranks.
-    layer_size = {layer: sum(layer.experts.multiply_adds) for layer in layers}
+    layer_size = {layer: sum(layer.weights_of_experts) for layer in layers}
     adapter_size = {layer: _adapter_weights(layer) for layer in adapters}
     sizes = [*layer_size.values(), *adapter_size.values()]
     encoders = {module.encoders for module in model.modules() if isinstance(module, GatedFusion)}
     active = num_dense
     for layer, size in layer_size.items():
-        active += size if layer in encoders else _max_active_weights(layer)
+        active += size if layer in encoders else layer.max_active_weights()
     for adapter, size in adapter_size.items():
         active += size * adapter.router.top_k // adapter.router.num_experts
     trainable = sum(p.numel() for p in dense if p.requires_grad)
@@ -217,15 +216,6 @@ def _adapter_weights(layer: ExpertLayer) -> int:
 def _is_trainable(experts: nn.Module) -> bool:
     """Return whether the experts of one layer are trained: all of them are, or none."""
     return any(p.requires_grad for p in experts.parameters())
-
-
-def _max_active_weights(layer: MoE) -> int:
-    """Count the weights of the K largest experts, or what the budget allows if that is less."""
-    work = sorted(layer.experts.multiply_adds, reverse=True)
-    largest, config = sum(work[: layer.router.top_k]), layer.router.config
-    if not router_spec(config.kind).has_budget:
-        return largest
-    return min(largest, int(config.budget * sum(work)))
 
 
 def flops_per_token(model: nn.Module, seq_len: int) -> int:

@@ -18,8 +18,8 @@ from dmoe.config.errors import ConfigError
 from dmoe.modular.attach import CHILD, adapter_layers
 from dmoe.modular.routing.learned import PerSequence, PerTask
 from dmoe.modular.routing.tables import ConstantRouter, TableRouter
+from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.dispatch import PackedLocal
-from dmoe.moe.layer import MoE
 from dmoe.moe.rng import normal_
 from dmoe.moe.routers.adaptive import AdaptiveRouter
 from dmoe.moe.routers.base import RouterModule
@@ -49,7 +49,7 @@ def base_model_hash(model: nn.Module) -> str:
     Raises: ConfigError for sharded experts: a rank's shard has a hash of its own.
     """
     for name, module in model.named_modules():
-        if isinstance(module, MoE) and not isinstance(module.packed, PackedLocal):
+        if isinstance(module, MoELayer) and not isinstance(module.packed, PackedLocal):
             allowed = "holds only a shard of its experts"
             raise ConfigError("base_model_hash", name, allowed, "take the hash before sharding")
     return hash_tensors(base_model_state(model).items()).hex()

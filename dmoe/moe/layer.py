@@ -11,27 +11,29 @@ from __future__ import annotations
 import math
 from typing import Any, Self
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from dmoe.config.errors import ConfigError
 from dmoe.config.expert_shapes import count_zero_cost, dense_kind
+from dmoe.config.router_kinds import router_spec
 from dmoe.config.rules import check_arguments
 from dmoe.config.schema import BalanceConfig, CapacityConfig, ExpertsConfig, MoEConfig, RouterConfig
 from dmoe.config.schema.constraints import check_type
-from dmoe.moe.capacity import apply_capacity, expert_capacity
+from dmoe.moe.base_layer import MoELayer
+from dmoe.moe.capacity import apply_capacity
 from dmoe.moe.compute_usage import ComputeUsage
 from dmoe.moe.dispatch import PackedLocal, PaddedLocal, expert_dtype, profiled
 from dmoe.moe.experts import FeedForward, ZeroCost, build_experts
+from dmoe.moe.experts.base import Experts
 from dmoe.moe.inputs import MaskAgreement
-from dmoe.moe.interfaces import DataParallelComm, Dispatcher, NoComm
-from dmoe.moe.load_balancing import PendingCounts, auxiliary_losses, updated_bias
+from dmoe.moe.interfaces import NoComm
+from dmoe.moe.load_balancing import PendingCounts, auxiliary_losses
 from dmoe.moe.metrics import MoEOutput, layer_stats
 from dmoe.moe.placement import to_physical_experts
 from dmoe.moe.routers import build_router
+from dmoe.moe.routers.base import RouterModule
 from dmoe.moe.routers.replayed import with_given_experts
 from dmoe.moe.routing import (
     EMPTY_CONTEXT,
-    BatchShape,
     DispatchPlan,
     Routing,
     TokenContext,
@@ -41,7 +43,7 @@ from dmoe.moe.routing import (
 )
 
 
-class MoE(nn.Module):
+class MoE(MoELayer):
     """A sparse mixture of feed-forward experts, `top_k` per token, for any [..., dim].
 
     Works without a process group. Under expert parallelism, `distributed.expert_parallel` replaces
@@ -65,6 +67,9 @@ class MoE(nn.Module):
         layer: index among the MoE layers; part of the key of the initialization.
         seed: seed of the initialization; `initialize` can be called again with other values.
     """
+
+    experts: Experts
+    router: RouterModule
 
     def __init__(
         self,
@@ -94,7 +99,6 @@ class MoE(nn.Module):
         self.dim, self.capacity, self.balance = dim, config.capacity, config.balance
         self.num_zero_cost = count_zero_cost(config.experts)
         self.num_experts = num_experts + self.num_zero_cost
-        """Experts the router selects from, zero-cost ones included."""
         self.top_k, self.layer, self.virtual_ranks = top_k, layer, virtual_ranks
         self.router = build_router(config.router, dim, self.num_experts, top_k, layer)
         self.experts = build_experts(config.experts, dim, expert_dim, num_experts, out_dim)
@@ -107,12 +111,10 @@ class MoE(nn.Module):
         shared_dim = config.experts.shared * (config.experts.shared_dim or expert_dim)
         kind = dense_kind(config.experts)
         self.shared = FeedForward(kind, dim, shared_dim, out_dim) if shared_dim else None
-        self.packed: Dispatcher = PackedLocal()
-        self.padded: Dispatcher | None = PaddedLocal() if exchange == "padded" else None
-        self.comm: DataParallelComm = NoComm()
+        self.packed, self.comm = PackedLocal(), NoComm()
+        self.padded = PaddedLocal() if exchange == "padded" else None
         self.masks = MaskAgreement()
         self.pending_counts = PendingCounts() if self.balance.bias else None
-        """None: no bias, or the trainer updates it from counts that it reduces for all layers."""
         self.initialize(seed)
 
     @classmethod
@@ -160,6 +162,18 @@ class MoE(nn.Module):
             self.zero_cost.initialize(seed, f"zero_cost.{self.layer}", out_std)
         if self.shared is not None:
             self.shared.initialize(seed, f"shared.{self.layer}", std, out_std)
+
+    @property
+    def weights_of_experts(self) -> tuple[int, ...]:
+        """The number of weights of each computed expert of all ranks, first to last."""
+        return self.experts.multiply_adds
+
+    def max_active_weights(self) -> int:
+        """Count the weights of the K largest experts, or what the budget allows if it is less."""
+        largest, config = super().max_active_weights(), self.router.config
+        if not router_spec(config.kind).has_budget:
+            return largest
+        return min(largest, int(config.budget * sum(self.weights_of_experts)))
 
     def shard(self, ep_size: int, ep_rank: int) -> None:
         """Shard the experts over `ep_size` ranks and keep those of `ep_rank`."""
@@ -220,40 +234,6 @@ class MoE(nn.Module):
             self.compute_usage(routing, plan, context.budget),
         )
 
-    def count_for_bias(self, y_TM: Tensor, choice_E: Tensor) -> None:
-        """Count a training forward for `update_bias`, once its backward has come."""
-        if self.pending_counts is not None and self.training and y_TM.requires_grad:
-            self.pending_counts.watch(y_TM, choice_E, self.parameters(), f"MoE layer {self.layer}")
-
-    def forget_counts(self) -> None:
-        """Discard what `update_bias` would count: the weights are new."""
-        if self.pending_counts is not None:
-            self.pending_counts = PendingCounts()
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self.forget_counts()
-
-    def update_bias(self) -> None:
-        """Update the balance bias (`balance.bias`); once per step, after `optimizer.step()`.
-
-        By the assignments of the forwards whose backward has run since the last call, over all
-        ranks: one all-reduce of E int64 if `comm` has several, so every rank calls it. No host sync
-        and, if `balance.bias` is 0, nothing. Forgotten, the next training forward raises an error.
-        """
-        if self.pending_counts is not None:
-            self.move_bias(self.comm.sum(self.take_counts()))
-
-    def take_counts(self) -> Tensor:
-        """Return this rank's assignments since the last update, int64 [E], and start from zero."""
-        assert self.pending_counts is not None, "the layer has no balance bias to update"
-        return self.pending_counts.take(self.router.get_buffer("bias_E"))
-
-    def move_bias(self, count_E: Tensor) -> None:
-        """Move the balance bias by the assignments of all ranks."""
-        bias_E = self.router.get_buffer("bias_E")
-        bias_E.copy_(updated_bias(bias_E, count_E, self.balance.bias, self.balance.recenter))
-
     def add_local_experts(self, y_TM: Tensor, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
         """Add the outputs of zero-cost and shared experts, which are never dispatched."""
         if self.zero_cost is not None:
@@ -270,21 +250,3 @@ class MoE(nn.Module):
         return ComputeUsage(
             routing, plan, self.cost_E, self.names_E, self.router.config, budget, bias_E
         )
-
-    def batch_shape(self, sequences: int, tokens: int) -> BatchShape:
-        """Return the capacity groups and slots of a forward of `tokens` tokens in `sequences`."""
-        if tokens % self.virtual_ranks:
-            allowed = f"must divide the {tokens} tokens of the call"
-            raise ConfigError("virtual_ranks", self.virtual_ranks, allowed, "use a batch that fits")
-        limits = self.capacity
-        groups = {"rank": self.virtual_ranks, "sequence": sequences, "global": 1}[limits.group]
-        factor = limits.factor if self.training else limits.eval_factor
-        if factor is None:
-            return BatchShape(sequences, groups)
-        tokens_per_group = (
-            tokens * self.comm.size if limits.group == "global" else tokens // max(1, groups)
-        )
-        slots = expert_capacity(
-            factor, tokens_per_group, self.top_k, self.num_experts, limits.min_capacity
-        )
-        return BatchShape(sequences, groups, slots)

@@ -15,6 +15,7 @@ import torch
 from dmoe.config.errors import ConfigError
 from dmoe.config.plugin_loader import load_plugins
 from dmoe.config.plugins import get, label, references
+from dmoe.config.published import with_source
 from dmoe.config.rules import check
 from dmoe.config.rules.memory import explain_out_of_memory
 from dmoe.config.schema import Config
@@ -82,7 +83,7 @@ def train_run(
         LostRankError: where another rank is gone.
         DmoeError: on all ranks, where a callback has raised on one.
     """
-    config = load_plugins(config)
+    config = with_source(load_plugins(config))
     check(config, launched_world_size())
     check_base_models(config, launched_world_size())
     if config.train.deterministic:

@@ -25,7 +25,7 @@ from dmoe.models.base import ModelOutput
 from dmoe.moe.load_balancing import coefficients, updated_bias
 from dmoe.moe.routing import MetricsFn, TokenContext
 from dmoe.train.engine import Engine
-from dmoe.train.modular.attach import bias_balanced_routers
+from dmoe.train.modular.attach import balance_biases
 from dmoe.train.reduction import ReducedStep, Requests, pack, unpack
 
 NO_REQUESTS = Requests()
@@ -261,7 +261,6 @@ def _update_router_biases(engine: Engine, totals: ReducedStep) -> None:
     balance = engine.config.moe.balance
     if not balance.bias:
         return
-    for router, layer in bias_balanced_routers(engine.model, engine.config, totals):
-        bias_E = router.get_buffer("bias_E")
+    for bias_E, layer in balance_biases(engine.model, engine.config, totals):
         count_E = torch.tensor(layer.choice_counts, device=bias_E.device)
         bias_E.copy_(updated_bias(bias_E, count_E, balance.bias, balance.recenter))

@@ -191,7 +191,7 @@ def check_first_step(engine: Engine, result: StepResult) -> str | None:
                 f"the router of MoE layer {layer.layer} got no gradient in the first step: "
                 "it would never learn"
             )
-    from_scratch = engine.config.modular.core is None
+    from_scratch = engine.config.modular.core is None and engine.config.model.source is None
     if from_scratch and not 0.5 * guess < loss < 1.5 * guess:
         return (
             f"the first loss is {loss:.2f}, that of a uniform guess is {guess:.2f}: "

@@ -173,9 +173,7 @@ class StepRecorder(NullStepRecorder):
         """
         if not self._has_bias:
             return []
-        biases = [
-            layer.router.get_buffer("bias_E").double() for layer in self.engine.model.moe_layers()
-        ]
+        biases = [layer.balance_bias.double() for layer in self.engine.model.moe_layers()]
         return [torch.stack([bias_E.amin(), bias_E.amax(), bias_E.mean()]) for bias_E in biases]
 
 

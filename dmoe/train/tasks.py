@@ -145,6 +145,10 @@ class LanguageModelling:
         )
 
     def build_model(self, virtual_ranks: int = 1, recompute: bool = False) -> Model:
+        if self.config.model.source is not None:
+            from dmoe.hf.model import PublishedModel
+
+            return PublishedModel(self.config, self.num_outputs, virtual_ranks, recompute)
         return Transformer(
             self.config.model,
             self.config.moe,

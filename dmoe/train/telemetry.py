@@ -13,7 +13,7 @@ from typing import Any
 
 from dmoe.config.router_kinds import router_spec
 from dmoe.config.schema import TrainConfig
-from dmoe.moe.layer import MoE
+from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.load_balancing import coefficients
 from dmoe.observability.alerts import Alerts
 from dmoe.observability.profiler import measure_peak_flops
@@ -151,7 +151,7 @@ def _safe_sqrt(square: float) -> float:
 
 
 def _layer_metrics(
-    moe: MoE, layer: LayerTotals, metrics: LayerMetrics, engine: Engine
+    moe: MoELayer, layer: LayerTotals, metrics: LayerMetrics, engine: Engine
 ) -> dict[str, Any]:
     """Return the entry of one MoE layer in `layers` of a `train` line."""
     load, kept, config = layer.choice_counts, layer.kept_counts, engine.config.moe

@@ -38,6 +38,7 @@ from dmoe.distributed.full_tensors import copy_full_into_shard, full_tensor
 from dmoe.distributed.state_dict import model_state
 from dmoe.models.base import Model
 from dmoe.modular import AdapterLayer, adapter_layers
+from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.layer import MoE
 from dmoe.moe.metrics import MoEOutput
 from dmoe.moe.routing import DispatchPlan, Routing
@@ -157,7 +158,7 @@ def _layer_record(
 
 
 @contextmanager
-def record_routing(layers: Sequence[MoE]) -> Iterator[tuple[list[MoEOutput], list[Routing]]]:
+def record_routing(layers: Sequence[MoELayer]) -> Iterator[tuple[list[MoEOutput], list[Routing]]]:
     """Record the output and the router's decision of every layer that runs inside.
 
     A naive layer calls no router, so it adds no decision.

@@ -18,7 +18,7 @@ from dmoe.config import schedule
 from dmoe.distributed import data_parallel, gradients, state_dict
 from dmoe.distributed.expert_parallel import expert_parameters
 from dmoe.models import attention, transformer
-from dmoe.moe import dispatch, expert_queue, layer, rng
+from dmoe.moe import base_layer, dispatch, expert_queue, layer, rng
 from dmoe.moe.experts.grouped_mlp import MLPExperts
 from dmoe.moe.routers import base
 from dmoe.train import checkpointer, engine, optimizer, step
@@ -157,13 +157,13 @@ def race() -> None:
 
 def capacity_from_rank() -> None:
     """10: compute the capacity from a number of tokens that differs by rank (tutel#173)."""
-    expert_capacity = layer.expert_capacity
+    expert_capacity = base_layer.expert_capacity
 
     def of_this_rank(factor: float, tokens: int, *rest: Any) -> int:
         rank = dist.get_rank() if dist.is_initialized() else 0
         return expert_capacity(factor * (1 + 0.5 * rank), tokens, *rest)
 
-    layer.expert_capacity = of_this_rank
+    base_layer.expert_capacity = of_this_rank
 
 
 def wrong_inverse() -> None:

@@ -119,7 +119,7 @@ MUTATIONS = [
         NEXT,
     ),
     Mutation(
-        "moe/layer.py",
+        "moe/base_layer.py",
         'tokens * self.comm.size if limits.group == "global" else',
         'tokens if limits.group == "global" else',
         "capacity slots",

@@ -2,7 +2,8 @@
 
 Bounds of single values stand beside their fields (`dmoe/config/schema`). model: the network, its
 task and its MoE layers. layer: one MoE layer, from a config file or from Python. modular: modules.
-parallel: ranks and batches. memory: what fits.
+published: a model of transformers. parallel: ranks
+and batches. memory: what fits.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from dmoe.config.rules.parallel import (
     expert_parallel,
     shares_something,
 )
+from dmoe.config.rules.published import check_published
 from dmoe.config.rules.replay import check_replay
 from dmoe.config.schema import Config
 from dmoe.config.schema.constraints import check_bounds, check_only_for, check_types
@@ -68,8 +70,11 @@ def check(config: Config, world: int = 1) -> None:
     check_options(config)
     check_world(world)
     check_task(config)
-    check_model(config)
-    check_moe(config)
+    if config.model.source is None:
+        check_model(config)
+        check_moe(config)
+    else:
+        check_published(config)
     check_modular(config)
     check_replay(config)
     check_optim(config)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.expert_shapes import GATED, dense_kind, multiply_adds
@@ -191,6 +192,9 @@ def check_size(config: Config) -> None:
 def model_size(config: Config) -> Size:
     """Count the parameters, without what this module leaves out."""
     model, moe = config.model, config.moe
+    if model.source is not None:  # its files, at most 4 bytes each
+        files = Path(model.source).expanduser().glob("*.safetensors")
+        return Size(0, sum(file.stat().st_size for file in files) // 4)
     num_moe = len(moe_blocks(config))
     matrices = 3 if dense_kind(moe.experts) in GATED else 2
     heads = 2 * (model.heads + (model.kv_heads or model.heads))

@@ -15,6 +15,10 @@ from dmoe.config.schema.constraints import above, at_least, at_most, fraction, o
 
 @dataclass(frozen=True)
 class ModelConfig:
+    source: Annotated[Optional[str], only_for("train.task", "language_modelling")] = None
+    """Train a published mixture of the transformers library in place of dmoe's own network: its
+    directory, or its name on the Hugging Face hub. dim, layers, heads, moe.num_experts, moe.top_k,
+    moe.expert_dim and, by default, data.tokenizer then come from it (docs/models.md)."""
     dim: Annotated[int, at_least(1), at_most(1 << 20)] = 128
     """Width D of the residual stream."""
     layers: Annotated[int, at_least(0), at_most(10_000)] = 3

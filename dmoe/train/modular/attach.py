@@ -39,7 +39,6 @@ from dmoe.modular import (
 from dmoe.modular.attach import BankMaker
 from dmoe.modular.routing import PerSequence, PerTask, RouterMaker
 from dmoe.moe.metrics import LayerStats
-from dmoe.moe.routers.base import RouterModule
 from dmoe.moe.routing import TokenContext
 from dmoe.train.reduction import LayerTotals, ReducedStep
 
@@ -160,22 +159,21 @@ def _config_error(error: ConfigError, modular: ModularConfig) -> ConfigError:
     return ConfigError(f"modular.{error.field}", error.value, error.allowed, error.fix)
 
 
-def bias_balanced_routers(
+def balance_biases(
     model: Model, config: Config, totals: ReducedStep
-) -> Iterator[tuple[RouterModule, LayerTotals]]:
-    """Yield the routers whose selection bias is updated, with the counts of their layers.
+) -> Iterator[tuple[Tensor, LayerTotals]]:
+    """Yield the selection biases that are updated, with the counts of their layers.
 
-    No router of a frozen base model, and none with `modular.train=one_module`.
+    None of a frozen base model, and none with `modular.train=one_module`.
     """
     if not freezes_base_model(config):
-        yield from zip((layer.router for layer in model.moe_layers()), totals.layers, strict=True)
+        biases = (layer.balance_bias for layer in model.moe_layers())
+        yield from zip(biases, totals.layers, strict=True)
     if is_learned(config.modular) and config.modular.train != "one_module":
         for layer, layer_totals in zip(adapter_layers(model).values(), totals.modules, strict=True):
             router = layer.router
-            yield (
-                (router.router if isinstance(router, PerSequence | PerTask) else router),
-                layer_totals,
-            )
+            learned = router.router if isinstance(router, PerSequence | PerTask) else router
+            yield learned.get_buffer("bias_E"), layer_totals
 
 
 def module_metrics(model: nn.Module, totals: ReducedStep) -> dict[str, Any]:

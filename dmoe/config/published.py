@@ -1,0 +1,190 @@
+"""`model.source`: the shape of a published model, and the config fields that follow from it.
+
+The directory is one that `save_pretrained` of transformers writes. Its `config.json` gives width,
+depth, heads and experts; they are written into the run's resolved.yaml, and a value of the user's
+own that contradicts them is refused. Reading it imports transformers, and so torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dmoe.config.errors import ConfigError
+from dmoe.config.plugins import get, put
+from dmoe.config.schema import Config
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+INSTALL = "pip install 'dmoe[models]'"
+FIELD_NAMES = {
+    "model.dim": ("hidden_size",),
+    "model.layers": ("num_hidden_layers",),
+    "model.heads": ("num_attention_heads",),
+    "moe.num_experts": (
+        "num_local_experts",
+        "num_experts",
+        "n_routed_experts",
+        "moe_num_experts",
+    ),
+    "moe.top_k": (
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "moe_topk",
+        "moe_k",
+        "top_k_experts",
+    ),
+    "moe.expert_dim": ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"),
+}
+"""Fields that come from the source, and their names in the configs of transformers."""
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class PublishedShape:
+    """What dmoe's config takes from a published model."""
+
+    fields: dict[str, int]
+    """Value of each field of FIELD_NAMES."""
+    vocab_size: int
+    tokenizer: str | None
+    """Path of its tokenizer.json; None without one."""
+
+
+def source_directory(source: str) -> Path:
+    """Return the directory of a source: itself, or the local copy of a name on the hub.
+
+    Raises:
+        ConfigError: it is neither, or the hub cannot be reached.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.absolute()
+    if path.exists() or not HUB_NAME.fullmatch(source):
+        allowed = "must be the directory of a published model (config.json and *.safetensors)"
+        raise ConfigError("model.source", source, allowed, "check the path")
+    return _download(source, None)
+
+
+def read_shape(source: str) -> PublishedShape:
+    """Read the shape of a published model.
+
+    Raises:
+        ConfigError: no model of transformers, none with experts, or transformers is missing.
+    """
+    config = read_config(source)
+    text = config.get_text_config()
+    fields = {}
+    for field, names in FIELD_NAMES.items():
+        found = (_number(getattr(text, name, None)) for name in names)
+        value = next((number for number in found if number is not None), None)
+        if value is None:
+            allowed = f"is a {config.model_type}, whose config gives no {names[0]}"
+            raise ConfigError("model.source", source, allowed, "give a mixture-of-experts model")
+        fields[field] = value
+    tokenizer = source_file(source, TOKENIZER)
+    path = None if tokenizer is None else str(tokenizer)
+    return PublishedShape(fields, int(text.vocab_size), path)
+
+
+def read_config(source: str) -> Any:
+    """Return the config of a published model, as transformers reads it. Runs no code of its own.
+
+    Raises:
+        ConfigError: there is no config.json that this version of transformers knows.
+    """
+    try:
+        import transformers
+    except ImportError:
+        allowed = "needs the library transformers, which is not installed"
+        raise ConfigError("model.source", source, allowed, f"run {INSTALL}") from None
+    file = source_file(source, "config.json")
+    if file is None:
+        allowed = "has no config.json"
+        raise ConfigError("model.source", source, allowed, "name a directory of save_pretrained")
+    try:
+        return transformers.AutoConfig.from_pretrained(file.parent, trust_remote_code=False)
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        allowed = f"is no model that transformers {transformers.__version__} knows: {said}"
+        raise ConfigError("model.source", source, allowed, "check config.json") from None
+
+
+def source_file(source: str, name: str) -> Path | None:
+    """Return a file of a published model, or None."""
+    path = Path(source).expanduser()
+    if path.is_dir() or not HUB_NAME.fullmatch(source):
+        file = source_directory(source) / name
+        return file if file.is_file() else None
+    return _download(source, name)
+
+
+def with_source(config: Config, given: Collection[str] | None = None) -> Config:
+    """Return the config with the fields that follow from `model.source`.
+
+    Args:
+        config: the whole config.
+        given: names of the fields that the user has set; None: those that are not the default.
+
+    Raises:
+        ConfigError: a field that was set to another value than the source's.
+    """
+    source = config.model.source
+    if source is None or (given is not None and {*FIELD_NAMES, "data.tokenizer"} <= {*given}):
+        return config
+    shape, default = read_shape(source), Config()
+    resolved = all(get(config, field) == value for field, value in shape.fields.items())
+    if given is None and resolved:
+        return config
+    for field, value in shape.fields.items():
+        own = get(config, field)
+        is_given = own != get(default, field) if given is None else field in given
+        if is_given and own != value:
+            raise contradiction(field, own, value, source)
+        config = put(config, field, value)
+    own_tokenizer = "data.tokenizer" in given if given is not None else False
+    if config.data.tokenizer == default.data.tokenizer and not own_tokenizer:
+        if shape.tokenizer is None:
+            allowed = f"is that of model.source={source}, which has no {TOKENIZER}"
+            fix = "set data.tokenizer to the file of its tokenizer"
+            raise ConfigError("data.tokenizer", None, allowed, fix)
+        config = put(config, "data.tokenizer", shape.tokenizer)
+    if Path(source).expanduser().is_dir():
+        absolute = str(source_directory(source))
+        config = replace(config, model=replace(config.model, source=absolute))
+    return config
+
+
+def contradiction(field: str, own: object, value: object, source: str) -> ConfigError:
+    """Return the error for a field that is not what the source has."""
+    allowed = f"is {value} in model.source={source}"
+    return ConfigError(field, own, allowed, "leave it out")
+
+
+def _number(value: object) -> int | None:
+    """Return a positive integer; of a list of equal ones, one per layer, the first."""
+    if isinstance(value, list) and value and len({*value}) == 1:
+        value = value[0]
+    return value if type(value) is int and value > 0 else None
+
+
+def _download(source: str, name: str | None) -> Path:
+    """Return the local copy of a model on the hub, or of one of its files."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        allowed = "is no directory here, and to fetch it needs transformers"
+        raise ConfigError("model.source", source, allowed, f"run {INSTALL}") from None
+    try:
+        if name is None:
+            patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+            return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
+        return Path(huggingface_hub.hf_hub_download(source, name))
+    except Exception as error:
+        if name == TOKENIZER and type(error).__name__ == "EntryNotFoundError":
+            return None  # type: ignore[return-value]
+        allowed = f"is no directory here, and not to be had from the hub ({type(error).__name__})"
+        fix = "download it where there is a network, and name its directory"
+        raise ConfigError("model.source", source, allowed, fix) from None

@@ -1,0 +1,10 @@
+"""Published models: mixtures of the `transformers` library, trained and distributed by dmoe.
+
+`moefy` makes the MoE blocks of a live model dmoe's own layers, in place. `transformers` is an
+optional extra (`pip install 'dmoe[models]'`) and is imported only where it is needed.
+"""
+
+from dmoe.hf.layer import Forward
+from dmoe.hf.moefy import auxiliary_loss, forward_of, moefied_layers, moefy
+
+__all__ = ["Forward", "auxiliary_loss", "forward_of", "moefied_layers", "moefy"]

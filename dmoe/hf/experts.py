@@ -1,0 +1,137 @@
+"""The experts of a transformers block, computed on rows grouped by expert.
+
+transformers stacks the experts of a block: `gate_up_proj` [E, 2F, D] and `down_proj` [E, D, F], or
+transposed, with or without biases, `up_proj` [E, F, D] where there is no gate. A transposed view of
+a stack is dmoe's layout, without a copy: plain SwiGLU runs in `feed_forward`; any other unit is the
+block's own `_apply_gate` between two grouped products.
+
+Letters: R rows, D width, F hidden width, E experts, e local experts, K experts per token, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from dmoe.moe.experts.grouped_mlp import feed_forward, grouped_linear
+from dmoe.moe.interfaces import TokensPerExpert
+from dmoe.moe.placement import ExpertPlacement, contiguous_placement
+
+SILU = ("SiLU", "SiLUActivation")
+
+
+class ExpertOwner(Protocol):
+    """The block of the experts."""
+
+    def compute_experts(
+        self, experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor
+    ) -> Tensor: ...
+
+
+class MoefiedExperts:
+    """Mixed into the class of a block's experts: dispatches to the experts of all ranks.
+
+    No parameter is added, moved or renamed. `owner` is the block, in `__dict__`, so that it is no
+    child.
+    """
+
+    num_all_experts: int
+    """E, over all ranks."""
+    first_expert: int
+    """Global id of the first local expert."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
+        *,
+        router_indices: Tensor | None = None,
+        routing_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the weighted sum of the chosen experts; the arguments are transformers' own."""
+        index = router_indices if top_k_index is None else top_k_index
+        weights = routing_weights if top_k_weights is None else top_k_weights
+        assert index is not None, "the experts' call has no choice"
+        assert weights is not None, "the experts' call has no weights"
+        owner: ExpertOwner = self.__dict__["owner"][0]
+        x_TD = hidden_states.flatten(0, -2)
+        y_TD = owner.compute_experts(
+            cast(nn.Module, self), x_TD, index.flatten(0, -2), weights.flatten(0, -2)
+        )
+        return y_TD.view_as(hidden_states).to(hidden_states.dtype)
+
+    @property
+    def multiply_adds(self) -> tuple[int, ...]:
+        """Weights of each expert of all ranks, biases included."""
+        own = stacked_parameters(cast(nn.Module, self)).values()
+        return (sum(p.numel() // len(p) for p in own),) * self.num_all_experts
+
+    def placement(self, ranks: int) -> ExpertPlacement:
+        """Return equal, contiguous runs."""
+        return contiguous_placement(self.num_all_experts, ranks)
+
+    def slice_experts(self, placement: ExpertPlacement, rank: int) -> None:
+        """Keep only the experts of one rank; nothing to do if only they were loaded."""
+        module = cast(nn.Module, self)
+        owned = placement.experts[rank]
+        self.first_expert = owned[0]
+        for name, whole in stacked_parameters(module).items():
+            if len(whole) != self.num_all_experts:
+                assert len(whole) == len(owned), f"{name} has {len(whole)} of the experts"
+                continue
+            kept = whole.detach()[owned[0] : owned[0] + len(owned)].clone()
+            setattr(module, name, nn.Parameter(kept, requires_grad=whole.requires_grad))
+        cast(Any, self).num_experts = len(owned)
+
+
+def stacked_parameters(experts: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of the experts by name: each is a stack, one entry per expert."""
+    return dict(experts.named_parameters(recurse=False))
+
+
+def expert_rows(experts: Any, rows_RD: Tensor, tokens_per_expert: TokensPerExpert) -> Tensor:
+    """Apply each local expert to its rows, [R, D].
+
+    Args:
+        experts: a block's experts, of transformers' layout.
+        rows_RD: rows grouped by expert, in the dtype to compute in.
+        tokens_per_expert: rows of each local expert.
+    """
+    up = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    w_in, w_out = (w.to(rows_RD.dtype) for w in (up, experts.down_proj))
+    if not experts.is_transposed:
+        w_in, w_out = w_in.transpose(1, 2), w_out.transpose(1, 2)
+    if is_plain_swiglu(experts):
+        return feed_forward("swiglu", rows_RD, w_in, w_out, tokens_per_expert)
+    unit: Callable[[Tensor], Tensor] = experts._apply_gate if experts.has_gate else experts.act_fn
+    expert_R = _expert_of_rows(tokens_per_expert, w_in) if experts.has_bias else None
+    up_bias = "gate_up_proj_bias" if experts.has_gate else "up_proj_bias"
+    hidden = grouped_linear(rows_RD, w_in, tokens_per_expert)
+    if expert_R is not None:
+        hidden = hidden + getattr(experts, up_bias).to(rows_RD.dtype)[expert_R]
+    hidden = unit(hidden).to(rows_RD.dtype)
+    out_RD = grouped_linear(hidden, w_out, tokens_per_expert)
+    if expert_R is not None:
+        out_RD = out_RD + experts.down_proj_bias.to(rows_RD.dtype)[expert_R]
+    if getattr(experts, "has_post_expert_norm", False):
+        out_RD = experts.post_expert_norm(out_RD)
+    return out_RD
+
+
+def is_plain_swiglu(experts: Any) -> bool:
+    """Return whether an expert computes `down(silu(gate(x)) * up(x))` without biases or clamps."""
+    if not experts.has_gate or experts.has_bias or not getattr(experts, "is_concatenated", True):
+        return False
+    own_unit = getattr(type(experts)._apply_gate, "__name__", "") != "_default_apply_gate"
+    normed = getattr(experts, "has_post_expert_norm", False)
+    return not own_unit and not normed and type(experts.act_fn).__name__ in SILU
+
+
+def _expert_of_rows(tokens_per_expert: TokensPerExpert, w_in: Tensor) -> Tensor:
+    """Return the local expert of each row, int64 [R]."""
+    local = torch.arange(len(w_in), device=w_in.device)
+    return local.repeat_interleave(tokens_per_expert)

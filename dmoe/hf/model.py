@@ -1,0 +1,153 @@
+"""A published model as the trainer's `Model`: transformers' own, but for its MoE layers.
+
+Letters: B sequences, S positions, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from dmoe.config.errors import ConfigError
+from dmoe.config.published import read_config
+from dmoe.config.schema import Config
+from dmoe.hf.load import load_weights
+from dmoe.hf.moefy import forward_of, moefied_layers, moefy
+from dmoe.hf.transformers_log import quiet
+from dmoe.models.base import Model, ModelOutput, token_losses
+from dmoe.moe.inputs import as_int64, context_of_rows
+from dmoe.moe.routing import EMPTY_CONTEXT, TokenContext
+
+REENTRANT_FREE = {"use_reentrant": False}
+
+
+class PublishedModel(Model):
+    """A causal language model of transformers, with dmoe's layers for its MoE blocks.
+
+    The constructor makes all parameters on the meta device: `to_empty` gives them memory, and
+    `initialize` fills them from the files of `model.source`, on each rank its own experts only.
+    Buffers are made as transformers makes them.
+
+    Args:
+        config: whole config, with `model.source`.
+        num_outputs: vocabulary size V of the tokenizer, at most that of the model.
+        virtual_ranks: as in `dmoe.MoE`.
+        recompute: keep only the input of each block, and compute the block again in backward.
+    """
+
+    def __init__(
+        self, config: Config, num_outputs: int, virtual_ranks: int = 1, recompute: bool = False
+    ) -> None:
+        super().__init__()
+        assert config.model.source is not None
+        self.source, self.recompute = config.model.source, recompute
+        settings = read_config(self.source)
+        size = settings.get_text_config().vocab_size
+        if num_outputs > size:
+            allowed = f"has {num_outputs} tokens, and model.source={self.source} has {size}"
+            fix = "use the tokenizer of the source"
+            raise ConfigError("data.tokenizer", config.data.tokenizer, allowed, fix)
+        self.hf = cast(Any, build_empty(settings, self.source))
+        if recompute:
+            if not self.hf.supports_gradient_checkpointing:
+                allowed = f"is not supported by {type(self.hf).__name__} of transformers"
+                raise ConfigError("train.recompute", True, allowed, "use false")
+            self.hf.gradient_checkpointing_enable(REENTRANT_FREE)
+        moefy(
+            self.hf,
+            config.moe.capacity,
+            config.moe.balance,
+            exchange=config.moe.exchange,
+            virtual_ranks=virtual_ranks,
+        )
+        self.notes: list[str] = []
+        """What the reader of the weights has to say."""
+        self.train()
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The token embedding."""
+        return cast(nn.Embedding, self.hf.get_input_embeddings())
+
+    @property
+    def output(self) -> nn.Module | None:
+        """The output projection; None if it is the embedding."""
+        head = self.hf.get_output_embeddings()
+        tied = head is None or head.weight is self.embedding.weight
+        return None if tied else cast(nn.Module, head)
+
+    def to_empty(self, *, device: Any, recurse: bool = True) -> Self:
+        """Give the parameters memory; buffers keep their values."""
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.is_meta:
+                    empty = torch.empty_like(parameter, device=device)
+                    kept = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                    module.register_parameter(name, kept)
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
+        self.hf.tie_weights()
+        return self
+
+    def initialize(self, seed: int) -> None:
+        """Read the weights from `model.source`; collective over the ranks that share experts."""
+        self.notes = load_weights(self.hf, self.source)
+        for layer in moefied_layers(self.hf):
+            layer.forget_counts()
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor | None = None,
+        context: TokenContext | None = None,
+        *,
+        return_logits: bool = False,
+    ) -> ModelOutput:
+        """Predict each next token; see `Model.forward`. Positions count from 0 in each sequence."""
+        input = as_int64("input", input)
+        context = context_of_rows(context or EMPTY_CONTEXT, input.shape)
+        record = forward_of(self.hf)
+        record.begin(context, len(input))
+        logits_BSV: Tensor = self.hf(input_ids=input, use_cache=False).logits
+        out = ModelOutput(
+            None, None, [layer.aux for layer in record.layers], [r.stats for r in record.layers]
+        )
+        if target is not None:
+            out.loss_sum, out.loss_T, out.correct_T = token_losses(
+                logits_BSV, target, per_token=not self.training
+            )
+        if target is None or return_logits:
+            out.logits = logits_BSV
+        return out
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Count forward FLOPs per token: those of the weights and of full causal attention."""
+        text = self.hf.config.get_text_config()
+        heads = text.num_attention_heads
+        width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+        attention = 2 * text.num_hidden_layers * width * (seq_len + 1)
+        return super().flops_per_token(seq_len) + int(attention)
+
+
+def build_empty(settings: Any, source: str) -> nn.Module:
+    """Build the causal language model of a config, parameters on the meta device.
+
+    Raises:
+        ConfigError: transformers has no causal language model for it.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    kind = transformers.AutoModelForCausalLM._model_mapping.get(type(settings), None)
+    if kind is None:
+        allowed = f"is a {settings.model_type}, of which transformers has no causal language model"
+        raise ConfigError("model.source", source, allowed, "give another model")
+    if hasattr(settings, "quantization_config"):
+        del settings.quantization_config  # the weights are read dequantised
+    settings._experts_implementation = "eager"  # dmoe computes the experts
+    with torch.device("cpu"), init_empty_weights(include_buffers=False), quiet():
+        auto: Any = transformers.AutoModelForCausalLM
+        model: nn.Module = auto.from_config(settings)
+    return model

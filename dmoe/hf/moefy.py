@@ -1,0 +1,230 @@
+"""`moefy`: make the MoE blocks of a live transformers model dmoe's own layers.
+
+A block is any module that holds a stack of `experts` called with (x, index, weights), the contract
+of `use_experts_implementation` in transformers 5. Nothing is copied: parameters, names, router,
+attention and shared experts stay. `facts.py` lists what differs between the families.
+
+Letters: B sequences, S positions, T = B*S tokens, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmoe.config.errors import ConfigError
+from dmoe.config.rules.published import check_published_moe
+from dmoe.config.schema import BalanceConfig, CapacityConfig, MoEConfig
+from dmoe.config.schema.constraints import check_bounds, check_type, check_types
+from dmoe.hf.experts import MoefiedExperts, stacked_parameters
+from dmoe.hf.facts import block_facts, find_bias
+from dmoe.hf.layer import Forward, MoefiedLayer
+from dmoe.moe.base_layer import MoELayer
+from dmoe.moe.dispatch import PackedLocal, PaddedLocal
+from dmoe.moe.inputs import MaskAgreement
+from dmoe.moe.interfaces import NoComm
+from dmoe.moe.load_balancing import PendingCounts, coefficients
+from dmoe.moe.routing import TokenContext
+
+NO_BALANCE = BalanceConfig(switch=0.0, z=0.0)
+OWN_NAMES = {*MoefiedLayer.__annotations__, *MoELayer.__annotations__}
+"""Attributes that dmoe sets on a block."""
+SHARED_NAMES = frozenset({"experts", "router", "num_experts", "top_k"})
+"""Those of them that blocks have already, with the same meaning."""
+
+
+def moefy(
+    model: nn.Module,
+    capacity: CapacityConfig | None = None,
+    balance: BalanceConfig | None = None,
+    *,
+    exchange: str = "packed",
+    virtual_ranks: int = 1,
+) -> nn.Module:
+    """Make every MoE block of a transformers model a dmoe layer, in place; return the model.
+
+    Logits, loss and gradients stay those of transformers, to float rounding. In training the
+    model's `loss` then contains the auxiliary losses of `balance`; without labels, add
+    `dmoe.hf.auxiliary_loss(model)`. `dmoe.hf.forward_of(model)` has the counts of the latest
+    forward. Positions that a 2-D `attention_mask` marks as padding are not routed and not counted.
+
+    Args:
+        model: a model of transformers with its weights, or on the meta device.
+        capacity: expert capacity; default dropless.
+        balance: auxiliary losses and bias; default none. `balance.bias` moves the bias that the
+            family's router has (`e_score_correction_bias`).
+        exchange: `packed` or `padded`, as in `dmoe.MoE`.
+        virtual_ranks: as in `dmoe.MoE`.
+
+    Raises:
+        ConfigError: a model without MoE blocks, or with one that dmoe does not know.
+    """
+    capacity = CapacityConfig() if capacity is None else capacity
+    balance = NO_BALANCE if balance is None else balance
+    _check_settings(capacity, balance, exchange)
+    found = find_blocks(model)
+    record = Forward()
+    for index, (name, block, experts) in enumerate(found):
+        facts = block_facts(block, name, _text_config(model))
+        _check_experts(experts, f"{name}.experts")
+        taken = sorted((OWN_NAMES - SHARED_NAMES) & {*vars(block), *dict(block.named_children())})
+        if taken:
+            why = f"has attributes of its own that dmoe would overwrite: {', '.join(taken)}"
+            raise ConfigError("model", name, why, "train this model without dmoe")
+        num_experts = len(experts.down_proj)
+        kinds: tuple[Any, Any] = type(block), type(experts)
+        experts.__class__ = _mixed(MoefiedExperts, kinds[1])
+        experts.__dict__ |= {"owner": (block,), "num_all_experts": num_experts, "first_expert": 0}
+        layer: Any = block
+        layer.__class__ = _mixed(MoefiedLayer, kinds[0], not hasattr(block, "router"))
+        layer.facts, layer.record = facts, record
+        layer.layer, layer.num_experts, layer.num_zero_cost = index, num_experts, 0
+        layer.top_k = experts_per_token(facts.router, _text_config(model), name)
+        layer.capacity, layer.balance, layer.virtual_ranks = capacity, balance, virtual_ranks
+        layer.placement, layer.cost_E = experts.placement(1), (1 / num_experts,) * num_experts
+        layer.names_E = tuple(f"expert {e}" for e in range(num_experts))
+        layer.packed, layer.comm, layer.masks = PackedLocal(), NoComm(), MaskAgreement()
+        layer.padded = PaddedLocal() if exchange == "padded" else None
+        layer.pending_counts = PendingCounts() if balance.bias else None
+        if balance.bias and find_bias(block, facts.router, num_experts) is None:
+            why = f"moves a bias of the choice, and {type(facts.router).__name__} has none"
+            raise ConfigError("moe.balance.bias", balance.bias, why, "use balance.switch")
+        facts.logits.register_forward_hook(layer.keep_logits)
+    model.__dict__["dmoe_forward"] = record
+    model.register_forward_pre_hook(_begin, with_kwargs=True)
+    model.register_forward_hook(_end, always_call=True)
+    return model
+
+
+def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
+    """Return name, block and experts of every MoE block of a transformers model, in order.
+
+    Raises:
+        ConfigError: there is none, or the model is moefied already.
+    """
+    kind = type(model).__name__
+    if any(isinstance(module, MoefiedLayer) for module in model.modules()):
+        raise ConfigError("model", kind, "is moefied already", "call moefy once")
+    blocks = []
+    for name, module in model.named_modules():
+        experts = getattr(module, "experts", None)
+        if isinstance(experts, nn.Module) and _is_stack(experts):
+            blocks.append((name, module, experts))
+    if not blocks:
+        why = "has no MoE block of transformers 5 (a module `experts` with stacked weights)"
+        raise ConfigError("model", kind, why, "give a mixture-of-experts model")
+    return blocks
+
+
+def moefied_layers(model: nn.Module) -> list[MoefiedLayer]:
+    """Return the layers that `moefy` has made, in order."""
+    return [module for module in model.modules() if isinstance(module, MoefiedLayer)]
+
+
+def forward_of(model: nn.Module) -> Forward:
+    """Return the record of the model's latest forward.
+
+    `model` may be in `dmoe.parallelize` or another wrapper.
+    """
+    layers = moefied_layers(model)
+    if not layers:
+        raise ConfigError("model", type(model).__name__, "is not moefied", "call dmoe.moefy first")
+    return layers[0].record
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor:
+    """Return the weighted sum of the auxiliary losses of the latest forward, over all layers.
+
+    It is this rank's share: as `dmoe.MoE` returns it.
+    """
+    layers, record = moefied_layers(model), forward_of(model)
+    total = torch.zeros((), device=next(model.parameters()).device)
+    for layer in record.layers:
+        for name, coefficient in coefficients(layers[0].balance).items():
+            total = total + coefficient * layer.aux[name]
+    return total
+
+
+def experts_per_token(router: nn.Module, config: object, name: str) -> int:
+    """Return K of a block: the router's or the config's."""
+    for owner in (router, config):
+        for field in ("top_k", "num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"):
+            value = getattr(owner, field, None)
+            if type(value) is int and value > 0:
+                return value
+            if isinstance(value, list) and value and len({*value}) == 1:
+                return int(value[0])
+    raise ConfigError("model", name, "does not say how many experts a token takes", "set top_k")
+
+
+def _is_stack(experts: nn.Module) -> bool:
+    down = getattr(experts, "down_proj", None)
+    return isinstance(down, nn.Parameter) and down.ndim == 3
+
+
+def _check_experts(experts: Any, name: str) -> None:
+    """Refuse experts that are not called with (x, index, weights), or of unequal stacks."""
+    missing = [n for n in ("has_gate", "has_bias", "is_transposed") if not hasattr(experts, n)]
+    if missing:
+        why = "are not of the form that dmoe computes (`use_experts_implementation`)"
+        fix = "train this model without dmoe"
+        raise ConfigError("model", f"{name} ({type(experts).__name__})", why, fix)
+    sizes = {n: len(p) for n, p in stacked_parameters(experts).items()}
+    if len({*sizes.values()}) != 1:
+        why = f"has stacks of different numbers of experts: {sizes}"
+        raise ConfigError("model", name, why, "check the model's config")
+
+
+def _check_settings(capacity: CapacityConfig, balance: BalanceConfig, exchange: str) -> None:
+    check_type("capacity", capacity, CapacityConfig)
+    check_type("balance", balance, BalanceConfig)
+    config = MoEConfig(capacity=capacity, balance=balance, exchange=exchange)  # type: ignore[arg-type]
+    check_types(config, "moe.")
+    check_bounds(config, "moe.")
+    check_published_moe(config)
+
+
+@cache
+def _mixed(mixin: Any, kind: Any, names_router: bool = False) -> type:
+    """Return the class `kind` with `mixin` in front; `names_router` gives it `router`."""
+    names: dict[str, Any] = {"__module__": kind.__module__, "__doc__": kind.__doc__}
+    if names_router:
+        names["router"] = property(lambda block: block.facts.router)
+    return type(f"Moefied{kind.__name__}", (mixin, kind), names)
+
+
+def _text_config(model: nn.Module) -> object:
+    """Return the config of the language model: of a composed one, a part."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Start the record of a forward: sequences and padding of its tokens."""
+    record: Forward = model.__dict__["dmoe_forward"]
+    if record.running:  # the caller has begun it, with a context of its own
+        return
+    given = kwargs.get("input_ids", args[0] if args else None)
+    given = kwargs.get("inputs_embeds") if given is None else given
+    if not isinstance(given, Tensor):
+        record.begin(TokenContext(), 1)
+        return
+    batch, length = given.shape[:2]
+    mask = kwargs.get("attention_mask")
+    valid_T = None
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= length:
+        valid_T = mask[:, -length:].flatten() != 0
+    record.begin(TokenContext(valid_T=valid_T), batch)
+
+
+def _end(model: nn.Module, args: object, output: Any) -> Any:
+    """End the record, and add the auxiliary losses to the output's loss in training."""
+    record: Forward = model.__dict__["dmoe_forward"]
+    record.running = False
+    loss = getattr(output, "loss", None)
+    if model.training and isinstance(loss, Tensor) and record.layers:
+        output["loss"] = loss + auxiliary_loss(model).to(loss.dtype)
+    return output

@@ -1,0 +1,118 @@
+"""What all MoE layers share: capacity groups, balance bias, and the parts that ranks replace.
+
+`MoE` (`layer.py`) is dmoe's own. A block of a published model is one too (`dmoe/hf/layer.py`): its
+class is changed in place, so this class has no constructor and adds no parameter.
+
+Letters: E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from dmoe.config.errors import ConfigError
+from dmoe.config.schema import BalanceConfig, CapacityConfig
+from dmoe.moe.capacity import expert_capacity
+from dmoe.moe.inputs import MaskAgreement
+from dmoe.moe.interfaces import DataParallelComm, Dispatcher
+from dmoe.moe.load_balancing import PendingCounts, updated_bias
+from dmoe.moe.placement import ExpertPlacement
+from dmoe.moe.routing import BatchShape
+
+
+class MoELayer(nn.Module):
+    """A layer that sends each token to some of its experts."""
+
+    experts: Any
+    router: Any
+    layer: int
+    """Index among the MoE layers of the model."""
+    num_experts: int
+    """Experts the router selects from, on all ranks, zero-cost ones included."""
+    num_zero_cost: int
+    top_k: int
+    capacity: CapacityConfig
+    balance: BalanceConfig
+    virtual_ranks: int
+    placement: ExpertPlacement
+    cost_E: tuple[float, ...]
+    """Cost of each expert as a share of that of all computed ones."""
+    names_E: tuple[str, ...]
+    packed: Dispatcher
+    padded: Dispatcher | None
+    comm: DataParallelComm
+    masks: MaskAgreement
+    pending_counts: PendingCounts | None
+    """None: no bias, or the trainer updates it from counts that it reduces for all layers."""
+
+    def shard(self, ep_size: int, ep_rank: int) -> None:
+        """Shard the experts over `ep_size` ranks and keep those of `ep_rank`."""
+        raise NotImplementedError
+
+    @property
+    def balance_bias(self) -> Tensor:
+        """The bias that the selection adds to the scores, float [E]; shares the layer's memory."""
+        return self.router.get_buffer("bias_E")  # type: ignore[no-any-return]
+
+    @property
+    def weights_of_experts(self) -> tuple[int, ...]:
+        """The number of weights of each computed expert of all ranks, first to last."""
+        raise NotImplementedError
+
+    def max_active_weights(self) -> int:
+        """Count the weights of the experts that one token uses at most, over all ranks."""
+        return sum(sorted(self.weights_of_experts, reverse=True)[: self.top_k])
+
+    def batch_shape(self, sequences: int, tokens: int) -> BatchShape:
+        """Return the capacity groups and slots of a forward of `tokens` tokens in `sequences`."""
+        if tokens % self.virtual_ranks:
+            allowed = f"must divide the {tokens} tokens of the call"
+            raise ConfigError("virtual_ranks", self.virtual_ranks, allowed, "use a batch that fits")
+        limits = self.capacity
+        groups = {"rank": self.virtual_ranks, "sequence": sequences, "global": 1}[limits.group]
+        factor = limits.factor if self.training else limits.eval_factor
+        if factor is None:
+            return BatchShape(sequences, groups)
+        tokens_per_group = (
+            tokens * self.comm.size if limits.group == "global" else tokens // max(1, groups)
+        )
+        slots = expert_capacity(
+            factor, tokens_per_group, self.top_k, self.num_experts, limits.min_capacity
+        )
+        return BatchShape(sequences, groups, slots)
+
+    def count_for_bias(self, y_TM: Tensor, choice_E: Tensor) -> None:
+        """Count a training forward for `update_bias`, once its backward has come."""
+        if self.pending_counts is not None and self.training and y_TM.requires_grad:
+            self.pending_counts.watch(y_TM, choice_E, self.parameters(), f"MoE layer {self.layer}")
+
+    def forget_counts(self) -> None:
+        """Discard what `update_bias` would count: the weights are new."""
+        if self.pending_counts is not None:
+            self.pending_counts = PendingCounts()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.forget_counts()
+
+    def update_bias(self) -> None:
+        """Update the balance bias (`balance.bias`); once per step, after `optimizer.step()`.
+
+        By the assignments of the forwards whose backward has run since the last call, over all
+        ranks: one all-reduce of E int64 if `comm` has several, so every rank calls it. No host sync
+        and, if `balance.bias` is 0, nothing. Forgotten, the next training forward raises an error.
+        """
+        if self.pending_counts is not None:
+            self.move_bias(self.comm.sum(self.take_counts()))
+
+    def take_counts(self) -> Tensor:
+        """Return this rank's assignments since the last update, int64 [E], and start from zero."""
+        assert self.pending_counts is not None, "the layer has no balance bias to update"
+        return self.pending_counts.take(self.balance_bias)
+
+    def move_bias(self, count_E: Tensor) -> None:
+        """Move the balance bias by the assignments of all ranks."""
+        bias_E = self.balance_bias
+        bias_E.copy_(updated_bias(bias_E, count_E, self.balance.bias, self.balance.recenter))
