@@ -1,4 +1,4 @@
-"""Commands `dmoe checkpoint inspect`, `verify` and `upcycle`."""
+"""Commands `dmoe checkpoint inspect`, `verify`, `export` and `upcycle`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dmoe.cli import checkpoint_export
 from dmoe.cli.common import ARGUMENTS_HELP, TrustCode, integer, load_arguments
 
 if TYPE_CHECKING:
@@ -53,15 +54,32 @@ def inspect(path: CheckpointPath, as_json: AsJson = False) -> None:
     sys.exit(3 if contents.problem else 0)
 
 
+app.command()(checkpoint_export.export)
+
+
 @app.command()
-def verify(path: CheckpointPath, as_json: AsJson = False) -> None:
+def verify(
+    path: CheckpointPath,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Compare an exported directory with the published one it was made from.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Hash all bytes of all checkpoints and compare with the manifests.
 
-    Exit code 3 if one is damaged.
+    With --against, RUN_OR_DIR is an exported directory: tensors that are missing, at the wrong
+    place, copied or of another type are found. Exit code 3 if one is damaged or wrong.
 
     Example: dmoe checkpoint verify runs/latest
     """
     from dmoe.cli import checkpoint_info
+
+    if against is not None:
+        checkpoint_export.verify_against(path, against, as_json=as_json)
 
     found = checkpoint_info.find_checkpoints(path)
     results = [

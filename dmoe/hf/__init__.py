@@ -6,5 +6,15 @@ optional extra (`pip install 'dmoe[models]'`) and is imported only where it is n
 
 from dmoe.hf.layer import Forward
 from dmoe.hf.moefy import auxiliary_loss, forward_of, moefied_layers, moefy
+from dmoe.hf.plugin import ExpertCounts, expert_counts, register
 
-__all__ = ["Forward", "auxiliary_loss", "forward_of", "moefied_layers", "moefy"]
+__all__ = [
+    "ExpertCounts",
+    "Forward",
+    "auxiliary_loss",
+    "expert_counts",
+    "forward_of",
+    "moefied_layers",
+    "moefy",
+    "register",
+]

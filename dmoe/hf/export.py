@@ -1,0 +1,222 @@
+"""Export of a run of a published model as a directory that transformers, vLLM and others load.
+
+    checkpoint (one tensor in memory's layout at a time) -> conversions -> model-*-of-*.safetensors
+    tensors of the source that the class does not know, tokenizer, generation config, chat template
+    -> copied
+
+Everything is written under another name, compared with the source (`compare.py`), and then renamed:
+a directory of the given name is complete. Memory: the largest tensor and one file.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from dmoe.checkpoint.manifest import read as read_manifest
+from dmoe.checkpoint.tensor_reader import TensorReader
+from dmoe.config.errors import CheckpointError, ConfigError
+from dmoe.hf.compare import compare_directories
+from dmoe.hf.disk_format import DiskFormat, build_on_meta
+from dmoe.hf.published import (
+    MAX_SHARD_BYTES,
+    TORCH_DTYPES,
+    PublishedDirectory,
+    ShardWriter,
+    finish_shards,
+    provisional_name,
+)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Result of an export."""
+
+    path: str
+    files: int
+    tensors: int
+    bytes: int
+    copied: list[str]
+    """Tensors that the model's class does not know, copied from the source."""
+    notes: list[str]
+    """What a user should know, in sentences."""
+
+
+def export_checkpoint(
+    checkpoint: Path, source: str | Path, out: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> Exported:
+    """Write the weights of a checkpoint in the format of the directory it was trained from.
+
+    Args:
+        checkpoint: directory of one checkpoint.
+        source: directory of the published model that the run was trained from.
+        out: directory to create.
+        max_shard_bytes: size of one file.
+
+    Raises:
+        CheckpointError: a damaged checkpoint, or one that does not fit the source; or the result
+            is not what the source's files look like. Nothing is left at `out` then.
+        ConfigError: `out` exists.
+    """
+    published = PublishedDirectory(source)
+    model = build_on_meta(published)
+    layout = DiskFormat(model, published)
+    reader = TensorReader(checkpoint)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    prefix = _prefix(reader, shapes)
+
+    def read(name: str) -> Tensor:
+        return reader.read(prefix + name)
+
+    with _new_directory(Path(out)) as folder:
+        writer = ShardWriter(folder, max_bytes=max_shard_bytes)
+        names = [name for name in shapes if name in set(layout.known.values())]
+        for name, value in converted(layout, names, read):
+            writer.add(name, value)
+        for name in layout.unknown:
+            writer.add(name, published.read(name))
+        writer.flush()
+        parts = {provisional_name("", n): names for n, names in enumerate(writer.files)}
+        return finish(folder, Path(out), parts, layout)
+
+
+def converted(
+    layout: DiskFormat, names: Iterable[str], read: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of the files, in the dtype that they have in the source's files.
+
+    Args:
+        layout: the conversions.
+        names: of the tensors in memory.
+        read: returns one of them in full.
+
+    Raises:
+        CheckpointError: a tensor of the result is none of the source's.
+    """
+    for group in layout.groups(names):
+        for name, value in layout.revert({member: read(member) for member in group}).items():
+            yield name, as_in_source(layout, name, value)
+
+
+def as_in_source(layout: DiskFormat, name: str, value: Tensor) -> Tensor:
+    """Return a tensor of a file in the dtype of the source's; bfloat16 for a quantized source."""
+    facts = layout.source.tensors.get(name)
+    if facts is None or name not in layout.known:
+        raise CheckpointError(
+            f"{layout.source.folder}: has no tensor {name!r}; it cannot be exported"
+        )
+    quantized = layout.source.quantized and facts.dtype not in ("BF16", "F16", "F32", "F64")
+    return value.to(TORCH_DTYPES["BF16" if quantized else facts.dtype])
+
+
+def finish(folder: Path, out: Path, parts: Mapping[str, list[str]], layout: DiskFormat) -> Exported:
+    """Name the files, copy what is no weight, and compare with the source.
+
+    Raises:
+        CheckpointError: a tensor is missing, or is not what the source's file has at its place.
+    """
+    source = layout.source
+    written = {name for names in parts.values() for name in names}
+    check_complete(out, written, layout)
+    finish_shards(folder, parts)
+    for path in source.other_files():
+        target = folder / path.relative_to(source.folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    notes = []
+    if source.quantized:
+        content = {k: v for k, v in source.config.items() if k != "quantization_config"}
+        (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        notes.append("the source is quantized; the export is bfloat16")
+    if layout.unknown:
+        notes.append(
+            f"{len(layout.unknown)} tensors that the class does not know, such as"
+            f" {layout.unknown[0]}, are copied from the source: they were not trained"
+        )
+    if not any(path.name.startswith("tokenizer") for path in source.other_files()):
+        notes.append("the source has no tokenizer, so the export has none")
+    found = compare_directories(PublishedDirectory(folder), source)
+    if found.problems:
+        raise CheckpointError(f"{out}: {found.problems[0]}")
+    files = sorted(folder.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in files)
+    return Exported(str(out), len(files), len(written), size, layout.unknown, notes)
+
+
+def check_complete(out: Path, written: set[str], layout: DiskFormat) -> None:
+    """Refuse an export with other tensors than the source, but for a quantized one's scales."""
+    if new := sorted(written - {*layout.known, *layout.unknown}):
+        raise CheckpointError(f"{out}: {new[0]!r} is new: the source has no such tensor")
+    missing = sorted({*layout.known, *layout.unknown} - written)
+    if missing:
+        raise CheckpointError(f"{out}: {missing[0]!r} was not written ({len(missing)} are missing)")
+
+
+def _prefix(reader: TensorReader, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return what stands before a model's name in the checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model.
+    """
+    first = next(iter(shapes))
+    for name in reader.tensors:
+        prefix = name.removesuffix(first)
+        if not name.startswith("model.") or prefix == name:
+            continue
+        saved = {
+            n.removeprefix(prefix): e for n, e in reader.tensors.items() if n.startswith(prefix)
+        }
+        wrong = [n for n, shape in shapes.items() if n not in saved or saved[n].shape != shape]
+        if not wrong:
+            return prefix
+        raise CheckpointError(
+            f"{reader.directory}: {wrong[0]!r} is missing or has another shape than the source's"
+            " class; is it a run of this source?"
+        )
+    raise CheckpointError(f"{reader.directory}: has no {first!r}; is it a run of this source?")
+
+
+@contextmanager
+def _new_directory(out: Path) -> Iterator[Path]:
+    """Give a directory beside `out` that is renamed to it at the end, or removed after an error."""
+    folder = reserve(out)
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    folder.rename(out)
+
+
+def reserve(out: Path) -> Path:
+    """Create the directory that is renamed to `out` once it is complete.
+
+    Raises:
+        ConfigError: `out` has content, or its parent does not exist.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError("--to", out, "exists and is not empty", "name a new directory")
+    if not out.parent.is_dir():
+        raise ConfigError("--to", out, "its parent directory does not exist", "create it")
+    folder = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+def source_of(checkpoint: Path) -> str | None:
+    """Return the source that a run's checkpoint names in its config, or None.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+    """
+    config = read_manifest(checkpoint).extra.get("config")
+    model = config.get("model") if isinstance(config, dict) else None
+    named = model.get("source") if isinstance(model, dict) else None
+    return named if isinstance(named, str) else None
