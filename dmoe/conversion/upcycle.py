@@ -13,32 +13,23 @@ Optimizer state and learning-rate schedule start from zero, as in the paper's de
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
-import dmoe
-from dmoe.checkpoint import list_steps, save
 from dmoe.config.errors import ConfigError
 from dmoe.config.load import load as load_config
 from dmoe.config.router_kinds import router_spec
-from dmoe.config.rules import batching, check, moe_blocks
+from dmoe.config.rules import check, moe_blocks
 from dmoe.config.schema import Config, MoEConfig, ParallelConfig
+from dmoe.conversion.new_run import first_extra, write_run
 from dmoe.data import open_tokenizer
-from dmoe.distributed.init import ProcessInfo
-from dmoe.distributed.mesh import ParallelMesh
-from dmoe.distributed.state_dict import model_state, optimizer_state
 from dmoe.models.base import Model
 from dmoe.models.layers import dense_hidden_dim
 from dmoe.moe.experts import FeedForward, MLPExperts
 from dmoe.moe.layer import MoE
 from dmoe.moe.routing import TokenContext
 from dmoe.runs.directory import RunDir
-from dmoe.train.optimizer import build_optimizer
 from dmoe.train.restore import RestoredModel, restore_model
-from dmoe.train.run_session import open_session
-from dmoe.train.step_guard import StepGuard
 from dmoe.train.tasks import DataSplits, Task, task_of
 
 FREE_MODEL_FIELDS = ("moe_every", "dense_first", "dense_dim", "init_std")
@@ -99,9 +90,8 @@ def upcycle(
     model.initialize(config.train.seed)
     layers = copy_weights(dense.model.cpu(), model)
     difference = _max_logit_difference(dense, model, task, data)
-    path = _write_run(
-        config, config_text, model, _extra(config, data, f"{source.path} step {dense.step}")
-    )
+    extra = first_extra(config, data, upcycled_from=f"{source.path} step {dense.step}")
+    path = write_run(config, config_text, model, extra)
     before, after = dense.model.num_parameters().total, model.num_parameters().total
     return UpcycleResult(
         str(path),
@@ -237,44 +227,3 @@ def _max_logit_difference(
         model.eval()(samples.input, None, context).logits for model in (dense.model, sparse)
     )
     return float((before - after).abs().amax())
-
-
-def _write_run(config: Config, config_text: str, model: Model, extra: dict[str, Any]) -> Path:
-    """Write the run directory with its checkpoint; refuse one that has checkpoints already."""
-    session = open_session(config.train, ProcessInfo(0, 1, 0, torch.device("cpu")))
-    try:
-        if list_steps(session.directory.checkpoints):
-            raise ConfigError(
-                "train.run_dir",
-                config.train.run_dir,
-                "holds a run with checkpoints",
-                "name a new directory",
-            )
-        session.write_config(config, config_text)
-        state = model_state(model, ParallelMesh()) | optimizer_state(
-            model, build_optimizer(model, config.optim), ParallelMesh()
-        )
-        save(session.directory.checkpoints, 0, state, extra)
-    finally:
-        session.close()
-    return session.directory.path
-
-
-def _extra(config: Config, data: DataSplits, origin: str) -> dict[str, Any]:
-    """Return the `extra` of a trainer's checkpoint of step 0, and the origin of the weights."""
-    return {
-        "step": 0,
-        "tokens": 0,
-        "config": asdict(config),
-        "topology": {
-            "world": 1,
-            "ep": 1,
-            "virtual_ranks": config.parallel.virtual_ranks,
-            "micro_batch": batching(config, 1).micro_batch,
-        },
-        "data": data.fingerprint,
-        "guard": StepGuard(config.guard).state_dict(),
-        "scaler": None,
-        "versions": {"dmoe": dmoe.__version__, "torch": torch.__version__},
-        "upcycled_from": origin,
-    }
