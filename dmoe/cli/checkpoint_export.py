@@ -16,12 +16,16 @@ from dmoe.config.errors import ConfigError
 if TYPE_CHECKING:
     from dmoe.hf.export import Exported
 
+DTYPE_HELP = (
+    "float32 (default), bfloat16 or float16, for dmoe's own transformer; a published model keeps "
+    "the types of its source."
+)
 SIZE_HELP = "Size of a file in GiB at most; a larger tensor has a file of its own."
 
 
 def export(
     run: Annotated[
-        str, typer.Argument(metavar="RUN_OR_DIR", help="A run of a model.source, or a checkpoint.")
+        str, typer.Argument(metavar="RUN_OR_DIR", help="A run, or a checkpoint of a model.source.")
     ],
     to: Annotated[str, typer.Option("--to", metavar="DIR", help="Directory to create.")],
     source: Annotated[
@@ -29,9 +33,12 @@ def export(
         typer.Option(help="Directory of the published model. Default: the run's model.source."),
     ] = None,
     max_shard: Annotated[int, typer.Option(help=SIZE_HELP, **integer(1))] = 4,
+    dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
     """Write a run's newest intact checkpoint in the format of the model it was trained from.
+
+    A run of dmoe's own transformer becomes a Mixtral, Qwen3-MoE, Llama or Qwen3, if it is one.
 
     The directory has the source's tokenizer, chat template and configs, and loads in transformers,
     vLLM and SGLang. It is compared with the source before it gets its name. Exit code 3 if the
@@ -45,8 +52,17 @@ def export(
     path = checkpoint_info.newest_intact(checkpoint_info.find_checkpoints(run))
     named = source or source_of(path)
     if named is None:
-        fix = "give --source DIR, the directory of the published model"
-        raise ConfigError("RUN", run, "was not trained from a model.source", fix)
+        from dmoe.conversion.own_export import export_own
+        from dmoe.runs.directory import find_run
+
+        own = export_own(
+            find_run(run), to, dtype=dtype or "float32", max_shard_bytes=max_shard << 30
+        )
+        print(json.dumps(asdict(own), indent=2) if as_json else export_text(own))
+        return
+    if dtype is not None:
+        why = "belongs to dmoe's own transformer; this run has the types of its source"
+        raise ConfigError("--dtype", dtype, why, "leave it out")
     if not Path(named).is_dir():
         fix = "give --source DIR, a directory with its config.json and its files"
         raise ConfigError("model.source", named, "is no directory on this machine", fix)
