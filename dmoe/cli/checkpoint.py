@@ -55,6 +55,7 @@ def inspect(path: CheckpointPath, as_json: AsJson = False) -> None:
 app.command()(checkpoint_export.export)
 app.command("import")(checkpoint_models.import_model)
 app.command()(checkpoint_models.upcycle)
+app.command()(checkpoint_models.prune)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Commands `dmoe checkpoint import` and `upcycle`: runs made from other models."""
+"""Commands `dmoe checkpoint import`, `upcycle` and `prune`: runs made from other models."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dmoe.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from dmoe.conversion.own_import import Imported
+    from dmoe.conversion.prune import PruneResult
     from dmoe.conversion.upcycle import UpcycleResult
 
 Arguments = Annotated[
@@ -71,7 +72,7 @@ def upcycle(
     ],
     arguments: Arguments = None,
     step: Step = None,
-    split: Annotated[int, typer.Option(help=SPLIT_HELP, metavar="G", **integer(1))] = 1,
+    split: Annotated[int, typer.Option(help=SPLIT_HELP, **integer(1))] = 1,
     drop: Annotated[float, typer.Option(help=DROP_HELP, **number())] = 0.0,
     noise: Annotated[float, typer.Option(help=NOISE_HELP, **number())] = 0.0,
     trust_code: TrustCode = False,
@@ -124,4 +125,46 @@ def upcycle_text(result: UpcycleResult) -> str:
         + (f"; the loss is {result.loss:.4f}, it was {result.dense_loss:.4f}" if changes else ""),
         f"train it with {after}" if result.step is not None else f"train it with: {after}",
     ]
+    return "\n".join(lines)
+
+
+def prune(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, e.g. runs/latest.")],
+    keep: Annotated[int, typer.Option(help="Experts that stay in each MoE layer.", **integer(1))],
+    to: Annotated[str, typer.Option("--to", metavar="DIR", help="The new run directory.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge the others into those that stay, by load.")
+    ] = False,
+    step: Step = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a run with fewer experts: those of largest load in the last logged steps stay.
+
+    Prints the held-out loss before and after. Creates DIR with a checkpoint of step 0, from which
+    dmoe train --resume DIR continues on any number of ranks.
+
+    Example: dmoe checkpoint prune runs/latest --keep 4 --merge --to runs/pruned
+    """
+    from dmoe.conversion.prune import prune as prune_run
+    from dmoe.runs.directory import find_run
+
+    result = prune_run(find_run(run), to, keep, step, merge=merge)
+    print(json.dumps(asdict(result), indent=2) if as_json else prune_text(result))
+
+
+def prune_text(result: PruneResult) -> str:
+    """Describe a pruned run in sentences."""
+    from dmoe.report.format import format_count
+
+    lines = [
+        f"{result.source}, step {result.step}: {len(result.kept[0])} experts stay in each MoE "
+        f"layer{', the others are merged into them' if result.merged else ''}"
+    ]
+    for layer, (kept, share) in enumerate(zip(result.kept, result.load_kept, strict=True)):
+        ids = ", ".join(map(str, kept))
+        lines.append(f"layer {layer}: experts {ids}, which had {share:.0%} of the choices")
+    counts = f"{format_count(result.parameters_before)} to {format_count(result.parameters)}"
+    lines.append(f"parameters: {counts}")
+    lines.append(f"held-out loss: {result.loss_before:.4f} before, {result.loss:.4f} after")
+    lines.append(f"train it with: dmoe train --resume {result.path}")
     return "\n".join(lines)

@@ -52,6 +52,8 @@ def _misfits(config: Config) -> Iterator[tuple[str, Any, str, str]]:
     model, moe = config.model, config.moe
     if config.train.task != "language_modelling":
         yield "train.task", config.train.task, "has no published family", "export a language model"
+    if model.source is not None:
+        yield "model.source", model.source, "is a published model already", "use dmoe.hf.export"
     if config.modular.bank != "none":
         fix = "merge or export the modules (dmoe modules)"
         yield "modular.bank", config.modular.bank, "adds modules that no family has", fix

@@ -30,6 +30,10 @@ def check_upcycle(dense: Config, sparse: Config, init: ExpertInit = COPIES) -> N
                 "cannot be upcycled",
                 "use language_modelling in both runs",
             )
+        if config.model.source is not None:
+            allowed = "is a published mixture, and not made of a dense model"
+            fix = "leave it out: RUN may be the directory of a published dense model"
+            raise ConfigError("model.source", config.model.source, allowed, fix)
         if config.modular.bank != "none":
             raise ConfigError(
                 "modular.bank",
