@@ -110,7 +110,7 @@ def upcycle(
         ConfigError: for models that do not fit, or a run directory in use.
         CheckpointError: if there is no intact checkpoint.
     """
-    _check_alone(config)
+    _check_one_process(config)
     dense_config = load_config(source.path / "resolved.yaml")
     check_upcycle(dense_config, config, init)
     dense = restore_model(source, step, trust_code=trust_code)
@@ -138,7 +138,7 @@ def upcycle_published(
         raise ConfigError("RUN", folder, "is a mixture already", fix)
     dense_config = source.config(replace(Config(), data=config.data, train=config.train))
     config = _sparse_config(source, config, init)
-    _check_alone(config)
+    _check_one_process(config)
     check_upcycle(dense_config, config, init)
     model, notes = source.load(dense_config)
     start = _Dense(dense_config, model, str(folder), notes=tuple(notes))
@@ -155,7 +155,7 @@ def _sparse_config(source: PublishedSource, given: Config, init: ExpertInit) -> 
     return config
 
 
-def _check_alone(config: Config) -> None:
+def _check_one_process(config: Config) -> None:
     """Check a config for one process: training may have any number of ranks."""
     check(replace(config, parallel=ParallelConfig(virtual_ranks=config.parallel.virtual_ranks)), 1)
 
