@@ -46,6 +46,8 @@ def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     if Path(source).is_file():
         given = anchored(given, Path(source).parent.absolute())
     _merge(merged, given, source)
+    if isinstance(overrides, str):
+        raise ConfigError("overrides", overrides, "must be a list of texts", f"use [{overrides!r}]")
     parts = [given, *map(parse_override, overrides)]
     for part in parts[1:]:
         _merge(merged, part)

@@ -79,7 +79,8 @@ def run_ranks(
         allowed = f"must have at most {MAX_TEMPDIR} bytes: the ranks' sockets are in it"
         raise ConfigError("TMPDIR", folder, allowed, "set it to /tmp")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    # Of use for the first function only, whose imports are those of the others, mostly.
+    context.set_forkserver_preload([*PRELOAD, function.__module__])
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             _start_rank(

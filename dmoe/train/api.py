@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
 from dmoe.checkpoint import save_load
-from dmoe.config.errors import DmoeError
+from dmoe.config.errors import ConfigError, DmoeError
 from dmoe.config.load import load_text, to_yaml
 from dmoe.config.schema import Config
 from dmoe.config.shipped import find_config
@@ -123,6 +123,7 @@ def train(
     Raises:
         DmoeError: see `dmoe.train.run.train_run`; after the error of a callback, on all ranks.
     """
+    _check_given(callbacks, data)
     if isinstance(config, Config):
         text = to_yaml(config)
     else:
@@ -131,13 +132,29 @@ def train(
         config = load_text(text, path)
     splits: Any = data
     if data is not None:
+        given = replace(config.data, source=GIVEN)
         if isinstance(data, Sequence):
-            splits = open_documents(config.data, config.train.seed, data)
-        config = replace(config, data=replace(config.data, source=GIVEN))
+            splits = open_documents(given, config.train.seed, data)
+        config = replace(config, data=given)
     with _own_process_state():
         ended = train_run(config, text, quiet, callbacks=callbacks, data=splits, model=model)
         barrier()
     return Run(ended.path, ended.model and ended.model.eval(), ended.stop_signal is not None)
+
+
+def _check_given(callbacks: object, data: object) -> None:
+    """Refuse callbacks and texts of another type, before anything is written."""
+    listed = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
+    for callback in listed:
+        if listed is not callbacks or not isinstance(callback, Callback):
+            allowed = "must be a list of dmoe.Callback objects"
+            raise ConfigError("callbacks", type(callback).__name__, allowed, "see docs/api.md")
+    if isinstance(data, str | bytes):
+        raise ConfigError("data", type(data).__name__, "must be a list of texts", "use [text]")
+    for number, text in enumerate(data if isinstance(data, Sequence) else ()):
+        if not isinstance(text, str | bytes):
+            allowed = f"must be str or bytes, but text {number} is not"
+            raise ConfigError("data", type(text).__name__, allowed, "give one text per document")
 
 
 def load(

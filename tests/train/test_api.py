@@ -186,3 +186,38 @@ def test_public_names() -> None:
     assert set(dmoe.__all__) <= set(dir(dmoe))
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         dmoe.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda c: dmoe.parallelize(3), "model=int: must be a torch.nn.Module with parameters"),
+        (lambda c: dmoe.parallelize(torch.nn.ReLU()), "model=ReLU: must be"),
+        (lambda c: dmoe.train(c, data=["text", 2]), "data=int: must be str or bytes, but text 1"),
+        (lambda c: dmoe.train(c, data="text"), "data=str: must be a list of texts"),
+        (lambda c: dmoe.train(c, callbacks=[3]), "callbacks=int: must be a list of dmoe.Callback"),
+        (
+            lambda c: dmoe.train(c, callbacks=Log()),
+            "callbacks=Log: must be a list of dmoe.Callback",
+        ),
+        (lambda c: dmoe.load_config(None, "moe.top_k=1"), "overrides=moe.top_k=1: must be a list"),
+    ],
+)
+def test_arguments_of_another_type_are_refused_in_one_sentence(
+    call: Any, error: str, tmp_path: Path
+) -> None:
+    """They were a TypeError of hashlib or numpy, an AttributeError, or an error about `m`, the
+    first letter; the callback was found when the run directory was written already."""
+    with pytest.raises(dmoe.ConfigError, match=error):
+        call(config(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_texts_that_are_given_are_called_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line on the data named the default source, which was not read."""
+    dmoe.train(config(tmp_path, "train.steps=1"), data=["a text of the user's " * 99], quiet=False)
+    printed = capsys.readouterr().out
+    assert "data: given to dmoe.train: 1 file" in printed
+    assert "stdlib" not in printed
