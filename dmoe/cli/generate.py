@@ -59,7 +59,6 @@ def command(
 
     from dmoe.data import open_tokenizer
     from dmoe.models.generate import generate
-    from dmoe.models.transformer import Transformer
     from dmoe.train.restore import restore_model
 
     restored = restore_model(directory, step, trust_code=trust_code)
@@ -70,7 +69,6 @@ def command(
             "must be the run of a language model",
             "name another",
         )
-    assert isinstance(restored.model, Transformer)
     tokenizer = open_tokenizer(restored.config.data)
     ids = tokenizer.encode(prompt.encode("utf-8", "surrogateescape")).tolist()
     with restored.autocast():

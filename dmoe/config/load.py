@@ -48,9 +48,10 @@ def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     _merge(merged, given, source)
     if isinstance(overrides, str):
         raise ConfigError("overrides", overrides, "must be a list of texts", f"use [{overrides!r}]")
-    parts = [given, *map(parse_override, overrides)]
-    for part in parts[1:]:
-        _merge(merged, part)
+    parts = [given]
+    for override in overrides:
+        parts.append(parse_override(override))
+        _merge(merged, parts[-1])
     set_names = {name for part in parts for name in _names(part)}
     return with_source(cast(Config, OmegaConf.to_object(merged)), set_names)
 

@@ -62,7 +62,11 @@ class MoefiedExperts:
         y_TD = owner.compute_experts(
             cast(nn.Module, self), x_TD, index.flatten(0, -2), weights.flatten(0, -2)
         )
-        return y_TD.view_as(hidden_states).to(hidden_states.dtype)
+        y_TD = y_TD.to(hidden_states.dtype)
+        if hidden_states.ndim == 2:
+            return y_TD
+        # no view: FSDP2 loses the hook of its backward, if the caller adds to it in place
+        return y_TD.view_as(hidden_states).clone()
 
     @property
     def multiply_adds(self) -> tuple[int, ...]:

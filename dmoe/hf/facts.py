@@ -116,9 +116,14 @@ class BlockFacts:
     """What dmoe must know of one block."""
 
     router: nn.Module
-    score: Callable[[Tensor], Tensor]
+    score_name: str
+    """Key of SCORES."""
     logits: nn.Module
     """The module whose (first) output is the logits of all experts."""
+
+    def score(self, logit_TE: Tensor) -> Tensor:
+        """Return the scores of all experts."""
+        return SCORES[self.score_name](logit_TE)
 
 
 def block_facts(block: nn.Module, name: str, config: object) -> BlockFacts:
@@ -145,7 +150,7 @@ def block_facts(block: nn.Module, name: str, config: object) -> BlockFacts:
         fix = "add the router's class to dmoe/hf/facts.py"
         raise ConfigError("model", f"{name} ({kind})", known, fix)
     logits = getattr(router, LOGITS_OF[kind]) if kind in LOGITS_OF else router
-    return BlockFacts(router, SCORES[score], logits)
+    return BlockFacts(router, score, logits)
 
 
 def _score_name(router: nn.Module, config: object) -> str | None:

@@ -54,7 +54,8 @@ class PublishedModel(Model):
             if not self.hf.supports_gradient_checkpointing:
                 allowed = f"is not supported by {type(self.hf).__name__} of transformers"
                 raise ConfigError("train.recompute", True, allowed, "use false")
-            self.hf.gradient_checkpointing_enable(REENTRANT_FREE)
+            with quiet():  # transformers 5.23 has another name for it, and warns
+                self.hf.gradient_checkpointing_enable(REENTRANT_FREE)
         moefy(
             self.hf,
             config.moe.capacity,
@@ -62,8 +63,6 @@ class PublishedModel(Model):
             exchange=config.moe.exchange,
             virtual_ranks=virtual_ranks,
         )
-        self.notes: list[str] = []
-        """What the reader of the weights has to say."""
         self.train()
 
     @property

@@ -20,7 +20,7 @@ from dmoe.config.rules.published import check_published_moe
 from dmoe.config.schema import BalanceConfig, CapacityConfig, MoEConfig
 from dmoe.config.schema.constraints import check_bounds, check_type, check_types
 from dmoe.hf.experts import MoefiedExperts, stacked_parameters
-from dmoe.hf.facts import block_facts, find_bias
+from dmoe.hf.facts import BlockFacts, block_facts, find_bias
 from dmoe.hf.layer import Forward, MoefiedLayer
 from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.dispatch import PackedLocal, PaddedLocal
@@ -65,15 +65,9 @@ def moefy(
     capacity = CapacityConfig() if capacity is None else capacity
     balance = NO_BALANCE if balance is None else balance
     _check_settings(capacity, balance, exchange)
-    found = find_blocks(model)
+    found = [_checked(model, balance, *block) for block in find_blocks(model)]
     record = Forward()
-    for index, (name, block, experts) in enumerate(found):
-        facts = block_facts(block, name, _text_config(model))
-        _check_experts(experts, f"{name}.experts")
-        taken = sorted((OWN_NAMES - SHARED_NAMES) & {*vars(block), *dict(block.named_children())})
-        if taken:
-            why = f"has attributes of its own that dmoe would overwrite: {', '.join(taken)}"
-            raise ConfigError("model", name, why, "train this model without dmoe")
+    for index, (block, experts, facts, top_k) in enumerate(found):
         num_experts = len(experts.down_proj)
         kinds: tuple[Any, Any] = type(block), type(experts)
         experts.__class__ = _mixed(MoefiedExperts, kinds[1])
@@ -82,21 +76,39 @@ def moefy(
         layer.__class__ = _mixed(MoefiedLayer, kinds[0], not hasattr(block, "router"))
         layer.facts, layer.record = facts, record
         layer.layer, layer.num_experts, layer.num_zero_cost = index, num_experts, 0
-        layer.top_k = experts_per_token(facts.router, _text_config(model), name)
-        layer.capacity, layer.balance, layer.virtual_ranks = capacity, balance, virtual_ranks
+        layer.top_k, layer.virtual_ranks = top_k, virtual_ranks
+        layer.capacity, layer.balance = capacity, balance
         layer.placement, layer.cost_E = experts.placement(1), (1 / num_experts,) * num_experts
         layer.names_E = tuple(f"expert {e}" for e in range(num_experts))
         layer.packed, layer.comm, layer.masks = PackedLocal(), NoComm(), MaskAgreement()
         layer.padded = PaddedLocal() if exchange == "padded" else None
         layer.pending_counts = PendingCounts() if balance.bias else None
-        if balance.bias and find_bias(block, facts.router, num_experts) is None:
-            why = f"moves a bias of the choice, and {type(facts.router).__name__} has none"
-            raise ConfigError("moe.balance.bias", balance.bias, why, "use balance.switch")
         facts.logits.register_forward_hook(layer.keep_logits)
     model.__dict__["dmoe_forward"] = record
     model.register_forward_pre_hook(_begin, with_kwargs=True)
     model.register_forward_hook(_end, always_call=True)
     return model
+
+
+def _checked(
+    model: nn.Module, balance: BalanceConfig, name: str, block: nn.Module, experts: Any
+) -> tuple[nn.Module, Any, BlockFacts, int]:
+    """Return block, experts, facts and K of a block that can be moefied; nothing is changed.
+
+    Raises:
+        ConfigError: dmoe does not know it, or it has attributes of the same names.
+    """
+    config = _text_config(model)
+    facts = block_facts(block, name, config)
+    _check_experts(experts, f"{name}.experts")
+    taken = sorted((OWN_NAMES - SHARED_NAMES) & {*vars(block), *dict(block.named_children())})
+    if taken:
+        why = f"has attributes of its own that dmoe would overwrite: {', '.join(taken)}"
+        raise ConfigError("model", name, why, "train this model without dmoe")
+    if balance.bias and find_bias(block, facts.router, len(experts.down_proj)) is None:
+        why = f"moves a bias of the choice, and {type(facts.router).__name__} has none"
+        raise ConfigError("moe.balance.bias", balance.bias, why, "use balance.switch")
+    return block, experts, facts, experts_per_token(facts.router, config, name)
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:

@@ -7,6 +7,7 @@ D model width, H query heads, A width of a head, E experts, K experts per token.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -39,6 +40,8 @@ class Model(nn.Module, ABC):
 
     recompute: bool = False
     """Keep only the input of each block and compute the block again in backward."""
+    notes: Sequence[str] = ()
+    """What a run says about the model at its start."""
 
     @abstractmethod
     def initialize(self, seed: int) -> None:

@@ -14,14 +14,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dmoe.models.transformer import Transformer
+from dmoe.models.base import Model
 from dmoe.moe.interfaces import NoComm
 from dmoe.moe.rng import generator
 from dmoe.moe.routing import TokenContext
 
 
 def generate(
-    model: Transformer,
+    model: Model,
     prompt_ids: Sequence[int],
     max_tokens: int,
     *,
@@ -53,7 +53,7 @@ def generate(
         The new tokens.
     """
     _check_arguments(prompt_ids, window, temperature, top_k, top_p)
-    device = model.embedding.weight.device
+    device = next(model.parameters()).device
     rng = generator(seed, "generate")
     ids = list(prompt_ids)
     # no_grad and not inference_mode: see train/evaluation.py.
@@ -119,7 +119,7 @@ def _check_arguments(
 
 
 @contextmanager
-def sampling_mode(model: Transformer) -> Iterator[None]:
+def sampling_mode(model: Model) -> Iterator[None]:
     """Switch to evaluation mode with one group of tokens and no communication.
 
     A single sequence need not be divisible by the virtual ranks, and the copies that other ranks

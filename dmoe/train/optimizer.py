@@ -13,7 +13,7 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.expert_shapes import GATED
 from dmoe.config.plugin_loader import construct, plugin_class
 from dmoe.config.schema import OptimConfig
-from dmoe.distributed.expert_parallel import expert_locations
+from dmoe.distributed.expert_parallel import expert_locations, moe_layers
 from dmoe.distributed.muon import Muon, Parts
 from dmoe.distributed.state_dict import MOMENTS
 from dmoe.models.attention import Attention
@@ -26,8 +26,12 @@ NO_DECAY = (
     "constant",
     "modular.experts.l",
     "modular.experts.vector",
+    "embed_tokens",
+    "bias",
+    "A_log",
 )
-"""Parts of the names of parameters without weight decay, beside all vectors."""
+"""Parts of the names of parameters without weight decay, beside all vectors. The last three are of
+published models: their embedding, biases stacked per expert, decay rates of a state space."""
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -45,11 +49,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     _check_patterns(model, config.groups)
     own = plugin_class(config.kind, "optim.kind")
     matrices = muon_matrices(model) if config.kind == "muon" else {}
+    routers = {id(p) for layer in moe_layers(model) for p in layer.router.parameters()}
     params: dict[tuple[Any, ...], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             given = next((v for p, v in config.groups.items() if fnmatchcase(name, p)), {})
             no_decay = parameter.ndim < 2 or any(part in name for part in NO_DECAY)
+            no_decay = no_decay or id(parameter) in routers
             weight_decay = given.get("weight_decay", 0.0 if no_decay else config.weight_decay)
             scale = given.get("lr", config.lr) / config.lr
             device_mesh = getattr(parameter, "device_mesh", None)

@@ -191,7 +191,8 @@ class LanguageModelling:
     def generate_sample(self, model: Model, data: DatasetSplits) -> str | None:
         """Generate the same text on all ranks: under expert parallelism each layer needs them."""
         train, tokenizer = self.config.train, data.tokenizer
-        if not train.sample_tokens or not isinstance(model, Transformer):
+        own = not isinstance(model, Transformer) and self.config.model.source is None
+        if own or not train.sample_tokens:
             return None
         prompt = tokenizer.encode(train.sample_prompt.encode()).tolist() or [tokenizer.separator]
         ids = generate(

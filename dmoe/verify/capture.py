@@ -37,8 +37,9 @@ from dmoe.train.evaluation import evaluate
 from dmoe.train.reduction import ReducedStep
 from dmoe.train.routing_analysis import RoutingProbe
 from dmoe.train.step import Batch, compute_gradients, training_batches, update
+from dmoe.verify.arrays import as_array
 from dmoe.verify.cases import NUM_STEPS
-from dmoe.verify.decisions import Capture, as_array, record_layers
+from dmoe.verify.decisions import Capture, named_biases, record_model
 from dmoe.verify.differences import compare_exactly
 from dmoe.verify.naive import evaluation as naive_evaluation
 from dmoe.verify.naive import optimizer as naive_optimizer
@@ -98,7 +99,7 @@ def capture(engine: Engine, *, decisions: bool = False) -> Capture:
         for a, batch in enumerate(batches):
             samples = {"input": batch.input, "target": batch.target, "label": batch.label_B}
             found |= {f"{name}/{step}/{a}": as_array(value) for name, value in samples.items()}
-        with record_layers(engine.model, found, step, decisions=decisions):
+        with record_model(engine.model, found, step, decisions=decisions):
             totals = compute_gradients(engine, batches)
         found |= {f"gradient/{step}/{name}": array for name, array in _gradients(engine).items()}
         rate = learning_rate(step, steps, optim)
@@ -112,9 +113,7 @@ def capture(engine: Engine, *, decisions: bool = False) -> Capture:
         found |= {f"{name}/{step}": np.array(float(value)) for name, value in numbers.items()}
         found |= _totals(totals, step)
         found |= {
-            f"bias/{step}/{name}": as_array(value)
-            for name, value in engine.model.named_buffers()
-            if name.endswith("bias_E")
+            f"bias/{step}/{name}": as_array(value) for name, value in named_biases(engine.model)
         }
         found |= {f"weights/{step}/{name}": array for name, array in _weights(engine).items()}
     state = state_arrays(engine)

@@ -143,7 +143,8 @@ def plan_cases(config: Config, worlds: list[int], groups: int, device: str = "cp
     if largest:
         # recomputed activations must not be counted twice
         cases.append(replace(largest[0], ep=max(case.ep for case in largest), recompute=True))
-        if router_spec(config.moe.router.kind).learned and moe_widths(config):
+        own = config.model.source is None and router_spec(config.moe.router.kind).learned
+        if own and moe_widths(config):
             cases.append(replace(largest[-1], tied=True))
     return CasePlan(cases, refused)
 

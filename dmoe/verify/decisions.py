@@ -23,7 +23,7 @@ Letters: T tokens, D width, M output width, E experts, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -36,23 +36,40 @@ from dmoe.config.plugins import parse
 from dmoe.config.router_kinds import router_spec
 from dmoe.distributed.full_tensors import copy_full_into_shard, full_tensor
 from dmoe.distributed.state_dict import model_state
+from dmoe.hf.layer import MoefiedLayer
+from dmoe.hf.model import PublishedModel
 from dmoe.models.base import Model
 from dmoe.modular import AdapterLayer, adapter_layers
 from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.layer import MoE
 from dmoe.moe.metrics import MoEOutput
-from dmoe.moe.routing import DispatchPlan, Routing
+from dmoe.moe.routing import Routing
 from dmoe.train.engine import Engine
+from dmoe.verify import published
+from dmoe.verify.arrays import as_array, computed_experts
 from dmoe.verify.naive.capacity import Choices, apply_capacity
 from dmoe.verify.naive.routing import choose_experts
 
 Capture = dict[str, NDArray[np.generic]]
 
 
-def as_array(value: Tensor) -> NDArray[Any]:
-    """Copy a tensor of any device to the host."""
-    array: NDArray[Any] = value.detach().cpu().numpy().copy()
-    return array
+def record_model(
+    model: Model, found: Capture, step: int, *, decisions: bool
+) -> AbstractContextManager[None]:
+    """Record the layers of a model, dmoe's own or a published one; see `record_layers`."""
+    if isinstance(model, PublishedModel):
+        return published.record_layers(model, found, step)
+    return record_layers(model, found, step, decisions=decisions)
+
+
+def named_biases(model: Model) -> Iterator[tuple[str, Tensor]]:
+    """Yield the balance biases that a step may move, by name."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("bias_E"):
+            yield name, buffer
+    for layer in published.layers_of(model):
+        if layer.balance.bias:
+            yield f"layer {layer.layer}", layer.balance_bias
 
 
 @contextmanager
@@ -158,16 +175,18 @@ def _layer_record(
 
 
 @contextmanager
-def record_routing(layers: Sequence[MoELayer]) -> Iterator[tuple[list[MoEOutput], list[Routing]]]:
+def record_routing(layers: Sequence[MoELayer]) -> Iterator[tuple[list[Any], list[Routing]]]:
     """Record the output and the router's decision of every layer that runs inside.
+
+    Of a published model: its `LayerRecord`.
 
     A naive layer calls no router, so it adds no decision.
     """
-    outputs: list[MoEOutput] = []
+    outputs: list[Any] = []
     routings: list[Routing] = []
 
-    def record_output(module: object, inputs: object, output: MoEOutput) -> None:
-        outputs.append(output)
+    def record_output(module: object, inputs: object, output: Any) -> None:
+        outputs.append(module.record.layers[-1] if isinstance(module, MoefiedLayer) else output)
 
     def record_decision(module: object, inputs: object, output: Routing) -> None:
         routings.append(output)
@@ -177,21 +196,6 @@ def record_routing(layers: Sequence[MoELayer]) -> Iterator[tuple[list[MoEOutput]
             stack.callback(layer.register_forward_hook(record_output).remove)
             stack.callback(layer.router.register_forward_hook(record_decision).remove)
         yield outputs, routings
-
-
-def computed_experts(assigned: Routing | DispatchPlan) -> NDArray[np.bool_]:
-    """Return the experts that compute each token of this rank [T, E]; of a routing, the selected.
-
-    Reads the tensors on the host.
-    """
-    active_TK = assigned.is_selected_TK if isinstance(assigned, Routing) else assigned.is_kept_TK
-    computed_TE = active_TK.new_zeros(len(active_TK), assigned.num_experts)
-    # one choice at a time: a dropped one must not overwrite a kept one of the same expert
-    for k in range(active_TK.shape[1]):
-        computed_TE |= torch.zeros_like(computed_TE).scatter_(
-            1, assigned.expert_TK[:, k : k + 1], active_TK[:, k : k + 1]
-        )
-    return as_array(computed_TE)
 
 
 def decision_inputs(

@@ -8,7 +8,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from dmoe.distributed.init import init_distributed
 from dmoe.distributed.local_ranks import RankError, run_ranks
 from dmoe.train import checkpointer
 from dmoe.train.engine import Engine, build_engine
-from dmoe.verify import differences, ties
+from dmoe.verify import differences, published, ties
 from dmoe.verify.capture import (
     capture,
     capture_reference,
@@ -32,12 +32,14 @@ from dmoe.verify.capture import (
     low_precision_state,
     state_arrays,
 )
-from dmoe.verify.cases import NUM_STEPS, Case, plan_cases, prepare, reference_case, shrink
+from dmoe.verify.cases import Case, plan_cases, prepare, reference_case, shrink
 from dmoe.verify.causes import Report, make_row
 from dmoe.verify.compare import compare
 from dmoe.verify.decisions import Capture, tie_scores
-from dmoe.verify.differences import QUANTITIES, Difference, compare_exactly, mark_consequences
+from dmoe.verify.differences import QUANTITIES, Difference, compare_exactly
+from dmoe.verify.findings import Findings, RankFindings, merge_ranks
 from dmoe.verify.naive import adapters, layer, model
+from dmoe.verify.naive import published as naive_published
 
 __all__ = ["Report", "verify"]
 
@@ -56,25 +58,6 @@ class _Job:
     dtype: str
     patch: Patch | None
     setup: Patch | None
-
-
-@dataclass(frozen=True)
-class _Findings:
-    """Differences and ties of some cases."""
-
-    differences: list[tuple[Case, Difference]] = field(default_factory=list)
-    undecided: dict[str, str] = field(default_factory=dict)
-
-    def __add__(self, other: _Findings) -> _Findings:
-        return _Findings(self.differences + other.differences, self.undecided | other.undecided)
-
-
-@dataclass(frozen=True)
-class _RankFindings:
-    """Differences that one rank found in one case; `routing` is None if it broke the rules."""
-
-    differences: list[Difference]
-    routing: list[ties.UnitDifference] | None
 
 
 def verify(
@@ -106,11 +89,12 @@ def verify(
     """
     start, groups = time.monotonic(), math.lcm(*worlds) * config.parallel.virtual_ranks
     config = load_plugins(config)
-    base = prepare(config if full else shrink(config), groups)
-    reference = reference_case(groups)
-    check(reference.config(base), 1)
-    plan = plan_cases(base, list(worlds), groups, device)
+    published.check(config, dtype)
     with tempfile.TemporaryDirectory() as name:
+        small = config if full else published.shrink(shrink(config), Path(name) / "source")
+        base, reference = prepare(small, groups), reference_case(groups)
+        check(reference.config(base), 1)
+        plan = plan_cases(base, list(worlds), groups, device)
         job = _Job(base, list(enumerate(plan.cases)), Path(name), dtype, patch, setup)
         found = _run_all(job, reference, worlds)
     rows = [row for name in QUANTITIES if (row := make_row(name, found.differences, dtype))]
@@ -118,12 +102,12 @@ def verify(
     return Report(rows, cases, plan.refused, found.undecided, dtype, time.monotonic() - start)
 
 
-def _run_all(job: _Job, reference: Case, worlds: Sequence[int]) -> _Findings:
+def _run_all(job: _Job, reference: Case, worlds: Sequence[int]) -> Findings:
     try:
         run_ranks(1, _record_reference, job, reference, timeout=TIMEOUT)
     except RankError as error:
-        return _Findings([(reference, differences.failure_of(str(error)))])
-    found = _Findings()
+        return Findings([(reference, differences.failure_of(str(error)))])
+    found = Findings()
     for world in worlds:
         cases = [(index, case) for index, case in job.cases if case.world == world]
         found += _run_world(replace(job, cases=cases), world)
@@ -133,17 +117,17 @@ def _run_all(job: _Job, reference: Case, worlds: Sequence[int]) -> _Findings:
         (loaded,) = run_ranks(1, _load_checkpoints, job, reference, timeout=TIMEOUT)
     except RankError as error:
         loaded = [(reference, differences.failure_of(str(error), row))]
-    return found + _Findings(loaded)
+    return found + Findings(loaded)
 
 
-def _run_world(job: _Job, world: int) -> _Findings:
+def _run_world(job: _Job, world: int) -> Findings:
     """Run all cases in one start of the ranks; if that fails, start the ranks for each case.
 
     A crash in one case then does not hide the results of the others; a hang would cost the time
     limit in each, so after one the rest is not started. If no case fails alone, the failure of all
     of them together is reported.
     """
-    found = _Findings()
+    found = Findings()
     if not job.cases:
         return found
     index, case = job.cases[0]
@@ -153,8 +137,8 @@ def _run_world(job: _Job, world: int) -> _Findings:
         failure = differences.failure_of(str(error))
         if len(job.cases) == 1 or "in time" in failure.where:
             written = job.folder.glob(f"{index}-*.json")
-            seen = [_RankFindings(differences.read(path), None) for path in written]
-            return _merge_ranks(case, seen, job.dtype) + _Findings([(case, failure)])
+            seen = [RankFindings(differences.read(path), None) for path in written]
+            return merge_ranks(case, seen, job.dtype) + Findings([(case, failure)])
         for single in job.cases:
             # what the start that failed has saved would be in the way
             shutil.rmtree(job.folder / str(single[0]), ignore_errors=True)
@@ -165,22 +149,9 @@ def _run_world(job: _Job, world: int) -> _Findings:
             found.differences.append((case, failure))
         return found
     for (_, case), results in zip(job.cases, zip(*ranks, strict=True), strict=True):
-        found += _merge_ranks(case, results, job.dtype)
+        found += merge_ranks(case, results, job.dtype)
         found.differences.append((case, Difference("every rank finishes", "", 0.0, exact=True)))
     return found
-
-
-def _merge_ranks(case: Case, ranks: Sequence[_RankFindings], dtype: str) -> _Findings:
-    """Merge the findings of all ranks, without the quantities that follow from a tie.
-
-    Tied scores are equal to the last bit in the first step only: experts that no token takes get
-    gradients that are equal but for rounding. So the second step's routing is left out.
-    """
-    tie = ties.find_tie([rank.routing for rank in ranks])
-    undecided = tie.step if tie else 1 if case.tied else NUM_STEPS
-    merged = mark_consequences([d for rank in ranks for d in rank.differences], dtype)
-    found = [(case, d) for d in merged if not ties.is_affected(d, undecided)]
-    return _Findings(found, {str(case): str(tie)} if tie else {})
 
 
 def _record_reference(rank: int, world: int, job: _Job, reference: Case) -> None:
@@ -200,12 +171,12 @@ def _reference_name(case: Case) -> str:
     return "tied reference" if case.tied else "reference"
 
 
-def _compare_cases(rank: int, world: int, job: _Job) -> list[_RankFindings]:
+def _compare_cases(rank: int, world: int, job: _Job) -> list[RankFindings]:
     _apply_patches(job)
     return [_compare_case(rank, world, job, index, case) for index, case in job.cases]
 
 
-def _compare_case(rank: int, world: int, job: _Job, index: int, case: Case) -> _RankFindings:
+def _compare_case(rank: int, world: int, job: _Job, index: int, case: Case) -> RankFindings:
     expected = load_file(job.folder / f"{_reference_name(case)}.safetensors")
     engine = _build(job, case)
     actual = capture(engine, decisions=job.dtype == "float32")
@@ -216,7 +187,7 @@ def _compare_case(rank: int, world: int, job: _Job, index: int, case: Case) -> _
     engine.close()
     groups = world * case.virtual_ranks
     routing = ties.first_differences(actual, expected, rank, job.config, groups)
-    return _RankFindings(found, routing)
+    return RankFindings(found, routing)
 
 
 def _compare_checkpoints(
@@ -292,6 +263,8 @@ def _build(job: _Job, case: Case) -> Engine:
         for part in (layer, model, adapters):
             part.install(engine.model)
         model.read_settings(engine.model, engine.config)
+        naive_published.install(engine.model, engine.config)
+    published.compute_in_float64(engine.model)
     adapters.randomize(engine)
     if case.tied:
         tie_scores(engine)

@@ -97,6 +97,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "sliding_window": 8,
     },
+    "laguna": {
+        **EXPERTS,
+        "shared_expert_intermediate_size": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "mlp_layer_types": ["sparse", "sparse"],
+        "num_attention_heads_per_layer": [4, 4],
+        "sliding_window": 8,
+    },
+    "nemotron_h": {
+        **ROUTED,
+        "layers_block_type": ["moe", "attention", "moe"],
+        "num_hidden_layers": 3,
+        "moe_shared_expert_intermediate_size": 24,
+        "n_group": 2,
+        "topk_group": 1,
+    },
     "gemma4_text": {
         **EXPERTS,
         "top_k_experts": 2,

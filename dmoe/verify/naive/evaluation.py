@@ -23,8 +23,9 @@ from dmoe.modular import adapter_layers
 from dmoe.moe.routing import TokenContext
 from dmoe.train.engine import Engine
 from dmoe.train.evaluation import Evaluation
+from dmoe.verify.arrays import computed_experts
 from dmoe.verify.cases import MICRO_BATCH
-from dmoe.verify.decisions import Capture, computed_experts, record_routing
+from dmoe.verify.decisions import Capture, record_routing
 
 SUMS = ("loss", "targets", "bytes", "correct")
 

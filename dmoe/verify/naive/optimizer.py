@@ -39,6 +39,8 @@ DECAYED = (
 """The parameters with weight decay, by the end of their name: matrices of attention, feed-forwards,
 experts, fusion, adapters and the output. No other has any: vectors, norms, embeddings, routers,
 constant experts, scaling modules, prompts."""
+UNDECAYED = r"norm|embed_tokens|\.(gate|router)\.|bias|A_log"
+"""Of a published model, parts of the names of parameters without weight decay, beside vectors."""
 MUONS = (
     r"attention\.w_qkv\.weight",
     r"attention\.w_out\.weight",
@@ -78,6 +80,8 @@ def scheduled_rate(step: int, steps: int, config: OptimConfig) -> float:
 
 def is_decayed(name: str) -> bool:
     """Return True for a parameter with weight decay."""
+    if name.startswith("hf."):  # of a published model: the matrices, and stacks of matrices
+        return not re.search(UNDECAYED, name)
     return any(re.search(rf"{pattern}$", name) for pattern in DECAYED)
 
 
@@ -93,8 +97,9 @@ def update(
         own_update(optimizer, named, {n: g * clip for n, g in gradients.items()}, rate)
         named = {}
     for name, parameter in named.items():
+        decay = config.weight_decay
         own = next((v for p, v in config.groups.items() if fnmatchcase(name, p)), {})
-        decay = own.get("weight_decay", config.weight_decay if is_decayed(name) else 0.0)
+        decay = own.get("weight_decay", decay if is_decayed(name) and parameter.ndim > 1 else 0.0)
         own_rate = rate * own.get("lr", config.lr) / config.lr
         state, gradient = optimizer.state[parameter], gradients[name] * clip
         with torch.no_grad():

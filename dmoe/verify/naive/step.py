@@ -24,7 +24,7 @@ from dmoe.modular import adapter_layers
 from dmoe.moe.routing import TokenContext
 from dmoe.train.engine import Engine
 from dmoe.verify.cases import ACCUMULATION_STEPS, NUM_STEPS
-from dmoe.verify.decisions import Capture, record_layers
+from dmoe.verify.decisions import Capture, named_biases, record_model
 from dmoe.verify.naive.adapters import MAX_LABELS, num_labels
 from dmoe.verify.naive.optimizer import scheduled_rate, update, whole_schedule
 
@@ -46,7 +46,7 @@ def train(engine: Engine, *, decisions: bool = False) -> Capture:
     for step in range(NUM_STEPS):
         samples = _samples(engine, data, step)
         found |= {f"{part}/{step}/{a}": to_array(t) for part, a, t in _listed(samples)}
-        with record_layers(model, found, step, decisions=decisions):
+        with record_model(model, found, step, decisions=decisions):
             loss, outputs = _forward(engine, samples, step)
             auxiliary = _auxiliary_total(outputs, config)
             routers = {n: p for n, p in named.items() if ".router." in n}
@@ -68,7 +68,7 @@ def train(engine: Engine, *, decisions: bool = False) -> Capture:
         found |= {f"gradient/{step}/{n}": to_array(g) for n, g in present.items()}
         found |= update(engine, {n: named[n] for n in present}, present, step)
         found |= _bias_update(engine, outputs)
-        found |= {f"bias/{step}/{n}": to_array(b) for n, b in _biases(model)}
+        found |= {f"bias/{step}/{n}": to_array(b) for n, b in named_biases(model)}
         found |= {f"weights/{step}/{n}": to_array(p) for n, p in model.named_parameters()}
     return found
 
@@ -167,22 +167,21 @@ def _bias_update(engine: Engine, outputs: list[ModelOutput]) -> Capture:
     balance, modular = engine.config.moe.balance, engine.config.modular
     if not balance.bias:
         return {}
-    routers: list[tuple[nn.Module, Tensor]] = []
+    biases: list[tuple[Tensor, Tensor]] = []
     if modular.bank == "none" or modular.train == "joint":
         for n, layer in enumerate(engine.model.moe_layers()):
             count_E = torch.stack([o.stats[n].choice_E for o in outputs]).sum(0)
-            routers.append((layer.router, count_E))
+            biases.append((layer.balance_bias, count_E))
     if modular.bank != "none" and modular.train != "one_module":
         for n, adapter in enumerate(adapter_layers(engine.model).values()):
             count_E = torch.stack([o.module_stats[n].choice_E for o in outputs]).sum(0)
-            routers.append((adapter.router, count_E))
-    for router, count_E in routers:
+            biases += [(bias_E, count_E) for _, bias_E in _biases(adapter.router)]
+    for bias_E, count_E in biases:
         counts = [int(c) for c in count_E]
         total, number = sum(counts), len(counts)
         signs = [(total > number * c) - (total < number * c) for c in counts]
-        for _, bias_E in _biases(router):
-            moved_E = bias_E + balance.bias * torch.tensor(signs, dtype=bias_E.dtype)
-            bias_E.copy_(moved_E - moved_E.mean() if balance.recenter else moved_E)
+        moved_E = bias_E + balance.bias * torch.tensor(signs, dtype=bias_E.dtype)
+        bias_E.copy_(moved_E - moved_E.mean() if balance.recenter else moved_E)
     return {}
 
 

@@ -1,0 +1,212 @@
+"""A published model in the trainer: one process equals two ranks; each rank reads its own experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from dmoe.config.load import load
+from dmoe.config.schedule import learning_rate
+from dmoe.config.schema import Config
+from dmoe.data import open_data
+from dmoe.distributed.init import init_distributed
+from dmoe.runs.directory import RunDir
+from dmoe.train.checkpointer import Checkpointer
+from dmoe.train.engine import build_engine
+from dmoe.train.step import train_step, training_batches
+from dmoe.train.step_guard import StepGuard
+from dmoe.verify.capture import Capture, state_arrays
+from tests.hf.families import tiny
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.ranks
+
+STEPS = 3
+BALANCED = "moe.balance.switch_level=global"
+CASES = {
+    "mixtral": [BALANCED, "moe.capacity.factor=1.0", "moe.capacity.group=global"],
+    "gpt_oss": [BALANCED, "moe.capacity.factor=0.75", "moe.capacity.group=sequence"],
+    "deepseek_v3": ["moe.balance.switch=0", "moe.balance.bias=0.01"],
+}
+ON_RANKS = {
+    "ddp": [],
+    "recompute": ["train.recompute=true"],
+    "fsdp": ["parallel.mode=fsdp"],
+    "padded": ["moe.exchange=padded"],
+}
+"""Settings of two ranks that change no number."""
+
+
+@dataclass
+class Trained:
+    """What a run of a few steps gave."""
+
+    losses: list[float]
+    norms: list[float]
+    kept: list[list[int]]
+    state: Capture
+    read: int = 0
+    """Elements of experts that were read from the files."""
+
+
+def config_of(folder: Path, family: str, *more: str) -> Config:
+    small = [
+        f"model.source={folder / family}",
+        "data.tokenizer=bytes",
+        "data.source=synthetic:zipf",
+        "data.seq_len=16",
+        "train.steps=10",
+        "train.global_batch=8",
+        "train.precision=fp32",
+        "train.device=cpu",
+        "optim.warmup=0",
+        "optim.lr=0.001",
+    ]
+    return load(None, [*small, *CASES[family], *more])
+
+
+def train(config: Config, folder: Path, *, resume: bool = False, save: bool = False) -> Trained:
+    """Train from the source, or go on after the checkpoint in `folder`."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    process, data = init_distributed("cpu"), open_data(config.data, config.train.seed)
+    with counted_reads() as read:
+        engine = build_engine(config, process, data.tokenizer.vocab_size)
+    checkpoints = Checkpointer(engine, data, RunDir(folder), StepGuard(config.guard))
+    found = Trained([], [], [], {}, sum(read))
+    first = checkpoints.resume() if resume else 0
+    for step in range(first, first + STEPS):
+        rate = learning_rate(step, config.train.steps, config.optim)
+        result = train_step(engine, training_batches(data.train, engine, step), rate)
+        found.losses.append(result.totals.loss_sum)
+        found.norms.append(result.grad_norm)
+        found.kept += [layer.kept_counts for layer in result.totals.layers]
+    if save:
+        checkpoints.save(STEPS)
+    found.state = state_arrays(engine)
+    engine.close()
+    return found
+
+
+class counted_reads:
+    """Counts the elements of experts that transformers reads from its files by slices."""
+
+    def __enter__(self) -> list[int]:
+        from transformers.distributed.sharding_utils import DtensorShardOperation
+
+        read: list[int] = []
+        original = DtensorShardOperation.shard_tensor
+
+        def shard_tensor(self: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+            part: Tensor | None = original(self, *args, **kwargs)
+            read.append(0 if part is None else part.numel())
+            return part
+
+        self.patch = patch.object(DtensorShardOperation, "shard_tensor", shard_tensor)
+        self.patch.start()
+        return read
+
+    def __exit__(self, *error: object) -> None:
+        self.patch.stop()
+
+
+def on_two_ranks(rank: int, world: int, folder: Path) -> dict[str, Trained]:
+    found = {}
+    for family, settings in CASES.items():
+        for name, more in ON_RANKS.items():
+            if name == "padded" and not any("factor" in setting for setting in settings):
+                continue
+            config = config_of(folder, family, *more)
+            run = folder / f"{family}-{name}"
+            found[f"{family}-{name}"] = train(config, run, save=name in ("ddp", "fsdp"))
+    found["resumed"] = train(config_of(folder, "mixtral"), folder / "one", resume=True)
+    return found
+
+
+def on_one(rank: int, world: int, folder: Path) -> dict[str, Trained]:
+    found = {family: train(config_of(folder, family), folder / family) for family in CASES}
+    found["saved"] = train(config_of(folder, "mixtral"), folder / "one", save=True)
+    config = config_of(folder, "mixtral")
+    found["uninterrupted"] = train(config, folder / "one", resume=True)
+    return found
+
+
+def resumed_on_one(rank: int, world: int, folder: Path) -> dict[str, Trained]:
+    names = ("mixtral-ddp", "deepseek_v3-fsdp")
+    return {
+        name: train(config_of(folder, name.partition("-")[0]), folder / name, resume=True)
+        for name in names
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Trained]]:
+    folder = tmp_path_factory.mktemp("published")
+    for family in CASES:
+        tiny(family, torch.float32, vocab_size=256).save_pretrained(folder / family)
+    one = run_ranks(1, on_one, folder, timeout=300)
+    two = run_ranks(2, on_two_ranks, folder, timeout=300)
+    back = run_ranks(1, resumed_on_one, folder, timeout=300)
+    found = {name: [trained] for name, trained in one[0].items()}
+    found |= {name: [rank[name] for rank in two] for name in two[0]}
+    return found | {f"{name} on one": [trained] for name, trained in back[0].items()}
+
+
+@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("setting", ON_RANKS)
+def test_two_ranks_train_as_one(runs: dict[str, list[Trained]], family: str, setting: str) -> None:
+    name = f"{family}-{setting}"
+    if name not in runs:
+        assert setting == "padded", "only the padded exchange needs a capacity"
+        return
+    (one,), (two, _) = runs[family], runs[name]
+    np.testing.assert_allclose(two.losses, one.losses, rtol=2e-6)
+    np.testing.assert_allclose(two.norms, one.norms, rtol=2e-5)
+    assert two.kept == one.kept
+    assert two.state.keys() == one.state.keys()
+    for key, array in one.state.items():
+        if not key.startswith("exp_avg"):
+            np.testing.assert_allclose(two.state[key], array, atol=2e-4, err_msg=key)
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_a_rank_reads_its_own_experts_only(runs: dict[str, list[Trained]], family: str) -> None:
+    """Half of the elements of the experts at EP = 2, and each rank the other half."""
+    stacks = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+    experts = [
+        array.size
+        for key, array in runs[family][0].state.items()
+        if key.startswith("model.")
+        and ".experts." in key
+        and key.endswith(stacks)
+        and "shared" not in key
+    ]
+    assert len(experts) >= 2
+    for rank in runs[f"{family}-ddp"]:
+        assert rank.read == sum(experts) // 2
+    assert runs[family][0].read == 0, "one process reads everything at once"
+
+
+def test_the_bias_of_the_choice_is_moved(runs: dict[str, list[Trained]]) -> None:
+    state = runs["deepseek_v3"][0].state
+    (bias,) = (value for key, value in state.items() if key.endswith("e_score_correction_bias"))
+    again = runs["deepseek_v3-ddp"][1].state
+    (other,) = (value for key, value in again.items() if key.endswith("e_score_correction_bias"))
+    np.testing.assert_array_equal(bias, other)
+    assert len(np.unique(np.round(np.diff(bias), 6))) > 1
+
+
+def test_checkpoints_go_on_at_another_ep_size(runs: dict[str, list[Trained]]) -> None:
+    """Written by one and read by two ranks, and the other way, also from FSDP2."""
+    expected = runs["uninterrupted"][0]
+    for rank in runs["resumed"]:
+        np.testing.assert_allclose(rank.losses, expected.losses, rtol=2e-6)
+    np.testing.assert_allclose(runs["mixtral-ddp on one"][0].losses, expected.losses, rtol=2e-6)
+    assert all(np.isfinite(runs["deepseek_v3-fsdp on one"][0].losses))
