@@ -30,7 +30,9 @@ def export(
     to: Annotated[str, typer.Option("--to", metavar="DIR", help="Directory to create.")],
     source: Annotated[
         str | None,
-        typer.Option(help="Directory of the published model. Default: the run's model.source."),
+        typer.Option(
+            help="Directory or hub name of the published model. Default: the run's model.source."
+        ),
     ] = None,
     max_shard: Annotated[int, typer.Option(help=SIZE_HELP, **integer(1))] = 4,
     dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP)] = None,
@@ -63,9 +65,6 @@ def export(
     if dtype is not None:
         why = "belongs to dmoe's own transformer; this run has the types of its source"
         raise ConfigError("--dtype", dtype, why, "leave it out")
-    if not Path(named).is_dir():
-        fix = "give --source DIR, a directory with its config.json and its files"
-        raise ConfigError("model.source", named, "is no directory on this machine", fix)
     result = export_checkpoint(path, named, to, max_shard << 30)
     print(json.dumps(asdict(result), indent=2) if as_json else export_text(result))
 

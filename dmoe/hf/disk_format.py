@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from dmoe.config.errors import ConfigError
 from dmoe.hf.published import PublishedDirectory
 
 
@@ -90,27 +89,3 @@ class DiskFormat:
 
 SCALES = ("_scale_inv", "_scale", "_scales", "_blocks")
 """Endings of the names of a quantized source's scales."""
-
-
-def build_on_meta(source: PublishedDirectory) -> Any:
-    """Build the model's class without weights.
-
-    Raises:
-        ConfigError: transformers is missing, or does not know the model.
-    """
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ImportError:
-        fix = "pip install 'dmoe[models]'"
-        raise ConfigError("transformers", "not installed", "is needed", fix) from None
-    import torch
-
-    try:
-        config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
-        config.__dict__.pop("quantization_config", None)
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM
-            return model.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        why = f"transformers cannot build it ({str(error).splitlines()[0]})"
-        raise ConfigError("model.source", source.folder, why, "check its config.json") from None

@@ -21,6 +21,9 @@ from dmoe.moe.interfaces import TokensPerExpert
 from dmoe.moe.placement import ExpertPlacement, contiguous_placement
 
 SILU = ("SiLU", "SiLUActivation")
+WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+FACTOR_A, FACTOR_B = "lora_A", "lora_B"
+"""Names of low-rank factors (`lora.py`); of a stack, followed by its name."""
 
 
 class ExpertOwner(Protocol):
@@ -97,6 +100,32 @@ def stacked_parameters(experts: nn.Module) -> dict[str, nn.Parameter]:
     return dict(experts.named_parameters(recurse=False))
 
 
+def stacked_weights(experts: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights of the experts by name, in the order of the module."""
+    return {n: p for n, p in stacked_parameters(experts).items() if n in WEIGHTS and p.ndim == 3}
+
+
+def _product(
+    experts: nn.Module,
+    name: str,
+    weight: Tensor,
+    rows_RX: Tensor,
+    tokens_per_expert: TokensPerExpert,
+) -> Tensor:
+    """Multiply rows with the weight `name` of their expert, and add its low-rank product."""
+    out = grouped_linear(rows_RX, weight, tokens_per_expert)
+    scale = experts.__dict__.get("lora_scale")
+    if scale is None:
+        return out
+    a, b = (
+        getattr(experts, f"{factor}_{name}").to(rows_RX.dtype).transpose(1, 2)
+        for factor in (FACTOR_A, FACTOR_B)
+    )
+    low_rank = grouped_linear(rows_RX, a, tokens_per_expert)
+    added: Tensor = scale * grouped_linear(low_rank, b, tokens_per_expert)
+    return out + added
+
+
 def expert_rows(experts: Any, rows_RD: Tensor, tokens_per_expert: TokensPerExpert) -> Tensor:
     """Apply each local expert to its rows, [R, D].
 
@@ -105,20 +134,19 @@ def expert_rows(experts: Any, rows_RD: Tensor, tokens_per_expert: TokensPerExper
         rows_RD: rows grouped by expert, in the dtype to compute in.
         tokens_per_expert: rows of each local expert.
     """
-    up = experts.gate_up_proj if experts.has_gate else experts.up_proj
-    w_in, w_out = (w.to(rows_RD.dtype) for w in (up, experts.down_proj))
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    w_in, w_out = (getattr(experts, name).to(rows_RD.dtype) for name in (up, "down_proj"))
     if not experts.is_transposed:
         w_in, w_out = w_in.transpose(1, 2), w_out.transpose(1, 2)
-    if is_plain_swiglu(experts):
+    if is_plain_swiglu(experts) and "lora_scale" not in experts.__dict__:
         return feed_forward("swiglu", rows_RD, w_in, w_out, tokens_per_expert)
     unit: Callable[[Tensor], Tensor] = experts._apply_gate if experts.has_gate else experts.act_fn
     expert_R = _expert_of_rows(tokens_per_expert, w_in) if experts.has_bias else None
-    up_bias = "gate_up_proj_bias" if experts.has_gate else "up_proj_bias"
-    hidden = grouped_linear(rows_RD, w_in, tokens_per_expert)
+    hidden = _product(experts, up, w_in, rows_RD, tokens_per_expert)
     if expert_R is not None:
-        hidden = hidden + getattr(experts, up_bias).to(rows_RD.dtype)[expert_R]
+        hidden = hidden + getattr(experts, f"{up}_bias").to(rows_RD.dtype)[expert_R]
     hidden = unit(hidden).to(rows_RD.dtype)
-    out_RD = grouped_linear(hidden, w_out, tokens_per_expert)
+    out_RD = _product(experts, "down_proj", w_out, hidden, tokens_per_expert)
     if expert_R is not None:
         out_RD = out_RD + experts.down_proj_bias.to(rows_RD.dtype)[expert_R]
     if getattr(experts, "has_post_expert_norm", False):

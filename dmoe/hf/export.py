@@ -22,15 +22,17 @@ from torch import Tensor
 from dmoe.checkpoint.manifest import read as read_manifest
 from dmoe.checkpoint.tensor_reader import TensorReader
 from dmoe.config.errors import CheckpointError, ConfigError
+from dmoe.config.published import read_config, source_directory
 from dmoe.hf.compare import compare_directories
-from dmoe.hf.disk_format import DiskFormat, build_on_meta
+from dmoe.hf.disk_format import DiskFormat
+from dmoe.hf.model import build_empty
 from dmoe.hf.published import (
     MAX_SHARD_BYTES,
     TORCH_DTYPES,
     PublishedDirectory,
     ShardWriter,
     finish_shards,
-    provisional_name,
+    tensors_of_parts,
 )
 
 
@@ -55,7 +57,7 @@ def export_checkpoint(
 
     Args:
         checkpoint: directory of one checkpoint.
-        source: directory of the published model that the run was trained from.
+        source: directory or hub name of the published model that the run was trained from.
         out: directory to create.
         max_shard_bytes: size of one file.
 
@@ -64,8 +66,8 @@ def export_checkpoint(
             is not what the source's files look like. Nothing is left at `out` then.
         ConfigError: `out` exists.
     """
-    published = PublishedDirectory(source)
-    model = build_on_meta(published)
+    published = PublishedDirectory(source_directory(str(source)))
+    model = build_empty(read_config(str(published.folder)), str(source))
     layout = DiskFormat(model, published)
     reader = TensorReader(checkpoint)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -74,7 +76,8 @@ def export_checkpoint(
     def read(name: str) -> Tensor:
         return reader.read(prefix + name)
 
-    with _new_directory(Path(out)) as folder:
+    reserve(Path(out))
+    with commit(Path(out)) as folder:
         writer = ShardWriter(folder, max_bytes=max_shard_bytes)
         names = [name for name in shapes if name in set(layout.known.values())]
         for name, value in converted(layout, names, read):
@@ -82,8 +85,7 @@ def export_checkpoint(
         for name in layout.unknown:
             writer.add(name, published.read(name))
         writer.flush()
-        parts = {provisional_name("", n): names for n, names in enumerate(writer.files)}
-        return finish(folder, Path(out), parts, layout)
+        return finish(folder, Path(out), tensors_of_parts(folder), layout)
 
 
 def converted(
@@ -107,7 +109,7 @@ def converted(
 def as_in_source(layout: DiskFormat, name: str, value: Tensor) -> Tensor:
     """Return a tensor of a file in the dtype of the source's; bfloat16 for a quantized source."""
     facts = layout.source.tensors.get(name)
-    if facts is None or name not in layout.known:
+    if facts is None:
         raise CheckpointError(
             f"{layout.source.folder}: has no tensor {name!r}; it cannot be exported"
         )
@@ -183,18 +185,25 @@ def _prefix(reader: TensorReader, shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 @contextmanager
-def _new_directory(out: Path) -> Iterator[Path]:
-    """Give a directory beside `out` that is renamed to it at the end, or removed after an error."""
-    folder = reserve(out)
+def commit(out: Path) -> Iterator[Path]:
+    """Give the reserved directory, and rename it to `out`; after an error, remove it."""
+    folder = partial_name(out)
     try:
         yield folder
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    if out.exists():
+        out.rmdir()  # empty, by `reserve`
     folder.rename(out)
 
 
-def reserve(out: Path) -> Path:
+def partial_name(out: Path) -> Path:
+    """Return the name of an export until it is complete."""
+    return out.with_name(f".{out.name}.partial")
+
+
+def reserve(out: Path) -> None:
     """Create the directory that is renamed to `out` once it is complete.
 
     Raises:
@@ -204,10 +213,9 @@ def reserve(out: Path) -> Path:
         raise ConfigError("--to", out, "exists and is not empty", "name a new directory")
     if not out.parent.is_dir():
         raise ConfigError("--to", out, "its parent directory does not exist", "create it")
-    folder = out.with_name(f".{out.name}.partial")
+    folder = partial_name(out)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    return folder
 
 
 def source_of(checkpoint: Path) -> str | None:

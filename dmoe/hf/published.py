@@ -123,8 +123,8 @@ class ShardWriter:
     def __init__(self, folder: Path, prefix: str = "", max_bytes: int = MAX_SHARD_BYTES) -> None:
         """Start without a file. `prefix`: of the provisional names, different on each rank."""
         self.folder, self.prefix, self.max_bytes = folder, prefix, max_bytes
-        self.files: list[list[str]] = []
-        """Names of the tensors of each file."""
+        self.count = 0
+        """Files written so far."""
         self._waiting: dict[str, Tensor] = {}
         self._bytes = 0
 
@@ -144,15 +144,15 @@ class ShardWriter:
             Chunk(name, value.dtype, tuple(value.shape), value.detach)
             for name, value in self._waiting.items()
         ]
-        path = self.folder / provisional_name(self.prefix, len(self.files))
+        path = self.folder / f"part-{self.prefix}{self.count:05d}.safetensors"
         write_safetensors(path, chunks, {"format": "pt"})
-        self.files.append(sorted(self._waiting))
+        self.count += 1
         self._waiting, self._bytes = {}, 0
 
 
-def provisional_name(prefix: str, number: int) -> str:
-    """Return a file's name until the number of all files is known."""
-    return f"part-{prefix}{number:05d}.safetensors"
+def tensors_of_parts(folder: Path) -> dict[str, list[str]]:
+    """Return the names of the tensors of each file that `ShardWriter`s have written, in order."""
+    return {path.name: sorted(_headers(path)) for path in sorted(folder.glob("part-*.safetensors"))}
 
 
 def finish_shards(folder: Path, parts: Mapping[str, list[str]]) -> None:

@@ -20,7 +20,8 @@ from dmoe.hf.compare import Comparison, compare_directories
 from dmoe.hf.disk_format import DiskFormat
 from dmoe.hf.published import PublishedDirectory
 from tests.cli.commands import run_in_process
-from tests.hf.tiny_hf import FAMILIES, save_tokenizer, tiny_directory, tokens
+from tests.hf.families import FAMILIES
+from tests.hf.tiny_hf import save_tokenizer, tiny_directory, tokens
 
 Tensors = dict[str, Tensor]
 MTP = "model.layers.61.eh_proj.weight"
@@ -71,7 +72,7 @@ def test_import_and_export_are_the_identity(family: str, tmp_path: Path) -> None
     )
     checkpoint = make_checkpoint(source, tmp_path / "checkpoints")
     out = tmp_path / "out"
-    done = export.export_checkpoint(checkpoint, source, out, max_shard_bytes=100_000)
+    done = export.export_checkpoint(checkpoint, source, out, max_shard_bytes=50_000)
     ours, theirs = weights(out), weights(source)
     assert ours.keys() == theirs.keys()
     assert all(
@@ -96,16 +97,6 @@ def test_import_and_export_are_the_identity(family: str, tmp_path: Path) -> None
     if family == "deepseek_v3":
         assert done.copied == [MTP]
         assert "copied from the source" in " ".join(done.notes)
-    if family == "mixtral":
-        tampered = ours | {"lm_head.weight": ours["model.embed_tokens.weight"]}
-        for file in out.glob("model*"):
-            file.unlink()
-        save_file(tampered, out / "model.safetensors")
-        found = compare_directories(PublishedDirectory(out), PublishedDirectory(source)).problems
-        assert any(
-            "lm_head.weight is a copy of" in problem or "is model.embed_tokens" in problem
-            for problem in found
-        )
 
 
 def swapped_gate_and_up(t: Tensors) -> Tensors:
@@ -247,7 +238,8 @@ def test_the_command_exports_and_verifies(
     source, checkpoint = trained["mixtral"]
     out = tmp_path / "out"
     done = run_in_process("checkpoint", "export", str(checkpoint), "--to", str(out), cwd=tmp_path)
-    assert done.returncode == 0 and "65 tensors in 1 file" in done.stdout, done
+    assert done.returncode == 0, done
+    assert "65 tensors in 1 file" in done.stdout
     again = run_in_process("checkpoint", "export", str(checkpoint), "--to", str(out), cwd=tmp_path)
     assert again.returncode == 2
     assert "exists and is not empty" in again.stderr

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import CapacityConfig
 from dmoe.hf import plugin
-from tests.hf.tiny_hf import tiny, tiny_directory, tokens
+from tests.hf.families import tiny
+from tests.hf.tiny_hf import tiny_directory, tokens
 from tests.ranks import run_ranks
 
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
@@ -75,7 +76,7 @@ def gradients(rank: int, world: int, folder: str) -> dict[str, Any]:
 @pytest.mark.ranks
 def test_loss_and_gradients_are_those_of_one_process(folder: Path, ranks: list[Any]) -> None:
     for family in FAMILIES:
-        model = tiny(family).train()
+        model = tiny(family, torch.float32).train()
         loss = model(input_ids=tokens(), labels=tokens()).loss
         loss.backward()
         results = [found[family] for found, _ in ranks]

@@ -1,0 +1,150 @@
+"""LoRA on linear layers and fused experts: the numbers of peft at EP = 1 and 2, and its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import dmoe
+from dmoe.config.errors import CheckpointError, ConfigError
+from dmoe.hf.lora import add_lora, is_lora, lora_places, merge_lora
+from dmoe.hf.lora_peft import load_lora, save_lora
+from tests.hf.families import tiny
+from tests.hf.tiny_hf import tokens
+from tests.ranks import run_ranks
+
+FAMILIES = ("mixtral", "gpt_oss", "deepseek_v3", "minimax_m2")
+TARGETS = {"deepseek_v3": ("o_proj", "experts")}
+RANK, ALPHA = 4, 6.0
+
+
+def with_lora(family: str) -> Any:
+    """Return a moefied model with LoRA, B drawn too, so that the factors matter."""
+    model = dmoe.moefy(tiny(family, torch.float64))
+    add_lora(model, RANK, ALPHA, TARGETS.get(family, ("q_proj", "v_proj", "experts")))
+    generator = torch.Generator().manual_seed(7)
+    for place in lora_places(model):
+        b = getattr(place.module, place.b)
+        b.data.copy_(0.1 * torch.randn(b.shape, generator=generator, dtype=b.dtype))
+    return model
+
+
+def peft_model(family: str, folder: Path) -> Any:
+    """Load the saved factors with peft on an untouched model."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(tiny(family, torch.float64), folder, is_trainable=True)
+    return model.train()
+
+
+def loss_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=ids, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def in_peft_layout(model: Any, values: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Return arrays by the names of parameters as peft has them, by peft's names."""
+    from dmoe.hf.lora_peft import peft_tensors
+
+    def read(place: Any, factor: str) -> torch.Tensor:
+        return torch.as_tensor(values[f"{place.module_name}.{factor}"])
+
+    tensors = peft_tensors(lora_places(model), read)
+    return {n.replace(".weight", ".default.weight"): t.numpy() for n, t in tensors.items()}
+
+
+def train_on_ranks(rank: int, world: int, folder: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for family in FAMILIES:
+        for mode in ("ddp", "fsdp"):
+            model = with_lora(family)
+            parallel = dmoe.parallelize(model, ep=2, mode=mode)
+            half = tokens().chunk(world)[rank]
+            loss = loss_of(parallel, half)
+            parallel.backward(loss)
+            grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            full = {
+                n: (g.full_tensor() if hasattr(g, "full_tensor") else g) for n, g in grads.items()
+            }
+            arrays = {n: g.numpy() for n, g in full.items()}
+            save_lora(parallel, f"{folder}/{family}-{mode}")
+            found[f"{family}-{mode}"] = loss.item(), parallel.clip_grad_norm_(1e9), arrays
+    return found
+
+
+@pytest.mark.ranks
+def test_two_ranks_have_the_numbers_of_peft(tmp_path: Path) -> None:
+    """Loss, norm, the gradient of every factor, and the saved directory."""
+    from safetensors.torch import load_file
+
+    results = run_ranks(2, train_on_ranks, str(tmp_path), timeout=120)
+    for family in FAMILIES:
+        model = with_lora(family)
+        save_lora(model, tmp_path / family)
+        theirs = peft_model(family, tmp_path / family)
+        loss = loss_of(theirs, tokens())
+        loss.backward()
+        grads = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+        norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt().item()
+        for mode in ("ddp", "fsdp"):
+            ours = [result[f"{family}-{mode}"] for result in results]
+            assert sum(one[0] for one in ours) / 2 == pytest.approx(loss.item(), abs=1e-9)
+            assert ours[0][1] == pytest.approx(norm, rel=1e-9)
+            whole = {
+                n: np.concatenate([one[2][n] for one in ours]) if ".experts." in n else g
+                for n, g in ours[0][2].items()
+            }
+            converted = in_peft_layout(model, whole)
+            assert converted.keys() == grads.keys()
+            for name, grad in grads.items():
+                assert np.abs(converted[name] - grad.numpy()).max() < 1e-9, (family, mode, name)
+            saved = load_file(tmp_path / f"{family}-{mode}" / "adapter_model.safetensors")
+            expected = load_file(tmp_path / family / "adapter_model.safetensors")
+            assert saved.keys() == expected.keys()
+            assert all(torch.equal(saved[n], v) for n, v in expected.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_has_equal_logits_and_gives_the_adapter_back(family: str, tmp_path: Path) -> None:
+    """Saved -> peft -> saved by peft -> loaded here; merged, the model computes the same."""
+    model = with_lora(family)
+    logits = model(input_ids=tokens(), use_cache=False).logits
+    plain = tiny(family, torch.float64)(input_ids=tokens(), use_cache=False).logits
+    assert (logits - plain).abs().max() > 1e-2
+    save_lora(model, tmp_path / "ours")
+    theirs = peft_model(family, tmp_path / "ours")
+    assert (theirs(input_ids=tokens(), use_cache=False).logits - logits).abs().max() < 1e-10
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = load_lora(dmoe.moefy(tiny(family, torch.float64)), tmp_path / "theirs")
+    assert torch.equal(again(input_ids=tokens(), use_cache=False).logits, logits)
+    trained = {n for n, p in again.named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in again.named_parameters() if is_lora(n)}
+    merged = merge_lora(model)
+    assert not any(is_lora(name) for name in merged.state_dict())
+    assert (merged(input_ids=tokens(), use_cache=False).logits - logits).abs().max() < 1e-10
+
+
+def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
+    model = dmoe.moefy(tiny("mixtral"))
+    with pytest.raises(ConfigError, match="matches no linear layer; there are"):
+        add_lora(model, 2, targets=["query"])
+    with pytest.raises(ConfigError, match="is not moefied"):
+        add_lora(tiny("mixtral"), 2)
+    with pytest.raises(ConfigError, match="must be a whole number"):
+        add_lora(model, 0)
+    with pytest.raises(ConfigError, match="has no LoRA"):
+        save_lora(model, tmp_path / "x")
+    with pytest.raises(CheckpointError, match="holds no adapter of peft"):
+        load_lora(model, tmp_path)
+    add_lora(model, 2)
+    with pytest.raises(ConfigError, match="has LoRA already"):
+        add_lora(model, 2)
+    save_lora(model, tmp_path / "a")
+    config = tmp_path / "a" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"bias": "none"', '"use_dora": true'))
+    with pytest.raises(CheckpointError, match="use_dora=True is not supported"):
+        load_lora(dmoe.moefy(tiny("mixtral")), tmp_path / "a")
