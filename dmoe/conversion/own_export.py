@@ -7,7 +7,6 @@ complete. Memory: the model, and one file.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -18,8 +17,8 @@ from dmoe.conversion.own_config import family_of, published_config
 from dmoe.conversion.own_names import pieces
 from dmoe.conversion.tokenizer_files import write_tokenizer
 from dmoe.data import open_tokenizer
-from dmoe.hf.export import Exported, reserve
-from dmoe.hf.published import MAX_SHARD_BYTES, ShardWriter, finish_shards, provisional_name
+from dmoe.hf.export import Exported, commit, reserve
+from dmoe.hf.published import MAX_SHARD_BYTES, ShardWriter, finish_shards, tensors_of_parts
 from dmoe.models.transformer import Transformer
 from dmoe.runs.directory import RunDir
 from dmoe.train.restore import restore_model
@@ -59,14 +58,14 @@ def export_own(
     tokenizer = open_tokenizer(config.data)
     values = dict(restored.model.named_parameters())
     target = Path(out)
-    folder = reserve(target)
-    try:
+    reserve(target)
+    with commit(target) as folder:
         writer = ShardWriter(folder, max_bytes=max_shard_bytes)
         for piece in pieces(restored.model, family):
             value = piece.view(values[piece.parameter].detach())
             writer.add(piece.name, value.to("cpu", DTYPES[dtype]).contiguous())
         writer.flush()
-        parts = {provisional_name("", n): names for n, names in enumerate(writer.files)}
+        parts = tensors_of_parts(folder)
         finish_shards(folder, parts)
         content = published_config(config, tokenizer.vocab_size, tokenizer.separator, dtype)
         write_json(folder / "config.json", content)
@@ -74,12 +73,7 @@ def export_own(
         write_json(folder / "generation_config.json", end)
         notes = [f"it is a {content['architectures'][0]}", *write_tokenizer(folder, config.data)]
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        folder.rename(target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    tensors = sum(map(len, writer.files))
-    return Exported(str(target), len(writer.files), tensors, size, [], notes)
+    return Exported(str(target), len(parts), sum(map(len, parts.values())), size, [], notes)
 
 
 def write_json(path: Path, content: object) -> None:

@@ -55,7 +55,9 @@ def log_start(
         f"{engine.batching.accumulation} accumulated"
     )
     foreseen = expected_surprises(engine.config, data, start_step)
-    for note in filter(None, (session.lock_warning, *checkpointer.notes, *engine.model.notes, *foreseen)):
+    for note in filter(
+        None, (session.lock_warning, *checkpointer.notes, *engine.model.notes, *foreseen)
+    ):
         logger.note(start_step, note)
     resumed = f"resumed after step {start_step}; " if start_step else ""
     logger.print(f"{resumed}run directory: {session}")
