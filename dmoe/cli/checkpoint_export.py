@@ -34,6 +34,9 @@ def export(
             help="Directory or hub name of the published model. Default: the run's model.source."
         ),
     ] = None,
+    adapter: Annotated[
+        bool, typer.Option(help="Only the factors of model.lora, as a directory of peft.")
+    ] = False,
     max_shard: Annotated[int, typer.Option(help=SIZE_HELP, **integer(1))] = 4,
     dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
@@ -41,6 +44,7 @@ def export(
     """Write a run's newest intact checkpoint in the format of the model it was trained from.
 
     A run of dmoe's own transformer becomes a Mixtral, Qwen3-MoE, Llama or Qwen3, if it is one.
+    With model.lora, the factors are merged into the weights, or written alone by --adapter.
 
     The directory has the source's tokenizer, chat template and configs, and loads in transformers,
     vLLM and SGLang. It is compared with the source before it gets its name. Exit code 3 if the
@@ -54,19 +58,33 @@ def export(
     path = checkpoint_info.newest_intact(checkpoint_info.find_checkpoints(run))
     named = source or source_of(path)
     if named is None:
-        from dmoe.conversion.own_export import export_own
-        from dmoe.runs.directory import find_run
-
-        own = export_own(
-            find_run(run), to, dtype=dtype or "float32", max_shard_bytes=max_shard << 30
-        )
-        print(json.dumps(asdict(own), indent=2) if as_json else export_text(own))
+        if adapter:
+            fix = "leave --adapter out"
+            raise ConfigError("--adapter", True, "needs a run with model.lora", fix)
+        result = _export_own(run, to, dtype or "float32", max_shard << 30)
+        print(json.dumps(asdict(result), indent=2) if as_json else export_text(result))
         return
     if dtype is not None:
         why = "belongs to dmoe's own transformer; this run has the types of its source"
         raise ConfigError("--dtype", dtype, why, "leave it out")
+    if adapter:
+        from dmoe.hf.lora_peft import export_lora
+
+        tensors = export_lora(path, named, to)
+        print(
+            json.dumps({"path": to, "tensors": tensors}) if as_json else f"{tensors} factors: {to}"
+        )
+        return
     result = export_checkpoint(path, named, to, max_shard << 30)
     print(json.dumps(asdict(result), indent=2) if as_json else export_text(result))
+
+
+def _export_own(run: str, to: str, dtype: str, max_shard_bytes: int) -> Exported:
+    """Export a run of dmoe's own transformer."""
+    from dmoe.conversion.own_export import export_own
+    from dmoe.runs.directory import find_run
+
+    return export_own(find_run(run), to, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
 
 def export_text(result: Exported) -> str:

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmoe.checkpoint.manifest import read as read_manifest
 from dmoe.checkpoint.tensor_reader import TensorReader
@@ -25,6 +26,8 @@ from dmoe.config.errors import CheckpointError, ConfigError
 from dmoe.config.published import read_config, source_directory
 from dmoe.hf.compare import compare_directories
 from dmoe.hf.disk_format import DiskFormat
+from dmoe.hf.experts import FACTOR_A, FACTOR_B
+from dmoe.hf.lora import delta
 from dmoe.hf.model import build_empty
 from dmoe.hf.published import (
     MAX_SHARD_BYTES,
@@ -55,6 +58,8 @@ def export_checkpoint(
 ) -> Exported:
     """Write the weights of a checkpoint in the format of the directory it was trained from.
 
+    Low-rank factors are merged into them.
+
     Args:
         checkpoint: directory of one checkpoint.
         source: directory or hub name of the published model that the run was trained from.
@@ -71,11 +76,9 @@ def export_checkpoint(
     layout = DiskFormat(model, published)
     reader = TensorReader(checkpoint)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    prefix = _prefix(reader, shapes)
+    prefix = prefix_of(reader, shapes)
 
-    def read(name: str) -> Tensor:
-        return reader.read(prefix + name)
-
+    read = _merged_reader(reader, prefix, model)
     reserve(Path(out))
     with commit(Path(out)) as folder:
         writer = ShardWriter(folder, max_bytes=max_shard_bytes)
@@ -160,7 +163,7 @@ def check_complete(out: Path, written: set[str], layout: DiskFormat) -> None:
         raise CheckpointError(f"{out}: {missing[0]!r} was not written ({len(missing)} are missing)")
 
 
-def _prefix(reader: TensorReader, shapes: Mapping[str, tuple[int, ...]]) -> str:
+def prefix_of(reader: TensorReader, shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Return what stands before a model's name in the checkpoint.
 
     Raises:
@@ -218,13 +221,44 @@ def reserve(out: Path) -> None:
     folder.mkdir()
 
 
+def _merged_reader(reader: TensorReader, prefix: str, model: nn.Module) -> Callable[[str], Tensor]:
+    """Return a function that reads a weight and adds the product of its factors, if it has any."""
+    scale = lora_scale(reader.extra)
+
+    def read(name: str) -> Tensor:
+        value = reader.read(prefix + name)
+        module, _, weight = name.rpartition(".")
+        ending = "" if weight == "weight" else f"_{weight}"
+        factor_a, factor_b = (f"{prefix}{module}.{f}{ending}" for f in (FACTOR_A, FACTOR_B))
+        if factor_a not in reader.tensors:
+            return value
+        assert scale is not None, "factors without model.lora in the config"
+        a, b = reader.read(factor_a), reader.read(factor_b)
+        is_transposed = ending != "" and bool(model.get_submodule(module).is_transposed)
+        return value + delta(a, b, scale, is_transposed=is_transposed)
+
+    return read
+
+
+def lora_scale(extra: Mapping[str, Any]) -> float | None:
+    """Return alpha / r of the run of a checkpoint; None without LoRA."""
+    lora = model_section(extra).get("lora") or {}
+    rank, alpha = lora.get("rank") or 0, lora.get("alpha")
+    return (2 * rank if alpha is None else float(alpha)) / rank if rank else None
+
+
+def model_section(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Return section `model` of the config of a checkpoint's run; empty if it has none."""
+    config = extra.get("config")
+    model = config.get("model") if isinstance(config, dict) else None
+    return model if isinstance(model, dict) else {}
+
+
 def source_of(checkpoint: Path) -> str | None:
     """Return the source that a run's checkpoint names in its config, or None.
 
     Raises:
         CheckpointError: the manifest is damaged.
     """
-    config = read_manifest(checkpoint).extra.get("config")
-    model = config.get("model") if isinstance(config, dict) else None
-    named = model.get("source") if isinstance(model, dict) else None
+    named = model_section(read_manifest(checkpoint).extra).get("source")
     return named if isinstance(named, str) else None

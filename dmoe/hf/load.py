@@ -23,6 +23,7 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.published import read_config, source_directory
 from dmoe.distributed.expert_parallel import expert_group_of, stacks_over_ranks
 from dmoe.distributed.gradients import local_tensor
+from dmoe.hf.lora import is_lora
 from dmoe.hf.moefy import find_blocks, moefied_layers
 from dmoe.hf.transformers_log import quiet
 
@@ -129,6 +130,7 @@ def _copy(model: nn.Module, loaded: nn.Module) -> None:
         for parameter in layer.experts.parameters(recurse=False)
     }
     targets: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    targets = {name: value for name, value in targets.items() if not is_lora(name)}
     sources = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
     assert targets.keys() == sources.keys(), sorted(targets.keys() ^ sources.keys())
     for name, target in targets.items():

@@ -69,7 +69,7 @@ def add_lora(
     model: nn.Module,
     rank: int,
     alpha: float | None = None,
-    targets: Sequence[str] = DEFAULT_TARGETS,
+    targets: Sequence[str] | None = None,
 ) -> nn.Module:
     """Add low-rank factors to a moefied model and freeze everything else, in place; return it.
 
@@ -81,14 +81,17 @@ def add_lora(
         rank: r.
         alpha: the product is scaled by alpha / r; default 2 r.
         targets: ends of the names of linear layers, and `experts` for the experts' weights.
+            Default: those of DEFAULT_TARGETS that the model has.
 
     Raises:
         ConfigError: no rank, a target that matches nothing, or a model that has LoRA already.
     """
     if type(rank) is not int or rank < 1:
         raise ConfigError("rank", rank, "must be a whole number of 1 or more", "use 8")
+    if targets is None:
+        targets = [t for t in DEFAULT_TARGETS if t == EXPERTS or _linears(model, t)]
     if not targets:
-        raise ConfigError("targets", list(targets), "names nothing to adapt", "use experts")
+        raise ConfigError("targets", "[]", "names nothing to adapt", "use experts")
     layers = moefied_layers(model)
     if not layers:
         raise ConfigError("model", type(model).__name__, "is not moefied", "call dmoe.moefy first")
@@ -101,11 +104,7 @@ def add_lora(
             for layer in layers:
                 _add_to_experts(layer.experts, rank, scale)
             continue
-        found = [
-            module
-            for name, module in model.named_modules()
-            if type(module) is nn.Linear and f".{name}".endswith(f".{target}")
-        ]
+        found = _linears(model, target)
         if not found:
             names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if _plain(m)})
             allowed = f"matches no linear layer; there are {', '.join(names)}, and {EXPERTS}"
@@ -188,6 +187,15 @@ def merge_lora(model: nn.Module) -> nn.Module:
             cast(Any, module).__class__ = nn.Linear
     model.requires_grad_(True)
     return model
+
+
+def _linears(model: nn.Module, target: str) -> list[nn.Linear]:
+    """Return the linear layers whose name ends with `target`."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and f".{name}".endswith(f".{target}")
+    ]
 
 
 def _plain(module: nn.Module) -> bool:

@@ -21,13 +21,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dmoe.checkpoint.consensus import RankGroup
+from dmoe.checkpoint.tensor_reader import TensorReader
 from dmoe.config.errors import CheckpointError, ConfigError
+from dmoe.config.published import read_config
 from dmoe.distributed.expert_parallel import expert_parameters
 from dmoe.distributed.full_tensors import gather_full
 from dmoe.distributed.mesh import ParallelMesh
 from dmoe.distributed.parallel_model import ParallelModel
-from dmoe.hf.export import commit, reserve
+from dmoe.hf.export import commit, model_section, prefix_of, reserve
 from dmoe.hf.lora import EXPERTS, LoraPlace, add_lora, lora_places
+from dmoe.hf.model import build_empty
+from dmoe.hf.moefy import moefy
 from dmoe.modular.peft import CONFIG, SAFE_INITS, UNSUPPORTED, WEIGHTS
 
 PREFIX = "base_model.model."
@@ -60,6 +64,35 @@ def save_lora(model: nn.Module, folder: str | Path) -> None:
     with RankGroup(mesh.checkpoint_group).all_or_none("save_lora"):
         if mesh.rank == 0:
             write_peft(folder, places, tensors, getattr(inner.config, "_name_or_path", None))
+
+
+def export_lora(checkpoint: Path, source: str, out: str | Path) -> int:
+    """Write the factors of a checkpoint as a directory of peft; return their number.
+
+    Args:
+        checkpoint: directory of one checkpoint, of a run with `model.lora`.
+        source: directory or hub name of the published model.
+        out: directory to create.
+
+    Raises:
+        CheckpointError: a damaged checkpoint, or one of a run without LoRA.
+        ConfigError: `out` exists and is not empty.
+    """
+    reader = TensorReader(checkpoint)
+    lora = model_section(reader.extra).get("lora") or {}
+    if not lora.get("rank"):
+        raise CheckpointError(f"{checkpoint}: is of a run without model.lora")
+    model = moefy(build_empty(read_config(source), source))
+    add_lora(model, lora["rank"], lora["alpha"], lora["targets"] or None)
+    prefix = prefix_of(reader, {n: tuple(v.shape) for n, v in model.state_dict().items()})
+    places = list(lora_places(model))
+
+    def read(place: LoraPlace, factor: str) -> Tensor:
+        return reader.read(f"{prefix}{place.module_name}.{factor}")
+
+    tensors = peft_tensors(places, read)
+    write_peft(out, places, tensors, source)
+    return len(tensors)
 
 
 def peft_tensors(

@@ -14,6 +14,7 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.published import read_config
 from dmoe.config.schema import Config
 from dmoe.hf.load import load_weights
+from dmoe.hf.lora import add_lora, initialize_lora
 from dmoe.hf.moefy import forward_of, moefied_layers, moefy
 from dmoe.hf.transformers_log import quiet
 from dmoe.models.base import Model, ModelOutput, token_losses
@@ -63,6 +64,9 @@ class PublishedModel(Model):
             exchange=config.moe.exchange,
             virtual_ranks=virtual_ranks,
         )
+        lora = config.model.lora
+        if lora.rank:
+            add_lora(self.hf, lora.rank, lora.alpha, lora.targets or None)
         self.train()
 
     @property
@@ -93,6 +97,7 @@ class PublishedModel(Model):
     def initialize(self, seed: int) -> None:
         """Read the weights from `model.source`; collective over the ranks that share experts."""
         self.notes = load_weights(self.hf, self.source)
+        initialize_lora(self.hf, seed)
         for layer in moefied_layers(self.hf):
             layer.forget_counts()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -46,7 +46,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     Raises:
         ConfigError: a pattern of `optim.groups` that matches no parameter.
     """
-    _check_patterns(model, config.groups)
+    check_name_patterns(model, config.groups, "optim.groups")
     own = plugin_class(config.kind, "optim.kind")
     matrices = muon_matrices(model) if config.kind == "muon" else {}
     routers = {id(p) for layer in moe_layers(model) for p in layer.router.parameters()}
@@ -88,12 +88,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
-def _check_patterns(model: nn.Module, groups: Mapping[str, Any]) -> None:
+def check_name_patterns(model: nn.Module, patterns: Iterable[str], field: str) -> None:
+    """Refuse a pattern that matches no parameter. Raises ConfigError, for the field `field`."""
     names = [*dict(model.named_parameters()), *expert_locations(model)]
-    for pattern in groups:
+    for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             allowed = f"matches no parameter; they are called e.g. {', '.join(names[:3])}"
-            raise ConfigError("optim.groups", pattern, allowed, "a * stands for any text")
+            raise ConfigError(field, pattern, allowed, "a * stands for any text")
 
 
 def muon_matrices(model: nn.Module) -> dict[str, Parts]:

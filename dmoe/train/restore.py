@@ -116,7 +116,7 @@ FIXED_FIELDS = ("model", "moe", "modular", "train.task", "train.seed", "train.gl
 """Sections and fields that define a run. Its data is compared by fingerprint."""
 
 
-STATE_FIELDS = ("optim.kind", "moe.router.freeze")
+STATE_FIELDS = ("optim.kind", "optim.trainable", "moe.router.freeze")
 """Fields on which the tensors of the optimizer depend."""
 
 

@@ -32,7 +32,7 @@ from dmoe.config.rules.parallel import (
     expert_parallel,
     shares_something,
 )
-from dmoe.config.rules.published import check_published
+from dmoe.config.rules.published import check_published, refuse_lora
 from dmoe.config.rules.replay import check_replay
 from dmoe.config.schema import Config
 from dmoe.config.schema.constraints import check_bounds, check_only_for, check_types
@@ -71,6 +71,7 @@ def check(config: Config, world: int = 1) -> None:
     check_world(world)
     check_task(config)
     if config.model.source is None:
+        refuse_lora(config.model.lora)
         check_model(config)
         check_moe(config)
     else:

@@ -8,7 +8,14 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.plugins import get
 from dmoe.config.published import FIELD_NAMES, contradiction, read_shape
 from dmoe.config.rules.layer import check_layer
-from dmoe.config.schema import Config, ExpertsConfig, ModelConfig, MoEConfig, RouterConfig
+from dmoe.config.schema import (
+    Config,
+    ExpertsConfig,
+    LoraConfig,
+    ModelConfig,
+    MoEConfig,
+    RouterConfig,
+)
 
 SHAPE = {field.partition(".")[2] for field in FIELD_NAMES}
 
@@ -30,15 +37,30 @@ def check_published(config: Config) -> None:
     if config.optim.kind == "muon":
         why = "knows the matrices of dmoe's own model only"
         raise ConfigError("optim.kind", "muon", why, "use adamw")
-    _check_defaults("model", config.model, ModelConfig(), {"source", *SHAPE})
+    _check_defaults("model", config.model, ModelConfig(), {"source", "lora", *SHAPE})
     _check_defaults("moe.router", moe.router, RouterConfig(), {"freeze"})
     _check_defaults("moe.experts", moe.experts, ExpertsConfig(), set())
     check_published_moe(moe)
+    _check_lora(config.model.lora)
     # the family's router decides about weights, not moe.router.renormalize
     check_layer(replace(moe, router=replace(moe.router, renormalize=moe.top_k > 1)))
     for field, value in read_shape(source).fields.items():
         if get(config, field) != value:
             raise contradiction(field, get(config, field), value, source)
+
+
+def refuse_lora(lora: LoraConfig) -> None:
+    """Refuse LoRA of dmoe's own network. Raises ConfigError."""
+    if lora != LoraConfig():
+        why = "is for a published model; dmoe's own network has modules"
+        fix = "set model.source, or use modular.bank=lora"
+        raise ConfigError("model.lora.rank", lora.rank, why, fix)
+
+
+def _check_lora(lora: LoraConfig) -> None:
+    if not lora.rank and lora != LoraConfig():
+        why = "trains the weights themselves, and nothing would read the rest of model.lora"
+        raise ConfigError("model.lora.rank", 0, why, "set it, e.g. to 8")
 
 
 def check_published_moe(moe: MoEConfig) -> None:

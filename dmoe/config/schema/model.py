@@ -14,11 +14,24 @@ from dmoe.config.schema.constraints import above, at_least, at_most, fraction, o
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    rank: Annotated[int, at_least(0)] = 0
+    """Train a published model (model.source) by low-rank factors of this rank, and freeze all else
+    (docs/hf.md); 0: train the weights themselves."""
+    alpha: Annotated[Optional[float], above(0)] = None
+    """The product of the factors is scaled by alpha / rank. Default: 2 * rank."""
+    targets: list[str] = field(default_factory=list)
+    """Ends of the names of linear layers that get factors; experts: the weights of all experts.
+    Empty: q_proj, k_proj, v_proj, o_proj and experts, those of them that the model has."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     source: Annotated[Optional[str], only_for("train.task", "language_modelling")] = None
     """Train a published mixture of the transformers library in place of dmoe's own network: its
     directory, or its name on the Hugging Face hub. dim, layers, heads, moe.num_experts, moe.top_k,
     moe.expert_dim and, by default, data.tokenizer then come from it (docs/models.md)."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     dim: Annotated[int, at_least(1), at_most(1 << 20)] = 128
     """Width D of the residual stream."""
     layers: Annotated[int, at_least(0), at_most(10_000)] = 3

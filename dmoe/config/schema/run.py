@@ -167,3 +167,6 @@ class OptimConfig:
     groups: dict[str, dict[str, float]] = field(default_factory=dict)
     """Own lr (the peak) and weight_decay of the parameters whose name a pattern matches, the first
     of several, e.g. {"*.router.*": {lr: 0.001}, "*.experts.*": {weight_decay: 0}}."""
+    trainable: Annotated[list[str], only_for("modular.bank", "none")] = field(default_factory=list)
+    """Patterns of the names of the parameters that are trained, e.g. ["*.experts.*"]; all others
+    keep their values. Empty: all are trained."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -40,6 +41,7 @@ from dmoe.modular.attach import BankMaker
 from dmoe.modular.routing import PerSequence, PerTask, RouterMaker
 from dmoe.moe.metrics import LayerStats
 from dmoe.moe.routing import TokenContext
+from dmoe.train.optimizer import check_name_patterns
 from dmoe.train.reduction import LayerTotals, ReducedStep
 
 BANK_FIELDS: dict[str, tuple[str, ...]] = {
@@ -92,15 +94,28 @@ def initialize_modules(model: nn.Module, config: Config) -> None:
 
 
 def select_trainable_parameters(model: Model, config: Config) -> None:
-    """Set `requires_grad` by `modular.train` and `moe.router.freeze`.
+    """Set `requires_grad` by `modular.train`, `optim.trainable` and `moe.router.freeze`.
 
     Before DDP or FSDP2 and the optimizer are set up.
+
+    Raises:
+        ConfigError: a pattern of `optim.trainable` that matches no parameter.
     """
     if config.modular.bank != "none":
         select_trainable(model, config.modular.train)
+    if config.optim.trainable:
+        _train_only(model, config.optim.trainable)
     if config.moe.router.freeze:
         for layer in model.moe_layers():
             layer.router.requires_grad_(False)
+
+
+def _train_only(model: Model, patterns: list[str]) -> None:
+    """Freeze what no pattern matches; factors of LoRA are trained in any case."""
+    check_name_patterns(model, patterns, "optim.trainable")
+    for name, parameter in model.named_parameters():
+        matches = any(fnmatchcase(name, pattern) for pattern in patterns)
+        parameter.requires_grad_(matches or name.rpartition(".")[2].startswith("lora_"))
 
 
 def freezes_base_model(config: Config) -> bool:
