@@ -9,10 +9,10 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 228,
-    "product lines": 39_500,
-    "files of one MoE forward": 12,
-    "files of one training step": 37,
+    "product files": 275,
+    "product lines": 45_700,
+    "files of one MoE forward": 13,
+    "files of one training step": 39,
     "files that name a router kind": 5,
     "largest package, share of lines": 0.15,
     "files in a folder, at most": 22,
@@ -23,7 +23,7 @@ LIMITS = {
     "files over 300 lines": 0,
 }
 """Hold what is: II and III added files (own code, public API, Muon, watchdog), and none may come
-unseen."""
+unseen. V added published models, choices of experts and conversions."""
 
 
 def test_the_layout_is_within_its_limits() -> None:

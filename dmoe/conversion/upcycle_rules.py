@@ -120,7 +120,9 @@ def _check_split(moe: MoEConfig, split: int) -> None:
     """Raise ConfigError unless every token takes whole feed-forwards, with equal weights."""
     if split == 1:
         return
-    if moe.router.kind != "top_k":
+    spec = router_spec(moe.router.kind)
+    others = spec.variable_k or spec.has_noise or "groups" in spec.reads
+    if others or not spec.replayable:
         allowed = f"with --split {split} a token must take all parts of a feed-forward"
         raise ConfigError("moe.router.kind", label(moe.router.kind), allowed, "use top_k")
     for field, value in (("moe.top_k", moe.top_k), ("moe.num_experts", moe.num_experts)):
