@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from dmoe.config.errors import ConfigError
 from dmoe.config.plugins import label
 from dmoe.config.router_kinds import router_spec
@@ -55,7 +53,7 @@ def check_upcycle(dense: Config, sparse: Config, init: ExpertInit = COPIES) -> N
             "leaves no block to upcycle",
             "use 1, or 2 for every other",
         )
-    for name, value in asdict(sparse.model).items():
+    for name, value in vars(sparse.model).items():
         was = getattr(dense.model, name)
         if name not in FREE_MODEL_FIELDS and value != was:
             raise ConfigError(f"model.{name}", value, f"the dense run has {was}", "use that")

@@ -101,17 +101,25 @@ class Crash(dmoe.Callback):
             raise RuntimeError("the machine is gone")
 
 
-def test_a_run_that_crashed_records_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part is there after every step, one behind the checkpoint of step 2 among them."""
-    monkeypatch.setattr(writer, "PART_BYTES", 1)
-    train(tmp_path, "whole", f"moe.replay.record={tmp_path / 'whole choices'}")
+@pytest.mark.parametrize(("part_bytes", "ends"), [(1, [1, 2, 3]), (writer.PART_BYTES, [2])])
+def test_a_run_that_crashed_records_on(
+    part_bytes: int,
+    ends: list[int],
+    recorded: Recorded,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Small parts: one per step, one behind the checkpoint of step 2 among them.
+
+    Else the one that was written because a checkpoint was due.
+    """
+    monkeypatch.setattr(writer, "PART_BYTES", part_bytes)
     record = f"moe.replay.record={tmp_path / 'choices'}"
     with pytest.raises(DmoeError, match="the machine is gone"):
         train(tmp_path, "broken", record, callbacks=[Crash()])
-    assert [end for _, _, end in list_parts(tmp_path / "choices")] == [1, 2, 3]
-    losses = train(tmp_path, "broken", record)
-    assert len(losses) == 4
-    assert contents(tmp_path / "choices") == contents(tmp_path / "whole choices")
+    assert [end for _, _, end in list_parts(tmp_path / "choices")] == ends
+    assert len(train(tmp_path, "broken", record)) == 4
+    assert np.array_equal(stored(tmp_path / "choices"), stored(recorded.folder / "one"))
 
 
 def test_choices_of_other_programs(
