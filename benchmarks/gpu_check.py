@@ -592,7 +592,7 @@ def run_steps(
     for step in range(steps):
         rate = learning_rate(step, config.train.steps, config.optim) if scheduled else 1e-3
         result = train_step(engine, training_batches(data, engine, step), rate)
-        losses.append(result.totals.loss_sum / engine.targets_per_step)
+        losses.append(result.totals.loss)
     return engine, losses
 
 

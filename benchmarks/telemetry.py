@@ -28,7 +28,8 @@ from dmoe.distributed.local_ranks import run_ranks
 from dmoe.moe.dispatch import profiled
 from dmoe.runs.metrics_log import MetricsFile
 from dmoe.train import engine as engines
-from dmoe.train.step import NULL_RECORDER, compute_gradients, training_batches, update
+from dmoe.train.reduction import NULL_RECORDER
+from dmoe.train.step import compute_gradients, training_batches, update
 from dmoe.train.telemetry import Telemetry
 
 WARM_UP = 3
@@ -55,7 +56,7 @@ def rounds_of(
         result = update(engine, compute_gradients(engine, batches, recorder=recorder), 1e-3)
         if logged:
             values = telemetry.train_record(
-                result, tokens=0, learning_rate=1e-3, seconds=1.0, steps=1
+                result, tokens=0, learning_rate=1e-3, seconds=1.0, interval_tokens=1
             )
             telemetry.alerts.check(values)
             file.write("train", number, values)

@@ -17,6 +17,7 @@ import transformers
 
 import dmoe
 from dmoe.data import DatasetSplits, open_tokenizer
+from dmoe.data.sequences.token_masks import NO_MASKS, TokenMasks
 from dmoe.replay import read_choices
 
 PROMPT, NEW, SAMPLES, STEPS = 8, 25, 4, 3
@@ -39,6 +40,12 @@ class Rollouts:
 
     def labels(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
         return np.zeros(count, dtype=np.int64)
+
+    def masks(self, step: int, first: int, count: int, global_batch: int) -> TokenMasks:
+        return NO_MASKS
+
+    def sample_masks(self, first: int, count: int) -> TokenMasks:
+        return NO_MASKS
 
     def sample_labels(self, first: int, count: int) -> np.ndarray:
         return np.zeros(count, dtype=np.int64)

@@ -90,6 +90,32 @@ def test_replay_of_the_choices_of_an_inference_engine(tmp_path: Path) -> None:
     assert 0.1 < float(share[1]) < 50, "bfloat16 chooses otherwise for a few percent"
 
 
+def test_own_data(tmp_path: Path) -> None:
+    """Ten books of JSON Lines to a report, in five commands; only the model is smaller here."""
+    script = ROOT / "examples" / "own_data.sh"
+    commands = [line for line in script.read_text().splitlines() if line.startswith("dmoe ")]
+    assert len(commands) == 5
+    small = "model.dim=32 model.layers=1 data.seq_len=32 train.global_batch=4"
+    paths = (str(Path(sys.executable).parent), os.environ["PATH"])
+    done = subprocess.run(
+        ["bash", str(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ
+        | {
+            "PATH": os.pathsep.join(paths),
+            "PYTHONPATH": str(ROOT),
+            "STEPS": "3",
+            "MORE": f"{small} train.eval_sequences=20",
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+    for words in ("all: 10 documents", "prepared ", "verified: ", "html: 1 documents", "sample:"):
+        assert words in done.stdout, done.stdout
+
+
 def test_the_examples_are_typed() -> None:
     """As a user's own code would be, strictly; the options are those of `mypy`, and so its cache."""
     assert (ROOT / "dmoe" / "py.typed").is_file()

@@ -9,12 +9,12 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 275,
-    "product lines": 45_700,
+    "product files": 325,
+    "product lines": 52_500,
     "files of one MoE forward": 13,
-    "files of one training step": 39,
+    "files of one training step": 41,
     "files that name a router kind": 5,
-    "largest package, share of lines": 0.15,
+    "largest package, share of lines": 0.19,
     "files in a folder, at most": 22,
     "field words that name nothing": 5,
     "lines over 100 columns": 0,

@@ -49,11 +49,20 @@ def load_arguments(arguments: list[str]) -> tuple[Config, str]:
     path, overrides = split(arguments)
     text = DEFAULTS if path is None else read_text(path)
     # the user's own config: what it names may run
-    config = load_plugins(load_text(text, str(path), overrides))
+    config = _with_table_shape(load_plugins(load_text(text, str(path), overrides)))
     end = "" if not text or text.endswith("\n") else "\n"
     return config, text + end + "".join(
         f"# override: {_one_line(override)}\n" for override in overrides
     )
+
+
+def _with_table_shape(config: Config) -> Config:
+    """Return the config with columns and classes of its own table; numpy is read for that only."""
+    if config.train.task != "classification":
+        return config
+    from dmoe.data.tables import fill_table_shape
+
+    return fill_table_shape(config)
 
 
 def load_resumed(run: str, overrides: list[str], *, trust_code: bool = False) -> tuple[Config, str]:

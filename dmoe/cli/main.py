@@ -15,7 +15,18 @@ from typing import Annotated, NoReturn
 import typer
 
 from dmoe import __version__
-from dmoe.cli import checkpoint, configs, explain, generate, modules, runs, sweep, train, verify
+from dmoe.cli import (
+    checkpoint,
+    configs,
+    data,
+    explain,
+    generate,
+    modules,
+    runs,
+    sweep,
+    train,
+    verify,
+)
 from dmoe.cli.surroundings import (
     OutputError,
     check_surroundings,
@@ -81,6 +92,7 @@ for name, command in COMMANDS.items():
 app.add_typer(configs.app, name="configs")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(modules.app, name="modules")
+app.add_typer(data.app, name="data")
 
 
 def run() -> NoReturn:

@@ -99,6 +99,8 @@ def command(
         # torch takes seconds to import, and on a busy machine many
         where = f"{ranks} local ranks" if ranks else "one process"
         print(f"starting {where}, with data.source={config.data.source}", flush=True)
+    if ranks is None and (launcher is None or launcher.rank == 0):
+        _advise(config)
     if ranks is None:
         from dmoe.train.run import train
 
@@ -110,6 +112,16 @@ def command(
         options += ["--resume", resume] if resume is not None else []
         options += ["--trust-code"] if trust_code else []
         sys.exit(launch(ranks, ["train", *options, *given_arguments], port))
+
+
+def _advise(config: Config) -> None:
+    """Say before a long read that text of this size should be prepared once."""
+    if config.train.task != "language_modelling" or config.data.source == "stdlib":
+        return
+    from dmoe.data.sources import large_note
+
+    if note := large_note(config.data.source):
+        print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def run_preflight(config: Config) -> None:

@@ -29,8 +29,7 @@ from dmoe.conversion.expert_copies import COPIES, ExpertInit, copy_weights
 from dmoe.conversion.new_run import first_extra, write_run
 from dmoe.conversion.published_source import PublishedSource, open_published
 from dmoe.conversion.upcycle_rules import check_upcycle
-from dmoe.models.base import Model, ModelOutput
-from dmoe.moe.routing import TokenContext
+from dmoe.models.base import IGNORE_INDEX, Model, ModelOutput
 from dmoe.runs.directory import RunDir
 from dmoe.train.restore import restore_model
 from dmoe.train.tasks import DataSplits, Task, task_of
@@ -198,14 +197,14 @@ def compare_models(
     difference, losses = 0.0, [0.0, 0.0]
     for first in range(0, count, SEQUENCES_PER_FORWARD):
         samples = task.samples(data.held_out, first, min(SEQUENCES_PER_FORWARD, count - first))
-        context = TokenContext(label_T=samples.label_B.repeat_interleave(samples.input.shape[1]))
+        context = samples.context()
         found = [
             model.eval()(samples.input, samples.target, context, return_logits=True)
             for model in (before, after)
         ]
         logits = [_logits(output) for output in found]
         difference = max(difference, float((logits[0] - logits[1]).abs().amax()))
-        targets += samples.target.numel()
+        targets += int((samples.target != IGNORE_INDEX).sum())
         losses = [sum_ + float(out.loss_sum) for sum_, out in zip(losses, found, strict=True)]
     return difference, losses[0] / targets, losses[1] / targets
 

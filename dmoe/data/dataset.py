@@ -7,11 +7,7 @@ input_BS, target_BS = token_BS[:, :-1], token_BS[:, 1:]
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -22,109 +18,33 @@ from dmoe.data.corpus import (
     Corpus,
     Document,
     corpus_of,
-    count_files,
-    own_corpus,
-    split_corpus,
 )
-from dmoe.data.mixture import mix_domains
+from dmoe.data.eval_source import EvalOnlyText, read_eval_only
 from dmoe.data.packing import (
     DomainRuns,
-    HeldOutDataset,
-    PackedDataset,
     domain_runs,
     token_chunks,
     token_hash,
 )
-from dmoe.data.shard_index import SPLITS, is_shard_directory, read_index
-from dmoe.data.shards import map_shards
-from dmoe.data.sources import EvalOnlyText, read_corpus, read_eval_only
+from dmoe.data.sequences.streams import TokenStreams, fingerprint_of, pack_streams
+from dmoe.data.sequences.token_dataset import DatasetSplits
+from dmoe.data.sequences.token_masks import document_starts
+from dmoe.data.shard_index import SPLITS
+from dmoe.data.splits import (
+    FIELDS,
+    Splits,
+    read_splits,
+    record_fields,
+    refuse_fields,
+    split_documents,
+)
 from dmoe.data.synthetic import SyntheticDataset
+from dmoe.data.token_streams import prepared_streams
 from dmoe.data.tokenizers import Tokenizer, encoding_notes, open_tokenizer
 
 
-class TokenDataset(Protocol):
-    """Sequences of seq_len + 1 tokens: seq_len inputs and, shifted by one, seq_len targets."""
-
-    @property
-    def num_sequences(self) -> int | None:
-        """Number of different sequences; None if the dataset is endless."""
-
-    @property
-    def seq_len(self) -> int:
-        """Targets per sequence."""
-
-    def batch(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
-        """Return consecutive samples of one step, in shuffled order, epoch after epoch.
-
-        A function of its arguments and the seed alone: ranks read disjoint ranges of the same
-        global batch.
-
-        Args:
-            step: optimizer step, from 0.
-            first: index of the first sample in the global batch.
-            count: number of samples.
-            global_batch: samples per step, over all ranks.
-
-        Returns:
-            int64 [count, seq_len + 1].
-        """
-
-    def labels(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
-        """Return the label of each sample of `batch`: int64 [count].
-
-        A label is an index into `DatasetSplits.domains`: the domain of the document in which the
-        sequence starts. Arguments as in `batch`.
-        """
-
-    def samples(self, first: int, count: int) -> np.ndarray:
-        """Return sequences first .. first + count - 1 for evaluation: int64 [count, seq_len + 1].
-
-        In stored order; held-out sequences alternate between the domains. Never wraps: the caller
-        keeps first + count within `num_sequences` (an assertion).
-        """
-
-    def sample_labels(self, first: int, count: int) -> np.ndarray:
-        """Return the label of each sequence of `samples`: int64 [count]."""
-
-
-@dataclass(frozen=True)
-class DatasetSplits:
-    """The training and the held-out dataset of a run, and their tokenizer."""
-
-    train: TokenDataset
-    held_out: TokenDataset
-    tokenizer: Tokenizer
-    fingerprint: str
-    """SHA-256 (hex) of the token streams, the tokenizer, seq_len and the hold-out."""
-    summary: str
-    domains: tuple[str, ...]
-    """Domain names by label: those of data.source, sorted, then those that only data.eval_source
-    has, sorted."""
-    eval_only: tuple[str, ...] = ()
-    """Domains that training does not have: the last ones of `domains`."""
-
-    def sequences_per_domain(self) -> dict[str, tuple[int, int]]:
-        """Return (training, held-out) sequences by domain; ValueError for endless datasets."""
-        if self.train.num_sequences is None or self.held_out.num_sequences is None:
-            raise ValueError("an endless dataset has no number of sequences")
-        train_D, held_out_D = (
-            np.bincount(
-                split.sample_labels(0, split.num_sequences or 0), minlength=len(self.domains)
-            )
-            for split in (self.train, self.held_out)
-        )
-        return {
-            name: (int(train_D[label]), int(held_out_D[label]))
-            for label, name in enumerate(self.domains)
-        }
-
-    def describe(self) -> str:
-        """Return one line: source, files, bytes, tokens, sequences, fingerprint (12 digits)."""
-        return f"{self.summary}; fingerprint {self.fingerprint[:12]}"
-
-
 def open_data(config: DataConfig, seed: int) -> DatasetSplits:
-    """Open `data.source`: synthetic:KIND, a directory of shards (with an index.json), or text.
+    """Open `data.source`: synthetic:KIND, a directory of shards, a file of tokens, or text.
 
     `seed` decides the order of training sequences, and the content of synthetic ones. Raises
     ConfigError on the field of data.* that cannot work.
@@ -136,57 +56,56 @@ def open_data(config: DataConfig, seed: int) -> DatasetSplits:
     tokenizer = open_tokenizer(config)
     if config.source.startswith("synthetic:"):
         return _open_synthetic(config, seed, tokenizer)
-    if is_shard_directory(config.source):
-        return _open_shards(config, seed, tokenizer)
-    return _open_text(config, seed, tokenizer, own_corpus(config) or read_corpus(config.source))
-
-
-@dataclass(frozen=True)
-class _TokenStreams:
-    """Token streams of both splits, before they are packed. Pairs are (train, held out)."""
-
-    arrays: tuple[Sequence[np.ndarray], Sequence[np.ndarray]]
-    runs: tuple[DomainRuns, DomainRuns]
-    hashes: tuple[str, str]
-    holdout: float
-    summary: str
+    if config.format == "instruct":
+        return _open_instruct(config, seed, tokenizer)
+    prepared = prepared_streams(config, tokenizer)
+    if prepared is not None:
+        streams, domains = prepared
+        fields = record_fields(config)
+        eval_only = read_eval_only(config.eval_source, fields, (), (), tokenizer, domains)
+        return pack_streams(config, seed, tokenizer, streams, eval_only)
+    return _open_text(config, seed, tokenizer, read_splits(config))
 
 
 def open_documents(config: DataConfig, seed: int, texts: Sequence[str | bytes]) -> DatasetSplits:
     """Open documents that are in memory, one text each, as `open_data` opens those of files."""
+    if config.format != "text":
+        allowed = "reads conversations from files, and texts are given"
+        raise ConfigError("data.format", config.format, allowed, "name a file in data.source")
     contents = [text.encode() if isinstance(text, str) else text for text in texts]
     given = [Document(text, f"document {n}", "given") for n, text in enumerate(contents)]
     corpus = corpus_of(given, "data", f"{len(given)} texts")
-    return _open_text(config, seed, open_tokenizer(config), corpus)
+    return _open_text(config, seed, open_tokenizer(config), split_documents(corpus, config))
 
 
 def _open_text(
-    config: DataConfig, seed: int, tokenizer: Tokenizer, corpus: Corpus
+    config: DataConfig, seed: int, tokenizer: Tokenizer, splits: Splits
 ) -> DatasetSplits:
-    train, held_out = split_corpus(corpus, config.holdout)
+    train, held_out = splits.train, splits.held_out
     names = tuple(sorted({*train.document_domains, *held_out.document_domains}))
     train_N, train_runs = _tokenize(train, tokenizer, names)
     held_out_N, held_out_runs = _tokenize(held_out, tokenizer, names)
-    # A single file is cut in two documents, and is one file all the same.
-    files, size = count_files(len(corpus.documents)), corpus.num_bytes / 1e6
-    origin = f"{label(config.source)}: {files}, {size:.1f} MB"
-    if len(train.bytes_per_domain) > 1:
-        shares = ", ".join(
-            f"{domain} {num_bytes / train.num_bytes:.0%}"
-            for domain, num_bytes in train.bytes_per_domain.items()
-        )
-        origin += f" ({shares})"
-    streams = _TokenStreams(
+    origin = f"{label(config.source)}: {splits.describe()}"
+    streams = TokenStreams(
         ([train_N], [held_out_N]),
         (train_runs, held_out_runs),
         (token_hash([train_N]), token_hash([held_out_N])),
         config.holdout,
-        "; ".join((origin, *train.notes, *encoding_notes(corpus.contents(), tokenizer))),
+        "; ".join((origin, *train.notes, *encoding_notes(splits.contents(), tokenizer))),
+        (
+            document_starts(train_N, tokenizer.separator),
+            document_starts(held_out_N, tokenizer.separator),
+        ),
     )
     eval_only = read_eval_only(
-        config.eval_source, train.documents, held_out.documents, tokenizer, names
+        config.eval_source,
+        record_fields(config),
+        train.documents,
+        held_out.documents,
+        tokenizer,
+        names,
     )
-    return _pack(config, seed, tokenizer, streams, eval_only)
+    return pack_streams(config, seed, tokenizer, streams, eval_only)
 
 
 def _tokenize(
@@ -198,37 +117,28 @@ def _tokenize(
     return np.concatenate(chunks), runs
 
 
-def _open_shards(config: DataConfig, seed: int, tokenizer: Tokenizer) -> DatasetSplits:
-    directory = Path(config.source).expanduser()
-    index = read_index(directory)
-    if index.tokenizer["fingerprint"] != tokenizer.fingerprint:
-        raise ConfigError(
-            "data.tokenizer",
-            f"{config.tokenizer} ({tokenizer.name})",
-            f"must be the tokenizer of the shards in {directory}, {index.tokenizer['name']}",
-            "name that one (with the same data.tokenizer_vocab), or prepare the shards again",
-        )
-    train, held_out = (index.splits[split] for split in SPLITS)
-    arrays = (map_shards(directory, index, "train"), map_shards(directory, index, "held_out"))
-    files, size = train.documents + held_out.documents, train.text_bytes + held_out.text_bytes
-    count = len(arrays[0]) + len(arrays[1])
-    summary = (
-        f"{directory}: {count_files(files)}, {size / 1e6:.1f} MB in {count} shards, "
-        f"holdout {index.holdout}"
+def _open_instruct(config: DataConfig, seed: int, tokenizer: Tokenizer) -> DatasetSplits:
+    from dmoe.data.instruct import read_instruct
+
+    data = read_instruct(config, tokenizer)
+    pair = (data.train, data.held_out)
+    streams = TokenStreams(
+        ([pair[0].token_N], [pair[1].token_N]),
+        (pair[0].runs, pair[1].runs),
+        # the roles are part of what is trained on
+        (
+            token_hash([pair[0].token_N, pair[0].role_N]),
+            token_hash([pair[1].token_N, pair[1].role_N]),
+        ),
+        config.holdout,
+        data.summary,
+        (pair[0].document_start_N, pair[1].document_start_N),
+        masked_by_default=True,
+        roles=(pair[0].role_N, pair[1].role_N),
+        chat=data.template,
     )
-    if config.holdout not in (index.holdout, DataConfig.holdout):
-        summary += f" (of the shards; data.holdout={config.holdout:g} is not used)"
-    summary = "; ".join((summary, *index.notes))
-    streams = _TokenStreams(
-        arrays,
-        (train.runs, held_out.runs),
-        (train.sha256, held_out.sha256),
-        # The split was made when the shards were written, so data.holdout is not used.
-        index.holdout,
-        summary,
-    )
-    eval_only = read_eval_only(config.eval_source, (), (), tokenizer, index.domains)
-    return _pack(config, seed, tokenizer, streams, eval_only)
+    none = EvalOnlyText(np.zeros(0, dtype=np.int64), (), data.domains, (), ())
+    return pack_streams(config, seed, tokenizer, streams, none)
 
 
 def _open_synthetic(config: DataConfig, seed: int, tokenizer: Tokenizer) -> DatasetSplits:
@@ -239,61 +149,18 @@ def _open_synthetic(config: DataConfig, seed: int, tokenizer: Tokenizer) -> Data
             f"must be bytes for data.source={config.source}",
             "set data.tokenizer=bytes",
         )
-    for field, value in (
-        ("data.eval_source", config.eval_source),
-        ("data.temperature", config.temperature),
-    ):
-        if value is not None:
-            raise ConfigError(
-                field,
-                value,
-                f"has no meaning for data.source={config.source}",
-                f"leave {field} out",
-            )
+    unread = ("temperature", "weights", "eval_source", *FIELDS)
+    refuse_fields(config, unread, f"data.source={config.source}")
     kind = config.source.removeprefix("synthetic:")
-    train, held_out = (SyntheticDataset(kind, config.seq_len, seed, split) for split in SPLITS)
-    fingerprint = _sha256("synthetic", kind, config.seq_len, seed)
+    instruct = config.format == "instruct"
+    masked = instruct if config.document_mask is None else config.document_mask
+    train, held_out = (
+        SyntheticDataset(kind, config.seq_len, seed, split, masked, instruct) for split in SPLITS
+    )
+    more: tuple[str, ...] = ("documents apart",) if masked else ()
+    more += ("instruct",) if instruct else ()
+    fingerprint = fingerprint_of("synthetic", kind, config.seq_len, seed, *more)
     summary = f"{config.source}: endless sequences of {config.seq_len} tokens"
-    return DatasetSplits(train, held_out, tokenizer, fingerprint, summary, (kind,))
-
-
-def _pack(
-    config: DataConfig,
-    seed: int,
-    tokenizer: Tokenizer,
-    streams: _TokenStreams,
-    eval_only: EvalOnlyText,
-) -> DatasetSplits:
-    """Cut both token streams into sequences."""
-    seq_len, vocab_size, domains = config.seq_len, tokenizer.vocab_size, eval_only.domains
-    packed = PackedDataset(streams.arrays[0], seq_len, seed, vocab_size, "train", streams.runs[0])
-    arrays, runs = eval_only.append_to(streams.arrays[1], streams.runs[1])
-    held_out = HeldOutDataset(PackedDataset(arrays, seq_len, seed, vocab_size, "held_out", runs))
-    notes = [
-        f"{streams.summary}; {packed.num_tokens + held_out.packed.num_tokens:,} tokens "
-        f"({tokenizer.name}, vocabulary {vocab_size:,}); {packed.num_sequences:,} training and "
-        f"{held_out.num_sequences:,} held-out sequences of {seq_len}",
-        *eval_only.notes,
-    ]
-    train: TokenDataset = packed
-    # The text that is only evaluated may change when a run is resumed; which sequences are drawn
-    # may not, so the temperature is part of the fingerprint.
-    sampling: tuple[object, ...] = ()
-    if config.temperature is not None:
-        train = mixture = mix_domains(packed, config.temperature)
-        shares = [f"{domains[label]} {share:.1%}" for label, share in mixture.shares.items()]
-        notes.append(f"drawn: {', '.join(shares)}")
-        sampling = ("temperature", float(config.temperature))
-    missing = [name for label, name in enumerate(domains) if label not in held_out.label_N]
-    if missing:
-        notes.append(f"too little held-out text to evaluate {', '.join(missing)}")
-    fingerprint = _sha256(
-        "packed", *streams.hashes, tokenizer.fingerprint, seq_len, streams.holdout, *sampling
-    )
     return DatasetSplits(
-        train, held_out, tokenizer, fingerprint, "; ".join(notes), domains, eval_only.eval_only
+        train, held_out, tokenizer, fingerprint, summary, (kind,), document_mask=masked
     )
-
-
-def _sha256(*parts: object) -> str:
-    return hashlib.sha256("\0".join(["dmoe data 1", *map(str, parts)]).encode()).hexdigest()

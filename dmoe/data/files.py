@@ -1,11 +1,12 @@
-"""Which files below a path are text, and one sentence about each that is not.
+"""Which files below a path are read, and a count of each kind that is not.
 
-Everything that `data.source` and `data.eval_source` read from disk is found here, so nothing is
-left out or misread in silence:
+Everything that `data.source`, `data.validation_source` and `data.eval_source` read from disk is
+found here, so nothing is left out or misread in silence:
 
-- A file that holds no plain text (records such as JSON Lines or CSV, a compressed or binary file)
-  is refused if it is named. In a directory, or among the matches of a glob, it is left out and
-  counted in `Listing.left_out`, like hidden files, pipes, broken links and directories of shards.
+- A file that holds neither text nor records (formats/detect.py) is refused if it is named. In a
+  directory, or among the matches of a glob, it is left out and counted in `Listing.left_out`, like
+  hidden files, pipes, broken links and directories of shards.
+- Files of text and files of records in one directory are refused: which are meant is not known.
 - Links are followed, to files and to directories. A directory is read once, and a link to a
   directory that contains it is not followed.
 
@@ -16,45 +17,18 @@ from __future__ import annotations
 
 import errno
 import glob
-import json
 import os
-import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dmoe.config.errors import ConfigError
+from dmoe.data.formats.detect import Format, format_of, is_saved_dataset
+
 FORMAT, INDEX = "dmoe-shards", "index.json"
 """Format and name of the index of a directory of shards (shard_index.py)."""
-PROBE_BYTES = 8192
-"""Bytes at the beginning of a file that decide whether it is text."""
-DECOMPRESS = "decompress it first"
-EXTRACT = (
-    "write the text of its records to .txt files, or name it .txt to train on its bytes as they are"
-)
-CONVERT = "write its text to a .txt file"
-RECORD_SUFFIXES = {
-    **dict.fromkeys((".jsonl", ".ndjson", ".jsonlines", ".jl"), "JSON Lines"),
-    **dict.fromkeys((".csv", ".tsv", ".tab"), "CSV"),
-    ".ipynb": "Jupyter",
-}
-"""Records that are text themselves: only the name tells."""
-MAGIC: dict[bytes, tuple[str, str]] = {
-    b"\x1f\x8b": ("gzip", DECOMPRESS),
-    b"BZh": ("bzip2", DECOMPRESS),
-    b"\xfd7zXZ": ("xz", DECOMPRESS),
-    b"(\xb5/\xfd": ("zstandard", DECOMPRESS),
-    b"PK\x03\x04": ("zip", "unpack it first"),
-    b"PAR1": ("Parquet", EXTRACT),
-    b"%PDF": ("PDF", CONVERT),
-    b"{\\rtf": ("RTF", CONVERT),
-    b"\xff\xfe": ("UTF-16", "convert it with iconv -t UTF-8"),
-    b"\xfe\xff": ("UTF-16", "convert it with iconv -t UTF-8"),
-}
-"""First bytes of formats that hold text, but not as bytes that could be trained on."""
-CONTROL = bytes(n for n in range(32) if chr(n) not in "\t\n\v\f\r\x1b")
-"""Bytes that text hardly has."""
 
 
 @dataclass
@@ -96,51 +70,39 @@ def special_kind(path: Path) -> str | None:
     return next((name for name, value in formats.items() if stat.S_IFMT(mode) == value), None)
 
 
-def other_format(path: Path, head: bytes) -> tuple[str, str] | None:
-    """Return the format of a file that is not plain text, and what to do; None for text.
+def formats_of(listing: Listing, place: object, origin: str) -> list[tuple[Path, Format]]:
+    """Return the files of a listing with their formats; count the others in `left_out`.
 
     Args:
-        path: its suffix tells CSV and JSON Lines; .txt says that text is meant as it is.
-        head: its first `PROBE_BYTES` bytes.
+        listing: whose `paths` are looked at; those of text or of records stay there.
+        place: the entry, for the error.
+        origin: the config field that names it.
+
+    Raises:
+        ConfigError: a file that cannot be read or is damaged; text beside records. A file of text
+            is one document and a record is one: which of them is meant cannot be guessed, and a
+            README beside the records would be trained on.
     """
-    for magic, found in MAGIC.items():
-        if head.startswith(magic):
-            return found
-    controls = sum(map(head.count, CONTROL))
-    if controls > 1 and controls > len(head) / 50:
-        return "binary", "name text files"
-    suffix = path.suffix.lower()
-    if suffix in RECORD_SUFFIXES:
-        return RECORD_SUFFIXES[suffix], EXTRACT
-    if suffix in ("", ".json") and _is_records(head):
-        return "JSON records", EXTRACT
-    return None
-
-
-def _is_records(head: bytes) -> bool:
-    """Return whether a text is JSON, an object per line or an array of objects."""
-    if re.match(rb"\s*\[\s*\{", head):
-        return True
-    lines = [line for line in head.splitlines()[:3] if line.strip()]
-    if len(lines) < 2 or not all(line.lstrip().startswith(b"{") for line in lines[:2]):
-        return False
-    try:
-        return isinstance(json.loads(lines[0]), dict)
-    except ValueError:
-        return False
-
-
-def keep_text(listing: Listing) -> None:
-    """Move files of other formats from `paths` to `left_out`. Raises OSError."""
-    text = []
+    found: dict[str, list[tuple[Path, Format]]] = {"text": [], "records": []}
     for path in listing.paths:
-        with path.open("rb") as file:
-            found = other_format(path, file.read(PROBE_BYTES))
-        if found is None:
-            text.append(path)
+        format = format_of(path, origin)
+        if format.kind in found:
+            found[format.kind].append((path, format))
         else:
-            listing.left_out[f"{found[0]} files"] += 1
-    listing.paths = text
+            listing.left_out[f"{format.name} files"] += 1
+    text, records = found["text"], found["records"]
+    if text and records:
+        of_text, of_records = (f"{len(files)}, e.g. {files[0][0].name}" for files in found.values())
+        suffixes = "".join(records[0][0].suffixes[-2 if records[0][1].compression else -1 :])
+        pattern = literal_root(Path(str(place))) if glob.has_magic(str(place)) else place
+        raise ConfigError(
+            origin,
+            place,
+            f"holds files of text ({of_text}) and of records ({of_records}), mixed",
+            f"name one kind: {pattern}/**/*{suffixes}",
+        )
+    listing.paths = [path for path, _ in text or records]
+    return text or records
 
 
 def list_directory(root: Path) -> Listing:
@@ -171,6 +133,9 @@ def list_directory(root: Path) -> Listing:
             elif kind == "directory":
                 if holds_shards(path):
                     listing.left_out["directories of shards"] += 1
+                elif is_saved_dataset(path):
+                    listing.paths.append(path)
+                    listing.links += entry.is_symlink()
                 elif entry.is_symlink():
                     linked.append(path)
                 else:

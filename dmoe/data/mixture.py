@@ -2,9 +2,10 @@
 
     p_i = n_i^(1/t) / sum_j n_j^(1/t)     t = 1: proportional to size;  t -> infinity: uniform
 
-The temperature is the one of multilingual models (Devlin 2018; Arivazhagan et al. 2019). Each
-domain has its own epochs: all of its sequences are read in a shuffled order before any is repeated.
-With a flat mixture, small domains are repeated many times while a large one is read in part.
+Or the p_i are given by name (domain_weights.py). The temperature is the one of multilingual models
+(Devlin 2018; Arivazhagan et al. 2019). Each domain has its own epochs: all of its sequences are
+read in a shuffled order before any is repeated. With a flat mixture, small domains are repeated
+many times while a large one is read in part.
 
 Sample i of step s has the run-wide index n = s * global_batch + i, and its domain is a function of
 (seed, n) alone, as in order.py: a resumed run, or a run on another number of ranks, draws the same.
@@ -34,6 +35,7 @@ import numpy as np
 from dmoe.config.errors import ConfigError
 from dmoe.data.order import counter_hash, global_sample_indices, permute
 from dmoe.data.packing import DomainRuns, PackedDataset
+from dmoe.data.sequences.token_masks import TokenMasks
 
 BLOCK_SIZE = 4096
 _BLOCK_SALT = 0x6D69786564
@@ -81,16 +83,18 @@ def mix_domains(packed: PackedDataset, temperature: float) -> MixtureDataset:
 
     Raises ConfigError on data.temperature: not positive, or more domains than a block has places.
     """
-    domains = sequences_of_domains(packed.runs, packed.num_sequences, packed.seq_len)
-    if len(domains) > BLOCK_SIZE:
-        raise ConfigError(
-            "data.temperature",
-            temperature,
-            f"works for up to {BLOCK_SIZE} domains, not {len(domains)}",
-            "leave it out",
-        )
+    domains = domains_to_draw(packed, "data.temperature", temperature)
     weights = task_weights([domain.size for domain in domains], temperature)
     return MixtureDataset(packed, tuple(domains), block_quotas(weights))
+
+
+def domains_to_draw(packed: PackedDataset, field: str, value: object) -> list[DomainSequences]:
+    """Return the domains with a sequence. Raises ConfigError on `field` if a block lacks places."""
+    domains = sequences_of_domains(packed.runs, packed.num_sequences, packed.seq_len)
+    if len(domains) > BLOCK_SIZE:
+        allowed = f"works for up to {BLOCK_SIZE} domains, not {len(domains)}"
+        raise ConfigError(field, value, allowed, "leave it out")
+    return domains
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +153,15 @@ class MixtureDataset:
             shuffled_M = permute(position_M, domain.size, seed, epoch_M)
             index_N[in_domain_N] = domain.sequence_index(shuffled_M)
         return index_N
+
+    def masks(self, step: int, first: int, count: int, global_batch: int) -> TokenMasks:
+        """Return positions and masks of the samples of `batch`."""
+        index_N = self.sequence_indices(step, first, count, global_batch)
+        return self.packed.read_masks(index_N * self.seq_len)
+
+    def sample_masks(self, first: int, count: int) -> TokenMasks:
+        """Return positions and masks of the sequences of `samples`."""
+        return self.packed.sample_masks(first, count)
 
     def samples(self, first: int, count: int) -> np.ndarray:
         """Return consecutive sequences in stored order: int64 [count, seq_len + 1]."""

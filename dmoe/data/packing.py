@@ -5,15 +5,15 @@ The token stream is  sep doc_0 sep doc_1 sep ... doc_n sep.  Sequence i holds th
 share one token, so every token up to the end of the last sequence is a target exactly once, except
 the separator that opens the stream. The tail that does not fill a sequence is not used.
 
-A sequence may span documents, and attention is not masked at the boundary: the model sees the
-separator (as in GPT-3; a mask would cost work in every attention call).
+A sequence may span documents. With `document_mask` attention and positions end at the boundary
+(`token_masks.py`); without, the model sees the separator alone (as in GPT-3).
 
 The label of a sequence is the domain of the document in which it starts, as a number; a sequence
 that continues into another domain keeps it. A separator belongs to the document after it. Only the
 positions where the domain changes are stored (`DomainRuns`): a corpus is ordered by domain, so they
 are few, and a label costs one binary search.
 
-Held-out sequences are evaluated in another order: the domains alternate, see `HeldOutDataset`.
+Held-out sequences are evaluated in another order (`held_out.py`).
 
 Letters: S seq_len, B sequences, N positions or sequences, U runs of one domain.
 """
@@ -23,12 +23,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 
 from dmoe.config.errors import ConfigError
 from dmoe.data.order import sequence_indices
+from dmoe.data.sequences.token_masks import (
+    ANSWER,
+    NO_MASKS,
+    PADDING,
+    TokenMasks,
+    positions_in_documents,
+)
 from dmoe.data.tokenizers import Tokenizer
 
 DomainRuns = tuple[tuple[int, int], ...]
@@ -56,9 +62,12 @@ def domain_runs(lengths: Sequence[int], domains: Sequence[str], names: Sequence[
     return tuple(runs) or ONE_DOMAIN
 
 
-def domain_labels(position_N: np.ndarray, runs: DomainRuns) -> np.ndarray:
-    """Return the label at each position of the token stream: int64 [N]."""
-    start_U, label_U = np.array(runs, dtype=np.int64).T
+def domain_labels(position_N: np.ndarray, runs: DomainRuns | np.ndarray) -> np.ndarray:
+    """Return the label at each position of the token stream: int64 [N].
+
+    `runs` may be an array too, int64 [U, 2], which is faster for many calls.
+    """
+    start_U, label_U = np.asarray(runs, dtype=np.int64).T
     return np.asarray(label_U[np.searchsorted(start_U, position_N, side="right") - 1])
 
 
@@ -109,9 +118,20 @@ class PackedDataset:
     split: str
     runs: DomainRuns = ONE_DOMAIN
     """Where the domain changes."""
+    document_start_N: np.ndarray | None = None
+    """int64, ascending from 0: position in the token stream of the separator before each document,
+    which belongs to it. May be a memory map. None: not known."""
+    document_mask: bool = False
+    """Whether documents are not to see each other; needs their starts."""
+    role_N: np.ndarray | None = None
+    """uint8: PADDING, GIVEN or ANSWER of each token of the stream. None: text, all predicted."""
+    _run_UD: np.ndarray = field(init=False, repr=False)
+    """`runs` as an array."""
 
     def __post_init__(self) -> None:
         assert self.seq_len >= 1
+        object.__setattr__(self, "_run_UD", np.array(self.runs, dtype=np.int64).reshape(-1, 2))
+        assert self.document_start_N is not None or not self.document_mask, "no document starts"
         if self.num_sequences == 0:
             fix = f"set data.seq_len={self.num_tokens - 1} or less, or use more text"
             if self.num_tokens < 2:
@@ -145,11 +165,32 @@ class PackedDataset:
     def labels(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
         """Return the label of each sample of `batch`: int64 [count]."""
         index_B = sequence_indices(step, first, count, global_batch, self.num_sequences, self.seed)
-        return domain_labels(index_B * self.seq_len, self.runs)
+        return domain_labels(index_B * self.seq_len, self._run_UD)
 
     def sample_labels(self, first: int, count: int) -> np.ndarray:
         """Return the label of each sequence of `samples`: int64 [count]."""
-        return domain_labels(self._indices(first, count) * self.seq_len, self.runs)
+        return domain_labels(self._indices(first, count) * self.seq_len, self._run_UD)
+
+    def masks(self, step: int, first: int, count: int, global_batch: int) -> TokenMasks:
+        """Return positions and masks of the samples of `batch`."""
+        index_B = sequence_indices(step, first, count, global_batch, self.num_sequences, self.seed)
+        return self.read_masks(index_B * self.seq_len)
+
+    def sample_masks(self, first: int, count: int) -> TokenMasks:
+        """Return positions and masks of the sequences of `samples`."""
+        return self.read_masks(self._indices(first, count) * self.seq_len)
+
+    def read_masks(self, start_B: np.ndarray) -> TokenMasks:
+        """Return positions and masks of the sequences of `read_sequences`."""
+        if not self.document_mask and self.role_N is None:
+            return NO_MASKS
+        position_BS = None
+        if self.document_mask and self.document_start_N is not None:
+            position_BS = positions_in_documents(start_B, self.seq_len, self.document_start_N)
+        if self.role_N is None:
+            return TokenMasks(position_BS)
+        role_BS = self.role_N[start_B[:, None] + np.arange(self.seq_len + 1)]
+        return TokenMasks(position_BS, role_BS[:, 1:] == ANSWER, role_BS[:, :-1] != PADDING)
 
     def read_sequences(self, start_B: np.ndarray) -> np.ndarray:
         """Return the seq_len + 1 tokens from each stream position on: int64 [B, seq_len + 1]."""
@@ -157,12 +198,13 @@ class PackedDataset:
         offsets = np.cumsum([0] + [len(array) for array in self.arrays])
         for token_S, start in zip(token_BS, start_B.tolist(), strict=True):
             self._copy(token_S, start, offsets)
-        if token_BS.size and token_BS.max() >= self.vocab_size:
+        if token_BS.size and not 0 <= token_BS.min() <= token_BS.max() < self.vocab_size:
+            wrong = token_BS[(token_BS < 0) | (token_BS >= self.vocab_size)][0]
             raise ConfigError(
                 "data.source",
                 f"the {self.split} split",
-                f"must hold tokens below {self.vocab_size}, not {token_BS.max()}",
-                "the shards are damaged: prepare them again",
+                f"must hold tokens below {self.vocab_size}, not {wrong}",
+                "name the tokenizer that made them; or the shards are damaged: prepare them again",
             )
         return token_BS
 
@@ -182,93 +224,3 @@ class PackedDataset:
             token_S[done : done + len(part)] = part
             done += len(part)
             number += 1
-
-
-def interleave_domains(
-    runs: DomainRuns, num_tokens: int, seq_len: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return (start, label) of each sequence in evaluation order: int64 [N] each.
-
-    Sequence k of every domain comes before sequence k + 1 of any domain. `start` is a position in
-    the token stream of `num_tokens` tokens.
-    """
-    starts, labels = [], []
-    for (start, label), (end, _) in pairwise((*runs, (num_tokens - 1, -1))):
-        # The token at `end` is the separator that closes the run: the last sequence's last target.
-        starts.append(np.arange(start, end - seq_len + 1, seq_len, dtype=np.int64))
-        labels.append(np.full(len(starts[-1]), label, dtype=np.int64))
-    start_N, label_N = np.concatenate(starts), np.concatenate(labels)
-    rank_in_domain_N = np.empty_like(label_N)
-    for label in np.unique(label_N):
-        rank_in_domain_N[label_N == label] = np.arange((label_N == label).sum())
-    order_N = np.lexsort((label_N, rank_in_domain_N))
-    return start_N[order_N], label_N[order_N]
-
-
-@dataclass(frozen=True, eq=False)
-class HeldOutDataset:
-    """Held-out sequences in evaluation order: the domains alternate.
-
-    A corpus is ordered by domain, so its first N stored sequences are often of one domain. Here the
-    first N hold equally many of each domain (until one has no more), and N = number of domains
-    reaches all of them. The order depends on the text alone, not on the seed or the ranks.
-
-    Each domain is cut into sequences separately, so a metric of a domain contains no other text.
-    The tail of a domain (less than seq_len tokens) is not evaluated. With one domain, the order is
-    the stored one. Memory: 16 bytes per sequence. Methods and their arguments are those of
-    `TokenDataset`.
-    """
-
-    packed: PackedDataset
-    start_N: np.ndarray = field(init=False)
-    label_N: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        packed = self.packed
-        start_N, label_N = interleave_domains(packed.runs, packed.num_tokens, packed.seq_len)
-        if not len(start_N):
-            raise ConfigError(
-                "data.seq_len",
-                self.seq_len,
-                f"must be less than the tokens of some domain of the {packed.split} split",
-                "use a smaller one, or more text",
-            )
-        object.__setattr__(self, "start_N", start_N)
-        object.__setattr__(self, "label_N", label_N)
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences of all domains."""
-        return len(self.start_N)
-
-    @property
-    def seq_len(self) -> int:
-        """Targets per sequence."""
-        return self.packed.seq_len
-
-    def samples(self, first: int, count: int) -> np.ndarray:
-        """Return consecutive sequences in evaluation order: int64 [count, seq_len + 1]."""
-        return self.packed.read_sequences(self.start_N[self._slice(first, count)])
-
-    def sample_labels(self, first: int, count: int) -> np.ndarray:
-        """Return the label of each sequence of `samples`: int64 [count]."""
-        return np.asarray(self.label_N[self._slice(first, count)])
-
-    def batch(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
-        """Return samples of one step in shuffled order: int64 [count, seq_len + 1]."""
-        index_B = self._shuffled_indices(step, first, count, global_batch)
-        return self.packed.read_sequences(self.start_N[index_B])
-
-    def labels(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
-        """Return the label of each sample of `batch`: int64 [count]."""
-        return np.asarray(self.label_N[self._shuffled_indices(step, first, count, global_batch)])
-
-    def _shuffled_indices(self, step: int, first: int, count: int, global_batch: int) -> np.ndarray:
-        seed = self.packed.seed
-        return sequence_indices(step, first, count, global_batch, self.num_sequences, seed)
-
-    def _slice(self, first: int, count: int) -> slice:
-        assert 0 <= first <= first + count <= self.num_sequences, (
-            f"samples {first}+{count} of {self.num_sequences}"
-        )
-        return slice(first, first + count)

@@ -12,8 +12,9 @@
                 "held_out": {...}}}
 
 "runs" says where the domain changes (`packing.DomainRuns`). Without "runs" and "domains" (shards of
-an older version) there is one domain. "documents" of both splits add up to the files that were
-read: of a single file, whose end is held out, "held_out" has 0.
+an older version) there is one domain. "documents" of both splits add up to the documents that were
+read: where the end of each is held out, "held_out" has 0. "boundaries" (absent in shards of an
+older version) is a file of little-endian int64: the position of the separator before each document.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from dmoe.data.files import FORMAT, INDEX
 from dmoe.data.packing import ONE_DOMAIN, DomainRuns
 
 SPLITS = ("train", "held_out")
+PARTS, PLAN = "parts", "plan.json"
+"""Directory, and a file in it, that an unfinished preparation has (prepare/)."""
 _VERSION = 1
 _DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.bin")
@@ -50,6 +53,15 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class DocumentsFile:
+    """Where documents begin in a split: `<i8` positions of the separators before them."""
+
+    file: str
+    documents: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Split:
     """One split of the corpus; its shards, in order, are one token stream."""
 
@@ -58,6 +70,8 @@ class Split:
     sha256: str
     shards: tuple[Shard, ...]
     runs: DomainRuns = ONE_DOMAIN
+    boundaries: DocumentsFile | None = None
+    """None in shards of an older version."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +106,18 @@ def is_shard_directory(source: str) -> bool:
     return Path(source).expanduser().joinpath(INDEX).is_file()
 
 
+def refuse_unfinished(source: str) -> None:
+    """Refuse a directory whose preparation was interrupted. Raises ConfigError on data.source."""
+    directory = Path(source).expanduser()
+    if (directory / PARTS / PLAN).is_file() and not is_shard_directory(source):
+        raise ConfigError(
+            "data.source",
+            directory,
+            "is unfinished: dmoe data prepare was interrupted",
+            "run the same dmoe data prepare again, which goes on",
+        )
+
+
 def read_index(directory: Path) -> ShardIndex:
     """Read and validate index.json; ConfigError on data.source if it cannot be used."""
     try:
@@ -103,7 +129,7 @@ def read_index(directory: Path) -> ShardIndex:
             "data.source",
             directory,
             f"has an {INDEX} that is not of format {FORMAT}",
-            "name a directory written by dmoe.data.prepare_shards, "
+            "name a directory written by dmoe data prepare, "
             f"or for text use the glob {directory}/**",
         )
     if body.get("version") != _VERSION:
@@ -160,6 +186,15 @@ def _split(body: dict[str, Any], dtype: np.dtype, num_domains: int) -> Split:
         _hash(body, "sha256"),
         shards,
         runs,
+        _boundaries(body.get("boundaries")),
+    )
+
+
+def _boundaries(body: dict[str, Any] | None) -> DocumentsFile | None:
+    if body is None:
+        return None
+    return DocumentsFile(
+        _file_name(body["file"]), _count(body, "documents", 0), _hash(body, "sha256")
     )
 
 
@@ -185,15 +220,20 @@ def _runs(body: Any, num_domains: int) -> DomainRuns:
 
 
 def _shard(entry: dict[str, Any], dtype: np.dtype) -> Shard:
-    # Untrusted input: only a plain file name, so that an index cannot point outside its directory.
-    if not isinstance(entry["file"], str) or not _FILE_NAME.fullmatch(entry["file"]):
-        raise ValueError(f"file name {entry['file']!r}, which must be a plain name ending in .bin")
+    file = _file_name(entry["file"])
     shard = Shard(
-        entry["file"], _count(entry, "tokens", 1), _count(entry, "bytes", 1), _hash(entry, "sha256")
+        file, _count(entry, "tokens", 1), _count(entry, "bytes", 1), _hash(entry, "sha256")
     )
     if shard.bytes != shard.tokens * dtype.itemsize:
         raise ValueError(f"{shard.file}: {shard.tokens} tokens are not {shard.bytes} bytes")
     return shard
+
+
+def _file_name(name: Any) -> str:
+    # Untrusted input: only a plain file name, so that an index cannot point outside its directory.
+    if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+        raise ValueError(f"file name {name!r}, which must be a plain name ending in .bin")
+    return name
 
 
 def _count(body: dict[str, Any], key: str, minimum: int) -> int:

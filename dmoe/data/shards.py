@@ -3,134 +3,22 @@
 A shard directory holds raw little-endian token files and index.json (see shard_index.py). The
 shards of a split form one token stream: a sequence may continue in the next shard, so the shard
 size changes no sequence, and training from shards reads exactly what training from the same text
-reads. index.json is written last and renamed into place, so a directory with one is complete.
+reads. They are written by prepare/; index.json is written last and renamed into place, so a
+directory with one is complete.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dmoe.config.errors import ConfigError
-from dmoe.config.schema import DataConfig
-from dmoe.data.corpus import split_corpus
-from dmoe.data.files import INDEX
-from dmoe.data.packing import ONE_DOMAIN, domain_runs, record_lengths, token_chunks, token_dtype
-from dmoe.data.shard_index import (
-    SPLITS,
-    Shard,
-    ShardIndex,
-    Split,
-    damaged_error,
-    is_shard_directory,
-    read_index,
-)
-from dmoe.data.sources import read_corpus
-from dmoe.data.tokenizers import Tokenizer, encoding_notes, open_tokenizer
+from dmoe.data.shard_index import ShardIndex, damaged_error, read_index
 
 _BLOCK_BYTES = 2**22
 """Bytes per read when a file is hashed."""
-
-
-@dataclass(frozen=True)
-class SplitContent:
-    """One split to be written: its token stream in chunks, and its size as text."""
-
-    chunks: Iterable[np.ndarray]
-    """See `packing.token_chunks`."""
-    documents: int
-    text_bytes: int
-    domains: tuple[str, ...] = ()
-    """The domain of each document, i.e. of each chunk but the first; empty if unknown."""
-
-
-def prepare_shards(config: DataConfig, directory: Path, shard_tokens: int = 2**27) -> ShardIndex:
-    """Tokenize the text of `data.source` into shards, which give exactly the same sequences."""
-    if config.source.startswith("synthetic:") or is_shard_directory(config.source):
-        raise ConfigError(
-            "data.source",
-            config.source,
-            "must be text to be prepared",
-            "name text files, a glob or stdlib",
-        )
-    tokenizer = open_tokenizer(config)
-    corpus = read_corpus(config.source)
-    train, held_out = split_corpus(corpus, config.holdout)
-    # A single file is cut in two documents, and is one file all the same.
-    files = {
-        "train": len(train.documents),
-        "held_out": len(corpus.documents) - len(train.documents),
-    }
-    splits = {
-        name: SplitContent(
-            token_chunks(split.contents(), tokenizer),
-            files[name],
-            split.num_bytes,
-            split.document_domains,
-        )
-        for name, split in (("train", train), ("held_out", held_out))
-    }
-    notes = (*train.notes, *encoding_notes(corpus.contents(), tokenizer))
-    return write_shards(directory, tokenizer, config.holdout, splits, shard_tokens, notes)
-
-
-def write_shards(
-    directory: Path,
-    tokenizer: Tokenizer,
-    holdout: float,
-    splits: Mapping[str, SplitContent],
-    shard_tokens: int = 2**27,
-    notes: tuple[str, ...] = (),
-) -> ShardIndex:
-    """Write both splits as shards, then the index.
-
-    Args:
-        directory: created if missing; must be empty.
-        tokenizer: of the token streams; recorded in the index.
-        holdout: data.holdout of the split; recorded in the index.
-        splits: `train` and `held_out`.
-        shard_tokens: tokens per shard; the last shard of a split is shorter.
-        notes: what was left out or changed; recorded in the index.
-
-    Raises:
-        ConfigError: on `directory`, if it is not empty.
-
-    Memory: one shard plus one chunk.
-    """
-    assert set(splits) == set(SPLITS)
-    assert shard_tokens > 0
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ConfigError(
-            "directory",
-            directory,
-            "must not exist yet or be empty",
-            "name another one, or remove this one",
-        )
-    directory.mkdir(parents=True, exist_ok=True)
-    header = {
-        "name": tokenizer.name,
-        "fingerprint": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "separator": tokenizer.separator,
-    }
-    dtype = token_dtype(tokenizer.vocab_size)
-    domains = tuple(
-        sorted({domain for content in splits.values() for domain in content.domains})
-    ) or ("text",)
-    written = {
-        name: _write_split(directory, name, splits[name], dtype, shard_tokens, domains)
-        for name in SPLITS
-    }
-    index = ShardIndex(dtype, header, holdout, written, domains, notes)
-    temporary = directory / (INDEX + ".partial")
-    _write_durably(temporary, index.to_json().encode())
-    os.replace(temporary, directory / INDEX)
-    return index
+_POSITION = np.dtype("<i8")
 
 
 def map_shards(directory: Path, index: ShardIndex, split: str) -> list[np.ndarray]:
@@ -140,9 +28,22 @@ def map_shards(directory: Path, index: ShardIndex, split: str) -> list[np.ndarra
     read here; `verify_shards` does that.
     """
     return [
-        np.memmap(_checked_file(directory, shard), dtype=index.dtype, mode="r")
+        np.memmap(_checked_file(directory, shard.file, shard.bytes), dtype=index.dtype, mode="r")
         for shard in index.splits[split].shards
     ]
+
+
+def map_documents(directory: Path, index: ShardIndex, split: str) -> np.ndarray | None:
+    """Return where the documents of a split begin: int64 [N], a read-only memory map.
+
+    Position 0 is that of the first document; each is that of the separator before it. None for
+    shards of an older version, which do not say. Raises ConfigError as `map_shards`.
+    """
+    found = index.splits[split].boundaries
+    if found is None:
+        return None
+    size = found.documents * _POSITION.itemsize
+    return np.memmap(_checked_file(directory, found.file, size), dtype=_POSITION, mode="r")
 
 
 def verify_shards(directory: Path) -> ShardIndex:
@@ -154,75 +55,32 @@ def verify_shards(directory: Path) -> ShardIndex:
     for split in index.splits.values():
         split_digest = hashlib.sha256()
         for shard in split.shards:
-            digest = hashlib.sha256()
-            with _checked_file(directory, shard).open("rb") as file:
-                while block := file.read(_BLOCK_BYTES):
-                    digest.update(block)
-                    split_digest.update(block)
-            if digest.hexdigest() != shard.sha256:
-                raise damaged_error(directory, f"the content of {shard.file} has changed (SHA-256)")
+            path = _checked_file(directory, shard.file, shard.bytes)
+            _verify(path, shard.sha256, split_digest)
         if split_digest.hexdigest() != split.sha256:
             raise damaged_error(
                 directory, "a split is not what was written (SHA-256 of its stream)"
             )
+        if found := split.boundaries:
+            path = _checked_file(directory, found.file, found.documents * _POSITION.itemsize)
+            _verify(path, found.sha256)
     return index
 
 
-def _checked_file(directory: Path, shard: Shard) -> Path:
-    path = directory / shard.file
+def _verify(path: Path, expected: str, *more: hashlib._Hash) -> None:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            for each in (digest, *more):
+                each.update(block)
+    if digest.hexdigest() != expected:
+        raise damaged_error(path.parent, f"the content of {path.name} has changed (SHA-256)")
+
+
+def _checked_file(directory: Path, name: str, size: int) -> Path:
+    path = directory / name
     if path.is_symlink() or not path.is_file():
-        raise damaged_error(directory, f"{shard.file} is missing or not a plain file")
-    if path.stat().st_size != shard.bytes:
-        raise damaged_error(
-            directory, f"{shard.file} has {path.stat().st_size} bytes instead of {shard.bytes}"
-        )
+        raise damaged_error(directory, f"{name} is missing or not a plain file")
+    if (found := path.stat().st_size) != size:
+        raise damaged_error(directory, f"{name} has {found} bytes instead of {size}")
     return path
-
-
-def _write_split(
-    directory: Path,
-    name: str,
-    content: SplitContent,
-    dtype: np.dtype,
-    shard_tokens: int,
-    domains: tuple[str, ...],
-) -> Split:
-    split_digest = hashlib.sha256()
-    shards = []
-    lengths: list[int] = []
-    for number, tokens in enumerate(
-        _rechunk(record_lengths(content.chunks, lengths), shard_tokens)
-    ):
-        assert tokens.dtype == dtype, f"chunks of {tokens.dtype} instead of {dtype}"
-        data = tokens.tobytes()
-        split_digest.update(data)
-        file = f"{name}-{number:05d}.bin"
-        _write_durably(directory / file, data)
-        shards.append(Shard(file, len(tokens), len(data), hashlib.sha256(data).hexdigest()))
-    runs = domain_runs(lengths[1:], content.domains, domains) if content.domains else ONE_DOMAIN
-    return Split(
-        content.documents, content.text_bytes, split_digest.hexdigest(), tuple(shards), runs
-    )
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _rechunk(chunks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Yield the same tokens in arrays of exactly `size`, the last one shorter."""
-    pending: list[np.ndarray] = []
-    num_pending = 0
-    for chunk in chunks:
-        pending.append(chunk)
-        num_pending += len(chunk)
-        if num_pending >= size:
-            joined = np.concatenate(pending)
-            complete = num_pending // size * size
-            yield from np.split(joined[:complete], range(size, complete, size))
-            pending, num_pending = [joined[complete:]], num_pending - complete
-    if num_pending:
-        yield np.concatenate(pending)

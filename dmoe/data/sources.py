@@ -1,57 +1,53 @@
-"""Sources of text: the standard library, the Debian guide, text files, globs, directories.
+"""Sources of text: the standard library, the Debian guide, files, globs, directories, datasets.
 
-`data.source` and `data.eval_source` are lists of entries separated by commas. The domain of a
-document is named after its entry: `python` for the standard library, the language for the guide,
-else the last part of the entry before any wildcard (`texts/de/**/*.txt` gives `de`, `a/kjv.txt`
-gives `kjv`). A transformation is prefixed (`upper:a/kjv.txt` gives `upper-kjv`).
-
-`data.eval_source` names documents that are only evaluated: a language without a module, or two
-transformations at once. Documents that are in data.source, or share a group key with one that is
-trained on (corpus.py), are left out. A domain that training has too keeps its label and gets more
-held-out text; labels of other domains come after those of training, which do not change.
+`data.source`, `data.validation_source` and `data.eval_source` are lists of entries separated by
+commas. A file of plain text is one document, and so is each record of a file of records (formats/).
+The domain of a document is its label if data.label_field is set, else it is named after its entry:
+`python` for the standard library, the language for the guide, else the last part of the entry
+before any wildcard (`texts/de/**/*.txt` gives `de`, `a/kjv.txt` gives `kjv`, `hf:user/books` gives
+`books`). A transformation is prefixed (`upper:a/kjv.txt` gives `upper-kjv`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import importlib.util
 import logging
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import numpy as np
 
 from dmoe.config.errors import ConfigError
 from dmoe.data.corpus import (
     Corpus,
     Document,
-    apply_transform,
-    count_files,
     split_transform,
+    transform_document,
     unique_documents,
 )
 from dmoe.data.debian_guide import read_guide
 from dmoe.data.files import (
-    PROBE_BYTES,
     Listing,
+    formats_of,
     holds_shards,
-    keep_text,
     list_directory,
     list_glob,
     literal_root,
-    other_format,
     special_kind,
     walk,
 )
-from dmoe.data.packing import DomainRuns, domain_runs, token_chunks
-from dmoe.data.tokenizers import Tokenizer, encoding_notes
+from dmoe.data.formats import Format, RecordFields, format_of, read_records
+from dmoe.data.formats.compression import inner_name
+from dmoe.data.formats.hub import parse_name
+from dmoe.data.formats.rows import HUB
 
+LARGE = 200_000_000
+"""Bytes of raw text from which on preparing it once is worth it."""
+_FIELDS = RecordFields()
 _log = logging.getLogger(__name__)
 _ALLOWED = (
-    "must be stdlib, guide:LANG, text files, globs or directories separated by commas "
-    "(upper: before one gives capitals), a directory of shards, or synthetic:KIND"
+    "must be stdlib, guide:LANG, files of text or records, globs or directories separated by "
+    "commas, hf:NAME (upper: before one gives capitals), a directory of shards, or synthetic:KIND"
 )
 # Tests are long, repetitive tables; packages depend on what is installed.
 _EXCLUDED_FOLDERS = frozenset(
@@ -59,86 +55,235 @@ _EXCLUDED_FOLDERS = frozenset(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class _SourceField:
-    """The config field that is read, for error messages, and notes for the user."""
-
-    field: str
-    value: str
-    notes: list[str] = dataclasses.field(default_factory=list)
-
-    def error(self, value: object, allowed: str, fix: str) -> ConfigError:
-        return ConfigError(self.field, value, allowed, fix)
-
-    def unreadable(self, path: object, error: OSError) -> ConfigError:
-        allowed = f"must be readable, but {path} is not ({error.strerror})"
-        return self.error(self.value, allowed, "check the file")
-
-
-def read_corpus(source: str, field: str = "data.source") -> Corpus:
+def read_corpus(source: str, fields: RecordFields = _FIELDS) -> Corpus:
     """Read all documents of `source`, without duplicates, ordered by entry and then by path.
 
-    Contents are raw bytes. The notes count what is left out (files.py). Raises ConfigError on
-    `field`: nothing found, a missing or unreadable file, a named file that is no plain text, only
-    empty files.
+    The notes count what is left out. `fields.origin` is the config field that names the source.
+    Raises ConfigError: see `Documents`; and on that field, for nothing found or only empty files.
     """
-    origin, documents = _SourceField(field, source), list[Document]()
-    first_entry: dict[str, str] = {}
-    for entry in filter(None, map(str.strip, source.split(","))):
-        found = _read_entry(origin, entry)
-        for domain in sorted({document.domain for document in found}):
-            if (first := first_entry.setdefault(domain, entry)) != entry:
-                origin.notes.append(f"{first} and {entry} are one domain, {domain}")
-        documents += found
-    unique, removed = unique_documents(documents)
+    found = Documents(source, fields)
+    unique, removed = unique_documents(found)
+    notes = list(found.notes)
     if removed:
-        origin.notes.append(f"duplicate or empty files left out ({removed})")
+        of = "files" if not found.has_records else "documents"
+        notes.append(f"duplicate or empty {of} left out ({removed})")
     if not unique:
-        raise origin.error(
-            source or "''", f"{_ALLOWED}, and hold at least one byte of text", "name a text"
-        )
-    return Corpus(unique, tuple(origin.notes))
+        allowed = f"{_ALLOWED}, and hold at least one byte of text"
+        raise ConfigError(fields.origin, source or "''", allowed, "name a text")
+    return Corpus(unique, tuple(notes))
 
 
-def _read_entry(origin: _SourceField, entry: str) -> list[Document]:
-    transform, rest = split_transform(entry)
-    if transform is not None:
-        if not rest:
-            raise origin.error(
+class Documents:
+    """All documents of a source, duplicates and empty ones too, one after the other.
+
+    Iterate once: one document is held at a time (of the guide: one language). Afterwards `notes`
+    says what was left out, and `has_records` whether a file of records was read.
+
+    Args:
+        source: entries separated by commas.
+        fields: the fields of records, and the config field that names the source.
+
+    Raises:
+        ConfigError: while it is iterated: a missing or unreadable file, a format that is neither
+            text nor records, a damaged file or record with its line; data.text_field or
+            data.label_field for a source without records.
+    """
+
+    def __init__(self, source: str, fields: RecordFields) -> None:
+        self.notes: list[str] = []
+        self.has_records = False
+        self._source, self._fields = source, fields
+
+    def __iter__(self) -> Iterator[Document]:
+        first_entry: dict[str, str] = {}
+        for entry in entries(self._source):
+            told = set[str]()
+            for document in self._entry(entry):
+                domain = document.domain
+                if (first := first_entry.setdefault(domain, entry)) != entry and domain not in told:
+                    told.add(domain)
+                    if self._fields.label is None:
+                        self.notes.append(f"{first} and {entry} are one domain, {domain}")
+                yield document
+        if self._fields.alone and not self.has_records:
+            self._check_fields()
+
+    def _check_fields(self) -> None:
+        given = {"data.text_field": self._fields.text, "data.label_field": self._fields.label}
+        for field, name in given.items():
+            if name is not None:
+                allowed = f"is a field of records, and {self._source} is plain text"
+                raise ConfigError(field, name, allowed, "leave it out, or name JSON Lines or CSV")
+
+    def _entry(self, entry: str) -> Iterator[Document]:
+        transform, rest = split_transform(entry)
+        if transform is not None:
+            if not rest:
+                raise self._error(
+                    entry,
+                    f"{_ALLOWED}, and {transform}: needs one of them behind it",
+                    f"use {transform}:stdlib",
+                )
+            for document in self._entry(rest):
+                yield transform_document(transform, document)
+        elif entry.startswith("guide:"):
+            yield from read_guide(entry.removeprefix("guide:"), self._fields.origin)
+        elif entry.startswith(HUB):
+            domain = Path(parse_name(entry)[0]).name
+            yield from self._records(entry, None, f"{domain}/{entry}", domain)
+        elif entry == "stdlib":
+            yield from self._library()
+        else:
+            yield from self._files(entry)
+
+    def _library(self) -> Iterator[Document]:
+        """Read Python's standard library, or torch's Python files if the library is zipped."""
+        root, paths, note = _library_files(self._fields.origin)
+        if note:
+            self.notes.append(note)
+        for path in paths:
+            name = f"python/{path.relative_to(root).as_posix()}"
+            yield Document(self._bytes(path), name, "python")
+
+    def _files(self, entry: str) -> Iterator[Document]:
+        """Read a file, a directory or a glob; what is left out of the last two is noted."""
+        path = Path(entry).expanduser()
+        kind = special_kind(path)
+        if kind == "directory":
+            if holds_shards(path):
+                raise self._error(
+                    entry,
+                    "is a directory of shards, which can only be the whole of data.source",
+                    "name it alone, or name the text that they were made from",
+                )
+            if (format := format_of(path, self._fields.origin)).kind == "records":
+                yield from self._records(path, format, f"{path.name}/{path.name}", path.name)
+                return
+            yield from self._listing(path, path, lambda: list_directory(path))
+        elif kind is not None:
+            raise self._error(
                 entry,
-                f"{_ALLOWED}, and {transform}: needs one of them behind it",
-                f"use {transform}:stdlib",
+                f"is a {kind}, not a file that every start and every rank could read",
+                "check the link" if "link" in kind else "write its content to a file",
             )
-        return apply_transform(transform, _read_entry(origin, rest))
-    if entry.startswith("guide:"):
-        return read_guide(entry.removeprefix("guide:"), origin.field)
-    return _read_library(origin) if entry == "stdlib" else _read_files(origin, entry)
+        elif path.is_file():
+            yield from self._named(path)
+        elif glob.has_magic(entry):
+            yield from self._listing(path, literal_root(path), lambda: list_glob(path))
+        else:
+            missing = "and there is no such file"
+            if entry.startswith("synthetic:"):
+                missing = "and a synthetic source can only be the whole of data.source"
+            raise self._error(entry, f"{_ALLOWED}, {missing}", "check the path")
+
+    def _named(self, path: Path) -> Iterator[Document]:
+        format = format_of(path, self._fields.origin)
+        if format.kind in ("text", "records"):
+            stem = inner_name(path, format.compression).stem
+            yield from self._records(path, format, f"{stem}/{path.name}", stem)
+            return
+        allowed = (
+            f"is a {format.name} file, and its raw bytes would be trained on as if they were text"
+        )
+        raise self._error(path, allowed, format.fix or "name text, or records with text")
+
+    def _listing(self, entry: Path, root: Path, find: Callable[[], Listing]) -> Iterator[Document]:
+        """Read the files that `find` returns, named by their path below `root`."""
+        try:
+            listing = find()
+        except OSError as error:
+            raise self._unreadable(error.filename or entry, error) from error
+        found = formats_of(listing, entry, self._fields.origin)
+        notes = listing.notes(entry)
+        if not found:
+            left_out = f" ({notes[0]})" if listing.left_out else ""
+            raise self._error(
+                entry, f"{_ALLOWED}, and no text file is found here{left_out}", "check it with ls"
+            )
+        self.notes += notes
+        domain = root.resolve().name
+        for path, format in found:
+            name = f"{domain}/{path.relative_to(root).as_posix()}"
+            yield from self._records(path, format, name, domain)
+
+    def _records(
+        self, path: Path | str, format: Format | None, name: str, domain: str
+    ) -> Iterator[Document]:
+        """Read one file; a record is named by its number in the file."""
+        is_text = format is not None and format.kind == "text"
+        self.has_records |= not is_text
+        for number, record in enumerate(read_records(path, self._fields, format), 1):
+            label = domain if record.label is None else record.label
+            if is_text:
+                yield Document(record.content, name, label)
+            else:
+                yield Document(record.content, f"{name}:{number}", label, file=name)
+
+    def _bytes(self, path: Path) -> bytes:
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise self._unreadable(path, error) from error
+
+    def _error(self, value: object, allowed: str, fix: str) -> ConfigError:
+        return ConfigError(self._fields.origin, value, allowed, fix)
+
+    def _unreadable(self, path: object, error: OSError) -> ConfigError:
+        allowed = f"must be readable, but {path} is not ({error.strerror})"
+        return self._error(self._source, allowed, "check the file")
 
 
-def _read_library(origin: _SourceField) -> list[Document]:
-    """Read Python's standard library, or torch's Python files if the library is zipped."""
+def entries(source: str) -> list[str]:
+    """Split a source at its commas."""
+    return [entry for entry in map(str.strip, source.split(",")) if entry]
+
+
+def raw_bytes(source: str) -> int:
+    """Count the bytes of the files that a source names, without reading one; 0 if there are none.
+
+    What cannot be listed counts nothing: reading it says why.
+    """
+    total = 0
+    for entry in entries(source):
+        path = Path(split_transform(entry)[1]).expanduser()
+        try:
+            if path.is_dir():
+                paths = [] if holds_shards(path) else list_directory(path).paths
+            else:
+                paths = list_glob(path).paths if glob.has_magic(entry) else [path]
+            total += sum(file.stat().st_size for file in paths if file.is_file())
+        except OSError:
+            continue
+    return total
+
+
+def large_note(source: str) -> str | None:
+    """Return what to do about a source of more than `LARGE` bytes; None for a smaller one."""
+    size = raw_bytes(source)
+    if size <= LARGE:
+        return None
+    return (
+        f"data.source={source} is {size / 1e6:,.0f} MB of raw text, which every start and every "
+        "rank reads and tokenizes in memory; prepare it once: "
+        f"dmoe data prepare {source} --out DIR, then data.source=DIR"
+    )
+
+
+def _library_files(origin: str) -> tuple[Path, list[Path], str]:
+    """Return the root and the files of the standard library, and a note if they are torch's."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = list(walk(root, _is_library_file, _is_library_directory))
-    if not paths:
-        # find_spec of a top-level name locates the package without importing it.
-        spec = importlib.util.find_spec("torch")
-        if spec is None or not spec.submodule_search_locations:
-            raise origin.error(
-                origin.value,
-                f"found no .py file of the standard library in {root}, nor torch's",
-                "name a text file",
-            )
-        root = Path(spec.submodule_search_locations[0])
-        origin.notes.append(
-            f"no standard library source in {sysconfig.get_paths()['stdlib']}: "
-            "torch's own source is used instead"
-        )
-        _log.warning("%s=stdlib: %s", origin.field, origin.notes[-1])
-        paths = list(walk(root, _is_library_file, _is_library_directory))
-    return [
-        _read(origin, path, f"python/{path.relative_to(root).as_posix()}", "python")
-        for path in paths
-    ]
+    if paths:
+        return root, paths, ""
+    # find_spec of a top-level name locates the package without importing it.
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        allowed = f"found no .py file of the standard library in {root}, nor torch's"
+        raise ConfigError(origin, "stdlib", allowed, "name a text file")
+    note = f"no standard library source in {root}: torch's own source is used instead"
+    _log.warning("%s=stdlib: %s", origin, note)
+    root = Path(spec.submodule_search_locations[0])
+    return root, list(walk(root, _is_library_file, _is_library_directory)), note
 
 
 def _is_library_directory(name: str) -> bool:
@@ -152,148 +297,3 @@ def _is_library_file(name: str) -> bool:
         and not name.startswith("_sysconfigdata")
         and name not in ("sitecustomize.py", "usercustomize.py")
     )
-
-
-def _read_files(origin: _SourceField, entry: str) -> list[Document]:
-    """Read a file, a directory or a glob; what is left out of the last two is noted."""
-    path = Path(entry).expanduser()
-    kind = special_kind(path)
-    if kind == "directory":
-        if holds_shards(path):
-            raise origin.error(
-                entry,
-                "is a directory of shards, which can only be the whole of data.source",
-                "name it alone, or name the text that they were made from",
-            )
-        return _read_listing(origin, path, path, lambda: list_directory(path))
-    if kind is not None:
-        raise origin.error(
-            entry,
-            f"is a {kind}, not a file that every start and every rank could read",
-            "check the link" if "link" in kind else "write its content to a file",
-        )
-    if path.is_file():
-        return [_read_named(origin, path)]
-    if not glob.has_magic(entry):
-        missing = "and there is no such file"
-        if entry.startswith("synthetic:"):
-            missing = "and a synthetic source can only be the whole of data.source"
-        raise origin.error(entry, f"{_ALLOWED}, {missing}", "check the path")
-    return _read_listing(origin, path, literal_root(path), lambda: list_glob(path))
-
-
-def _read_named(origin: _SourceField, path: Path) -> Document:
-    document = _read(origin, path, f"{path.stem}/{path.name}", path.stem)
-    if found := other_format(path, document.content[:PROBE_BYTES]):
-        allowed = (
-            f"is a {found[0]} file, and its raw bytes would be trained on as if they were text"
-        )
-        raise origin.error(path, allowed, found[1])
-    return document
-
-
-def _read_listing(
-    origin: _SourceField, entry: Path, root: Path, find: Callable[[], Listing]
-) -> list[Document]:
-    """Read the text files that `find` returns, named by their path below `root`."""
-    try:
-        listing = find()
-        keep_text(listing)
-    except OSError as error:
-        raise origin.unreadable(error.filename or entry, error) from error
-    notes = listing.notes(entry)
-    if not listing.paths:
-        found = f" ({notes[0]})" if listing.left_out else ""
-        raise origin.error(
-            entry, f"{_ALLOWED}, and no text file is found here{found}", "check it with ls"
-        )
-    origin.notes.extend(notes)
-    domain = root.resolve().name
-    return [
-        _read(origin, path, f"{domain}/{path.relative_to(root).as_posix()}", domain)
-        for path in listing.paths
-    ]
-
-
-def _read(origin: _SourceField, path: Path, name: str, domain: str) -> Document:
-    try:
-        return Document(path.read_bytes(), name, domain)
-    except OSError as error:
-        raise origin.unreadable(path, error) from error
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalOnlyText:
-    """Token stream of the documents that are only evaluated; empty if there are none."""
-
-    token_N: np.ndarray
-    """Without the separator that opens a stream."""
-    runs: DomainRuns
-    domains: tuple[str, ...]
-    """All domains by label; those of training come first."""
-    eval_only: tuple[str, ...]
-    """The domains that training does not have."""
-    notes: tuple[str, ...]
-
-    def append_to(
-        self, arrays: Sequence[np.ndarray], runs: DomainRuns
-    ) -> tuple[list[np.ndarray], DomainRuns]:
-        """Append this token stream and its runs to those of a held-out split."""
-        if not len(self.token_N):
-            return list(arrays), runs
-        # The last separator of the stream so far opens this one, so positions count from there.
-        offset = sum(len(array) for array in arrays) - 1
-        shifted = tuple((offset + start, label) for start, label in self.runs)
-        return [*arrays, self.token_N], (*runs, *shifted)
-
-
-def read_eval_only(
-    source: str | None,
-    train: Sequence[Document],
-    held_out: Sequence[Document],
-    tokenizer: Tokenizer,
-    domains: tuple[str, ...],
-) -> EvalOnlyText:
-    """Read and tokenize `data.eval_source`.
-
-    Args:
-        source: data.eval_source; None gives no text.
-        train: training documents of data.source.
-        held_out: held-out documents of data.source.
-        tokenizer: of the run.
-        domains: domains of data.source, by label.
-
-    Raises:
-        ConfigError: on data.eval_source: what `read_corpus` refuses, or no document is left.
-    """
-    if source is None:
-        return EvalOnlyText(np.zeros(0, dtype=np.int64), (), domains, (), ())
-    corpus = read_corpus(source, "data.eval_source")
-    train_keys = {document.split_key for document in train}
-    held_out_contents = {document.content for document in held_out}
-    documents = [
-        document
-        for document in corpus.documents
-        if document.split_key not in train_keys and document.content not in held_out_contents
-    ]
-    if not documents:
-        raise ConfigError(
-            "data.eval_source",
-            source,
-            "must hold text that is not in data.source, nor a translation or transform of it",
-            "name other text, or leave it out",
-        )
-    names = [document.domain for document in documents]
-    eval_only = tuple(sorted({*names} - {*domains}))
-    chunks = list(token_chunks((document.content for document in documents), tokenizer))[1:]
-    runs = domain_runs([len(chunk) for chunk in chunks], names, (*domains, *eval_only))
-    size = sum(len(document.content) for document in documents) / 1e6
-    notes = [
-        f"evaluation only: {source}, {count_files(len(documents))}, {size:.2f} MB",
-        *corpus.notes,
-        *encoding_notes((document.content for document in documents), tokenizer),
-    ]
-    if excluded := len(corpus.documents) - len(documents):
-        notes.append(f"files that data.source has, or a version of them, left out ({excluded})")
-    token_N = np.concatenate(chunks)
-    return EvalOnlyText(token_N, runs, (*domains, *eval_only), eval_only, tuple(notes))

@@ -10,6 +10,10 @@ and bits per byte are bits per token.
 - copy: the second half repeats the (uniform) first half; the best loss is ln 255 in the first half
   and 0 in the second.
 
+With `data.document_mask=true` a sequence is cut into documents of random lengths, a mean of
+DOCUMENT_LENGTH tokens, which do not see each other. With `data.format=instruct` half of the tokens
+at random are answers, and a sequence may end in padding.
+
 Labelled samples: `synthetic:clusters`, three streams per sample, Gaussian clusters:
 
     x_n = SPREAD * centre_c + noise_n        class c of sample n is uniform over the classes
@@ -29,10 +33,14 @@ import numpy as np
 
 from dmoe.config.errors import ConfigError
 from dmoe.data.order import counter_hash, global_sample_indices
+from dmoe.data.sequences.token_masks import NO_MASKS, TokenMasks, positions_after
 
 KINDS = ("uniform", "zipf", "copy")
 _NUM_TOKENS = 255
 _SPLIT_KEY = {"train": 0, "held_out": 1}
+_DOCUMENT, _PADDING = 1, 2
+"""Counters that separate the draws of documents and of padding from those of tokens."""
+DOCUMENT_LENGTH = 8
 
 
 def zipf_probability() -> np.ndarray:
@@ -52,6 +60,9 @@ class SyntheticDataset:
     seq_len: int
     seed: int
     split: str
+    document_mask: bool = False
+    instruct: bool = False
+    """Predict some of the tokens only, and let sequences end in padding."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -80,6 +91,31 @@ class SyntheticDataset:
     def sample_labels(self, first: int, count: int) -> np.ndarray:
         """Return the label of each sample, always 0: int64 [count]."""
         return np.zeros(count, dtype=np.int64)
+
+    def masks(self, step: int, first: int, count: int, global_batch: int) -> TokenMasks:
+        """Return positions of the samples of `batch`."""
+        return self._masks(global_sample_indices(step, first, count, global_batch))
+
+    def sample_masks(self, first: int, count: int) -> TokenMasks:
+        """Return positions of the sequences of `samples`."""
+        return self._masks(np.arange(first, first + count, dtype=np.int64))
+
+    def _masks(self, index_B: np.ndarray) -> TokenMasks:
+        if not (self.document_mask or self.instruct):
+            return NO_MASKS
+        place_S, split = np.arange(self.seq_len + 1), _SPLIT_KEY[self.split]
+        word_BS = counter_hash(self.seed, split, index_B[:, None], place_S, _DOCUMENT)
+        starts_BS = word_BS % np.uint64(DOCUMENT_LENGTH) == 0
+        positions = positions_after(starts_BS[:, :-1]) if self.document_mask else None
+        if not self.instruct:
+            return TokenMasks(positions)
+        # The first token of the padding is at 1 at least, so each sequence has a real token.
+        end_B1 = 1 + counter_hash(self.seed, split, index_B, _PADDING)[:, None] % np.uint64(
+            2 * self.seq_len
+        )
+        valid_BS = place_S < end_B1.astype(np.int64)
+        answer_BS = (word_BS % np.uint64(2) == 0) & ~starts_BS & valid_BS
+        return TokenMasks(positions, answer_BS[:, 1:], valid_BS[:, :-1])
 
     def _draw(self, index_B: np.ndarray) -> np.ndarray:
         position_S = np.arange(self.seq_len + 1)

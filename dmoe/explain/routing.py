@@ -165,16 +165,20 @@ def _formula(moe: MoEConfig, tokens: int) -> str:
 def explain_evaluation(setting: Setting) -> Section:
     """Explain what differs in evaluation and generation."""
     train, data = setting.config.train, setting.config.data
-    unit, metric, whole = "sample", "the accuracy", "samples"
+    unit, metric, whole, few = "sample", "the accuracy", "samples", ""
     if setting.task.name == "language_modelling":
-        unit, metric, whole = "sequence", "bits per byte", "files"
+        unit, metric, whole = "sequence", "bits per byte", "documents"
+        few = "; of fewer than 50 the end of each"
+    held_out = f"{data.holdout:.0%} of the {whole}, by a hash of their content{few}."
+    if data.validation_source is not None:
+        held_out = f"data.validation_source={data.validation_source}."
     schedule = "At the end"
     if train.eval_every:
         schedule = f"Every {plural(train.eval_every, 'step')} and at the end"
     sentences = [
         f"{schedule}: the mean loss over the first "
         f"{plural(train.eval_sequences, f'held-out {unit}')}, and {metric}; equal on any number of "
-        f"ranks. Held out: {data.holdout:.0%} of the {whole}, by a hash of their content."
+        f"ranks. Held out: {held_out}"
     ]
     numbers = {
         "every": train.eval_every,

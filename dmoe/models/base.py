@@ -42,6 +42,9 @@ class Model(nn.Module, ABC):
     """Keep only the input of each block and compute the block again in backward."""
     notes: Sequence[str] = ()
     """What a run says about the model at its start."""
+    reads_positions: bool = False
+    """Whether `forward` limits attention by `context.position_T`, as `data.document_mask` needs:
+    a token sees no token before the last position 0 of its sequence."""
 
     @abstractmethod
     def initialize(self, seed: int) -> None:
@@ -61,7 +64,7 @@ class Model(nn.Module, ABC):
         Args:
             input: [B, ...].
             target: int64 [B, S], one per position; IGNORE_INDEX is not predicted.
-            context: labels and padding of the tokens.
+            context: labels, padding and positions in documents of the tokens.
             return_logits: return logits although there are targets.
         """
 

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from dmoe.config.rules.model import check_attention, head_dim, is_moe_block
 from dmoe.config.schema import ModelConfig, MoEConfig
 from dmoe.config.schema.constraints import check_bounds, check_types
-from dmoe.models.attention import Attention, Rotary, rotary_table
+from dmoe.models.attention import (
+    Attention,
+    Rotary,
+    positions_of,
+    rotary_table,
+    visible_in_document,
+)
 from dmoe.models.base import Model, ModelOutput, token_losses
 from dmoe.models.layers import (
     BlockOutput,
@@ -47,9 +53,15 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = feed_forward
 
-    def forward(self, x_BSD: Tensor, rotary: Rotary, context: TokenContext) -> BlockOutput:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: Rotary,
+        context: TokenContext,
+        visible_BSS: Tensor | None = None,
+    ) -> BlockOutput:
         """Apply the block; the residual stream keeps its dtype: under autocast, float32."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, visible_BSS)
         out = run_feed_forward(self.feed_forward, self.feed_forward_norm(x_BSD), context)
         return out._replace(x_BSD=x_BSD + out.x_BSD)
 
@@ -85,6 +97,8 @@ class Transformer(Model):
             Losses and counts are returned by the first pass, so nothing is counted twice; the
             MoE layers' collectives run twice, on every rank alike.
     """
+
+    reads_positions = True
 
     def __init__(
         self,
@@ -153,7 +167,7 @@ class Transformer(Model):
         Args:
             input: token ids, int64 [B, S].
             target: token ids, int64 [B, S]; IGNORE_INDEX (-100) is not predicted.
-            context: labels and padding of the tokens.
+            context: labels, padding and positions in documents of the tokens.
             return_logits: return logits although there are targets.
         """
         input = as_int64("input", input)
@@ -162,12 +176,13 @@ class Transformer(Model):
         x_BSD = self.embedding(input)
         if context.valid_T is not None:  # attention multiplies values by weights of 0
             x_BSD = masked(x_BSD.flatten(0, 1), context.valid_T.flatten()).view_as(x_BSD)
-        rotary = rotary_table(
-            input.shape[1], self.head_dim, self.config.rope_base, x_BSD.dtype, x_BSD.device
-        )
+        position_BS = positions_of(context, input)
+        visible_BSS = None if position_BS is None else visible_in_document(position_BS)
+        base, dtype, device = self.config.rope_base, x_BSD.dtype, x_BSD.device
+        rotary = rotary_table(input.shape[1], self.head_dim, base, dtype, device, position_BS)
         out = ModelOutput(None, None)
         for block in self.blocks:
-            x_BSD, aux, stats = self.run_block(block, x_BSD, rotary, context)
+            x_BSD, aux, stats = self.run_block(block, x_BSD, rotary, context, visible_BSS)
             if aux is not None and stats is not None:
                 out.aux.append(aux)
                 out.stats.append(stats)

@@ -61,6 +61,7 @@ CASTS = {
     "prior_count_LE": as_int64,
     "token_id_T": as_int64,
     "label_T": as_int64,
+    "position_T": as_int64,
 }
 """The fields of `TokenContext` that are cast where they enter."""
 
@@ -122,15 +123,15 @@ def context_of_rows(context: TokenContext, tokens: torch.Size) -> TokenContext:
         tokens: shape of the layer's input without its width.
 
     Raises:
-        ConfigError: not a context, or a mask of another shape. The router that reads an id or a
-            label checks its shape.
+        ConfigError: not a context, or a mask of another shape. What reads an id, a label or a
+            position checks its shape.
     """
     for name in CASTS:
         if not hasattr(context, name):
             fix = "give a mask as TokenContext(valid_T=mask)"
             raise ConfigError("context", describe(context), "must be a TokenContext", fix)
     flat: dict[str, Any] = {}
-    for name in ("valid_T", "token_id_T", "label_T"):
+    for name in ("valid_T", "token_id_T", "label_T", "position_T"):
         value: Tensor | None = getattr(context, name)
         if value is None or value.shape == (tokens.numel(),):
             continue

@@ -46,6 +46,9 @@ class TokenContext:
     """int64; token ids (hash routing)."""
     label_T: Tensor | None = None
     """int64; task, language or domain of each token (fixed routing)."""
+    position_T: Tensor | None = None
+    """int64; position of each token in its document, 0 at its first. Layers ignore it; attention
+    ends there. None: each sequence is one document."""
     noise_key: tuple[int, int] | None = None
     """(seed, optimizer step): keys the router noise of this forward. Noisy routers need it in
     training."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dmoe.report.data_time import data_share
 from dmoe.report.format import (
     NOT_RECORDED,
     format_bytes,
@@ -124,6 +125,7 @@ KEY_NUMBERS: dict[str, Callable[[Run], str]] = {
     "Training loss": lambda run: format_number(last_number(run.train, "loss")),
     "Tokens": lambda run: format_count(last_number(run.train, "tokens")),
     "Tokens per second": _speed,
+    "Share of the step time for data": lambda run: format_percent(data_share(run.train)),
     "Time from first to last line": _elapsed,
     "Parameters": lambda run: format_count(number(run.start, "parameters")),
     "Active parameters per token": lambda run: format_count(number(run.start, "active_parameters")),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dmoe.report.data_time import data_share
 from dmoe.report.format import (
     format_flops,
     format_number,
@@ -48,7 +49,7 @@ def result_lines(metrics: Metrics) -> list[str]:
     record = Record(metrics)
     summary = summarize(record)
     parts = [
-        _summary_lines(summary),
+        _summary_lines(summary, data_share(record.train)),
         _domain_lines(record),
         _composition_lines(record),
         _missing_stream_lines(record),
@@ -61,8 +62,8 @@ def result_lines(metrics: Metrics) -> list[str]:
     return lines
 
 
-def _summary_lines(summary: RunSummary) -> list[str]:
-    """Return the run's row of a comparison, one quantity per line."""
+def _summary_lines(summary: RunSummary, data_time: float | None) -> list[str]:
+    """Return the run's row of a comparison, one quantity per line, and the time for data."""
     unit = summary.unit
     trained = summary.trainable_parameters if summary.partly_trained else None
     flops = training_flops = ranks = None
@@ -86,6 +87,7 @@ def _summary_lines(summary: RunSummary) -> list[str]:
         f"training {unit}s": format_optional(summary.tokens, "{:,.0f}"),
         "seconds": format_optional(summary.seconds, "{:,.1f}"),
         f"{unit}s per second": format_optional(summary.tokens_per_second, "{:,.0f}"),
+        "step time for data": format_optional(data_time, "{:.2%}"),
         "final drop rate": format_optional(summary.drop_rate, "{:.2%}"),
         "final expert load max/mean": format_optional(summary.load_max_over_mean, "{:.2f}"),
         "ranks": ranks,

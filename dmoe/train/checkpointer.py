@@ -17,6 +17,7 @@ from dmoe.checkpoint.save_load import remove_partials
 from dmoe.config.changes import describe_changes, describe_learning_rate
 from dmoe.config.errors import CheckpointError
 from dmoe.config.schema import CheckpointConfig
+from dmoe.distributed.data_parallel import scaler_numbers
 from dmoe.distributed.state_dict import model_state, optimizer_state, set_optimizer_step
 from dmoe.observability.logger import RunLogger
 from dmoe.runs.directory import RunDir
@@ -55,6 +56,8 @@ class Checkpointer:
         """The last step that was passed to `save`, or restored."""
         self.before_save: Callable[[], None] = lambda: None
         """Writes what must not be behind a checkpoint. Collective."""
+        self.tokens = 0
+        """Tokens of all steps until now, without padding: of this process and those before it."""
         self.notes: list[str] = []
         """Notes of `resume`: what the new config redefines, and what could not be restored."""
 
@@ -147,6 +150,7 @@ class Checkpointer:
             self.notes.append(note)
         self.step_guard.load_state_dict(extra.get("guard"))
         self.last_saved_step = int(extra["step"])
+        self.tokens = int(extra["tokens"])
         return self.last_saved_step
 
     def _extra(self, step: int) -> dict[str, Any]:
@@ -154,7 +158,7 @@ class Checkpointer:
         engine, scaler = self.engine, self.engine.accelerator.scaler
         return {
             "step": step,
-            "tokens": step * engine.targets_per_step,
+            "tokens": self.tokens,
             "config": asdict(engine.config),
             "topology": {
                 "world": engine.process.world_size,
@@ -165,7 +169,7 @@ class Checkpointer:
             "data": self.data.fingerprint,
             "model": engine.own_model,
             "guard": self.step_guard.state_dict(),
-            "scaler": None if scaler is None else _as_numbers(scaler.state_dict()),
+            "scaler": None if scaler is None else scaler_numbers(scaler.state_dict()),
             "versions": {"dmoe": dmoe.__version__, "torch": torch.__version__},
         }
 
@@ -203,14 +207,6 @@ def train_state(engine: Engine) -> dict[str, torch.Tensor]:
     return model_state(engine.model, engine.mesh) | optimizer_state(
         engine.model, engine.optimizer, engine.mesh
     )
-
-
-def _as_numbers(state: Mapping[str, Any]) -> dict[str, float]:
-    """Return a gradient scaler's state as JSON numbers: scale, growth, good steps seen."""
-    return {
-        key: value.item() if isinstance(value, torch.Tensor) else value
-        for key, value in state.items()
-    }
 
 
 class CheckpointScheduler:

@@ -27,7 +27,6 @@ from dmoe.distributed.init import ProcessInfo
 from dmoe.distributed.mesh import ParallelMesh, build_mesh
 from dmoe.models.base import Model, ModelOutput, check_own_model
 from dmoe.moe.rng import generator
-from dmoe.moe.routing import TokenContext
 from dmoe.train.modular.attach import (
     attach_modules,
     initialize_modules,
@@ -75,7 +74,7 @@ class Engine:
 
     @property
     def targets_per_step(self) -> int:
-        """Targets of the global batch, by which the loss is divided."""
+        """Targets of the global batch, by which the loss is divided if all are predicted."""
         return self.config.train.global_batch * self.task.targets_per_sample
 
     def close(self) -> None:
@@ -155,11 +154,9 @@ def _warm_up(engine: Engine) -> None:
     """
     config, process = engine.config, engine.process
     random = generator(config.train.seed, "warm-up", process.rank)
-    input, target, label_B = (
-        part.to(process.device)
-        for part in engine.task.dummy_batch(engine.sequences_per_forward, random)
-    )
-    context = TokenContext(label_T=label_B.repeat_interleave(target.shape[1]), noise_key=(0, 0))
+    samples = engine.task.dummy_batch(engine.sequences_per_forward, random)
+    input, target = samples.input.to(process.device), samples.target.to(process.device)
+    context = samples.context(process.device, noise_key=(0, 0))
     with engine.data_parallel.grad_sync(last=True):
         output: ModelOutput = engine.wrapped_model(input, target, context)
         assert output.loss_sum is not None

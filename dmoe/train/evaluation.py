@@ -24,7 +24,7 @@ from dmoe.train.tasks import DataSplits, Score
 
 NUM_SUMS = 4  # fields of a Score
 UpdateFn = Callable[[ModelOutput, Tensor, Tensor], None]
-"""Called with the output, label_T and valid_T of each batch."""
+"""Called with the output of each batch, its label_T, and which of its targets are predicted."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,12 @@ class EvalBatch:
 
     input: Tensor
     target: Tensor
-    """int64 [B, S]; -100 for padding."""
+    """int64 [B, S]; -100 for padding and what else is not predicted."""
     valid_BS: Tensor
     label_B: Tensor
     """int64: domain of each sample."""
+    position_BS: Tensor | None = None
+    """int64: position of each token in its document; None: each sample is one document."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,11 @@ def evaluate(
     compute_vs_loss = ComputeVsLoss(engine)
     snapshots, sums = list[RoutingSnapshot](), list[Tensor]()
 
-    def update(output: ModelOutput, label_T: Tensor, valid_T: Tensor) -> None:
+    def update(output: ModelOutput, label_T: Tensor, predicted_T: Tensor) -> None:
         if probe is not None:
             assert output.loss_T is not None
             snapshots[:] = probe.update(output.stats, label_T, snapshots)
-            sums[:] = compute_vs_loss.update(output.stats, output.loss_T, valid_T, sums)
+            sums[:] = compute_vs_loss.update(output.stats, output.loss_T, predicted_T, sums)
 
     accuracy: dict[str, float] = {}
     engine.wrapped_model.eval()
@@ -147,17 +149,14 @@ def evaluation_batches(dataset: Any, engine: Engine) -> Iterator[EvalBatch]:
     for start in range(0, total, process.world_size * count):
         first = start + process.rank * count
         num_valid = max(0, min(count, total - first))
-        batch = engine.task.dummy_batch(count)
-        if num_valid:
-            samples = engine.task.samples(dataset, first, num_valid)
-            for padded, part in zip(batch, samples, strict=True):
-                padded[:num_valid] = part
-        valid_BS = (torch.arange(count) < num_valid).unsqueeze(1).expand_as(batch.target)
-        target = batch.target.masked_fill(~valid_BS, IGNORE_INDEX)
-        yield EvalBatch(batch.input, target, valid_BS, batch.label_B)
+        empty = engine.task.dummy_batch(count)
+        samples = engine.task.samples(dataset, first, num_valid) if num_valid else empty.no_rows()
+        batch = samples.pad(empty)
+        assert batch.valid_BS is not None
+        yield EvalBatch(batch.input, batch.target, batch.valid_BS, batch.label_B, batch.position_BS)
 
 
-def _no_update(output: ModelOutput, label_T: Tensor, valid_T: Tensor) -> None:
+def _no_update(output: ModelOutput, label_T: Tensor, predicted_T: Tensor) -> None:
     pass
 
 
@@ -176,8 +175,13 @@ def _domain_scores(
         if masked_stream is not None:
             batch = replace(batch, input=engine.task.mask_stream(batch.input, masked_stream))
         label_T = batch.label_B.to(device).repeat_interleave(batch.target.shape[1])
-        valid_T = batch.valid_BS.flatten().to(device)
-        context = TokenContext(valid_T=valid_T, label_T=label_T, metrics_fn=metrics_fn)
+        position_BS = batch.position_BS
+        context = TokenContext(
+            valid_T=batch.valid_BS.flatten().to(device),
+            label_T=label_T,
+            position_T=None if position_BS is None else position_BS.flatten().to(device),
+            metrics_fn=metrics_fn,
+        )
         output: ModelOutput = engine.wrapped_model(
             batch.input.to(device), batch.target.to(device), context
         )
@@ -186,7 +190,7 @@ def _domain_scores(
         totals += all_reduce_sum(torch.cat([sums_M4.flatten(), stop_1]), engine.mesh)
         if totals[-1].item() > 0:
             raise StopRequested
-        update(output, label_T, valid_T)
+        update(output, label_T, batch.target.to(device).flatten() != IGNORE_INDEX)
     return [Score(*sums) for sums in totals[:-1].view(-1, NUM_SUMS).tolist()]
 
 
@@ -198,12 +202,12 @@ def _batch_sums(
     assert loss_T is not None, "a model in evaluation mode gives the loss of each target"
     assert correct_T is not None
     target = batch.target.to(label_T.device)
-    valid_T = batch.valid_BS.to(label_T.device).flatten()
+    predicted_T = target.flatten() != IGNORE_INDEX
     bytes_T = engine.task.bytes_per_target(data, target).flatten()
     ones_T = torch.ones_like(loss_T, dtype=torch.float64)
     sums_T4 = torch.stack([loss_T.double(), ones_T, bytes_T.double(), correct_T.double()], 1)
     zeros_M4 = sums_T4.new_zeros(max(1, len(data.domains)), NUM_SUMS)
-    return zeros_M4.index_add(0, label_T, masked(sums_T4, valid_T))
+    return zeros_M4.index_add(0, label_T, masked(sums_T4, predicted_T))
 
 
 def _total_score(scores: list[Score]) -> Score:

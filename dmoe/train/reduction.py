@@ -5,6 +5,7 @@ Letters: L MoE layers, E experts, n auxiliary losses per layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -13,9 +14,22 @@ from torch import Tensor
 
 from dmoe.models.base import ModelOutput
 from dmoe.moe.metrics import LayerStats
+from dmoe.moe.routing import MetricsFn
 
-NUM_SCALARS = 7
+NUM_SCALARS = 9
 NUM_LAYER_SCALARS = 4
+
+
+@dataclass(frozen=True)
+class BatchCounts:
+    """What this rank's part of a global batch holds."""
+
+    targets: int
+    """Targets that are predicted."""
+    tokens: int
+    """Tokens that are not padding."""
+    target_bytes: int = 0
+    """Bytes of text of the targets."""
 
 
 @dataclass(frozen=True)
@@ -75,30 +89,40 @@ class ReducedStep:
     """Cross-entropy in nats over all targets of the global batch."""
     target_bytes: float
     """Bytes of text of those targets."""
+    num_targets: int
+    """Targets of the global batch that are predicted."""
+    num_tokens: int
+    """Its tokens that are not padding."""
     requests: Requests
     """Requests of any rank."""
     layers: list[LayerTotals]
     modules: list[LayerTotals] = field(default_factory=list)
     """The same for each adapter layer."""
 
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy in nats per target."""
+        return self.loss_sum / max(1, self.num_targets)
+
 
 def pack(
-    squared_norms: Tensor, outputs: list[ModelOutput], target_bytes: int, requests: Requests
+    squared_norms: Tensor, outputs: list[ModelOutput], counts: BatchCounts, requests: Requests
 ) -> Tensor:
     """Build this rank's vector for the reduction.
 
     Args:
         squared_norms: [2]: of the dense and the expert gradients.
         outputs: of each accumulation step.
-        target_bytes: bytes of text of this rank's targets.
+        counts: of this rank's batches.
         requests: of this rank.
 
     Returns:
-        float64: dense and expert squared norm, loss, bytes, stop, save, failed; then auxiliary
-        losses [L n] and counts [L (2 E + 4)]. Adapter layers follow the MoE layers.
+        float64: dense and expert squared norm, loss, bytes, targets, tokens, stop, save, failed;
+        then auxiliary losses [L n] and counts [L (2 E + 4)]. Adapter layers follow the MoE layers.
     """
     loss = torch.stack([o.loss_sum.double() for o in outputs if o.loss_sum is not None]).sum()
-    values = (target_bytes, requests.stop, requests.save, requests.failed)
+    sizes = (counts.target_bytes, counts.targets, counts.tokens)
+    values = (*sizes, requests.stop, requests.save, requests.failed)
     scalars = [torch.full_like(loss[None], float(value)) for value in values]
     head = torch.cat([squared_norms.to(loss), loss[None], *scalars])
     if not _layer_stats(outputs[0]):
@@ -139,7 +163,9 @@ def unpack(numbers: list[float], template: ModelOutput) -> ReducedStep:
         squared_expert_grad_norm=numbers[1],
         loss_sum=numbers[2],
         target_bytes=numbers[3],
-        requests=Requests(*(number > 0 for number in numbers[4:NUM_SCALARS])),
+        num_targets=int(numbers[4]),
+        num_tokens=int(numbers[5]),
+        requests=Requests(*(number > 0 for number in numbers[6:NUM_SCALARS])),
         layers=layers[:num_moe_layers],
         modules=layers[num_moe_layers:],
     )
@@ -153,3 +179,19 @@ def _aux_losses(output: ModelOutput) -> list[dict[str, Tensor]]:
 def _layer_stats(output: ModelOutput) -> list[LayerStats]:
     """Return the counts of MoE layers, then of adapter layers."""
     return [*output.stats, *output.module_stats]
+
+
+class NullStepRecorder:
+    """Records nothing: for a step that is not logged. `step_metrics.StepRecorder` records."""
+
+    metrics_fn: MetricsFn | None = None
+    """Metrics that the MoE layers compute in the step's forwards."""
+
+    def mark(self, phase: str) -> None:
+        """Book the time since the last mark under `phase`."""
+
+    def collect(self, outputs: Sequence[ModelOutput]) -> None:
+        """Collect the step's metrics on the device, once all gradients are reduced."""
+
+
+NULL_RECORDER = NullStepRecorder()

@@ -26,7 +26,8 @@ from dmoe.moe.routing import DispatchPlan, MetricsFn, Routing, TokenContext
 from dmoe.replay import ChoiceReader, ChoiceSpec, ChoiceWriter
 from dmoe.train.checkpointer import Checkpointer
 from dmoe.train.engine import Engine
-from dmoe.train.step import Batch, NullStepRecorder
+from dmoe.train.reduction import NullStepRecorder
+from dmoe.train.step import Batch
 from dmoe.train.tasks import DataSplits
 
 

@@ -18,7 +18,9 @@ from dmoe.config.plugins import get, label, references
 from dmoe.config.published import with_source
 from dmoe.config.rules import check
 from dmoe.config.rules.memory import explain_out_of_memory
+from dmoe.config.rules.modular import PREFIX_BANKS, prefix_error
 from dmoe.config.schema import Config
+from dmoe.data.tables import fill_table_shape
 from dmoe.distributed.init import (
     ProcessInfo,
     init_distributed,
@@ -83,7 +85,7 @@ def train_run(
         LostRankError: where another rank is gone.
         DmoeError: on all ranks, where a callback has raised on one.
     """
-    config = with_source(load_plugins(config))
+    config = with_source(fill_table_shape(load_plugins(config)))
     check(config, launched_world_size())
     check_base_models(config, launched_world_size())
     if config.train.deterministic:
@@ -110,6 +112,23 @@ def use_deterministic_kernels() -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
     torch.use_deterministic_algorithms(True)
+
+
+def check_document_mask(engine: Engine, data: Any) -> None:
+    """Refuse a model that cannot keep the documents of a sequence apart, where the data ask for it.
+
+    Raises:
+        ConfigError: the model does not read positions, or its modules put positions in front.
+    """
+    if not getattr(data, "document_mask", False):
+        return
+    name, fix = type(engine.model).__name__, "use data.document_mask=false"
+    if not engine.model.reads_positions:
+        allowed = f"needs a model that reads context.position_T, and {name} does not"
+        fix = f"set reads_positions = True in {name} once it does, or {fix}"
+        raise ConfigError("data.document_mask", True, allowed, fix)
+    if engine.config.modular.bank in PREFIX_BANKS:
+        raise prefix_error(engine.config.modular.bank)
 
 
 def check_same_code(config: Config, process: ProcessInfo) -> None:
@@ -163,6 +182,7 @@ def _train(
             )
         with explain_out_of_memory(config, process.world_size, "model"):
             engine = build_engine(config, process, task.num_outputs, model=model)
+        check_document_mask(engine, data)
         session = open_session(config.train, process) if session is None else session
         liveness = LivenessResponder() if process.world_size > 1 else nullcontext()
         with liveness, explain_out_of_memory(config, process.world_size, "batch"):

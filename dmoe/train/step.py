@@ -21,12 +21,20 @@ import torch
 from torch import Tensor
 
 from dmoe.distributed.gradients import all_reduce_sum, clip_grads_, squared_grad_norms
-from dmoe.models.base import ModelOutput
+from dmoe.models.base import IGNORE_INDEX, ModelOutput
 from dmoe.moe.load_balancing import coefficients, updated_bias
 from dmoe.moe.routing import MetricsFn, TokenContext
 from dmoe.train.engine import Engine
 from dmoe.train.modular.attach import balance_biases
-from dmoe.train.reduction import ReducedStep, Requests, pack, unpack
+from dmoe.train.reduction import (
+    NULL_RECORDER,
+    BatchCounts,
+    NullStepRecorder,
+    ReducedStep,
+    Requests,
+    pack,
+    unpack,
+)
 
 NO_REQUESTS = Requests()
 
@@ -44,6 +52,10 @@ class Batch:
     step: int
     first_sequence: int
     """Index of the first sample in the global batch of the step."""
+    position_BS: Tensor | None = None
+    """int64: position of each token in its document; None: each sample is one document."""
+    valid_BS: Tensor | None = None
+    """bool: False for padding; None: there is none."""
     metrics_fn: MetricsFn | None = None
     """Metrics that the MoE layers compute in this forward, beside their counts."""
     given_expert_LTK: Tensor | None = None
@@ -63,22 +75,6 @@ class StepResult:
     """Whether the parameters were updated: loss and norm were finite, and the step was to apply."""
 
 
-class NullStepRecorder:
-    """Records nothing: for a step that is not logged. `step_metrics.StepRecorder` records."""
-
-    metrics_fn: MetricsFn | None = None
-    """Metrics that the MoE layers compute in the step's forwards."""
-
-    def mark(self, phase: str) -> None:
-        """Book the time since the last mark under `phase`."""
-
-    def collect(self, outputs: Sequence[ModelOutput]) -> None:
-        """Collect the step's metrics on the device, once all gradients are reduced."""
-
-
-NULL_RECORDER = NullStepRecorder()
-
-
 def training_batches(dataset: Any, engine: Engine, step: int) -> list[Batch]:
     """Return this rank's part of the global batch of a step, one batch per accumulation step.
 
@@ -92,7 +88,8 @@ def training_batches(dataset: Any, engine: Engine, step: int) -> list[Batch]:
     for index in range(engine.batching.accumulation):
         first = (index * process.world_size + process.rank) * count
         samples = engine.task.training_samples(dataset, step, first, count, global_batch)
-        batches.append(Batch(*samples, step, first))
+        input, target, label_B, position_BS, valid_BS = samples
+        batches.append(Batch(input, target, label_B, step, first, position_BS, valid_BS))
     return batches
 
 
@@ -118,7 +115,8 @@ def compute_gradients(
 
     Collectives beside those of the layers: the reductions of dense gradients, one per parameter of
     replicated experts, and one control reduction (float64, 2 L E + small) of norms, losses, counts
-    and requests, which is read once on the host. All ranks decide from its bits.
+    and requests, which is read once on the host. All ranks decide from its bits. One more, of one
+    number, where not all targets are predicted (data.format=instruct).
 
     Args:
         engine: model and data parallelism.
@@ -130,12 +128,13 @@ def compute_gradients(
     Returns:
         The reduced sums, equal on all ranks.
     """
-    outputs = _accumulate(engine, batches, recorder)
+    counts = count_batches(batches, target_bytes)
+    outputs = _accumulate(engine, batches, recorder, _global_targets(engine, batches, counts))
     engine.data_parallel.wait_for_grads()
     if engine.accelerator.scaler is not None:
         engine.accelerator.unscale_gradients(engine.optimizer)
     recorder.collect(outputs)
-    vector = pack(squared_grad_norms(engine.model, engine.mesh), outputs, target_bytes, requests)
+    vector = pack(squared_grad_norms(engine.model, engine.mesh), outputs, counts, requests)
     totals = unpack(all_reduce_sum(vector, engine.mesh).tolist(), outputs[0])
     recorder.mark("other")
     return totals
@@ -196,6 +195,8 @@ def forward(engine: Engine, batch: Batch, prior_LE: Tensor | None) -> ModelOutpu
         prior_count_LE=prior_LE,
         label_T=batch.label_B.to(device).repeat_interleave(target.shape[1]),
         noise_key=(engine.config.train.seed, batch.step),
+        position_T=_per_token(batch.position_BS, device),
+        valid_T=_per_token(batch.valid_BS, device),
         first_sequence=batch.first_sequence,
         metrics_fn=batch.metrics_fn,
         given_expert_LTK=None if given is None else given.to(device, non_blocking=True),
@@ -204,10 +205,41 @@ def forward(engine: Engine, batch: Batch, prior_LE: Tensor | None) -> ModelOutpu
     return output
 
 
+def _per_token(value_BS: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if value_BS is None else value_BS.flatten().to(device, non_blocking=True)
+
+
+def count_batches(batches: Sequence[Batch], target_bytes: int = 0) -> BatchCounts:
+    """Count the targets that are predicted and the tokens that are not padding."""
+    targets = sum(int((batch.target != IGNORE_INDEX).sum()) for batch in batches)
+    tokens = sum(
+        batch.target.numel() if batch.valid_BS is None else int(batch.valid_BS.sum())
+        for batch in batches
+    )
+    return BatchCounts(targets, tokens, target_bytes)
+
+
+def _global_targets(
+    engine: Engine, batches: Sequence[Batch], counts: BatchCounts
+) -> float | Tensor:
+    """Return the number of targets of the global batch, by which the loss is divided.
+
+    Collective where not all targets are predicted: the ranks have unequal numbers of them.
+    """
+    if engine.task.predicts_all_targets:
+        assert counts.targets == sum(batch.target.numel() for batch in batches), "ignored targets"
+        return engine.targets_per_step
+    count = torch.tensor(float(counts.targets), dtype=torch.float64, device=engine.process.device)
+    return all_reduce_sum(count, engine.mesh).clamp(min=1)
+
+
 def _accumulate(
-    engine: Engine, batches: list[Batch], recorder: NullStepRecorder
+    engine: Engine, batches: list[Batch], recorder: NullStepRecorder, num_targets: float | Tensor
 ) -> list[ModelOutput]:
-    """Run forward and backward of all micro-batches; gradients are reduced in the last one."""
+    """Run forward and backward of all micro-batches; gradients are reduced in the last one.
+
+    `num_targets`: of the global batch.
+    """
     outputs: list[ModelOutput] = []
     prior_LE = None
     for index, batch in enumerate(batches):
@@ -215,7 +247,7 @@ def _accumulate(
         with engine.data_parallel.grad_sync(last):
             output = forward(engine, replace(batch, metrics_fn=recorder.metrics_fn), prior_LE)
             recorder.mark("forward")
-            engine.accelerator.backward(_loss(output, engine, len(batches)))
+            engine.accelerator.backward(_loss(output, engine, len(batches), num_targets))
             recorder.mark("backward")
         outputs.append(_detach(output))
         if engine.config.moe.balance.switch_level == "global" and not last and output.stats:
@@ -226,10 +258,12 @@ def _accumulate(
     return outputs
 
 
-def _loss(output: ModelOutput, engine: Engine, num_batches: int) -> Tensor:
+def _loss(
+    output: ModelOutput, engine: Engine, num_batches: int, num_targets: float | Tensor
+) -> Tensor:
     """Return this micro-batch's share of the loss of the global batch."""
     assert output.loss_sum is not None
-    loss = output.loss_sum / engine.targets_per_step
+    loss = output.loss_sum / num_targets
     for name, coefficient in coefficients(engine.config.moe.balance).items():
         for layer in (*output.aux, *filter(None, output.module_aux)):
             loss = loss + coefficient / num_batches * layer[name]

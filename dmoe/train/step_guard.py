@@ -159,7 +159,7 @@ def describe_bad_step(
     """
     global_batch = engine.config.train.global_batch
     first_sample = step * global_batch
-    loss = result.totals.loss_sum / engine.targets_per_step
+    loss = result.totals.loss
     return (
         f"step {step + 1} is {health.value} and {action.value} on all ranks: loss {loss:.4g}, "
         f"gradient norm {result.grad_norm:.4g}, "
@@ -176,7 +176,7 @@ def check_first_step(engine: Engine, result: StepResult) -> str | None:
     Raises NumbersError for a first loss or gradient that is not finite, and for a router that gets
     no gradient (NeMo Automodel#2995 trained for months with one).
     """
-    loss = result.totals.loss_sum / engine.targets_per_step
+    loss = result.totals.loss
     guess = math.log(engine.task.num_outputs)
     if not math.isfinite(loss) or not (result.updated or engine.accelerator.scaler is not None):
         raise NumbersError(

@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,18 +20,8 @@ from dmoe.data.tables import SampleDataset, TableSplits, num_classes, open_table
 from dmoe.models.base import Model
 from dmoe.models.classifier import Classifier
 from dmoe.models.generate import generate
+from dmoe.models.samples import Samples, collate_tokens, read_masks, target_bytes
 from dmoe.models.transformer import Transformer
-
-
-class Samples(NamedTuple):
-    """Consecutive samples of one split."""
-
-    input: Tensor
-    """[B, ...]: input of the model."""
-    target: Tensor
-    """int64 [B, S]."""
-    label_B: Tensor
-    """int64: domain of each sample, an index into the data's `domains`."""
 
 
 class DataSplits(Protocol):
@@ -76,6 +65,8 @@ class Task(Protocol):
     """Word for a target: token or sample."""
     targets_per_sample: int
     """S."""
+    predicts_all_targets: bool
+    """Whether no target is ever IGNORE_INDEX in training."""
     num_outputs: int
     """Width V of the logits: vocabulary size or number of classes."""
     streams: tuple[str, ...]
@@ -140,6 +131,7 @@ class LanguageModelling:
     def __init__(self, config: Config, num_outputs: int | None = None) -> None:
         """`num_outputs`: the vocabulary size, if known; else the tokenizer's file is read."""
         self.config, self.targets_per_sample = config, config.data.seq_len
+        self.predicts_all_targets = config.data.format == "text"
         self.num_outputs = (
             open_tokenizer(config.data).vocab_size if num_outputs is None else num_outputs
         )
@@ -163,13 +155,17 @@ class LanguageModelling:
     def training_samples(
         self, dataset: TokenDataset, step: int, first: int, count: int, global_batch: int
     ) -> Samples:
-        return _collate(
+        return collate_tokens(
             dataset.batch(step, first, count, global_batch),
             dataset.labels(step, first, count, global_batch),
+            read_masks(dataset, "masks", step, first, count, global_batch),
         )
 
     def samples(self, dataset: TokenDataset, first: int, count: int) -> Samples:
-        return _collate(dataset.samples(first, count), dataset.sample_labels(first, count))
+        masks = read_masks(dataset, "sample_masks", first, count)
+        return collate_tokens(
+            dataset.samples(first, count), dataset.sample_labels(first, count), masks
+        )
 
     def dummy_batch(self, count: int, random: torch.Generator | None = None) -> Samples:
         token_BS = torch.zeros(count, self.targets_per_sample, dtype=torch.int64)
@@ -177,13 +173,16 @@ class LanguageModelling:
         if random is not None:
             token_BS.random_(self.num_outputs, generator=random)
             label_B.random_(count_routing_labels(self.config), generator=random)
-        return Samples(token_BS, token_BS.clone(), label_B)
+        # the layers are to know in every step whether there is padding
+        has_padding = not self.predicts_all_targets
+        valid_BS = torch.ones_like(token_BS, dtype=torch.bool) if has_padding else None
+        return Samples(token_BS, token_BS.clone(), label_B, None, valid_BS)
 
     def mask_stream(self, input: Tensor, stream: str) -> Tensor:
         raise AssertionError("text has no streams")
 
     def bytes_per_target(self, data: DatasetSplits, target: Tensor) -> Tensor:
-        return torch.from_numpy(data.tokenizer.token_bytes).to(target.device)[target.clamp(min=0)]
+        return target_bytes(torch.from_numpy(data.tokenizer.token_bytes).to(target.device), target)
 
     def metrics(self, score: Score) -> dict[str, float]:
         return {"bits_per_byte": bits_per_byte(score.loss_sum, score.target_bytes)}
@@ -195,6 +194,11 @@ class LanguageModelling:
         if own or not train.sample_tokens:
             return None
         prompt = tokenizer.encode(train.sample_prompt.encode()).tolist() or [tokenizer.separator]
+        if data.chat is not None:
+            from dmoe.data.instruct import prompt_ids
+
+            asked = [{"role": "user", "content": train.sample_prompt}]
+            prompt = prompt_ids(asked, data.chat, tokenizer)
         ids = generate(
             model,
             prompt,
@@ -210,6 +214,7 @@ class Classification:
     """Predict the class of a sample of numbers, which is its domain in evaluations too."""
 
     name, unit, targets_per_sample = "classification", "sample", 1
+    predicts_all_targets = True
 
     def __init__(self, config: Config) -> None:
         self.config, self.num_outputs = config, num_classes(config.data)
@@ -276,11 +281,6 @@ def count_routing_labels(config: Config) -> int:
 def bits_per_byte(loss_sum: float, target_bytes: float) -> float:
     """Return bits per byte of text from the summed cross-entropy: comparable between tokenizers."""
     return loss_sum / math.log(2) / max(1.0, target_bytes)
-
-
-def _collate(token_BS: np.ndarray, label_B: np.ndarray) -> Samples:
-    tokens = torch.from_numpy(token_BS)
-    return Samples(tokens[:, :-1], tokens[:, 1:], torch.from_numpy(label_B))
 
 
 def _collate_rows(*found: object) -> Samples:

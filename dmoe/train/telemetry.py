@@ -19,9 +19,9 @@ from dmoe.observability.alerts import Alerts
 from dmoe.observability.profiler import measure_peak_flops
 from dmoe.train.engine import Engine
 from dmoe.train.modular.attach import module_metrics
-from dmoe.train.reduction import LayerTotals
+from dmoe.train.reduction import NULL_RECORDER, LayerTotals, NullStepRecorder
 from dmoe.train.routing_analysis import RoutingProbe
-from dmoe.train.step import NULL_RECORDER, NullStepRecorder, StepResult
+from dmoe.train.step import StepResult
 from dmoe.train.step_metrics import LayerMetrics, StepMetrics, StepRecorder
 from dmoe.train.tasks import Score
 
@@ -55,7 +55,13 @@ class Telemetry:
         return self.start_recording(began) if logged else NULL_RECORDER
 
     def train_record(
-        self, result: StepResult, *, tokens: int, learning_rate: float, seconds: float, steps: int
+        self,
+        result: StepResult,
+        *,
+        tokens: int,
+        interval_tokens: int,
+        learning_rate: float,
+        seconds: float,
     ) -> dict[str, Any]:
         """Return the values of a `train` line in metrics.jsonl. Collective.
 
@@ -67,16 +73,16 @@ class Telemetry:
 
         Args:
             result: of the step in the recorder.
-            tokens: since the start of the run.
+            tokens: since the start of the run, without padding.
+            interval_tokens: since the last `train` line.
             learning_rate: of the step.
-            seconds: of the last `steps` steps, without evaluations and saves.
-            steps: since the last `train` line.
+            seconds: since then, without evaluations and saves.
         """
         assert self.recorder is not None, "only a recorded step can be logged"
         recorder, self.recorder = self.recorder, None
         recorder.mark("optimizer")
         metrics = recorder.reduce(self.peak_flops)
-        speed = self.engine.targets_per_step * steps / seconds if seconds > 0 else math.nan
+        speed = interval_tokens / seconds if seconds > 0 else math.nan
         mfu = self.flops_per_token * speed / metrics.peak_flops
         return train_metrics(result, metrics, self.engine) | {
             "lr": learning_rate,
@@ -89,7 +95,7 @@ class Telemetry:
 def basic_metrics(result: StepResult, engine: Engine) -> dict[str, Any]:
     """Return what is known of any step, logged or not; equal on all ranks."""
     totals = result.totals
-    score = Score(totals.loss_sum, engine.targets_per_step, totals.target_bytes)
+    score = Score(totals.loss_sum, totals.num_targets, totals.target_bytes)
     return {
         "loss": score.loss,
         **engine.task.metrics(score),

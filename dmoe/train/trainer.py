@@ -106,7 +106,7 @@ class Trainer:
             exclude=self._exclude,
         )
         self.step_began = self.interval_began = time.monotonic()  # the step, the logged interval
-        self.interval_start_step = self.start_step
+        self.interval_start_tokens = self.checkpointer.tokens
 
     def run(self) -> None:
         """Train to the last step. Collective. Raises StopRequested, saved, and as `train_run`."""
@@ -180,11 +180,11 @@ class Trainer:
                 requests=self.signals.take_requests(self.checkpoint_scheduler.failed),
                 recorder=recorder,
             )
-            loss = totals.loss_sum / engine.targets_per_step
-            health, action = self.step_guard.check(step, loss, grad_norm(totals))
+            health, action = self.step_guard.check(step, totals.loss, grad_norm(totals))
             result = update(engine, totals, lr, apply=action is StepAction.APPLY)
             self.replay.record(step, recorder)
         self.steps_done = step + 1
+        self.checkpointer.tokens += totals.num_tokens
         self._after_first_step(step, result)
         rolled_back = health is not StepHealth.GOOD and self._handle_bad_step(
             step, health, action, result
@@ -233,7 +233,7 @@ class Trainer:
         self.logger.alert(self.steps_done, "bad step", text)
         if restored_step is None:
             return False
-        self.steps_done = self.interval_start_step = restored_step
+        self.steps_done, self.interval_start_tokens = restored_step, self.checkpointer.tokens
         self.interval_began = time.monotonic()
         self.logger.log_rollback(restored_step)
         self.telemetry.probe.previous = []
@@ -248,12 +248,12 @@ class Trainer:
         now = time.monotonic()
         values = self.telemetry.train_record(
             result,
-            tokens=step * self.engine.targets_per_step,
+            tokens=self.checkpointer.tokens,
+            interval_tokens=self.checkpointer.tokens - self.interval_start_tokens,
             learning_rate=lr,
             seconds=now - self.interval_began,
-            steps=step - self.interval_start_step,
         )
-        self.interval_began, self.interval_start_step = now, step
+        self.interval_began, self.interval_start_tokens = now, self.checkpointer.tokens
         self.logger.log_metrics("train", step, values)
         for text in self.telemetry.alerts.check(values):
             self.logger.alert(step, "routing", text)

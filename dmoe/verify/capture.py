@@ -4,6 +4,7 @@ Keys, with step s, accumulation step a, MoE layer l and adapter layer p:
 
     initial/NAME                                    weights before the first step
     input/s/a, target/s/a, label/s/a                of this rank's samples only
+    position/s/a, valid/s/a                         the same, where documents or padding are masked
     x/s/a/l ... slots/s/a/l                         of this rank's tokens; see `decisions.py`
     counts/s/l, counts/s/modules/p                  choices and survivors of the global batch [2, E]
     loss/s, aux/s/l/NAME, norm/s, clip/s            of the global batch
@@ -97,8 +98,18 @@ def capture(engine: Engine, *, decisions: bool = False) -> Capture:
             _with_labels(batch, labels) for batch in training_batches(data.train, engine, step)
         ]
         for a, batch in enumerate(batches):
-            samples = {"input": batch.input, "target": batch.target, "label": batch.label_B}
-            found |= {f"{name}/{step}/{a}": as_array(value) for name, value in samples.items()}
+            samples = {
+                "input": batch.input,
+                "target": batch.target,
+                "label": batch.label_B,
+                "position": batch.position_BS,
+                "valid": batch.valid_BS,
+            }
+            found |= {
+                f"{name}/{step}/{a}": as_array(value)
+                for name, value in samples.items()
+                if value is not None
+            }
         with record_model(engine.model, found, step, decisions=decisions):
             totals = compute_gradients(engine, batches)
         found |= {f"gradient/{step}/{name}": array for name, array in _gradients(engine).items()}

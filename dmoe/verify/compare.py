@@ -25,6 +25,8 @@ from dmoe.verify.differences import (
     multiple_of,
 )
 
+SAMPLE_PARTS = ("input", "target", "label", "position", "valid")
+
 
 def compare(
     actual: Capture, expected: Capture, rank: int, world: int, layers: Sequence[str]
@@ -53,7 +55,7 @@ def _all_differences(
         yield difference_of("initial weights", name, a, b)
     yield equal_draws(actual)
     for step in range(NUM_STEPS):
-        for part in ("input", "target", "label"):
+        for part in SAMPLE_PARTS:
             for micro_step, a, b in _pairs(f"{part}/{step}/", actual, expected):
                 place = f"{part} of step {step}, accumulation step {micro_step}"
                 found = exact_difference("samples", place, a, _rows_of_rank(b, rank, world))

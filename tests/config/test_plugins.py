@@ -258,7 +258,7 @@ def test_tokenizer_and_source_of_ones_own_make_a_corpus() -> None:
     )
     data = open_data(config.data, 0)
     assert data.domains == ("squares",)
-    text = data.tokenizer.decode(data.train.batch(0, 0, 1, 1)[0].tolist())
+    text = data.tokenizer.decode(data.train.samples(0, 1)[0].tolist())
     assert set(text) <= set("0123456789 \ufffd")
     assert "own_kinds.py:Squares: 20 files" in data.summary
 

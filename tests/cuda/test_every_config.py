@@ -89,14 +89,14 @@ def model_of(config: Config, mesh: ParallelMesh) -> Model:
 
 def run(model: Model, config: Config, training: bool) -> ModelOutput:
     batch = task_of(config).dummy_batch(SEQUENCES)
-    input, target, label_B = (part.to("meta") for part in batch)
+    input, target, label_B = (part.to("meta") for part in batch[:3])
     input = input.bfloat16() if input.is_floating_point() else input
     context = TokenContext(
         label_T=label_B.repeat_interleave(target.shape[1], output_size=target.numel()),
         noise_key=(0, 0),
         metrics_fn=router_metrics if training else decisions,
     )
-    if not training:
+    if not training or batch.valid_BS is not None:
         context = replace(context, valid_T=torch.ones_like(context.label_T, dtype=torch.bool))
     output: ModelOutput = model.train(training)(input, target, context)
     return output

@@ -30,7 +30,7 @@ from dmoe.models.base import Model
 from dmoe.train.engine import Engine
 from dmoe.train.evaluation import evaluate
 from dmoe.train.optimizer import build_optimizer
-from dmoe.train.reduction import Requests, pack
+from dmoe.train.reduction import BatchCounts, Requests, pack
 from dmoe.train.routing_analysis import RoutingProbe
 from dmoe.train.step import forward, training_batches
 from dmoe.train.step_metrics import StepRecorder
@@ -138,7 +138,7 @@ def take_step(engine: Engine, data: Any, reads: list[str]) -> None:
             parameter.grad = torch.empty_like(parameter)
     recorder.collect([output])
     squares = squared_grad_norms(engine.model, engine.mesh)
-    vector = pack(squares, [output], 100, Requests())
+    vector = pack(squares, [output], BatchCounts(1, 1, 100), Requests())
     assert vector.device == GPU
     assert vector.dtype == torch.float64
     assert len(reads) == forward_reads

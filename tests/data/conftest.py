@@ -23,9 +23,9 @@ def text_of_file(number: int, words: int = 200) -> str:
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    """A directory with 40 text files in two sub-directories."""
+    """A directory with 60 text files in two sub-directories."""
     root = tmp_path / "texts"
-    for number in range(40):
+    for number in range(60):
         folder = root / ("even" if number % 2 == 0 else "odd")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{number:02d}.txt").write_text(text_of_file(number), encoding="utf-8")
@@ -87,7 +87,7 @@ GUIDE_PAGE = """<html><head><meta charset="UTF-8"><title>{title}</title></head><
 LEFT_IN_ENGLISH = "This paragraph of more than forty characters was never translated."
 
 
-def write_guide(root: Path, pages: int = 40) -> Path:
+def write_guide(root: Path, pages: int = 60) -> Path:
     """Write a small guide in English, German and Greek.
 
     All pages differ, and one paragraph is in English in all of them.

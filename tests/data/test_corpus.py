@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from dmoe.config.errors import ConfigError
-from dmoe.data.corpus import Corpus, Document, holdout_hash, split_corpus
+from dmoe.data.corpus import Corpus, Document
 from dmoe.data.sources import read_corpus
+from dmoe.data.splits import holdout_hash, split_corpus
 
 
 def names(corpus: Corpus) -> list[str]:
@@ -52,11 +53,11 @@ def test_a_zipped_library_falls_back_to_torch_and_says_so(
 
 
 def test_files_globs_and_directories(texts: Path) -> None:
-    assert len(read_corpus(str(texts)).documents) == 40
+    assert len(read_corpus(str(texts)).documents) == 60
     assert names(read_corpus(f"{texts}/*/0*.txt"))[:2] == ["texts/even/00.txt", "texts/even/02.txt"]
-    assert len(read_corpus(f"{texts}/**/*.txt").documents) == 40
+    assert len(read_corpus(f"{texts}/**/*.txt").documents) == 60
     both = read_corpus(f"{texts}/even , {texts}/odd/01.txt")
-    assert [document.domain for document in both.documents] == ["even"] * 20 + ["01"]
+    assert [document.domain for document in both.documents] == ["even"] * 30 + ["01"]
 
 
 def test_names_and_order_do_not_depend_on_the_place(texts: Path, tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ def test_duplicates_and_empty_files_are_left_out(texts: Path) -> None:
     (texts / "copy.txt").write_bytes((texts / "even" / "00.txt").read_bytes())
     (texts / "empty.txt").write_bytes(b"")
     corpus = read_corpus(str(texts))
-    assert len(corpus.documents) == 40
+    assert len(corpus.documents) == 60
     assert corpus.notes == ("duplicate or empty files left out (2)",)
 
 
@@ -105,10 +106,10 @@ def test_the_hold_out_depends_on_content_alone(texts: Path) -> None:
     new = {d.content: False for d in new_train.documents} | {
         d.content: True for d in new_held_out.documents
     }
-    assert len(new) == 40
-    assert len(old.keys() & new.keys()) == 39
+    assert len(new) == 60
+    assert len(old.keys() & new.keys()) == 59
     assert all(old[content] == new[content] for content in old.keys() & new.keys())
-    assert 4 < len(held_out.documents) < 20
+    assert 6 < len(held_out.documents) < 30
 
 
 def test_a_larger_share_holds_out_more_and_keeps_what_was_held_out() -> None:
@@ -139,11 +140,11 @@ def suggested(error: ConfigError) -> float:
 
 
 def test_a_one_sided_split_is_refused_and_the_fix_works() -> None:
-    corpus = made(b"one", b"two", b"three")
+    corpus = made(*(b"%d" % n for n in range(60)))
     fractions = sorted(holdout_hash(document.content) for document in corpus.documents)
-    with pytest.raises(ConfigError, match="no one of 3") as none_out:
+    with pytest.raises(ConfigError, match="no one of 60") as none_out:
         split_corpus(corpus, fractions[0] / 2)
     assert len(split_corpus(corpus, suggested(none_out.value))[1].documents) >= 1
-    with pytest.raises(ConfigError, match="every one of 3") as all_out:
+    with pytest.raises(ConfigError, match="every one of 60") as all_out:
         split_corpus(corpus, (fractions[-1] + 1) / 2)
     assert len(split_corpus(corpus, suggested(all_out.value))[0].documents) >= 1

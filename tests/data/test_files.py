@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import json
-import lzma
 import os
 import re
 import socket
@@ -38,31 +36,26 @@ def zipped(path: Path) -> None:
 
 LINE = json.dumps({"text": TEXT}) + "\n"
 OTHER_FORMATS: dict[str, tuple[str, bytes | Callable[[Path], None]]] = {
-    "docs.jsonl": ("JSON Lines", (LINE * 3).encode()),
-    "docs.JSONL": ("JSON Lines", (LINE * 3).encode()),
-    "docs.json": ("JSON records", (LINE * 3).encode()),
-    "array.json": ("JSON records", json.dumps([{"text": TEXT}] * 3).encode()),
-    "docs": ("JSON records", (LINE * 3).encode()),
-    "docs.csv": ("CSV", b"text,label\nhello,1\n"),
-    "docs.tsv": ("CSV", b"text\tlabel\nhello\t1\n"),
     "docs.ipynb": ("Jupyter", json.dumps({"cells": [{"source": TEXT}]}).encode()),
-    "docs.txt.gz": ("gzip", gzip.compress(TEXT.encode())),
-    "renamed.txt": ("gzip", gzip.compress(TEXT.encode())),
-    "docs.bz2": ("bzip2", bz2.compress(TEXT.encode())),
-    "docs.xz": ("xz", lzma.compress(TEXT.encode())),
     "docs.docx": ("zip", zipped),
-    "docs.parquet": ("Parquet", b"PAR1" + bytes(99)),
+    "docs.tar.gz": ("tar", gzip.compress(bytes(257) + b"ustar" + bytes(250))),
+    "docs.parquet.gz": ("compressed Parquet", gzip.compress(b"PAR1" + bytes(99))),
+    "twice.txt.gz": ("twice compressed", gzip.compress(gzip.compress(TEXT.encode()))),
+    "not.txt.gz": ("damaged gzip", TEXT.encode()),
+    "empty.jsonl.gz": ("damaged gzip", b""),
     "paper.pdf": ("PDF", b"%PDF-1.7\n1 0 obj\n"),
     "notepad.txt": ("UTF-16", TEXT.encode("utf-16")),
+    "windows.csv": ("UTF-16", "text\nhello\n".encode("utf-16")),
     "without_mark.txt": ("binary", TEXT.encode("utf-16-le")),
-    "tokens.bin": ("binary", bytes(range(256)) * 4),
+    "tokens.bin": ("nanoGPT tokens", bytes(range(256)) * 4),
+    "tokens.idx": ("Megatron tokens", b"MMIDIDX\0\0" + bytes(99)),
 }
 
 
 @pytest.mark.parametrize("name", OTHER_FORMATS)
-def test_a_named_file_that_is_no_text_is_refused(name: str, tmp_path: Path) -> None:
-    """JSON Lines, CSV, gzip and /bin/ls, named by file, once trained as raw bytes with exit code 0,
-    and so did UTF-16 from a Windows editor, PDF, and token files of other programs."""
+def test_a_named_file_of_another_format_is_refused(name: str, tmp_path: Path) -> None:
+    """/bin/ls, UTF-16 from a Windows editor, PDF, and token files of other programs once trained as
+    raw bytes with exit code 0."""
     kind, content = OTHER_FORMATS[name]
     path = tmp_path / name
     if callable(content):
@@ -86,11 +79,27 @@ def test_the_same_files_in_a_directory_are_left_out_and_counted(tmp_path: Path) 
         (note,) = corpus.notes
         assert note.startswith(f"left out of {source}: ")
         counts = {
-            kind.lstrip(": "): int(n) for kind, n in re.findall(r"([A-Z]?[\w -]+) \((\d+)\)", note)
+            kind.lstrip(": "): int(n)
+            for kind, n in re.findall(r"([A-Za-z]?[\w -]+) \((\d+)\)", note)
         }
         assert sum(counts.values()) == len(OTHER_FORMATS) - 1
-    with pytest.raises(ConfigError, match=r"no text file is found here .*JSON Lines files \(2\)"):
-        read_corpus(f"{tmp_path}/d/*.[jJ]*[lL]")
+    with pytest.raises(ConfigError, match=r"no text file is found here .*damaged gzip files \(2\)"):
+        read_corpus(f"{tmp_path}/d/*.[tj]*.gz")
+
+
+@pytest.mark.parametrize("pattern", ["", "/**", "/*"])
+def test_text_beside_records_is_refused(pattern: str, tmp_path: Path) -> None:
+    """A README beside the records would be trained on, or half of the files would be left out."""
+    written(tmp_path / "d" / "README.md")
+    written(tmp_path / "d" / "books.jsonl.gz", gzip.compress(LINE.encode()))
+    message = (
+        r"holds files of text \(1, e\.g\. README\.md\) and of records "
+        rf"\(1, e\.g\. books\.jsonl\.gz\), mixed; name one kind: {tmp_path}/d/\*\*/\*\.jsonl\.gz$"
+    )
+    with pytest.raises(ConfigError, match=message) as refused:
+        read_corpus(f"{tmp_path}/d{pattern}")
+    corpus = read_corpus(refused.value.fix.removeprefix("name one kind: "))
+    assert [document.name for document in corpus.documents] == ["d/books.jsonl.gz:1"]
 
 
 @pytest.mark.parametrize(
@@ -249,11 +258,11 @@ def test_shards_say_what_was_left_out_when_they_were_made(tmp_path: Path) -> Non
     """`prepare_shards` dropped the notes, so nobody ever heard of NUL bytes and skipped files."""
     for name in "abcd":
         written(tmp_path / "d" / f"{name}.txt", f"{name} {TEXT}" * 9 + "\0")
-    written(tmp_path / "d" / "e.csv", "a,b\n")
+    written(tmp_path / "d" / "e.pdf", "%PDF-")
     config = DataConfig(source=str(tmp_path / "d"), seq_len=16, holdout=0.5)
     prepare_shards(config, tmp_path / "shards")
     described = open_data(DataConfig(source=str(tmp_path / "shards"), seq_len=16), 0).describe()
-    assert "CSV files (1)" in described
+    assert "PDF files (1)" in described
     assert "NUL bytes removed (4)" in described
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data import open_data, prepare_shards
-from dmoe.data.packing import HeldOutDataset, PackedDataset, interleave_domains
+from dmoe.data.packing import PackedDataset
+from dmoe.data.sequences.held_out import EvaluationOrder, HeldOutDataset
 
 RUNS = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40)), min_size=1, max_size=6)
 """(domain, tokens)."""
@@ -41,8 +42,11 @@ def test_one_of_each_domain_in_turn(drawn: list[tuple[int, int]], seq_len: int) 
     runs = [item for i, item in enumerate(drawn) if i == 0 or drawn[i - 1][0] != item[0]]
     edges = np.cumsum([0, *(tokens for _, tokens in runs)]).tolist()
     marks = tuple((begin, label) for begin, (label, _) in zip(edges, runs, strict=False))
-    begin_N, label_N = interleave_domains(marks, edges[-1] + 1, seq_len)
-    assert list(zip(begin_N.tolist(), label_N.tolist(), strict=True)) == naive(runs, seq_len)
+    order, expected = EvaluationOrder(marks, edges[-1] + 1, seq_len), naive(runs, seq_len)
+    assert order.num_sequences == len(expected)
+    begin_N, label_N = order.sequences_at(np.arange(len(expected)))
+    assert list(zip(begin_N.tolist(), label_N.tolist(), strict=True)) == expected
+    assert set(order.label_D.tolist()) == {label for _, label in expected}
 
 
 def test_one_domain_is_read_as_it_is_stored() -> None:
@@ -102,7 +106,10 @@ def test_shards_are_evaluated_in_the_same_order(config: DataConfig, tmp_path: Pa
     for evaluated in (None, str(more)):
         text = open_data(replace(config, eval_source=evaluated), 3)
         shards = open_data(
-            replace(config, source=str(tmp_path / "shards"), eval_source=evaluated), 3
+            replace(
+                config, source=str(tmp_path / "shards"), document_mask=False, eval_source=evaluated
+            ),
+            3,
         )
         count = text.held_out.num_sequences or 0
         assert shards.held_out.num_sequences == count

@@ -214,11 +214,48 @@ def test_the_temperature_is_read_from_the_config(texts: Path, tmp_path: Path) ->
     prints = {open_data(replace(config, temperature=t), 3).fingerprint for t in (None, 1.0, 1e9)}
     assert len(prints) == 3, "a resumed run must not draw otherwise"
     prepare_shards(config, tmp_path / "shards", shard_tokens=3000)
-    shards = open_data(replace(config, source=str(tmp_path / "shards"), temperature=1e9), 3)
+    shards = open_data(
+        replace(config, source=str(tmp_path / "shards"), temperature=1e9, document_mask=False), 3
+    )
     assert shards.fingerprint == flat.fingerprint
     assert np.array_equal(shards.train.batch(9, 0, 64, 64), flat.train.batch(9, 0, 64, 64))
     assert np.array_equal(shards.train.labels(9, 0, 64, 64), flat.train.labels(9, 0, 64, 64))
     assert flat.sequences_per_domain() == plain.sequences_per_domain()
+
+
+def test_weights_are_shares_from_text_and_from_shards(texts: Path, tmp_path: Path) -> None:
+    source = f"{texts}/odd,{texts}/even"
+    config = DataConfig(source, seq_len=16, holdout=0.3, weights={"odd": 3, "even": 1.0})
+    text = open_data(config, 3)
+    assert "drawn: even 25.0%, odd 75.0%" in text.describe()
+    label_N = np.concatenate([text.train.labels(step, 0, 64, 64) for step in range(64)])
+    assert (label_N == text.domains.index("odd")).sum() == 3 * BLOCK_SIZE // 4
+    prepare_shards(config, tmp_path / "shards", shard_tokens=3000)
+    mapped = replace(config, source=str(tmp_path / "shards"), document_mask=False)
+    shards = open_data(mapped, 3)
+    assert shards.fingerprint == text.fingerprint
+    assert np.array_equal(shards.train.batch(9, 0, 64, 64), text.train.batch(9, 0, 64, 64))
+    prints = {
+        open_data(replace(config, weights={"odd": w, "even": 1}), 3).fingerprint for w in (1, 3)
+    }
+    assert len({*prints, text.fingerprint}) == 2, "a resumed run must not draw otherwise"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"odd": 1}, "data.weights=odd: .* even has none; set data.weights.even=1"),
+        ({"odd": 1, "even": 1, "code": 1}, "has no domain of training named code; use even, odd"),
+        ({"odd": 1, "even": 0}, "data.weights.even=0: must be above 0"),
+    ],
+)
+def test_weights_that_do_not_fit(texts: Path, given: dict[str, float], message: str) -> None:
+    config = DataConfig(f"{texts}/odd,{texts}/even", seq_len=16, holdout=0.3, weights=given)
+    with pytest.raises(ConfigError, match=message):
+        open_data(config, 0)
+    both = replace(config, weights={"odd": 1, "even": 1}, temperature=2.0)
+    with pytest.raises(ConfigError, match=r"data.temperature=2.0: .* and so does data.weights"):
+        open_data(both, 0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0])

@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data import open_data, prepare_shards
-from dmoe.data.shards import SplitContent, map_shards, verify_shards, write_shards
+from dmoe.data.shards import verify_shards
 from dmoe.data.tokenizers import byte_tokenizer
 
 Body = dict[str, Any]  # index.json as read by json
@@ -31,37 +29,17 @@ def shards(config: DataConfig, tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
-def content(chunks: list[np.ndarray]) -> SplitContent:
-    return SplitContent(chunks, documents=1, text_bytes=1)
-
-
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6), shard_tokens=st.integers(1, 50)
-)
-def test_any_stream_comes_back(
-    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], shard_tokens: int
-) -> None:
-    chunks = [np.arange(i * 50, i * 50 + n, dtype="<u2") for i, n in enumerate(lengths)]
-    directory = tmp_path_factory.mktemp("shards")
-    splits = {"train": content(chunks), "held_out": content([np.ones(3, dtype="<u2")])}
-    index = write_shards(directory, byte_tokenizer(), 0.5, splits, shard_tokens)
-    assert verify_shards(directory) == index
-    maps = map_shards(directory, index, "train")
-    assert [len(part) for part in maps[:-1]] == [shard_tokens] * (len(maps) - 1)
-    assert np.array_equal(np.concatenate([*maps, []]), np.concatenate(chunks))
-
-
 def test_shards_give_exactly_the_data_of_the_text(config: DataConfig, shards: Path) -> None:
-    text, mapped = open_data(config, 3), open_data(replace(config, source=str(shards)), 3)
+    text, mapped = (
+        open_data(config, 3),
+        open_data(replace(config, source=str(shards), document_mask=False), 3),
+    )
     assert len(list(shards.glob("train-*.bin"))) > 3
     assert mapped.fingerprint == text.fingerprint
     assert mapped.train.num_sequences == text.train.num_sequences
     assert np.array_equal(mapped.train.batch(5, 0, 64, 64), text.train.batch(5, 0, 64, 64))
     assert np.array_equal(mapped.held_out.samples(0, 10), text.held_out.samples(0, 10))
-    assert "40 files" in mapped.describe()
+    assert "60 files" in mapped.describe()
     assert "holdout 0.2" in mapped.describe()
 
 
@@ -73,21 +51,35 @@ def test_another_tokenizer_is_refused(config: DataConfig, shards: Path, rank_fil
         open_data(replace(config, source=str(shards), tokenizer=str(rank_file)), 0)
 
 
-def test_large_vocabularies_are_stored_in_32_bits(tmp_path: Path) -> None:
-    tokenizer = replace(byte_tokenizer(), pieces=(b"", *(b"x" for _ in range(70_000))))
-    chunk = np.array([0, 69_999], dtype="<u4")
-    index = write_shards(
-        tmp_path / "a", tokenizer, 0.5, {"train": content([chunk]), "held_out": content([chunk])}
-    )
+def test_large_vocabularies_are_stored_in_32_bits(config: DataConfig, tmp_path: Path) -> None:
+    """A tokenizer of 70,000 entries, of which the text uses those of bytes."""
+    given = replace(byte_tokenizer(), pieces=(b"", *(bytes([n % 256]) for n in range(1, 70_000))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dmoe.data.prepare.run.open_tokenizer", lambda _: given)
+        index = prepare_shards(config, tmp_path / "a")
     assert index.dtype == np.dtype("<u4")
-    assert (tmp_path / "a" / "train-00000.bin").read_bytes() == b"\0\0\0\0\x6f\x11\x01\0"
+    assert (tmp_path / "a" / "train-00000.bin").read_bytes()[:8] == b"\0\0\0\0t\0\0\0"
+
+
+def test_shards_of_an_older_version_have_no_boundaries(config: DataConfig, shards: Path) -> None:
+    body = json.loads((shards / "index.json").read_text())
+    for split in body["splits"].values():
+        (shards / split.pop("boundaries")["file"]).unlink()
+    (shards / "index.json").write_text(json.dumps(body))
+    config = replace(config, source=str(shards))
+    assert not open_data(config, 0).document_mask
+    verify_shards(shards)
+    with pytest.raises(ConfigError, match="needs the boundaries of documents"):
+        open_data(replace(config, document_mask=True), 0)
 
 
 def test_a_directory_in_use_is_refused(config: DataConfig, shards: Path) -> None:
-    with pytest.raises(ConfigError, match="must not exist yet or be empty"):
+    with pytest.raises(ConfigError, match="holds shards already"):
         prepare_shards(config, shards)
     with pytest.raises(ConfigError, match="must be text to be prepared"):
         prepare_shards(replace(config, source=str(shards)), shards.parent / "again")
+    with pytest.raises(ConfigError, match=r"data.format=instruct: is not prepared"):
+        prepare_shards(replace(config, format="instruct"), shards.parent / "again")
 
 
 def first(body: Body) -> Any:
@@ -119,6 +111,8 @@ def swap_name(name: object) -> Callable[[Body], None]:
         (lambda b: b.update(holdout=2.0), "holdout"),
         (lambda b: b.update(tokenizer=None), "tokenizer"),
         (lambda b: b["splits"].pop("held_out"), "held_out"),
+        (lambda b: b["splits"]["train"]["boundaries"].update(file="../x.bin"), "a plain name"),
+        (lambda b: b["splits"]["train"]["boundaries"].update(documents=1), "instead of 8"),
         (lambda b: b.update(splits=[]), "is wrong at"),
     ],
 )

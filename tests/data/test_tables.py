@@ -16,7 +16,14 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data import tables
 from dmoe.data.order import sequence_indices
-from dmoe.data.tables import TableDataset, TableSplits, num_classes, open_table, stream_widths
+from dmoe.data.tables import (
+    TableDataset,
+    TableSplits,
+    digits,
+    num_classes,
+    open_table,
+    stream_widths,
+)
 
 SKLEARN = [source for source in DATASETS if source.startswith("sklearn:")]
 FIXED_FEATURES = "76535dc00de35ade"
@@ -84,11 +91,11 @@ def test_features_are_their_formulas() -> None:
     )  # nothing at all; every gradient downwards
     image_NHW[3] = np.arange(8)[:, None] + np.arange(8)  # every gradient at 45 degrees
     for n, image in enumerate(image_NHW):
-        assert tables.strokes(image_NHW)[n].tolist() == strokes_of_one(image)
+        assert digits.strokes(image_NHW)[n].tolist() == strokes_of_one(image)
         rows = [sum(image[r]) / 128 for r in range(8)]
         columns = [sum(image[:, c]) / 128 for c in range(8)]
-        assert tables.profiles(image_NHW)[n].tolist() == rows + columns
-        assert tables.pixels(image_NHW)[n].tolist() == [
+        assert digits.profiles(image_NHW)[n].tolist() == rows + columns
+        assert digits.pixels(image_NHW)[n].tolist() == [
             pixel / 16 for row in image for pixel in row
         ]
 
@@ -97,7 +104,7 @@ def test_features_need_no_fitting_and_stay_as_they_are() -> None:
     """A change of a formula silently invalidates every trained model, so the hashes are fixed."""
     image_NHW = (np.arange(192) * 7 % 17).reshape(3, 8, 8).astype(np.float64)
     found = b"".join(
-        feature(image_NHW).astype("<f8").tobytes() for feature in tables.DIGIT_FEATURES.values()
+        feature(image_NHW).astype("<f8").tobytes() for feature in digits.DIGIT_FEATURES.values()
     )
     assert hashlib.sha256(found).hexdigest()[:16] == FIXED_FEATURES
 
@@ -106,13 +113,13 @@ def test_digits_are_read_as_they_are() -> None:
     datasets = pytest.importorskip(
         "sklearn.datasets", reason="scikit-learn, an optional dependency, is not installed"
     )
-    digits, found = datasets.load_digits(), opened("sklearn:digits", streams=["pixels", "strokes"])
+    loaded, found = datasets.load_digits(), opened("sklearn:digits", streams=["pixels", "strokes"])
     x_NW, class_N = (
         np.concatenate(parts)
         for parts in zip(found.train.samples(0, 1438), found.held_out.samples(0, 359), strict=True)
     )
     theirs = Counter(
-        (row.tobytes(), label) for row, label in zip(digits.data, digits.target, strict=True)
+        (row.tobytes(), label) for row, label in zip(loaded.data, loaded.target, strict=True)
     )
     ours = Counter(
         ((row[:64] * 16.0).astype(np.float64).tobytes(), label)
@@ -120,7 +127,7 @@ def test_digits_are_read_as_they_are() -> None:
     )
     assert ours == theirs
     images = (x_NW[:, :64] * 16).reshape(-1, 8, 8)
-    assert np.array_equal(x_NW[:, 64:], tables.strokes(images).astype(np.float32))
+    assert np.array_equal(x_NW[:, 64:], digits.strokes(images).astype(np.float32))
 
 
 @pytest.mark.parametrize("source", ["sklearn:wine", "sklearn:breast_cancer"])

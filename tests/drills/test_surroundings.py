@@ -22,7 +22,7 @@ import pytest
 
 from dmoe.checkpoint import latest, verify
 from dmoe.config.schema import DataConfig
-from dmoe.data.shards import prepare_shards
+from dmoe.data import prepare_shards
 from tests.cli.commands import environment, metrics
 from tests.drills.jobs import DRILL, ROOT, Job, events, processes_of, wait_until
 

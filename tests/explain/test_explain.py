@@ -107,6 +107,16 @@ def test_a_dense_model_has_no_sections_on_experts() -> None:
     assert sections.keys() == {"batch", "experts", "size", "optimization", "evaluation"}
 
 
+def test_the_held_out_split_is_named() -> None:
+    """It was a share of the files, also where files are cut or named."""
+    for override, expected in (
+        ("data.holdout=0.1", "10% of the documents, by a hash of their content; of fewer than 50"),
+        ("data.validation_source=b.txt", "Held out: data.validation_source=b.txt."),
+    ):
+        sections = {section.key: section for section in explain(tiny(override), 1)}
+        assert expected in " ".join(sections["evaluation"].sentences)
+
+
 def test_listed_fields_are_those_of_the_schema() -> None:
     listed = {field.name: field for field in list_fields()}
     expected = {shown(name): value for name, value in leaves(Config(), "")}

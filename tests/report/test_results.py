@@ -82,9 +82,12 @@ def cells(lines: list[str], start: str) -> list[str]:
 
 
 def test_results_have_metric_and_cost() -> None:
-    lines = results_of(line("start", 0, **START), train(1), train(2), evaluation(2))
+    times = [{"data": 0.5, "forward": 1.5}, {"data": 0.5, "forward": 6.0, "other": 1.5}]
+    steps = [train(n, step_time=time) for n, time in enumerate(times, 1)]
+    lines = results_of(line("start", 0, **START), *steps, evaluation(2))
     text = "\n".join(lines)
     for words in (
+        "step time for data           10.00%",
         "result after 2 steps",
         "validation bits/byte         2.9000",
         "trainable parameters         40,000",

@@ -116,6 +116,10 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
         dmoe.train(config(tmp_path / "b"), model=wrong, quiet=True)
     with pytest.raises(dmoe.ConfigError, match="and the balance of the config"):
         dmoe.train(config(tmp_path / "c", "moe.balance.z=0.5"), model=Bigram(options), quiet=True)
+    masked = config(tmp_path / "d", "data.document_mask=true")
+    with pytest.raises(dmoe.ConfigError, match=r"reads context\.position_T, and Bigram does not"):
+        dmoe.train(masked, model=Bigram(options), quiet=True)
+    assert not (tmp_path / "d").exists(), "nothing is written"
 
 
 def test_stops(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def naive_scores(config: Config, without: str | None = None) -> dict[int, Score]
     for row in range(
         min(config.train.eval_sequences, data.held_out.num_sequences or config.train.eval_sequences)
     ):
-        input, target, label_B = task.samples(data.held_out, row, 1)
+        input, target, label_B, *_ = task.samples(data.held_out, row, 1)
         input = input if without is None else task.mask_stream(input, without)
         with torch.no_grad():
             logits = model.eval()(

@@ -42,7 +42,9 @@ def test_speed_is_of_all_steps_since_the_last_line() -> None:
     recorder = telemetry.start_recording(time.monotonic())
     batches = training_batches(data.train, engine, 0)
     result = update(engine, compute_gradients(engine, batches, recorder=recorder), 0.001)
-    line = telemetry.train_record(result, tokens=7, learning_rate=0.001, seconds=2.0, steps=5)
+    line = telemetry.train_record(
+        result, tokens=7, interval_tokens=5 * 128, learning_rate=0.001, seconds=2.0
+    )
     assert line["tokens_per_second"] == 8 * 16 * 5 / 2
     flops = 3 * engine.model.flops_per_token(16) * line["tokens_per_second"]
     assert line["mfu"] == pytest.approx(flops / telemetry.peak_flops)

@@ -232,7 +232,7 @@ def test_two_ranks_load_a_base_model_of_one_and_train_equally(tmp_path: Path) ->
 def test_prefix_positions_are_internal(bank: str) -> None:
     """Losses, correctness, logits and per-token metrics have S positions per sequence."""
     engine = build(tiny(f"modular.bank={bank}", "modular.length=3"))
-    input, target, _ = engine.task.dummy_batch(2)
+    input, target, *_ = engine.task.dummy_batch(2)
     output = engine.model.eval()(input, target, return_logits=True)
     assert output.logits.shape[:2] == input.shape
     assert len(output.loss_T) == len(output.correct_T) == input.numel()

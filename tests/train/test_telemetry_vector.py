@@ -17,8 +17,8 @@ from dmoe.data import open_data
 from dmoe.distributed import init as worlds
 from dmoe.moe.metrics import MAXIMA, SUMS
 from dmoe.train import engine as engines
+from dmoe.train.reduction import NULL_RECORDER
 from dmoe.train.step import (
-    NULL_RECORDER,
     StepResult,
     compute_gradients,
     grad_norm,
@@ -50,7 +50,9 @@ def costs_of_two_steps(rank: int, world: int, config: Config) -> list[Counter[st
             )
             if logged:
                 result = StepResult(totals, grad_norm(totals), 1.0, False)
-                telemetry.train_record(result, tokens=0, learning_rate=1e-3, seconds=1.0, steps=1)
+                telemetry.train_record(
+                    result, tokens=0, learning_rate=1e-3, seconds=1.0, interval_tokens=1
+                )
         engine.optimizer.zero_grad()
         found.append(counter)
     return found
@@ -95,4 +97,6 @@ def line_of_a_bad_step(rank: int, world: int, config: Config) -> dict[str, Any]:
         engine, batches, target_bytes=1, recorder=telemetry.start_recording(time.monotonic())
     )
     result = StepResult(replace(totals, loss_sum=math.nan), grad_norm(totals), 1.0, False)
-    return telemetry.train_record(result, tokens=0, learning_rate=1e-3, seconds=1.0, steps=1)
+    return telemetry.train_record(
+        result, tokens=0, learning_rate=1e-3, seconds=1.0, interval_tokens=1
+    )

@@ -275,9 +275,9 @@ def auxiliary_not_divided() -> None:
     """19: add auxiliary losses once per accumulation step, not their mean."""
     loss = step._loss
 
-    def undivided(output: Any, engine: Any, num_batches: int) -> Tensor:
-        main = output.loss_sum / engine.targets_per_step
-        return main + num_batches * (loss(output, engine, num_batches) - main)
+    def undivided(output: Any, engine: Any, num_batches: int, num_targets: Any) -> Tensor:
+        main = output.loss_sum / num_targets
+        return main + num_batches * (loss(output, engine, num_batches, num_targets) - main)
 
     step._loss = undivided
 

@@ -324,8 +324,8 @@ MUTATIONS = [
     ),
     Mutation(
         "train/telemetry.py",
-        "self.engine.targets_per_step * steps / seconds",
-        "self.engine.targets_per_step / seconds",
+        "interval_tokens / seconds",
+        "result.totals.num_tokens / seconds",
         "",
         tests="tests/train/test_loop.py tests/train/test_telemetry.py tests/train/test_telemetry_vector.py",
     ),
@@ -351,8 +351,8 @@ MUTATIONS = [
     ),
     Mutation(
         "train/step.py",
-        "loss = output.loss_sum / engine.targets_per_step",
-        "loss = output.loss_sum / engine.targets_per_step * num_batches",
+        "loss = output.loss_sum / num_targets",
+        "loss = output.loss_sum / num_targets * num_batches",
         "output gradients",
     ),
     Mutation(

@@ -18,7 +18,7 @@ from dmoe.moe.layer import MoE, MoEOutput
 from dmoe.moe.load_balancing import updated_bias
 from dmoe.moe.metrics import LayerStats
 from dmoe.moe.routing import TokenContext
-from dmoe.train.reduction import Requests, pack, unpack
+from dmoe.train.reduction import BatchCounts, Requests, pack, unpack
 
 LARGE = [257, 2_049, 32_769, 65_537, 2**24 + 1]
 """One more than bfloat16, fp16, int16, uint16 and float32 count."""
@@ -33,7 +33,7 @@ def stats(choices: list[int], kept: list[int]) -> LayerStats:
 def test_the_control_reduction_keeps_every_count(count: int) -> None:
     """Counts pass through one vector; a vector of fp16 lost those above 2,048."""
     outputs = [ModelOutput(None, torch.zeros(()), [{}], [stats([count, 1], [count, 0])])] * 3
-    vector = pack(torch.zeros(2), outputs, 0, Requests())
+    vector = pack(torch.zeros(2), outputs, BatchCounts(0, 0), Requests())
     layer = unpack(vector.tolist(), outputs[0]).layers[0]
     assert layer.choice_counts == [3 * count, 3]
     assert layer.kept_counts == [3 * count, 0]

@@ -96,7 +96,7 @@ def field_to_lower(
     """
     train = config.train
     if stage == "data":
-        fix = "use less text, or shards of it (dmoe.data.prepare_shards), which are not loaded"
+        fix = "use less text, or shards of it (dmoe data prepare), which are not loaded"
         return "data.source", config.data.source, fix
     if stage == "model":
         return *model_size(config).largest(config), (

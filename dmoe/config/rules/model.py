@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dmoe.config.datasets import DATASETS, selected_streams, table_spec
+from dmoe.config.datasets import DATASETS, check_table_fields, selected_streams, table_spec
 from dmoe.config.errors import ConfigError
 from dmoe.config.router_kinds import kinds_where, router_spec
 from dmoe.config.rules.layer import check_layer, check_widths
@@ -115,6 +115,7 @@ def check_task(config: Config) -> None:
 
 
 def _check_classification(config: Config) -> None:
+    check_table_fields(config.data)
     streams, model = selected_streams(config.data), config.model
     if model.stream_dropout and len(streams) < 2:
         names = ", ".join(streams)

@@ -57,9 +57,17 @@ def check_modular(config: Config) -> None:
         ConfigError: the first reason found.
     """
     if config.modular.bank != "none":
+        if config.data.document_mask and config.modular.bank in PREFIX_BANKS:
+            raise prefix_error(config.modular.bank)
         _check_routing(config)
         _check_aggregation(config.modular)
         _check_trained(config)
+
+
+def prefix_error(bank: str) -> ConfigError:
+    """Return the error for positions in front of a sequence that only its first document sees."""
+    allowed = f"hides the positions of modular.bank={bank} from all documents but the first"
+    return ConfigError("data.document_mask", True, allowed, "use data.document_mask=false")
 
 
 def modules_per_token(modular: ModularConfig) -> int:

@@ -48,16 +48,42 @@ class ParallelConfig:
 class DataConfig:
     source: str = "stdlib"
     """stdlib (the source of Python's standard library), guide:LANG (Debian's installation guide in
-    one language), plain text files, directories or globs, separated by commas (JSON Lines, CSV and
-    compressed files are refused); upper:ENTRY is one of these in upper case. Or a directory of
-    shards, synthetic:KIND, or a class of your own (docs/plugins.md). For
-    train.task=classification: sklearn:digits, sklearn:wine, sklearn:breast_cancer or
-    synthetic:clusters."""
+    one language), files, directories or globs of text or of records (JSON Lines, CSV, Parquet,
+    Arrow, also compressed), hf:NAME (a Hugging Face dataset), separated by commas; upper:ENTRY is
+    one of these in upper case. Or a directory of shards, synthetic:KIND, or a class of your own
+    (docs/plugins.md). For train.task=classification: a table of your own (CSV, Parquet, ...),
+    sklearn:digits, sklearn:wine, sklearn:breast_cancer or synthetic:clusters."""
+    text_field: Annotated[Optional[str], only_for("train.task", "language_modelling")] = None
+    """Field or column of records that is the text. Default: text; of a table without that column
+    its only column of strings."""
+    label_field: Optional[str] = None
+    """Field or column of records that is the label: the class for train.task=classification, else
+    the domain of the document. Default: the file is the domain."""
+    validation_source: Optional[str] = None
+    """Entries, as in source, that are the held-out split; data.holdout is then not used. A document
+    that source has too is left out of training."""
+    format: Annotated[Literal["text", "instruct"], only_for("train.task", "language_modelling")] = (
+        "text"
+    )
+    """text; or instruct: conversations (messages, or prompt and completion), of which only the
+    answers are predicted (docs/instruct.md)."""
+    chat_template: Annotated[Optional[str], only_for("data.format", "instruct")] = None
+    """instruct: a file with a Jinja template, or chatml. Default: that of the tokenizer."""
     streams: Annotated[list[str], only_for("train.task", "classification")] = field(
         default_factory=list
     )
     """classification: streams of the source to read, in this order, e.g. [pixels, strokes].
     Default: its first one."""
+    columns: Annotated[list[str], only_for("train.task", "classification")] = field(
+        default_factory=list
+    )
+    """classification: columns of numbers of a table of your own that are the features. Default: all
+    but data.label_field. Filled in when the run starts."""
+    classes: Annotated[list[str], only_for("train.task", "classification")] = field(
+        default_factory=list
+    )
+    """classification: the values of data.label_field, in the order of the logits. Default: those
+    that the file has, sorted. Filled in when the run starts."""
     seq_len: Annotated[int, at_least(1), at_most(1 << 27)] = 128
     """Tokens per sequence; each token predicts the next one."""
     tokenizer: Annotated[str, only_for("train.task", "language_modelling")] = "bytes"
@@ -69,13 +95,22 @@ class DataConfig:
     """Keep only the first n entries of a tiktoken vocabulary (any n >= 256 is a valid byte-pair
     encoding)."""
     holdout: Annotated[float, fraction("()", fix="use 0.05")] = 0.05
-    """Share of the files (of a table: samples) that is held out from training, chosen by a hash of
-    their content."""
+    """Share of the documents (of a table: samples) that is held out from training, chosen by a hash
+    of their content. Of fewer than 50 documents: share of each, its end."""
+    document_mask: Annotated[Optional[bool], only_for("train.task", "language_modelling")] = None
+    """Documents that share a sequence do not see each other: attention and positions end at their
+    boundaries. Default: on for shards that hold the boundaries and for instruct, off for text.
+    instruct: off gives each conversation a sequence of its own."""
     temperature: Annotated[
         Optional[float], only_for("train.task", "language_modelling"), above(0)
     ] = None
     """Draw each sample's domain with p ~ n^(1/t), where n is its number of sequences: 1 is
     proportional to size, larger is flatter. Default: every sequence is read once per epoch."""
+    weights: Annotated[dict[str, float], only_for("train.task", "language_modelling")] = field(
+        default_factory=dict
+    )
+    """Share of each domain in the samples, in proportion, e.g. {code: 3, books: 1}; every domain of
+    source has one. Default: in proportion to their size, or as temperature says."""
     eval_source: Annotated[Optional[str], only_for("train.task", "language_modelling")] = None
     """Further entries, as in source, used only for evaluation."""
     source_options: dict[str, Any] = field(default_factory=dict)

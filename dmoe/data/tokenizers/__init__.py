@@ -9,10 +9,10 @@ bytes and tiktoken), so a vocabulary of 256 entries really has 256 entries.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -60,6 +60,15 @@ class Tokenizer(Protocol):
         """
 
 
+class SpecialToken(NamedTuple):
+    """A token that stands for no text; only a chat template writes it by its name."""
+
+    id: int
+    lstrip: bool = False
+    """Whether it swallows white space before it."""
+    rstrip: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class ByteLevelTokenizer:
     """A tokenizer defined by the bytes of each token and a function from bytes to ids.
@@ -75,6 +84,11 @@ class ByteLevelTokenizer:
     encoder: Callable[[bytes], np.ndarray]
     lossless_by_construction: bool = False
     """True: `encode` does not compare the tokens with the text."""
+    splits_words: bool = False
+    """Whether text is split into words by a pattern before it is merged: then a long text may be
+    encoded in pieces (prepare/cutting.py)."""
+    special: Mapping[str, SpecialToken] = field(default_factory=dict)
+    """Special tokens by name."""
     token_bytes: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -213,10 +227,18 @@ def encoding_notes(contents: Iterable[bytes], tokenizer: Tokenizer) -> list[str]
     for content in contents:
         num_nul += content.count(0)
         num_damaged += tokenizer.name != "bytes" and "\ufffd" in decode_utf8(content)
-    notes = [f"NUL bytes removed ({num_nul})"] if num_nul else []
-    if num_damaged:
-        notes.append(
-            f"files that are not UTF-8 or hold U+FFFD ({num_damaged}): bytes that cannot be "
-            "decoded become U+FFFD"
-        )
-    return notes
+    notes = [nul_note(num_nul)] if num_nul else []
+    return [*notes, damaged_note(num_damaged)] if num_damaged else notes
+
+
+def nul_note(count: int) -> str:
+    """Say how many NUL bytes were removed."""
+    return f"NUL bytes removed ({count})"
+
+
+def damaged_note(count: int) -> str:
+    """Say how many files could not be decoded."""
+    return (
+        f"files that are not UTF-8 or hold U+FFFD ({count}): bytes that cannot be decoded "
+        "become U+FFFD"
+    )

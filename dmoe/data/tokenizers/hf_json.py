@@ -10,13 +10,19 @@ the settings in the file; after that every text is compared with its tokens (`en
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dmoe.config.errors import ConfigError
-from dmoe.data.tokenizers import ByteLevelTokenizer, decode_utf8, read_tokenizer_file
+from dmoe.data.tokenizers import (
+    ByteLevelTokenizer,
+    SpecialToken,
+    decode_utf8,
+    read_tokenizer_file,
+)
 
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>")
 _PROBES = (
@@ -54,9 +60,9 @@ def open_tokenizers_json(path: str) -> ByteLevelTokenizer:
     pieces, separator = _pieces(path, tokenizer)
 
     def encode(data: bytes) -> np.ndarray:
-        return np.array(
-            tokenizer.encode(decode_utf8(data), add_special_tokens=False).ids, dtype=np.int64
-        )
+        # "fast": without the offsets of the tokens in the text.
+        (found,) = tokenizer.encode_batch_fast([decode_utf8(data)], add_special_tokens=False)
+        return np.array(found.ids, dtype=np.int64)
 
     result = ByteLevelTokenizer(
         name=Path(path).name + (", without its NFC normalizer" if without_nfc else ""),
@@ -66,6 +72,8 @@ def open_tokenizers_json(path: str) -> ByteLevelTokenizer:
             b"dmoe tokenizers tokenizer 1\0" + b"no NFC\0" * without_nfc + content
         ).hexdigest(),
         encoder=encode,
+        splits_words=_splits_words(json.loads(content).get("pre_tokenizer")),
+        special=_special(tokenizer),
     )
     try:
         for probe in _PROBES:
@@ -87,6 +95,15 @@ def _drop_nfc(tokenizer: Any) -> bool:
         return False
     tokenizer.normalizer = None
     return True
+
+
+def _splits_words(body: Any) -> bool:
+    """Return whether a pre-tokenizer splits text into words: `ByteLevel` may only rename bytes."""
+    if not isinstance(body, dict):
+        return False
+    if body.get("type") == "Sequence":
+        return any(map(_splits_words, body.get("pretokenizers", ())))
+    return body.get("type") != "ByteLevel" or body.get("use_regex", True) is True
 
 
 def _load(path: str, content: bytes) -> Any:
@@ -142,6 +159,15 @@ def _pieces(path: str, tokenizer: Any) -> tuple[tuple[bytes, ...], int]:
     special = {token.content: index for index, token in added.items() if token.special}
     separator = next((special[name] for name in _SEPARATORS if name in special), size)
     return tuple(pieces if separator < size else [*pieces, b""]), separator
+
+
+def _special(tokenizer: Any) -> dict[str, SpecialToken]:
+    added: dict[int, Any] = tokenizer.get_added_tokens_decoder()
+    return {
+        token.content: SpecialToken(index, token.lstrip, token.rstrip)
+        for index, token in added.items()
+        if token.special
+    }
 
 
 def _refused(path: str, reason: str) -> ConfigError:

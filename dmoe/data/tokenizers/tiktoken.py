@@ -70,6 +70,7 @@ def open_rank_file(path: str, vocab: int | None) -> ByteLevelTokenizer:
         separator=kept.index(b"\0"),
         fingerprint=_fingerprint(kept, pattern),
         encoder=_encoder(path, kept, pattern),
+        splits_words=True,
     )
 
 

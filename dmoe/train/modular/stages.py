@@ -23,6 +23,7 @@ from dmoe.config.rules import check
 from dmoe.config.schema import Config
 from dmoe.config.shipped import find_config
 from dmoe.config.yaml_guard import read_text
+from dmoe.data.tables import fill_table_shape
 from dmoe.train.modular.base_model import check_base_model
 
 BASE_MODEL_DIR = "core"
@@ -53,7 +54,7 @@ def base_model_config(config: Config) -> tuple[Config, str]:
             "modular.core", path, allowed, "run it where the path begins, or give an absolute path"
         )
     text = read_text(path)
-    return load_plugins(load_text(text, path)), text
+    return fill_table_shape(load_plugins(load_text(text, path))), text
 
 
 def check_base_models(config: Config, world: int, depth: int = 0) -> None:

@@ -37,7 +37,7 @@ from dmoe.moe.routers.base import RouterModule
 from dmoe.moe.routing import DispatchPlan, Routing, TokenContext
 from dmoe.train.engine import Engine
 from dmoe.verify.naive.capacity import Choices
-from dmoe.verify.naive.layer import auxiliary_losses
+from dmoe.verify.naive.layer import auxiliary_losses, without_padding
 from dmoe.verify.naive.routing import route
 
 RANDOMIZE_SCALE = 0.05
@@ -105,16 +105,15 @@ def forward(layer: AdapterLayer, x: Tensor, y: Tensor) -> Tensor:
     """Compute `y + sum_m weight[t, m] * module_m(x_t)`, or another aggregation."""
     sequences = math.prod(y.shape[:-2])
     length = y.shape[-2]
-    label_T = layer.context.label_T
-    bank = layer.experts
+    bank, context = layer.experts, replace(layer.context, prior_count_LE=None)
     if bank.input_kind == "sequence":
         rows_TD = torch.ones(sequences, 1, dtype=y.dtype)
-        router_input_TQ = y.reshape(sequences, length, -1)[:, bank.num_prefix_tokens :].mean(1)
-        label_T = None if label_T is None else label_T.view(sequences, -1)[:, 0]
+        after_BSQ = y.reshape(sequences, length, -1)[:, bank.num_prefix_tokens :]
+        router_input_TQ = _sequence_means(after_BSQ, context)
+        context = _sequence_context(context, sequences)
     else:
-        rows_TD = (x if bank.input_kind == "input" else y).flatten(0, -2)
+        rows_TD = without_padding((x if bank.input_kind == "input" else y).flatten(0, -2), context)
         router_input_TQ = rows_TD
-    context = replace(layer.context, label_T=label_T, prior_count_LE=None)
     choices = _route(layer, layer.router, router_input_TQ, context, sequences)
     view = _view(layer, _innermost(layer.router))
     layer.__dict__["latest"] = LatestRouting(view, choices, context, sequences)
@@ -122,7 +121,19 @@ def forward(layer: AdapterLayer, x: Tensor, y: Tensor) -> Tensor:
     contribution_TW = contribution_reference(
         layer, rows_TD, router_input_TQ, dropless_plan(routing), sequences
     )
-    return bank.add_to_output(y, contribution_TW)
+    return bank.add_to_output(y, without_padding(contribution_TW, context))
+
+
+def _sequence_means(x_BSQ: Tensor, context: TokenContext, first: int | None = None) -> Tensor:
+    """Return the mean over the (first) positions of each sequence that are not padding.
+
+    `x_BSQ` holds the last positions of the sequences.
+    """
+    if context.valid_T is None:
+        return x_BSQ[:, :first].mean(1)
+    valid_BS = context.valid_T.view(len(x_BSQ), -1)[:, -x_BSQ.shape[1] :]
+    rows = zip(x_BSQ, valid_BS, strict=True)
+    return torch.stack([x[v][:first].mean(0) if v.any() else 0 * x[0] for x, v in rows])
 
 
 def contribution_reference(
@@ -193,9 +204,10 @@ def _route(
 ) -> Choices:
     if isinstance(router, PerSequence):
         length = len(x_TD) // sequences
-        starts = x_TD.view(sequences, length, -1)[:, : router.first or length]
-        context = _sequence_context(context, length)
-        choices = _route(layer, router.router, starts.mean(1), context, sequences)
+        x_BSD = x_TD.view(sequences, length, -1)
+        means_BD = _sequence_means(x_BSD, context, router.first)
+        context = _sequence_context(context, sequences)
+        choices = _route(layer, router.router, means_BD, context, sequences)
         return _repeat_for_tokens(choices, length)
     if isinstance(router, PerTask):
         assert context.label_T is not None
@@ -206,12 +218,13 @@ def _route(
             x_TD,
             [(list(range(router.num_experts)), list(router.weights))] * len(x_TD),
             router.num_experts,
+            context,
         )
     if isinstance(router, TableRouter):
         assert context.label_T is not None
         rows = [[m for m in router.rows[int(label)] if m >= 0] for label in context.label_T]
         return _fixed_choices(
-            x_TD, [(row, [router.weight] * len(row)) for row in rows], router.num_experts
+            x_TD, [(row, [router.weight] * len(row)) for row in rows], router.num_experts, context
         )
     return route(_view(layer, router).as_moe, x_TD, context, sequences)
 
@@ -226,10 +239,14 @@ def _view(layer: AdapterLayer, router: RouterModule) -> LayerView:
     )
 
 
-def _sequence_context(context: TokenContext, length: int) -> TokenContext:
-    """Return the context with one label per sequence of `length` tokens."""
-    label_T = context.label_T
-    return replace(context, label_T=None if label_T is None else label_T[::length])
+def _sequence_context(context: TokenContext, sequences: int) -> TokenContext:
+    """Return the context with one label per sequence, and which of them are real."""
+    label_T, valid_T = context.label_T, context.valid_T
+    return replace(
+        context,
+        label_T=None if label_T is None else label_T.view(sequences, -1)[:, 0],
+        valid_T=None if valid_T is None else valid_T.view(sequences, -1).any(1),
+    )
 
 
 def _repeat_for_tokens(choices_B: Choices, length: int) -> Choices:
@@ -247,9 +264,11 @@ def _repeat_for_tokens(choices_B: Choices, length: int) -> Choices:
 
 
 def _fixed_choices(
-    x_TD: Tensor, rows: list[tuple[list[int], list[float]]], modules: int
+    x_TD: Tensor, rows: list[tuple[list[int], list[float]]], modules: int, context: TokenContext
 ) -> Choices:
-    """Return given choices and weights, without a router."""
+    """Return given choices and weights, without a router; none of padding."""
+    valid = [True] * len(rows) if context.valid_T is None else context.valid_T.tolist()
+    rows = [row if v else ([], []) for row, v in zip(rows, valid, strict=True)]
     weight_TM = torch.zeros(len(rows), modules, dtype=x_TD.dtype)
     for t, (chosen, weights) in enumerate(rows):
         weight_TM[t, chosen] = torch.tensor(weights, dtype=x_TD.dtype)
@@ -260,7 +279,7 @@ def _fixed_choices(
         weight_TM,
         weight_TM,
         weight_TM,
-        [True] * len(rows),
+        valid,
     )
 
 

@@ -26,6 +26,7 @@ from dmoe.train.evaluation import Evaluation
 from dmoe.verify.arrays import computed_experts
 from dmoe.verify.cases import MICRO_BATCH
 from dmoe.verify.decisions import Capture, record_routing
+from dmoe.verify.naive.step import IGNORED_TARGET
 
 SUMS = ("loss", "targets", "bytes", "correct")
 
@@ -81,16 +82,17 @@ def _sums(
     pairs: dict[int, np.ndarray[Any, Any]] = {}
     for first in range(0, int(total), size):
         count = min(size, int(total) - first)
-        samples = task.samples(data.held_out, first, count)
-        input, _, label_B = (
-            torch.cat([part, empty[count:]])
-            for part, empty in zip(samples, task.dummy_batch(size), strict=True)
-        )
+        samples, empty = task.samples(data.held_out, first, count), task.dummy_batch(size)
+        input = torch.cat([samples.input, empty.input[count:]])
+        label_B = torch.cat([samples.label_B, empty.label_B[count:]])
         if missing is not None:
             input = task.mask_stream(input, missing)
         length = samples.target.shape[1]
         context = TokenContext(
-            valid_T=(torch.arange(size) < count).repeat_interleave(length),
+            valid_T=_padded(samples.valid_BS, samples.target, size).bool(),
+            position_T=None
+            if samples.position_BS is None
+            else _padded(samples.position_BS, samples.target, size),
             label_T=label_B.repeat_interleave(length),
         )
         with record_routing(layers) as (outputs, _):
@@ -98,6 +100,8 @@ def _sums(
         for b in range(count):
             domain = int(samples.label_B[b]) if len(data.domains) > 1 else 0
             for position, target in enumerate(samples.target[b].tolist()):
+                if target == IGNORED_TARGET:
+                    continue
                 totals[domain] += _target_sums(logit_BSV[b, position], target, data)
         for n, output in enumerate(outputs):
             chosen_TE = computed_experts(output.routing).astype(np.float64)
@@ -105,6 +109,13 @@ def _sums(
             chosen_TE = chosen_TE.reshape(size, -1, experts)[:, prefix:].reshape(-1, experts)
             pairs[n] = pairs.get(n, 0) + chosen_TE.T @ chosen_TE
     return totals, pairs
+
+
+def _padded(value_BS: Tensor | None, target: Tensor, size: int) -> Tensor:
+    """Return one number per token of `size` sequences: 1 by default, 0 behind the last one."""
+    value_BS = torch.ones_like(target) if value_BS is None else value_BS.long()
+    none_MS = target.new_zeros(size - len(target), target.shape[1])
+    return torch.cat([value_BS, none_MS]).flatten()
 
 
 def _target_sums(logit_V: Tensor, target: int, data: Any) -> list[float]:

@@ -54,7 +54,7 @@ class PriorCounts:
 
 def forward(layer: MoE, x: Tensor, context: TokenContext) -> MoEOutput:
     """Compute `y_t = sum_e weight[t, e] * expert_e(x_t)` in one process that has every expert."""
-    x_TD = x.flatten(0, -2)
+    x_TD = without_padding(x.flatten(0, -2), context)
     sequences = x_TD.shape[0] // x.shape[-2]
     choices = route(layer, x_TD, context, sequences)
     prior: PriorCounts | None = layer.__dict__.get("prior")
@@ -73,11 +73,20 @@ def forward(layer: MoE, x: Tensor, context: TokenContext) -> MoEOutput:
         hidden = activation(layer.shared.kind, x_TD @ layer.shared.w_in.weight.t())
         y_TM = y_TM + hidden @ layer.shared.w_out.weight.t()
     return MoEOutput(
-        y_TM.view(*x.shape[:-1], -1),
+        without_padding(y_TM, context).view(*x.shape[:-1], -1),
         auxiliary_losses(layer, choices, context, sequences),
         layer_stats(layer, choices, kept),
         *as_routing(choices, kept, weight_TE.detach()),
     )
+
+
+def without_padding(value_TX: Tensor, context: TokenContext) -> Tensor:
+    """Return the rows with zeros in place of padding."""
+    if context.valid_T is None:
+        return value_TX
+    zero_X = torch.zeros_like(value_TX[0])
+    rows = zip(value_TX, context.valid_T.tolist(), strict=True)
+    return torch.stack([value_X if is_valid else zero_X for value_X, is_valid in rows])
 
 
 def combine_weights(layer: MoE, weight_TE: Tensor, kept_TE: Tensor) -> Tensor:

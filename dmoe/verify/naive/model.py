@@ -26,7 +26,7 @@ from dmoe.models.transformer import Block, Transformer
 from dmoe.moe.experts import FeedForward
 from dmoe.moe.layer import MoE
 from dmoe.moe.routing import TokenContext
-from dmoe.verify.naive.layer import activation
+from dmoe.verify.naive.layer import activation, without_padding
 
 
 def install(model: nn.Module) -> None:
@@ -77,12 +77,39 @@ def feed_forward(layer: FeedForward, x: Tensor) -> Tensor:
     return activation(layer.kind, x @ layer.w_in.weight.t()) @ layer.w_out.weight.t()
 
 
-def attention(layer: Attention, x_BSD: Tensor, rope_base: float) -> Tensor:
+def attention(
+    layer: Attention, x_BSD: Tensor, rope_base: float, documents: list[list[slice]]
+) -> Tensor:
+    """Compute causal attention of each document alone, as if it were a batch of its own.
+
+    `documents`: of each sequence, the slices of its positions.
+    """
+    qkv, rows = layer.w_qkv(x_BSD), []
+    for b, slices in enumerate(documents):
+        parts = [_attend(layer, qkv[b : b + 1, part], rope_base) for part in slices]
+        rows.append(torch.cat(parts, 1))
+    out: Tensor = layer.w_out(torch.cat(rows))
+    return out
+
+
+def documents_of(context: TokenContext, shape: torch.Size) -> list[list[slice]]:
+    """Return the documents of each sequence: one starts where the position is 0."""
+    sequences, length = shape
+    if context.position_T is None:
+        return [[slice(0, length)]] * sequences
+    documents = []
+    for positions in context.position_T.view(shape).tolist():
+        starts = [s for s, position in enumerate(positions) if s == 0 or position == 0]
+        ends = [*starts[1:], length]
+        documents.append([slice(*pair) for pair in zip(starts, ends, strict=True)])
+    return documents
+
+
+def _attend(layer: Attention, qkv: Tensor, rope_base: float) -> Tensor:
     """Compute causal attention head by head; each key/value head serves H/N query heads."""
     heads, shared, width = layer.num_heads, layer.num_kv_heads, layer.head_dim
-    qkv = layer.w_qkv(x_BSD)
     columns = [qkv[..., h * width : (h + 1) * width] for h in range(heads + 2 * shared)]
-    length = x_BSD.shape[1]
+    length = qkv.shape[1]
     hidden_SS = torch.ones(length, length, dtype=torch.bool).triu(1)
     outputs = []
     for h in range(heads):
@@ -95,8 +122,7 @@ def attention(layer: Attention, x_BSD: Tensor, rope_base: float) -> Tensor:
         score_BSS = query @ key.transpose(-1, -2) / math.sqrt(width)
         score_BSS = score_BSS.masked_fill(hidden_SS, -torch.inf)
         outputs.append(torch.softmax(score_BSS, -1) @ value)
-    out: Tensor = layer.w_out(torch.cat(outputs, -1))
-    return out
+    return torch.cat(outputs, -1)
 
 
 def rotate(x_BSA: Tensor, base: float) -> Tensor:
@@ -123,15 +149,18 @@ def transformer(
     context = TokenContext(
         valid_T=context.valid_T,
         label_T=context.label_T,
+        position_T=context.position_T,
         noise_key=context.noise_key,
         first_sequence=context.first_sequence,
         token_id_T=input.flatten(),
     )
     out = ModelOutput(None, None)
     x_BSD, rope_base = model.embedding(input), cast(Any, model.config.rope_base)
+    x_BSD = without_padding(x_BSD.flatten(0, 1), context).view_as(x_BSD)
+    documents = cast(Any, documents_of(context, input.shape))
     for block in model.blocks:
         assert isinstance(block, Block)
-        x_BSD = x_BSD + block.attention(block.attention_norm(x_BSD), rope_base)
+        x_BSD = x_BSD + block.attention(block.attention_norm(x_BSD), rope_base, documents)
         normed_BSD = block.feed_forward_norm(x_BSD)
         if isinstance(block.feed_forward, MoE):
             layer = block.feed_forward(normed_BSD, context)

@@ -82,9 +82,9 @@ def _samples(engine: Engine, data: object, step: int) -> list[dict[str, Tensor]]
     parts = []
     for a in range(ACCUMULATION_STEPS):
         rows = slice(a * size, (a + 1) * size)
-        parts.append(
-            {"input": batch.input[rows], "target": batch.target[rows], "label": label_B[rows]}
-        )
+        part = {"input": batch.input[rows], "target": batch.target[rows], "label": label_B[rows]}
+        optional = {"position": batch.position_BS, "valid": batch.valid_BS}
+        parts.append(part | {n: value[rows] for n, value in optional.items() if value is not None})
     return parts
 
 
@@ -107,6 +107,8 @@ def _forward(
         sequences, length = part["target"].shape
         context = TokenContext(
             label_T=part["label"].repeat_interleave(length),
+            position_T=part["position"].flatten() if "position" in part else None,
+            valid_T=part["valid"].flatten() if "valid" in part else None,
             noise_key=(engine.config.train.seed, step),
             first_sequence=first,
         )
