@@ -9,8 +9,8 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 325,
-    "product lines": 52_500,
+    "product files": 335,
+    "product lines": 53_500,
     "files of one MoE forward": 13,
     "files of one training step": 41,
     "files that name a router kind": 5,

@@ -40,6 +40,8 @@ FIELD_NAMES = {
 }
 """Fields that come from the source, and their names in the configs of transformers."""
 TOKENIZER = "tokenizer.json"
+DEQUANTIZED = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
+"""Quantisations that transformers can undo, and its class for each."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,23 @@ def read_config(source: str) -> Any:
         said = " ".join(str(error).split())[:200]
         allowed = f"is no model that transformers {transformers.__version__} knows: {said}"
         raise ConfigError("model.source", source, allowed, "check config.json") from None
+
+
+def quantization_of(source: str) -> str | None:
+    """Return the method by which the files are quantised, or None.
+
+    Raises:
+        ConfigError: one that cannot be undone.
+    """
+    settings = getattr(read_config(source), "quantization_config", None)
+    if settings is None:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    method = str(method or getattr(settings, "quant_method", None))
+    if method not in DEQUANTIZED:
+        allowed = f"is quantised by {method}, which cannot be trained; dmoe undoes fp8 and mxfp4"
+        raise ConfigError("model.source", source, allowed, "use the unquantised model")
+    return method
 
 
 def source_file(source: str, name: str) -> Path | None:
@@ -183,8 +202,9 @@ def _download(source: str, name: str | None) -> Path:
             return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
         return Path(huggingface_hub.hf_hub_download(source, name))
     except Exception as error:
-        if name == TOKENIZER and type(error).__name__ == "EntryNotFoundError":
+        kind = type(error).__name__
+        if name == TOKENIZER and "EntryNotFound" in kind and not kind.startswith("Local"):
             return None  # type: ignore[return-value]
-        allowed = f"is no directory here, and not to be had from the hub ({type(error).__name__})"
+        allowed = f"is no directory here, and not to be had from the hub ({kind})"
         fix = "download it where there is a network, and name its directory"
         raise ConfigError("model.source", source, allowed, fix) from None

@@ -38,6 +38,16 @@ def prepared_streams(
     return None
 
 
+def masks_by_default(source: str) -> bool:
+    """Return whether documents of a source do not see each other unless data.document_mask=false.
+
+    Shards of an older version, which hold no boundaries, count too: nothing is opened.
+    """
+    if is_token_file(source):
+        return Path(source).expanduser().with_suffix(".idx").is_file()
+    return is_shard_directory(source)
+
+
 def _open_shards(config: DataConfig, tokenizer: Tokenizer) -> tuple[TokenStreams, tuple[str, ...]]:
     directory = Path(config.source).expanduser()
     fixed = FIELDS if config.eval_source is None else ("validation_source",)

@@ -77,6 +77,11 @@ class MoefiedExperts:
         own = stacked_parameters(cast(nn.Module, self)).values()
         return (sum(p.numel() // len(p) for p in own),) * self.num_all_experts
 
+    @property
+    def cost(self) -> tuple[float, ...]:
+        """Cost of each expert as a share of that of all: they are equal."""
+        return (1 / self.num_all_experts,) * self.num_all_experts
+
     def placement(self, ranks: int) -> ExpertPlacement:
         """Return equal, contiguous runs."""
         return contiguous_placement(self.num_all_experts, ranks)

@@ -85,6 +85,7 @@ SIGMOID_ROUTERS = frozenset(
         "KimiLinearTopkRouter",
         "Kolibri1TopKRouter",
         "LagunaTopKRouter",
+        "Llama4Router",
         "Lfm2MoeTopKRouter",
         "MiMoV2FlashTopkRouter",
         "MiniMaxM2TopKRouter",
@@ -161,6 +162,19 @@ def _score_name(router: nn.Module, config: object) -> str | None:
         return "sigmoid"
     value = getattr(config, SCORE_FIELDS[kind], None) if kind in SCORE_FIELDS else None
     return value if value in SCORES else None
+
+
+def bias_as_buffer(block: nn.Module, router: nn.Module, num_experts: int) -> None:
+    """Make the bias of the choice a buffer, where it is a frozen parameter; its name stays.
+
+    dmoe moves it like every other bias: on each rank in full, which FSDP2 would shard.
+    """
+    for owner in (router, *router.children(), block):
+        for bias in BIAS_NAMES:
+            value = owner._parameters.get(bias)
+            if value is not None and value.numel() == num_experts:
+                del owner._parameters[bias]
+                owner.register_buffer(bias, value.detach())
 
 
 def find_bias(block: nn.Module, router: nn.Module, num_experts: int) -> Tensor | None:

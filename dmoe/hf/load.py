@@ -20,15 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
-from dmoe.config.published import read_config, source_directory
+from dmoe.config.published import DEQUANTIZED, quantization_of, source_directory
 from dmoe.distributed.expert_parallel import expert_group_of, stacks_over_ranks
 from dmoe.distributed.gradients import local_tensor
 from dmoe.hf.lora import is_lora
 from dmoe.hf.moefy import find_blocks, moefied_layers
 from dmoe.hf.transformers_log import quiet
-
-DEQUANTIZED = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
-"""Quantisations that transformers can undo, and its class for each."""
 
 
 def load_weights(model: nn.Module, source: str) -> list[str]:
@@ -82,23 +79,6 @@ def load_weights(model: nn.Module, source: str) -> list[str]:
         raise ConfigError("model.source", source, allowed, "download it again")
     _copy(model, loaded)
     return notes + _left_out(directory, loaded)
-
-
-def quantization_of(source: str) -> str | None:
-    """Return the method by which the files are quantised, or None.
-
-    Raises:
-        ConfigError: one that cannot be undone.
-    """
-    settings = getattr(read_config(source), "quantization_config", None)
-    if settings is None:
-        return None
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    method = str(method or getattr(settings, "quant_method", None))
-    if method not in DEQUANTIZED:
-        allowed = f"is quantised by {method}, which cannot be trained; dmoe undoes fp8 and mxfp4"
-        raise ConfigError("model.source", source, allowed, "use the unquantised model")
-    return method
 
 
 def _reading_own_experts(kind: Any, group: Any) -> tuple[Any, dict[str, Any]]:

@@ -90,7 +90,8 @@ class PublishedModel(Model):
                     kept = nn.Parameter(empty, requires_grad=parameter.requires_grad)
                     module.register_parameter(name, kept)
             for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(device)
+                empty = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer
+                module._buffers[name] = empty.to(device)
         self.hf.tie_weights()
         return self
 

@@ -20,8 +20,9 @@ from dmoe.config.rules.published import check_published_moe
 from dmoe.config.schema import BalanceConfig, CapacityConfig, MoEConfig
 from dmoe.config.schema.constraints import check_bounds, check_type, check_types
 from dmoe.hf.experts import MoefiedExperts, stacked_parameters
-from dmoe.hf.facts import BlockFacts, block_facts, find_bias
+from dmoe.hf.facts import BlockFacts, bias_as_buffer, block_facts, find_bias
 from dmoe.hf.layer import Forward, MoefiedLayer
+from dmoe.hf.llama4 import Llama4Experts, Llama4Layer, check_llama4
 from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.dispatch import PackedLocal, PaddedLocal
 from dmoe.moe.inputs import MaskAgreement
@@ -29,6 +30,8 @@ from dmoe.moe.interfaces import NoComm
 from dmoe.moe.load_balancing import PendingCounts, coefficients
 from dmoe.moe.routing import TokenContext
 
+MIXINS: dict[str, tuple[Any, Any]] = {"Llama4TextMoe": (Llama4Layer, Llama4Experts)}
+"""By the class of the block, where the experts are not called with (x, index, weights)."""
 NO_BALANCE = BalanceConfig(switch=0.0, z=0.0)
 OWN_NAMES = {*MoefiedLayer.__annotations__, *MoELayer.__annotations__}
 """Attributes that dmoe sets on a block."""
@@ -70,20 +73,23 @@ def moefy(
     for index, (block, experts, facts, top_k) in enumerate(found):
         num_experts = len(experts.down_proj)
         kinds: tuple[Any, Any] = type(block), type(experts)
-        experts.__class__ = _mixed(MoefiedExperts, kinds[1])
+        own = MIXINS.get(kinds[0].__name__, (MoefiedLayer, MoefiedExperts))
+        experts.__class__ = _mixed(own[1], kinds[1])
         experts.__dict__ |= {"owner": (block,), "num_all_experts": num_experts, "first_expert": 0}
         layer: Any = block
-        layer.__class__ = _mixed(MoefiedLayer, kinds[0], not hasattr(block, "router"))
+        layer.__class__ = _mixed(own[0], kinds[0], not hasattr(block, "router"))
         layer.facts, layer.record = facts, record
         layer.layer, layer.num_experts, layer.num_zero_cost = index, num_experts, 0
         layer.top_k, layer.virtual_ranks = top_k, virtual_ranks
         layer.capacity, layer.balance = capacity, balance
-        layer.placement, layer.cost_E = experts.placement(1), (1 / num_experts,) * num_experts
+        layer.placement, layer.cost_E = experts.placement(1), experts.cost
         layer.names_E = tuple(f"expert {e}" for e in range(num_experts))
         layer.packed, layer.comm, layer.masks = PackedLocal(), NoComm(), MaskAgreement()
         layer.padded = PaddedLocal() if exchange == "padded" else None
         layer.pending_counts = PendingCounts() if balance.bias else None
         facts.logits.register_forward_hook(layer.keep_logits)
+        if balance.bias:
+            bias_as_buffer(block, facts.router, num_experts)
     model.__dict__["dmoe_forward"] = record
     model.register_forward_pre_hook(_begin, with_kwargs=True)
     model.register_forward_hook(_end, always_call=True)
@@ -100,7 +106,10 @@ def _checked(
     """
     config = _text_config(model)
     facts = block_facts(block, name, config)
-    _check_experts(experts, f"{name}.experts")
+    if type(block).__name__ in MIXINS:
+        check_llama4(block, name)
+    else:
+        _check_experts(experts, f"{name}.experts")
     taken = sorted((OWN_NAMES - SHARED_NAMES) & {*vars(block), *dict(block.named_children())})
     if taken:
         why = f"has attributes of its own that dmoe would overwrite: {', '.join(taken)}"
@@ -193,7 +202,8 @@ def _check_experts(experts: Any, name: str) -> None:
 def _check_settings(capacity: CapacityConfig, balance: BalanceConfig, exchange: str) -> None:
     check_type("capacity", capacity, CapacityConfig)
     check_type("balance", balance, BalanceConfig)
-    config = MoEConfig(capacity=capacity, balance=balance, exchange=exchange)  # type: ignore[arg-type]
+    packing: Any = exchange
+    config = MoEConfig(capacity=capacity, balance=balance, exchange=packing)
     check_types(config, "moe.")
     check_bounds(config, "moe.")
     check_published_moe(config)

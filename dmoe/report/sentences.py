@@ -77,6 +77,9 @@ def model_sentence(config: Config) -> str:
     if config.train.task == "classification":
         return _classifier(config)
     blocks = f"{plural(model.layers, 'block')} of width {model.dim:,}"
+    if model.source is not None:
+        size = f"{moe.num_experts:,} experts of hidden width {moe.expert_dim:,}"
+        return f"Model: {model.source}, {blocks}; its mixtures have {size}."
     if not model.moe_every:
         return f"Model: {blocks}, all dense."
     which = "every block" if model.moe_every == 1 else f"every {model.moe_every}th block"
@@ -105,6 +108,10 @@ def _classifier(config: Config) -> str:
 def routing_sentences(config: Config) -> list[str]:
     """Describe score, choice, weights and noise of the router."""
     moe, spec = config.moe, router_spec(config.moe.router.kind)
+    if config.model.source is not None:
+        training = "not trained" if moe.router.freeze else "trained"
+        chosen = f"chooses {moe.top_k} of {moe.num_experts:,} experts per token"
+        return [f"Choice and weights: the published model's own router, {training}; it {chosen}."]
     gated = config.train.task == "classification" and config.model.fusion == "gated"
     score = f"{moe.router.score} of the logits of {count_choices(moe)} experts"
     score = f"Score: {score}, in float32 whatever the precision of the model."

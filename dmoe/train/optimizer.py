@@ -13,9 +13,10 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.expert_shapes import GATED
 from dmoe.config.plugin_loader import construct, plugin_class
 from dmoe.config.schema import OptimConfig
-from dmoe.distributed.expert_parallel import expert_locations, moe_layers
+from dmoe.distributed.expert_parallel import expert_locations
 from dmoe.distributed.muon import Muon, Parts
 from dmoe.distributed.state_dict import MOMENTS
+from dmoe.hf.moefy import moefied_layers
 from dmoe.models.attention import Attention
 from dmoe.moe.experts import Experts, FeedForward
 
@@ -49,7 +50,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     check_name_patterns(model, config.groups, "optim.groups")
     own = plugin_class(config.kind, "optim.kind")
     matrices = muon_matrices(model) if config.kind == "muon" else {}
-    routers = {id(p) for layer in moe_layers(model) for p in layer.router.parameters()}
+    routers = {id(p) for layer in moefied_layers(model) for p in layer.router.parameters()}
+    """Of published models, which have other names for them."""
     params: dict[tuple[Any, ...], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -25,7 +25,7 @@ from dmoe.config.expert_shapes import expert_shapes, multiply_adds
 from dmoe.config.router_kinds import router_spec
 from dmoe.config.rules import can_share, check, moe_widths, shares_something
 from dmoe.config.schema import Config, DataConfig, ModelConfig, ModularConfig, MoEConfig
-from dmoe.data.shard_index import is_shard_directory
+from dmoe.data.token_streams import masks_by_default
 from dmoe.train.modular.attach import BANK_FIELDS
 from dmoe.verify.naive.plugins import without_reference
 
@@ -203,7 +203,7 @@ def _data(config: Config) -> DataConfig:
     data = replace(data, temperature=None, weights={}, eval_source=None, validation_source=None)
     data = replace(data, text_field=None, label_field=None, columns=[], classes=[])
     data = replace(data, chat_template=None)
-    if config.data.document_mask is None and is_shard_directory(config.data.source):
+    if config.data.document_mask is None and masks_by_default(config.data.source):
         data = replace(data, document_mask=True)  # the default of prepared text
     if config.train.task == "language_modelling":
         return replace(data, source="synthetic:zipf")

@@ -38,6 +38,7 @@ from dmoe.verify.arrays import as_array, computed_experts
 WIDTHS = {
     "hidden_size": 32,
     "intermediate_size": 24,
+    "intermediate_size_mlp": 24,
     "moe_intermediate_size": 24,
     "shared_intermediate_size": 24,
     "shared_expert_intermediate_size": 24,

@@ -15,6 +15,7 @@ from dmoe.config.schema import DataConfig
 from dmoe.data import open_data, prepare_shards
 from dmoe.data.shard_index import SPLITS, read_index
 from dmoe.data.shards import map_documents, map_shards
+from dmoe.data.token_streams import masks_by_default
 
 CODES = {"<u2": 8, "<i4": 4, "|u1": 1, "<i8": 5}
 DOCUMENTS = [[5 + n % 40, *range(20, 40 + n), 10 + n % 7] for n in range(70)]
@@ -82,6 +83,7 @@ def test_megatron_is_mapped(tmp_path: Path, dtype: str, separator: bool) -> None
     held_out = data.held_out.samples(0, 2)
     assert np.array_equal(held_out[:, :-1].ravel(), stream[cut : cut + 16])
     assert data.document_mask
+    assert masks_by_default(config.source)  # `dmoe verify` follows it
     # in a stream a separator opens a document
     starts = [0, *(int(edge) - separator for edge in edges[1:] if edge < cut)]
     expected = np.zeros(train.shape[0] * 8, bool)
@@ -100,6 +102,7 @@ def test_nanogpt_is_mapped(tmp_path: Path) -> None:
     cut = round(len(stream) * 0.75)
     assert np.array_equal(data.held_out.samples(0, 2)[:, :-1].ravel(), stream[cut : cut + 16])
     assert not data.document_mask
+    assert not masks_by_default(config.source)
     with pytest.raises(ConfigError, match=r"document_mask=True: needs the boundaries"):
         open_data(replace(config, document_mask=True), 0)
     other = write_nanogpt(tmp_path / "val.bin", DOCUMENTS[::-1])

@@ -113,6 +113,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "n_group": 2,
         "topk_group": 1,
     },
+    "llama4_text": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 24,
+        "interleave_moe_layer_step": 1,
+    },
     "gemma4_text": {
         **EXPERTS,
         "top_k_experts": 2,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 import dmoe
 from dmoe.config.errors import ConfigError
@@ -85,7 +86,8 @@ def test_recomputation_counts_once_and_changes_no_gradient(family: str) -> None:
     expected = gradients(model)
     model.zero_grad()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    model(input_ids=ids(), labels=ids(), use_cache=False).loss.backward()
+    with set_checkpoint_early_stop(False):  # else the second forward may stop before its end
+        model(input_ids=ids(), labels=ids(), use_cache=False).loss.backward()
     assert len(forward_of(model).layers) == 2
     for name, gradient in gradients(model).items():
         assert torch.equal(gradient, expected[name]), name
@@ -184,6 +186,14 @@ def test_a_router_that_is_not_known_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"model.layers.1.mlp \(OtherRouter\): has no router"):
         dmoe.moefy(model)
     assert [type(module) for module in model.modules()] == kinds, "half of it was changed"
+
+
+@pytest.mark.parametrize("kind", ["ZayaRouter", "LongcatFlashTopkRouter"])
+def test_routers_that_choose_more_than_experts_are_refused_by_name(kind: str) -> None:
+    model = tiny("mixtral")
+    model.model.layers[0].mlp.gate = type(kind, (nn.Module,), {})()
+    with pytest.raises(ConfigError, match=rf"model.layers.0.mlp \({kind}\): chooses"):
+        dmoe.moefy(model)
 
 
 def test_the_scores_are_those_of_the_weights() -> None:

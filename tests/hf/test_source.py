@@ -14,6 +14,7 @@ from dmoe.config.load import load, load_text, to_yaml
 from dmoe.config.published import with_source
 from dmoe.config.rules import check
 from dmoe.config.schema import Config, ModelConfig
+from dmoe.explain import explain
 from dmoe.train.tasks import task_of
 from tests.hf.families import tiny
 
@@ -129,3 +130,13 @@ def test_a_hub_name_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     message = refused(Path("nobody/no-such-model"))
     assert "is no directory here, and not to be had from the hub" in message
     assert message.count("\n") == 0
+
+
+def test_explain_says_what_the_source_decides(source: Path) -> None:
+    """No sentence about dmoe's own router, and the numbers of the published model."""
+    sections = explain(load(None, [f"model.source={source}", BYTES]), 2)
+    text = "\n".join(sentence for section in sections for sentence in section.sentences)
+    assert "the published model's own router, trained; it chooses 2 of 8 experts" in text
+    assert "softmax of the logits" not in text
+    assert f"Model: {source}, 2 blocks of width 32" in text
+    assert "rank 1: experts 4-7" in text

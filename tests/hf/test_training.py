@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
+import dmoe
+from dmoe.config.errors import ConfigError
 from dmoe.config.load import load
 from dmoe.config.schedule import learning_rate
 from dmoe.config.schema import Config
@@ -35,14 +38,26 @@ CASES = {
     "mixtral": [BALANCED, "moe.capacity.factor=1.0", "moe.capacity.group=global"],
     "gpt_oss": [BALANCED, "moe.capacity.factor=0.75", "moe.capacity.group=sequence"],
     "deepseek_v3": ["moe.balance.switch=0", "moe.balance.bias=0.01"],
+    "ernie4_5_moe": ["moe.balance.switch=0", "moe.balance.bias=0.01"],
 }
-ON_RANKS = {
+SETTINGS = {
     "ddp": [],
     "recompute": ["train.recompute=true"],
     "fsdp": ["parallel.mode=fsdp"],
-    "padded": ["moe.exchange=padded"],
+    "whole": [],
+    "padded": ["moe.exchange=padded", "parallel.mode=fsdp"],
 }
-"""Settings of two ranks that change no number."""
+"""Of two ranks; they change no number."""
+ON_RANKS = (
+    "mixtral-ddp",
+    "gpt_oss-ddp",
+    "deepseek_v3-ddp",
+    "mixtral-recompute",
+    "mixtral-whole",
+    "gpt_oss-padded",
+    "ernie4_5_moe-fsdp",
+)
+SAVED = ("mixtral-ddp", "ernie4_5_moe-fsdp")
 
 
 @dataclass
@@ -55,6 +70,8 @@ class Trained:
     state: Capture
     read: int = 0
     """Elements of experts that were read from the files."""
+    error: str = ""
+    """Of plain DDP."""
 
 
 def config_of(folder: Path, family: str, *more: str) -> Config:
@@ -117,33 +134,44 @@ class counted_reads:
         self.patch.stop()
 
 
+def whole_files() -> AbstractContextManager[object]:
+    """Read all experts on every rank, as before transformers 5.23 and from FP8 files."""
+    return patch("dmoe.hf.load._reading_own_experts", lambda kind, group: (kind, {}))
+
+
 def on_two_ranks(rank: int, world: int, folder: Path) -> dict[str, Trained]:
-    found = {}
-    for family, settings in CASES.items():
-        for name, more in ON_RANKS.items():
-            if name == "padded" and not any("factor" in setting for setting in settings):
-                continue
-            config = config_of(folder, family, *more)
-            run = folder / f"{family}-{name}"
-            found[f"{family}-{name}"] = train(config, run, save=name in ("ddp", "fsdp"))
-    found["resumed"] = train(config_of(folder, "mixtral"), folder / "one", resume=True)
+    found: dict[str, Trained] = {}
+    for case in ON_RANKS:
+        family, _, setting = case.partition("-")
+        config = config_of(folder, family, *SETTINGS[setting])
+        with whole_files() if setting == "whole" else nullcontext():
+            found[case] = train(config, folder / case, save=case in SAVED)
+    found["mixtral-ddp"].error = without_dmoe(rank)
     return found
 
 
 def on_one(rank: int, world: int, folder: Path) -> dict[str, Trained]:
-    found = {family: train(config_of(folder, family), folder / family) for family in CASES}
-    found["saved"] = train(config_of(folder, "mixtral"), folder / "one", save=True)
-    config = config_of(folder, "mixtral")
-    found["uninterrupted"] = train(config, folder / "one", resume=True)
+    """Train each family, then go on after the checkpoints of two ranks and of this process."""
+    found = {
+        family: train(config_of(folder, family), folder / family, save=family != "gpt_oss")
+        for family in CASES
+    }
+    for name in ("mixtral", "mixtral-ddp", "ernie4_5_moe", "ernie4_5_moe-fsdp"):
+        config = config_of(folder, name.partition("-")[0])
+        found[f"{name}, resumed"] = train(config, folder / name, resume=True)
     return found
 
 
-def resumed_on_one(rank: int, world: int, folder: Path) -> dict[str, Trained]:
-    names = ("mixtral-ddp", "deepseek_v3-fsdp")
-    return {
-        name: train(config_of(folder, name.partition("-")[0]), folder / name, resume=True)
-        for name in names
-    }
+def without_dmoe(rank: int) -> str:
+    """Train a moefied model in plain DDP, as a trainer of others would; return the error."""
+    model: Any = dmoe.moefy(tiny("mixtral", torch.float32))
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    ids = torch.randint(3, 97, (2, 8), generator=torch.Generator().manual_seed(rank))
+    try:
+        wrapped(input_ids=ids, labels=ids, use_cache=False)
+    except ConfigError as error:
+        return str(error)
+    return "trained wrong in silence"
 
 
 @pytest.fixture(scope="module")
@@ -151,22 +179,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Trained]]:
     folder = tmp_path_factory.mktemp("published")
     for family in CASES:
         tiny(family, torch.float32, vocab_size=256).save_pretrained(folder / family)
-    one = run_ranks(1, on_one, folder, timeout=300)
     two = run_ranks(2, on_two_ranks, folder, timeout=300)
-    back = run_ranks(1, resumed_on_one, folder, timeout=300)
-    found = {name: [trained] for name, trained in one[0].items()}
-    found |= {name: [rank[name] for rank in two] for name in two[0]}
-    return found | {f"{name} on one": [trained] for name, trained in back[0].items()}
+    (one,) = run_ranks(1, on_one, folder, timeout=300)
+    found = {name: [trained] for name, trained in one.items()}
+    return found | {name: [rank[name] for rank in two] for name in two[0]}
 
 
-@pytest.mark.parametrize("family", CASES)
-@pytest.mark.parametrize("setting", ON_RANKS)
-def test_two_ranks_train_as_one(runs: dict[str, list[Trained]], family: str, setting: str) -> None:
-    name = f"{family}-{setting}"
-    if name not in runs:
-        assert setting == "padded", "only the padded exchange needs a capacity"
-        return
-    (one,), (two, _) = runs[family], runs[name]
+@pytest.mark.parametrize("case", ON_RANKS)
+def test_two_ranks_train_as_one(runs: dict[str, list[Trained]], case: str) -> None:
+    (one,), (two, _) = runs[case.partition("-")[0]], runs[case]
     np.testing.assert_allclose(two.losses, one.losses, rtol=2e-6)
     np.testing.assert_allclose(two.norms, one.norms, rtol=2e-5)
     assert two.kept == one.kept
@@ -189,7 +210,12 @@ def test_a_rank_reads_its_own_experts_only(runs: dict[str, list[Trained]], famil
         and "shared" not in key
     ]
     assert len(experts) >= 2
-    for rank in runs[f"{family}-ddp"]:
+    (ranks,) = [
+        runs[case]
+        for case in ON_RANKS
+        if case in (f"{family}-ddp", "ernie4_5_moe-fsdp") and case.startswith(family)
+    ]
+    for rank in ranks:
         assert rank.read == sum(experts) // 2
     assert runs[family][0].read == 0, "one process reads everything at once"
 
@@ -204,9 +230,14 @@ def test_the_bias_of_the_choice_is_moved(runs: dict[str, list[Trained]]) -> None
 
 
 def test_checkpoints_go_on_at_another_ep_size(runs: dict[str, list[Trained]]) -> None:
-    """Written by one and read by two ranks, and the other way, also from FSDP2."""
-    expected = runs["uninterrupted"][0]
-    for rank in runs["resumed"]:
-        np.testing.assert_allclose(rank.losses, expected.losses, rtol=2e-6)
-    np.testing.assert_allclose(runs["mixtral-ddp on one"][0].losses, expected.losses, rtol=2e-6)
-    assert all(np.isfinite(runs["deepseek_v3-fsdp on one"][0].losses))
+    """Written by two ranks, in DDP and FSDP2, and read by one that has all experts."""
+    for family, name in (("mixtral", "mixtral-ddp"), ("ernie4_5_moe", "ernie4_5_moe-fsdp")):
+        expected, resumed = runs[f"{family}, resumed"][0], runs[f"{name}, resumed"][0]
+        np.testing.assert_allclose(resumed.losses, expected.losses, rtol=2e-6)
+        assert resumed.kept == expected.kept
+
+
+def test_plain_ddp_around_a_moefied_model_is_an_error(runs: dict[str, list[Trained]]) -> None:
+    """It would average the experts of different ranks, and count no expert twice in the norm."""
+    for rank in runs["mixtral-ddp"]:
+        assert "plain DDP gives wrong gradients" in rank.error

@@ -120,6 +120,7 @@ NO_CHANGE = {
     "moe.router.allow_future_leak": "a permission",
     "moe.replay.record": "only writes: test_replay.py",
     "moe.replay.from_": "read by the trainer, not by a step: test_replay.py",
+    "model.source": "another network: tests/hf/test_training.py",
 }
 
 

@@ -13,6 +13,7 @@ import pytest
 import dmoe.verify.verify as verification
 from dmoe.config.schema import Config
 from dmoe.distributed.local_ranks import RankError
+from dmoe.verify import findings
 from dmoe.verify.cases import Case
 from dmoe.verify.causes import make_row
 from dmoe.verify.differences import (
@@ -107,11 +108,11 @@ def test_the_second_steps_routing_is_left_out_where_scores_are_tied() -> None:
     case, and both steps of every other case, are compared.
     """
     found = [red("chosen experts", 0, 0), red("chosen experts", 1, 0), red("capacity slots", 1, 0)]
-    ranks = [verification._RankFindings(found, [])]
+    ranks = [findings.RankFindings(found, [])]
     kept = {
         tied: [
             (d.quantity, d.step)
-            for _, d in verification._merge_ranks(
+            for _, d in findings.merge_ranks(
                 Case(4, 1, 1, "packed", "fsdp", tied=tied), ranks, "float64"
             ).differences
         ]
@@ -145,7 +146,7 @@ def test_ranks_that_fail_only_together_are_reported(monkeypatch: pytest.MonkeyPa
     def run_ranks(world: int, run: object, job: verification._Job, **options: object) -> object:
         if len(job.cases) > 1:
             raise RankError("rank 1 raised\nRuntimeError: the groups of the first case are left")
-        return [[verification._RankFindings([], [])]] * world
+        return [[findings.RankFindings([], [])]] * world
 
     monkeypatch.setattr(verification, "run_ranks", run_ranks)
     job = verification._Job(Config(), cases, Path("none"), "float64", None, None)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.plugins import get
-from dmoe.config.published import FIELD_NAMES, contradiction, read_shape
+from dmoe.config.published import FIELD_NAMES, contradiction, quantization_of, read_shape
 from dmoe.config.rules.layer import check_layer
 from dmoe.config.schema import (
     Config,
@@ -44,6 +44,7 @@ def check_published(config: Config) -> None:
     _check_lora(config.model.lora)
     # the family's router decides about weights, not moe.router.renormalize
     check_layer(replace(moe, router=replace(moe.router, renormalize=moe.top_k > 1)))
+    quantization_of(source)
     for field, value in read_shape(source).fields.items():
         if get(config, field) != value:
             raise contradiction(field, get(config, field), value, source)

@@ -9,6 +9,7 @@ Letters: T tokens, E experts, K experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from dmoe.config.schema import Config
 from dmoe.hf.layer import LayerRecord, MoefiedLayer
+from dmoe.hf.llama4 import Llama4Layer
 from dmoe.hf.model import PublishedModel
 from dmoe.moe.routing import TokenContext
 from dmoe.verify.naive.capacity import Choices, apply_capacity
@@ -39,8 +41,19 @@ def install(model: nn.Module, config: Config) -> None:
         experts = layer.experts
         experts.num_experts = layer.num_experts
         experts.__class__ = type(experts).__bases__[1]
+        if isinstance(layer, Llama4Layer):
+            experts.forward = partial(_all_experts, experts.forward, layer.num_experts)
         prior = PriorCounts()
         experts.register_forward_pre_hook(partial(_drop, layer, prior), with_kwargs=True)
+
+
+def _all_experts(
+    forward: Callable[[Tensor], Tensor], num_experts: int, x_TD: Tensor, *choice: Tensor
+) -> Tensor:
+    """Call the experts of Llama-4 as its block does: all of them, with 0 where not chosen."""
+    index_T1, weight_T1 = choice
+    inputs = [x_TD * weight_T1 * (index_T1 == e) for e in range(num_experts)]
+    return forward(torch.cat(inputs)).view(num_experts, *x_TD.shape).sum(0)
 
 
 def _drop(
