@@ -28,7 +28,8 @@ from dmoe.distributed.local_ranks import run_ranks
 from dmoe.moe.dispatch import profiled
 from dmoe.runs.metrics_log import MetricsFile
 from dmoe.train import engine as engines
-from dmoe.train.step import NULL_RECORDER, compute_gradients, training_batches, update
+from dmoe.train.reduction import NULL_RECORDER
+from dmoe.train.step import compute_gradients, training_batches, update
 from dmoe.train.telemetry import Telemetry
 
 WARM_UP = 3

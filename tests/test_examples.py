@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import socket
 import subprocess
@@ -77,6 +78,16 @@ def test_train_from_python(tmp_path: Path) -> None:
         cwd=ROOT,
     )
     assert "stopped early: True" in done.stdout, done.stdout
+
+
+def test_replay_of_the_choices_of_an_inference_engine(tmp_path: Path) -> None:
+    script = ROOT / "examples" / "replay.py"
+    command = [sys.executable, str(script), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "with moe.replay.from all are the engine's: True" in done.stdout, done.stdout
+    share = re.search(r"engine's for ([\d.]+)% of the tokens", done.stdout)
+    assert share is not None
+    assert 0.1 < float(share[1]) < 50, "bfloat16 chooses otherwise for a few percent"
 
 
 def test_own_data(tmp_path: Path) -> None:

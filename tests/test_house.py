@@ -9,10 +9,10 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 314,
-    "product lines": 51_500,
+    "product files": 350,
+    "product lines": 56_500,
     "files of one MoE forward": 13,
-    "files of one training step": 39,
+    "files of one training step": 41,
     "files that name a router kind": 5,
     "largest package, share of lines": 0.19,
     "files in a folder, at most": 22,
@@ -23,7 +23,8 @@ LIMITS = {
     "files over 300 lines": 0,
 }
 """Hold what is: II and III added files (own code, public API, Muon, watchdog), and none may come
-unseen. IX: the compact file of metrics, the report without a plotting library."""
+unseen. IX: the compact file of metrics, the report without a plotting library.
+unseen. V added published models, choices of experts and conversions."""
 
 
 def test_the_layout_is_within_its_limits() -> None:

@@ -11,13 +11,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dmoe"
 LEVELS = [
     ("cli",),
-    ("explain", "verify", "simulation"),
+    ("explain", "verify", "simulation", "conversion"),
     ("train",),
     ("observability",),
     ("report",),
     ("hf",),
     ("modular", "models", "distributed"),
-    ("moe", "runs", "checkpoint", "data"),
+    ("moe", "runs", "checkpoint", "data", "replay"),
     ("config",),
 ]
 LEVEL_OF = {name: len(LEVELS) - position for position, names in enumerate(LEVELS) for name in names}

@@ -1,4 +1,4 @@
-"""Commands `dmoe checkpoint inspect`, `verify`, `export` and `upcycle`."""
+"""Commands `dmoe checkpoint inspect` and `verify`; the others are in files of their own."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dmoe.cli import checkpoint_export
-from dmoe.cli.common import ARGUMENTS_HELP, TrustCode, integer, load_arguments
+from dmoe.cli import checkpoint_export, checkpoint_models
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from dmoe.cli.checkpoint_info import CheckpointContents, CheckpointList, VerifiedCheckpoint
-    from dmoe.train.upcycle import UpcycleResult
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,6 +53,9 @@ def inspect(path: CheckpointPath, as_json: AsJson = False) -> None:
 
 
 app.command()(checkpoint_export.export)
+app.command("import")(checkpoint_models.import_model)
+app.command()(checkpoint_models.upcycle)
+app.command()(checkpoint_models.prune)
 
 
 @app.command()
@@ -99,52 +100,6 @@ def verify(
     else:
         _print_verified(_console(), results, found)
     sys.exit(0 if ok else 3)
-
-
-@app.command()
-def upcycle(
-    run: Annotated[
-        str, typer.Argument(metavar="RUN", help="Run of a dense model (model.moe_every=0).")
-    ],
-    arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG] [K=V ...]", help=ARGUMENTS_HELP)
-    ] = None,
-    step: Annotated[
-        int | None,
-        typer.Option(help="Step of the checkpoint. Default: the newest intact one.", **integer()),
-    ] = None,
-    trust_code: TrustCode = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
-) -> None:
-    """Initialize a mixture of experts from a dense run: each expert is a copy of a feed-forward.
-
-    CONFIG is the config of the mixture. Creates its train.run_dir with a checkpoint of step 0 that
-    computes the same function as the dense model. Then dmoe train with the same CONFIG and
-    train.run_dir continues from it, on any number of ranks.
-
-    Example: dmoe checkpoint upcycle runs/dense configs/seeds/upcycle.yaml train.run_dir=runs/sparse
-    """
-    config, given = load_arguments(arguments or [])
-
-    from dmoe.runs.directory import find_run
-    from dmoe.train.upcycle import upcycle as upcycle_run
-
-    result = upcycle_run(find_run(run), config, given, step, trust_code=trust_code)
-    print(json.dumps(asdict(result), indent=2) if as_json else upcycle_text(result))
-
-
-def upcycle_text(result: UpcycleResult) -> str:
-    """Describe an upcycled run in sentences."""
-    from dmoe.report.format import format_count
-
-    return (
-        f"{len(result.layers)} feed-forwards of {result.source}, step {result.step}, "
-        f"copied to {result.experts} experts each: "
-        f"{format_count(result.dense_parameters)} parameters are now "
-        f"{format_count(result.parameters)}\n"
-        f"logits on held-out text differ by at most {result.difference:.1e}\n"
-        f"train it with the same CONFIG and train.run_dir={result.path}"
-    )
 
 
 def print_json(content: dict[str, Any]) -> None:

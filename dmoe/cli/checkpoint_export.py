@@ -16,12 +16,16 @@ from dmoe.config.errors import ConfigError
 if TYPE_CHECKING:
     from dmoe.hf.export import Exported
 
+DTYPE_HELP = (
+    "float32 (default), bfloat16 or float16, for dmoe's own transformer; a published model keeps "
+    "the types of its source."
+)
 SIZE_HELP = "Size of a file in GiB at most; a larger tensor has a file of its own."
 
 
 def export(
     run: Annotated[
-        str, typer.Argument(metavar="RUN_OR_DIR", help="A run of a model.source, or a checkpoint.")
+        str, typer.Argument(metavar="RUN_OR_DIR", help="A run, or a checkpoint of a model.source.")
     ],
     to: Annotated[str, typer.Option("--to", metavar="DIR", help="Directory to create.")],
     source: Annotated[
@@ -34,10 +38,12 @@ def export(
         bool, typer.Option(help="Only the factors of model.lora, as a directory of peft.")
     ] = False,
     max_shard: Annotated[int, typer.Option(help=SIZE_HELP, **integer(1))] = 4,
+    dtype: Annotated[str | None, typer.Option(help=DTYPE_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
     """Write a run's newest intact checkpoint in the format of the model it was trained from.
 
+    A run of dmoe's own transformer becomes a Mixtral, Qwen3-MoE, Llama or Qwen3, if it is one.
     With model.lora, the factors are merged into the weights, or written alone by --adapter.
 
     The directory has the source's tokenizer, chat template and configs, and loads in transformers,
@@ -52,8 +58,15 @@ def export(
     path = checkpoint_info.newest_intact(checkpoint_info.find_checkpoints(run))
     named = source or source_of(path)
     if named is None:
-        fix = "give --source DIR, the directory of the published model"
-        raise ConfigError("RUN", run, "was not trained from a model.source", fix)
+        if adapter:
+            fix = "leave --adapter out"
+            raise ConfigError("--adapter", True, "needs a run with model.lora", fix)
+        result = _export_own(run, to, dtype or "float32", max_shard << 30)
+        print(json.dumps(asdict(result), indent=2) if as_json else export_text(result))
+        return
+    if dtype is not None:
+        why = "belongs to dmoe's own transformer; this run has the types of its source"
+        raise ConfigError("--dtype", dtype, why, "leave it out")
     if adapter:
         from dmoe.hf.lora_peft import export_lora
 
@@ -64,6 +77,14 @@ def export(
         return
     result = export_checkpoint(path, named, to, max_shard << 30)
     print(json.dumps(asdict(result), indent=2) if as_json else export_text(result))
+
+
+def _export_own(run: str, to: str, dtype: str, max_shard_bytes: int) -> Exported:
+    """Export a run of dmoe's own transformer."""
+    from dmoe.conversion.own_export import export_own
+    from dmoe.runs.directory import find_run
+
+    return export_own(find_run(run), to, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
 
 def export_text(result: Exported) -> str:

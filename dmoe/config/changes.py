@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from dmoe.config.fields import field_named
+from dmoe.config.keywords import shown
 from dmoe.config.plugin_loader import loaded_class
 from dmoe.config.plugins import is_same_code, label, parse
 from dmoe.config.schedule import learning_rate
@@ -106,7 +107,7 @@ def differences(
 ) -> Iterator[tuple[str, Any, Any]]:
     """Yield name, old and new value of each field that differs between two configs as mappings."""
     for key, value in now.items():
-        name, old = f"{prefix}{key}", before.get(key, ABSENT)
+        name, old = shown(f"{prefix}{key}"), before.get(key, ABSENT)
         if isinstance(value, dict) and field_named(name) is None:
             yield from differences(old if isinstance(old, Mapping) else {}, value, f"{name}.")
         # A field that a newer version has added is absent: its default keeps the old meaning.

@@ -19,6 +19,7 @@ from typing import Any
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.field_aliases import suggest_field
+from dmoe.config.keywords import shown
 from dmoe.config.plugins import FORM, parse
 from dmoe.config.secrets import REDACTED, is_secret_name
 from dmoe.config.yaml_guard import INTEGER, NUMBER, short
@@ -69,7 +70,7 @@ def _walk(classes: dict[str, ast.ClassDef], name: str, prefix: str) -> Iterator[
         if not isinstance(node, ast.AnnAssign):
             continue
         assert isinstance(node.target, ast.Name)
-        path, kind = f"{prefix}{node.target.id}", ast.unparse(node.annotation)
+        path, kind = shown(f"{prefix}{node.target.id}"), ast.unparse(node.annotation)
         if kind in classes:
             sections.append((kind, f"{path}."))
         else:

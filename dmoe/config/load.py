@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.fields import TEXT, check_given, field_named, list_fields
+from dmoe.config.keywords import shown, with_attributes, with_shown
 from dmoe.config.plugins import FORM, anchored
 from dmoe.config.published import with_source
 from dmoe.config.schema import Config
@@ -66,7 +67,8 @@ def _names(given: dict[Any, Any], prefix: str = "") -> Iterator[str]:
 
 def to_yaml(config: Config) -> str:
     """Format the whole config, defaults included, as YAML that `load` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    values = OmegaConf.to_container(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(with_shown(cast(dict[Any, Any], values))))
 
 
 def _writable(config: DictConfig) -> DictConfig:
@@ -95,10 +97,11 @@ def _merge(base: DictConfig, given: dict[Any, Any], source: str = "") -> None:
     given = _with_lists(given)
     check_given(given, source)
     try:
-        base.merge_with(given)
+        base.merge_with(with_attributes(given))
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         # of a mapping's value, e.g. optim.groups, OmegaConf names the value's own key
+        key = shown(key)
         field = next((f for f in list_fields() if f"{key}.".startswith(f"{f.name}.")), None)
         if field is None:
             raise

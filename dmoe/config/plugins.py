@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.keywords import attribute
 
 FIELDS = (
     "moe.router.kind",
@@ -138,13 +139,14 @@ def anchored(value: Any, folder: Path, name: str = "") -> Any:
 def get(config: Any, field: str) -> Any:
     """Return the value of a field by its dotted name."""
     for part in field.split("."):
-        config = getattr(config, part)
+        config = getattr(config, attribute(part))
     return config
 
 
 def put(section: Any, field: str, value: object) -> Any:
     """Return a copy of a config with another value of the field of this dotted name."""
     first, _, rest = field.partition(".")
+    first = attribute(first)
     below = put(getattr(section, first), rest, value) if rest else value
     return replace(section, **{first: below})
 

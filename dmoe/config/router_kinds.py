@@ -52,6 +52,9 @@ class RouterSpec:
     """A token can have no expert at all, before any capacity."""
     looks_ahead: bool = False
     """The choice for a token depends on later tokens of its sequence."""
+    replayable: bool = False
+    """The weights of given experts are `combine_weights` of their logits, so that recorded choices
+    can be trained with."""
 
 
 ROUTERS: dict[str, RouterSpec] = {
@@ -60,23 +63,27 @@ ROUTERS: dict[str, RouterSpec] = {
         _SCORED | {"score", "weights_from"},
         normalizable=True,
         zero_cost_experts=True,
+        replayable=True,
     ),
     "noisy": RouterSpec(
         "the experts of largest score, with noise of a learned width in training",
         weights_sum_to_scale=True,
         zero_cost_experts=True,
         has_noise=True,
+        replayable=True,
     ),
     "group_limited": RouterSpec(
         "the experts of largest score within a token's best groups of experts",
         _SCORED | {"score", "weights_from", "groups", "topk_groups"},
         normalizable=True,
+        replayable=True,
     ),
     "adaptive": RouterSpec(
         "as many experts as it takes for their probabilities to reach moe.router.top_p",
         _SCORED | {"weights_from", "top_p", "k_min"},
         variable_k=True,
         zero_cost_experts=True,
+        replayable=True,
     ),
     "fixed": RouterSpec(
         "the experts that belong to the token's label; nothing is learned",

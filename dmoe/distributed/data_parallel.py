@@ -20,9 +20,10 @@ FSDP2 gathers weights in their own dtype (float32) and autocast converts them, e
 
 # No `from __future__ import annotations`: DDP compares the hook's annotations with the types.
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -233,3 +234,11 @@ def make_grad_scaler(mesh: ParallelMesh, device: torch.device) -> torch.amp.Grad
     if mesh.control_group is None:
         return torch.amp.GradScaler(device.type)
     return ShardedGradScaler(device.type, process_group=mesh.control_group)
+
+
+def scaler_numbers(state: Mapping[str, Any]) -> dict[str, float]:
+    """Return a gradient scaler's state as JSON numbers: scale, growth, good steps seen."""
+    return {
+        key: value.item() if isinstance(value, torch.Tensor) else value
+        for key, value in state.items()
+    }

@@ -31,6 +31,7 @@ from dmoe.moe.metrics import MoEOutput, layer_stats
 from dmoe.moe.placement import to_physical_experts
 from dmoe.moe.routers import build_router
 from dmoe.moe.routers.base import RouterModule
+from dmoe.moe.routers.replayed import with_given_experts
 from dmoe.moe.routing import (
     EMPTY_CONTEXT,
     DispatchPlan,
@@ -201,6 +202,8 @@ class MoE(MoELayer):
         shape = self.batch_shape(math.prod(x.shape[:-2]), x_TD.shape[0])
         with profiled("route"):
             routing = self.router(x_TD, context, shape)
+            if context.given_expert_LTK is not None:
+                routing = with_given_experts(routing, context, self.layer, self.router.config)
             plan = apply_capacity(routing, shape, self.capacity, self.comm, self.num_zero_cost)
         dispatcher = self.packed if self.padded is None or plan.slots is None else self.padded
         with profiled("dispatch"):

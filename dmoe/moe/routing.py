@@ -55,6 +55,9 @@ class TokenContext:
     first_sequence: int = 0
     """Index of this forward's first sequence in the global batch of the optimizer step. Part of the
     key of the noise, so that noise does not depend on how the batch is sharded over ranks."""
+    given_expert_LTK: Tensor | None = None
+    """int64; the experts of each token in every MoE layer, -1 where it selects fewer than K, in
+    place of the router's choice (replay). None: the router chooses."""
     budget: float | None = None
     """Share of all experts' multiply-adds that a token may spend (budget routing). None: as
     configured."""

@@ -120,8 +120,10 @@ def routing_sentences(config: Config) -> list[str]:
     if parse(moe.router.kind) is not None:
         score, choice = f"Router: {describe(moe.router.kind, moe.router.options)}.", _choice(moe)
         return [score, choice, *_noise(moe)]
-    frozen = ["The router is not trained (moe.router.freeze)."] if moe.router.freeze else []
-    return [*([score] if spec.learned else []), choice, _weights(moe), *_noise(moe), *frozen]
+    notes = ["The router is not trained (moe.router.freeze)."] if moe.router.freeze else []
+    if moe.replay.from_ is not None:
+        notes.append(f"In training the experts are given by {moe.replay.from_}, not chosen.")
+    return [*([score] if spec.learned else []), choice, _weights(moe), *_noise(moe), *notes]
 
 
 def _choice(moe: MoEConfig) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from dmoe.checkpoint.save_load import remove_partials
 from dmoe.config.changes import describe_changes, describe_learning_rate
 from dmoe.config.errors import CheckpointError
 from dmoe.config.schema import CheckpointConfig
+from dmoe.distributed.data_parallel import scaler_numbers
 from dmoe.distributed.state_dict import model_state, optimizer_state, set_optimizer_step
 from dmoe.observability.logger import RunLogger
 from dmoe.runs.directory import RunDir
@@ -53,6 +54,8 @@ class Checkpointer:
         self.saver = AsyncSaver(run.checkpoints, config.keep, self.group, config.asynchronous)
         self.last_saved_step = -1
         """The last step that was passed to `save`, or restored."""
+        self.before_save: Callable[[], None] = lambda: None
+        """Writes what must not be behind a checkpoint. Collective."""
         self.tokens = 0
         """Tokens of all steps until now, without padding: of this process and those before it."""
         self.notes: list[str] = []
@@ -96,6 +99,7 @@ class Checkpointer:
         Raises CheckpointError on all ranks, of this save or of the previous one if that was still
         being written.
         """
+        self.before_save()
         if step == self.last_saved_step:
             return
         state = train_state(self.engine) | gather_rng_state(self.engine.mesh.control_group)
@@ -165,7 +169,7 @@ class Checkpointer:
             "data": self.data.fingerprint,
             "model": engine.own_model,
             "guard": self.step_guard.state_dict(),
-            "scaler": None if scaler is None else _as_numbers(scaler.state_dict()),
+            "scaler": None if scaler is None else scaler_numbers(scaler.state_dict()),
             "versions": {"dmoe": dmoe.__version__, "torch": torch.__version__},
         }
 
@@ -203,14 +207,6 @@ def train_state(engine: Engine) -> dict[str, torch.Tensor]:
     return model_state(engine.model, engine.mesh) | optimizer_state(
         engine.model, engine.optimizer, engine.mesh
     )
-
-
-def _as_numbers(state: Mapping[str, Any]) -> dict[str, float]:
-    """Return a gradient scaler's state as JSON numbers: scale, growth, good steps seen."""
-    return {
-        key: value.item() if isinstance(value, torch.Tensor) else value
-        for key, value in state.items()
-    }
 
 
 class CheckpointScheduler:

@@ -5,6 +5,7 @@ Letters: L MoE layers, E experts, n auxiliary losses per layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from dmoe.models.base import ModelOutput
 from dmoe.moe.metrics import LayerStats
+from dmoe.moe.routing import MetricsFn
 
 NUM_SCALARS = 9
 NUM_LAYER_SCALARS = 4
@@ -177,3 +179,19 @@ def _aux_losses(output: ModelOutput) -> list[dict[str, Tensor]]:
 def _layer_stats(output: ModelOutput) -> list[LayerStats]:
     """Return the counts of MoE layers, then of adapter layers."""
     return [*output.stats, *output.module_stats]
+
+
+class NullStepRecorder:
+    """Records nothing: for a step that is not logged. `step_metrics.StepRecorder` records."""
+
+    metrics_fn: MetricsFn | None = None
+    """Metrics that the MoE layers compute in the step's forwards."""
+
+    def mark(self, phase: str) -> None:
+        """Book the time since the last mark under `phase`."""
+
+    def collect(self, outputs: Sequence[ModelOutput]) -> None:
+        """Collect the step's metrics on the device, once all gradients are reduced."""
+
+
+NULL_RECORDER = NullStepRecorder()

@@ -120,9 +120,10 @@ STATE_FIELDS = ("optim.kind", "optim.trainable", "moe.router.freeze")
 """Fields on which the tensors of the optimizer depend."""
 
 
-FREE_FIELDS = ("moe.exchange", "modular.core", "modular.compositions")
-"""Fields of those sections that may differ: they change no number beyond rounding (exchange), or
-only the start or the end of a run (weights to start from, evaluation at the end)."""
+FREE_FIELDS = ("moe.exchange", "moe.replay.record", "modular.core", "modular.compositions")
+"""Fields of those sections that may differ: they change no number beyond rounding (exchange), only
+write (record), or only the start or the end of a run (weights to start from, evaluation at the
+end)."""
 
 
 def check_same_run(saved: Mapping[str, Any], saved_data: str, config: Config, data: str) -> None:

@@ -6,7 +6,8 @@
 Every rank computes its share of that one number, and every gradient is summed, so no factor of W,
 EP or EDP appears anywhere.
 
-Letters: L MoE layers, E experts, B sequences of this process, S sequence length.
+Letters: L MoE layers, E experts, K experts per token, B sequences of this process, S sequence
+length, T = B*S tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ from dmoe.moe.load_balancing import coefficients, updated_bias
 from dmoe.moe.routing import MetricsFn, TokenContext
 from dmoe.train.engine import Engine
 from dmoe.train.modular.attach import balance_biases
-from dmoe.train.reduction import BatchCounts, ReducedStep, Requests, pack, unpack
+from dmoe.train.reduction import (
+    NULL_RECORDER,
+    BatchCounts,
+    NullStepRecorder,
+    ReducedStep,
+    Requests,
+    pack,
+    unpack,
+)
 
 NO_REQUESTS = Requests()
 
@@ -49,6 +58,8 @@ class Batch:
     """bool: False for padding; None: there is none."""
     metrics_fn: MetricsFn | None = None
     """Metrics that the MoE layers compute in this forward, beside their counts."""
+    given_expert_LTK: Tensor | None = None
+    """int64: the experts of each token in every MoE layer, if they are replayed."""
 
 
 @dataclass(frozen=True)
@@ -62,22 +73,6 @@ class StepResult:
     clip_factor: float
     updated: bool
     """Whether the parameters were updated: loss and norm were finite, and the step was to apply."""
-
-
-class NullStepRecorder:
-    """Records nothing: for a step that is not logged. `step_metrics.StepRecorder` records."""
-
-    metrics_fn: MetricsFn | None = None
-    """Metrics that the MoE layers compute in the step's forwards."""
-
-    def mark(self, phase: str) -> None:
-        """Book the time since the last mark under `phase`."""
-
-    def collect(self, outputs: Sequence[ModelOutput]) -> None:
-        """Collect the step's metrics on the device, once all gradients are reduced."""
-
-
-NULL_RECORDER = NullStepRecorder()
 
 
 def training_batches(dataset: Any, engine: Engine, step: int) -> list[Batch]:
@@ -96,6 +91,11 @@ def training_batches(dataset: Any, engine: Engine, step: int) -> list[Batch]:
         input, target, label_B, position_BS, valid_BS = samples
         batches.append(Batch(input, target, label_B, step, first, position_BS, valid_BS))
     return batches
+
+
+def count_target_bytes(engine: Engine, data: Any, batches: Sequence[Batch]) -> int:
+    """Return the bytes of text of the targets of this rank's batches."""
+    return sum(int(engine.task.bytes_per_target(data, batch.target).sum()) for batch in batches)
 
 
 def train_step(engine: Engine, batches: list[Batch], learning_rate: float) -> StepResult:
@@ -190,6 +190,7 @@ def forward(engine: Engine, batch: Batch, prior_LE: Tensor | None) -> ModelOutpu
     device = engine.process.device
     input = batch.input.to(device, non_blocking=True)
     target = batch.target.to(device, non_blocking=True)
+    given = batch.given_expert_LTK
     context = TokenContext(
         prior_count_LE=prior_LE,
         label_T=batch.label_B.to(device).repeat_interleave(target.shape[1]),
@@ -198,6 +199,7 @@ def forward(engine: Engine, batch: Batch, prior_LE: Tensor | None) -> ModelOutpu
         valid_T=_per_token(batch.valid_BS, device),
         first_sequence=batch.first_sequence,
         metrics_fn=batch.metrics_fn,
+        given_expert_LTK=None if given is None else given.to(device, non_blocking=True),
     )
     output: ModelOutput = engine.wrapped_model(input, target, context)
     return output

@@ -25,7 +25,7 @@ from dmoe.moe.placement import ExpertPlacement
 from dmoe.moe.routing import MetricsFn
 from dmoe.observability.profiler import peak_memory
 from dmoe.train.engine import Engine
-from dmoe.train.step import NullStepRecorder
+from dmoe.train.reduction import NullStepRecorder
 
 NUM_BIAS_VALUES = 3  # smallest, largest, mean
 PHASES = ("data", "forward", "backward", "exchange", "optimizer", "other")

@@ -19,7 +19,7 @@ from dmoe.observability.alerts import Alerts
 from dmoe.observability.profiler import measure_peak_flops
 from dmoe.train.engine import Engine
 from dmoe.train.modular.attach import module_metrics
-from dmoe.train.reduction import LayerTotals
+from dmoe.train.reduction import NULL_RECORDER, LayerTotals, NullStepRecorder
 from dmoe.train.routing_analysis import RoutingProbe
 from dmoe.train.step import StepResult
 from dmoe.train.step_metrics import LayerMetrics, StepMetrics, StepRecorder
@@ -48,6 +48,11 @@ class Telemetry:
         """Start to record a step whose data were read since `began` (`time.monotonic`)."""
         self.recorder = StepRecorder(self.engine, began)
         return self.recorder
+
+    def recorder_of(self, step: int, start_step: int, began: float) -> NullStepRecorder:
+        """Return a recorder of step `step`, from 1: one that records if the step is logged."""
+        logged = is_logged(step, start_step, self.engine.config.train)
+        return self.start_recording(began) if logged else NULL_RECORDER
 
     def train_record(
         self,

@@ -19,12 +19,13 @@ from dmoe.train.checkpointer import Checkpointer, CheckpointScheduler
 from dmoe.train.engine import Engine
 from dmoe.train.evaluation import Evaluation, evaluate
 from dmoe.train.modular.session import ModularSession
+from dmoe.train.replay import Replay
 from dmoe.train.run_session import RunSession
 from dmoe.train.signals import Signals, StopRequested
 from dmoe.train.step import (
-    NULL_RECORDER,
     StepResult,
     compute_gradients,
+    count_target_bytes,
     grad_norm,
     training_batches,
     update,
@@ -78,6 +79,7 @@ class Trainer:
         self.modular = ModularSession(engine, session.directory.path, fresh=fresh)
         session.record_attempt(self.start_step, config.guard.attempts)
         self.evaluation_missing = session.is_evaluation_missing(self.start_step, self.config)
+        self.replay = Replay(engine, data, session.directory.path, self.checkpointer)
         session.write_config(config, config_text)
         self.logger = RunLogger(
             config,
@@ -165,24 +167,22 @@ class Trainer:
         """Take the next optimizer step, then log, save and evaluate where that is due."""
         self.step_began = time.monotonic()
         step, engine = self.steps_done, self.engine
-        batches = training_batches(self.data.train, engine, step)
+        batches = self.replay.given(training_batches(self.data.train, engine, step), step)
         lr = learning_rate(step, self.config.steps, engine.config.optim)
-        target_bytes = sum(
-            int(self.task.bytes_per_target(self.data, batch.target).sum()) for batch in batches
+        recorder = self.replay.recorder(
+            self.telemetry.recorder_of(step + 1, self.start_step, self.step_began)
         )
-        recorder = NULL_RECORDER
-        if is_logged(step + 1, self.start_step, self.config):
-            recorder = self.telemetry.start_recording(self.step_began)
         with self.watchdog.watch(f"step {step + 1}"):
             totals = compute_gradients(
                 engine,
                 batches,
-                target_bytes=target_bytes,
+                target_bytes=count_target_bytes(engine, self.data, batches),
                 requests=self.signals.take_requests(self.checkpoint_scheduler.failed),
                 recorder=recorder,
             )
             health, action = self.step_guard.check(step, totals.loss, grad_norm(totals))
             result = update(engine, totals, lr, apply=action is StepAction.APPLY)
+            self.replay.record(step, recorder)
         self.steps_done = step + 1
         self.checkpointer.tokens += totals.num_tokens
         self._after_first_step(step, result)

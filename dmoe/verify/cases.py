@@ -120,6 +120,10 @@ def plan_cases(config: Config, worlds: list[int], groups: int, device: str = "cp
     """
     _check_gpus(device, worlds)
     cases, refused = list[Case](), without_reference(config)
+    if config.moe.replay.from_ is not None:
+        refused["moe.replay.from"] = (
+            "the choices belong to the tokens of the run, and the cases read others: they route"
+        )
     exchanges: list[Exchange] = ["packed"]
     if moe_widths(config):
         if config.moe.capacity.factor is None:

@@ -13,6 +13,7 @@ import yaml
 from dmoe.cli.explain import MAX_WIDTH, as_text, choose_world, fields_as_text
 from dmoe.config.errors import ConfigError
 from dmoe.config.fields import list_fields
+from dmoe.config.keywords import shown
 from dmoe.config.load import load
 from dmoe.config.schema import Config
 from dmoe.explain import explain
@@ -118,7 +119,7 @@ def test_the_held_out_split_is_named() -> None:
 
 def test_listed_fields_are_those_of_the_schema() -> None:
     listed = {field.name: field for field in list_fields()}
-    expected = dict(leaves(Config(), ""))
+    expected = {shown(name): value for name, value in leaves(Config(), "")}
     assert listed.keys() == expected.keys()
     for name, value in expected.items():
         assert yaml.safe_load(listed[name].default) == value or float(listed[name].default) == value

@@ -118,6 +118,8 @@ CHANGES = [
 NO_CHANGE = {
     "moe.exchange": "the same result in another way",
     "moe.router.allow_future_leak": "a permission",
+    "moe.replay.record": "only writes: test_replay.py",
+    "moe.replay.from_": "read by the trainer, not by a step: test_replay.py",
     "model.source": "another network: tests/hf/test_training.py",
 }
 

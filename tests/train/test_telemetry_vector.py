@@ -17,8 +17,8 @@ from dmoe.data import open_data
 from dmoe.distributed import init as worlds
 from dmoe.moe.metrics import MAXIMA, SUMS
 from dmoe.train import engine as engines
+from dmoe.train.reduction import NULL_RECORDER
 from dmoe.train.step import (
-    NULL_RECORDER,
     StepResult,
     compute_gradients,
     grad_norm,

@@ -33,6 +33,7 @@ from dmoe.config.rules.parallel import (
     shares_something,
 )
 from dmoe.config.rules.published import check_published, refuse_lora
+from dmoe.config.rules.replay import check_replay
 from dmoe.config.schema import Config
 from dmoe.config.schema.constraints import check_bounds, check_only_for, check_types
 from dmoe.config.secrets import refuse_secrets
@@ -76,6 +77,7 @@ def check(config: Config, world: int = 1) -> None:
     else:
         check_published(config)
     check_modular(config)
+    check_replay(config)
     check_optim(config)
     check_size(config)
     expert_parallel(config, world)

@@ -19,6 +19,7 @@ from dmoe.config.schema.model import (
     LoraConfig,
     ModelConfig,
     MoEConfig,
+    ReplayConfig,
     RouterConfig,
 )
 from dmoe.config.schema.modular import ModularConfig
@@ -47,6 +48,7 @@ __all__ = [
     "ModularConfig",
     "OptimConfig",
     "ParallelConfig",
+    "ReplayConfig",
     "RouterConfig",
     "TrackingConfig",
     "TrainConfig",

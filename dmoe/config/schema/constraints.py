@@ -16,6 +16,7 @@ from types import NoneType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.keywords import shown
 from dmoe.config.plugins import parse
 
 LARGEST = 10**12
@@ -132,7 +133,7 @@ def check_types(section: Any, prefix: str = "") -> None:
         if is_dataclass(kind) and isinstance(value, kind):  # type: ignore[arg-type]
             check_types(value, f"{prefix}{name}.")
         else:
-            check_type(f"{prefix}{name}", value, kind)
+            check_type(shown(f"{prefix}{name}"), value, kind)
 
 
 def check_type(name: str, value: Any, kind: Any) -> None:
@@ -219,7 +220,7 @@ def _fields(section: Any, prefix: str) -> Iterator[tuple[str, Any, Any, tuple[An
             yield from _fields(value, f"{prefix}{name}.")
         else:
             constraints = getattr(hints[name], "__metadata__", ())
-            yield f"{prefix}{name}", value, defaults[name], constraints
+            yield shown(f"{prefix}{name}"), value, defaults[name], constraints
 
 
 @cache

@@ -217,6 +217,17 @@ class ExpertsConfig:
 
 
 @dataclass(frozen=True)
+class ReplayConfig:
+    """Every token's choices in every MoE layer, by (step, sample, position); docs/replay.md."""
+
+    record: Annotated[Optional[str], only_for("train.task", "language_modelling")] = None
+    """Directory to write the experts that every token of training has chosen."""
+    from_: Annotated[Optional[str], only_for("train.task", "language_modelling")] = None
+    """Choices to train with in place of the router's own: a directory that a run has recorded, or
+    a .npy or .safetensors file [tokens, layers, K]. The weights are still the router's."""
+
+
+@dataclass(frozen=True)
 class MoEConfig:
     num_experts: Annotated[int, at_least(1), at_most(1 << 20)] = 8
     """Routed experts E of one layer, over all ranks, without zero-cost experts."""
@@ -231,3 +242,4 @@ class MoEConfig:
     capacity: CapacityConfig = field(default_factory=CapacityConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)

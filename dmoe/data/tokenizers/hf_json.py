@@ -143,7 +143,8 @@ def _pieces(path: str, tokenizer: Any) -> tuple[tuple[bytes, ...], int]:
             if not all(character in alphabet for character in token):
                 raise _refused(path, f"its token {token!r} is not written in the byte alphabet")
             pieces[index] = bytes(alphabet[character] for character in token)
-    missing = [character for character in alphabet if character not in vocab]
+    # NUL bytes are removed from every text
+    missing = [letter for letter, byte in alphabet.items() if byte and letter not in vocab]
     if missing:
         raise _refused(
             path, f"{len(missing)} of the 256 bytes have no token, so some text would be lost"

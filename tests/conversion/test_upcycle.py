@@ -11,6 +11,7 @@ import torch
 from dmoe import checkpoint
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import Config
+from dmoe.conversion.upcycle import check_upcycle, copy_weights, upcycle
 from dmoe.distributed import init as worlds
 from dmoe.distributed.expert_parallel import expert_locations, expert_parameters
 from dmoe.distributed.full_tensors import gather_full
@@ -21,7 +22,6 @@ from dmoe.train import engine as engines
 from dmoe.train.evaluation import evaluate
 from dmoe.train.step import train_step, training_batches
 from dmoe.train.tasks import task_of
-from dmoe.train.upcycle import check_upcycle, copy_weights, upcycle
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, tiny
 from tests.train.dense_run import DENSE, SPARSE, dense_run, weights

@@ -1,0 +1,1 @@
+"""Runs made from other models and from other runs: upcycled, pruned, imported, exported."""

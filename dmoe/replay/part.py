@@ -1,0 +1,226 @@
+"""One file of choices: a safetensors file with one tensor, `experts` [tokens, layers, K].
+
+That is the layout in which inference engines return the experts of a rollout, so a part can be
+read by any of them, and theirs by dmoe. Ids are the smallest unsigned type that holds them, and
+its largest value marks a choice that a token did not make (`moe.router.kind=adaptive`). A run's
+part has in its header
+
+    spec        the model and data the choices belong to (`ChoiceSpec`)
+    first_step, steps    of the run, counted from 0
+    batch       SHA-256 of the input tokens of the first step
+    sha256      of the ids
+
+and its token n is position n mod S of sample n // S mod B of step first_step + n // (S B): the
+place in the training data, whatever rank computed it. Nothing of world, expert parallelism, time or
+directory is in a file, so equal choices are equal bytes.
+
+Letters: N tokens, L MoE layers, K experts per token, B samples of a step, S positions per sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmoe.config.errors import ConfigError
+
+FORMAT = "dmoe-choices-1"
+TENSOR = "experts"
+NONE = -1
+"""A choice that a token did not make, in arrays of signed integers."""
+DTYPES = {
+    "U8": np.uint8,
+    "U16": np.uint16,
+    "U32": np.uint32,
+    "I8": np.int8,
+    "I16": np.int16,
+    "I32": np.int32,
+    "I64": np.int64,
+}
+"""Integers of safetensors, little-endian."""
+NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+MAX_HEADER = 1 << 24
+
+
+@dataclass(frozen=True)
+class ChoiceSpec:
+    """What choices belong to; another value of any field gives tokens or experts other meanings."""
+
+    data: str
+    """Fingerprint of the data."""
+    seed: int
+    """Seed of the order of the sequences."""
+    global_batch: int
+    """B."""
+    seq_len: int
+    """S."""
+    layers: int
+    """L."""
+    experts: int
+    """E, zero-cost ones included."""
+    top_k: int
+    """K."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch * self.seq_len
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of the ids: one more value than experts, for a choice that is not made."""
+        unsigned = (np.uint8, np.uint16, np.uint32)
+        return np.dtype(next(dtype for dtype in unsigned if self.experts <= _top(dtype)))
+
+    def pack(self, expert_NLK: np.ndarray) -> np.ndarray:
+        """Return signed ids, `NONE` where none is selected, in the type of the files."""
+        top = _top(self.dtype)
+        return np.where(expert_NLK == NONE, top, expert_NLK).astype(self.dtype)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of choices, mapped into memory."""
+
+    path: Path
+    experts: np.ndarray
+    """[N, L, K] as in the file."""
+    header: Mapping[str, str]
+    """Its text values; empty for a file that dmoe did not write."""
+
+    @property
+    def first_step(self) -> int:
+        return int(self.header["first_step"])
+
+    @property
+    def end_step(self) -> int:
+        """The step after the last one."""
+        return self.first_step + int(self.header["steps"])
+
+    @property
+    def spec(self) -> ChoiceSpec:
+        return ChoiceSpec(**json.loads(self.header["spec"]))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the ids have the SHA-256 of the header."""
+        return hashlib.sha256(self.experts.data).hexdigest() == self.header.get("sha256")
+
+
+def signed(expert_NLK: np.ndarray) -> np.ndarray:
+    """Return ids as int64, `NONE` for the largest value of an unsigned type."""
+    ids = expert_NLK.astype(np.int64)
+    if expert_NLK.dtype.kind == "u":
+        ids[expert_NLK == _top(expert_NLK.dtype)] = NONE
+    return ids
+
+
+def read_choices(path: str | Path) -> np.ndarray:
+    """Return the ids of a .npy or .safetensors file, int64 [tokens, layers, K], -1 for none.
+
+    Raises:
+        ConfigError: it is no such file.
+    """
+    return signed(open_part(Path(path)).experts)
+
+
+def write_choices(
+    path: str | Path, expert_NLK: np.ndarray, header: Mapping[str, str] | None = None
+) -> None:
+    """Write ids [tokens, layers, K] as safetensors: whole, or not at all.
+
+    Args:
+        path: of the file.
+        expert_NLK: any integers; they are written as they are.
+        header: text values; the SHA-256 of the ids is added.
+    """
+    ids, path = np.ascontiguousarray(expert_NLK), Path(path)
+    more = {"format": FORMAT, "sha256": hashlib.sha256(ids.data).hexdigest()}
+    entry = {"dtype": NAMES[ids.dtype], "shape": ids.shape, "data_offsets": [0, ids.nbytes]}
+    text = json.dumps({"__metadata__": {**(header or {}), **more}, TENSOR: entry}, sort_keys=True)
+    encoded = text.encode()
+    encoded += b" " * (-len(encoded) % 8)
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        file.write(ids.data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def part_header(spec: ChoiceSpec, first_step: int, steps: int, batch: str) -> dict[str, str]:
+    """Return the header of a part of a run; `batch` is the digest of its first step's tokens."""
+    return {
+        "spec": json.dumps(asdict(spec), sort_keys=True),
+        "first_step": str(first_step),
+        "steps": str(steps),
+        "batch": batch,
+    }
+
+
+def open_part(path: Path, field: str = "moe.replay.from") -> Part:
+    """Map a file of choices into memory; `field` is what errors name.
+
+    Raises:
+        ConfigError: it cannot be read, or holds no integers [tokens, layers, K].
+    """
+    try:
+        ids, header = _map_npy(path) if path.suffix == ".npy" else _map_safetensors(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        allowed = f"cannot be read as choices ({reason or type(error).__name__})"
+        fix = "give a directory that moe.replay.record has written, a .npy or a .safetensors file"
+        raise ConfigError(field, path, allowed, fix) from None
+    if ids.ndim != 3 or ids.dtype.kind not in "iu":
+        allowed = f"holds {ids.dtype}{list(ids.shape)}, not integers [tokens, layers, K]"
+        raise ConfigError(field, path, allowed, "write expert ids in that layout")
+    return Part(path, ids, header)
+
+
+def _map_npy(path: Path) -> tuple[np.ndarray, dict[str, str]]:
+    return np.load(path, mmap_mode="r", allow_pickle=False), {}
+
+
+def _map_safetensors(path: Path) -> tuple[np.ndarray, dict[str, str]]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise ValueError("it is no safetensors file, or cut off")
+        content = json.loads(file.read(length))
+    header = content.pop("__metadata__", {})
+    name = TENSOR if TENSOR in content else next(iter(content), "")
+    if name != TENSOR and len(content) != 1:
+        raise ValueError(f"it holds {len(content)} tensors, none of them called {TENSOR}")
+    entry = content[name]
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"{name} is {entry['dtype']}, not integers")
+    (start, end), dtype = entry["data_offsets"], np.dtype(DTYPES[entry["dtype"]])
+    shape = tuple(entry["shape"])
+    if end - start != dtype.itemsize * int(np.prod(shape)) or 8 + length + end > size:
+        raise ValueError("it is cut off")
+    if end == start:
+        return np.zeros(shape, dtype), header
+    return np.memmap(path, dtype, "r", 8 + length + start, shape), header
+
+
+def _top(dtype: Any) -> int:
+    return int(np.iinfo(dtype).max)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in this folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

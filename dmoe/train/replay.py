@@ -1,0 +1,182 @@
+"""Choices of experts of a run: recorded (`moe.replay.record`), or given (`moe.replay.from`).
+
+Recording costs one all-gather of a step's ids over all ranks per step, one read by the host, and
+the memory of a part on rank 0. Replaying reads the ids of this rank's samples from mapped files.
+
+Letters: A accumulation steps, W ranks, n sequences per forward, S positions, L MoE layers, K
+experts per token, T = n S tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dmoe.config.router_kinds import router_spec
+from dmoe.distributed.init import run_on_rank0
+from dmoe.distributed.mesh import ProcessGroupComm
+from dmoe.models.base import ModelOutput
+from dmoe.moe.routers.replayed import choices
+from dmoe.moe.routing import DispatchPlan, MetricsFn, Routing, TokenContext
+from dmoe.replay import ChoiceReader, ChoiceSpec, ChoiceWriter
+from dmoe.train.checkpointer import Checkpointer
+from dmoe.train.engine import Engine
+from dmoe.train.reduction import NullStepRecorder
+from dmoe.train.step import Batch
+from dmoe.train.tasks import DataSplits
+
+
+class Replay:
+    """The recording and the given choices of one run; without `moe.replay` it does nothing."""
+
+    def __init__(
+        self, engine: Engine, data: DataSplits, run: Path, checkpointer: Checkpointer
+    ) -> None:
+        """Open both. Collective.
+
+        Args:
+            engine: config, ranks and MoE layers.
+            data: of the run.
+            run: the run directory.
+            checkpointer: has restored the run; it is told to write choices before a checkpoint.
+
+        Raises on all ranks:
+            ConfigError: the choices belong to another model or other data, or to another run.
+            CheckpointError: a file is missing or damaged.
+        """
+        self.engine, self.data, self.notes = engine, data, checkpointer.notes
+        step, checkpointer.before_save = max(0, checkpointer.last_saved_step), self.flush
+        config = engine.config.moe.replay
+        self.reader: ChoiceReader | None = None
+        self.writer: ChoiceWriter | None = None
+        self.records = config.record is not None
+        if config.from_ is not None:
+            self.reader = self._open_reader(Path(config.from_).expanduser(), step)
+        if config.record is not None:
+            folder = Path(config.record).expanduser()
+            self._on_rank0(lambda: self._open_writer(folder, run, step))
+
+    def given(self, batches: list[Batch], step: int) -> list[Batch]:
+        """Return this rank's batches of a step with their given choices, if there are any."""
+        if self.reader is None:
+            return batches
+        return [
+            replace(batch, given_expert_LTK=self._given(self.reader, batch, step))
+            for batch in batches
+        ]
+
+    def recorder(self, recorder: NullStepRecorder) -> NullStepRecorder:
+        """Return a recorder of a step that collects the choices too, if they are recorded."""
+        return ChoiceRecorder(recorder) if self.records else recorder
+
+    def record(self, step: int, recorder: NullStepRecorder) -> None:
+        """Record the choices of a step, from its recorder. Collective if they are recorded."""
+        if not isinstance(recorder, ChoiceRecorder):
+            return
+        expert_NLK = self._gather(recorder.choice_ATLK)
+
+        def add() -> None:
+            assert self.writer is not None
+            self.writer.add(step, expert_NLK.numpy(), self.batch_digest(step))
+
+        self._on_rank0(add)
+
+    def flush(self) -> None:
+        """Write what was recorded; before every checkpoint, so that none is ahead of its choices.
+
+        Collective if choices are recorded. Raises CheckpointError on all ranks.
+        """
+        if self.records:
+            self._on_rank0(self._flush)
+
+    def batch_digest(self, step: int) -> str:
+        """Return the SHA-256 of the input tokens of the global batch of a step."""
+        size = self.engine.config.train.global_batch
+        samples = self.engine.task.training_samples(self.data.train, step, 0, size, size)
+        tokens = samples.input.to(torch.int64).contiguous().numpy()
+        return hashlib.sha256(tokens.astype("<i8").data).hexdigest()
+
+    def _open_reader(self, path: Path, step: int) -> ChoiceReader:
+        """Check all files on rank 0, then map them on each."""
+        config = self.engine.config
+        spec, partly = self.spec(), router_spec(config.moe.router.kind).variable_k
+        end = config.train.steps
+        self._on_rank0(
+            lambda: ChoiceReader(path, spec).check(step, end, self.batch_digest, partly=partly)
+        )
+        reader = ChoiceReader(path, spec)
+        if not reader.recorded:
+            self.notes.append(
+                f"moe.replay.from={path} does not say which tokens it belongs to: only its shape "
+                "and its ids were checked"
+            )
+        return reader
+
+    def _flush(self) -> None:
+        assert self.writer is not None
+        self.writer.flush()
+
+    def _open_writer(self, folder: Path, run: Path, step: int) -> None:
+        self.writer = ChoiceWriter(folder, self.spec(), str(run), step)
+
+    def spec(self) -> ChoiceSpec:
+        """Return what the choices of this run belong to."""
+        config, layers = self.engine.config, self.engine.model.moe_layers()
+        return ChoiceSpec(
+            data=self.data.fingerprint,
+            seed=config.train.seed,
+            global_batch=config.train.global_batch,
+            seq_len=self.engine.task.targets_per_sample,
+            layers=len(layers),
+            experts=layers[0].num_experts,
+            top_k=config.moe.top_k,
+        )
+
+    def _given(self, reader: ChoiceReader, batch: Batch, step: int) -> Tensor:
+        """Return the choices of a batch, int64 [L, T, K]."""
+        expert_TLK = reader.read(step, batch.first_sequence, len(batch.input))
+        return torch.from_numpy(expert_TLK).transpose(0, 1).contiguous()
+
+    def _gather(self, choice_ATLK: Tensor) -> Tensor:
+        """Return the choices of the global batch in the order of its samples, int32 on the CPU."""
+        if self.engine.mesh.world_size > 1:
+            choice_WATLK = ProcessGroupComm(self.engine.mesh).gather(choice_ATLK)
+            choice_ATLK = choice_WATLK.transpose(0, 1).flatten(0, 1)
+        return choice_ATLK.flatten(0, 1).cpu()
+
+    def _on_rank0(self, action: Callable[[], object]) -> None:
+        """Run `action` on rank 0, and raise its error on all ranks. Collective."""
+
+        def run() -> str:
+            action()
+            return ""
+
+        run_on_rank0(self.engine.process, run)
+
+
+class ChoiceRecorder(NullStepRecorder):
+    """Collects the choices of a step beside what another recorder collects."""
+
+    def __init__(self, inner: NullStepRecorder) -> None:
+        self.inner, self.choice_ATLK = inner, torch.empty(0)
+        self.metrics_fn: MetricsFn | None = self._metrics
+
+    def mark(self, phase: str) -> None:
+        self.inner.mark(phase)
+
+    def collect(self, outputs: Sequence[ModelOutput]) -> None:
+        steps = [[stats.metrics["choice_TK"] for stats in output.stats] for output in outputs]
+        self.choice_ATLK = torch.stack([torch.stack(layers, 1) for layers in steps])
+        self.inner.collect(outputs)
+
+    def _metrics(
+        self, routing: Routing, plan: DispatchPlan, context: TokenContext
+    ) -> dict[str, Tensor]:
+        inner = self.inner.metrics_fn
+        more = {} if inner is None else inner(routing, plan, context)
+        return more | choices(routing, plan, context)
