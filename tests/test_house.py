@@ -9,10 +9,10 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 350,
-    "product lines": 56_500,
+    "product files": 340,
+    "product lines": 54_600,
     "files of one MoE forward": 13,
-    "files of one training step": 41,
+    "files of one training step": 40,
     "files that name a router kind": 5,
     "largest package, share of lines": 0.19,
     "files in a folder, at most": 22,
@@ -22,9 +22,9 @@ LIMITS = {
     "import circles": 0,
     "files over 300 lines": 0,
 }
-"""Hold what is: II and III added files (own code, public API, Muon, watchdog), and none may come
-unseen. IX: the compact file of metrics, the report without a plotting library.
-unseen. V added published models, choices of experts and conversions."""
+"""Hold what is, so that nothing is added unseen. From 228 files the product grew by data of any
+format and instruction data (45 files), published models (28), replay and conversions (23),
+generation, evaluation and trackers (12), and the report without a plotting library (9)."""
 
 
 def test_the_layout_is_within_its_limits() -> None:
