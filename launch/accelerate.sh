@@ -22,7 +22,7 @@ config=$1
 shift
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-cores=$(getconf _NPROCESSORS_ONLN)
+cores=$(nproc) # of this process: a cpuset or a job may give it fewer than the machine has
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > RANKS ? cores / RANKS : 1))}"
 device=$([[ "$DEVICE" == cpu ]] && echo cpu || echo cuda)
 

@@ -15,7 +15,7 @@ refuse() { echo "local.sh: $1" >&2; exit 2; }
 command -v torchrun >/dev/null || refuse "torchrun is not on PATH; activate the environment dmoe is installed in."
 
 # torchrun's default is one thread per rank; divide the cores instead.
-cores=$(getconf _NPROCESSORS_ONLN)
+cores=$(nproc) # of this process: a cpuset or a job may give it fewer than the machine has
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > RANKS ? cores / RANKS : 1))}"
 
 exec torchrun --standalone --nproc-per-node "$RANKS" -m dmoe train "$@"

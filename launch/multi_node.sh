@@ -41,7 +41,7 @@ shift
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 # Seconds that torchrun waits after it forwarded SIGTERM, before it kills: to write a checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}"
-cores=$(getconf _NPROCESSORS_ONLN)
+cores=$(nproc) # of this process: a cpuset or a job may give it fewer than the machine has
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > RANKS_PER_NODE ? cores / RANKS_PER_NODE : 1))}"
 
 # Set the rendezvous host: detection by host name fails in containers and behind aliases.

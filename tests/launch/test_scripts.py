@@ -57,7 +57,7 @@ for node in 0 1; do SLURM_NODEID=$node "$@"; done
 def tools(folder: Path, srun_end: str = "") -> Path:
     """Make a bin directory with the fakes and the few programs the scripts call."""
     folder.mkdir()
-    for name in ("bash", "getconf", "dirname", "sleep"):
+    for name in ("bash", "nproc", "dirname", "sleep"):
         target = shutil.which(name)
         assert target
         (folder / name).symlink_to(target)
@@ -297,3 +297,28 @@ def test_accelerate_reads_our_files_and_would_use_torchrun(device: str) -> None:
     assert config.distributed_type.value == "MULTI_GPU"
     assert config.use_cpu is (device == "cpu")
     assert yaml.safe_load(path.read_text(encoding="utf-8"))["mixed_precision"] == "no"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
+def test_threads_are_divided_among_the_cores_that_the_process_may_use(tmp_path: Path) -> None:
+    """The cores of the machine were divided: under `taskset -c 0` two ranks had one thread each on
+    one core of two, and in a job with 4 of 64 cores they had 32 each."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        status, _, _ = run("local.sh", {"RANKS": "1"}, [CONFIG], tmp_path)
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert status == 0
+    assert (tmp_path / "record.env").read_text(encoding="utf-8").strip().endswith("omp=1")
+
+
+def test_a_slurm_task_with_fewer_cores_than_ranks_is_reported(tmp_path: Path) -> None:
+    """Clusters give a task one core, so eight ranks shared it, and nothing said so."""
+    few_cores = SLURM | {"SLURM_CPUS_PER_TASK": "1"}
+    _, few, _ = run("slurm.sbatch", few_cores, [CONFIG], tmp_path)
+    assert "1 cores for" in few
+    assert "--cpus-per-task" in few
+    (tmp_path / "enough").mkdir()
+    enough = SLURM | {"SLURM_CPUS_PER_TASK": "64"}
+    assert "cpus-per-task" not in run("slurm.sbatch", enough, [CONFIG], tmp_path / "enough")[1]
