@@ -45,6 +45,8 @@ class MoefiedExperts:
     """E, over all ranks."""
     first_expert: int
     """Global id of the first local expert."""
+    has_peft_layout: bool = True
+    """Whether peft reads the stacks' layout from the class; it takes others for [E, out, in]."""
 
     def forward(
         self,

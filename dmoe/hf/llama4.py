@@ -25,6 +25,7 @@ class Llama4Experts(MoefiedExperts):
     """Stacks `gate_up_proj` [E, D, 2F] and `down_proj` [E, F, D] of plain SwiGLU."""
 
     has_gate, has_bias, is_transposed, is_concatenated = True, False, True, True
+    has_peft_layout = False
 
     def _default_apply_gate(self, hidden: Tensor) -> Tensor:
         gate, up = hidden.chunk(2, dim=-1)

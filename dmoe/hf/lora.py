@@ -97,6 +97,13 @@ def add_lora(
         raise ConfigError("model", type(model).__name__, "is not moefied", "call dmoe.moefy first")
     if any(lora_places(model)):
         raise ConfigError("model", type(model).__name__, "has LoRA already", "call add_lora once")
+    for layer in layers if EXPERTS in targets else ():
+        if not layer.experts.has_peft_layout:
+            allowed = "has stacks [E, in, out] that peft takes for [E, out, in]"
+            fix = "name linear layers, such as q_proj"
+            raise ConfigError(
+                "model.lora.targets", EXPERTS, f"{type(model).__name__} {allowed}", fix
+            )
     scale = (2 * rank if alpha is None else alpha) / rank
     model.requires_grad_(False)
     for target in targets:

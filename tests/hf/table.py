@@ -1,10 +1,11 @@
-"""The table of docs/models.md: every family against plain transformers in one process.
+"""The tables of docs/models.md: every family against plain transformers and peft in one process.
 
-python -m tests.hf.table        measure all families and write the table
+python -m tests.hf.table        measure all families and write the tables
 """
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import dmoe
+from dmoe.config.errors import ConfigError
 from dmoe.config.schema import CapacityConfig
 from dmoe.distributed.expert_parallel import expert_parameters
 from dmoe.distributed.full_tensors import gather_full
@@ -22,6 +24,7 @@ from tests.hf.families import FAMILIES, tiny
 from tests.ranks import run_ranks
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
+FILES_START, FILES_END = "<!-- files: python -m tests.hf.table -->", "<!-- end of files -->"
 START, END = "<!-- families: python -m tests.hf.table -->", "<!-- end of families -->"
 BATCH, LENGTH = 4, 16
 
@@ -57,6 +60,33 @@ class Row:
         return f"| {' | '.join([*cells, f'{self.drops_1} / {self.drops_2}'])} |"
 
 
+@dataclass
+class FilesRow:
+    """A family's way through files: import -> export, and LoRA to peft and back, in float64."""
+
+    family: str
+    tensors: int
+    """In the published files."""
+    different: int
+    """Of those, not the same bytes after import and export."""
+    peft: float | None
+    """Largest difference of the logits of peft's model with the saved factors; None: refused."""
+    back: float | None
+    """The same, saved by peft and loaded here again."""
+    merged: float | None
+    """The same, with the factors merged into the weights."""
+
+    def line(self) -> str:
+        """Return the row of the table."""
+        values = (self.peft, self.back, self.merged)
+        cells = ["refused" if v is None else f"{v:.0e}" if v else "0" for v in values]
+        return f"| {self.family} | {self.different} of {self.tensors} | {' | '.join(cells)} |"
+
+
+FILES_HEADER = (
+    "| family (`model_type`) | tensors that differ after import -> export | LoRA of the experts: "
+    "logits in peft | saved by peft, loaded here | merged |\n|---|---|---|---|---|"
+)
 HEADER = (
     "| family (`model_type`) | score | logits, EP 1 | loss | gradients | logits, EP 2 | loss | "
     "gradients | drops, EP 1 / 2 |\n|---|---|---|---|---|---|---|---|---|"
@@ -169,6 +199,45 @@ def measure_all(families: list[str]) -> list[Row]:
     return rows
 
 
+def measure_files(family: str, folder: Path) -> FilesRow:
+    """Measure one family in one process; `folder` is empty."""
+    from dmoe.hf.export import export_checkpoint
+    from dmoe.hf.lora import add_lora, lora_places, merge_lora
+    from dmoe.hf.lora_peft import load_lora, save_lora
+    from tests.hf.test_export import make_checkpoint, make_source, weights
+    from tests.hf.test_lora import peft_model
+
+    source = make_source(family, folder / "source", dtype=torch.bfloat16, vocab_size=259)
+    export_checkpoint(make_checkpoint(source, folder / "run"), source, folder / "out")
+    ours, theirs = weights(folder / "out"), weights(source)
+    assert ours.keys() == theirs.keys()
+    same = [torch.equal(ours[n].view(torch.uint8), v.view(torch.uint8)) for n, v in theirs.items()]
+    model = dmoe.moefy(tiny(family))
+    try:
+        add_lora(model, 4, 6.0, ("experts",))
+    except ConfigError:
+        return FilesRow(family, len(same), same.count(False), None, None, None)
+    generator = torch.Generator().manual_seed(7)
+    for place in lora_places(model):
+        b = getattr(place.module, place.b)
+        b.data.copy_(0.1 * torch.randn(b.shape, generator=generator, dtype=b.dtype))
+    logits = _logits(model)
+    save_lora(model, folder / "lora")
+    in_peft = peft_model(family, folder / "lora").eval()  # as the others: Phi's router samples
+    peft = float((_logits(in_peft) - logits).abs().max())
+    in_peft.save_pretrained(folder / "peft")
+    again = load_lora(dmoe.moefy(tiny(family)), folder / "peft")
+    back = float((_logits(again) - logits).abs().max())
+    merged = float((_logits(merge_lora(model)) - logits).abs().max())
+    return FilesRow(family, len(same), same.count(False), peft, back, merged)
+
+
+def _logits(model: Any) -> Tensor:
+    with torch.no_grad(), float32_is_float64():
+        logits: Tensor = model(input_ids=batch(), use_cache=False).logits
+    return logits
+
+
 def written_families() -> list[str]:
     """Return the families of the table in the document."""
     text = DOCUMENT.read_text(encoding="utf-8")
@@ -176,8 +245,17 @@ def written_families() -> list[str]:
     return [line.split("|")[1].strip() for line in table.splitlines()[3:] if line.startswith("|")]
 
 
+def write(start: str, end: str, header: str, rows: list[str]) -> None:
+    """Replace the table between two marks of the document."""
+    text, lines = DOCUMENT.read_text(encoding="utf-8"), "\n".join(rows)
+    before, after = text[: text.index(start)], text[text.index(end) :]
+    DOCUMENT.write_text(f"{before}{start}\n{header}\n{lines}\n{after}", encoding="utf-8")
+
+
 if __name__ == "__main__":
-    text = DOCUMENT.read_text(encoding="utf-8")
-    lines = "\n".join(row.line() for row in measure_all(list(FAMILIES)))
-    before, after = text[: text.index(START)], text[text.index(END) :]
-    DOCUMENT.write_text(f"{before}{START}\n{HEADER}\n{lines}\n{after}", encoding="utf-8")
+    write(START, END, HEADER, [row.line() for row in measure_all(list(FAMILIES))])
+    found = []
+    for name in FAMILIES:
+        with tempfile.TemporaryDirectory() as place:
+            found.append(measure_files(name, Path(place)).line())
+    write(FILES_START, FILES_END, FILES_HEADER, found)
