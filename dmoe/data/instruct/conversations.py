@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import glob
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from dmoe.data.sources import entries
 Message = Mapping[str, Any]
 ASSISTANT = "assistant"
 """Role of the messages that are answers."""
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _FIX = 'give it "messages", or "prompt" and "completion"'
 
 
@@ -127,6 +129,8 @@ def _fault(message: object) -> str:
         return "has no role"
     if not isinstance(message.get("content"), str):
         return "has no text as its content"
+    if _LONE_SURROGATE.search(message["content"]):
+        return "has half of a surrogate pair in its content, which is no character"
     return ""
 
 
