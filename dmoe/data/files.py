@@ -189,7 +189,8 @@ def holds_shards(directory: Path) -> bool:
 def is_unfinished(directory: Path) -> bool:
     """Return whether a preparation of shards is under way in a directory, or was interrupted."""
     try:
-        return b'"shard_tokens"' in (directory / PARTS / PLAN).read_bytes()
+        with (directory / PARTS / PLAN).open("rb") as file:
+            return b'"shard_tokens"' in file.read(1 << 16)
     except OSError:
         return False
 

@@ -21,6 +21,7 @@ from dmoe.config.errors import ConfigError
 from dmoe.data.files import Listing, formats_of, list_directory, list_glob
 from dmoe.data.formats import RecordFields, Row, format_of, open_rows
 from dmoe.data.formats.errors import unreadable
+from dmoe.data.formats.labels import label_of
 from dmoe.data.formats.rows import HUB
 from dmoe.data.sources import entries
 
@@ -135,8 +136,8 @@ def _fault(message: object) -> str:
 
 
 def _label(path: Path | str, row: Row, fields: RecordFields) -> str:
-    value = row.values.get(fields.label or "")
-    if isinstance(value, str | int) and str(value):
-        return str(value)
+    label = label_of(row.values.get(fields.label or ""))
+    if label is not None:
+        return label
     reason = f"{row.place} has no label in {fields.label!r}"
     raise unreadable(fields.origin, path, reason, "give it one, or set data.label_field")

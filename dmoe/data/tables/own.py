@@ -29,6 +29,7 @@ from dmoe.config.schema import Config, DataConfig
 from dmoe.data.formats import Row, Rows, format_of, open_rows
 from dmoe.data.formats.csv_rows import number_or_none
 from dmoe.data.formats.errors import unreadable
+from dmoe.data.formats.labels import label_of
 from dmoe.data.formats.records import missing_column
 from dmoe.data.formats.rows import HUB
 from dmoe.data.tables.samples import (
@@ -272,11 +273,11 @@ def _short(value: Any) -> str:
 
 
 def _label(row: Row, name: str, source: str, origin: str) -> str:
-    value: Any = row.values.get(name)
-    if not isinstance(value, str | int | float) or value in ("",) or value != value:
+    label = label_of(row.values.get(name))
+    if label is None:
         reason = f"{row.place} has no label in {name!r}"
         raise unreadable(origin, source, reason, "give it one, or remove it")
-    return str(value)
+    return label
 
 
 def _no_label(source: str, columns: Mapping[str, str]) -> ConfigError:
