@@ -51,6 +51,8 @@ def command(
 ) -> None:
     """Continue a text with a trained model, in one process with all experts.
 
+    A model that was trained on conversations answers it as the message of a user.
+
     Example: dmoe generate runs/latest --prompt "def main(" --tokens 100 --temperature 0.7
     """
     _check_options(tokens, temperature, top_k, top_p, seed, step)
@@ -73,6 +75,14 @@ def command(
     assert isinstance(restored.model, Transformer)
     tokenizer = open_tokenizer(restored.config.data)
     ids = tokenizer.encode(prompt.encode("utf-8", "surrogateescape")).tolist()
+    stop = [tokenizer.separator]
+    if restored.config.data.format == "instruct":
+        from dmoe.data.instruct import end_ids, open_chat_template, prompt_ids
+
+        # The model has only answered messages: without the template it reads something else.
+        template = open_chat_template(restored.config.data)
+        ids = prompt_ids([{"role": "user", "content": prompt}], template, tokenizer)
+        stop += end_ids(template, tokenizer)
     with restored.autocast():
         new = generate(
             restored.model,
@@ -83,7 +93,7 @@ def command(
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            stop=[tokenizer.separator],
+            stop=stop,
         )
     text = tokenizer.decode([*ids, *new])
     # a pipe or a file gets what the model wrote

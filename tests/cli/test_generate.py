@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -87,3 +88,18 @@ def test_a_damaged_checkpoint_is_refused(alone: Run, place: Path) -> None:
         shard.write_bytes(content)
     result = dmoe("generate", str(damaged), "--prompt", "a", "--step", "6", cwd=place)
     refused(result, "safetensors", code=3)
+
+
+def test_a_model_of_conversations_is_asked_as_it_was_trained(tmp_path: Path) -> None:
+    """`dmoe generate` gave it the bare prompt, which no conversation begins with."""
+    rows = [json.dumps({"prompt": f"{n} + 1?", "completion": str(n + 1)}) for n in range(60)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(rows))
+    small = ["model.dim=32", "model.layers=1", "moe.expert_dim=32", "data.seq_len=80"]
+    data = ["data.source=sums.jsonl", "data.format=instruct", "data.chat_template=chatml"]
+    run = ["train.steps=1", "train.global_batch=4", "train.run_dir=run", "train.sample_tokens=0"]
+    trained = dmoe("train", *small, *data, *run, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    result = dmoe("generate", "run", "--prompt", "2 + 1?", "--tokens", "3", cwd=tmp_path)
+    assert result.stdout.startswith(
+        "<|im_start|>user\n2 + 1?<|im_end|>\n<|im_start|>assistant\n"
+    ), result.stderr
