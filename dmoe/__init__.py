@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dmoe.moe.metrics import MoEOutput
     from dmoe.moe.routers.base import LearnedRouter, RouterModule
     from dmoe.moe.routing import BatchShape, Routing, TokenContext
-    from dmoe.train.api import Run, load, read_metrics, train
+    from dmoe.train.api import Run, evaluate, load, read_metrics, train
     from dmoe.train.callbacks import Callback
 
 _MODULES = {
@@ -51,6 +51,7 @@ _MODULES = {
     "Routing": "moe.routing",
     "Run": "train.api",
     "TokenContext": "moe.routing",
+    "evaluate": "train.api",
     "load": "train.api",
     "load_config": "config.load:load",
     "parallelize": "distributed.parallel_model",
@@ -83,6 +84,7 @@ __all__ = [
     "Run",
     "TokenContext",
     "__version__",
+    "evaluate",
     "load",
     "load_config",
     "parallelize",

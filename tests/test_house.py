@@ -9,8 +9,8 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 276,
-    "product lines": 45_500,
+    "product files": 284,
+    "product lines": 46_900,
     "files of one MoE forward": 12,
     "files of one training step": 38,
     "files that name a router kind": 5,

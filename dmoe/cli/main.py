@@ -19,6 +19,7 @@ from dmoe.cli import (
     checkpoint,
     configs,
     data,
+    evaluate,
     explain,
     generate,
     modules,
@@ -85,6 +86,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": runs.compare,
     "explain": explain.command,
     "verify": verify.command,
+    "evaluate": evaluate.command,
     "generate": generate.command,
 }
 for name, command in COMMANDS.items():

@@ -24,6 +24,7 @@ from dmoe.cli.surroundings import keep_running_without_output
 from dmoe.config.errors import ConfigError
 from dmoe.config.fields import field_named
 from dmoe.config.rules import check
+from dmoe.config.rules.tracking import check_tracking
 from dmoe.config.schema import Config
 from dmoe.report.comparison import comparison_lines
 from dmoe.report.run import is_finished, load_runs
@@ -82,6 +83,7 @@ def command(
     configs = {name: load_arguments(list(run.arguments))[0] for name, run in sweep.items()}
     for config in configs.values():
         check(config, ranks or 1)
+        check_tracking(config)
     base = directory or Path("runs") / time.strftime("sweep-%Y%m%d-%H%M%S")
     commands = {name: train_command(run, base, ranks) for name, run in sweep.items()}
     if dry_run:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ from dmoe.models.layers import RMSNorm
 from dmoe.moe.inputs import describe
 from dmoe.moe.rng import normal_
 from dmoe.moe.routing import TokenContext
+
+if TYPE_CHECKING:
+    from dmoe.models.key_value_cache import LayerCache
 
 MAX_UNFUSED_LENGTH = 256
 """Longest sequence for which matrix products beat fused bfloat16 attention on a CPU."""
@@ -55,13 +58,20 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x_BSD: Tensor, rotary: Rotary, visible_BSS: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: Rotary,
+        visible_BSS: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
         """Attend causally: [B, S, D] -> [B, S, D], in autocast's dtype under autocast.
 
         Args:
             x_BSD: normalized input.
             rotary: see `rotary_table`.
             visible_BSS: see `visible_in_document`; None: each sequence is one document.
+            cache: tokens before these, of one document, to attend to as well.
         """
         heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q_BSHA, k_BSNA, v_BSNA = (
@@ -69,9 +79,12 @@ class Attention(nn.Module):
         )
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHA, k_BSNA = self.q_norm(q_BSHA), self.k_norm(k_BSNA)
-        y_BSHA = causal_attention(
-            apply_rotary(q_BSHA, rotary), apply_rotary(k_BSNA, rotary), v_BSNA, visible_BSS
-        )
+        q_BSHA, k_BSNA = apply_rotary(q_BSHA, rotary), apply_rotary(k_BSNA, rotary)
+        if cache is None:
+            y_BSHA = causal_attention(q_BSHA, k_BSNA, v_BSNA, visible_BSS)
+        else:
+            assert visible_BSS is None, "a cache holds one document"
+            y_BSHA = cache.attend(q_BSHA, k_BSNA, v_BSNA)
         out_BSD: Tensor = self.w_out(y_BSHA.flatten(2))
         return out_BSD
 

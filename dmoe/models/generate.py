@@ -1,23 +1,30 @@
 """Generate text from a model, one token at a time.
 
-The whole window is computed again for every token: S times the work of a key/value cache, but with
-exactly the forward of training and evaluation, so there is no second implementation.
+A key-value cache computes one position per token instead of the whole context. Where the tokens of
+a text share experts (`uncached_reason`), the context is computed again for each token. Both draw
+the same tokens, up to rounding: two tokens that are equally likely to the last digit may change
+places. `next_logits.py` says what a token sees beyond the window.
 
-Letters: B = 1 sequence, S tokens in the window, V vocabulary size.
+Letters: B texts, W the window, V vocabulary size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from dmoe.config.schema import BalanceConfig
+from dmoe.models.next_logits import Cached, Recomputed, Text, uncached_reason
 from dmoe.models.transformer import Transformer
 from dmoe.moe.interfaces import NoComm
 from dmoe.moe.rng import generator
-from dmoe.moe.routing import TokenContext
+
+NO_LOSSES = BalanceConfig(switch=0.0, z=0.0)
+OnToken = Callable[[int, int], bool]
+"""Called with the index of a prompt and its next token; True ends that text after the token."""
 
 
 def generate(
@@ -32,41 +39,90 @@ def generate(
     seed: int = 0,
     stop: Collection[int] = (),
     label: int = 0,
+    use_cache: bool = True,
 ) -> list[int]:
-    """Sample up to `max_tokens` tokens after the prompt.
+    """Sample up to `max_tokens` tokens after one prompt. See `generate_batch`."""
+    return generate_batch(
+        model,
+        [prompt_ids],
+        max_tokens,
+        window=window,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
+        label=label,
+        use_cache=use_cache,
+    )[0]
+
+
+def generate_batch(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    *,
+    window: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop: Collection[int] = (),
+    label: int = 0,
+    use_cache: bool = True,
+    first: int = 0,
+    on_token: OnToken | None = None,
+) -> list[list[int]]:
+    """Sample up to `max_tokens` tokens after each prompt.
 
     Under expert parallelism every rank must make the same call. The model's mode is restored.
 
     Args:
         model: any mode; evaluation mode is used.
-        prompt_ids: at least one token.
-        max_tokens: most tokens to generate.
-        window: number of last tokens that each new token sees; use `data.seq_len`.
-        temperature: 0 takes the most likely token; else the draw depends on (seed, logits) alone.
+        prompts: token ids, at least one in each.
+        max_tokens: most tokens to generate per prompt.
+        window: W, most tokens that each new token sees; use `data.seq_len`.
+        temperature: 0 takes the most likely token; else the draw depends on (seed, index of the
+            prompt, logits) alone.
         top_k: keep the k most likely tokens; None keeps all.
         top_p: keep the fewest tokens whose probabilities reach p (Holtzman et al. 2019).
         seed: of the draw.
         stop: tokens that end the text; they are not returned.
-        label: task, language or domain of the text, for fixed routing.
+        label: task, language or domain of the texts, for fixed routing.
+        use_cache: keep keys and values, unless `uncached_reason` says why not.
+        first: index of the first prompt, where the prompts of a list are given in parts.
+        on_token: sees each token as it is drawn, and may end its text.
 
     Returns:
-        The new tokens.
+        The new tokens of each prompt.
     """
-    _check_arguments(prompt_ids, window, temperature, top_k, top_p)
-    device = model.embedding.weight.device
-    rng = generator(seed, "generate")
-    ids = list(prompt_ids)
-    # no_grad and not inference_mode: see train/evaluation.py.
+    _check_arguments(prompts, window, temperature, top_k, top_p)
+    texts = [Text(list(ids), _generator(seed, first + index)) for index, ids in enumerate(prompts)]
+    is_cached = use_cache and uncached_reason(model) is None
+    next_logits = (
+        Cached(model, window, label, max_tokens) if is_cached else Recomputed(model, window, label)
+    )
+    active = list(range(len(texts)))
+    # no_grad and not inference_mode: see train/evaluation/__init__.py.
     with sampling_mode(model), torch.no_grad():
         for _ in range(max_tokens):
-            token_BS = torch.tensor([ids[-window:]], device=device)
-            context = TokenContext(label_T=torch.full_like(token_BS[0], label))
-            logits_BSV = model(token_BS, context=context).logits
-            token = sample_token(logits_BSV[0, -1], temperature, top_k, top_p, rng)
-            if token in stop:
+            if not active:
                 break
-            ids.append(token)
-    return ids[len(prompt_ids) :]
+            logits_BV, going = next_logits([texts[index] for index in active]), []
+            for index, logits_V in zip(active, logits_BV.cpu(), strict=True):
+                token = sample_token(logits_V, temperature, top_k, top_p, texts[index].rng)
+                if token in stop:
+                    continue
+                texts[index].ids.append(token)
+                if on_token is None or not on_token(index, token):
+                    going.append(index)
+            active = going
+    return [text.ids[len(ids) :] for text, ids in zip(texts, prompts, strict=True)]
+
+
+def _generator(seed: int, index: int) -> torch.Generator:
+    """Return the generator of one prompt's draws; the first one's is that of a lone prompt."""
+    return generator(seed, "generate", index) if index else generator(seed, "generate")
 
 
 def sample_token(
@@ -100,13 +156,13 @@ def sample_token(
 
 
 def _check_arguments(
-    prompt_ids: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     window: int,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
 ) -> None:
-    if not prompt_ids:
+    if not all(len(ids) for ids in prompts):
         raise ValueError("prompt_ids is empty: give at least one token to continue from")
     if window < 1:
         raise ValueError(f"window={window}: must be at least 1; use data.seq_len")
@@ -120,19 +176,19 @@ def _check_arguments(
 
 @contextmanager
 def sampling_mode(model: Transformer) -> Iterator[None]:
-    """Switch to evaluation mode with one group of tokens and no communication.
+    """Switch to evaluation mode with one group of tokens, no communication and no losses.
 
     A single sequence need not be divisible by the virtual ranks, and the copies that other ranks
     sample must not take its slots (`capacity.group: global` with an `eval_factor`).
     """
     training, layers = model.training, model.moe_layers()
-    saved = [(layer.virtual_ranks, layer.comm) for layer in layers]
+    saved = [(layer.virtual_ranks, layer.comm, layer.balance) for layer in layers]
     model.eval()
     for layer in layers:
-        layer.virtual_ranks, layer.comm = 1, NoComm()
+        layer.virtual_ranks, layer.comm, layer.balance = 1, NoComm(), NO_LOSSES
     try:
         yield
     finally:
         model.train(training)
-        for layer, (virtual_ranks, comm) in zip(layers, saved, strict=True):
-            layer.virtual_ranks, layer.comm = virtual_ranks, comm
+        for layer, before in zip(layers, saved, strict=True):
+            layer.virtual_ranks, layer.comm, layer.balance = before

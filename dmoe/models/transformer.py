@@ -24,6 +24,7 @@ from dmoe.models.attention import (
     visible_in_document,
 )
 from dmoe.models.base import Model, ModelOutput, token_losses
+from dmoe.models.key_value_cache import KeyValueCache, LayerCache
 from dmoe.models.layers import (
     BlockOutput,
     RMSNorm,
@@ -59,9 +60,10 @@ class Block(nn.Module):
         rotary: Rotary,
         context: TokenContext,
         visible_BSS: Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> BlockOutput:
         """Apply the block; the residual stream keeps its dtype: under autocast, float32."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, visible_BSS)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, visible_BSS, cache)
         out = run_feed_forward(self.feed_forward, self.feed_forward_norm(x_BSD), context)
         return out._replace(x_BSD=x_BSD + out.x_BSD)
 
@@ -157,6 +159,7 @@ class Transformer(Model):
         context: TokenContext | None = None,
         *,
         return_logits: bool = False,
+        cache: KeyValueCache | None = None,
     ) -> ModelOutput:
         """Predict each next token.
 
@@ -169,6 +172,7 @@ class Transformer(Model):
             target: token ids, int64 [B, S]; IGNORE_INDEX (-100) is not predicted.
             context: labels, padding and positions in documents of the tokens.
             return_logits: return logits although there are targets.
+            cache: holds the tokens before these, and then these too.
         """
         input = as_int64("input", input)
         context = context_of_rows(context or EMPTY_CONTEXT, input.shape)
@@ -179,13 +183,20 @@ class Transformer(Model):
         position_BS = positions_of(context, input)
         visible_BSS = None if position_BS is None else visible_in_document(position_BS)
         base, dtype, device = self.config.rope_base, x_BSD.dtype, x_BSD.device
-        rotary = rotary_table(input.shape[1], self.head_dim, base, dtype, device, position_BS)
+        rotary = (
+            rotary_table(input.shape[1], self.head_dim, base, dtype, device, position_BS)
+            if cache is None
+            else cache.rotary(input.shape[1])
+        )
         out = ModelOutput(None, None)
-        for block in self.blocks:
-            x_BSD, aux, stats = self.run_block(block, x_BSD, rotary, context, visible_BSS)
+        for index, block in enumerate(self.blocks):
+            more = (visible_BSS, None if cache is None else cache.layers[index])
+            x_BSD, aux, stats = self.run_block(block, x_BSD, rotary, context, *more)
             if aux is not None and stats is not None:
                 out.aux.append(aux)
                 out.stats.append(stats)
+        if cache is not None:
+            cache.advance(input.shape[1])
         output_VD = self.embedding.weight if self.output is None else self.output.weight
         logits_BSV = F.linear(self.norm(x_BSD), output_VD)
         if target is not None:

@@ -291,5 +291,7 @@ def _mask_or_all(mask_TK: Tensor | None, like_TK: Tensor) -> Tensor:
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Switch autocast off for the tensor's device; the meta device has none."""
-    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+    """Switch autocast off for the tensor's device, if it is on; the meta device has none."""
+    if tensor.is_meta or not torch.is_autocast_enabled(tensor.device.type):
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)

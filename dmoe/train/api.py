@@ -27,12 +27,10 @@ from dmoe.models.base import Model
 from dmoe.runs import metrics_log
 from dmoe.runs.directory import RunDir, find_run
 from dmoe.train.callbacks import Callback
+from dmoe.train.evaluation.checkpoint import GIVEN, RunEvaluation, evaluate_run
 from dmoe.train.restore import restore_model
 from dmoe.train.run import train_run
 from dmoe.train.tasks import DataSplits
-
-GIVEN = "given to dmoe.train"
-"""Value of `data.source` in the run directory, if the data were given."""
 
 
 class Metrics(list[dict[str, Any]]):
@@ -181,6 +179,45 @@ def load(
     """
     directory = run._directory if isinstance(run, Run) else find_run(str(run))
     return restore_model(directory, step, ep, model, trust_code=trust_code).model
+
+
+def evaluate(
+    run: Run | str | Path,
+    step: int | None = None,
+    *,
+    data: DataSplits | str | None = None,
+    sequences: int | None = None,
+    model: Model | None = None,
+    trust_code: bool = False,
+) -> RunEvaluation:
+    """Evaluate a checkpoint of a run: loss, metrics by domain, load and drops of each layer.
+
+    In a process group, or under a launcher, every rank must call it.
+
+    Args:
+        run: a `Run`, or a run directory.
+        step: of the checkpoint; None: the newest that is intact.
+        data: text to evaluate whole, as `data.source`, or an object with the splits, whose
+            `held_out` is read; None: the held-out split of the run.
+        sequences: how many, from the first; None: all of a text, else `train.eval_sequences`.
+        model: a model of yours to fill, for a run that trained one.
+        trust_code: load the code that the run names (`FILE.py:Name`), for a run that you trust.
+
+    Raises:
+        DmoeError: there is no such checkpoint, it is damaged, or the data cannot be read.
+    """
+    directory = run._directory if isinstance(run, Run) else find_run(str(run))
+    source, splits = (data, None) if isinstance(data, str) else (None, data)
+    with _own_process_state():
+        return evaluate_run(
+            directory,
+            step,
+            source=source,
+            data=splits,
+            sequences=sequences,
+            model=model,
+            trust_code=trust_code,
+        )
 
 
 def read_metrics(run: Run | str | Path) -> Metrics:

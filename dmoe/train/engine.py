@@ -87,6 +87,7 @@ def build_engine(
     num_outputs: int,
     dtype: torch.dtype = torch.float32,
     model: Model | None = None,
+    is_trained: bool = True,
 ) -> Engine:
     """Build, shard, initialize and wrap the model, in this order. Collective over all ranks.
 
@@ -98,6 +99,7 @@ def build_engine(
         num_outputs: vocabulary size, or number of classes.
         dtype: of the parameters; float64 is for `dmoe verify`.
         model: one to train in place of the config's, with its weights.
+        is_trained: False for an engine that only evaluates: no warm-up, so no gradients.
     """
     precision = resolve_precision(config.train.precision, process.device, config.model.dim)
     mesh = build_mesh(
@@ -136,8 +138,9 @@ def build_engine(
         checker,
         own_model,
     )
-    with explain_out_of_memory(config, process.world_size, "batch"):
-        _warm_up(engine)
+    if is_trained:
+        with explain_out_of_memory(config, process.world_size, "batch"):
+            _warm_up(engine)
     return engine
 
 

@@ -18,6 +18,7 @@ from dmoe.config.plugins import get, label, references
 from dmoe.config.rules import check
 from dmoe.config.rules.memory import explain_out_of_memory
 from dmoe.config.rules.modular import PREFIX_BANKS, prefix_error
+from dmoe.config.rules.tracking import check_tracking
 from dmoe.config.schema import Config
 from dmoe.data.tables import fill_table_shape
 from dmoe.distributed.init import (
@@ -86,6 +87,7 @@ def train_run(
     """
     config = fill_table_shape(load_plugins(config))
     check(config, launched_world_size())
+    check_tracking(config)
     check_base_models(config, launched_world_size())
     if config.train.deterministic:
         use_deterministic_kernels()

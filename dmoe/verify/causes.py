@@ -284,7 +284,7 @@ _CAUSES: dict[str, str | Callable[[Difference, Case], str]] = {
     "evaluation": (
         "the training agrees: what differs in evaluation (noise, capacity), which held-out samples "
         "each rank reads, padding, the sums over ranks, or an evaluation that changes the state "
-        "(dmoe/train/evaluation.py, dmoe/distributed/data_parallel.py)"
+        "(dmoe/train/evaluation/__init__.py, dmoe/distributed/data_parallel.py)"
     ),
     "float32 under bf16": (
         "parameters, moments or biases are kept in bf16: updates smaller than 1/256 are lost"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from dmoe.runs.directory import RunDir
 from dmoe.train.restore import restore_model
-from tests.cli.commands import dmoe, refused
+from tests.cli.commands import dmoe, refused, run_in_process
 from tests.cli.conftest import Run
 
 pytestmark = pytest.mark.ranks
@@ -44,6 +47,82 @@ def test_one_process_generates_from_two_ranks_run(pair: Run, place: Path) -> Non
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("def é")
+
+
+def test_batch_file_stop_and_json(alone: Run, place: Path) -> None:
+    """Several prompts give what each gives alone; a file may hold JSON; a stop string cuts."""
+    greedy = ("--temperature", "0", "--tokens", "12")
+    (place / "prompts.txt").write_text('def \n\n{"prompt": "x\\ny"}\n', encoding="utf-8")
+    options = ("--prompts-file", "prompts.txt", "--prompt", "# file", *greedy)
+    result = run_in_process("generate", "alone", *options, "--json", cwd=place)
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["prompt"] for line in lines] == ["# file", "def ", "x\ny"]
+    for line in lines:
+        alone_text = run_in_process(
+            "generate", "alone", "--prompt", line["prompt"], *greedy, cwd=place
+        ).stdout
+        assert alone_text == line["prompt"] + line["text"] + "\n"
+    text = lines[0]["text"]
+    assert lines[0]["tokens"] == 12
+    stop = text[5]
+    cut = run_in_process(
+        "generate", "alone", "--prompt", "# file", *greedy, "--stop", stop, "--json", cwd=place
+    )
+    found = json.loads(cut.stdout)
+    assert (found["text"], found["ended_by"]) == (text[: text.index(stop)], stop)
+    plain = run_in_process("generate", "alone", *options, "--batch", "2", cwd=place).stdout
+    assert "--- prompt 3 of 3\nx\ny" in plain
+    assert f"# file{text}\n--- prompt 2" in plain
+
+
+def chatml(*messages: str) -> str:
+    """Write messages of user and assistant in turn, up to where an answer begins."""
+    roles = itertools.cycle(("user", "assistant"))
+    turns = [
+        f"<|im_start|>{role}\n{text}<|im_end|>\n"
+        for role, text in zip(roles, messages, strict=False)
+    ]
+    return "".join(turns) + "<|im_start|>assistant\n"
+
+
+def test_chat_writes_prompts_by_the_template(
+    alone: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As messages, and as the lines of stdin, whose turns see the turns before."""
+    greedy = ("--temperature", "0", "--tokens", "9")
+
+    def answer(*messages: str) -> str:
+        plain = ("--prompt", chatml(*messages), "--stop", "<|im_end|>", "--json")
+        result = run_in_process("generate", "alone", *plain, *greedy, cwd=place)
+        return json.loads(result.stdout)["text"]
+
+    chat = ("generate", "alone", "--chat", "--chat-template", "chatml", *greedy)
+    result = run_in_process(*chat, "--prompt", "hi", "--prompt", "ho", "--json", cwd=place)
+    assert result.returncode == 0, result.stderr
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["text"] for line in found] == [answer("hi"), answer("ho")]
+    assert run_in_process(*chat, "--prompt", "hi", cwd=place).stdout == answer("hi") + "\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\nmore\n"))
+    result = run_in_process(*chat, cwd=place)
+    first = answer("hi")
+    assert result.stdout == f"{first}\n{answer('hi', first, 'more')}\n"
+    for options, words in (
+        (("--chat", "--prompt", "hi"), ("data.chat_template", "chatml")),
+        (("--prompt", "hi", "--chat-template", "chatml"), ("--chat-template", "--chat")),
+    ):
+        refused(run_in_process("generate", "alone", *options, cwd=place), *words)
+
+
+def test_wrong_prompts_are_refused(alone: Run, place: Path) -> None:
+    (place / "broken.jsonl").write_text('{"promt": "x"}\n', encoding="utf-8")
+    for options, words in (
+        ((), ("--prompt", "--prompts-file FILE")),
+        (("--prompts-file", "missing.txt"), ("--prompts-file=missing.txt", "cannot be read")),
+        (("--prompts-file", "broken.jsonl"), ("broken.jsonl:1", "prompt")),
+        (("--prompt", "a", "--stop", ""), ("--stop", "empty")),
+    ):
+        refused(run_in_process("generate", "alone", *options, cwd=place), *words)
 
 
 def test_step_option(alone: Run) -> None:
@@ -90,8 +169,8 @@ def test_a_damaged_checkpoint_is_refused(alone: Run, place: Path) -> None:
     refused(result, "safetensors", code=3)
 
 
-def test_a_model_of_conversations_is_asked_as_it_was_trained(tmp_path: Path) -> None:
-    """`dmoe generate` gave it the bare prompt, which no conversation begins with."""
+def test_a_bare_prompt_to_a_model_of_conversations_is_noted(tmp_path: Path) -> None:
+    """The model was asked something that no conversation begins with, without a word."""
     rows = [json.dumps({"prompt": f"{n} + 1?", "completion": str(n + 1)}) for n in range(60)]
     (tmp_path / "sums.jsonl").write_text("\n".join(rows))
     small = ["model.dim=32", "model.layers=1", "moe.expert_dim=32", "data.seq_len=80"]
@@ -100,6 +179,4 @@ def test_a_model_of_conversations_is_asked_as_it_was_trained(tmp_path: Path) -> 
     trained = dmoe("train", *small, *data, *run, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     result = dmoe("generate", "run", "--prompt", "2 + 1?", "--tokens", "3", cwd=tmp_path)
-    assert result.stdout.startswith(
-        "<|im_start|>user\n2 + 1?<|im_end|>\n<|im_start|>assistant\n"
-    ), result.stderr
+    assert "--chat writes it as a message of the user" in result.stderr

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import random
 import tempfile
 from pathlib import Path
 
@@ -214,6 +215,21 @@ def test_records_are_counted_as_documents_of_their_file(tmp_path: Path) -> None:
     )
     names = [document.name for document in read_corpus(str(path)).documents]
     assert names[:2] == ["docs/docs.jsonl:1", "docs/docs.jsonl:2"]
+
+
+def test_a_file_is_read_as_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first document is there when a small part of the file has been read, in any format."""
+    texts = [f"{n} " + random.Random(n).randbytes(500).hex() for n in range(2000)]
+    for name in ("jsonl", "jsonl.gz", "jsonl.zst", "csv", "csv.gz, all quoted", "arrow stream"):
+        path = WRITERS[name](tmp_path, texts)
+        whole = path.read_bytes()
+        damage = len(whole) * 3 // 4
+        path.write_bytes(whole[:damage] + b"\xff" * (len(whole) - damage))
+        records = read_records(path, RecordFields())
+        assert [next(records).content.decode() for _ in range(200)] == texts[:200], name
+        if name != "arrow stream":  # of which the bytes of a text are not checked
+            with pytest.raises(ConfigError, match=rf"^data\.source={path}: "):
+                list(records)
 
 
 def test_a_value_of_csv_may_be_long(tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ MUTATIONS = [
         "auxiliary losses",
     ),
     Mutation(
-        "train/evaluation.py",
+        "train/evaluation/__init__.py",
         "index_add(0, label_T, masked(sums_T4, valid_T))",
         "index_add(0, label_T, sums_T4)",
         "evaluation",
@@ -382,7 +382,7 @@ MUTATIONS = [
         "model.qk_norm=true",
     ),
     Mutation(
-        "train/evaluation.py",
+        "train/evaluation/__init__.py",
         "first = start + process.rank * count",
         "first = start",
         "evaluation",

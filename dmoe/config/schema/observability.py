@@ -70,9 +70,15 @@ class AlertsConfig:
 @dataclass(frozen=True)
 class TrackingConfig:
     trackers: Annotated[
-        list[str], items_from("wandb", "tensorboard", fix="metrics.jsonl is always written")
+        list[str],
+        items_from(
+            *("wandb", "tensorboard", "aim", "clearml", "comet_ml", "dvclive", "mlflow"),
+            *("swanlab", "trackio"),
+            fix="metrics.jsonl is always written",
+        ),
     ] = field(default_factory=list)
-    """Any of wandb, tensorboard; metrics.jsonl is always written."""
+    """Any of wandb, tensorboard, aim, clearml, comet_ml, dvclive, mlflow, swanlab, trackio (the
+    names of accelerate); metrics.jsonl is always written."""
     project: str = "dmoe"
     """Project name for the trackers."""
     name: Optional[str] = None
@@ -86,7 +92,8 @@ class TrackingConfig:
     notes: Optional[str] = None
     """A longer description of the run in wandb."""
     wandb_mode: Literal["online", "offline", "disabled"] = "offline"
-    """online: wandb connects to its server; offline: it writes to the run directory."""
+    """online: wandb (and comet_ml, clearml, swanlab) connects to its server; offline: it writes to
+    the run directory. disabled: no wandb."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ open.py           both splits of data.format=instruct
 from __future__ import annotations
 
 from dmoe.data.instruct.chat_template import ChatTemplate, open_chat_template
-from dmoe.data.instruct.encode import end_ids, prompt_ids
+from dmoe.data.instruct.encode import prompt_ids
 from dmoe.data.instruct.open import read_instruct
 
-__all__ = ["ChatTemplate", "end_ids", "open_chat_template", "prompt_ids", "read_instruct"]
+__all__ = ["ChatTemplate", "open_chat_template", "prompt_ids", "read_instruct"]

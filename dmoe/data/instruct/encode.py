@@ -106,14 +106,6 @@ def prompt_ids(
     return ids
 
 
-def end_ids(template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:
-    """Return the special tokens that end an answer; none where a turn is closed by plain text."""
-    messages = ({"role": "user", "content": "a"}, {"role": ASSISTANT, "content": "b"})
-    found = encode_conversation(Conversation(messages, "a test", ""), template, tokenizer)
-    special = {token.id for token in special_tokens(tokenizer).values()}
-    return sorted(special & {*found.token_N[found.answer_N].tolist()})
-
-
 def special_tokens(tokenizer: Tokenizer) -> dict[str, SpecialToken]:
     """Return the special tokens by name; a tokenizer of the user's own may have none."""
     return dict(getattr(tokenizer, "special", {}))

@@ -189,6 +189,8 @@ def project(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """Compute x W^T in `router_dtype`, regardless of autocast."""
     dtype = router_dtype(x_TD)
     with without_autocast(x_TD):
+        if not torch.is_grad_enabled():
+            return x_TD.to(dtype) @ weight_ED.to(dtype).t()
         product_TE: Tensor = RowProduct.apply(x_TD.to(dtype), weight_ED.to(dtype))
         return product_TE
 

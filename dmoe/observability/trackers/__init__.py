@@ -1,4 +1,4 @@
-"""wandb and TensorBoard, through accelerate: copies of metrics.jsonl. A run does not need them.
+"""Trackers, through accelerate: copies of metrics.jsonl. A run does not need them.
 
 A run resumed after step s repeats the later steps. TensorBoard marks its older values beyond s as
 void. wandb cannot take back a row: see `trackers/wandb.py`.
@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from dmoe.config.schema import Config
 from dmoe.config.secrets import redact
 from dmoe.observability import error_text
+from dmoe.observability.trackers.by_accelerate import AccelerateTracker
 from dmoe.observability.trackers.content import LoadHistory, scalars
 from dmoe.observability.trackers.tensorboard import TensorBoardTracker
 from dmoe.observability.trackers.wandb import WandbTracker
@@ -28,7 +29,7 @@ from dmoe.runs.metrics_log import Line, read_metrics
 __all__ = ["Trackers"]
 
 MAX_FIGURES = 10
-Tracker = TensorBoardTracker | WandbTracker
+Tracker = TensorBoardTracker | WandbTracker | AccelerateTracker
 
 
 class Trackers:
@@ -119,6 +120,8 @@ class Trackers:
         try:
             if name == "tensorboard":
                 return TensorBoardTracker.open(self.run, first_step)
+            if name != "wandb":
+                return AccelerateTracker.open(name, self.config, self.run)
             if self.config.tracking.wandb_mode != "disabled":
                 return WandbTracker.open(self.config, self.run, past, self.notify)
         # Training continues whatever a tracker raises.

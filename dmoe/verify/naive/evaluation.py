@@ -3,7 +3,7 @@
     loss = sum of -log p(target) / number of targets;   bits per byte = sum / ln 2 / bytes of text
     accuracy = share of targets with the largest logit
 
-Nothing of `dmoe/train/evaluation.py` or `routing_analysis.py` is called. `numbers` makes the same
+Nothing of `dmoe/train/evaluation/` or `routing_analysis.py` is called. `numbers` makes the same
 keys from the real result.
 
 Letters: B samples of one forward, S positions, T tokens, E experts.

@@ -11,7 +11,7 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.load import load
 from dmoe.config.schema import DataConfig, ModelConfig, MoEConfig
 from dmoe.data import open_data, open_tokenizer
-from dmoe.data.instruct import ChatTemplate, end_ids, open_chat_template, prompt_ids
+from dmoe.data.instruct import ChatTemplate, open_chat_template, prompt_ids
 from dmoe.data.instruct.conversations import Conversation
 from dmoe.data.instruct.encode import encode_conversation
 from dmoe.models.transformer import Transformer
@@ -180,12 +180,3 @@ def test_special_tokens_swallow_white_space_as_the_file_says(
     for text in ("a  <|both|>  b<s> c", "<|both|>", " <|both|><s> <|both|> x ", "plain  text "):
         expected = tokenizer.encode(text, add_special_tokens=False).ids
         assert encode_text(text, ours, special_tokens(ours)).tolist() == expected
-
-
-def test_an_answer_ends_with_the_special_token_that_closes_a_turn(tokenizer_file: Path) -> None:
-    """`dmoe generate` stopped at the separator alone, which no conversation has."""
-    options = DataConfig(tokenizer=str(tokenizer_file), chat_template="chatml", format="instruct")
-    template, tokenizer = open_chat_template(options), open_tokenizer(options)
-    special = tokenizer.special  # type: ignore[attr-defined]
-    assert end_ids(template, tokenizer) == [special["<|im_end|>"].id]
-    assert end_ids(template, open_tokenizer(DataConfig())) == []

@@ -81,6 +81,7 @@ def evaluate(
     data: DataSplits,
     stop: Callable[[], bool] = lambda: False,
     probe: RoutingProbe | None = None,
+    update: UpdateFn | None = None,
 ) -> Evaluation:
     """Evaluate the first `train.eval_sequences` held-out samples. Collective.
 
@@ -93,6 +94,7 @@ def evaluate(
         data: its held-out split is read.
         stop: whether this rank wants to stop; asked per batch.
         probe: analyses the routing decisions.
+        update: called for each batch, with all streams.
 
     Raises:
         StopRequested: on all ranks, if `stop()` is true on any of them.
@@ -100,7 +102,9 @@ def evaluate(
     compute_vs_loss = ComputeVsLoss(engine)
     snapshots, sums = list[RoutingSnapshot](), list[Tensor]()
 
-    def update(output: ModelOutput, label_T: Tensor, predicted_T: Tensor) -> None:
+    def update_all(output: ModelOutput, label_T: Tensor, predicted_T: Tensor) -> None:
+        if update is not None:
+            update(output, label_T, predicted_T)
         if probe is not None:
             assert output.loss_T is not None
             snapshots[:] = probe.update(output.stats, label_T, snapshots)
@@ -110,7 +114,7 @@ def evaluate(
     engine.wrapped_model.eval()
     try:
         metrics_fn = None if probe is None else decisions
-        scores = _domain_scores(engine, data, stop, update, metrics_fn)
+        scores = _domain_scores(engine, data, stop, update_all, metrics_fn)
         for stream in engine.task.streams:
             masked = _domain_scores(engine, data, stop, masked_stream=stream)
             accuracy[stream] = engine.task.metrics(_total_score(masked))["accuracy"]
