@@ -7,6 +7,7 @@ of strings of a table. Anything else is refused with the names that there are.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,14 @@ from dmoe.config.errors import ConfigError
 from dmoe.data.formats.compression import open_stream
 from dmoe.data.formats.detect import Format, format_of
 from dmoe.data.formats.errors import unreadable
-from dmoe.data.formats.labels import label_of
 from dmoe.data.formats.rows import HUB, Row, Rows, open_rows
 
 _LONGEST_NAME = 64
 """Characters of a header that is taken for a name where no field is given."""
+
+
+# A line break would end a line of the terminal, and half of a surrogate pair cannot be printed.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class Record(NamedTuple):
@@ -144,6 +148,18 @@ def _text(path: Path | str, row: Row, name: str, fields: RecordFields) -> bytes:
     except UnicodeEncodeError as error:
         reason = f"{row.place} has half of a surrogate pair in {name!r}, which is no character"
         raise unreadable(fields.origin, path, reason, "repair or remove it") from error
+
+
+def label_of(value: Any) -> str | None:
+    """Return the label that a value of a record is: a string or a number, as text.
+
+    None for anything else: null, an empty string, NaN, an object, a text with control characters or
+    with half of a surrogate pair.
+    """
+    if not isinstance(value, str | int | float) or value != value:
+        return None
+    text = str(value)
+    return text if text and not _UNPRINTABLE.search(text) else None
 
 
 def _label(path: Path | str, row: Row, fields: RecordFields) -> str:

@@ -21,7 +21,7 @@ from dmoe.config.errors import ConfigError
 from dmoe.data.files import Listing, formats_of, list_directory, list_glob
 from dmoe.data.formats import RecordFields, Row, format_of, open_rows
 from dmoe.data.formats.errors import unreadable
-from dmoe.data.formats.labels import label_of
+from dmoe.data.formats.records import label_of
 from dmoe.data.formats.rows import HUB
 from dmoe.data.sources import entries
 

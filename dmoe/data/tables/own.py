@@ -29,19 +29,18 @@ from dmoe.config.schema import Config, DataConfig
 from dmoe.data.formats import Row, Rows, format_of, open_rows
 from dmoe.data.formats.csv_rows import number_or_none
 from dmoe.data.formats.errors import unreadable
-from dmoe.data.formats.labels import label_of
-from dmoe.data.formats.records import missing_column
+from dmoe.data.formats.records import label_of, missing_column
 from dmoe.data.formats.rows import HUB
 from dmoe.data.tables.samples import (
     TableDataset,
     TableSplits,
     row_bytes,
+    standardized,
     summarize,
     table_hash,
     train_mask,
     unique_indices,
 )
-from dmoe.data.tables.scaling import standardized
 
 MOST_CLASSES = 10_000
 """More different labels are taken for a quantity, which is not a class."""

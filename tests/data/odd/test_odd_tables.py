@@ -13,7 +13,7 @@ import pytest
 from dmoe.config.errors import ConfigError
 from dmoe.config.load import load
 from dmoe.data.tables import TableSplits, fill_table_shape, open_table
-from dmoe.data.tables.scaling import standardized
+from dmoe.data.tables.samples import standardized
 
 
 def open_file(path: Path, *more: str) -> TableSplits:
