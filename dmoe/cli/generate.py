@@ -121,6 +121,12 @@ def command(
         restored, stops, tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
     ask = continuer.use_chat(chat_template) if chat else None
+    if ask is None and restored.config.data.format == "instruct":
+        print(
+            "note: the model was trained on conversations, and none begins with a bare prompt: "
+            "--chat writes it as a message of the user",
+            file=sys.stderr,
+        )
     if reason := uncached_reason(restored.model):
         print(
             f"note: no key-value cache, so each token takes as long as its context: {reason}",

@@ -29,6 +29,8 @@ from dmoe.data.formats.detect import Format, format_of, is_saved_dataset
 
 FORMAT, INDEX = "dmoe-shards", "index.json"
 """Format and name of the index of a directory of shards (shard_index.py)."""
+PARTS, PLAN = "parts", "plan.json"
+"""Directory, and a file in it, that an unfinished preparation has (prepare/)."""
 
 
 @dataclass
@@ -152,11 +154,14 @@ def list_directory(root: Path) -> Listing:
 
 def list_glob(pattern: Path) -> Listing:
     """List the files that a glob matches. As in a shell, `*` matches no hidden name."""
-    listing = Listing()
+    listing, root = Listing(), literal_root(pattern)
+    shards = dict[Path, bool]()
     for name in glob.glob(str(pattern), recursive=True):
         path = Path(name)
         kind = special_kind(path)
-        if kind is None:
+        if kind != "directory" and _is_below_shards(path.parent, root, shards):
+            listing.left_out["files of directories of shards"] += 1
+        elif kind is None:
             listing.paths.append(path)
             listing.links += path.is_symlink()
         elif kind != "directory":
@@ -168,12 +173,36 @@ def list_glob(pattern: Path) -> Listing:
 
 
 def holds_shards(directory: Path) -> bool:
-    """Return whether a directory below a source, or one of several entries, holds shards."""
+    """Return whether a directory below a source, or one of several entries, holds shards.
+
+    Also those of a preparation that is under way or was interrupted.
+    """
+    if is_unfinished(directory):
+        return True
     try:
         with (directory / INDEX).open("rb") as file:
             return f'"{FORMAT}"'.encode() in file.read(200)
     except OSError:
         return False
+
+
+def is_unfinished(directory: Path) -> bool:
+    """Return whether a preparation of shards is under way in a directory, or was interrupted."""
+    try:
+        with (directory / PARTS / PLAN).open("rb") as file:
+            return b'"shard_tokens"' in file.read(1 << 16)
+    except OSError:
+        return False
+
+
+def _is_below_shards(directory: Path, root: Path, known: dict[Path, bool]) -> bool:
+    """Return whether a directory from `root` on down to this one holds shards."""
+    if directory not in known:
+        above = directory != root and directory != directory.parent
+        known[directory] = holds_shards(directory) or (
+            above and _is_below_shards(directory.parent, root, known)
+        )
+    return known[directory]
 
 
 def walk(

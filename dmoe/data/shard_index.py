@@ -30,12 +30,10 @@ from typing import Any
 import numpy as np
 
 from dmoe.config.errors import ConfigError
-from dmoe.data.files import FORMAT, INDEX
+from dmoe.data.files import FORMAT, INDEX, is_unfinished
 from dmoe.data.packing import ONE_DOMAIN, DomainRuns
 
 SPLITS = ("train", "held_out")
-PARTS, PLAN = "parts", "plan.json"
-"""Directory, and a file in it, that an unfinished preparation has (prepare/)."""
 _VERSION = 1
 _DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.bin")
@@ -109,7 +107,7 @@ def is_shard_directory(source: str) -> bool:
 def refuse_unfinished(source: str) -> None:
     """Refuse a directory whose preparation was interrupted. Raises ConfigError on data.source."""
     directory = Path(source).expanduser()
-    if (directory / PARTS / PLAN).is_file() and not is_shard_directory(source):
+    if is_unfinished(directory) and not is_shard_directory(source):
         raise ConfigError(
             "data.source",
             directory,

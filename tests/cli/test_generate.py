@@ -167,3 +167,16 @@ def test_a_damaged_checkpoint_is_refused(alone: Run, place: Path) -> None:
         shard.write_bytes(content)
     result = dmoe("generate", str(damaged), "--prompt", "a", "--step", "6", cwd=place)
     refused(result, "safetensors", code=3)
+
+
+def test_a_bare_prompt_to_a_model_of_conversations_is_noted(tmp_path: Path) -> None:
+    """The model was asked something that no conversation begins with, without a word."""
+    rows = [json.dumps({"prompt": f"{n} + 1?", "completion": str(n + 1)}) for n in range(60)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(rows))
+    small = ["model.dim=32", "model.layers=1", "moe.expert_dim=32", "data.seq_len=80"]
+    data = ["data.source=sums.jsonl", "data.format=instruct", "data.chat_template=chatml"]
+    run = ["train.steps=1", "train.global_batch=4", "train.run_dir=run", "train.sample_tokens=0"]
+    trained = dmoe("train", *small, *data, *run, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    result = dmoe("generate", "run", "--prompt", "2 + 1?", "--tokens", "3", cwd=tmp_path)
+    assert "--chat writes it as a message of the user" in result.stderr

@@ -114,7 +114,12 @@ def _is_number(values: list[str]) -> bool:
 
 
 def number_or_none(value: str) -> tuple[float] | None:
-    """Return the number that a value of CSV is, in a tuple, or None."""
+    """Return the number that a value of CSV is, in a tuple, or None.
+
+    Python's `1_000` is none: elsewhere `1_2` is a name.
+    """
+    if "_" in value:
+        return None
     try:
         return (float(value),)
     except ValueError:

@@ -7,6 +7,7 @@ of strings of a table. Anything else is refused with the names that there are.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,13 @@ from dmoe.data.formats.compression import open_stream
 from dmoe.data.formats.detect import Format, format_of
 from dmoe.data.formats.errors import unreadable
 from dmoe.data.formats.rows import HUB, Row, Rows, open_rows
+
+_LONGEST_NAME = 64
+"""Characters of a header that is taken for a name where no field is given."""
+
+
+# A line break would end a line of the terminal, and half of a surrogate pair cannot be printed.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class Record(NamedTuple):
@@ -110,6 +118,11 @@ def _text_field(path: Path | str, columns: Mapping[str, str] | None, fields: Rec
         return "text"
     strings = [name for name, kind in columns.items() if kind == "text" and name != fields.label]
     if len(strings) == 1:
+        if len(strings[0]) > _LONGEST_NAME:
+            allowed = f"must name the text of {path}, whose first line, the header, reads as text"
+            shown = f"{strings[0][:_LONGEST_NAME]}..."
+            fix = f"begin the file with a line of names, or use {shown!r} in full"
+            raise ConfigError("data.text_field", "null", allowed, fix)
         return strings[0]
     few = "no column" if not strings else f"{len(strings)} columns"
     raise ConfigError(
@@ -137,13 +150,26 @@ def _text(path: Path | str, row: Row, name: str, fields: RecordFields) -> bytes:
         raise unreadable(fields.origin, path, reason, "repair or remove it") from error
 
 
+def label_of(value: Any) -> str | None:
+    """Return the label that a value of a record is: a string or a number, as text.
+
+    None for anything else: null, an empty string, NaN, an object, a text with control characters or
+    with half of a surrogate pair.
+    """
+    if not isinstance(value, str | int | float) or value != value:
+        return None
+    text = str(value)
+    return text if text and not _UNPRINTABLE.search(text) else None
+
+
 def _label(path: Path | str, row: Row, fields: RecordFields) -> str:
     assert fields.label is not None
     value = _value(path, row, fields.label, "data.label_field", fields)
-    if not isinstance(value, str | int | float) or value == "" or value != value:
+    label = label_of(value)
+    if label is None:
         reason = f"{row.place} has no label in {fields.label!r} but {_shown(value)}"
         raise unreadable(fields.origin, path, reason, "give it one, or remove it")
-    return str(value)
+    return label
 
 
 def _value(path: Path | str, row: Row, name: str, field: str, fields: RecordFields) -> Any:

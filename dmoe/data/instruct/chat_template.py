@@ -82,7 +82,15 @@ class ChatTemplate:
                 documents=None,
                 **self.tokens,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             allowed = f"cannot write {place} ({error})"
             fix = "repair or remove it, or use another template"
             raise ConfigError("data.chat_template", self.name, allowed, fix) from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import glob
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,14 @@ from dmoe.config.errors import ConfigError
 from dmoe.data.files import Listing, formats_of, list_directory, list_glob
 from dmoe.data.formats import RecordFields, Row, format_of, open_rows
 from dmoe.data.formats.errors import unreadable
+from dmoe.data.formats.records import label_of
 from dmoe.data.formats.rows import HUB
 from dmoe.data.sources import entries
 
 Message = Mapping[str, Any]
 ASSISTANT = "assistant"
 """Role of the messages that are answers."""
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _FIX = 'give it "messages", or "prompt" and "completion"'
 
 
@@ -127,12 +130,14 @@ def _fault(message: object) -> str:
         return "has no role"
     if not isinstance(message.get("content"), str):
         return "has no text as its content"
+    if _LONE_SURROGATE.search(message["content"]):
+        return "has half of a surrogate pair in its content, which is no character"
     return ""
 
 
 def _label(path: Path | str, row: Row, fields: RecordFields) -> str:
-    value = row.values.get(fields.label or "")
-    if isinstance(value, str | int) and str(value):
-        return str(value)
+    label = label_of(row.values.get(fields.label or ""))
+    if label is not None:
+        return label
     reason = f"{row.place} has no label in {fields.label!r}"
     raise unreadable(fields.origin, path, reason, "give it one, or set data.label_field")

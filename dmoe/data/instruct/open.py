@@ -14,7 +14,7 @@ from dmoe.data.instruct.encode import Encoded, encode_conversation
 from dmoe.data.instruct.pack import Stream, cut, pack
 from dmoe.data.sequences.token_masks import PADDING
 from dmoe.data.splits import FEW, holdout_hash, record_fields, refuse_fields
-from dmoe.data.tokenizers import Tokenizer
+from dmoe.data.tokenizers import Tokenizer, nul_note
 
 
 class InstructData(NamedTuple):
@@ -53,7 +53,7 @@ def read_instruct(config: DataConfig, tokenizer: Tokenizer) -> InstructData:
             fix = "name other files, or leave it out"
             raise ConfigError("data.validation_source", config.validation_source, allowed, fix)
     names = tuple(sorted({c.domain for c in (*train, *held_out)}))
-    streams, num_cut = [], 0
+    streams, num_cut, num_nul = [], 0, 0
     for part in (train, held_out):
         encoded = list[Encoded]()
         for conversation in part:
@@ -61,6 +61,7 @@ def read_instruct(config: DataConfig, tokenizer: Tokenizer) -> InstructData:
             kept, is_cut = cut(whole, config.seq_len, conversation.place)
             encoded.append(kept)
             num_cut += is_cut
+            num_nul += sum(message["content"].count("\0") for message in conversation.messages)
         streams.append(
             pack(
                 encoded,
@@ -79,6 +80,8 @@ def read_instruct(config: DataConfig, tokenizer: Tokenizer) -> InstructData:
     notes.append(f"{padding:.0%} of the places of training sequences are padding")
     if removed:
         notes.append(f"duplicate conversations left out ({removed})")
+    if num_nul:
+        notes.append(nul_note(num_nul))
     if num_cut:
         notes.append(
             f"conversations longer than {config.seq_len} tokens, cut at the end ({num_cut})"

@@ -8,6 +8,7 @@ as such.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,21 +59,30 @@ class FileContent:
 
     path: Path
     size: int
+    modified_ns: int
+    """When it was last written. Its text is hashed first and encoded later."""
 
     def read(self, start: int, stop: int) -> Iterator[bytes]:
-        """Yield the bytes from `start` to `stop`. Raises ConfigError if the file became shorter."""
+        """Yield the bytes from `start` to `stop`. Raises ConfigError if the file has changed."""
         try:
             with self.path.open("rb") as file:
+                self._check(file.fileno())
                 file.seek(start)
                 while start < stop:
                     if not (block := file.read(min(BLOCK, stop - start))):
                         break
                     start += len(block)
                     yield block
+                self._check(file.fileno())
         except OSError as error:
             raise self._error(f"cannot be read ({error.strerror})") from error
         if start < stop:
             raise self._error("became shorter while it was read")
+
+    def _check(self, descriptor: int) -> None:
+        now = os.fstat(descriptor)
+        if (now.st_size, now.st_mtime_ns) != (self.size, self.modified_ns):
+            raise self._error("has changed while it was read")
 
     def _error(self, reason: str) -> ConfigError:
         return ConfigError("data.source", self.path, reason, "check the file, and start again")

@@ -23,7 +23,7 @@ from typing import Any
 from dmoe.config.errors import ConfigError
 from dmoe.config.plugins import label
 from dmoe.config.schema import DataConfig
-from dmoe.data.files import INDEX
+from dmoe.data.files import INDEX, PARTS, PLAN
 from dmoe.data.packing import token_dtype
 from dmoe.data.prepare.collect import Collector
 from dmoe.data.prepare.cutting import PIECE
@@ -32,7 +32,7 @@ from dmoe.data.prepare.parts import PART, PartReader
 from dmoe.data.prepare.source import Source
 from dmoe.data.prepare.worker import part_path
 from dmoe.data.prepare.workers import Encoder, InProcess, WorkerPool, unwritable
-from dmoe.data.shard_index import PARTS, PLAN, ShardIndex, is_shard_directory
+from dmoe.data.shard_index import ShardIndex, is_shard_directory
 from dmoe.data.splits import cut_note, validation_notes
 from dmoe.data.tokenizers import Tokenizer, damaged_note, nul_note, open_tokenizer
 
@@ -133,6 +133,8 @@ def _prepare(
         encoder.finish()
         collect()
         assert collected == len(read)
+        if part_path(parts, len(read)).exists():
+            raise _changed(reader, directory)
         domains, splits = collector.finish([reader.counts.train, reader.counts.held_out])
     except BaseException:
         collector.discard()
@@ -155,13 +157,14 @@ def _is_complete(path: Path, digest: str, reader: PartReader, directory: Path) -
         path.unlink()
         return False
     if header.digest != digest:
-        raise ConfigError(
-            "--out",
-            directory,
-            f"holds an unfinished preparation of other text: {reader.source.label} has changed",
-            "remove it, and start again",
-        )
+        raise _changed(reader, directory)
     return True
+
+
+def _changed(reader: PartReader, directory: Path) -> ConfigError:
+    """Return the error for parts, of an earlier run, of text that the source does not have now."""
+    allowed = f"holds an unfinished preparation of other text: {reader.source.label} has changed"
+    return ConfigError("--out", directory, allowed, "remove it, and start again")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ that its index names.
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +28,7 @@ from dmoe.data.prepare.documents import (
     SourceDocument,
     TokenContent,
 )
-from dmoe.data.shard_index import is_shard_directory
+from dmoe.data.shard_index import is_shard_directory, refuse_unfinished
 from dmoe.data.sources import Documents
 from dmoe.data.splits import record_fields
 from dmoe.data.token_files import TokenFile, is_token_file, open_token_file
@@ -40,12 +41,12 @@ _PACKED = {".gz", ".bz2", ".xz", ".zst", ".parquet", ".pq", ".arrow", ".feather"
 class _LargeFile(Document):
     """A file of plain text that is read only where it is used."""
 
-    def __init__(self, path: Path, size: int, name: str, domain: str) -> None:
-        for key, value in (("name", name), ("domain", domain), ("path", path), ("size", size)):
+    def __init__(self, path: Path, found: os.stat_result, name: str, domain: str) -> None:
+        for key, value in (("name", name), ("domain", domain), ("path", path), ("found", found)):
             object.__setattr__(self, key, value)
 
     path: Path
-    size: int
+    found: os.stat_result
 
     @property
     def content(self) -> bytes:
@@ -60,9 +61,9 @@ class _Documents(Documents):
         self, path: Path | str, format: Format | None, name: str, domain: str
     ) -> Iterator[Document]:
         if format is not None and format.kind == "text" and format.compression is None:
-            size = Path(path).stat().st_size
-            if size > SMALL:
-                yield _LargeFile(Path(path), size, name, domain)
+            found = Path(path).stat()
+            if found.st_size > SMALL:
+                yield _LargeFile(Path(path), found, name, domain)
                 return
         yield from super()._records(path, format, name, domain)
 
@@ -79,6 +80,7 @@ class Source:
                 "must be text to be prepared",
                 "name text files, a glob or stdlib",
             )
+        refuse_unfinished(config.source)
         if config.format == "instruct":
             allowed = "is not prepared: conversations are encoded at the start of a run"
             raise ConfigError("data.format", config.format, allowed, "train on them as they are")
@@ -147,7 +149,7 @@ class Source:
 def _described(document: Document) -> SourceDocument:
     content: Content
     if isinstance(document, _LargeFile):
-        content = FileContent(document.path, document.size)
+        content = FileContent(document.path, document.found.st_size, document.found.st_mtime_ns)
     else:
         content = MemoryContent(document.content)
     return SourceDocument(content, document.name, document.domain, document.group_key)

@@ -6,6 +6,7 @@ parts that are complete stay.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import subprocess
@@ -176,6 +177,6 @@ def check_answer(answer: dict[str, Any], directory: Path) -> None:
 
 def unwritable(directory: Path, error: OSError) -> ConfigError:
     """Return the error for a file of `directory` that cannot be written."""
-    return ConfigError(
-        "--out", directory, f"cannot be written ({error.strerror})", f"make room, and {CONTINUE}"
-    )
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    fix = f"make room, and {CONTINUE}" if is_full else "check the path and its permissions"
+    return ConfigError("--out", directory, f"cannot be written ({error.strerror})", fix)

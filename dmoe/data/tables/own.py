@@ -15,7 +15,9 @@ from __future__ import annotations
 import array
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,13 @@ from dmoe.config.schema import Config, DataConfig
 from dmoe.data.formats import Row, Rows, format_of, open_rows
 from dmoe.data.formats.csv_rows import number_or_none
 from dmoe.data.formats.errors import unreadable
-from dmoe.data.formats.records import missing_column
+from dmoe.data.formats.records import label_of, missing_column
 from dmoe.data.formats.rows import HUB
 from dmoe.data.tables.samples import (
     TableDataset,
     TableSplits,
     row_bytes,
+    standardized,
     summarize,
     table_hash,
     train_mask,
@@ -110,12 +113,9 @@ def open_own_table(config: DataConfig, seed: int, description: str) -> TableSpli
     missing = [name for label, name in enumerate(config.classes) if label not in trained]
     if missing:
         notes.append(f"no training sample of {', '.join(missing)}")
-    mean_W, deviation_W = raw_NW.mean(0), raw_NW.std(0)
-    deviation_W[deviation_W == 0] = 1
-    train, held_out = (
-        TableDataset(((value_NW - mean_W) / deviation_W).astype(np.float32), label_N, seed)
-        for value_NW, label_N in ((raw_NW, class_N), (held_NW, held_class_N))
-    )
+    value_NW, held_value_NW = standardized(raw_NW, held_NW, config.columns)
+    train = TableDataset(value_NW, class_N, seed)
+    held_out = TableDataset(held_value_NW, held_class_N, seed)
     parts = (raw_NW, class_N, held_NW, held_class_N)
     content = [row_bytes(part.astype(np.float64)) for part in parts]
     fingerprint = table_hash("own", config.columns, config.classes, *content)
@@ -253,22 +253,30 @@ def _number(row: Row, name: str, source: str, origin: str) -> float:
     value = row.values.get(name)
     if isinstance(value, str):
         value = next(iter(number_or_none(value) or ()), value)
-    elif value is not None and not isinstance(value, dict | list):
-        value = float(value)
+    elif isinstance(value, int | float | Decimal):
+        with suppress(OverflowError):  # an integer beyond float64 stays one, and is refused
+            value = float(value)
     if not isinstance(value, float) or not math.isfinite(value):
-        shown = "no value" if value is None or value == "" else f"{value!r}, which is no number,"
+        shown = f"{_short(value)}, which is no number,"
+        if value is None or value == "":
+            shown = "no value"
         reason = f"{row.place} has {shown} in {name!r}"
         fix = "repair or remove it, or leave the column out of data.columns"
         raise unreadable(origin, source, reason, fix)
     return value
 
 
+def _short(value: Any) -> str:
+    shown = repr(value) if isinstance(value, str | int | float) else str(value)
+    return shown if len(shown) <= 40 else f"{shown[:40]}..."
+
+
 def _label(row: Row, name: str, source: str, origin: str) -> str:
-    value: Any = row.values.get(name)
-    if not isinstance(value, str | int | float) or value in ("",) or value != value:
+    label = label_of(row.values.get(name))
+    if label is None:
         reason = f"{row.place} has no label in {name!r}"
         raise unreadable(origin, source, reason, "give it one, or remove it")
-    return str(value)
+    return label
 
 
 def _no_label(source: str, columns: Mapping[str, str]) -> ConfigError:
