@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import Annotated
@@ -107,7 +108,9 @@ def command(
         train(config, given, quiet)
     else:
         from dmoe.distributed.launcher import launch
+        from dmoe.runs.provenance import COMMAND, this_command
 
+        os.environ[COMMAND] = this_command()
         options = ["--quiet"] if quiet else []
         options += ["--resume", resume] if resume is not None else []
         options += ["--trust-code"] if trust_code else []

@@ -18,6 +18,8 @@ import torch
 
 from dmoe import __version__
 
+COMMAND = "DMOE_COMMAND"
+"""Variable in which `--ranks N` leaves its command to the ranks, whose own has no `--ranks`."""
 GIT_SECONDS = 5.0
 """A file system that does not answer must not hold the start."""
 
@@ -25,7 +27,7 @@ GIT_SECONDS = 5.0
 def describe_provenance() -> dict[str, Any]:
     """Return command, commit, machine and versions as plain values."""
     found: dict[str, Any] = {
-        "command": shlex.join([_program(), *sys.argv[1:]]),
+        "command": os.environ.get(COMMAND) or this_command(),
         "versions": {
             "dmoe": __version__,
             "torch": torch.__version__,
@@ -39,6 +41,11 @@ def describe_provenance() -> dict[str, Any]:
         changed = _git("status", "--porcelain", "--untracked-files=no")
         found |= {"commit": commit, "dirty": bool(changed)}
     return found
+
+
+def this_command() -> str:
+    """Return the command line of this process, to be pasted into a shell."""
+    return shlex.join([_program(), *sys.argv[1:]])
 
 
 def _program() -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dmoe.runs.provenance import describe_provenance
+from dmoe.runs.provenance import COMMAND, describe_provenance, this_command
 
 
 def git(*arguments: str) -> str:
@@ -36,3 +36,11 @@ def test_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "")
     assert "commit" not in describe_provenance()
+
+
+def test_the_command_of_a_rank_is_that_of_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dmoe train --ranks 2` was recorded as `dmoe train`, which trains on one process."""
+    monkeypatch.delenv(COMMAND, raising=False)
+    assert describe_provenance()["command"] == this_command()
+    monkeypatch.setenv(COMMAND, "dmoe train --ranks 2")
+    assert describe_provenance()["command"] == "dmoe train --ranks 2"
