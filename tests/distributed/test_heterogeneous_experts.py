@@ -52,7 +52,11 @@ def lines(report: Report) -> str:
 @pytest.mark.parametrize(
     ("overrides", "several"),
     [
-        ([*BUDGET, *FREE, *PADDED, "moe.balance.bias=0.01", "model.layers=1"], [1, 3]),
+        pytest.param(
+            [*BUDGET, *FREE, *PADDED, "moe.balance.bias=0.01", "model.layers=1"],
+            [1, 3],
+            marks=pytest.mark.ranks,
+        ),
         pytest.param(
             [*BUDGET, *FREE, *PADDED, "moe.balance.bias=0.01"], [3], marks=pytest.mark.slow
         ),
