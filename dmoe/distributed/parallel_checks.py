@@ -47,8 +47,8 @@ def wrapper_error(wrapper: str) -> ConfigError:
 
 def check_model(model: nn.Module, ep: int, mode: str | None, mesh: ParallelMesh | None) -> None:
     """Refuse arguments of `parallelize` that cannot work. Raises ConfigError."""
-    if not isinstance(model, nn.Module) or next(model.parameters(), None) is None:
-        allowed = "must be a torch.nn.Module with parameters"
+    if not isinstance(model, nn.Module):
+        allowed = "must be a torch.nn.Module"
         raise ConfigError("model", type(model).__name__, allowed, "give the model itself")
     if mode not in MODES:
         raise ConfigError("mode", mode, "must be ddp, fsdp or None", "use ddp")

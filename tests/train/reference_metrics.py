@@ -72,7 +72,11 @@ def measured_step(rank: int, world: int, config: Config) -> Measured:
         if p.grad is not None
     }
     line = telemetry.train_record(
-        update(engine, totals, 1e-3), tokens=0, learning_rate=1e-3, seconds=1.0, interval_tokens=1
+        update(engine, totals, 1e-3),
+        tokens=0,
+        learning_rate=1e-3,
+        seconds=1.0,
+        interval_tokens=engine.targets_per_step,
     )
     biases = [
         layer.router.bias_E.numpy().copy() for layer in layers if hasattr(layer.router, "bias_E")

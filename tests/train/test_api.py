@@ -195,8 +195,7 @@ def test_public_names() -> None:
 @pytest.mark.parametrize(
     ("call", "error"),
     [
-        (lambda c: dmoe.parallelize(3), "model=int: must be a torch.nn.Module with parameters"),
-        (lambda c: dmoe.parallelize(torch.nn.ReLU()), "model=ReLU: must be"),
+        (lambda c: dmoe.parallelize(3), "model=int: must be a torch.nn.Module"),
         (lambda c: dmoe.train(c, data=["text", 2]), "data=int: must be str or bytes, but text 1"),
         (lambda c: dmoe.train(c, data="text"), "data=str: must be a list of texts"),
         (lambda c: dmoe.train(c, callbacks=[3]), "callbacks=int: must be a list of dmoe.Callback"),
