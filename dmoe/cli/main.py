@@ -34,7 +34,7 @@ from dmoe.cli.surroundings import (
     prepare_process,
     surroundings_error,
 )
-from dmoe.config.errors import DmoeError
+from dmoe.config.errors import DmoeError, LostRankError
 from dmoe.config.launch_env import FOREIGN_LAUNCHERS, clear_environment
 from dmoe.config.rules.memory import describe_out_of_memory, is_out_of_memory
 from dmoe.config.secrets import redact
@@ -120,6 +120,13 @@ def dispatch_command() -> int:
     try:
         check_surroundings(sys.argv[1:])
         code = app(prog_name="dmoe", standalone_mode=False)
+    except LostRankError as error:
+        print_error(str(error), error.exit_code, every_rank=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Threads of the process group still wait for that rank. Their destructors would abort the
+        # process, SIGABRT in place of the exit code, now and then on a busy machine (torch 2.13).
+        os._exit(error.exit_code)
     except DmoeError as error:
         return print_error(str(error), error.exit_code, error.every_rank)
     except KeyboardInterrupt:

@@ -64,7 +64,7 @@ except RuntimeError as error:
         raise
     said = str(lost_rank_error(error, 12, time.monotonic() - began))
 print(json.dumps({"said": said, "seconds": time.monotonic() - began}), flush=True)
-sys.exit(1)  # like `dmoe train`: a probe stuck in a frozen store must not delay the exit
+os._exit(1)  # like `dmoe train`: threads that wait for the lost rank must not delay or abort it
 """
 
 

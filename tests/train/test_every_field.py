@@ -66,6 +66,7 @@ BASES = {
 """What must be set for another value of a field to have a meaning."""
 CHANGES = [
     *BASES,
+    'optim.trainable=["*.experts.*"]',
     "train.seed=1",
     "model.dim=64",
     "model.layers=3",
