@@ -132,7 +132,7 @@ def test_configs_that_this_machine_cannot_run(
     refused(dmoe("train", *small, *overrides, f"train.run_dir={unused_run}", cwd=place), *words)
 
 
-@pytest.mark.parametrize("name", ["empty corpus", "no CUDA"])
+@pytest.mark.parametrize("name", ["empty corpus", pytest.param("no CUDA", marks=pytest.mark.ranks)])
 def test_two_ranks_print_one_line(
     name: str, unused_run: Path, place: Path, small: tuple[str, ...]
 ) -> None:
@@ -143,7 +143,11 @@ def test_two_ranks_print_one_line(
     )
 
 
-@pytest.mark.parametrize("ranks", [[], ["--ranks", "2"]], ids=["alone", "two ranks"])
+@pytest.mark.parametrize(
+    "ranks",
+    [[], pytest.param(["--ranks", "2"], marks=pytest.mark.ranks)],
+    ids=["alone", "two ranks"],
+)
 def test_a_run_directory_that_cannot_be_written(
     ranks: list[str], place: Path, small: tuple[str, ...]
 ) -> None:

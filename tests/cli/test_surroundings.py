@@ -236,7 +236,9 @@ def test_a_failed_rank_is_no_success_where_children_are_ignored(tmp_path: Path) 
     refused(result, "train.run_dir=/proc/none: cannot be written")
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+@pytest.mark.parametrize(
+    "closed", ["<&-", *(pytest.param(c, marks=pytest.mark.ranks) for c in (">&-", "2>&-"))]
+)
 def test_closed_descriptors(closed: str, place: Path) -> None:
     shell = ["bash", "-c", f'"$@" {closed}', "bash", sys.executable, "-m", "dmoe", "explain"]
     result = subprocess.run(shell, cwd=place, env=environment(), capture_output=True, text=True)
