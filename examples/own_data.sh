@@ -2,7 +2,9 @@
 # Ten books in JSON Lines to a report, in five commands. Usage: own_data.sh [DIRECTORY]
 # The "books" are packages of Python's standard library: any records with a text do.
 set -euo pipefail
-cd "${1:-$(mktemp -d)}"
+directory=${1:-$(mktemp -d)}
+mkdir -p "$directory"
+cd "$directory"
 python - <<'END'
 import json
 import pathlib
