@@ -40,7 +40,7 @@ from dmoe import MoE
 from dmoe.checkpoint import list_steps
 from dmoe.checkpoint import verify as verify_checkpoint
 from dmoe.checkpoint.async_saver import Staging
-from dmoe.config.load import load
+from dmoe.config.load import load, to_yaml
 from dmoe.config.schedule import learning_rate
 from dmoe.config.schema import CapacityConfig, Config, ExpertsConfig, RouterConfig
 from dmoe.data import open_data
@@ -600,10 +600,8 @@ def torchrun(
     machine: Machine, ranks: int, name: str, config: Config, more: list[str]
 ) -> tuple[int, list[float]]:
     """Train under torchrun; its exit code and the training losses."""
-    from omegaconf import OmegaConf
-
     path, run = machine.folder / f"{name}.yaml", machine.folder / name
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))), encoding="utf-8")
+    path.write_text(to_yaml(config), encoding="utf-8")
     command = [
         sys.executable,
         "-m",

