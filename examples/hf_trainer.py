@@ -36,6 +36,7 @@ def main(source: str, text: str, out: str) -> None:
         per_device_train_batch_size=8 // world,
         max_steps=6,
         learning_rate=1e-2,
+        adam_epsilon=1e-6,  # above the rounding of a gradient, whose sign alone AdamW would follow
         max_grad_norm=0.5,
         logging_steps=1,
         save_strategy="no",

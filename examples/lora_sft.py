@@ -43,7 +43,9 @@ def main(source: str, chats: str, out: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     dmoe.hf.add_lora(dmoe.moefy(model), rank=8, targets=["q_proj", "v_proj", "experts"])
     parallel = dmoe.parallelize(model.train(), ep=world)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-6
+    )
     samples, losses = samples_of(chats, source), []
     for step in range(STEPS):
         batch = samples[step * BATCH : (step + 1) * BATCH]

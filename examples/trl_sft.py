@@ -36,6 +36,7 @@ def main(source: str, chats: str, out: str) -> None:
         per_device_train_batch_size=8 // world,
         max_steps=4,
         learning_rate=1e-2,
+        adam_epsilon=1e-6,  # above the rounding of a gradient, whose sign alone AdamW would follow
         max_length=64,
         assistant_only_loss=True,
         # transformers' auxiliary loss is that of each rank's own tokens: with it, two ranks would

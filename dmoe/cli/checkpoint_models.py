@@ -26,7 +26,7 @@ Step = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 SPLIT_HELP = "Cut each feed-forward in this many parts: experts of 1/G of its width."
-DROP_HELP = "Share of the hidden units of each expert that is drawn anew (Drop-Upcycling)."
+DROP_HELP = "Share of the hidden units of each expert that is re-initialised (Drop-Upcycling)."
 NOISE_HELP = "Noise on the experts, as a share of the standard deviation of each matrix."
 
 
@@ -109,7 +109,7 @@ def upcycle_text(result: UpcycleResult) -> str:
 
     init, step = result.init, "" if result.step is None else f", step {result.step}"
     made = "copied to" if init.split == 1 else f"cut in {init.split} parts, copied to"
-    changes = [f"{init.drop:g} of the hidden units drawn anew"] if init.drop else []
+    changes = [f"{init.drop:g} of the hidden units re-initialised"] if init.drop else []
     changes += [f"noise of {init.noise:g}"] if init.noise else []
     after = f"dmoe train --resume {result.path}"
     if result.step is not None:

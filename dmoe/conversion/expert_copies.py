@@ -1,4 +1,4 @@
-"""Experts from a dense feed-forward: copies, parts of it, with a share drawn anew, with noise.
+"""Experts from a dense feed-forward: copies, parts of it, with a share re-initialised, with noise.
 
 Copies (Komatsuzaki et al. 2022): expert_e = the feed-forward, for every e.
 
@@ -47,7 +47,7 @@ class ExpertInit:
     split: int = 1
     """Parts G of a feed-forward; 1: each expert is all of it."""
     drop: float = 0.0
-    """Share of the hidden units of each expert that is drawn anew."""
+    """Share of the hidden units of each expert that is re-initialised."""
     noise: float = 0.0
     """Standard deviation of the noise, as a share of that of each matrix."""
 

@@ -1,4 +1,4 @@
-"""dmoe's transformer as Mixtral, Qwen3-MoE, Llama and Qwen3: exported, loaded elsewhere, and back."""
+"""dmoe's transformer as Mixtral, Qwen3-MoE, Llama and Qwen3: exported, loaded, and back."""
 
 from __future__ import annotations
 

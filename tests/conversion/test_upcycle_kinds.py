@@ -1,4 +1,4 @@
-"""Experts as parts, with a share drawn anew, with noise; from published dense models too."""
+"""Experts as parts, with a share re-initialised, with noise; from published dense models too."""
 
 from __future__ import annotations
 

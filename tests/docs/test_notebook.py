@@ -1,4 +1,4 @@
-"""The notebook in `examples/` is run: its code cells in order, in one namespace, as a reader does."""
+"""The notebook in `examples/` is run: its code cells in order, in one namespace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Export of a checkpoint as a published directory; ten wrong conversions, each of which is found."""
+"""Export of a checkpoint as a published directory; ten wrong conversions, each is found."""
 
 from __future__ import annotations
 
@@ -291,7 +291,7 @@ def quantize(source: Path, method: str) -> None:
 def test_a_quantized_source_is_exported_as_bfloat16(
     method: str, family: str, tmp_path: Path
 ) -> None:
-    """All weights are there, none is quantized, the config does not say so, and the user is told."""
+    """All weights are there, none is quantized, the config agrees, and a note says so."""
     source = make_source(family, tmp_path / "source", dtype=torch.bfloat16)
     before = weights(source)
     checkpoint = make_checkpoint(source, tmp_path / "checkpoints")

@@ -52,9 +52,7 @@ def test_two_ranks_have_the_losses_and_weights_of_one_process(tmp_path: Path) ->
     for script in SCRIPTS:
         one, two = (tmp_path / f"{script}{world}" for world in (1, 2))
         losses = [json.loads((out / "losses.json").read_text()) for out in (one, two)]
-        assert losses[0][0] == pytest.approx(losses[1][0], abs=2e-6)
-        # AdamW divides small gradients by their own size, and so their rounding too
-        assert losses[0] == pytest.approx(losses[1], abs=3e-5)
+        assert losses[0] == pytest.approx(losses[1], abs=5e-6)
         assert losses[0][-1] < losses[0][0] - 0.5
         name = "adapter_model.safetensors" if script == "lora_sft.py" else "model.safetensors"
         weights = [load_file(out / name) for out in (one, two)]
@@ -62,10 +60,7 @@ def test_two_ranks_have_the_losses_and_weights_of_one_process(tmp_path: Path) ->
         if name == "model.safetensors":
             assert weights[0].keys() == load_file(tmp_path / "model" / name).keys()
         for tensor, value in weights[0].items():
-            differences = (value - weights[1][tensor]).abs()
-            # AdamW moves a weight by the learning rate, 1e-2, where only rounding decides its sign
-            assert differences.mean() < 1e-5, (script, tensor)
-            assert (differences > 2e-4).float().mean() < 0.01, (script, tensor)
+            assert torch.allclose(value, weights[1][tensor], atol=2e-4), (script, tensor)
 
 
 @pytest.mark.slow
