@@ -142,7 +142,7 @@ class PeriodicPlacement:
     def at_home(self) -> Iterator[None]:
         """Have all experts in their runs inside, the order of a checkpoint. Collective.
 
-        Two moves where experts have moved. An error inside ends the run: nothing moves back then.
+        Two moves where experts have moved. After an error inside, which all ranks have, they stay.
         """
         placements = [layer.placement for layer in self.layers]
         self.move_home()
@@ -156,7 +156,7 @@ class PeriodicPlacement:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to continue with the same bits, as JSON."""
-        experts = [layer.placement.experts for layer in self.layers]
+        experts = [[[*own] for own in layer.placement.experts] for layer in self.layers]
         return {"experts": experts, "expected": self.expected_LE}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
