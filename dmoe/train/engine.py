@@ -81,9 +81,9 @@ class Engine:
         """Targets of the global batch, by which the loss is divided if all are predicted."""
         return self.config.train.global_batch * self.task.targets_per_sample
 
-    def experts_at_home(self) -> AbstractContextManager[None]:
+    def contiguous_experts(self) -> AbstractContextManager[None]:
         """Have all experts in contiguous runs inside, the order of a checkpoint. Collective."""
-        return nullcontext() if self.placement is None else self.placement.at_home()
+        return nullcontext() if self.placement is None else self.placement.contiguous()
 
     def close(self) -> None:
         self.accelerator.free_memory()

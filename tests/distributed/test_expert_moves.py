@@ -78,7 +78,7 @@ def one_case(folder: str, case: tuple[str, ...]) -> dict[str, Any]:
             engine.placement.plan = _next_places
         losses = train(engine, engine.task.open_data(), 0, 3)
         ids = [layer.placement.physical_ids.values for layer in engine.model.moe_layers()]
-        with engine.experts_at_home():
+        with engine.contiguous_experts():
             state, path = train_state(engine), Path(f"{folder}-{name}")
             save_load.save(path, 3, state, {}, group=engine.mesh.control_group)
         found[name] = {"losses": losses, "state": state_arrays(engine), "ids": ids}
@@ -137,16 +137,16 @@ def test_a_resumed_run_continues_with_the_same_bits_wherever_its_experts_are(
     tmp_path: Path,
 ) -> None:
     """At the same EP size with the placement of the save, at another or fixed in equal runs."""
-    home = tuple(range(8))
+    runs = tuple(range(8))
     for found in run_ranks(2, saved_and_resumed, tmp_path, timeout=120):
         (ids, state, losses), *resumed = found
-        assert ids != [home, home], "nothing moved"
-        assert [places for places, _, _ in resumed] == [ids, ids, [home, home]]
+        assert ids != [runs, runs], "nothing moved"
+        assert [places for places, _, _ in resumed] == [ids, ids, [runs, runs]]
         for _, loaded, later in resumed:
             assert_equal(loaded, state)
             assert later == losses
     for (places, loaded, later), *_ in run_ranks(1, saved_and_resumed, tmp_path, timeout=120):
-        assert places == [home, home]
+        assert places == [runs, runs]
         assert_equal(loaded, state)
         assert later == pytest.approx(losses, rel=1e-5)
 

@@ -15,8 +15,8 @@ Actions:
 Points:
     step            after backward, before the reduction; for nan, inf, spike: in the forward
     exchange        first dispatch of tokens in a step, in MoE layer 0; for skip
-    move            in the middle of a move of experts: those of the first layer are at their new
-                    places, those of the second not
+    move            in the middle of a move of experts: their tensors are at the new places, and
+                    tokens are still sent to the old ones
     shard           in the middle of this rank's shard file: half of it is written
     fsync           before the os.fsync number `call` (from 0) of the save of `step`
     before-rename   before, after-rename: after the rename that creates the checkpoint of `step`
@@ -102,8 +102,6 @@ class FaultInjector:
         self.faults, self.step = faults, 0
         self.calls: dict[int, int] = {}
         """Number of fsync calls by step of the save."""
-        self.moving = 0
-        """Step, from 1, after which experts are moving."""
 
     def install(self) -> None:
         """Replace the functions."""
@@ -113,7 +111,8 @@ class FaultInjector:
         from dmoe.train import trainer
 
         self._wrap(trainer, "training_batches", before=self._at_batches)
-        self._wrap(expert_moves, "_move_layer", before=self._at_move)
+        move_layer = self._after(expert_moves._move_layer, lambda: self._reach("move"))
+        expert_moves._move_layer = move_layer  # type: ignore[assignment]
         steps.squared_grad_norms = self._after(  # type: ignore[attr-defined]
             steps.squared_grad_norms, lambda: self._reach("step")
         )
@@ -128,11 +127,6 @@ class FaultInjector:
 
     def _at_batches(self, stream: Any, engine: Any, step: int) -> None:
         self.step = step + 1
-
-    def _at_move(self, *layer: Any) -> None:
-        if self.moving == self.step:
-            self._reach("move")
-        self.moving = self.step
 
     def _wrap(self, module: Any, name: str, before: Callable[..., None]) -> None:
         original = getattr(module, name)

@@ -32,16 +32,13 @@ def test_a_rank_of_four_is_killed_inside_a_step(
 def test_a_rank_is_killed_in_the_middle_of_a_move(
     tmp_path: Path, uninterrupted: UninterruptedRuns
 ) -> None:
-    """Half of the experts have moved after step 7; those of step 4 are loaded, and go on moving."""
+    """In the first move after step 5, 6 or 7; the weights and places of step 4 are loaded."""
     follow = (f"parallel.placement.{key}" for key in ("kind=periodic", "every=1", "from=last"))
-    overrides = ("parallel.ep=4", "model.layers=2", *follow)
-    reference, run = uninterrupted(*overrides, ranks=4), tmp_path / "run"
-    outcome = reference.repeat(run, "kill@move rank=2 step=7", restarts=1)
+    reference, run = uninterrupted("parallel.ep=4", *follow, ranks=4), tmp_path / "run"
+    outcome = reference.repeat(run, "kill@move rank=2 step=5 count=3", restarts=1)
     assert outcome.code == 0, outcome.errors[-3000:]
     assert resumed(run) == [4]
     reference.assert_equals(run)
-    moved = [line["moves"] for line in events(run, "train")]
-    assert sum(moved) > 12, "experts move after almost every step"
     assert processes_of(run) == []
 
 
