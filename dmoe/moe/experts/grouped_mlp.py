@@ -189,7 +189,7 @@ def grouped_linear(
     An expert without rows gets a zero gradient. Equal groups (an int) are one batched GEMM. Unequal
     ones are `torch.nn.functional.grouped_mm` on CUDA, which reads the group ends on the device; on
     the CPU a loop of GEMMs that write into the result, measured at 0.6 times the time of
-    `grouped_mm` there (benchmarks/layer.py). In float64, and with more groups than `grouped_mm`
+    `grouped_mm` there (`dmoe bench layer`). In float64, and with more groups than `grouped_mm`
     takes, CUDA computes the loop too, with one host read.
 
     `grouped_mm` takes matrices whose rows start at multiples of 16 bytes. Other widths are padded
