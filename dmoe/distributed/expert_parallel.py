@@ -15,6 +15,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from dmoe.distributed.all_to_all import ExpertGroup, PackedAllToAll, PaddedAllToAll
 from dmoe.distributed.collective_check import CollectiveChecker
 from dmoe.distributed.mesh import ParallelMesh, ProcessGroupComm
+from dmoe.distributed.pooled_all_to_all import PooledAllToAll
+from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.experts import HeterogeneousExperts
 from dmoe.moe.interfaces import ExpertLayer
 from dmoe.moe.layer import MoE
@@ -42,7 +44,9 @@ def shard_experts(
             layer.shard(mesh.ep, mesh.ep_rank)
             expert_group = ExpertGroup(mesh.ep_group, layer.layer, checker)
             layer.packed = PackedAllToAll(expert_group)
-            layer.padded = None if layer.padded is None else PaddedAllToAll(expert_group)
+            if layer.padded is not None:
+                pooled = isinstance(layer, MoELayer) and layer.capacity.pool > 1
+                layer.padded = (PooledAllToAll if pooled else PaddedAllToAll)(expert_group)
 
 
 def expert_group_of(layer: ExpertLayer) -> dist.ProcessGroup | None:

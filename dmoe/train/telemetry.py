@@ -182,6 +182,8 @@ def _layer_metrics(
         "cost_share": cost / tokens,
         "traffic": metrics.traffic,
     }
+    if config.capacity.pool > 1:
+        values |= _metrics_by_pool(layer, config.capacity.pool)
     if router.ordered_choices:
         values |= _metrics_by_choice(metrics.sums)
     if router.learned:
@@ -189,6 +191,25 @@ def _layer_metrics(
     if metrics.bias is not None:
         values |= dict(zip(("bias_min", "bias_max", "bias_drift"), metrics.bias, strict=True))
     return values
+
+
+def _metrics_by_pool(layer: LayerTotals, pool: int) -> dict[str, Any]:
+    """Return for each pool the share of its slots that is used, and choices minus computed rows.
+
+    The latter are its drops; with `next_choice`, less what other pools' drops brought.
+    """
+    computed = range(0, len(layer.kept_counts) - layer.num_zero_cost, pool)
+    kept, made = (
+        [sum(counts[first : first + pool]) for first in computed]
+        for counts in (layer.kept_counts, layer.choice_counts)
+    )
+    used = [_ratio(rows * len(kept), layer.slots) for rows in kept]
+    return {
+        "slots_used_by_pool": used,
+        "dropped_by_pool": [a - b for a, b in zip(made, kept, strict=True)],
+        "fullest_pool": max(used),
+        "emptiest_pool": min(used),
+    }
 
 
 def _metrics_by_choice(sums: dict[str, list[float]]) -> dict[str, list[float]]:
