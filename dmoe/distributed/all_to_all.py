@@ -36,7 +36,7 @@ from dmoe.moe.dispatch import (
     profiled,
     unpermute,
 )
-from dmoe.moe.interfaces import TokensPerExpert
+from dmoe.moe.interfaces import RowCounts, TokensPerExpert
 from dmoe.moe.routing import DispatchPlan
 
 
@@ -50,10 +50,15 @@ class CommTimer:
     """Includes the time spent waiting for other ranks."""
     sent_bytes: int = 0
     """Sent to other ranks; rows that stay on this rank do not count."""
+    copies: int = 0
+    """Experts that were copied to this rank, summed over the forwards."""
+    computed_rows: int = 0
+    """Rows that this rank computed, its copies' included; only with copies for the step."""
 
     def start(self, clock: Callable[[], float]) -> None:
         """Reset both sums and start measuring with `clock`."""
         self.clock, self.seconds, self.sent_bytes = clock, 0.0, 0
+        self.copies = self.computed_rows = 0
 
     def stop(self) -> None:
         """Stop measuring and keep the sums."""
@@ -207,7 +212,7 @@ class PackedAllToAll:
 
     def dispatch(
         self, x_TD: Tensor, plan: DispatchPlan
-    ) -> tuple[Tensor, TokensPerExpert, PackedDispatchMetadata]:
+    ) -> tuple[Tensor, RowCounts, PackedDispatchMetadata]:
         """Send each token to the ranks of its experts; see `moe.interfaces.Dispatcher`."""
         permutation, count_E = packed_permutation(plan)
         count_Pe = count_E.view(self.num_ranks, -1)
