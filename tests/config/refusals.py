@@ -68,6 +68,16 @@ model.layers=1000000 | model.layers | model.layers=1000000: must be at most 1000
 moe.num_experts=100000000 | moe.num_experts | moe.num_experts=100000000: must be at most
 parallel.ep=10000000000 | parallel.ep | parallel.ep=10000000000: must be at most
 train.steps=1000000000000000 | train.steps | train.steps=1000000000000000: must be at most
+parallel.placement.every=5 | parallel.placement.every | has no meaning
+parallel.placement.from=last | parallel.placement.from | has no meaning
+parallel.placement.kind=periodic parallel.placement.every=0
+    | parallel.placement.every | must be 1 or more
+@shapes parallel.placement.kind=periodic
+    | parallel.placement.kind | periodic & experts of one shape only & use fixed
+model.moe_every=0 parallel.placement.kind=periodic
+    | parallel.placement.kind | needs a model with MoE layers
+modular.bank=low_rank parallel.placement.kind=periodic
+    | parallel.placement.kind | not the modules of bank=low_rank
 parallel.timeout=1e300 | parallel.timeout | parallel.timeout=1e+300: must be at most
 model.dim=1048576 moe.num_experts=65536 moe.expert_dim=1048576
     | moe.num_experts | moe.num_experts=65536: gives

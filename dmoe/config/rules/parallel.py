@@ -60,6 +60,25 @@ def check_profile(train: TrainConfig, world: int) -> None:
                 raise ConfigError(f"train.{field}", number, allowed, "name one that there is")
 
 
+def check_placement(config: Config) -> None:
+    """Refuse to move experts that there are not, or that have no equal places.
+
+    Raises:
+        ConfigError: `parallel.placement.kind=periodic` with such experts.
+    """
+    kind, fix = config.parallel.placement.kind, "use fixed"
+    if kind == "fixed":
+        return
+    if config.modular.bank != "none":
+        allowed = f"moves the experts of MoE layers, not the modules of bank={config.modular.bank}"
+        raise ConfigError("parallel.placement.kind", kind, allowed, fix)
+    if config.moe.experts.shapes:
+        allowed = "moves experts of one shape only: those of moe.experts.shapes are placed by cost"
+        raise ConfigError("parallel.placement.kind", kind, allowed, fix)
+    if config.model.source is None and not moe_widths(config):
+        raise ConfigError("parallel.placement.kind", kind, "needs a model with MoE layers", fix)
+
+
 def can_share(config: Config, ep: int) -> bool:
     """Return whether `ep` ranks can share one copy of the experts, and of the modules.
 
