@@ -28,6 +28,7 @@ from torch.autograd import Function
 
 from dmoe.distributed.collective_check import CollectiveChecker
 from dmoe.moe.base_layer import MoELayer
+from dmoe.moe.copy_planner import CopyTotals
 from dmoe.moe.dispatch import (
     Permutation,
     packed_permutation,
@@ -50,15 +51,12 @@ class CommTimer:
     """Includes the time spent waiting for other ranks."""
     sent_bytes: int = 0
     """Sent to other ranks; rows that stay on this rank do not count."""
-    copies: int = 0
-    """Experts that were copied to this rank, summed over the forwards."""
-    computed_rows: int = 0
-    """Rows that this rank computed, its copies' included; only with copies for the step."""
+    copies: CopyTotals = field(default_factory=CopyTotals)
 
     def start(self, clock: Callable[[], float]) -> None:
         """Reset both sums and start measuring with `clock`."""
         self.clock, self.seconds, self.sent_bytes = clock, 0.0, 0
-        self.copies = self.computed_rows = 0
+        self.copies = CopyTotals()
 
     def stop(self) -> None:
         """Stop measuring and keep the sums."""

@@ -32,6 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from dmoe.config.errors import ConfigError
 from dmoe.distributed.all_to_all import (
     ExpertGroup,
     PackedAllToAll,
@@ -39,6 +40,7 @@ from dmoe.distributed.all_to_all import (
     local_expert_order,
     reorder,
 )
+from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.copy_planner import CopyPlan, CopyRule, plan_copies
 from dmoe.moe.dispatch import Permutation, packed_permutation, permute
 from dmoe.moe.interfaces import RowsWithCopies
@@ -66,6 +68,8 @@ class CopyingAllToAll(PackedAllToAll):
         recv_count_Pi = copies.rows_PI[:, first:last]
         send_counts = np.add.reduceat(copies.rows_PI[self.rank], copies.edge_P[:-1]).tolist()
         recv_counts = recv_count_Pi.sum(1).tolist()
+        if self.expert_group.timer.clock is not None:
+            self.expert_group.timer.copies.add(copies, self.rank)
 
         permutation = permutation.first_rows(sum(send_counts))
         if copies.moves:
@@ -84,6 +88,17 @@ class CopyingAllToAll(PackedAllToAll):
             WeightExchange(self.expert_group, copies, self.rank),
         )
         return reorder(rows_RD, order_R, inverse_R), row_counts, metadata
+
+
+def check_copies(layer: MoELayer, rule: CopyRule) -> None:
+    """Refuse copies of a layer that has none to offer. Raises ConfigError."""
+    value = "auto" if rule.slots is None else rule.slots
+    if layer.padded is not None:
+        why = "saves nothing with padded slots, of which every rank computes equally many"
+        raise ConfigError("copies", value, why, "use exchange=packed")
+    if not getattr(layer.experts, "takes_copies", False):
+        why = f"needs dmoe's own experts of one shape, not {type(layer.experts).__name__}"
+        raise ConfigError("copies", value, why, "use 0")
 
 
 def by_instance(permutation: Permutation, copies: CopyPlan, rank: int) -> Permutation:
@@ -137,20 +152,23 @@ class WeightExchange:
         for row, expert in zip(buffer, self.sent, strict=True):
             for part, stack in zip(row.split(sizes), stacks, strict=True):
                 part.view(stack.shape[1:]).copy_(stack[expert])
-        received = self.expert_group.all_to_all(
-            buffer, self.send_counts, self.recv_counts, "weights of copies"
-        )
+        received = self._exchange(buffer, self.send_counts, self.recv_counts, "weights of copies")
         return _stacks(received, stacks)
 
     def add_gradients(self, own: list[Tensor], copied: list[Tensor]) -> None:
         """Send the gradients of the copies back, in one all-to-all, and add them to `own`."""
         buffer = torch.cat([grad.flatten(1) for grad in copied], 1)
-        received = self.expert_group.all_to_all(
-            buffer, self.recv_counts, self.send_counts, "gradients of copies"
-        )
+        received = self._exchange(buffer, self.recv_counts, self.send_counts, "gradients of copies")
         for grad, back in zip(own, _stacks(received, own), strict=True):
             for expert, part in zip(self.sent, back, strict=True):
                 grad[expert] += part
+
+    def _exchange(self, buffer: Tensor, out: list[int], back: list[int], operation: str) -> Tensor:
+        timer = self.expert_group.timer
+        before = timer.sent_bytes
+        received = self.expert_group.all_to_all(buffer, out, back, operation)
+        timer.copies.sent_bytes += timer.sent_bytes - before
+        return received
 
 
 def _stacks(rows: Tensor, like: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:

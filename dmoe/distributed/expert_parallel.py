@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from dmoe.distributed.all_to_all import ExpertGroup, PackedAllToAll, PaddedAllToAll
 from dmoe.distributed.collective_check import CollectiveChecker
-from dmoe.distributed.expert_copies import CopyingAllToAll
+from dmoe.distributed.expert_copies import CopyingAllToAll, check_copies
 from dmoe.distributed.mesh import ParallelMesh, ProcessGroupComm
 from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.copy_planner import CopyRule
@@ -47,6 +47,7 @@ def shard_experts(
             expert_group = ExpertGroup(mesh.ep_group, layer.layer, checker)
             layer.packed = PackedAllToAll(expert_group)
             if copies is not None and isinstance(layer, MoELayer):
+                check_copies(layer, copies)
                 layer.packed = CopyingAllToAll(expert_group, copies)
             layer.padded = None if layer.padded is None else PaddedAllToAll(expert_group)
 

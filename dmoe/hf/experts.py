@@ -42,6 +42,7 @@ class MoefiedExperts:
     child.
     """
 
+    takes_copies = True
     num_all_experts: int
     """E, over all ranks."""
     first_expert: int

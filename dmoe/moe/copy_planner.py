@@ -244,3 +244,27 @@ def _advance(queue: list[tuple[int, int]], key: int, rank: int) -> None:
         heapreplace(queue, (key, rank))
     else:
         heappop(queue)
+
+
+@dataclass
+class CopyTotals:
+    """Copies of one layer in a step, summed over its forwards, recomputed ones included."""
+
+    copies: int = 0
+    """Experts that were copied to this rank."""
+    sent_bytes: int = 0
+    """Weights sent to copies and gradients of copies sent back, by this rank."""
+    rows_fixed: int = 0
+    """Rows of the rank with the most if nothing were copied; of this EP group, like the next."""
+    rows: int = 0
+    """Rows of the rank with the most."""
+    rows_even: float = 0.0
+    """Rows of a rank if all had equally many."""
+
+    def add(self, plan: CopyPlan, rank: int) -> None:
+        """Add the plan of a forward."""
+        load_P = plan.rows_of_ranks
+        self.copies += len(plan.copies[rank])
+        self.rows_fixed += int(plan.count_PE.sum(0).reshape(plan.ranks, -1).sum(1).max())
+        self.rows += int(load_P.max())
+        self.rows_even += float(load_P.mean())

@@ -42,6 +42,8 @@ class MLPExperts(Experts):
     weights).
     """
 
+    takes_copies = True
+
     def __init__(
         self, kind: str, dim: int, expert_dim: int, num_experts: int, out_dim: int
     ) -> None:
