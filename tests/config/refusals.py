@@ -19,6 +19,7 @@ MACROS = {
     "@expert_choice": "moe.router.kind=expert_choice moe.router.allow_future_leak=true",
     "@adaptive": "moe.router.kind=adaptive moe.router.renormalize=false",
     "@groups": "moe.router.kind=group_limited moe.router.groups=4",
+    "@workload": "moe.router.kind=workload moe.router.workload=W2",
     "@soft": "moe.router.kind=soft moe.top_k=8",
     "@shapes": "moe.experts.shapes=[[],[50],[64,32]] moe.num_experts=3",
     "@next": "moe.capacity.overflow=next_choice moe.capacity.factor=1.0",
@@ -52,6 +53,16 @@ TABLE = r"""
 @table model.head=experts model.layers=0 moe.num_experts=2 moe.top_k=2 moe.experts.shapes=[[64],[]]
     @budget moe.router.budget=0.01
     | moe.router.budget | less than the cheapest expert costs, 0.0676
+
+# forced routing
+@workload moe.router.workload=W8 | moe.router.workload | W8
+@workload moe.router.ranks=3
+    | moe.router.ranks | moe.router.ranks=3: must divide moe.num_experts=8 for W2
+@workload moe.router.hot=5 | moe.router.hot | moe.router.hot=5.0: must be at most 4
+@workload moe.router.workload=W5 moe.router.ranks=2 moe.top_k=5 | moe.top_k | must be at most 4
+moe.router.hot=2 | moe.router.hot | has no meaning for moe.router.kind=top_k
+@workload moe.balance.bias=0.1 | moe.balance.bias | moves choices by score
+@workload moe.router.jitter=0.1 | moe.router.jitter | has no meaning
 
 # a language model reads none of it
 model.fusion=gated | model.fusion | has no meaning for train.task=language_modelling
