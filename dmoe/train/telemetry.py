@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 from dmoe.config.router_kinds import router_spec
 from dmoe.config.schema import TrainConfig
 from dmoe.moe.base_layer import MoELayer
+from dmoe.moe.copy_planner import CopyTotals
 from dmoe.moe.load_balancing import coefficients
 from dmoe.observability.alerts import Alerts
 from dmoe.observability.profiler import measure_peak_flops
@@ -134,8 +136,26 @@ def train_metrics(result: StepResult, metrics: StepMetrics, engine: Engine) -> d
         "bytes_exchanged": metrics.all_to_all_bytes,
         "straggler": metrics.straggler,
         "memory": metrics.memory,
+        **_copy_metrics(metrics.copies),
         "layers": layers,
         **module_metrics(engine.model, totals),
+    }
+
+
+def _copy_metrics(layers: list[CopyTotals]) -> dict[str, float]:
+    """Return what copies for the step did, over all layers; empty without them.
+
+    `rank_imbalance` is max/mean of the rows over the ranks of an EP group, `rank_imbalance_fixed`
+    the same if nothing were copied: the compute that copies save is the difference.
+    """
+    if not layers:
+        return {}
+    copies, size, fixed, rows, even = (sum(n) for n in zip(*map(astuple, layers), strict=True))
+    return {
+        "copies": int(copies),
+        "copy_bytes": int(size),
+        "rank_imbalance": rows / even if even else 1.0,
+        "rank_imbalance_fixed": fixed / even if even else 1.0,
     }
 
 

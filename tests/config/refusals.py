@@ -89,6 +89,16 @@ model.moe_every=0 parallel.placement.kind=periodic
     | parallel.placement.kind | needs a model with MoE layers
 modular.bank=low_rank parallel.placement.kind=periodic
     | parallel.placement.kind | not the modules of bank=low_rank
+parallel.placement.copies=some | parallel.placement.copies | must be auto or a number & copies=auto
+parallel.placement.copies=-1 | parallel.placement.copies | must not be negative
+parallel.placement.break_even=9 | parallel.placement.break_even | has no meaning
+@shapes parallel.placement.copies=2 | parallel.placement.copies | one shape only & use 0
+modular.bank=low_rank parallel.placement.copies=2
+    | parallel.placement.copies | not the modules of bank=low_rank
+moe.exchange=padded moe.capacity.factor=1 parallel.placement.copies=auto
+    | parallel.placement.copies | saves nothing with moe.exchange=padded & use packed
+moe.experts.kind=own.py:Mine parallel.placement.copies=2
+    | parallel.placement.copies | needs dmoe's own experts, not own.py:Mine
 parallel.timeout=1e300 | parallel.timeout | parallel.timeout=1e+300: must be at most
 model.dim=1048576 moe.num_experts=65536 moe.expert_dim=1048576
     | moe.num_experts | moe.num_experts=65536: gives
