@@ -9,8 +9,8 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 347,
-    "product lines": 55_300,
+    "product files": 360,
+    "product lines": 56_600,
     "files of one MoE forward": 13,
     "files of one training step": 40,
     "files that name a router kind": 5,
