@@ -72,6 +72,8 @@ LAYER_QUANTITIES = {
     "dropped_mass": "Dropped share of the router weight",
     "lost_tokens": "Fully dropped tokens",
     "padding_waste": "Empty slots",
+    "fullest_pool": "Fullest pool: share of its slots in use",
+    "emptiest_pool": "Emptiest pool: share of its slots in use",
     "router_entropy": "Router entropy (nats)",
     "top1_probability": "Mean probability of the first choice",
     "logit_max": "Largest router logit",
@@ -139,6 +141,14 @@ def drops_panel(runs: Sequence[Run]) -> Panel:
             f"Share of the slots without a token, computed for nothing. {MEAN}",
             "share",
             {"": layer_mean("padding_waste")},
+        ),
+        CurveChart(
+            "pools",
+            "Slots in use by pool",
+            f"Of the pools of experts that share slots, the fullest and the emptiest. {MEAN}",
+            "share",
+            {"fullest": layer_mean("fullest_pool"), "emptiest": layer_mean("emptiest_pool")},
+            layout="per_run",
         ),
     )
     absent = "No drop was recorded: a dense model, or an older version of dmoe."

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 from dmoe.config.router_kinds import router_spec
 from dmoe.config.schema import TrainConfig
 from dmoe.moe.base_layer import MoELayer
+from dmoe.moe.copy_planner import CopyTotals
 from dmoe.moe.load_balancing import coefficients
 from dmoe.moe.placement_plan import max_over_mean
 from dmoe.observability.alerts import Alerts
@@ -140,8 +142,26 @@ def train_metrics(result: StepResult, metrics: StepMetrics, engine: Engine) -> d
         "bytes_exchanged": metrics.all_to_all_bytes,
         "straggler": metrics.straggler,
         "memory": metrics.memory,
+        **_copy_metrics(metrics.copies),
         "layers": layers,
         **module_metrics(engine.model, totals),
+    }
+
+
+def _copy_metrics(layers: list[CopyTotals]) -> dict[str, float]:
+    """Return what copies for the step did, over all layers; empty without them.
+
+    `rank_imbalance` is max/mean of the rows over the ranks of an EP group, `rank_imbalance_fixed`
+    the same if nothing were copied: the compute that copies save is the difference.
+    """
+    if not layers:
+        return {}
+    copies, size, fixed, rows, even = (sum(n) for n in zip(*map(astuple, layers), strict=True))
+    return {
+        "copies": int(copies),
+        "copy_bytes": int(size),
+        "rank_imbalance": rows / even if even else 1.0,
+        "rank_imbalance_fixed": fixed / even if even else 1.0,
     }
 
 
@@ -190,6 +210,8 @@ def _layer_metrics(
         "cost_share": cost / tokens,
         "traffic": metrics.traffic,
     }
+    if config.capacity.pool > 1:
+        values |= _metrics_by_pool(layer, config.capacity.pool)
     if router.ordered_choices:
         values |= _metrics_by_choice(metrics.sums)
     if router.learned:
@@ -197,6 +219,25 @@ def _layer_metrics(
     if metrics.bias is not None:
         values |= dict(zip(("bias_min", "bias_max", "bias_drift"), metrics.bias, strict=True))
     return values
+
+
+def _metrics_by_pool(layer: LayerTotals, pool: int) -> dict[str, Any]:
+    """Return for each pool the share of its slots that is used, and choices minus computed rows.
+
+    The latter are its drops; with `next_choice`, less what other pools' drops brought.
+    """
+    computed = range(0, len(layer.kept_counts) - layer.num_zero_cost, pool)
+    kept, made = (
+        [sum(counts[first : first + pool]) for first in computed]
+        for counts in (layer.kept_counts, layer.choice_counts)
+    )
+    used = [_ratio(rows * len(kept), layer.slots) for rows in kept]
+    return {
+        "slots_used_by_pool": used,
+        "dropped_by_pool": [a - b for a, b in zip(made, kept, strict=True)],
+        "fullest_pool": max(used),
+        "emptiest_pool": min(used),
+    }
 
 
 def _metrics_by_choice(sums: dict[str, list[float]]) -> dict[str, list[float]]:
