@@ -162,7 +162,8 @@ class PeriodicPlacement:
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Continue from `state_dict`; at another EP size, all experts stay in their runs.
 
-        Collective. Called with all experts in their runs. `state` is None if the run had a fixed placement.
+        Collective. Called with all experts in their runs. `state`: None if the run had no such
+        placement.
         """
         self.expected_LE = None if state is None else state["expected"]
         if state is not None and all(len(ranks) == self.mesh.ep for ranks in state["experts"]):
