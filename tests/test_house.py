@@ -9,8 +9,8 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 340,
-    "product lines": 54_600,
+    "product files": 344,
+    "product lines": 55_000,
     "files of one MoE forward": 13,
     "files of one training step": 41,
     "files that name a router kind": 5,

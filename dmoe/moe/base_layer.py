@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import BalanceConfig, CapacityConfig
 from dmoe.moe.capacity import expert_capacity
 from dmoe.moe.inputs import MaskAgreement
-from dmoe.moe.interfaces import DataParallelComm, Dispatcher
+from dmoe.moe.interfaces import DataParallelComm, Dispatcher, TokensPerExpert
 from dmoe.moe.load_balancing import PendingCounts, updated_bias
 from dmoe.moe.placement import ExpertPlacement
 from dmoe.moe.routing import BatchShape
@@ -44,6 +46,8 @@ class MoELayer(nn.Module):
     padded: Dispatcher | None
     comm: DataParallelComm
     masks: MaskAgreement
+    recompute_experts: bool = False
+    """`train.recompute=experts`."""
     pending_counts: PendingCounts | None
     """None: no bias, or the trainer updates it from counts that it reduces for all layers."""
 
@@ -64,6 +68,17 @@ class MoELayer(nn.Module):
     def max_active_weights(self) -> int:
         """Count the weights of the experts that one token uses at most, over all ranks."""
         return sum(sorted(self.weights_of_experts, reverse=True)[: self.top_k])
+
+    def run_experts(self, rows_RD: Tensor, tokens_per_expert: TokensPerExpert) -> Tensor:
+        """Compute the experts' outputs; with `recompute_experts` keep the rows alone for backward.
+
+        Then the backward computes the experts again, but neither routes nor exchanges again.
+        """
+        if not (self.recompute_experts and torch.is_grad_enabled()):
+            return self.experts(rows_RD, tokens_per_expert)  # type: ignore[no-any-return]
+        return checkpoint(  # type: ignore[no-any-return]
+            self.experts, rows_RD, tokens_per_expert, use_reentrant=False, preserve_rng_state=False
+        )
 
     def batch_shape(self, sequences: int, tokens: int) -> BatchShape:
         """Return the capacity groups and slots of a forward of `tokens` tokens in `sequences`."""
