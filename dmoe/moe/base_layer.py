@@ -8,6 +8,7 @@ Letters: E experts.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.schema import BalanceConfig, CapacityConfig
 from dmoe.moe.capacity import expert_capacity
 from dmoe.moe.inputs import MaskAgreement
-from dmoe.moe.interfaces import DataParallelComm, Dispatcher, TokensPerExpert
+from dmoe.moe.interfaces import DataParallelComm, Dispatcher
 from dmoe.moe.load_balancing import PendingCounts, updated_bias
 from dmoe.moe.placement import ExpertPlacement
 from dmoe.moe.routing import BatchShape
@@ -69,16 +70,15 @@ class MoELayer(nn.Module):
         """Count the weights of the experts that one token uses at most, over all ranks."""
         return sum(sorted(self.weights_of_experts, reverse=True)[: self.top_k])
 
-    def run_experts(self, rows_RD: Tensor, tokens_per_expert: TokensPerExpert) -> Tensor:
-        """Compute the experts' outputs; with `recompute_experts` keep the rows alone for backward.
+    def run_experts(self, *args: Any) -> Tensor:
+        """Call the experts; with `recompute_experts` keep their arguments alone for backward.
 
         Then the backward computes the experts again, but neither routes nor exchanges again.
         """
         if not (self.recompute_experts and torch.is_grad_enabled()):
-            return self.experts(rows_RD, tokens_per_expert)  # type: ignore[no-any-return]
-        return checkpoint(  # type: ignore[no-any-return]
-            self.experts, rows_RD, tokens_per_expert, use_reentrant=False, preserve_rng_state=False
-        )
+            return self.experts(*args)  # type: ignore[no-any-return]
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        return again(self.experts, *args)  # type: ignore[no-any-return]
 
     def batch_shape(self, sequences: int, tokens: int) -> BatchShape:
         """Return the capacity groups and slots of a forward of `tokens` tokens in `sequences`."""

@@ -109,7 +109,7 @@ class _ActivatedProduct(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (hidden_RH, weight), (product, weight_grads) = ctx.saved_tensors, ctx.rules
         grad_RF = product(grads[0].contiguous(), weight.transpose(1, 2), ctx.count)
-        activated_RF, grad_RH = activate_backward(ctx.kind, hidden_RH, grad_RF)
+        activated_RF, grad_RH = activate_backward(ctx.kind, hidden_RH, grad_RF)[:2]
         grad = None
         if ctx.needs_input_grad[1]:
             grad = weight_grads(activated_RF, grads[0], weight, ctx.count)
