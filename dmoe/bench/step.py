@@ -124,6 +124,7 @@ def run(
         names: keys of `CONTENDERS`; default: all that are installed.
     """
     shape = shape or StepShape()
+    load(None, overrides or [])  # a mistake in them is this process's to say
     with ExitStack() as stack:
         children = {
             name: stack.enter_context(Child(name, shape, dtype, device, overrides or []))

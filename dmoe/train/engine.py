@@ -132,7 +132,8 @@ def build_engine(
     model.offload = offloads(config, process.device)
     broadcast_weights(model, mesh)
     if config.parallel.placement.copies == "auto" and config.parallel.placement.break_even is None:
-        measure_break_even(model, mesh, DTYPES[precision], config.train.recompute)
+        recompute = config.train.recompute in ("experts", "block")
+        measure_break_even(model, mesh, DTYPES[precision], recompute)
     accelerator = make_accelerator(process, precision)
     if precision == "fp16":
         accelerator.scaler = make_grad_scaler(mesh, process.device)
