@@ -171,19 +171,28 @@ class _Reorder(Function):
     """`rows[order]` with a gather by the inverse as its backward, not a scatter."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
-        ctx.save_for_backward(order_R, inverse_R)
-        return rows.index_select(0, order_R)
+    def forward(ctx: Any, rows: Tensor, order_R: Tensor, *others: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*others)
+        return _gathered(rows, order_R, None if others[1] is None else others[1][order_R])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        _, inverse_R = ctx.saved_tensors
-        return grads[0].index_select(0, inverse_R), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _gathered(grads[0], *ctx.saved_tensors), None, None, None
 
 
-def reorder(rows: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
-    """Return `rows[order_R]`; `inverse_R` is the inverse permutation. Deterministic backward."""
-    out: Tensor = _Reorder.apply(rows, order_R, inverse_R)
+def _gathered(rows: Tensor, order_R: Tensor, unused_R: Tensor | None) -> Tensor:
+    out = rows.index_select(0, order_R)
+    return out if unused_R is None else out.masked_fill_(unused_R.unsqueeze(1), 0.0)
+
+
+def reorder(
+    rows: Tensor, order_R: Tensor, inverse_R: Tensor, unused_R: Tensor | None = None
+) -> Tensor:
+    """Return `rows[order_R]`; `inverse_R` is the inverse permutation. Deterministic backward.
+
+    `unused_R` marks rows of the input that are zero in the result, and get a gradient of zero.
+    """
+    out: Tensor = _Reorder.apply(rows, order_R, inverse_R, unused_R)
     return out
 
 

@@ -16,6 +16,7 @@ from dmoe.distributed.all_to_all import ExpertGroup, PackedAllToAll, PaddedAllTo
 from dmoe.distributed.collective_check import CollectiveChecker
 from dmoe.distributed.expert_copies import CopyingAllToAll, check_copies
 from dmoe.distributed.mesh import ParallelMesh, ProcessGroupComm
+from dmoe.distributed.pooled_all_to_all import PooledAllToAll
 from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.copy_planner import CopyRule
 from dmoe.moe.experts import HeterogeneousExperts
@@ -49,7 +50,9 @@ def shard_experts(
             if copies is not None and isinstance(layer, MoELayer):
                 check_copies(layer, copies)
                 layer.packed = CopyingAllToAll(expert_group, copies)
-            layer.padded = None if layer.padded is None else PaddedAllToAll(expert_group)
+            if layer.padded is not None:
+                pooled = isinstance(layer, MoELayer) and layer.capacity.pool > 1
+                layer.padded = (PooledAllToAll if pooled else PaddedAllToAll)(expert_group)
 
 
 def expert_group_of(layer: ExpertLayer) -> dist.ProcessGroup | None:

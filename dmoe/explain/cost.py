@@ -16,9 +16,11 @@ from dmoe.config.plugins import label, parse
 from dmoe.config.router_kinds import router_spec
 from dmoe.config.schedule import learning_rate, schedule_remarks
 from dmoe.distributed.expert_parallel import expert_parameters
+from dmoe.distributed.pooled_all_to_all import count_rows
 from dmoe.explain.setting import Section, Setting
 from dmoe.modular import adapter_layers
 from dmoe.moe.base_layer import MoELayer
+from dmoe.moe.capacity import slots_of_rank
 from dmoe.report.format import format_bytes, format_count, format_flops, plural
 from dmoe.report.sentences import EXCHANGE, model_sentence, optimizer_sentences
 from dmoe.train.optimizer import muon_matrices
@@ -46,7 +48,8 @@ def explain_exchange(setting: Setting) -> Section | None:
         return Section("exchange", "Exchange", [*sentences, _gradients(setting)], numbers)
     forward, backward, syncs = COLLECTIVES[exchange]
     # The host also reads where the rows of each shape class begin.
-    syncs += exchange == "packed" and bool(config.moe.experts.shapes)
+    counted = exchange == "packed" or config.moe.capacity.pool > 1
+    syncs += counted and bool(config.moe.experts.shapes)
     rows = rows_sent(setting)
     size = rows * config.model.dim * setting.bytes_per_number
     moe_layers = len(setting.model.moe_layers())
@@ -93,12 +96,26 @@ def rows_sent(setting: Setting) -> float:
         offered = setting.num_physical_experts * slots.groups * filled
     if moe.exchange == "padded":
         assert offered is not None
-        rows: float = offered
+        rows: float = offered if moe.capacity.pool == 1 else setting.ep * pooled_block(setting)
     else:
         # Assignments to zero-cost experts are not sent.
         assigned = setting.tokens * moe.top_k * moe.num_experts / count_choices(moe)
         rows = assigned if offered is None else min(assigned, offered)
     return rows * (setting.ep - 1) / setting.ep
+
+
+def pooled_block(setting: Setting) -> int:
+    """Return the rows from one rank to another if slots are pooled, those of the counts included.
+
+    A pool that spans ranks has rows for all its slots on each of them.
+    """
+    moe, shape = setting.config.moe, setting.slots()
+    assert shape.capacity is not None, "only a capacity has slots"
+    tokens = setting.tokens // max(1, shape.groups)
+    slots = slots_of_rank(shape.capacity, tokens, moe.top_k, moe.capacity)
+    row_bytes = setting.config.model.dim * setting.bytes_per_number
+    counts = count_rows(setting.num_physical_experts // setting.ep, row_bytes)
+    return shape.groups * slots * setting.placement.pools_per_rank(moe.capacity.pool) + counts
 
 
 def _assumption(setting: Setting) -> str:

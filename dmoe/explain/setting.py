@@ -86,18 +86,19 @@ class Setting:
 
     def local_experts(self, rank: int) -> tuple[int, ...]:
         """Return the global ids of a rank's experts, ascending; equal in all layers."""
-        return tuple(sorted(self._placement.experts[rank % self.ep]))
+        return tuple(sorted(self.placement.experts[rank % self.ep]))
 
     @property
     def num_physical_experts(self) -> int:
         """Physical experts of an EP group: more than E if ranks have unequal numbers of them."""
-        return self._placement.experts_per_rank * self.ep
+        return self.placement.experts_per_rank * self.ep
 
     @property
-    def _placement(self) -> ExpertPlacement:
+    def placement(self) -> ExpertPlacement:
+        """The experts of each EP rank, equal in all layers."""
         assert self.layer is not None
-        placement: ExpertPlacement = self.layer.experts.placement(self.ep)
-        return placement
+        found: ExpertPlacement = self.layer.experts.placement(self.ep)
+        return found
 
     def slots(self, training: bool = True) -> BatchShape:
         """Return `groups` G and `capacity` C (None: dropless) of one forward, from the layer."""

@@ -182,6 +182,7 @@ def is_plain_swiglu(experts: Any) -> bool:
 
 
 def _expert_of_rows(tokens_per_expert: TokensPerExpert, w_in: Tensor) -> Tensor:
-    """Return the local expert of each row, int64 [R]."""
-    local = torch.arange(len(w_in), device=w_in.device)
+    """Return the local expert of each row, int64 [R]; of unused rows, the last one."""
+    counts = 1 if isinstance(tokens_per_expert, int) else len(tokens_per_expert) - len(w_in) + 1
+    local = torch.arange(len(w_in) + counts - 1, device=w_in.device).clamp(max=len(w_in) - 1)
     return local.repeat_interleave(tokens_per_expert)

@@ -16,7 +16,8 @@ from dmoe.moe.routing import DispatchPlan
 
 TokensPerExpert = Tensor | int
 """Rows of each local expert: int64 [e], or one number if all are equal (padded slots: no host
-read)."""
+read). With one entry more, int64 [e + 1], the last rows are unused: zeros that no expert computes
+(pooled slots)."""
 
 
 @dataclass(frozen=True)

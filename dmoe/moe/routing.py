@@ -40,8 +40,7 @@ class TokenContext:
     valid_T: Tensor | None = None
     """bool; False marks padding, which is never routed and never counted. None: no padding."""
     prior_count_LE: Tensor | None = None
-    """int64; assignments of the optimizer step's earlier accumulation steps, summed over all data
-    ranks (global load-balancing loss)."""
+    """int64; assignments of the step's earlier accumulation steps, of all ranks (global loss)."""
     token_id_T: Tensor | None = None
     """int64; token ids (hash routing)."""
     label_T: Tensor | None = None
@@ -147,18 +146,20 @@ class ExpertSlots:
     """The slots of experts with a capacity."""
 
     position_TK: Tensor
-    """int64; the slot of each kept assignment in its (group, expert), in [0, C). Meaningless for
-    others."""
+    """int64; the place of each kept assignment in its (group, expert), 0, 1, ... without a gap."""
     capacity: int
-    """Slots C that this rank can fill in one (group, expert)."""
+    """Slots that this rank can fill in one (group, expert); pooled: in one (group, pool)."""
     groups: int
     """Number G of equal, contiguous groups of tokens that share a capacity."""
     offered: float
     """This rank's share of the slots of all experts: summed over the ranks, the global number."""
+    pool: int = 1
+    rows_per_rank: int = 0
+    """Pooled: rows that this rank sends to each EP rank in the padded exchange."""
 
     @property
     def rows_per_expert(self) -> int:
-        """G * C: rows that this rank sends to one expert in the padded exchange."""
+        """G * C: rows that this rank sends to one expert (pool) in the padded exchange."""
         return self.groups * self.capacity
 
 
@@ -167,8 +168,7 @@ class DispatchPlan:
     """The assignments that are computed: a routing after capacity. Read by dispatchers."""
 
     expert_TK: Tensor
-    """int64 in [0, num_experts): the expert of each assignment, after rerouting
-    (`overflow: next_choice`)."""
+    """int64 in [0, num_experts): the expert of each assignment, after rerouting (`next_choice`)."""
     weight_TK: Tensor
     """float32 or float64: combine weights; 0 for dropped assignments."""
     keep_TK: Tensor | None

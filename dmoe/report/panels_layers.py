@@ -63,12 +63,16 @@ MAX_LAYER_POINTS = 60_000
 MIN_LAYER_POINTS = 24
 LAYER_QUANTITIES = {
     "load_max_over_mean": "Load: largest over mean",
+    "rank_max_over_mean": "Rows of the ranks: largest over mean",
+    "max_vio": "MaxVio: largest load over mean, less 1",
     "load_cv": "Load: coefficient of variation",
     "dead_experts": "Experts without any token",
     "drop_rate": "Dropped share of the assignments",
     "dropped_mass": "Dropped share of the router weight",
     "lost_tokens": "Fully dropped tokens",
     "padding_waste": "Empty slots",
+    "fullest_pool": "Fullest pool: share of its slots in use",
+    "emptiest_pool": "Emptiest pool: share of its slots in use",
     "router_entropy": "Router entropy (nats)",
     "top1_probability": "Mean probability of the first choice",
     "logit_max": "Largest router logit",
@@ -137,6 +141,14 @@ def drops_panel(runs: Sequence[Run]) -> Panel:
             "share",
             {"": layer_mean("padding_waste")},
         ),
+        CurveChart(
+            "pools",
+            "Slots in use by pool",
+            f"Of the pools of experts that share slots, the fullest and the emptiest. {MEAN}",
+            "share",
+            {"fullest": layer_mean("fullest_pool"), "emptiest": layer_mean("emptiest_pool")},
+            layout="per_run",
+        ),
     )
     absent = "No drop was recorded: a dense model, or an older version of dmoe."
     return curve_panel("drops", "Drops", charts, runs, absent)
@@ -158,6 +170,34 @@ def balance_panel(runs: Sequence[Run]) -> Panel:
             "Of the least balanced layer; 1 is perfect balance.",
             "factor",
             {"": at("load_max_over_mean")},
+        ),
+        CurveChart(
+            "rank-max-over-mean",
+            "Rows of the busiest rank over the mean",
+            "Of the least balanced layer; the others wait for that rank.",
+            "factor",
+            {"": at("rank_max_over_mean")},
+        ),
+        CurveChart(
+            "moves",
+            "Experts moved to another rank",
+            "Since the last logged step, of all MoE layers (parallel.placement).",
+            "experts",
+            {"": at("moves")},
+        ),
+        CurveChart(
+            "moved-bytes",
+            "Bytes of moved experts",
+            "Weights and moments that all ranks sent to others since the last logged step.",
+            "bytes",
+            {"": at("moved_bytes")},
+        ),
+        CurveChart(
+            "move-seconds",
+            "Time of moves",
+            "Of one rank, since the last logged step.",
+            "seconds",
+            {"": at("move_seconds")},
         ),
         CurveChart(
             "cv",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from dmoe.distributed.data_parallel import (
     broadcast_weights,
     make_grad_scaler,
 )
+from dmoe.distributed.expert_moves import PeriodicPlacement
 from dmoe.distributed.expert_parallel import shard_experts
 from dmoe.distributed.init import ProcessInfo
 from dmoe.distributed.mesh import ParallelMesh, build_mesh
@@ -64,6 +66,8 @@ class Engine:
     """Compares the ranks' all-to-alls, if `debug.collectives`."""
     own_model: str | None = None
     """Class of the user's model; None for that of the config."""
+    placement: PeriodicPlacement | None = None
+    """Moves experts; None where they stay: `parallel.placement.kind=fixed`, or EP = 1."""
 
     @property
     def wrapped_model(self) -> nn.Module:
@@ -79,6 +83,10 @@ class Engine:
     def targets_per_step(self) -> int:
         """Targets of the global batch, by which the loss is divided if all are predicted."""
         return self.config.train.global_batch * self.task.targets_per_sample
+
+    def experts_at_home(self) -> AbstractContextManager[None]:
+        """Have all experts in contiguous runs inside, the order of a checkpoint. Collective."""
+        return nullcontext() if self.placement is None else self.placement.at_home()
 
     def close(self) -> None:
         self.accelerator.free_memory()
@@ -145,6 +153,9 @@ def build_engine(
         checker,
         own_model,
     )
+    periodic, layers = config.parallel.placement, model.moe_layers()
+    if periodic.kind == "periodic" and mesh.ep > 1 and layers:
+        engine.placement = PeriodicPlacement(periodic, layers, optimizer, mesh, process.host_size)
     if is_trained:
         with explain_out_of_memory(config, process.world_size, "batch"):
             _warm_up(engine)

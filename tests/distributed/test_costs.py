@@ -50,7 +50,12 @@ def counted(counter: Counter[str], name: str, function: Callable[..., Any]) -> C
 
 
 def costs(
-    rank: int, world: int, exchange: str, factor: float | None, level: str
+    rank: int,
+    world: int,
+    exchange: str,
+    factor: float | None,
+    level: str,
+    limits: dict[str, Any] | None = None,
 ) -> list[tuple[int, int]]:
     """Count (collectives, host reads) of one layer's forward and of its backward."""
     torch.manual_seed(rank)
@@ -60,7 +65,7 @@ def costs(
         8,
         2,
         exchange=exchange,
-        capacity=CapacityConfig(factor=factor),
+        capacity=CapacityConfig(factor=factor, **limits or {}),
         balance=BalanceConfig(switch_level=level),
     )
     shard_experts(layer, build_mesh(world, torch.device("cpu")))

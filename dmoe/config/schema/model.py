@@ -157,6 +157,12 @@ class CapacityConfig:
     """The same in evaluation and generation; null (default): dropless."""
     min_capacity: Annotated[int, at_least(1)] = 1
     """Minimum number of slots per expert and capacity group."""
+    pool: Annotated[int, at_least(1)] = 1
+    """Number P of consecutive experts that share their slots in a group; must divide num_experts.
+    An expert that overflows then uses the slots that others of its pool leave empty."""
+    pool_floor: Annotated[float, fraction("[]", fix="use 1.0")] = 1.0
+    """Share of an expert's own slots that others of its pool cannot take from it; 0: the pool is
+    one queue. Needs pool > 1."""
     group: Literal["rank", "sequence", "global"] = "rank"
     """Tokens that share a capacity: a rank's micro-batch (GShard), each sequence, or the global
     micro-batch. The last two drop the same tokens on any number of ranks."""

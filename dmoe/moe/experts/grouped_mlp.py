@@ -123,7 +123,7 @@ def feed_forward(
         rows_RD: rows grouped by expert.
         w_in: [e, D, H], in the rows' dtype.
         w_out: [e, F, M], in the rows' dtype.
-        tokens_per_expert: rows of each local expert.
+        tokens_per_expert: rows of each local expert; of unused rows, the result is zero.
     """
     if rows_RD.is_cuda:
         return feed_forward_in_steps(kind, rows_RD, w_in, w_out, tokens_per_expert)
@@ -140,11 +140,8 @@ def feed_forward_in_steps(
     kind: str, rows_RD: Tensor, w_in: Tensor, w_out: Tensor, tokens_per_expert: TokensPerExpert
 ) -> Tensor:
     """Compute `feed_forward` in three steps: the CUDA path, and the tests' reference."""
-    return grouped_linear(
-        ACTIVATION_FNS[kind](grouped_linear(rows_RD, w_in, tokens_per_expert)),
-        w_out,
-        tokens_per_expert,
-    )
+    hidden_RH = grouped_linear(rows_RD, w_in, tokens_per_expert)
+    return grouped_linear(ACTIVATION_FNS[kind](hidden_RH), w_out, tokens_per_expert)
 
 
 class _FeedForward(Function):
@@ -154,11 +151,11 @@ class _FeedForward(Function):
     ) -> Tensor:
         out_RM = rows_RD.new_empty(len(rows_RD), w_out.shape[2])
         hidden = []
-        for x, up, down, y in zip(
-            rows_RD.split(sizes), w_in, w_out, out_RM.split(sizes), strict=True
-        ):
+        parts = zip(rows_RD.split(sizes), w_in, w_out, out_RM.split(sizes), strict=False)
+        for x, up, down, y in parts:
             hidden.append(x @ up)
             torch.mm(activate(kind, hidden[-1]), down, out=y)
+        _zero_unused(out_RM, sizes, w_in)
         ctx.sizes, ctx.kind = sizes, kind
         ctx.save_for_backward(rows_RD, w_in, w_out, *hidden)
         return out_RM
@@ -172,8 +169,10 @@ class _FeedForward(Function):
             torch.empty_like(x) if needed else None
             for x, needed in zip((rows_RD, w_in, w_out), ctx.needs_input_grad[:3], strict=True)
         )
+        if grad_rows is not None:
+            _zero_unused(grad_rows, ctx.sizes, w_in)
         start = 0
-        for e, (h, size) in enumerate(zip(hidden, ctx.sizes, strict=True)):
+        for e, (h, size) in enumerate(zip(hidden, ctx.sizes, strict=False)):
             part = slice(start, start := start + size)
             grad = grads[0][part]
             activated, grad_h = activate_backward(ctx.kind, h, grad @ w_out[e].t())
@@ -194,8 +193,8 @@ def grouped_linear(
     An expert without rows gets a zero gradient. Equal groups (an int) are one batched GEMM. Unequal
     ones are `torch.nn.functional.grouped_mm` on CUDA, which reads the group ends on the device; on
     the CPU a loop of GEMMs that write into the result, measured at 0.6 times the time of
-    `grouped_mm` there (benchmarks/layer.py). In float64, and with more groups than `grouped_mm`
-    takes, CUDA computes the loop too, with one host read.
+    `grouped_mm` there (`dmoe bench layer`). In float64, and with more groups than `grouped_mm`
+    takes, CUDA computes the loop too, with one host read. Unused rows give zero.
 
     `grouped_mm` takes matrices whose rows start at multiples of 16 bytes. Other widths are padded
     with zeros, which change no number; the cost is a copy of what is padded.
@@ -233,7 +232,9 @@ class _GroupedLinear(Function):
             if ctx.needs_input_grad[0]
             else None
         )
-        grad_weight = _weight_grads(rows_RI, grad_RO, count_e) if ctx.needs_input_grad[1] else None
+        count_e, grad_weight = count_e[: len(weight_eIO)], None
+        if ctx.needs_input_grad[1]:
+            grad_weight = _weight_grads(rows_RI, grad_RO, count_e)
         return grad_rows, grad_weight, None
 
 
@@ -255,12 +256,18 @@ def _uses_grouped_mm(rows_RI: Tensor, count_e: Tensor) -> bool:
 
 def _rows_times_weight(rows_RI: Tensor, weight_eIO: Tensor, count_e: Tensor) -> Tensor:
     if _uses_grouped_mm(rows_RI, count_e):
-        return grouped_mm(rows_RI, weight_eIO, offs=count_e.cumsum(0).to(torch.int32))
+        end_e = count_e[: len(weight_eIO)].cumsum(0).to(torch.int32)
+        out_RO = grouped_mm(rows_RI, weight_eIO, offs=end_e)
+        if len(count_e) == len(weight_eIO):
+            return out_RO
+        row_R1 = torch.arange(len(out_RO), device=out_RO.device).unsqueeze(1)
+        return out_RO.masked_fill_(row_R1 >= end_e[-1], 0.0)  # the kernel leaves them unset
     out_RO = rows_RI.new_empty(len(rows_RI), weight_eIO.shape[2])
-    for rows, weight, out in zip(
-        *_split(count_e, rows_RI), weight_eIO, *_split(count_e, out_RO), strict=True
-    ):
+    sizes = count_e.tolist()
+    parts = zip(rows_RI.split(sizes), weight_eIO, out_RO.split(sizes), strict=False)
+    for rows, weight, out in parts:
         torch.mm(rows, weight, out=out)
+    _zero_unused(out_RO, sizes, weight_eIO)
     return out_RO
 
 
@@ -274,7 +281,9 @@ def _weight_grads(rows_RI: Tensor, grad_RO: Tensor, count_e: Tensor) -> Tensor:
             grad_eIO.masked_fill_((count_e == 0)[:, None, None], 0.0)
         return grad_eIO
     out_eIO = rows_RI.new_empty(len(count_e), rows_RI.shape[1], grad_RO.shape[1])
-    for rows, grad, out in zip(*_split(count_e, rows_RI, grad_RO), out_eIO, strict=True):
+    sizes = count_e.tolist()
+    rows_RI, grad_RO = rows_RI[: sum(sizes)], grad_RO[: sum(sizes)]
+    for rows, grad, out in zip(rows_RI.split(sizes), grad_RO.split(sizes), out_eIO, strict=True):
         _weight_grad(rows, grad, out)
     return out_eIO
 
@@ -290,6 +299,7 @@ def _weight_grad(rows_RI: Tensor, grad_RO: Tensor, out_IO: Tensor) -> None:
     torch.mm(left_IR, grad_RO, out=out_IO)
 
 
-def _split(count_e: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    sizes = count_e.tolist()
-    return [tensor.split(sizes) for tensor in tensors]
+def _zero_unused(rows: Tensor, sizes: list[int], experts: Tensor) -> None:
+    """Set the unused rows after those of the last expert to zero, if there are any."""
+    if len(sizes) > len(experts):
+        rows[len(rows) - sizes[-1] :] = 0.0
