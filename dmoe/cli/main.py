@@ -25,6 +25,7 @@ from dmoe.cli import (
     generate,
     modules,
     runs,
+    simulate,
     sweep,
     train,
     verify,
@@ -87,6 +88,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": runs.compare,
     "explain": explain.command,
     "verify": verify.command,
+    "simulate": simulate.command,
     "evaluate": evaluate.command,
     "generate": generate.command,
 }
