@@ -20,6 +20,7 @@ from dmoe.cli import (
     checkpoint,
     configs,
     data,
+    doctor,
     evaluate,
     explain,
     generate,
@@ -87,6 +88,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": runs.compare,
     "explain": explain.command,
     "verify": verify.command,
+    "doctor": doctor.command,
     "evaluate": evaluate.command,
     "generate": generate.command,
 }
