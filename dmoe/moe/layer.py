@@ -245,12 +245,12 @@ class MoE(MoELayer):
                 permutation, count_E = packed_permutation(physical)
             with profiled("experts"):
                 tokens = TokenRows(permutation, plan.weight_TK)
-                gathered_TM: Tensor = self.experts(x_TD, count_E, tokens)
+                gathered_TM: Tensor = self.run_experts(x_TD, count_E, tokens)
                 return gathered_TM
         with profiled("dispatch"):
             rows_RD, tokens_per_expert, metadata = dispatcher.dispatch(x_TD, physical)
         with profiled("experts"):
-            rows_RM = self.experts(rows_RD, tokens_per_expert)
+            rows_RM = self.run_experts(rows_RD, tokens_per_expert)
         with profiled("combine"):
             return dispatcher.combine(rows_RM, plan.weight_TK, metadata)
 
