@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class Permutation:
     filled_R: Tensor | None
     """Which rows hold an assignment (padded slots may be empty). None: all."""
 
-    @property
+    @cached_property
     def token_R(self) -> Tensor:
         """int64: the token of each row."""
         return self.assignment_R // self.row_TK.shape[1]
@@ -112,7 +113,7 @@ def packed_permutation(plan: DispatchPlan) -> tuple[Permutation, Tensor]:
     """
     # fewer digits for a radix sort
     small = torch.uint8 if plan.num_experts < 255 else torch.int32
-    expert_N = plan.expert_TK.flatten().to(small)
+    expert_N = plan.expert_TK.to(small).flatten()
     if plan.keep_TK is not None:
         expert_N = expert_N.masked_fill(~plan.keep_TK.flatten(), plan.num_experts)
     sorted_N, order_N = expert_N.sort(stable=True)
@@ -286,8 +287,8 @@ def _row_dots(grad_RD: Tensor, rows_RD: Tensor, permutation: Permutation) -> Ten
     if len(rows_RD) == 0:
         return rows_RD.new_zeros(permutation.row_TK.shape)
     batches = zip(grad_RD.split(MAX_BATCH), rows_RD.split(MAX_BATCH), strict=True)
-    dot_R = torch.cat([torch.bmm(g.unsqueeze(1), r.unsqueeze(2)) for g, r in batches]).flatten()
-    dot_TK = dot_R[permutation.row_TK]
+    dots = [torch.bmm(g.unsqueeze(1), r.unsqueeze(2)) for g, r in batches]
+    dot_TK = (dots[0] if len(dots) == 1 else torch.cat(dots)).flatten()[permutation.row_TK]
     return dot_TK if permutation.keep_TK is None else dot_TK.masked_fill(~permutation.keep_TK, 0.0)
 
 

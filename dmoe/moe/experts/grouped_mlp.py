@@ -239,7 +239,7 @@ def _uses_grouped_mm(rows_RI: Tensor, count_e: Tensor) -> bool:
 
 def _rows_times_weight(rows_RI: Tensor, weight_eIO: Tensor, count_e: Tensor) -> Tensor:
     if _uses_grouped_mm(rows_RI, count_e):
-        end_e = count_e[: len(weight_eIO)].cumsum(0).to(torch.int32)
+        end_e = count_e[: len(weight_eIO)].cumsum(0, dtype=torch.int32)
         out_RO = grouped_mm(rows_RI, weight_eIO, offs=end_e)
         if len(count_e) == len(weight_eIO):
             return out_RO
@@ -257,7 +257,7 @@ def _rows_times_weight(rows_RI: Tensor, weight_eIO: Tensor, count_e: Tensor) -> 
 def _weight_grads(rows_RI: Tensor, grad_RO: Tensor, count_e: Tensor) -> Tensor:
     """Compute the weights' gradient, `rows^T @ grad` of each expert, [e, I, O]."""
     if _uses_grouped_mm(rows_RI, count_e):
-        grad_eIO = grouped_mm(rows_RI.t(), grad_RO, offs=count_e.cumsum(0).to(torch.int32))
+        grad_eIO = grouped_mm(rows_RI.t(), grad_RO, offs=count_e.cumsum(0, dtype=torch.int32))
         if torch.cuda.get_device_capability(rows_RI.device)[0] >= 10:
             # Blackwell's kernel leaves the gradient of an expert without rows unset
             # (pytorch/pytorch#172439, cutlass#2674). A product would keep its NaN.
