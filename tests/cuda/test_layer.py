@@ -59,7 +59,9 @@ def test_a_layer_on_the_branch_of_cuda_computes_what_it_computes_on_the_cpu(
         assert layer.router.weight.grad.abs().sum() > 0
         results.append([output.y, x.grad, *(p.grad for p in layer.parameters())])
     for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        # the CPU takes the weights' gradient from hidden rows, in another order of sums
+        atol = 1e-5 * max(1.0, float(expected.detach().abs().max()))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.usefixtures("cuda_branch")
