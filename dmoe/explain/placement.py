@@ -7,7 +7,7 @@ from typing import Any
 from dmoe.config.rules import moe_blocks
 from dmoe.config.rules.modular import is_learned, modules_per_token
 from dmoe.config.schema import ModularConfig
-from dmoe.distributed.copy_cost import passes
+from dmoe.distributed.placement.copy_cost import passes
 from dmoe.explain.setting import Section, Setting
 from dmoe.moe.copy_planner import AUTO_SLOTS
 from dmoe.report.format import format_bytes, format_ranges, plural

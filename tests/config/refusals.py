@@ -64,6 +64,12 @@ moe.router.hot=2 | moe.router.hot | has no meaning for moe.router.kind=top_k
 @workload moe.balance.bias=0.1 | moe.balance.bias | moves choices by score
 @workload moe.router.jitter=0.1 | moe.router.jitter | has no meaning
 
+# a trace
+tracking.trace=all | tracking.trace | all
+tracking.trace=counts model.moe_every=0 | tracking.trace | needs a model with MoE layers
+tracking.trace=choices @soft | tracking.trace | moe.router.kind=soft makes none
+@table tracking.trace=counts | tracking.trace | has no meaning for train.task=classification
+
 # a language model reads none of it
 model.fusion=gated | model.fusion | has no meaning for train.task=language_modelling
 model.head=experts | model.head | has no meaning
