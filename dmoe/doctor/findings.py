@@ -10,7 +10,7 @@ State = Literal["ok", "warning", "failed"]
 
 @dataclass(frozen=True)
 class Finding:
-    """The value or fact that the check saw."""
+    """Result of one check."""
 
     check: str
     state: State
