@@ -142,8 +142,9 @@ def _moves(setting: Setting) -> tuple[list[str], dict[str, Any]]:
         return [], {}
     if setting.ep == 1:
         return ["Experts do not move: with EP = 1 every rank has all of them."], {}
-    moments = MOMENTS.get(setting.config.optim.kind, 0)
-    size = 4 * layer.weights_of_experts[0] * (1 + moments)
+    optim = setting.config.optim
+    moments = MOMENTS.get(optim.kind, 0)
+    size = layer.weights_of_experts[0] * (4 + moments * (2 if optim.moments == "bf16" else 4))
     load = "their running mean" if placement.from_ == "ema" else "those of the last step"
     steps = "every step" if placement.every == 1 else f"every {placement.every} steps"
     what = "weights and moments" if moments else "weights, and whatever the optimizer keeps"

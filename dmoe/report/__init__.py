@@ -30,7 +30,7 @@ PANELS: tuple[Callable[[Sequence[Run]], Panel | None], ...] = (
     panels_progress.domains_panel,
     panels_load.load_panel,
     panels_layers.drops_panel,
-    panels_layers.balance_panel,
+    panels_load.balance_panel,
     panels_layers.router_panel,
     panels_layers.layers_panel,
     panels_experts.specialization_panel,
