@@ -160,10 +160,10 @@ def _moves(setting: Setting) -> tuple[list[str], dict[str, Any]]:
     moments = MOMENTS.get(optim.kind, 0)
     size = layer.weights_of_experts[0] * (4 + moments * (2 if optim.moments == "bf16" else 4))
     load = "their running mean" if placement.from_ == "ema" else "those of the last step"
-    steps = "every step" if placement.every == 1 else f"every {placement.every} steps"
+    steps = "after every step" if placement.every == 1 else f"every {placement.every} steps"
     what = "weights and moments" if moments else "weights, and whatever the optimizer keeps"
     lines = [
-        f"Experts move after {steps}, so that the rows of the {setting.ep} ranks ({load}) are even;"
+        f"Experts move {steps}, so that the rows of the {setting.ep} ranks ({load}) are even;"
         f" not where that takes less than {MIN_GAIN:.0%} of the mean from the busiest rank.",
         f"A moved expert is {format_bytes(size)} ({what}) per copy. The choices, the model and the "
         "checkpoint are those of fixed placement.",
