@@ -20,6 +20,7 @@ from dmoe.cli import (
     checkpoint,
     configs,
     data,
+    doctor,
     evaluate,
     explain,
     generate,
@@ -89,6 +90,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "explain": explain.command,
     "verify": verify.command,
     "simulate": simulate.command,
+    "doctor": doctor.command,
     "evaluate": evaluate.command,
     "generate": generate.command,
 }

@@ -39,7 +39,7 @@ def passes(recompute: bool) -> tuple[int, int]:
 
 
 def measure_break_even(
-    model: nn.Module, mesh: ParallelMesh, dtype: torch.dtype, recompute: bool
+    model: nn.Module, mesh: ParallelMesh, dtype: torch.dtype, recompute: bool = False
 ) -> int | None:
     """Measure the break-even and give it to all dispatchers that copy. Collective.
 

@@ -162,6 +162,9 @@ moe.num_experts=3 moe.experts.shapes=[[],[0],[5]] | moe.experts.shapes | from 1 
 moe.num_experts=3 moe.experts.shapes=[[],5,[5]] | moe.experts.shapes | lists of whole numbers
 moe.num_experts=3 moe.experts.shapes=[[],[1.5],[5]] | moe.experts.shapes | lists of whole numbers
 @shapes model.dense_first=1 | model.dense_dim | dense blocks
+@shapes train.recompute=activation | train.recompute | of one shape & use experts or block
+@shapes optim.moments=bf16 | optim.moments | does not work with moe.experts.shapes & use fp32
+optim.kind=muon optim.moments=bf16 | optim.moments | only for adamw
 @shapes parallel.ep=2 | parallel.ep | needs 2 ranks & this is one process & --ranks 2
 moe.experts.zero=-1 | moe.experts.zero | must not be negative
 moe.experts.copy=1 @next | moe.capacity.overflow | no queue
