@@ -23,7 +23,7 @@ def check_replay(config: Config) -> None:
         if value is not None:
             _check_layers(config, field, value)
             _check_replayable(config, field, value)
-    if config.tracking.trace != "off":
+    if config.tracking.trace != "none":
         _check_trace(config)
     if replay.from_ is None:
         return
@@ -57,7 +57,7 @@ def _check_trace(config: Config) -> None:
     _check_layers(config, field, value)
     if not router_spec(kind).ordered_choices:
         allowed = f"writes the choices of a token, and moe.router.kind={label(kind)} makes none"
-        raise ConfigError(field, value, allowed, "use off")
+        raise ConfigError(field, value, allowed, "use none")
 
 
 def _check_replayable(config: Config, field: str, value: str) -> None:
