@@ -10,7 +10,7 @@ from tests.house import files_of_a_step, measure
 
 LIMITS = {
     "product files": 340,
-    "product lines": 54_600,
+    "product lines": 54_700,
     "files of one MoE forward": 13,
     "files of one training step": 40,
     "files that name a router kind": 5,
