@@ -23,6 +23,7 @@ from dmoe.hf.adapters import MIXINS, SwigluExperts, check_adapted, count_zero_co
 from dmoe.hf.experts import MoefiedExperts, stacked_parameters
 from dmoe.hf.facts import BlockFacts, bias_as_buffer, block_facts, find_bias
 from dmoe.hf.layer import Forward, MoefiedLayer
+from dmoe.hf.pooled_loss import add_pooled
 from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.dispatch import PackedLocal, PaddedLocal
 from dmoe.moe.inputs import MaskAgreement
@@ -250,6 +251,7 @@ def _end(model: nn.Module, args: object, output: Any) -> Any:
     """End the record, and add the auxiliary losses to the output's loss in training."""
     record: Forward = model.__dict__["dmoe_forward"]
     record.running = False
+    add_pooled(moefied_layers(model), record)
     loss = getattr(output, "loss", None)
     if model.training and isinstance(loss, Tensor) and record.layers:
         output["loss"] = loss + auxiliary_loss(model).to(loss.dtype)

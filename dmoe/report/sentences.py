@@ -44,7 +44,7 @@ AUX_LOSSES = {
     "importance": "squared coefficient of variation of the experts' summed scores",
     "load": "squared coefficient of variation of the smooth load",
     "usage_std": "standard deviation of the experts' mean scores",
-    "own": "{own}",
+    **{"own": "{own}", "pooled": "loss of transformers, over all layers (a share per layer)"},
 }
 BUDGET_SCORES = {
     "token": "each token",

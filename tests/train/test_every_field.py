@@ -126,6 +126,7 @@ NO_CHANGE = {
     "moe.router.allow_future_leak": "a permission",
     "moe.replay.record": "only writes: test_replay.py",
     "moe.replay.from_": "read by the trainer, not by a step: test_replay.py",
+    "moe.balance.pooled": "of a published model: tests/hf/test_pooled_loss.py",
     "model.source": "another network: tests/hf/test_training.py",
     "model.lora.rank": "of a published model: tests/hf/test_fine_tuning.py",
     "model.lora.alpha": "of a published model: tests/hf/test_fine_tuning.py",

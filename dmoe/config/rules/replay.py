@@ -27,9 +27,6 @@ def check_replay(config: Config) -> None:
         _check_trace(config)
     if replay.from_ is None:
         return
-    if config.model.source is not None:
-        allowed = "needs dmoe's own router: a published one computes its weights with its choice"
-        raise ConfigError("moe.replay.from", replay.from_, allowed, "leave model.source out")
     if replay.record and os.path.realpath(replay.record) == os.path.realpath(replay.from_):
         allowed = "is moe.replay.from too: the choices would be overwritten while they are read"
         raise ConfigError("moe.replay.record", replay.record, allowed, "name another directory")

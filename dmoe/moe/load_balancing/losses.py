@@ -63,9 +63,9 @@ from dmoe.config.schema import BalanceConfig
 from dmoe.moe.interfaces import DataParallelComm
 from dmoe.moe.routing import BatchShape, Noise, Routing, TokenContext, masked
 
-LOSSES = ("switch", "z", "importance", "load", "usage_std", "own")
+LOSSES = ("switch", "z", "importance", "load", "usage_std", "own", "pooled")
 """Fields of `BalanceConfig` that are coefficients of a loss. `bias` is none: it changes the
-selection, not the loss."""
+selection, not the loss. `pooled` is of all layers together: dmoe/hf/pooled_loss.py."""
 
 
 def coefficients(config: BalanceConfig) -> dict[str, float]:
@@ -103,6 +103,8 @@ def auxiliary_losses(
     losses: dict[str, Tensor] = {}
     real_units: dict[int, Tensor] = {}
     for name in coefficients(config):
+        if name == "pooled":
+            continue
         if name == "switch" and config.switch_level == "global":
             prior_E = None if context.prior_count_LE is None else context.prior_count_LE[layer]
             losses[name] = switch_loss_global(routing, prior_E, valid_T, comm)
