@@ -136,7 +136,7 @@ def _copies(setting: Setting) -> tuple[list[str], dict[str, Any]]:
         return [], {}
     if setting.ep == 1:
         return ["Copies for the step: none with EP = 1, where no other rank could compute."], {}
-    transfers, products = passes(setting.config.train.recompute)
+    transfers, products = passes(setting.config.train.recompute in ("experts", "block"))
     size = layer.weights_of_experts[0] * setting.bytes_per_number
     per_ratio = transfers * setting.bytes_per_number / (2 * products)
     even = setting.tokens * setting.config.moe.top_k

@@ -15,6 +15,7 @@ from dmoe.report import (
     panels_layers,
     panels_load,
     panels_progress,
+    panels_simulation,
     panels_summary,
 )
 from dmoe.report.overview import build_overview
@@ -34,6 +35,7 @@ PANELS: tuple[Callable[[Sequence[Run]], Panel | None], ...] = (
     panels_layers.layers_panel,
     panels_experts.specialization_panel,
     panels_experts.traffic_panel,
+    panels_simulation.simulation_panel,
     panels_progress.time_panel,
     panels_progress.gradients_panel,
     panels_summary.samples_panel,

@@ -84,9 +84,9 @@ class Engine:
         """Targets of the global batch, by which the loss is divided if all are predicted."""
         return self.config.train.global_batch * self.task.targets_per_sample
 
-    def experts_at_home(self) -> AbstractContextManager[None]:
+    def contiguous_experts(self) -> AbstractContextManager[None]:
         """Have all experts in contiguous runs inside, the order of a checkpoint. Collective."""
-        return nullcontext() if self.placement is None else self.placement.at_home()
+        return nullcontext() if self.placement is None else self.placement.contiguous()
 
     def close(self) -> None:
         self.accelerator.free_memory()
@@ -131,14 +131,18 @@ def build_engine(
         check_own_model(model, config)
         shard_experts(model, mesh, checker, copies=copies)
         model.to(process.device)
+    model.offload = offloads(config, process.device)
     broadcast_weights(model, mesh)
     if placement.copies == "auto" and placement.break_even is None:
-        measure_break_even(model, mesh, DTYPES[precision], config.train.recompute)
+        recompute = config.train.recompute in ("experts", "block")
+        measure_break_even(model, mesh, DTYPES[precision], recompute)
     accelerator = make_accelerator(process, precision)
     if precision == "fp16":
         accelerator.scaler = make_grad_scaler(mesh, process.device)
     data_parallel = DATA_PARALLEL[config.parallel.mode](model, mesh, accelerator)
-    optimizer = accelerator.prepare_optimizer(build_optimizer(model, config.optim))
+    optimizer = accelerator.prepare_optimizer(
+        build_optimizer(model, config.optim, ep_rank=mesh.ep_rank, seed=config.train.seed)
+    )
     engine = Engine(
         config,
         process,
@@ -207,6 +211,14 @@ def _build_model(
     for layer in model.moe_layers():
         layer.pending_counts = None  # `update` in step.py moves the biases by the reduced counts
     return model
+
+
+def offloads(config: Config, device: torch.device) -> bool:
+    """Return whether blocks save for the backward in main memory. Raises ConfigError on a CPU."""
+    if config.train.offload != "none" and device.type == "cpu":
+        why = "needs a GPU: on a CPU activations are in main memory already"
+        raise ConfigError("train.offload", config.train.offload, why, "leave it out")
+    return config.train.offload == "activations"
 
 
 MIN_BF16_DIM_ON_CPU = 512
