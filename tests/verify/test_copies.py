@@ -90,8 +90,8 @@ def test_each_bug_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_copies_change_nothing() -> None:
-    """EP 2 and 4, ddp and fsdp, recomputed, with drops: all numbers of one process."""
-    settings = [*SETTINGS, "moe.capacity.factor=1.25"]
+    """EP 2 and 4, ddp and fsdp, recomputed, with drops, and experts that move after every step."""
+    settings = [*SETTINGS, "moe.capacity.factor=1.25", "parallel.placement.kind=periodic"]
     report = verify(load(None, settings), worlds=[4])
     assert report.ok, lines(report)
     assert {"4 ranks EP=2 packed fsdp", "4 ranks EP=4 packed ddp recompute"} <= {*report.cases}
