@@ -139,8 +139,8 @@ def build_engine(
         if rows is not None:
             model.notes = (
                 *model.notes,
-                f"copies: a copy pays from {rows:,} rows on, measured; parallel.placement.break_even="
-                f"{rows} repeats this run bit for bit",
+                f"copies: one pays from {rows:,} rows on, as measured; "
+                f"parallel.placement.break_even={rows} repeats this run bit for bit",
             )
     accelerator = make_accelerator(process, precision)
     if precision == "fp16":
