@@ -17,7 +17,6 @@ import typer
 from dmoe import __version__
 from dmoe.cli import (
     bench,
-    checkpoint,
     configs,
     data,
     doctor,
@@ -31,6 +30,7 @@ from dmoe.cli import (
     train,
     verify,
 )
+from dmoe.cli.checkpoint import commands as checkpoint
 from dmoe.cli.surroundings import (
     OutputError,
     check_surroundings,

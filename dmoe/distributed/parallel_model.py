@@ -29,7 +29,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer
 
 from dmoe.config.errors import ConfigError
-from dmoe.distributed.copy_cost import measure_break_even
 from dmoe.distributed.data_parallel import (
     DataParallel,
     DDPStrategy,
@@ -61,6 +60,7 @@ from dmoe.distributed.parallel_checks import (
     watch_layers,
     wrapper_error,
 )
+from dmoe.distributed.placement.copy_cost import measure_break_even
 from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.copy_planner import CopyRule
 

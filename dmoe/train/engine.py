@@ -16,7 +16,6 @@ from dmoe.config.rules.memory import explain_out_of_memory
 from dmoe.config.schema import Config
 from dmoe.distributed.accelerate_env import make_accelerator
 from dmoe.distributed.collective_check import CollectiveChecker
-from dmoe.distributed.copy_cost import measure_break_even
 from dmoe.distributed.data_parallel import (
     DataParallel,
     DDPStrategy,
@@ -24,10 +23,11 @@ from dmoe.distributed.data_parallel import (
     broadcast_weights,
     make_grad_scaler,
 )
-from dmoe.distributed.expert_moves import PeriodicPlacement
 from dmoe.distributed.expert_parallel import shard_experts
 from dmoe.distributed.init import ProcessInfo
 from dmoe.distributed.mesh import ParallelMesh, build_mesh
+from dmoe.distributed.placement.copy_cost import measure_break_even
+from dmoe.distributed.placement.moves import PeriodicPlacement
 from dmoe.models.base import Model, ModelOutput, check_own_model
 from dmoe.moe.copy_planner import CopyRule
 from dmoe.moe.rng import generator

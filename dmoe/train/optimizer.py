@@ -14,8 +14,8 @@ from dmoe.config.expert_shapes import GATED
 from dmoe.config.plugin_loader import construct, plugin_class
 from dmoe.config.schema import OptimConfig
 from dmoe.distributed.expert_parallel import expert_locations
-from dmoe.distributed.muon import Muon, Parts
-from dmoe.distributed.rounded_adamw import RoundedAdamW
+from dmoe.distributed.optimizers.muon import Muon, Parts
+from dmoe.distributed.optimizers.rounded_adamw import RoundedAdamW
 from dmoe.distributed.state_dict import MOMENTS
 from dmoe.hf.moefy import moefied_layers
 from dmoe.models.attention import Attention

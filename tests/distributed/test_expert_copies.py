@@ -20,10 +20,10 @@ from torch.utils.checkpoint import checkpoint
 import dmoe
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import CapacityConfig, ExpertsConfig, RouterConfig
-from dmoe.distributed.copy_cost import measure_break_even
-from dmoe.distributed.expert_copies import CopyingAllToAll
 from dmoe.distributed.expert_parallel import shard_experts
 from dmoe.distributed.mesh import build_mesh
+from dmoe.distributed.placement.copies import CopyingAllToAll
+from dmoe.distributed.placement.copy_cost import measure_break_even
 from dmoe.moe.copy_planner import CopyRule
 from dmoe.moe.layer import MoE
 from dmoe.moe.routing import TokenContext

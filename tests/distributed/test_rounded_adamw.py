@@ -7,7 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from dmoe.distributed.rounded_adamw import RoundedAdamW, random_bits, round_stochastically
+from dmoe.distributed.optimizers.rounded_adamw import (
+    RoundedAdamW,
+    random_bits,
+    round_stochastically,
+)
 from dmoe.moe.rng import generator
 from dmoe.verify.naive.optimizer import _rounded
 from dmoe.verify.verify import verify
@@ -53,7 +57,7 @@ def test_chunks_cover_each_element_once_with_its_own_bits(monkeypatch: pytest.Mo
     model = nn.ParameterDict({"a": torch.randn(7, 5, 3), "b": torch.randn(4), "c": torch.randn(())})
     update = optimizer(model)
     for chunk in (1, 40, 1 << 18):
-        monkeypatch.setattr("dmoe.distributed.rounded_adamw.CHUNK", chunk)
+        monkeypatch.setattr("dmoe.distributed.optimizers.rounded_adamw.CHUNK", chunk)
         for parameter in model.values():
             parts = list(update._chunks(parameter, [parameter.detach()]))
             index = np.concatenate([found.numpy().ravel() for found, _ in parts])

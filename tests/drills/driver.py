@@ -105,8 +105,8 @@ class FaultInjector:
 
     def install(self) -> None:
         """Replace the functions."""
-        from dmoe.distributed import expert_moves
         from dmoe.distributed.all_to_all import ExpertGroup
+        from dmoe.distributed.placement import moves as expert_moves
         from dmoe.train import step as steps
         from dmoe.train import trainer
 

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dmoe.config import schedule
-from dmoe.distributed import data_parallel, expert_moves, gradients, state_dict
+from dmoe.distributed import data_parallel, gradients, state_dict
 from dmoe.distributed.expert_parallel import expert_parameters
+from dmoe.distributed.placement import moves as expert_moves
 from dmoe.models import attention, transformer
 from dmoe.moe import base_layer, dispatch, expert_queue, layer, rng
 from dmoe.moe.experts.grouped_mlp import MLPExperts

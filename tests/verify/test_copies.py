@@ -14,8 +14,8 @@ from torch import Tensor
 
 import dmoe.verify.verify as verification
 from dmoe.config.load import load
-from dmoe.distributed import expert_copies
-from dmoe.distributed.expert_copies import WeightExchange
+from dmoe.distributed.placement import copies as expert_copies
+from dmoe.distributed.placement.copies import WeightExchange
 from dmoe.moe.copy_planner import CopyPlan
 from dmoe.verify.cases import CasePlan, plan_cases
 from dmoe.verify.verify import verify

@@ -1,6 +1,6 @@
 """Clipping, learning rate, AdamW and Muon by their formulas, one parameter at a time.
 
-Nothing of `dmoe/train/optimizer.py`, `dmoe/distributed/muon.py` or torch's optimizers is called.
+Nothing of `dmoe/train/optimizer.py`, `dmoe/distributed/optimizers/` or torch's is called.
 The lists of decayed parameters and of Muon's are written out. The Newton-Schulz iteration is
 applied to singular values: the matrix itself is never multiplied by its transpose.
 """

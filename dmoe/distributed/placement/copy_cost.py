@@ -20,9 +20,9 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from dmoe.distributed.expert_copies import CopyingAllToAll
 from dmoe.distributed.gradients import all_reduce_max
 from dmoe.distributed.mesh import ParallelMesh
+from dmoe.distributed.placement.copies import CopyingAllToAll
 from dmoe.moe.base_layer import MoELayer
 
 ROWS, REPEATS = 256, 3
