@@ -16,6 +16,7 @@ import typer
 
 from dmoe import __version__
 from dmoe.cli import (
+    bench,
     checkpoint,
     configs,
     data,
@@ -95,6 +96,7 @@ app.add_typer(configs.app, name="configs")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(modules.app, name="modules")
 app.add_typer(data.app, name="data")
+app.add_typer(bench.app, name="bench")
 
 
 def run() -> NoReturn:

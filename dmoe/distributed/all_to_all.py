@@ -28,6 +28,7 @@ from torch.autograd import Function
 
 from dmoe.distributed.collective_check import CollectiveChecker
 from dmoe.moe.base_layer import MoELayer
+from dmoe.moe.copy_planner import CopyTotals
 from dmoe.moe.dispatch import (
     Permutation,
     packed_permutation,
@@ -36,7 +37,7 @@ from dmoe.moe.dispatch import (
     profiled,
     unpermute,
 )
-from dmoe.moe.interfaces import TokensPerExpert
+from dmoe.moe.interfaces import RowCounts, TokensPerExpert
 from dmoe.moe.routing import DispatchPlan
 
 
@@ -50,10 +51,12 @@ class CommTimer:
     """Includes the time spent waiting for other ranks."""
     sent_bytes: int = 0
     """Sent to other ranks; rows that stay on this rank do not count."""
+    copies: CopyTotals = field(default_factory=CopyTotals)
 
     def start(self, clock: Callable[[], float]) -> None:
         """Reset both sums and start measuring with `clock`."""
         self.clock, self.seconds, self.sent_bytes = clock, 0.0, 0
+        self.copies = CopyTotals()
 
     def stop(self) -> None:
         """Stop measuring and keep the sums."""
@@ -216,7 +219,7 @@ class PackedAllToAll:
 
     def dispatch(
         self, x_TD: Tensor, plan: DispatchPlan
-    ) -> tuple[Tensor, TokensPerExpert, PackedDispatchMetadata]:
+    ) -> tuple[Tensor, RowCounts, PackedDispatchMetadata]:
         """Send each token to the ranks of its experts; see `moe.interfaces.Dispatcher`."""
         permutation, count_E = packed_permutation(plan)
         count_Pe = count_E.view(self.num_ranks, -1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dmoe.config.errors import ConfigError
 from dmoe.config.published import read_config
 from dmoe.config.schema import Config
+from dmoe.hf.adapters import trim_identities
 from dmoe.hf.load import load_weights
 from dmoe.hf.lora import add_lora, initialize_lora
 from dmoe.hf.moefy import forward_of, moefied_layers, moefy
@@ -155,4 +156,5 @@ def build_empty(settings: Any, source: str) -> nn.Module:
     with torch.device("cpu"), init_empty_weights(include_buffers=False), quiet():
         auto: Any = transformers.AutoModelForCausalLM
         model: nn.Module = auto.from_config(settings)
+        trim_identities(model)
     return model

@@ -24,6 +24,7 @@ from dmoe.models.attention import (
     visible_in_document,
 )
 from dmoe.models.base import Model, ModelOutput, token_losses
+from dmoe.models.cross_entropy import linear_token_losses
 from dmoe.models.key_value_cache import KeyValueCache, LayerCache
 from dmoe.models.layers import (
     BlockOutput,
@@ -198,11 +199,15 @@ class Transformer(Model):
         if cache is not None:
             cache.advance(input.shape[1])
         output_VD = self.embedding.weight if self.output is None else self.output.weight
-        logits_BSV = F.linear(self.norm(x_BSD), output_VD)
-        if target is not None:
-            out.loss_sum, out.loss_T, out.correct_T = token_losses(
-                logits_BSV, target, per_token=not self.training
-            )
-        if target is None or return_logits:
-            out.logits = logits_BSV
+        x_BSD, per_token = self.norm(x_BSD), not self.training
+        if target is not None and not return_logits and not (per_token and x_BSD.requires_grad):
+            losses = linear_token_losses(x_BSD, output_VD, target, per_token)
+        else:
+            logits_BSV = F.linear(x_BSD, output_VD)
+            if target is None or return_logits:
+                out.logits = logits_BSV
+            if target is None:
+                return out
+            losses = token_losses(logits_BSV, target, per_token)
+        out.loss_sum, out.loss_T, out.correct_T = losses
         return out

@@ -63,6 +63,8 @@ MAX_LAYER_POINTS = 60_000
 MIN_LAYER_POINTS = 24
 LAYER_QUANTITIES = {
     "load_max_over_mean": "Load: largest over mean",
+    "rank_max_over_mean": "Rows of the ranks: largest over mean",
+    "max_vio": "MaxVio: largest load over mean, less 1",
     "load_cv": "Load: coefficient of variation",
     "dead_experts": "Experts without any token",
     "drop_rate": "Dropped share of the assignments",
@@ -168,6 +170,34 @@ def balance_panel(runs: Sequence[Run]) -> Panel:
             "Of the least balanced layer; 1 is perfect balance.",
             "factor",
             {"": at("load_max_over_mean")},
+        ),
+        CurveChart(
+            "rank-max-over-mean",
+            "Rows of the busiest rank over the mean",
+            "Of the least balanced layer; the others wait for that rank.",
+            "factor",
+            {"": at("rank_max_over_mean")},
+        ),
+        CurveChart(
+            "moves",
+            "Experts moved to another rank",
+            "Since the last logged step, of all MoE layers (parallel.placement).",
+            "experts",
+            {"": at("moves")},
+        ),
+        CurveChart(
+            "moved-bytes",
+            "Bytes of moved experts",
+            "Weights and moments that all ranks sent to others since the last logged step.",
+            "bytes",
+            {"": at("moved_bytes")},
+        ),
+        CurveChart(
+            "move-seconds",
+            "Time of moves",
+            "Of one rank, since the last logged step.",
+            "seconds",
+            {"": at("move_seconds")},
         ),
         CurveChart(
             "cv",

@@ -13,7 +13,7 @@ from typing import Any
 
 from dmoe.config.expert_shapes import count_choices, count_zero_cost
 from dmoe.config.plugins import describe, parse
-from dmoe.config.router_kinds import router_spec
+from dmoe.config.router_kinds import WORKLOADS, router_spec
 from dmoe.config.schedule import describe_optimizer, describe_schedule
 from dmoe.config.schema import BalanceConfig, CapacityConfig, Config, MoEConfig
 from dmoe.report.format import plural
@@ -128,10 +128,9 @@ def routing_sentences(config: Config) -> list[str]:
 
 def _choice(moe: MoEConfig) -> str:
     spec = router_spec(moe.router.kind)
-    amount = ""
-    if spec.ordered_choices:
-        most = "at most " if spec.variable_k else ""
-        amount = f"{most}{moe.top_k} of {count_choices(moe):,} experts per token: "
+    most = "at most " if spec.variable_k else ""
+    amount = f"{most}{moe.top_k} of {count_choices(moe):,} experts per token: "
+    amount = amount if spec.ordered_choices else ""
     sentences = [f"Choice: {amount}{spec.choice}."]
     if details := DETAILS.get(moe.router.kind):
         sentences.append(details(moe))
@@ -165,6 +164,7 @@ DETAILS: dict[str, Callable[[MoEConfig], str]] = {
         f"{moe.top_k} distinct experts by a hash of token id and layer, always the same for the "
         "same token."
     ),
+    "workload": lambda moe: f"{moe.router.workload}, {WORKLOADS[moe.router.workload]}.",
     "expert_choice": lambda moe: (
         "An expert takes as many tokens of a group as it has slots, so every expert is full and a "
         "token may have no expert or all of them. The choice depends on later tokens of a "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from dmoe.config.rules.memory import explain_out_of_memory
 from dmoe.config.schema import Config
 from dmoe.distributed.accelerate_env import make_accelerator
 from dmoe.distributed.collective_check import CollectiveChecker
+from dmoe.distributed.copy_cost import measure_break_even
 from dmoe.distributed.data_parallel import (
     DataParallel,
     DDPStrategy,
@@ -22,11 +24,14 @@ from dmoe.distributed.data_parallel import (
     broadcast_weights,
     make_grad_scaler,
 )
+from dmoe.distributed.expert_moves import PeriodicPlacement
 from dmoe.distributed.expert_parallel import shard_experts
 from dmoe.distributed.init import ProcessInfo
 from dmoe.distributed.mesh import ParallelMesh, build_mesh
 from dmoe.models.base import Model, ModelOutput, check_own_model
+from dmoe.moe.copy_planner import CopyRule
 from dmoe.moe.rng import generator
+from dmoe.observability.profiler import DTYPES
 from dmoe.train.modular.attach import (
     attach_modules,
     initialize_modules,
@@ -61,6 +66,8 @@ class Engine:
     """Compares the ranks' all-to-alls, if `debug.collectives`."""
     own_model: str | None = None
     """Class of the user's model; None for that of the config."""
+    placement: PeriodicPlacement | None = None
+    """Moves experts; None where they stay: `parallel.placement.kind=fixed`, or EP = 1."""
 
     @property
     def wrapped_model(self) -> nn.Module:
@@ -76,6 +83,10 @@ class Engine:
     def targets_per_step(self) -> int:
         """Targets of the global batch, by which the loss is divided if all are predicted."""
         return self.config.train.global_batch * self.task.targets_per_sample
+
+    def experts_at_home(self) -> AbstractContextManager[None]:
+        """Have all experts in contiguous runs inside, the order of a checkpoint. Collective."""
+        return nullcontext() if self.placement is None else self.placement.at_home()
 
     def close(self) -> None:
         self.accelerator.free_memory()
@@ -116,9 +127,11 @@ def build_engine(
         model = _build_model(task, mesh, checker, process, dtype)
     else:
         check_own_model(model, config)
-        shard_experts(model, mesh, checker)
+        shard_experts(model, mesh, checker, copies=copy_rule(config))
         model.to(process.device)
     broadcast_weights(model, mesh)
+    if config.parallel.placement.copies == "auto" and config.parallel.placement.break_even is None:
+        measure_break_even(model, mesh, DTYPES[precision], config.train.recompute)
     accelerator = make_accelerator(process, precision)
     if precision == "fp16":
         accelerator.scaler = make_grad_scaler(mesh, process.device)
@@ -138,10 +151,22 @@ def build_engine(
         checker,
         own_model,
     )
+    periodic, layers = config.parallel.placement, model.moe_layers()
+    if periodic.kind == "periodic" and mesh.ep > 1 and layers:
+        engine.placement = PeriodicPlacement(periodic, layers, optimizer, mesh, process.host_size)
     if is_trained:
         with explain_out_of_memory(config, process.world_size, "batch"):
             _warm_up(engine)
     return engine
+
+
+def copy_rule(config: Config) -> CopyRule | None:
+    """Return when experts are copied for the step; None: never."""
+    placement = config.parallel.placement
+    if placement.copies == 0:
+        return None
+    slots = None if placement.copies == "auto" else int(placement.copies)
+    return CopyRule(slots, placement.break_even or 1)
 
 
 def _warm_up(engine: Engine) -> None:
@@ -180,7 +205,7 @@ def _build_model(
         model = task.build_model(config.parallel.virtual_ranks, config.train.recompute)
         attach_modules(model, config, config.parallel.virtual_ranks)
     model = model.to(dtype)
-    shard_experts(model, mesh, checker)
+    shard_experts(model, mesh, checker, copies=copy_rule(config))
     model.to_empty(device=process.device)
     model.initialize(config.train.seed)
     initialize_modules(model, config)

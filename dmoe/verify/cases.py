@@ -170,8 +170,12 @@ def _can_shard(config: Config, ep: int) -> bool:
 def prepare(config: Config, groups: int) -> Config:
     """Return `config` with synthetic data, three accumulation steps of small batches, and float32.
 
-    The model is not changed. One accumulation step has two sequences per token group.
+    The model is not changed. One accumulation step has two sequences per token group. If experts
+    move, they do so after every step.
     """
+    placement = config.parallel.placement
+    if placement.kind == "periodic":
+        placement = replace(placement, every=1)
     return replace(
         config,
         data=_data(config),
@@ -186,7 +190,7 @@ def prepare(config: Config, groups: int) -> Config:
             eval_sequences=MICRO_BATCH * groups + 1,  # so that the second batch has padding
         ),
         optim=replace(config.optim, warmup=0),
-        parallel=replace(config.parallel, backend="gloo"),
+        parallel=replace(config.parallel, backend="gloo", placement=placement),
     )
 
 

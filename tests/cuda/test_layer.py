@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmoe import MoE
+from dmoe.bench.measure import KernelCounter
 from dmoe.config.schema import CapacityConfig, ExpertsConfig, RouterConfig
 from dmoe.distributed.expert_parallel import shard_experts
 from dmoe.distributed.mesh import build_mesh
@@ -125,29 +125,6 @@ def test_until_top_p_selects_what_a_running_sum_selects(dtype: torch.dtype) -> N
     assert torch.equal(until_top_p(probability_TK, 0.6, 2), expected_TK)
 
 
-NO_KERNEL = {
-    *("view", "_unsafe_view", "t", "transpose", "slice", "select", "expand", "unsqueeze"),
-    *("squeeze", "alias", "detach", "split", "split_with_sizes", "chunk", "as_strided", "permute"),
-    *("unbind", "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"),
-    *("_reshape_alias", "diagonal", "is_same_size", "lift_fresh", "reshape"),
-}
-"""Operators that only make a view or allocate."""
-
-
-class CountedKernels(TorchDispatchMode):
-    """Counts the operators that launch a kernel on a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        self.count += function.overloadpacket.__name__ not in NO_KERNEL
-        return function(*args, **(kwargs or {}))
-
-
 LAUNCHES = {
     # exchange, EP size: forward, backward. In the backward four leave dropped tokens out of the
     # router's gradient (moe.routing.RowProduct). Collectives count as one.
@@ -172,10 +149,10 @@ def test_a_layer_launches_no_more_kernels_than_it_did(
             shard_experts(layer, build_mesh(ep, torch.device("meta")))
         x = torch.empty(1, 512, 64, dtype=torch.bfloat16, requires_grad=True)
         layer(x)  # the first one compares what the ranks pass
-        with CountedKernels() as forward:
+        with KernelCounter() as forward:
             output = layer(x)
         loss = output.y.sum() + sum(output.aux.values())
-        with CountedKernels() as backward:
+        with KernelCounter() as backward:
             loss.backward()
     most_forward, most_backward = LAUNCHES[exchange, ep]
     assert forward.count <= most_forward

@@ -29,6 +29,7 @@ ROUTERS = {
     "adaptive": ["moe.router.renormalize=false", "moe.top_k=4"],
     "fixed": [],
     "hash": [],
+    "workload": ["moe.router.workload=W1"],
     "soft": ["moe.top_k=8"],
     "expert_choice": ["moe.router.allow_future_leak=true"],
     "budget": ["moe.router.renormalize=false"],

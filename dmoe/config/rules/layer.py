@@ -15,6 +15,7 @@ from dmoe.config.expert_shapes import (
 )
 from dmoe.config.router_kinds import kinds_that_read, kinds_where, router_spec
 from dmoe.config.rules.capacity import check_capacity, check_router_and_capacity
+from dmoe.config.rules.workload import check_workload
 from dmoe.config.schema import (
     CapacityConfig,
     ExpertsConfig,
@@ -119,6 +120,8 @@ def check_router(router: RouterConfig, num_experts: int, top_k: int) -> None:
     spec = router_spec(router.kind)
     if "groups" in spec.reads:
         _check_groups(router, num_experts, top_k)
+    elif "workload" in spec.reads:
+        check_workload(router, num_experts, top_k)
     elif "top_p" in spec.reads:
         _check_adaptive(router, top_k)
     elif spec.all_experts and top_k != num_experts:

@@ -99,6 +99,7 @@ class RouterConfig:
             "soft",
             "expert_choice",
             "budget",
+            "workload",
         ),
     ] = "top_k"
     """Rule by which a token's experts are chosen; implemented in dmoe/moe/routers, or by a class of
@@ -134,6 +135,14 @@ class RouterConfig:
     allow_future_leak: bool = False
     """expert_choice, and budget with per=sequence: accept that the choice for a token depends on
     later tokens of its sequence, which a causal model must not do."""
+    workload: Literal["W0", "W1", "W2", "W3", "W4", "W5", "W6", "W7"] = "W0"
+    """workload: W0 balanced, W1 hot set, W2 hot rank, W3 spread hot, W4 ragged sources, W5 empty
+    rank, W6 rotating hot spot, W7 burst (docs/simulation.md)."""
+    ranks: Annotated[int, at_least(2)] = 8
+    """workload: number of ranks that W1 to W7 are made for, whatever the run has; a hot set is
+    num_experts / ranks experts."""
+    hot: Annotated[float, at_least(1)] = 1.6
+    """workload: load of a hot expert of W1, W2, W3, W6 and W7, as a multiple of the mean."""
     freeze: bool = False
     """Do not train the weights of the routers: they stay as they were drawn, or loaded."""
     options: dict[str, Any] = field(default_factory=dict)

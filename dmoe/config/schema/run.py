@@ -25,6 +25,32 @@ YEAR = 365 * 24 * 3600
 
 
 @dataclass(frozen=True)
+class PlacementConfig:
+    """The ranks of an EP group that hold an expert; docs/balance.md."""
+
+    kind: Literal["fixed", "periodic"] = "fixed"
+    """fixed: every rank keeps its run of experts. periodic: experts move between the ranks of an
+    EP group so that their expected load is even; the model that is trained is the same."""
+    every: Annotated[int, only_for("parallel.placement.kind", "periodic"), at_least(1)] = 100
+    """periodic: optimizer steps between two moves."""
+    from_: Annotated[Literal["ema", "last"], only_for("parallel.placement.kind", "periodic")] = (
+        "ema"
+    )
+    """periodic: the load that is expected: the running mean of the rows of each expert, over about
+    `every` steps (ema), or those of the last step."""
+    copies: Annotated[Union[int, str], at_least(0), at_most(64)] = 0
+    """Spare slots per rank: in every forward of a layer, hot experts are copied to so many of other
+    ranks, which share their rows, until all ranks have equally many; the copies' gradients are
+    added to the expert's. Same choices and drops, same numbers within rounding. auto: only copies
+    that save more time than they take. Needs moe.exchange=packed."""
+    break_even: Annotated[
+        Optional[int], only_for("parallel.placement.copies", "auto"), at_least(1)
+    ] = None
+    """copies=auto: rows that a copy has to take over so that it pays. Default: measured when the
+    run starts; set it to repeat a run bit for bit."""
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     ep: Annotated[Union[int, str], at_most(1 << 20)] = "auto"
     """Expert-parallel size: ranks that share one copy of the experts. Must divide the world size
@@ -36,6 +62,7 @@ class ParallelConfig:
     virtual_ranks: Annotated[int, at_least(1), at_most(1 << 16)] = 1
     """Routing groups per process: W processes with V virtual ranks train exactly as W*V processes
     with one."""
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Communication library; auto is nccl on CUDA and gloo on CPU."""
     start_timeout: Annotated[float, at_most(YEAR, " seconds, a year", "use 600"), above(0)] = 600.0

@@ -17,6 +17,9 @@ class Experts(nn.Module):
     `matrices`: (rows, columns) of the matrices of every expert of all ranks, first to last.
     """
 
+    takes_copies = False
+    """Whether `forward` takes `RowsWithCopies`."""
+
     def __init__(self, kind: str, matrices: tuple[tuple[tuple[int, int], ...], ...]) -> None:
         super().__init__()
         self.kind, self.matrices, self.num_experts = kind, matrices, len(matrices)

@@ -22,7 +22,8 @@ from torch.nn.functional import grouped_mm
 from dmoe.config.expert_shapes import GATED, matrix_shapes
 from dmoe.moe.experts.activation import ACTIVATION_FNS, activate, activate_backward
 from dmoe.moe.experts.base import Experts
-from dmoe.moe.interfaces import TokensPerExpert
+from dmoe.moe.experts.copies import Weights, compute_experts
+from dmoe.moe.interfaces import RowCounts, TokensPerExpert
 from dmoe.moe.placement import ExpertPlacement, contiguous_placement
 from dmoe.moe.rng import normal_
 
@@ -41,6 +42,8 @@ class MLPExperts(Experts):
     weights).
     """
 
+    takes_copies = True
+
     def __init__(
         self, kind: str, dim: int, expert_dim: int, num_experts: int, out_dim: int
     ) -> None:
@@ -51,13 +54,15 @@ class MLPExperts(Experts):
         self.w_in = nn.Parameter(torch.empty(num_experts, *shapes[0]))
         self.w_out = nn.Parameter(torch.empty(num_experts, *shapes[1]))
 
-    def forward(self, rows_RD: Tensor, tokens_per_expert: TokensPerExpert) -> Tensor:
+    def forward(self, rows_RD: Tensor, tokens_per_expert: RowCounts) -> Tensor:
+        weights = {name: getattr(self, name).to(rows_RD.dtype) for name in ("w_in", "w_out")}
+        return compute_experts(self._rows, weights, rows_RD, tokens_per_expert)
+
+    def _rows(
+        self, weights: Weights, rows_RD: Tensor, tokens_per_expert: TokensPerExpert
+    ) -> Tensor:
         return feed_forward(
-            self.kind,
-            rows_RD,
-            self.w_in.to(rows_RD.dtype),
-            self.w_out.to(rows_RD.dtype),
-            tokens_per_expert,
+            self.kind, rows_RD, weights["w_in"], weights["w_out"], tokens_per_expert
         )
 
     def placement(self, ranks: int) -> ExpertPlacement:
@@ -188,7 +193,7 @@ def grouped_linear(
     An expert without rows gets a zero gradient. Equal groups (an int) are one batched GEMM. Unequal
     ones are `torch.nn.functional.grouped_mm` on CUDA, which reads the group ends on the device; on
     the CPU a loop of GEMMs that write into the result, measured at 0.6 times the time of
-    `grouped_mm` there (benchmarks/layer.py). In float64, and with more groups than `grouped_mm`
+    `grouped_mm` there (`dmoe bench layer`). In float64, and with more groups than `grouped_mm`
     takes, CUDA computes the loop too, with one host read. Unused rows give zero.
 
     `grouped_mm` takes matrices whose rows start at multiples of 16 bytes. Other widths are padded

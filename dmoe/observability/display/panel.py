@@ -36,6 +36,8 @@ FIELDS = (
     ("drop", "drop_rate", "{:.1%}"),
     ("mfu", "mfu", "{:.1%}"),
     ("straggler", "straggler", "{:.2f}x"),
+    ("rows max/mean", "rank_imbalance", "{:.2f}"),
+    ("copies", "copies", "{:,.0f}"),
 )
 """Name, key in a `train` line, and format."""
 PART_COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "white")
