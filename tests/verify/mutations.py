@@ -495,7 +495,7 @@ MUTATIONS = [
         "queue_positions(others, comm).global_position_TK",
         "queue_positions(others, None).global_position_TK",
         "dropped set",
-        f"{GLOBAL} moe.capacity.pool=4",
+        "moe.capacity.factor=0.8 moe.capacity.group=global moe.capacity.pool=2",
     ),
     Mutation(
         "moe/dispatch.py",

@@ -85,8 +85,8 @@ CAPACITIES = {
         "moe.capacity.pool_floor=0.5",
         "moe.capacity.overflow=next_choice",
     ],
-    "global pools over ranks": [
-        "moe.capacity.pool=8",
+    "global pools over two ranks": [
+        "moe.capacity.pool=4",
         "moe.capacity.group=global",
         "moe.capacity.priority=score",
     ],
