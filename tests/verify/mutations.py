@@ -506,8 +506,8 @@ MUTATIONS = [
     ),
     Mutation(
         "distributed/pooled_all_to_all.py",
-        "unused_R = expert_R == count_Ne.shape[1]",
-        "unused_R = expert_R >= count_Ne.shape[1] - 1",
+        "metadata.unused_R[order_R]",
+        "metadata.unused_R",
         "layer outputs",
         POOL,
     ),
