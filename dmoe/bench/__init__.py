@@ -5,5 +5,6 @@ contender) and what else it found. `dmoe/cli/bench.py` prints it.
 
 layer.py      one layer, forward and backward        measure.py    rounds, quartiles, counters
 exchange.py   the layer of two ranks and more        libraries.py  other libraries
+step.py       the whole training step
 breakdown.py  where a layer's time goes
 """

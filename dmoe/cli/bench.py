@@ -31,6 +31,15 @@ Capacity = Annotated[
 ]
 Exchange = Annotated[str, typer.Option(help="packed or padded (needs --capacity).")]
 
+OwnDim = Annotated[int | None, typer.Option(help="Width D.", **integer(1))]
+OwnLayers = Annotated[int | None, typer.Option(help="Blocks.", **integer(1))]
+OwnExperts = Annotated[int | None, typer.Option(help="Experts E.", **integer(1))]
+OwnHidden = Annotated[int | None, typer.Option(help="Hidden width F of an expert.", **integer(1))]
+OwnTopK = Annotated[int | None, typer.Option(help="Experts per token K.", **integer(1))]
+OwnVocabulary = Annotated[int | None, typer.Option(help="Vocabulary V.", **integer(1))]
+OwnBatch = Annotated[int | None, typer.Option(help="Sequences per step.", **integer(1))]
+OwnLength = Annotated[int | None, typer.Option(help="Tokens per sequence.", **integer(1))]
+
 
 @app.command()
 def layer(
@@ -96,10 +105,49 @@ def exchange(
     show(run(shape, ranks=ranks, dtype=dtype, rounds=rounds, **options), as_json)
 
 
+@app.command()
+def step(
+    shape: Annotated[
+        str, typer.Option(help="mixtral (84 M parameters) or quickstart; the rest changes it.")
+    ] = "mixtral",
+    dim: OwnDim = None,
+    layers: OwnLayers = None,
+    experts: OwnExperts = None,
+    hidden: OwnHidden = None,
+    top_k: OwnTopK = None,
+    vocabulary: OwnVocabulary = None,
+    batch: OwnBatch = None,
+    length: OwnLength = None,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", metavar="K=V", help="A field of dmoe's config.")
+    ] = None,
+    dtype: DType = "bf16",
+    rounds: Rounds = 7,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Measure whole training steps and their peak memory, each contender in its own process.
+
+    Example: dmoe bench step --dtype fp32 --set train.recompute=experts
+    """
+    check_choices(device=device, dtype=dtype, shape=shape)
+    from dataclasses import replace
+
+    from dmoe.bench.step import SHAPES, run
+
+    sizes = {"dim": dim, "layers": layers, "experts": experts, "hidden": hidden, "top_k": top_k}
+    sizes |= {"vocabulary": vocabulary, "batch": batch, "length": length}
+    given = {name: size for name, size in sizes.items() if size is not None}
+    options: dict[str, Any] = {"rounds": rounds, "overrides": override or []}
+    report = run(replace(SHAPES[shape], **given), dtype=dtype, device=device, **options)
+    show(report, as_json)
+
+
 CHOICES = {
     "device": ("cpu", "cuda"),
     "dtype": ("bf16", "fp32"),
     "exchange": ("packed", "padded"),
+    "shape": ("mixtral", "quickstart"),
 }
 
 

@@ -17,18 +17,20 @@ import typer
 from dmoe import __version__
 from dmoe.cli import (
     bench,
-    checkpoint,
     configs,
     data,
+    doctor,
     evaluate,
     explain,
     generate,
     modules,
     runs,
+    simulate,
     sweep,
     train,
     verify,
 )
+from dmoe.cli.checkpoint import commands as checkpoint
 from dmoe.cli.surroundings import (
     OutputError,
     check_surroundings,
@@ -87,6 +89,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": runs.compare,
     "explain": explain.command,
     "verify": verify.command,
+    "simulate": simulate.command,
+    "doctor": doctor.command,
     "evaluate": evaluate.command,
     "generate": generate.command,
 }

@@ -14,8 +14,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from dmoe.distributed.all_to_all import ExpertGroup, PackedAllToAll, PaddedAllToAll
 from dmoe.distributed.collective_check import CollectiveChecker
-from dmoe.distributed.expert_copies import CopyingAllToAll, check_copies
 from dmoe.distributed.mesh import ParallelMesh, ProcessGroupComm
+from dmoe.distributed.placement.copies import CopyingAllToAll, check_copies
 from dmoe.distributed.pooled_all_to_all import PooledAllToAll
 from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.copy_planner import CopyRule

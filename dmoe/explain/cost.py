@@ -53,10 +53,11 @@ def explain_exchange(setting: Setting) -> Section | None:
     rows = rows_sent(setting)
     size = rows * config.model.dim * setting.bytes_per_number
     moe_layers = len(setting.model.moe_layers())
-    trips = 6 if config.train.recompute else 4
+    repeats = config.train.recompute == "block"
+    trips = 6 if repeats else 4
     step_size = trips * moe_layers * size * setting.batching.accumulation
     counts = " (one of them for row counts)" if exchange == "packed" else ""
-    repeated = "; recomputation repeats those of forward" if config.train.recompute else ""
+    repeated = "; recomputation repeats those of forward" if repeats else ""
     others = "the other rank" if setting.ep == 2 else f"the {setting.ep - 1} other ranks"
     sentences = [
         EXCHANGE[exchange],
@@ -162,6 +163,8 @@ def explain_size(setting: Setting) -> Section:
     if parse(config.optim.kind) is not None:
         names = getattr(loaded_class(config.optim.kind), "MOMENTS", ())
         moments, kinds = len(names) * gradients, f"moments of {label(config.optim.kind)}"
+    if config.optim.moments == "bf16":
+        moments, kinds = gradients, "AdamW moments in bfloat16"
     if config.optim.kind == "muon":
         moments -= sum(rank_parameters(setting, trained=True, only_muon=True)) * WEIGHT_BYTES
         kinds = "moments (one of Muon, two of AdamW)"
@@ -170,8 +173,12 @@ def explain_size(setting: Setting) -> Section:
         f", + {format_bytes(casts)} copies in {setting.precision} for backward" if casts else ""
     )
     total = weights + gradients + moments + casts
+    wide = "the rest" if config.optim.moments == "bf16" else "all"
     frozen = "" if gradients == weights else " (of trained parameters)"
-    recomputed = " and a fourth forward for recomputation" if config.train.recompute else ""
+    recomputed = {
+        "block": " and a fourth forward for recomputation",
+        "experts": " and a fourth forward of the experts",
+    }.get(config.train.recompute, "")
     sentences = [
         model_sentence(config),
         f"Parameters: {format_count(model_size.total)} in total, "
@@ -179,7 +186,7 @@ def explain_size(setting: Setting) -> Section:
         f"rank ({format_count(dense)} dense + {format_count(experts)} of "
         f"experts{_sharding(setting)}); {outputs} {task.num_outputs:,}.",
         f"Memory per rank: {format_bytes(weights)} weights + {format_bytes(gradients)} gradients + "
-        f"{format_bytes(moments)} {kinds}{frozen}, all float32"
+        f"{format_bytes(moments)} {kinds}{frozen}, {wide} float32"
         f"{copies} = {format_bytes(total)}, without activations and buffers.",
         f"Arithmetic: {format_flops(forward, 'FLOP')} per {task.unit} in forward, three times that "
         f"in training; {format_flops(step_flops, 'FLOP')} per step{recomputed}.",
@@ -210,9 +217,12 @@ def _cast_bytes(setting: Setting) -> int:
 
     They are whole under FSDP2 too. Recomputed blocks make theirs again, one block at a time.
     """
-    if setting.precision == "fp32" or setting.config.train.recompute:
+    if setting.precision == "fp32" or setting.config.train.recompute == "block":
         return 0
-    return setting.bytes_per_number * sum(rank_parameters(setting, sharded=False))
+    kept, config = sum(rank_parameters(setting, sharded=False)), setting.config
+    if setting.task.name == "language_modelling" and config.model.source is None:
+        kept -= setting.task.num_outputs * config.model.dim  # the loss is made in the forward
+    return setting.bytes_per_number * kept
 
 
 def rank_parameters(

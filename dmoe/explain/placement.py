@@ -7,7 +7,7 @@ from typing import Any
 from dmoe.config.rules import moe_blocks
 from dmoe.config.rules.modular import is_learned, modules_per_token
 from dmoe.config.schema import ModularConfig
-from dmoe.distributed.copy_cost import passes
+from dmoe.distributed.placement.copy_cost import passes
 from dmoe.explain.setting import Section, Setting
 from dmoe.moe.copy_planner import AUTO_SLOTS
 from dmoe.report.format import format_bytes, format_ranges, plural
@@ -136,7 +136,7 @@ def _copies(setting: Setting) -> tuple[list[str], dict[str, Any]]:
         return [], {}
     if setting.ep == 1:
         return ["Copies for the step: none with EP = 1, where no other rank could compute."], {}
-    transfers, products = passes(setting.config.train.recompute)
+    transfers, products = passes(setting.config.train.recompute in ("experts", "block"))
     size = layer.weights_of_experts[0] * setting.bytes_per_number
     per_ratio = transfers * setting.bytes_per_number / (2 * products)
     even = setting.tokens * setting.config.moe.top_k

@@ -36,11 +36,11 @@ class PublishedModel(Model):
         config: whole config, with `model.source`.
         num_outputs: vocabulary size V of the tokenizer, at most that of the model.
         virtual_ranks: as in `dmoe.MoE`.
-        recompute: keep only the input of each block, and compute the block again in backward.
+        recompute: `none` or `block`: keep only the input of each block.
     """
 
     def __init__(
-        self, config: Config, num_outputs: int, virtual_ranks: int = 1, recompute: bool = False
+        self, config: Config, num_outputs: int, virtual_ranks: int = 1, recompute: str = "none"
     ) -> None:
         super().__init__()
         assert config.model.source is not None
@@ -52,10 +52,10 @@ class PublishedModel(Model):
             fix = "use the tokenizer of the source"
             raise ConfigError("data.tokenizer", config.data.tokenizer, allowed, fix)
         self.hf = cast(Any, build_empty(settings, self.source))
-        if recompute:
+        if recompute == "block":
             if not self.hf.supports_gradient_checkpointing:
                 allowed = f"is not supported by {type(self.hf).__name__} of transformers"
-                raise ConfigError("train.recompute", True, allowed, "use false")
+                raise ConfigError("train.recompute", recompute, allowed, "use none")
             with quiet():  # transformers 5.23 has another name for it, and warns
                 self.hf.gradient_checkpointing_enable(REENTRANT_FREE)
         moefy(

@@ -96,8 +96,8 @@ class Transformer(Model):
         vocab_size: V.
         virtual_ranks: groups of tokens that the MoE layers treat as separate ranks; B*S must be
             divisible by it.
-        recompute: keep only the input of each block and compute the block again in backward.
-            Losses and counts are returned by the first pass, so nothing is counted twice; the
+        recompute: what the backward computes again, `train.recompute`; True is `block`. Losses
+            and counts are returned by the first pass, so nothing is counted twice; with `block` the
             MoE layers' collectives run twice, on every rank alike.
     """
 
@@ -110,13 +110,13 @@ class Transformer(Model):
         vocab_size: int,
         *,
         virtual_ranks: int = 1,
-        recompute: bool = False,
+        recompute: str | bool = "none",
     ) -> None:
         super().__init__()
         check_types(config, "model.")
         check_bounds(config, "model.")
         check_attention(config)
-        self.config, self.recompute = config, recompute
+        self.config = config
         self.head_dim = head_dim(config)
         self.embedding = nn.Embedding(vocab_size, config.dim)
         self.blocks = nn.ModuleList()
@@ -136,6 +136,7 @@ class Transformer(Model):
         self.output = (
             None if config.tie_embeddings else nn.Linear(config.dim, vocab_size, bias=False)
         )
+        self.set_recompute(recompute)
         self.initialize(0)
 
     def initialize(self, seed: int) -> None:

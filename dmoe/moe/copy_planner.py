@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from heapq import heapify, heappop, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,11 @@ class CopyRule:
     break_even: int = 1
     """Rows that one copy has to take over, in a layer's forward and backward, to pay for the
     transfer of its weights and gradients (auto)."""
+
+    @classmethod
+    def of(cls, copies: int | str, break_even: int | None = None) -> CopyRule | None:
+        """Return the rule of `parallel.placement.copies` and `break_even`; None for 0."""
+        return cls(None if isinstance(copies, str) else copies, break_even or 1) if copies else None
 
 
 @dataclass(frozen=True)
@@ -188,13 +193,13 @@ def _best_moves(
     loads: list[list[int]], load_P: list[int], level: int, slots: int, least: int
 ) -> tuple[Move, ...]:
     """Return the moves of the lowest level that `slots` reach, to 1% of the mean."""
-    best, top = _moves(loads, load_P, level, slots, least)
-    low, high = level, top
-    for _ in range(BISECTIONS):
+    best, high = _moves(loads, load_P, level, slots, least, chained=False)
+    low = level
+    for step in range(BISECTIONS + 1):
         if high <= low + level * TOLERANCE:
             break
-        middle = (low + high) // 2
-        moves, top = _moves(loads, load_P, middle, slots, least)
+        middle = (low + high) // 2 if step else level
+        moves, top = _moves(loads, load_P, middle, slots, least, chained=True)
         if top < high:
             best, high = moves, top
         if top > middle:
@@ -203,11 +208,12 @@ def _best_moves(
 
 
 def _moves(
-    loads: list[list[int]], load_P: list[int], level: int, slots: int, least: int
+    loads: list[list[int]], load_P: list[int], level: int, slots: int, least: int, chained: bool
 ) -> tuple[tuple[Move, ...], int]:
     """Move rows from ranks above `level` to ranks below; return the moves and the most rows left.
 
-    A move of fewer than `least` rows is not made.
+    A move of fewer than `least` rows is not made. `chained`: a rank gives more than it has above
+    the level if the taker's slots would not be filled otherwise, and takes from others in turn.
     """
     per_rank = len(loads[0])
     above = [(level - load, rank) for rank, load in enumerate(load_P) if load > level]
@@ -222,18 +228,21 @@ def _moves(
     while above and below:
         (excess, giver), (space, taker) = above[0], below[0]
         rows, expert = queues[giver][0]
-        amount = -max(rows, excess, space)
+        wanted = min(excess, space // (slots - used[taker])) if chained else excess
+        amount = -max(rows, wanted, space)
         if amount < least:
             stuck = max(stuck, -excess)
-            if max(excess, space) > -least:
+            if max(wanted, space) > -least:
                 break  # the most that any rank gives or takes is too little
             heappop(above)  # its largest expert is: the rank keeps what it has
             continue
         moves.append(Move(expert, taker, amount))
         used[taker] += 1
         heapreplace(queues[giver], (rows + amount, expert))
-        _advance(above, excess + amount, giver)
+        _advance(above, min(0, excess + amount), giver)
         _advance(below, space + amount if used[taker] < slots else 0, taker)
+        if excess + amount > 0 and used[giver] < slots:
+            heappush(below, (-excess - amount, giver))
     left = max(stuck, -above[0][0] if above else 0)
     return tuple(moves), level + left
 

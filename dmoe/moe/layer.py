@@ -211,7 +211,7 @@ class MoE(MoELayer):
                 x_TD.to(expert_dtype(x_TD)), to_physical_experts(plan, self.placement)
             )
         with profiled("experts"):
-            rows_RM = self.experts(rows_RD, tokens_per_expert)
+            rows_RM = self.run_experts(rows_RD, tokens_per_expert)
         with profiled("combine"):
             y_TM = dispatcher.combine(rows_RM, plan.weight_TK, metadata)
         y_TM = masked(self.add_local_experts(y_TM, x_TD, plan), context.valid_T)

@@ -36,3 +36,28 @@ def bound_without_copies(rows_E: Sequence[int], ranks: int) -> float:
     total, ascending = sum(rows_E), sorted(rows_E)
     beside_largest = sum(ascending[: len(rows_E) // ranks - 1]) + ascending[-1]
     return max(-(-total // ranks), beside_largest) * ranks / total if total else 1.0
+
+
+def bound_with_copies(rows_E: Sequence[int], ranks: int, slots: int) -> float:
+    """Return a lower bound of max/mean with E / W experts and `slots` copies on each rank.
+
+    A rank has at most the rows of its own experts and of the `slots` largest of the others; the
+    bound is the least level to which the ranks, each up to that, take all rows.
+
+    Args:
+        rows_E: of each expert; rank r holds the r-th run of E / W.
+        ranks: W.
+        slots: copies per rank.
+    """
+    per_rank, total = len(rows_E) // ranks, sum(rows_E)
+    room = []
+    for start in range(0, len(rows_E), per_rank):
+        others = sorted([*rows_E[:start], *rows_E[start + per_rank :]], reverse=True)
+        room.append(sum(rows_E[start : start + per_rank]) + sum(others[:slots]))
+    left, level = total, 0
+    for done, most in enumerate(sorted(room)):
+        level = -(-left // (ranks - done))
+        if level <= most:
+            break
+        left -= most
+    return level * ranks / total if total else 1.0

@@ -103,7 +103,7 @@ class Checkpointer:
         if step == self.last_saved_step:
             return
         extra = self._extra(step)
-        with self.engine.experts_at_home():
+        with self.engine.contiguous_experts():
             state = train_state(self.engine) | gather_rng_state(self.engine.mesh.control_group)
             self.saver.save(step, state, extra)
         self.last_saved_step = step
@@ -194,7 +194,7 @@ def load_training_state(
         The checkpoint's `extra`: step, config, guard and so on.
     """
     if engine.placement is not None:
-        engine.placement.move_home()
+        engine.placement.make_contiguous()
     state, more = train_state(engine), dict(extra_tensors or {})
     prefix, group = ("model.", "optim.", *more), engine.mesh.checkpoint_group
     extra = save_load.load(path, state | more, prefix=prefix, group=group)
@@ -208,7 +208,7 @@ def load_training_state(
 
 def train_state(engine: Engine) -> dict[str, torch.Tensor]:
     """Return weights, buffers and optimizer state by their names in a checkpoint."""
-    assert engine.placement is None or engine.placement.is_home, "experts are out of order"
+    assert engine.placement is None or engine.placement.is_contiguous, "experts are out of order"
     model, mesh = engine.model, engine.mesh
     return model_state(model, mesh) | optimizer_state(model, engine.optimizer, mesh)
 

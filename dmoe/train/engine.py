@@ -16,7 +16,6 @@ from dmoe.config.rules.memory import explain_out_of_memory
 from dmoe.config.schema import Config
 from dmoe.distributed.accelerate_env import make_accelerator
 from dmoe.distributed.collective_check import CollectiveChecker
-from dmoe.distributed.copy_cost import measure_break_even
 from dmoe.distributed.data_parallel import (
     DataParallel,
     DDPStrategy,
@@ -24,10 +23,11 @@ from dmoe.distributed.data_parallel import (
     broadcast_weights,
     make_grad_scaler,
 )
-from dmoe.distributed.expert_moves import PeriodicPlacement
 from dmoe.distributed.expert_parallel import shard_experts
 from dmoe.distributed.init import ProcessInfo
 from dmoe.distributed.mesh import ParallelMesh, build_mesh
+from dmoe.distributed.placement.copy_cost import measure_break_even
+from dmoe.distributed.placement.moves import PeriodicPlacement
 from dmoe.models.base import Model, ModelOutput, check_own_model
 from dmoe.moe.copy_planner import CopyRule
 from dmoe.moe.rng import generator
@@ -84,9 +84,9 @@ class Engine:
         """Targets of the global batch, by which the loss is divided if all are predicted."""
         return self.config.train.global_batch * self.task.targets_per_sample
 
-    def experts_at_home(self) -> AbstractContextManager[None]:
+    def contiguous_experts(self) -> AbstractContextManager[None]:
         """Have all experts in contiguous runs inside, the order of a checkpoint. Collective."""
-        return nullcontext() if self.placement is None else self.placement.at_home()
+        return nullcontext() if self.placement is None else self.placement.contiguous()
 
     def close(self) -> None:
         self.accelerator.free_memory()
@@ -122,21 +122,27 @@ def build_engine(
         else None
     )
     task = task_of(config, num_outputs)
+    placement = config.parallel.placement
+    copies = CopyRule.of(placement.copies, placement.break_even)
     own_model = None if model is None else type(model).__qualname__
     if model is None:
-        model = _build_model(task, mesh, checker, process, dtype)
+        model = _build_model(task, mesh, checker, process, dtype, copies)
     else:
         check_own_model(model, config)
-        shard_experts(model, mesh, checker, copies=copy_rule(config))
+        shard_experts(model, mesh, checker, copies=copies)
         model.to(process.device)
+    model.offload = offloads(config, process.device)
     broadcast_weights(model, mesh)
-    if config.parallel.placement.copies == "auto" and config.parallel.placement.break_even is None:
-        measure_break_even(model, mesh, DTYPES[precision], config.train.recompute)
+    if placement.copies == "auto" and placement.break_even is None:
+        recompute = config.train.recompute in ("experts", "block")
+        measure_break_even(model, mesh, DTYPES[precision], recompute)
     accelerator = make_accelerator(process, precision)
     if precision == "fp16":
         accelerator.scaler = make_grad_scaler(mesh, process.device)
     data_parallel = DATA_PARALLEL[config.parallel.mode](model, mesh, accelerator)
-    optimizer = accelerator.prepare_optimizer(build_optimizer(model, config.optim))
+    optimizer = accelerator.prepare_optimizer(
+        build_optimizer(model, config.optim, ep_rank=mesh.ep_rank, seed=config.train.seed)
+    )
     engine = Engine(
         config,
         process,
@@ -158,15 +164,6 @@ def build_engine(
         with explain_out_of_memory(config, process.world_size, "batch"):
             _warm_up(engine)
     return engine
-
-
-def copy_rule(config: Config) -> CopyRule | None:
-    """Return when experts are copied for the step; None: never."""
-    placement = config.parallel.placement
-    if placement.copies == 0:
-        return None
-    slots = None if placement.copies == "auto" else int(placement.copies)
-    return CopyRule(slots, placement.break_even or 1)
 
 
 def _warm_up(engine: Engine) -> None:
@@ -199,13 +196,14 @@ def _build_model(
     checker: CollectiveChecker | None,
     process: ProcessInfo,
     dtype: torch.dtype,
+    copies: CopyRule | None,
 ) -> Model:
     config = task.config
     with torch.device("meta"):
         model = task.build_model(config.parallel.virtual_ranks, config.train.recompute)
         attach_modules(model, config, config.parallel.virtual_ranks)
     model = model.to(dtype)
-    shard_experts(model, mesh, checker, copies=copy_rule(config))
+    shard_experts(model, mesh, checker, copies=copies)
     model.to_empty(device=process.device)
     model.initialize(config.train.seed)
     initialize_modules(model, config)
@@ -213,6 +211,14 @@ def _build_model(
     for layer in model.moe_layers():
         layer.pending_counts = None  # `update` in step.py moves the biases by the reduced counts
     return model
+
+
+def offloads(config: Config, device: torch.device) -> bool:
+    """Return whether blocks save for the backward in main memory. Raises ConfigError on a CPU."""
+    if config.train.offload != "none" and device.type == "cpu":
+        why = "needs a GPU: on a CPU activations are in main memory already"
+        raise ConfigError("train.offload", config.train.offload, why, "leave it out")
+    return config.train.offload == "activations"
 
 
 MIN_BF16_DIM_ON_CPU = 512

@@ -156,6 +156,8 @@ def low_precision_state(engine: Engine) -> list[str]:
     state |= {n: b for n, b in engine.model.named_buffers() if n.endswith("bias_E")}
     for name, parameter in engine.model.named_parameters():
         moments = engine.optimizer.state.get(parameter, {})
+        if engine.config.optim.moments == "bf16":
+            moments = {}
         state |= {f"{m} of {name}": value for m, value in moments.items()}
     return [name for name, value in state.items() if value.dtype != torch.float32]
 

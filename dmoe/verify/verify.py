@@ -201,7 +201,7 @@ def _compare_checkpoints(
     quantity = "checkpoint written here, read by 1"
     try:
         folder, group = job.folder / str(index), engine.mesh.control_group
-        with engine.experts_at_home():
+        with engine.contiguous_experts():
             save_load.save(folder, 1, checkpointer.train_state(engine), {}, group=group)
         if engine.process.is_main:
             save_file(final_state(actual), job.folder / f"{index}.safetensors")

@@ -59,3 +59,32 @@ def test_the_exchange_is_measured_on_two_ranks() -> None:
     rows = {row["name"]: row for row in report["rows"]}
     assert {"gemms", "packed", "padded", "exchange"} <= rows.keys()
     assert 0 < rows["packed"]["sent_mb"] <= 4 * 64 * 16 * 4 / 1e6
+
+
+def test_a_step_is_compared_with_its_products(tmp_path: Path) -> None:
+    sizes = (
+        "--dim",
+        "16",
+        "--layers",
+        "1",
+        "--experts",
+        "4",
+        "--hidden",
+        "8",
+        "--vocabulary",
+        "64",
+    )
+    more = ("--batch", "2", "--length", "8", "--rounds", "1", "--dtype", "fp32", "--json")
+    report = json.loads(
+        run_in_process(
+            "bench", "step", *sizes, *more, "--set", "model.heads=2", cwd=tmp_path
+        ).stdout
+    )
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows)[:2] == ["gemms", "dmoe"]
+    assert rows["dmoe"]["peak_mb"] > rows["gemms"]["peak_mb"] > 0
+    assert report["shape"]["dim"] == 16
+    assert report["shape"]["length"] == 8
+    wrong = dmoe("bench", "step", "--set", "train.recompute=all", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "train.recompute=all: must be" in wrong.stderr

@@ -64,6 +64,12 @@ moe.router.hot=2 | moe.router.hot | has no meaning for moe.router.kind=top_k
 @workload moe.balance.bias=0.1 | moe.balance.bias | moves choices by score
 @workload moe.router.jitter=0.1 | moe.router.jitter | has no meaning
 
+# a trace
+tracking.trace=all | tracking.trace | all
+tracking.trace=counts model.moe_every=0 | tracking.trace | needs a model with MoE layers
+tracking.trace=choices @soft | tracking.trace | moe.router.kind=soft makes none
+@table tracking.trace=counts | tracking.trace | has no meaning for train.task=classification
+
 # a language model reads none of it
 model.fusion=gated | model.fusion | has no meaning for train.task=language_modelling
 model.head=experts | model.head | has no meaning
@@ -162,6 +168,9 @@ moe.num_experts=3 moe.experts.shapes=[[],[0],[5]] | moe.experts.shapes | from 1 
 moe.num_experts=3 moe.experts.shapes=[[],5,[5]] | moe.experts.shapes | lists of whole numbers
 moe.num_experts=3 moe.experts.shapes=[[],[1.5],[5]] | moe.experts.shapes | lists of whole numbers
 @shapes model.dense_first=1 | model.dense_dim | dense blocks
+@shapes train.recompute=activation | train.recompute | of one shape & use experts or block
+@shapes optim.moments=bf16 | optim.moments | does not work with moe.experts.shapes & use fp32
+optim.kind=muon optim.moments=bf16 | optim.moments | only for adamw
 @shapes parallel.ep=2 | parallel.ep | needs 2 ranks & this is one process & --ranks 2
 moe.experts.zero=-1 | moe.experts.zero | must not be negative
 moe.experts.copy=1 @next | moe.capacity.overflow | no queue

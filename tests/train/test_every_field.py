@@ -117,6 +117,7 @@ CHANGES = [
     "optim.beta2=0.99",
     "optim.eps=1e-3",
     "optim.weight_decay=0.5",
+    "optim.moments=bf16",
     "optim.clip=0.01",
     "optim.schedule=linear",
     "optim.warmup=3",

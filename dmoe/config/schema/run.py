@@ -172,8 +172,13 @@ class TrainConfig:
     deterministic: bool = False
     """Use only deterministic kernels on GPUs, which are slower: then a run there can be repeated,
     and resumed, bit for bit. On a CPU it always can."""
-    recompute: bool = False
-    """Activation checkpointing: recompute each block in the backward pass."""
+    recompute: Literal["none", "activation", "experts", "block"] = "none"
+    """Compute again in the backward what the forward then does not keep: activation (the activated
+    rows of the experts, always so on a CPU), experts (their hidden rows too) or block (all but each
+    block's input). true and false are old spellings of block and none."""
+    offload: Literal["none", "activations"] = "none"
+    """activations: keep what the blocks save for the backward in pinned main memory, not on the
+    GPU."""
     log_every: Annotated[int, at_least(1)] = 10
     """Steps between two metric lines."""
     eval_every: Annotated[int, at_least(0)] = 300
@@ -190,6 +195,10 @@ class TrainConfig:
     """Steps, counted from 1, of which a torch profiler trace is written to logs/, e.g. [20]."""
     profile_ranks: list[int] = field(default_factory=list)
     """Ranks that write a trace. Default: all."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.recompute, bool):
+            object.__setattr__(self, "recompute", "block" if self.recompute else "none")
 
 
 @dataclass(frozen=True)
@@ -222,6 +231,9 @@ class OptimConfig:
     kind: Annotated[str, one_of("adamw", "muon")] = "adamw"
     """adamw; or muon, which orthogonalises the update of each matrix, every expert's alone, and
     updates embeddings, norms, routers, the output and vectors by AdamW."""
+    moments: Annotated[Literal["fp32", "bf16"], only_for("optim.kind", "adamw")] = "fp32"
+    """bf16: AdamW's two moments are kept in bfloat16, rounded up or down at random so that their
+    expectation is exact; the same bits on any number of ranks. 4 bytes less per weight."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of an optimizer of your own."""
     momentum: Annotated[float, only_for("optim.kind", "muon"), fraction("[)")] = 0.95

@@ -1,4 +1,4 @@
-"""Feed-forward experts, stacked on the expert dimension, and the dense feed-forward.
+"""Feed-forward experts, stacked on the expert dimension.
 
 `feed_forward` computes all experts as one autograd function, one expert at a time on the CPU:
 between the two products of an expert its hidden rows are still in the cache, and no temporary is
@@ -6,7 +6,7 @@ larger than one expert's rows. glibc returns every block above 32 MiB to the sys
 would be page-faulted again in every forward.
 
 Letters: R rows, D input width, M output width, F hidden width, H = 2F for gated kinds, else F; I
-input and O output width of one product; E experts, e local experts.
+and O: input and output width of one product; E experts, e local experts.
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import grouped_mm
 
-from dmoe.config.expert_shapes import GATED, matrix_shapes
-from dmoe.moe.experts.activation import ACTIVATION_FNS, activate, activate_backward
+from dmoe.config.expert_shapes import matrix_shapes
+from dmoe.moe.experts.activation import (
+    ACTIVATION_FNS,
+    activate,
+    activate_backward,
+    activated_product,
+)
 from dmoe.moe.experts.base import Experts
 from dmoe.moe.experts.copies import Weights, compute_experts
 from dmoe.moe.interfaces import RowCounts, TokensPerExpert
@@ -49,8 +54,8 @@ class MLPExperts(Experts):
     ) -> None:
         shapes = matrix_shapes([expert_dim], dim, out_dim, kind)
         super().__init__(kind, (shapes,) * num_experts)
-        self.first = 0
-        """Global id of the first local expert."""
+        self.first = 0  # global id of the first local expert
+        self.recompute_activation = False  # `train.recompute=activation`
         self.w_in = nn.Parameter(torch.empty(num_experts, *shapes[0]))
         self.w_out = nn.Parameter(torch.empty(num_experts, *shapes[1]))
 
@@ -62,7 +67,12 @@ class MLPExperts(Experts):
         self, weights: Weights, rows_RD: Tensor, tokens_per_expert: TokensPerExpert
     ) -> Tensor:
         return feed_forward(
-            self.kind, rows_RD, weights["w_in"], weights["w_out"], tokens_per_expert
+            self.kind,
+            rows_RD,
+            weights["w_in"],
+            weights["w_out"],
+            tokens_per_expert,
+            self.recompute_activation,
         )
 
     def placement(self, ranks: int) -> ExpertPlacement:
@@ -88,29 +98,13 @@ class MLPExperts(Experts):
             normal_(self.w_out[local], out_std, seed, "expert", layer, expert, "out")
 
 
-class FeedForward(nn.Module):
-    """A feed-forward for every token: a dense layer, or the shared experts of a MoE layer.
-
-    n shared experts of width F are one of width n*F: their sum is the same matrix product.
-    """
-
-    def __init__(self, kind: str, dim: int, hidden_dim: int, out_dim: int) -> None:
-        super().__init__()
-        self.kind = kind
-        self.w_in = nn.Linear(dim, hidden_dim * (2 if kind in GATED else 1), bias=False)
-        self.w_out = nn.Linear(hidden_dim, out_dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = F.linear(x, self.w_in.weight.to(x.dtype))
-        return F.linear(ACTIVATION_FNS[self.kind](hidden), self.w_out.weight.to(x.dtype))
-
-    def initialize(self, seed: int, name: str, std: float, out_std: float) -> None:
-        normal_(self.w_in.weight, std, seed, name, "in")
-        normal_(self.w_out.weight, out_std, seed, name, "out")
-
-
 def feed_forward(
-    kind: str, rows_RD: Tensor, w_in: Tensor, w_out: Tensor, tokens_per_expert: TokensPerExpert
+    kind: str,
+    rows_RD: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    tokens_per_expert: TokensPerExpert,
+    recompute_activation: bool = False,
 ) -> Tensor:
     """Compute `activation(rows @ w_in[e]) @ w_out[e]`, [R, D] -> [R, M].
 
@@ -124,9 +118,11 @@ def feed_forward(
         w_in: [e, D, H], in the rows' dtype.
         w_out: [e, F, M], in the rows' dtype.
         tokens_per_expert: rows of each local expert; of unused rows, the result is zero.
+        recompute_activation: compute the activated rows again in backward; always so on the CPU.
     """
     if rows_RD.is_cuda:
-        return feed_forward_in_steps(kind, rows_RD, w_in, w_out, tokens_per_expert)
+        weights = (w_in, w_out, tokens_per_expert, recompute_activation)
+        return feed_forward_in_steps(kind, rows_RD, *weights)
     sizes = (
         [tokens_per_expert] * len(w_in)
         if isinstance(tokens_per_expert, int)
@@ -137,11 +133,32 @@ def feed_forward(
 
 
 def feed_forward_in_steps(
-    kind: str, rows_RD: Tensor, w_in: Tensor, w_out: Tensor, tokens_per_expert: TokensPerExpert
+    kind: str,
+    rows_RD: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    tokens_per_expert: TokensPerExpert,
+    recompute_activation: bool = False,
 ) -> Tensor:
     """Compute `feed_forward` in three steps: the CUDA path, and the tests' reference."""
     hidden_RH = grouped_linear(rows_RD, w_in, tokens_per_expert)
-    return grouped_linear(ACTIVATION_FNS[kind](hidden_RH), w_out, tokens_per_expert)
+    if not recompute_activation:
+        return grouped_linear(ACTIVATION_FNS[kind](hidden_RH), w_out, tokens_per_expert)
+    more = (tokens_per_expert, grouped_linear, _any_weight_grads)
+    return activated_product(kind, hidden_RH, w_out, *more)
+
+
+def _any_weight_grads(
+    rows_RI: Tensor, grad_RO: Tensor, weight_eIO: Tensor, count: TokensPerExpert
+) -> Tensor:
+    """Compute the weights' gradient for all that `grouped_linear` takes, [e, I, O]."""
+    grad_RO = _contiguous(grad_RO)
+    if isinstance(count, int):
+        groups = (len(weight_eIO), count, -1)
+        return torch.bmm(rows_RI.view(groups).mT, grad_RO.view(groups))
+    multiple = ROW_ALIGNMENT // rows_RI.element_size() if rows_RI.is_cuda else 1
+    rows, grad = (F.pad(t, (0, -t.shape[1] % multiple)) for t in (rows_RI, grad_RO))
+    return _weight_grads(rows, grad, count)[:, : rows_RI.shape[1], : grad_RO.shape[1]]
 
 
 class _FeedForward(Function):

@@ -21,6 +21,7 @@ from dmoe.report.run import Run, as_dict, layers_of
 from dmoe.runs.metrics_log import Line, number, numbers
 
 MEAN = "Mean over the MoE layers."
+MOVED = "Since the last logged step, of all MoE layers (parallel.placement)."
 ROUTER_CHARTS = (
     CurveChart(
         "entropy",
@@ -174,30 +175,17 @@ def balance_panel(runs: Sequence[Run]) -> Panel:
         CurveChart(
             "rank-max-over-mean",
             "Rows of the busiest rank over the mean",
-            "Of the least balanced layer; the others wait for that rank.",
+            "Of the least balanced layer.",
             "factor",
             {"": at("rank_max_over_mean")},
         ),
-        CurveChart(
-            "moves",
-            "Experts moved to another rank",
-            "Since the last logged step, of all MoE layers (parallel.placement).",
-            "experts",
-            {"": at("moves")},
-        ),
-        CurveChart(
-            "moved-bytes",
-            "Bytes of moved experts",
-            "Weights and moments that all ranks sent to others since the last logged step.",
-            "bytes",
-            {"": at("moved_bytes")},
-        ),
-        CurveChart(
-            "move-seconds",
-            "Time of moves",
-            "Of one rank, since the last logged step.",
-            "seconds",
-            {"": at("move_seconds")},
+        *(
+            CurveChart(key, title, MOVED, unit, {"": at(key)})
+            for key, title, unit in (
+                ("moves", "Experts moved to another rank", "experts"),
+                ("moved_bytes", "Bytes of moved experts, of all ranks", "bytes"),
+                ("move_seconds", "Time of moves, of one rank", "seconds"),
+            )
         ),
         CurveChart(
             "cv",

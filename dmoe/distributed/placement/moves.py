@@ -130,22 +130,22 @@ class PeriodicPlacement:
         return move_experts(self.layers, self.optimizer, self.mesh, placements)
 
     @property
-    def is_home(self) -> bool:
+    def is_contiguous(self) -> bool:
         """True if every expert is where it was at first."""
         return all(map(eq, (layer.placement for layer in self.layers), self.runs))
 
-    def move_home(self) -> None:
+    def make_contiguous(self) -> None:
         """Move all experts to their equal, contiguous runs. Collective where one is elsewhere."""
         self.move_to(self.runs)
 
     @contextmanager
-    def at_home(self) -> Iterator[None]:
+    def contiguous(self) -> Iterator[None]:
         """Have all experts in their runs inside, the order of a checkpoint. Collective.
 
-        Two moves where experts have moved. An error inside ends the run: nothing moves back then.
+        Two moves where experts have moved. After an error inside, which all ranks have, they stay.
         """
         placements = [layer.placement for layer in self.layers]
-        self.move_home()
+        self.make_contiguous()
         yield
         self.move_to(placements)
 
@@ -156,13 +156,14 @@ class PeriodicPlacement:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to continue with the same bits, as JSON."""
-        experts = [layer.placement.experts for layer in self.layers]
+        experts = [[[*own] for own in layer.placement.experts] for layer in self.layers]
         return {"experts": experts, "expected": self.expected_LE}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Continue from `state_dict`; at another EP size, all experts stay at home. Collective.
+        """Continue from `state_dict`; at another EP size, all experts stay in their runs.
 
-        Called with all experts at home. `state` is None if the run had a fixed placement.
+        Collective. Called with all experts in their runs. `state`: None if the run had no such
+        placement.
         """
         self.expected_LE = None if state is None else state["expected"]
         if state is not None and all(len(ranks) == self.mesh.ep for ranks in state["experts"]):

@@ -20,9 +20,9 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from dmoe.distributed.expert_copies import CopyingAllToAll
 from dmoe.distributed.gradients import all_reduce_max
 from dmoe.distributed.mesh import ParallelMesh
+from dmoe.distributed.placement.copies import CopyingAllToAll
 from dmoe.moe.base_layer import MoELayer
 
 ROWS, REPEATS = 256, 3
@@ -39,7 +39,7 @@ def passes(recompute: bool) -> tuple[int, int]:
 
 
 def measure_break_even(
-    model: nn.Module, mesh: ParallelMesh, dtype: torch.dtype, recompute: bool
+    model: nn.Module, mesh: ParallelMesh, dtype: torch.dtype, recompute: bool = False
 ) -> int | None:
     """Measure the break-even and give it to all dispatchers that copy. Collective.
 

@@ -188,7 +188,9 @@ class _SendWeights(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        own, copied = grads[: ctx.num_stacks], grads[ctx.num_stacks :]
+        # added to in place: the experts' backward made them for this; an expanded one is copied
+        own = [grad.clone() if 0 in grad.stride() else grad for grad in grads[: ctx.num_stacks]]
+        copied = grads[ctx.num_stacks :]
         needed = ctx.needs_input_grad[1:]
         if copied:
             trained = [i for i, need in enumerate(needed) if need]
