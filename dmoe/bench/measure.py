@@ -26,6 +26,7 @@ NO_KERNEL = {
     *("squeeze", "alias", "detach", "split", "split_with_sizes", "chunk", "as_strided", "permute"),
     *("unbind", "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"),
     *("_reshape_alias", "diagonal", "is_same_size", "lift_fresh", "reshape"),
+    "promote_types",
 }
 """Operators that only make a view or allocate."""
 

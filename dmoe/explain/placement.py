@@ -58,9 +58,22 @@ def explain_placement(setting: Setting) -> Section:
     if len(lines) > MAX_LINES:
         lines = [*lines[:3], f"... {len(lines) - 4} more, in the same way", lines[-1]]
     copies, copy_numbers = _copies(setting)
-    sentences = [_sizes(setting, blocks), *lines, *_costs(setting), *copies]
-    numbers |= copy_numbers
+    sentences = [_sizes(setting, blocks), *_nodes(setting), *lines, *_costs(setting), *copies]
+    numbers |= copy_numbers | {"nodes_of_ep_group": setting.nodes_of_ep_group}
     return Section("experts", title, sentences, numbers)
+
+
+def _nodes(setting: Setting) -> list[str]:
+    """Say whether the token exchange stays inside a machine."""
+    if setting.nodes_of_ep_group is None or setting.ep == 1:
+        return []
+    group = f"An EP group is {setting.ep} ranks in a row"
+    if setting.nodes_of_ep_group == 1:
+        return [f"{group}, all on one machine: tokens never cross the network, gradients do."]
+    return [
+        f"{group}, on {setting.nodes_of_ep_group} machines: most tokens cross the network. An EP "
+        f"that divides {setting.ranks_per_node} would keep them inside a machine."
+    ]
 
 
 def _sizes(setting: Setting, blocks: list[int]) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class Permutation:
     filled_R: Tensor | None
     """Which rows hold an assignment (padded slots may be empty). None: all."""
 
-    @property
+    @cached_property
     def token_R(self) -> Tensor:
         """int64: the token of each row."""
         return self.assignment_R // self.row_TK.shape[1]
@@ -110,12 +111,14 @@ def packed_permutation(plan: DispatchPlan) -> tuple[Permutation, Tensor]:
         The permutation, of N rows: with drops, cut it by `first_rows(count_E.sum())`.
         `count_E`, int64 [E]: rows per expert.
     """
-    expert_N = plan.expert_TK.flatten()
+    # fewer digits for a radix sort
+    small = torch.uint8 if plan.num_experts < 255 else torch.int32
+    expert_N = plan.expert_TK.to(small).flatten()
     if plan.keep_TK is not None:
         expert_N = expert_N.masked_fill(~plan.keep_TK.flatten(), plan.num_experts)
     sorted_N, order_N = expert_N.sort(stable=True)
     edge_E = torch.searchsorted(
-        sorted_N, torch.arange(plan.num_experts + 1, device=expert_N.device)
+        sorted_N, torch.arange(plan.num_experts + 1, dtype=small, device=expert_N.device)
     )
     row_N = torch.empty_like(order_N).scatter_(
         0, order_N, torch.arange(len(order_N), device=order_N.device)
@@ -205,7 +208,7 @@ class _Permute(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         permutation: Permutation = ctx.permutation
         weight_TK = None if permutation.keep_TK is None else permutation.keep_TK.to(grads[0].dtype)
-        return _sum_over_choices(grads[0], weight_TK, permutation), None
+        return sum_over_choices(grads[0], weight_TK, permutation), None
 
 
 class _Unpermute(Function):
@@ -215,7 +218,7 @@ class _Unpermute(Function):
         ctx.save_for_backward(rows_RD, weight_TK)
         if permutation.keep_TK is not None:
             weight_TK = weight_TK.masked_fill(~permutation.keep_TK, 0.0)
-        return _sum_over_choices(rows_RD, weight_TK.to(rows_RD.dtype), permutation)
+        return sum_over_choices(rows_RD, weight_TK.to(rows_RD.dtype), permutation)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -240,9 +243,8 @@ def _rows_of_tokens(x_TD: Tensor, permutation: Permutation) -> Tensor:
     return rows_RD.masked_fill_(~permutation.filled_R.unsqueeze(1), 0.0)
 
 
-def _sum_over_choices(
-    rows_RD: Tensor, weight_TK: Tensor | None, permutation: Permutation
-) -> Tensor:
+def sum_over_choices(rows_RD: Tensor, weight_TK: Tensor | None, permutation: Permutation) -> Tensor:
+    """Sum each token's rows, times their weights in the rows' dtype (None: all 1), [T, D]."""
     if len(rows_RD) == 0:
         # nothing was kept on this rank: its tokens still get zeros, and the graph stays connected
         return rows_RD.new_zeros(len(permutation.row_TK), rows_RD.shape[1])
@@ -285,8 +287,8 @@ def _row_dots(grad_RD: Tensor, rows_RD: Tensor, permutation: Permutation) -> Ten
     if len(rows_RD) == 0:
         return rows_RD.new_zeros(permutation.row_TK.shape)
     batches = zip(grad_RD.split(MAX_BATCH), rows_RD.split(MAX_BATCH), strict=True)
-    dot_R = torch.cat([torch.bmm(g.unsqueeze(1), r.unsqueeze(2)) for g, r in batches]).flatten()
-    dot_TK = dot_R[permutation.row_TK]
+    dots = [torch.bmm(g.unsqueeze(1), r.unsqueeze(2)) for g, r in batches]
+    dot_TK = (dots[0] if len(dots) == 1 else torch.cat(dots)).flatten()[permutation.row_TK]
     return dot_TK if permutation.keep_TK is None else dot_TK.masked_fill(~permutation.keep_TK, 0.0)
 
 

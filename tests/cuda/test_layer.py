@@ -59,7 +59,9 @@ def test_a_layer_on_the_branch_of_cuda_computes_what_it_computes_on_the_cpu(
         assert layer.router.weight.grad.abs().sum() > 0
         results.append([output.y, x.grad, *(p.grad for p in layer.parameters())])
     for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        # the CPU takes the weights' gradient from hidden rows, in another order of sums
+        atol = 1e-5 * max(1.0, float(expected.detach().abs().max()))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.usefixtures("cuda_branch")
@@ -127,11 +129,11 @@ def test_until_top_p_selects_what_a_running_sum_selects(dtype: torch.dtype) -> N
 
 LAUNCHES = {
     # exchange, EP size: forward, backward. In the backward four leave dropped tokens out of the
-    # router's gradient (moe.routing.RowProduct). Collectives count as one.
-    ("packed", 1): (72, 71),
-    ("padded", 1): (142, 75),
-    ("packed", 8): (88, 75),
-    ("padded", 8): (146, 79),
+    # router's gradient (moe.routers.projection.RowProduct). Collectives count as one.
+    ("packed", 1): (43, 54),
+    ("padded", 1): (109, 62),
+    ("packed", 8): (61, 60),
+    ("padded", 8): (115, 68),
 }
 
 

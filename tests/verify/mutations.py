@@ -51,8 +51,8 @@ MUTATIONS = [
     ),
     Mutation(
         "moe/dispatch.py",
-        "return _sum_over_choices(grads[0], weight_TK, permutation), None",
-        "return _sum_over_choices(grads[0], None, permutation), None",
+        "return sum_over_choices(grads[0], weight_TK, permutation), None",
+        "return sum_over_choices(grads[0], None, permutation), None",
         "input gradients",
         CAPACITY,
     ),

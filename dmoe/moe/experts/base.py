@@ -19,6 +19,8 @@ class Experts(nn.Module):
 
     takes_copies = False
     """Whether `forward` takes `RowsWithCopies`."""
+    takes_tokens = False
+    """Whether `forward` takes tokens and a `TokenRows` on the CPU, and returns their sums."""
 
     def __init__(self, kind: str, matrices: tuple[tuple[tuple[int, int], ...], ...]) -> None:
         super().__init__()

@@ -1,9 +1,7 @@
 """Feed-forward experts, stacked on the expert dimension.
 
-`feed_forward` computes all experts as one autograd function, one expert at a time on the CPU:
-between the two products of an expert its hidden rows are still in the cache, and no temporary is
-larger than one expert's rows. glibc returns every block above 32 MiB to the system, so a larger one
-would be page-faulted again in every forward.
+`feed_forward` computes all experts of rows that are grouped by expert: one at a time on the CPU
+(`one_by_one.py`), all in one kernel on CUDA.
 
 Letters: R rows, D input width, M output width, F hidden width, H = 2F for gated kinds, else F; I
 and O: input and output width of one product; E experts, e local experts.
@@ -20,14 +18,15 @@ from torch.autograd import Function
 from torch.nn.functional import grouped_mm
 
 from dmoe.config.expert_shapes import matrix_shapes
-from dmoe.moe.experts.activation import (
-    ACTIVATION_FNS,
-    activate,
-    activate_backward,
-    activated_product,
-)
+from dmoe.moe.experts.activation import ACTIVATION_FNS, activated_product
 from dmoe.moe.experts.base import Experts
 from dmoe.moe.experts.copies import Weights, compute_experts
+from dmoe.moe.experts.one_by_one import (
+    TokenRows,
+    rows_through_experts,
+    tokens_through_experts,
+    weight_grad,
+)
 from dmoe.moe.interfaces import RowCounts, TokensPerExpert
 from dmoe.moe.placement import ExpertPlacement, contiguous_placement
 from dmoe.moe.rng import normal_
@@ -48,6 +47,7 @@ class MLPExperts(Experts):
     """
 
     takes_copies = True
+    takes_tokens = True
 
     def __init__(
         self, kind: str, dim: int, expert_dim: int, num_experts: int, out_dim: int
@@ -59,7 +59,15 @@ class MLPExperts(Experts):
         self.w_in = nn.Parameter(torch.empty(num_experts, *shapes[0]))
         self.w_out = nn.Parameter(torch.empty(num_experts, *shapes[1]))
 
-    def forward(self, rows_RD: Tensor, tokens_per_expert: RowCounts) -> Tensor:
+    def forward(
+        self, rows_RD: Tensor, tokens_per_expert: RowCounts, tokens: TokenRows | None = None
+    ) -> Tensor:
+        """Compute rows_RM; with `tokens`, the sum over each token's experts from tokens x_TD."""
+        if tokens is not None:
+            assert isinstance(tokens_per_expert, Tensor), "packed, all experts local"
+            return tokens_through_experts(
+                self.kind, rows_RD, self.w_in, self.w_out, tokens_per_expert.tolist(), *tokens
+            )
         weights = {name: getattr(self, name).to(rows_RD.dtype) for name in ("w_in", "w_out")}
         return compute_experts(self._rows, weights, rows_RD, tokens_per_expert)
 
@@ -128,8 +136,7 @@ def feed_forward(
         if isinstance(tokens_per_expert, int)
         else tokens_per_expert.tolist()
     )
-    out: Tensor = _FeedForward.apply(rows_RD, w_in, w_out, sizes, kind)
-    return out
+    return rows_through_experts(kind, rows_RD, w_in, w_out, sizes)
 
 
 def feed_forward_in_steps(
@@ -161,47 +168,6 @@ def _any_weight_grads(
     return _weight_grads(rows, grad, count[: len(weight_eIO)])[
         :, : rows_RI.shape[1], : grad_RO.shape[1]
     ]
-
-
-class _FeedForward(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, rows_RD: Tensor, w_in: Tensor, w_out: Tensor, sizes: list[int], kind: str
-    ) -> Tensor:
-        out_RM = rows_RD.new_empty(len(rows_RD), w_out.shape[2])
-        hidden = []
-        parts = zip(rows_RD.split(sizes), w_in, w_out, out_RM.split(sizes), strict=False)
-        for x, up, down, y in parts:
-            hidden.append(x @ up)
-            torch.mm(activate(kind, hidden[-1]), down, out=y)
-        _zero_unused(out_RM, sizes, w_in)
-        ctx.sizes, ctx.kind = sizes, kind
-        ctx.save_for_backward(rows_RD, w_in, w_out, *hidden)
-        return out_RM
-
-    @staticmethod
-    def backward(
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        rows_RD, w_in, w_out, *hidden = ctx.saved_tensors
-        grad_rows, grad_in, grad_out = (
-            torch.empty_like(x) if needed else None
-            for x, needed in zip((rows_RD, w_in, w_out), ctx.needs_input_grad[:3], strict=True)
-        )
-        if grad_rows is not None:
-            _zero_unused(grad_rows, ctx.sizes, w_in)
-        start = 0
-        for e, (h, size) in enumerate(zip(hidden, ctx.sizes, strict=False)):
-            part = slice(start, start := start + size)
-            grad = grads[0][part]
-            activated, grad_h = activate_backward(ctx.kind, h, grad @ w_out[e].t())
-            if grad_out is not None:
-                _weight_grad(activated, grad, grad_out[e])
-            if grad_in is not None:
-                _weight_grad(rows_RD[part], grad_h, grad_in[e])
-            if grad_rows is not None:
-                torch.mm(grad_h, w_in[e].t(), out=grad_rows[part])
-        return grad_rows, grad_in, grad_out, None, None
 
 
 def grouped_linear(
@@ -275,7 +241,7 @@ def _uses_grouped_mm(rows_RI: Tensor, count_e: Tensor) -> bool:
 
 def _rows_times_weight(rows_RI: Tensor, weight_eIO: Tensor, count_e: Tensor) -> Tensor:
     if _uses_grouped_mm(rows_RI, count_e):
-        end_e = count_e[: len(weight_eIO)].cumsum(0).to(torch.int32)
+        end_e = count_e[: len(weight_eIO)].cumsum(0, dtype=torch.int32)
         out_RO = grouped_mm(rows_RI, weight_eIO, offs=end_e)
         if len(count_e) == len(weight_eIO):
             return out_RO
@@ -293,7 +259,7 @@ def _rows_times_weight(rows_RI: Tensor, weight_eIO: Tensor, count_e: Tensor) -> 
 def _weight_grads(rows_RI: Tensor, grad_RO: Tensor, count_e: Tensor) -> Tensor:
     """Compute the weights' gradient, `rows^T @ grad` of each expert, [e, I, O]."""
     if _uses_grouped_mm(rows_RI, count_e):
-        grad_eIO = grouped_mm(rows_RI.t(), grad_RO, offs=count_e.cumsum(0).to(torch.int32))
+        grad_eIO = grouped_mm(rows_RI.t(), grad_RO, offs=count_e.cumsum(0, dtype=torch.int32))
         if torch.cuda.get_device_capability(rows_RI.device)[0] >= 10:
             # Blackwell's kernel leaves the gradient of an expert without rows unset
             # (pytorch/pytorch#172439, cutlass#2674). A product would keep its NaN.
@@ -303,19 +269,8 @@ def _weight_grads(rows_RI: Tensor, grad_RO: Tensor, count_e: Tensor) -> Tensor:
     sizes = count_e.tolist()
     rows_RI, grad_RO = rows_RI[: sum(sizes)], grad_RO[: sum(sizes)]
     for rows, grad, out in zip(rows_RI.split(sizes), grad_RO.split(sizes), out_eIO, strict=True):
-        _weight_grad(rows, grad, out)
+        weight_grad(rows, grad, out)
     return out_eIO
-
-
-def _weight_grad(rows_RI: Tensor, grad_RO: Tensor, out_IO: Tensor) -> None:
-    """Write `rows^T @ grad` of one expert to `out_IO`.
-
-    In bf16, oneDNN takes up to twice as long for a transposed left operand as for a copy of it and
-    a plain product, because the number of rows of an expert is not round; MKL in float32 shows no
-    difference.
-    """
-    left_IR = rows_RI.t() if rows_RI.element_size() >= 4 else rows_RI.t().contiguous()
-    torch.mm(left_IR, grad_RO, out=out_IO)
 
 
 def _zero_unused(rows: Tensor, sizes: list[int], experts: Tensor) -> None:
