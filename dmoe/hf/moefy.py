@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.rules.capacity import check_pool
 from dmoe.config.rules.published import check_published_moe
 from dmoe.config.schema import BalanceConfig, CapacityConfig, MoEConfig
 from dmoe.config.schema.constraints import check_bounds, check_type, check_types
@@ -68,6 +69,8 @@ def moefy(
     balance = NO_BALANCE if balance is None else balance
     _check_settings(capacity, balance, exchange)
     found = [_checked(model, balance, *block) for block in find_blocks(model)]
+    for _, experts, _, _ in found:
+        check_pool(capacity, len(experts.down_proj))
     record = Forward()
     trim_identities(model)
     for index, (block, experts, facts, top_k) in enumerate(found):

@@ -134,6 +134,12 @@ moe.capacity.renormalize=true @adaptive | moe.capacity.renormalize | k_min=1
 @next moe.router.kind=hash | moe.capacity.overflow | next expert
 @next @soft | moe.capacity.overflow | next expert
 @next @expert_choice | moe.capacity.overflow | next expert
+moe.capacity.pool=2 | moe.capacity.pool | there are none & moe.capacity.factor
+moe.capacity.pool=0 | moe.capacity.pool | 1 or more
+moe.capacity.pool=3 moe.capacity.factor=1.0 | moe.capacity.pool | must divide moe.num_experts=8
+moe.capacity.pool_floor=0.5 moe.capacity.factor=1.0 | moe.capacity.pool_floor | moe.capacity.pool
+moe.capacity.pool=2 @soft moe.capacity.factor=1.0 | moe.capacity.pool | no expert overflows
+moe.capacity.pool=2 @expert_choice moe.capacity.factor=1.0 | moe.capacity.pool | no expert overflows
 moe.balance.bias=0.001 moe.router.kind=fixed | moe.balance.bias | router
 moe.balance.bias=0.001 moe.router.kind=hash | moe.balance.bias | router
 moe.balance.bias=0.001 @soft | moe.balance.bias | router

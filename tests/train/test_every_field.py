@@ -55,6 +55,8 @@ BASES = {
     "moe.capacity.priority=score": LIMITED,
     "moe.capacity.renormalize=true": LIMITED,
     "moe.capacity.overflow=next_choice": LIMITED,
+    "moe.capacity.pool=4": LIMITED,
+    "moe.capacity.pool_floor=0": f"{LIMITED} moe.capacity.pool=4",
     "moe.balance.load=0.1": "moe.router.kind=noisy",
     "moe.balance.recenter=false": "moe.balance.bias=0.01",
     "moe.experts.shared_dim=20": "moe.experts.shared=1",

@@ -1,4 +1,4 @@
-"""Fifty mutations of the product that nothing was tuned to, for `mutate.py`.
+"""Mutations of the product that nothing was tuned to, for `mutate.py`.
 
 Each replaces one text of one file. `rows` are the rows of `dmoe verify` whose area is right for it;
 without rows `verify` cannot see it by design, and `tests` name where the suite must.
@@ -29,6 +29,7 @@ class Mutation:
 CAPACITY = "moe.capacity.factor=1.0"
 GLOBAL = f"{CAPACITY} moe.capacity.group=global"
 NEXT = f"{CAPACITY} moe.capacity.overflow=next_choice"
+POOL = f"{CAPACITY} moe.capacity.pool=2"
 NOISY = "moe.router.kind=noisy moe.balance.load=0.1"
 BUDGET = (
     "moe.router.kind=budget moe.top_k=5 moe.experts.zero=1 moe.router.renormalize=false"
@@ -480,5 +481,34 @@ MUTATIONS = [
         "self.losses.append(loss)",
         "",
         tests="tests/train/test_step_guard.py",
+    ),
+    # pooled slots
+    Mutation(
+        "moe/pooled_capacity.py",
+        "positions.length_GE.clamp(max=floor)",
+        "positions.length_GE",
+        "dropped set",
+        POOL,
+    ),
+    Mutation(
+        "moe/pooled_capacity.py",
+        "queue_positions(others, comm).global_position_TK",
+        "queue_positions(others, None).global_position_TK",
+        "dropped set",
+        "moe.capacity.factor=0.8 moe.capacity.group=global moe.capacity.pool=2",
+    ),
+    Mutation(
+        "moe/dispatch.py",
+        "count_Pn.cumsum(1) - count_Pn",
+        "count_Pn.cumsum(1) - count_Pn.roll(1, 1)",
+        "layer outputs",
+        f"{POOL} moe.capacity.group=sequence",
+    ),
+    Mutation(
+        "distributed/pooled_all_to_all.py",
+        "metadata.unused_R[order_R]",
+        "metadata.unused_R",
+        "layer outputs",
+        POOL,
     ),
 ]
