@@ -64,8 +64,7 @@ from dmoe.moe.interfaces import DataParallelComm
 from dmoe.moe.routing import BatchShape, Noise, Routing, TokenContext, masked
 
 LOSSES = ("switch", "z", "importance", "load", "usage_std", "own", "pooled")
-"""Fields of `BalanceConfig` that are coefficients of a loss. `bias` is none: it changes the
-selection, not the loss. `pooled` is of all layers together: dmoe/hf/pooled_loss.py."""
+"""Coefficients in `BalanceConfig`. `bias` is none; `pooled` is in dmoe/hf/pooled_loss.py."""
 
 
 def coefficients(config: BalanceConfig) -> dict[str, float]:
@@ -94,8 +93,7 @@ def auxiliary_losses(
         layer: index into `prior_count_LE`.
         micro_batches: number of units of level `micro_batch` on this rank.
 
-    Returns:
-        Scalars by name, unweighted.
+    Returns: scalars by name, unweighted.
     """
     valid_T = context.valid_T
     if valid_T is not None:
