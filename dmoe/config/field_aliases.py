@@ -56,8 +56,12 @@ ALIASES = {
 }
 """The field that another framework's name stands for."""
 
-OLD_VALUES: dict[str, dict[bool, str]] = {"train.recompute": {True: "block", False: "none"}}
-"""Values of earlier versions that a field still takes."""
+BOOLEAN_WORDS: dict[str, dict[bool, str]] = {
+    "train.recompute": {True: "block", False: "none"},
+    "tracking.trace": {False: "off"},
+}
+"""Booleans that a field of words still takes: of earlier versions, and `off`, which YAML reads as
+False."""
 
 
 def suggest_field(key: str, prefix: str, known: Sequence[str], children: Sequence[str]) -> str:

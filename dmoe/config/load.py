@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dmoe.config.errors import ConfigError
-from dmoe.config.field_aliases import OLD_VALUES
+from dmoe.config.field_aliases import BOOLEAN_WORDS
 from dmoe.config.fields import TEXT, check_given, field_named, list_fields
 from dmoe.config.keywords import shown, with_attributes, with_shown
 from dmoe.config.plugins import FORM, anchored
@@ -122,7 +122,7 @@ def _with_lists(given: dict[Any, Any], prefix: str = "") -> dict[Any, Any]:
         elif field is not None and field.type == "list[str]" and isinstance(value, str):
             value = [value]
         elif field is not None and isinstance(value, bool):
-            value = OLD_VALUES.get(field.name, {}).get(value, value)
+            value = BOOLEAN_WORDS.get(field.name, {}).get(value, value)
         result[key] = value
     return result
 

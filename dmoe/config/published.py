@@ -46,7 +46,7 @@ DEQUANTIZED = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 
 @dataclass(frozen=True)
 class PublishedShape:
-    """What dmoe's config takes from a published model."""
+    """Settings that dmoe's config takes from a published model."""
 
     fields: dict[str, int]
     """Value of each field of FIELD_NAMES."""

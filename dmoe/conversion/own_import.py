@@ -23,7 +23,7 @@ class Imported:
     family: str
     parameters: int
     notes: list[str]
-    """What a user should know, in sentences."""
+    """Notes for the user, one sentence each."""
 
 
 def import_own(folder: str | Path, config: Config) -> Imported:

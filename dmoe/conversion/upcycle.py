@@ -69,7 +69,7 @@ class UpcycleResult:
     init: ExpertInit = COPIES
     """How the experts were made."""
     notes: tuple[str, ...] = ()
-    """What a user should know, in sentences."""
+    """Notes for the user, one sentence each."""
 
 
 @dataclass(frozen=True)

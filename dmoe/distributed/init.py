@@ -125,6 +125,13 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+def available_backends() -> list[str]:
+    """List what this torch, on this machine, can start a process group with."""
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    found = {"gloo": dist.is_gloo_available(), "nccl": nccl}
+    return [name for name, available in found.items() if available]
+
+
 def barrier() -> None:
     """Wait for all ranks, if there is a process group."""
     if dist.is_initialized():

@@ -10,7 +10,7 @@ State = Literal["ok", "warning", "failed"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found."""
+    """Result of one check."""
 
     check: str
     state: State
@@ -18,10 +18,10 @@ class Finding:
     or end early in some cases."""
     found: str
     fix: str = ""
-    """What to change; empty if nothing has to."""
+    """Change that mends it; empty if nothing has to be changed."""
 
 
-def judge(check: str, found: str, *, failed: str = "", warning: str = "") -> Finding:
+def make_finding(check: str, found: str, *, failed: str = "", warning: str = "") -> Finding:
     """Return a finding whose state follows from the fix that is given; `ok` without one."""
     if failed:
         return Finding(check, "failed", found, failed)

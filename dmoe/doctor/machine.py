@@ -15,14 +15,14 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.launch_env import has_accelerator, main_memory, refuse_debug_detail
 from dmoe.config.shipped import tested_versions
-from dmoe.doctor.findings import Finding, in_gib, judge
+from dmoe.distributed.init import available_backends
+from dmoe.doctor.findings import Finding, in_gib, make_finding
 
 MIN_OPEN_FILES = 256
 USUAL_OPEN_FILES = 4096
@@ -54,7 +54,7 @@ def check_machine(ranks: int) -> list[Finding]:
 
 def _versions() -> list[Finding]:
     """Compare with the bounds of the installed dmoe, and with the versions it was tested with."""
-    found = [judge("python", platform.python_version())]
+    found = [make_finding("python", platform.python_version())]
     tested = tested_versions()
     for text in metadata.requires("dmoe") or []:
         need = Requirement(text)
@@ -64,18 +64,18 @@ def _versions() -> list[Finding]:
             have = metadata.version(need.name)
         except metadata.PackageNotFoundError:
             fix = f"pip install '{need.name}{need.specifier}'"
-            found.append(judge(need.name, "not installed", failed=fix))
+            found.append(make_finding(need.name, "not installed", failed=fix))
             continue
         if not need.specifier.contains(have, prereleases=True):
             fix = f"pip install '{need.name}{need.specifier}'"
-            found.append(judge(need.name, f"{have}, needs {need.specifier}", failed=fix))
+            found.append(make_finding(need.name, f"{have}, needs {need.specifier}", failed=fix))
         elif (right := tested.get(need.name)) and Version(right).release[:2] != Version(
             have
         ).release[:2]:
             fix = f"tested with {right}; with trouble, pip install '{need.name}=={right}'"
-            found.append(judge(need.name, have, warning=fix))
+            found.append(make_finding(need.name, have, warning=fix))
         else:
-            found.append(judge(need.name, have))
+            found.append(make_finding(need.name, have))
     return found
 
 
@@ -84,13 +84,13 @@ def _devices(ranks: int) -> list[Finding]:
     if not count:
         flags = _cpu_flags()
         simd = next((name for name in SIMD if name in flags), "no SIMD that is known")
-        cpu = judge("devices", f"CPU with {simd}; no GPU")
+        cpu = make_finding("devices", f"CPU with {simd}; no GPU")
         if has_accelerator():
             fix = (
                 "install a torch built for its driver (nvidia-smi shows which), or mend the driver"
             )
             text = f"a GPU's driver is there, but torch {torch.__version__} cannot use it"
-            return [judge("devices", text, warning=fix)]
+            return [make_finding("devices", text, warning=fix)]
         return [cpu]
     found = []
     for index in range(count):
@@ -99,10 +99,10 @@ def _devices(ranks: int) -> list[Finding]:
         text = f"{gpu.name}, {in_gib(free)} of {in_gib(total)} free"
         busy = "another process holds its memory; nvidia-smi names it" if free < 0.9 * total else ""
         old = "has no bf16: set train.precision=fp32 or fp16" if gpu.major < 8 else ""
-        found.append(judge(f"GPU {index}", text, warning=busy or old))
+        found.append(make_finding(f"GPU {index}", text, warning=busy or old))
     if ranks > count > 1:
         fix = f"start {count} ranks per machine"
-        found.append(judge("GPUs", f"{count} for {ranks} ranks", failed=fix))
+        found.append(make_finding("GPUs", f"{count} for {ranks} ranks", failed=fix))
     return found
 
 
@@ -115,16 +115,12 @@ def _cpu_flags() -> set[str]:
 
 
 def _backends() -> Finding:
-    there = [n for n, has in (("gloo", dist.is_gloo_available()), ("nccl", _has_nccl())) if has]
+    there = available_backends()
     if not there:
-        return judge("back-ends", "none", failed="install a torch with gloo")
+        return make_finding("back-ends", "none", failed="install a torch with gloo")
     no_nccl = torch.cuda.is_available() and "nccl" not in there
     fix = "GPUs need NCCL: install torch's Linux wheel with CUDA" if no_nccl else ""
-    return judge("back-ends", ", ".join(there), failed=fix)
-
-
-def _has_nccl() -> bool:
-    return torch.cuda.is_available() and dist.is_nccl_available()
+    return make_finding("back-ends", ", ".join(there), failed=fix)
 
 
 def _cores(ranks: int) -> Finding:
@@ -139,7 +135,7 @@ def _cores(ranks: int) -> Finding:
         fix = f"set OMP_NUM_THREADS={max(1, int(usable // ranks))}"
     else:
         fix = ""
-    return judge("cores", text, warning=fix)
+    return make_finding("cores", text, warning=fix)
 
 
 def _cpu_quota() -> float:
@@ -159,17 +155,19 @@ def _memory(ranks: int) -> Finding:
     # torch and its libraries take this much in each rank before a model is built
     needed = ranks * (1 << 29)
     fix = "start fewer ranks, or free memory" if usable < needed else ""
-    return judge("memory", f"{in_gib(usable)} free of {in_gib(main_memory())}", warning=fix)
+    return make_finding("memory", f"{in_gib(usable)} free of {in_gib(main_memory())}", warning=fix)
 
 
 def _shared_memory() -> Finding:
     try:
         free = shutil.disk_usage("/dev/shm").free
     except OSError:
-        return judge("shared memory", "no /dev/shm", warning="NCCL needs it; mount a tmpfs there")
+        return make_finding(
+            "shared memory", "no /dev/shm", warning="NCCL needs it; mount a tmpfs there"
+        )
     small = torch.cuda.is_available() and free < NCCL_SHARED_MEMORY
     fix = "start the container with --ipc=host or --shm-size=8g" if small else ""
-    return judge("shared memory", f"{in_gib(free)} free", warning=fix)
+    return make_finding("shared memory", f"{in_gib(free)} free", warning=fix)
 
 
 def _limits(ranks: int) -> list[Finding]:
@@ -179,21 +177,21 @@ def _limits(ranks: int) -> list[Finding]:
     low = hard != resource.RLIM_INFINITY and hard
     failed = f"ulimit -Hn {USUAL_OPEN_FILES}" if low and low < MIN_OPEN_FILES else ""
     warning = f"ulimit -Hn {USUAL_OPEN_FILES}" if low and low < 1024 else ""
-    found.append(judge("limits", text, failed=failed, warning=warning))
+    found.append(make_finding("limits", text, failed=failed, warning=warning))
     soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     if soft != resource.RLIM_INFINITY and soft < ranks * PROCESSES_PER_RANK:
         fix = f"ulimit -u {ranks * PROCESSES_PER_RANK} or more"
-        found.append(judge("limits", f"processes and threads {soft}", warning=fix))
+        found.append(make_finding("limits", f"processes and threads {soft}", warning=fix))
     for name, kind in (("address space", "AS"), ("file size", "FSIZE"), ("data segment", "DATA")):
         soft, _ = resource.getrlimit(getattr(resource, f"RLIMIT_{kind}"))
         if soft != resource.RLIM_INFINITY:
             flag = {"AS": "-v", "FSIZE": "-f", "DATA": "-d"}[kind]
             fix = f"ulimit {flag} unlimited: a run may need more"
-            found.append(judge("limits", f"{name} {in_gib(soft)}", warning=fix))
+            found.append(make_finding("limits", f"{name} {in_gib(soft)}", warning=fix))
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if Path("/dev/infiniband").exists() and locked != resource.RLIM_INFINITY:
         fix = "InfiniBand needs ulimit -l unlimited"
-        found.append(judge("limits", f"locked memory {in_gib(locked)}", warning=fix))
+        found.append(make_finding("limits", f"locked memory {in_gib(locked)}", warning=fix))
     return found
 
 
@@ -201,8 +199,8 @@ def _debug_level() -> Finding:
     try:
         refuse_debug_detail()
     except ConfigError as error:
-        return judge("environment", str(error), failed="see the sentence")
-    return judge("environment", "no variable that torch or gloo would fail on")
+        return make_finding("environment", str(error), failed="see the sentence")
+    return make_finding("environment", "no variable that torch or gloo would fail on")
 
 
 def _loopback() -> Finding:
@@ -214,8 +212,10 @@ def _loopback() -> Finding:
                 pass
     except OSError as error:
         fix = "allow connections to 127.0.0.1 (ip link set lo up)"
-        return judge("ports", f"loopback fails: {error.strerror or error}", failed=fix)
-    return judge("ports", "a free port can be bound and reached on loopback", **_master_port())
+        return make_finding("ports", f"loopback fails: {error.strerror or error}", failed=fix)
+    return make_finding(
+        "ports", "a free port can be bound and reached on loopback", **_master_port()
+    )
 
 
 def _master_port() -> dict[str, str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dmoe.distributed.init import ProcessInfo, barrier
 from dmoe.distributed.link_speed import Link, clock_offsets, gather_texts, measure_links
-from dmoe.doctor.findings import Finding, judge
+from dmoe.doctor.findings import Finding, make_finding
 
 MAX_SKEW = 5.0
 """Seconds. Lines of metrics.jsonl and restarts are ordered by rank 0's clock, which changes if the
@@ -86,7 +86,9 @@ def _same_versions(machines: dict[str, list[Finding]]) -> Finding:
         for found in machines.values()
     }
     fix = "install the same versions on all machines" if len(seen) > 1 else ""
-    return judge("hosts", f"{len(machines)}, with {len(seen)} set(s) of versions", failed=fix)
+    return make_finding(
+        "hosts", f"{len(machines)}, with {len(seen)} set(s) of versions", failed=fix
+    )
 
 
 def _clocks(process: ProcessInfo, hosts: list[str]) -> Finding:
@@ -94,7 +96,7 @@ def _clocks(process: ProcessInfo, hosts: list[str]) -> Finding:
     worst = max(range(len(offsets)), key=lambda rank: abs(offsets[rank]))
     text = f"within {abs(offsets[worst]):.3f} s of rank 0"
     fix = f"set the clock of {_name(hosts[worst], hosts)} (NTP)"
-    return judge("clocks", text, warning=fix if abs(offsets[worst]) > MAX_SKEW else "")
+    return make_finding("clocks", text, warning=fix if abs(offsets[worst]) > MAX_SKEW else "")
 
 
 def _links(links: list[Link], hosts: list[str]) -> list[Finding]:
@@ -114,7 +116,7 @@ def _links(links: list[Link], hosts: list[str]) -> list[Finding]:
         )
         slow = slowest.bandwidth * SLOW_LINK < rate
         fix = "look at the cable, switch port or interface of these two (GLOO_SOCKET_IFNAME)"
-        found.append(judge(f"links {kind}", text, warning=fix if slow else ""))
+        found.append(make_finding(f"links {kind}", text, warning=fix if slow else ""))
     return found
 
 
@@ -137,6 +139,8 @@ def _shared(process: ProcessInfo, folder: Path, hosts: list[str]) -> Finding:
     blind = {_name(host, hosts) for host, saw in zip(hosts, every, strict=True) if saw == "no"}
     text = f"{folder} is seen by all ranks"
     if not blind:
-        return judge("shared directory", text)
+        return make_finding("shared directory", text)
     fix = "put train.run_dir on a file system of all machines, or a restart finds no checkpoint"
-    return judge("shared directory", f"{folder} is not seen on {', '.join(blind)}", failed=fix)
+    return make_finding(
+        "shared directory", f"{folder} is not seen on {', '.join(blind)}", failed=fix
+    )

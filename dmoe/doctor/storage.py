@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from dmoe.doctor.findings import Finding, in_gib, judge
+from dmoe.doctor.findings import Finding, in_gib, make_finding
 from dmoe.runs.lock import LOCKS_UNSUPPORTED
 
 PROBE_BYTES = 1 << 24
@@ -37,12 +37,12 @@ def check_storage(folder: Path, checkpoint_bytes: int = 0, keep: int = 1) -> lis
             lock = _lock(Path(name) / "lock")
     except OSError as error:
         fix = "choose another train.run_dir, or make it writable and free space"
-        return [judge("run directory", f"{there}: {error.strerror or error}", failed=fix)]
+        return [make_finding("run directory", f"{there}: {error.strerror or error}", failed=fix)]
     megabytes = PROBE_BYTES / 1e6 / max(seconds, 1e-9)
     slow = "use checkpoint.asynchronous=true, or a faster disk" if seconds > SLOW_SYNC else ""
     volatile = "a restart of the machine deletes it; choose a disk" if kind in IN_MEMORY else ""
     return [
-        judge(
+        make_finding(
             "run directory", f"{there} ({kind}), {megabytes:,.0f} MB/s", warning=slow or volatile
         ),
         _space(there, checkpoint_bytes, keep),
@@ -76,8 +76,8 @@ def _lock(path: Path) -> Finding:
         if error.errno not in LOCKS_UNSUPPORTED:
             raise
         fix = "two jobs started within milliseconds could share a run; mount it with locks (flock)"
-        return judge("locks", "the file system has none", warning=fix)
-    return judge("locks", "a run directory can be locked")
+        return make_finding("locks", "the file system has none", warning=fix)
+    return make_finding("locks", "a run directory can be locked")
 
 
 def _space(folder: Path, checkpoint_bytes: int, keep: int) -> Finding:
@@ -88,7 +88,7 @@ def _space(folder: Path, checkpoint_bytes: int, keep: int) -> Finding:
         text += f"; {keep} checkpoints and a new one take {in_gib(needed)}"
     none = "free some space" if free < PROBE_BYTES else ""
     fix = "free space, lower checkpoint.keep, or choose another train.run_dir"
-    return judge("disk space", text, failed=none or (fix if needed > free else ""))
+    return make_finding("disk space", text, failed=none or (fix if needed > free else ""))
 
 
 def file_system(path: Path) -> str:

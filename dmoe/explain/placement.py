@@ -10,6 +10,7 @@ from dmoe.config.schema import ModularConfig
 from dmoe.distributed.placement.copy_cost import passes
 from dmoe.explain.setting import Section, Setting
 from dmoe.moe.copy_planner import AUTO_SLOTS
+from dmoe.moe.placement_plan import MIN_GAIN
 from dmoe.report.format import format_bytes, format_ranges, plural
 from dmoe.train.modular.attach import target_pattern
 
@@ -58,9 +59,24 @@ def explain_placement(setting: Setting) -> Section:
     if len(lines) > MAX_LINES:
         lines = [*lines[:3], f"... {len(lines) - 4} more, in the same way", lines[-1]]
     copies, copy_numbers = _copies(setting)
-    sentences = [_sizes(setting, blocks), *lines, *_costs(setting), *copies]
-    numbers |= copy_numbers
+    moves, move_numbers = _moves(setting)
+    sentences = [_sizes(setting, blocks), *_nodes(setting), *lines, *_costs(setting)]
+    sentences += [*moves, *copies]
+    numbers |= move_numbers | copy_numbers | {"nodes_of_ep_group": setting.nodes_of_ep_group}
     return Section("experts", title, sentences, numbers)
+
+
+def _nodes(setting: Setting) -> list[str]:
+    """Say whether the token exchange stays inside a machine."""
+    if setting.nodes_of_ep_group is None or setting.ep == 1:
+        return []
+    group = f"An EP group is {setting.ep} ranks in a row"
+    if setting.nodes_of_ep_group == 1:
+        return [f"{group}, all on one machine: tokens never cross the network, gradients do."]
+    return [
+        f"{group}, on {setting.nodes_of_ep_group} machines: most tokens cross the network. An EP "
+        f"that divides {setting.ranks_per_node} would keep them inside a machine."
+    ]
 
 
 def _sizes(setting: Setting, blocks: list[int]) -> str:
@@ -127,6 +143,32 @@ def _costs(setting: Setting) -> list[str]:
             f"{_shorten(each)}."
         )
     return sentences
+
+
+MOMENTS = {"adamw": 2, "muon": 1}
+"""Tensors of the shape of an expert's matrix that an optimizer keeps."""
+
+
+def _moves(setting: Setting) -> tuple[list[str], dict[str, Any]]:
+    """Describe when experts move, by which load, and the bytes of one."""
+    placement, layer = setting.config.parallel.placement, setting.layer
+    if placement.kind == "fixed" or layer is None:
+        return [], {}
+    if setting.ep == 1:
+        return ["Experts do not move: with EP = 1 every rank has all of them."], {}
+    optim = setting.config.optim
+    moments = MOMENTS.get(optim.kind, 0)
+    size = layer.weights_of_experts[0] * (4 + moments * (2 if optim.moments == "bf16" else 4))
+    load = "their running mean" if placement.from_ == "ema" else "those of the last step"
+    steps = "after every step" if placement.every == 1 else f"every {placement.every} steps"
+    what = "weights and moments" if moments else "weights, and whatever the optimizer keeps"
+    lines = [
+        f"Experts move {steps}, so that the rows of the {setting.ep} ranks ({load}) are even;"
+        f" not where that takes less than {MIN_GAIN:.0%} of the mean from the busiest rank.",
+        f"A moved expert is {format_bytes(size)} ({what}) per copy. The choices, the model and the "
+        "checkpoint are those of fixed placement.",
+    ]
+    return lines, {"placement_every": placement.every, "moved_expert_bytes": size}
 
 
 def _copies(setting: Setting) -> tuple[list[str], dict[str, Any]]:

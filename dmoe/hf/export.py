@@ -51,7 +51,7 @@ class Exported:
     copied: list[str]
     """Tensors that the model's class does not know, copied from the source."""
     notes: list[str]
-    """What a user should know, in sentences."""
+    """Notes for the user, one sentence each."""
 
 
 def export_checkpoint(

@@ -112,7 +112,7 @@ BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 
 @dataclass(frozen=True)
 class BlockFacts:
-    """What dmoe must know of one block."""
+    """Facts of one block that dmoe needs."""
 
     router: nn.Module
     score_name: str

@@ -30,7 +30,7 @@ PANELS: tuple[Callable[[Sequence[Run]], Panel | None], ...] = (
     progress.domains_panel,
     load.load_panel,
     layers.drops_panel,
-    layers.balance_panel,
+    load.balance_panel,
     layers.router_panel,
     layers.layers_panel,
     experts.specialization_panel,

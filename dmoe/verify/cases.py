@@ -141,8 +141,7 @@ def plan_cases(config: Config, worlds: list[int], groups: int, device: str = "cp
             except ConfigError as error:
                 refused[str(case)] = str(error)
     largest = [case for case in cases if case.world == max(worlds)]
-    if largest:
-        # recomputed activations must not be counted twice
+    if largest:  # recomputed activations must not be counted twice
         cases.append(replace(largest[0], ep=max(case.ep for case in largest), recompute=True))
         own = config.model.source is None and router_spec(config.moe.router.kind).learned
         if own and moe_widths(config):
@@ -170,12 +169,11 @@ def _can_shard(config: Config, ep: int) -> bool:
 def prepare(config: Config, groups: int) -> Config:
     """Return `config` with synthetic data, three accumulation steps of small batches, and float32.
 
-    The model is not changed. One accumulation step has two sequences per token group. If experts
-    move, they do so after every step.
+    The model is not changed. One accumulation step has two sequences per token group.
     """
-    placement = config.parallel.placement
-    if placement.kind == "periodic":
-        placement = replace(placement, every=1)
+    parallel = replace(config.parallel, backend="gloo")
+    if parallel.placement.kind == "periodic":  # experts move after every step
+        parallel = replace(parallel, placement=replace(parallel.placement, every=1))
     return replace(
         config,
         data=_data(config),
@@ -190,7 +188,7 @@ def prepare(config: Config, groups: int) -> Config:
             eval_sequences=MICRO_BATCH * groups + 1,  # so that the second batch has padding
         ),
         optim=replace(config.optim, warmup=0),
-        parallel=replace(config.parallel, backend="gloo", placement=placement),
+        parallel=parallel,
     )
 
 
@@ -202,19 +200,17 @@ def _data(config: Config) -> DataConfig:
         tokenizer_vocab=None,
         tokenizer_options={},
         source_options={},
+        chat_template=None,
         seq_len=min(config.data.seq_len, SEQ_LEN),
     )
     data = replace(data, temperature=None, weights={}, eval_source=None, validation_source=None)
     data = replace(data, text_field=None, label_field=None, columns=[], classes=[])
-    data = replace(data, chat_template=None)
     if config.data.document_mask is None and masks_by_default(config.data.source):
         data = replace(data, document_mask=True)  # the default of prepared text
     if config.train.task == "language_modelling":
         return replace(data, source="synthetic:zipf")
-    streams = list(DATASETS["synthetic:clusters"].streams)
-    return replace(
-        data, source="synthetic:clusters", streams=streams[: max(1, len(config.data.streams))]
-    )
+    streams = list(DATASETS["synthetic:clusters"].streams)[: max(1, len(config.data.streams))]
+    return replace(data, source="synthetic:clusters", streams=streams)
 
 
 def shrink(config: Config) -> Config:

@@ -32,7 +32,7 @@ PERIODIC = ("parallel.placement.kind=periodic", "parallel.placement.every=1")
 CASES = (
     ("parallel.ep=4",),
     ("parallel.ep=2", "train.recompute=true", "moe.capacity.factor=1", "moe.exchange=padded"),
-    ("parallel.ep=2", "parallel.mode=fsdp"),
+    ("parallel.ep=2", "parallel.mode=fsdp", "optim.moments=bf16"),
     ("parallel.ep=2", "parallel.mode=fsdp", "moe.num_experts=6", "optim.kind=muon"),
     ("parallel.ep=4", "parallel.mode=fsdp", 'optim.trainable=["*.router.*"]'),
 )

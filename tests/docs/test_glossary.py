@@ -112,6 +112,6 @@ def test_no_banned_word_names_anything(word: str) -> None:
 
 
 def test_a_banned_word_inside_a_name_is_found() -> None:
-    tree = ast.parse("class RollCall:\n    def contiguous(self, journey): ...")
+    tree = ast.parse("class RollCall:\n    def at_home(self, journey): ...")
     names = [words_of(name) for name in defined_names(tree)]
     assert names == ["_roll_call_", "_at_home_", "_self_", "_journey_"]

@@ -39,6 +39,7 @@ def test_a_rank_is_killed_in_the_middle_of_a_move(
     assert outcome.code == 0, outcome.errors[-3000:]
     assert resumed(run) == [4]
     reference.assert_equals(run)
+    assert sum(line["moves"] for line in events(run, "train")) > 0
     assert processes_of(run) == []
 
 

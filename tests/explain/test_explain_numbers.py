@@ -51,6 +51,17 @@ def test_capacity_equals_the_layers(group: str, factor: float, virtual: int) -> 
     assert factor <= explained["load_over_fair_share"] < factor + 1 / explained["fair_share"]
 
 
+def test_the_moves_of_experts() -> None:
+    """A moved expert has two matrices in float32, and two moments of each."""
+    periodic = tiny("parallel.placement.kind=periodic", "parallel.placement.every=7")
+    explained = numbers(periodic, 4)["experts"]
+    assert explained["placement_every"] == 7
+    assert explained["moved_expert_bytes"] == 3 * 4 * (32 * 2 * 24 + 24 * 32)
+    (alone,) = [section for section in explain(periodic, 1) if section.key == "experts"]
+    assert "do not move" in " ".join(alone.sentences)
+    assert "moved_expert_bytes" not in numbers(tiny(), 4)["experts"]
+
+
 def test_the_global_group_spans_all_ranks() -> None:
     config = tiny("moe.capacity.factor=1.5", "moe.capacity.group=global", "train.micro_batch=1")
     explained = numbers(config, 4)["capacity"]

@@ -29,7 +29,7 @@ def config_of(folder: Path, family: str, *more: str) -> Config:
         (
             "gpt_oss",
             "moe.capacity.factor=0.75 moe.capacity.group=global moe.balance.switch_level=global"
-            " moe.capacity.priority=score",
+            " moe.capacity.priority=score parallel.placement.kind=periodic",
         ),
     ],
 )

@@ -49,6 +49,13 @@ def test_correct_code_passes() -> None:
     assert 0 < sizes["expert gradients"] < 1e-10, "compared with itself?"
 
 
+def test_experts_that_move_pass() -> None:
+    """After every step, at EP 4 and 2, ddp and fsdp, with and without recompute."""
+    report = verify(load(None, ["model.layers=2", "parallel.placement.kind=periodic"]), worlds=[4])
+    assert report.ok, lines(report)
+    assert any("EP=4" in case and "recompute" in case for case in report.cases)
+
+
 def test_float32() -> None:
     report = verify(load(None, [*SHORT, "moe.capacity.factor=1.25"]), worlds=[2], dtype="float32")
     assert report.ok, lines(report)

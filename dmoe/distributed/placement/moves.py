@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from operator import eq
 from typing import Any, NamedTuple
@@ -56,8 +56,7 @@ class Moved:
     """Of this rank, in all-to-alls and copies, waiting for others included."""
 
     def __add__(self, other: Moved) -> Moved:
-        pairs = zip(asdict(self).items(), asdict(other).values(), strict=True)
-        return Moved(**{name: one + two for (name, one), two in pairs})
+        return Moved(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 class PeriodicPlacement:
@@ -181,11 +180,7 @@ def move_experts(
     A rank that dies meanwhile ends the run, as in any collective; the checkpoints on disk are not
     touched.
 
-    Args:
-        layers: MoE layers.
-        optimizer: its moments move too.
-        mesh: the ranks.
-        placements: one per layer, equal on all ranks.
+    `placements`: one per layer, equal on all ranks. The moments of `optimizer` move too.
     """
     began, total = time.monotonic(), Moved()
     for layer, new in zip(layers, placements, strict=True):
@@ -221,7 +216,7 @@ def _move_layer(
     sent = 0
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         same = [tensor for tensor in tensors if tensor.dtype == dtype]
-        sent += _exchange(same, slots, old.experts_per_rank, mesh)
+        sent += _exchange(same, slots, old.experts_per_rank, mesh, tensors[0].device)
     moves = sum(old.rank_of[expert] != new.rank_of[expert] for expert in old.rank_of)
     return Moved(moves, sent)
 
@@ -243,10 +238,12 @@ def _exchange(
     slots: Sequence[tuple[int, int]],
     experts_per_rank: int,
     mesh: ParallelMesh,
+    device: torch.device,
 ) -> int:
     """Send the rows of stacks from their old slots (physical ids) to the new ones. Collective.
 
     All is received before anything is overwritten. Returns the bytes that all ranks send to others.
+    `device`: of the buffers; a moment may be in the memory of the host.
     """
     local = [local_tensor(tensor) for tensor in tensors]
     over_rows = any(map(_is_split, tensors))
@@ -267,9 +264,10 @@ def _exchange(
     sizes = Counter[tuple[int, int]]()
     for row in rows:
         sizes[row.source, row.target] += row.size
-    leaving = [local[r.tensor][r.source_index].flatten() for r in rows if r.source == rank]
-    sent = torch.cat([local[0].new_empty(0), *leaving])
-    received = local[0].new_empty(sum(sizes[source, rank] for source in ranks))
+    leaving = [local[row.tensor][row.source_index] for row in rows if row.source == rank]
+    empty = torch.empty(0, dtype=local[0].dtype, device=device)
+    sent = torch.cat([empty, *(row.flatten().to(device) for row in leaving)])
+    received = empty.new_empty(sum(sizes[source, rank] for source in ranks))
     dist.all_to_all_single(
         received,
         sent,

@@ -1,4 +1,4 @@
-"""Panels of curves about MoE layers: drops, balance, router, and each layer by itself."""
+"""Panels of curves about MoE layers: drops, router, and each layer by itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from dmoe.report.charts import (
     at,
     curve_panel,
     layer_mean,
-    layer_sum,
     make_curve,
 )
 from dmoe.report.format import format_number
@@ -21,7 +20,6 @@ from dmoe.report.run import Run, as_dict, layers_of
 from dmoe.runs.metrics_log import Line, number, numbers
 
 MEAN = "Mean over the MoE layers."
-MOVED = "Since the last logged step, of all MoE layers (parallel.placement)."
 ROUTER_CHARTS = (
     CurveChart(
         "entropy",
@@ -158,76 +156,6 @@ def drops_panel(runs: Sequence[Run]) -> Panel:
 def _num_choices(run: Run) -> int:
     rows = (row for line in run.train[-1:] for row in layers_of(line).values())
     return max((len(numbers(row.get("drop_rate_by_choice"))) for row in rows), default=0)
-
-
-def balance_panel(runs: Sequence[Run]) -> Panel:
-    """Build measures of the load, auxiliary losses and the bias."""
-    last_lines = [line for run in runs for line in run.train[-1:]]
-    losses = sorted({name for line in last_lines for name in as_dict(line.get("aux"))})
-    charts = [
-        CurveChart(
-            "max-over-mean",
-            "Largest load over mean",
-            "Of the least balanced layer; 1 is perfect balance.",
-            "factor",
-            {"": at("load_max_over_mean")},
-        ),
-        CurveChart(
-            "rank-max-over-mean",
-            "Rows of the busiest rank over the mean",
-            "Of the least balanced layer.",
-            "factor",
-            {"": at("rank_max_over_mean")},
-        ),
-        *(
-            CurveChart(key, title, MOVED, unit, {"": at(key)})
-            for key, title, unit in (
-                ("moves", "Experts moved to another rank", "experts"),
-                ("moved_bytes", "Bytes of moved experts, of all ranks", "bytes"),
-                ("move_seconds", "Time of moves, of one rank", "seconds"),
-            )
-        ),
-        CurveChart(
-            "cv",
-            "Coefficient of variation of the load",
-            f"0 is perfect balance. {MEAN}",
-            "ratio",
-            {"": layer_mean("load_cv")},
-        ),
-        CurveChart(
-            "dead",
-            "Experts without any token",
-            "Of all MoE layers together.",
-            "experts",
-            {"": layer_sum("dead_experts")},
-        ),
-        *(
-            CurveChart(
-                f"aux-{name}",
-                f"Auxiliary loss: {name}",
-                f"Without its coefficient. {MEAN}",
-                "raw",
-                {"": at("aux", name)},
-            )
-            for name in losses
-        ),
-        CurveChart(
-            "aux-weighted",
-            "Auxiliary losses, weighted",
-            "As added to the training loss.",
-            "nats",
-            {name: at("aux_weighted", name) for name in losses},
-            layout="per_run",
-        ),
-        CurveChart(
-            "bias",
-            "Load-balancing bias",
-            f"Smallest and largest. {MEAN}",
-            "score",
-            {"smallest": layer_mean("bias_min"), "largest": layer_mean("bias_max")},
-        ),
-    ]
-    return curve_panel("balance", "Balance", charts, runs, "No measure of balance was recorded.")
 
 
 def router_panel(runs: Sequence[Run]) -> Panel:

@@ -1,4 +1,4 @@
-"""The load of each expert: the heat map of the first screen, the load by layer, the extremes.
+"""The load of each expert: heat map of the first screen, balance, load by layer, the extremes.
 
 Letters: E experts, L MoE layers.
 """
@@ -9,10 +9,18 @@ import base64
 from collections.abc import Sequence
 from statistics import fmean, pstdev
 
-from dmoe.report.charts import View, most_imbalanced_steps
+from dmoe.report.charts import (
+    CurveChart,
+    View,
+    at,
+    curve_panel,
+    layer_mean,
+    layer_sum,
+    most_imbalanced_steps,
+)
 from dmoe.report.format import format_number
 from dmoe.report.page import Chart, Panel, Selector, Table, round_number
-from dmoe.report.run import Run, layers_of
+from dmoe.report.run import Run, as_dict, layers_of
 from dmoe.runs.layer_columns import quantize
 from dmoe.runs.metrics_log import numbers
 
@@ -25,6 +33,8 @@ MIN_STEPS, MAX_STEPS = 24, 600
 MAX_LISTED_LAYERS = 12
 """Layers in the table of extreme loads, the least balanced first."""
 NUM_EXTREMES = 3
+MEAN = "Mean over the MoE layers."
+MOVED = "Since the last logged step, of all MoE layers (parallel.placement)."
 LOAD_AXES = {"z": "times the fair share", "count": "assignments"}
 
 LoadHistory = dict[int, list[tuple[int, list[float]]]]
@@ -167,3 +177,73 @@ def _load_cells(load: list[float]) -> list[str]:
         str(load.count(0)),
         *(", ".join(f"{e} ({load[e] / mean:.2f})" for e in experts) for experts in extremes),
     ]
+
+
+def balance_panel(runs: Sequence[Run]) -> Panel:
+    """Build measures of the load, auxiliary losses and the bias."""
+    last_lines = [line for run in runs for line in run.train[-1:]]
+    losses = sorted({name for line in last_lines for name in as_dict(line.get("aux"))})
+    charts = [
+        CurveChart(
+            "max-over-mean",
+            "Largest load over mean",
+            "Of the least balanced layer; 1 is perfect balance.",
+            "factor",
+            {"": at("load_max_over_mean")},
+        ),
+        CurveChart(
+            "rank-max-over-mean",
+            "Rows of the busiest rank over the mean",
+            "Of the least balanced layer.",
+            "factor",
+            {"": at("rank_max_over_mean")},
+        ),
+        *(
+            CurveChart(key, title, MOVED, unit, {"": at(key)})
+            for key, title, unit in (
+                ("moves", "Experts moved to another rank", "experts"),
+                ("moved_bytes", "Bytes of moved experts, of all ranks", "bytes"),
+                ("move_seconds", "Time of moves, of one rank", "seconds"),
+            )
+        ),
+        CurveChart(
+            "cv",
+            "Coefficient of variation of the load",
+            f"0 is perfect balance. {MEAN}",
+            "ratio",
+            {"": layer_mean("load_cv")},
+        ),
+        CurveChart(
+            "dead",
+            "Experts without any token",
+            "Of all MoE layers together.",
+            "experts",
+            {"": layer_sum("dead_experts")},
+        ),
+        *(
+            CurveChart(
+                f"aux-{name}",
+                f"Auxiliary loss: {name}",
+                f"Without its coefficient. {MEAN}",
+                "raw",
+                {"": at("aux", name)},
+            )
+            for name in losses
+        ),
+        CurveChart(
+            "aux-weighted",
+            "Auxiliary losses, weighted",
+            "As added to the training loss.",
+            "nats",
+            {name: at("aux_weighted", name) for name in losses},
+            layout="per_run",
+        ),
+        CurveChart(
+            "bias",
+            "Load-balancing bias",
+            f"Smallest and largest. {MEAN}",
+            "score",
+            {"smallest": layer_mean("bias_min"), "largest": layer_mean("bias_max")},
+        ),
+    ]
+    return curve_panel("balance", "Balance", charts, runs, "No measure of balance was recorded.")
