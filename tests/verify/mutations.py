@@ -129,8 +129,8 @@ MUTATIONS = [
     # routers and noise
     Mutation(
         "moe/routers/base.py",
-        "    return weight_TK * config.scale\n\n\ndef with_next_experts",
-        "    return weight_TK\n\n\ndef with_next_experts",
+        "return weight_TK if config.scale == 1.0 else weight_TK * config.scale",
+        "return weight_TK",
         "combine weights",
         "moe.router.scale=2.5",
     ),

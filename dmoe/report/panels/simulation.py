@@ -15,7 +15,7 @@ from dmoe.report.page import Chart, Panel, Selector
 from dmoe.report.run import Run
 
 LINES = "simulation.jsonl"
-CURVES = {"mean": fmean, "largest": max}
+CURVES: dict[str, Callable[[list[float]], float]] = {"mean": fmean, "largest": max}
 
 
 def _summary(of: Callable[[list[float]], float]) -> Callable[[dict[str, Any]], float]:
