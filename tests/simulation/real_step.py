@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dmoe.config.schema import Config
 from dmoe.distributed.all_to_all import comm_timers
@@ -21,34 +23,23 @@ def size(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in local)
 
 
-class Sums:
-    """Counts the bytes that sums and gathers send, by patching torch.distributed's functions."""
+class Sums(TorchDispatchMode):
+    """Counts the bytes that sums and gathers of a rank send, by a ring."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.sent = 0
-        self.real = {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
-        bases = ("_all_gather_base", "all_gather_into_tensor", "reduce_scatter_tensor")
-        self.real |= {name: getattr(dist, name) for name in bases}
 
-    def __enter__(self) -> Sums:
-        for name, function in self.real.items():
-            setattr(dist, name, self._counting(name, function))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for name, function in self.real.items():
-            setattr(dist, name, function)
-
-    def _counting(self, name: str, function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            group = kwargs.get("group") or dist.group.WORLD
-            ranks = group.size()
-            tensors = [*args, *kwargs.values()]
-            largest = max(size([t]) for t in tensors if isinstance(t, torch.Tensor))
-            self.sent += (2 if name == "all_reduce" else 1) * largest * (ranks - 1) // ranks
-            return function(*args, **kwargs)
-
-        return call
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if name.startswith("c10d.") and "alltoall" not in name:
+            groups = [
+                a for a in args if isinstance(a, torch.ScriptObject) and "Group" in str(a._type())
+            ]
+            ranks = dist.ProcessGroup.unbox(groups[0]).size()
+            whole = max(size([t]) for t in tree_leaves(args) if isinstance(t, torch.Tensor))
+            self.sent += (2 if "allreduce" in name else 1) * whole * (ranks - 1) // ranks
+        return func(*args, **(kwargs or {}))
 
 
 def measure(rank: int, world: int, config: Config, vocabulary: int) -> dict[str, int]:
