@@ -511,12 +511,14 @@ def memory(machine: Machine) -> Found:
 @check("second")
 def speed(machine: Machine) -> Found:
     """A layer against bare matrix products and transformers' block on the same card."""
-    from benchmarks.layer import Shape, contenders, measure, quartiles
+    from dmoe.bench.layer import Shape, contenders
+    from dmoe.bench.measure import interleave, quartiles
 
     shapes = {"coarse": Shape(8192, 4096, 14336, 8, 2), "fine": Shape(8192, 2048, 768, 128, 8)}
     for name, shape in {"tiny": Shape(64, 64, 64, 4, 2)}.items() if machine.dry else shapes.items():
-        times = measure(
-            contenders(shape, "fp32" if machine.dry else "bf16", machine.device),
+        found = contenders(shape, "fp32" if machine.dry else "bf16", machine.device)
+        times = interleave(
+            {name: contender.run for name, contender in found.items()},
             machine.size(3, 1),
             machine.device,
         )

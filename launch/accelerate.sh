@@ -12,6 +12,10 @@
 set -euo pipefail
 
 refuse() { echo "accelerate.sh: $1" >&2; exit 2; }
+# --dry-run, first of all arguments: print the command instead.
+dry=0
+[[ "${1:-}" != --dry-run ]] || { dry=1; shift; }
+start() { if ((dry)); then echo "OMP_NUM_THREADS=${OMP_NUM_THREADS:-} $(printf '%q ' "$@")"; else exec "$@"; fi; }
 
 [[ "${DEVICE:-}" == cpu || "${DEVICE:-}" == gpu ]] || refuse "DEVICE='${DEVICE:-}' is unknown; set DEVICE=cpu or DEVICE=gpu."
 [[ "${RANKS:-}" =~ ^[1-9][0-9]*$ ]] || refuse "RANKS='${RANKS:-}' is not a number of processes; set it, for example RANKS=2."
@@ -26,5 +30,5 @@ cores=$(nproc) # of this process: a cpuset or a job may give it fewer than the m
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > RANKS ? cores / RANKS : 1))}"
 device=$([[ "$DEVICE" == cpu ]] && echo cpu || echo cuda)
 
-exec accelerate launch --config_file "$here/accelerate_$DEVICE.yaml" --num_processes "$RANKS" \
+start accelerate launch --config_file "$here/accelerate_$DEVICE.yaml" --num_processes "$RANKS" \
   -m dmoe train "$config" "train.device=$device" "$@"

@@ -7,6 +7,10 @@
 set -euo pipefail
 
 refuse() { echo "local.sh: $1" >&2; exit 2; }
+# --dry-run, first of all arguments: print the command instead.
+dry=0
+[[ "${1:-}" != --dry-run ]] || { dry=1; shift; }
+start() { if ((dry)); then echo "OMP_NUM_THREADS=${OMP_NUM_THREADS:-} $(printf '%q ' "$@")"; else exec "$@"; fi; }
 
 [[ "${RANKS:-}" =~ ^[1-9][0-9]*$ ]] ||
   refuse "RANKS='${RANKS:-}' is not a number of processes; set it, for example RANKS=2 launch/local.sh CONFIG."
@@ -18,4 +22,4 @@ command -v torchrun >/dev/null || refuse "torchrun is not on PATH; activate the 
 cores=$(nproc) # of this process: a cpuset or a job may give it fewer than the machine has
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > RANKS ? cores / RANKS : 1))}"
 
-exec torchrun --standalone --nproc-per-node "$RANKS" -m dmoe train "$@"
+start torchrun --standalone --nproc-per-node "$RANKS" -m dmoe train "$@"

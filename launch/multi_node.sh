@@ -10,12 +10,17 @@
 # RANKS_PER_NODE  processes per machine: its GPUs, or a share of its cores
 # RUN_DIR         run directory on a file system of all machines; a restart resumes from its last
 #                 checkpoint
-# Optional: MASTER_PORT (29500), MAX_RESTARTS (3), JOB_ID (dmoe; the same on all machines of a job).
+# Optional: MASTER_PORT (29500), MAX_RESTARTS (3), JOB_ID (dmoe; the same on all machines of a job),
+# LOCAL_ADDR (the address under which the others reach this machine, where its host name is not).
 #
 # Ports: MASTER_PORT on machine 0 and, for gloo and NCCL, any free port between the machines.
 set -euo pipefail
 
 refuse() { echo "multi_node.sh: $1" >&2; exit 2; }
+# --dry-run, first of all arguments: print the command instead.
+dry=0
+[[ "${1:-}" != --dry-run ]] || { dry=1; shift; }
+start() { if ((dry)); then echo "OMP_NUM_THREADS=${OMP_NUM_THREADS:-} $(printf '%q ' "$@")"; else exec "$@"; fi; }
 number='^[0-9]+$'
 
 [[ "${NNODES:-}" =~ ^[1-9][0-9]*$ ]] ||
@@ -47,6 +52,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > RANKS_PER_NODE ? cores / R
 # Set the rendezvous host: detection by host name fails in containers and behind aliases.
 is_host=$([[ "$NODE_RANK" -eq 0 ]] && echo true || echo false)
 
-exec torchrun --nnodes "$NNODES" --nproc-per-node "$RANKS_PER_NODE" --max-restarts "$MAX_RESTARTS" \
+start torchrun --nnodes "$NNODES" --nproc-per-node "$RANKS_PER_NODE" --max-restarts "$MAX_RESTARTS" \
   --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv-id "${JOB_ID:-dmoe}" --rdzv-conf "is_host=$is_host" \
+  ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} \
   -m dmoe train "$config" "train.run_dir=$RUN_DIR" "$@"

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dmoe"
 LEVELS = [
     ("cli",),
-    ("explain", "verify", "simulation", "conversion"),
+    ("bench", "doctor", "explain", "verify", "simulation", "conversion"),
     ("train",),
     ("observability",),
     ("report",),

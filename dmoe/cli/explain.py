@@ -35,6 +35,12 @@ def command(
             **integer(1),
         ),
     ] = None,
+    ranks_per_node: Annotated[
+        int | None,
+        typer.Option(
+            help="Ranks of one machine: says which exchanges cross the network.", **integer(1)
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the same as JSON on stdout.")
     ] = False,
@@ -62,7 +68,7 @@ def command(
 
     from dmoe.explain import explain
 
-    sections = explain(config, world)
+    sections = explain(config, world, ranks_per_node)
     if as_json:
         content = {
             section.key: {"words": section.sentences, "numbers": section.numbers}

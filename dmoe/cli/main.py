@@ -16,19 +16,22 @@ import typer
 
 from dmoe import __version__
 from dmoe.cli import (
-    checkpoint,
+    bench,
     configs,
     data,
+    doctor,
     evaluate,
     explain,
     generate,
     modules,
     plan,
     runs,
+    simulate,
     sweep,
     train,
     verify,
 )
+from dmoe.cli.checkpoint import commands as checkpoint
 from dmoe.cli.surroundings import (
     OutputError,
     check_surroundings,
@@ -88,6 +91,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "explain": explain.command,
     "plan": plan.command,
     "verify": verify.command,
+    "simulate": simulate.command,
+    "doctor": doctor.command,
     "evaluate": evaluate.command,
     "generate": generate.command,
 }
@@ -97,6 +102,7 @@ app.add_typer(configs.app, name="configs")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(modules.app, name="modules")
 app.add_typer(data.app, name="data")
+app.add_typer(bench.app, name="bench")
 
 
 def run() -> NoReturn:

@@ -18,9 +18,7 @@ def command(
     ] = None,
     cluster: Annotated[
         str,
-        typer.Option(
-            help="A cluster file, or one of a100x8, h100x8, h200x8, b200x8, gb200_nvl72, laptop."
-        ),
+        typer.Option(help="A cluster file, or one of a100x8, h100x8, h200x8, b200x8, gb200_nvl72."),
     ] = "h100x8",
     ranks: Annotated[
         str | None, typer.Option(help="Numbers of ranks, e.g. 16,64. Default: one node.")

@@ -30,6 +30,10 @@ class ConfigError(DmoeError, ValueError):
         self.field, self.value, self.allowed, self.fix = field, value, allowed, fix
         super().__init__(f"{field}={value}: {allowed}; {fix}")
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Let the error travel between processes (Ray, multiprocessing): not by its message."""
+        return type(self), (self.field, self.value, self.allowed, self.fix)
+
     def renamed(self, names: Mapping[str, str]) -> ConfigError:
         """Return the same error with other field names: each key replaced by its value, in order.
 

@@ -56,6 +56,9 @@ ALIASES = {
 }
 """The field that another framework's name stands for."""
 
+OLD_VALUES: dict[str, dict[bool, str]] = {"train.recompute": {True: "block", False: "none"}}
+"""Values of earlier versions that a field still takes."""
+
 
 def suggest_field(key: str, prefix: str, known: Sequence[str], children: Sequence[str]) -> str:
     """Return the field that an unknown key stands for, or nothing.

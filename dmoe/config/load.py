@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.field_aliases import OLD_VALUES
 from dmoe.config.fields import TEXT, check_given, field_named, list_fields
 from dmoe.config.keywords import shown, with_attributes, with_shown
 from dmoe.config.plugins import FORM, anchored
@@ -112,7 +113,7 @@ def _merge(base: DictConfig, given: dict[Any, Any], source: str = "") -> None:
 
 
 def _with_lists(given: dict[Any, Any], prefix: str = "") -> dict[Any, Any]:
-    """Return `given` with a list of one for a word where the schema has a list of words."""
+    """Return `given` with lists of one for words where the schema has lists, and new spellings."""
     result = dict[Any, Any]()
     for key, value in given.items():
         field = field_named(f"{prefix}{key}")
@@ -120,6 +121,8 @@ def _with_lists(given: dict[Any, Any], prefix: str = "") -> dict[Any, Any]:
             value = _with_lists(value, f"{prefix}{key}.")
         elif field is not None and field.type == "list[str]" and isinstance(value, str):
             value = [value]
+        elif field is not None and isinstance(value, bool):
+            value = OLD_VALUES.get(field.name, {}).get(value, value)
         result[key] = value
     return result
 

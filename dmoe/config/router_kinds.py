@@ -116,6 +116,14 @@ ROUTERS: dict[str, RouterSpec] = {
         looks_ahead=True,
         can_choose_none=True,
     ),
+    "workload": RouterSpec(
+        "the experts of a synthetic workload, forced; nothing is learned",
+        frozenset({"workload", "ranks", "hot"}),
+        learned=False,
+        ranks_experts=False,
+        weights_sum_to_scale=True,
+        can_choose_none=True,
+    ),
     "budget": RouterSpec(
         "by descending score, the experts that weigh more than moe.router.min_weight and fit the "
         "budget of moe.router.budget",
@@ -126,6 +134,19 @@ ROUTERS: dict[str, RouterSpec] = {
         can_choose_none=True,
     ),
 }
+
+
+WORKLOADS = {
+    "W0": "balanced: every expert alike",
+    "W1": "hot set: experts of any rank",
+    "W2": "hot rank: the experts of one rank",
+    "W3": "spread hot: experts of as many ranks as can be",
+    "W4": "ragged sources: sequences send from 1 / ranks to all of their tokens",
+    "W5": "empty rank: no token for the experts of one rank",
+    "W6": "rotating hot spot: W2, of the next rank every 3 steps",
+    "W7": "burst: W2 in one step of 5, W0 in the others",
+}
+"""Values of `moe.router.workload` and their names; `dmoe/moe/routers/workload.py` defines them."""
 
 
 def router_spec(kind: str) -> RouterSpec:

@@ -159,6 +159,8 @@ def describe_optimizer(optim: OptimConfig) -> list[str]:
         )
     elif optim.kind != "adamw":
         kind = describe(optim.kind, optim.options)
+    if optim.moments == "bf16":
+        kind += ", moments in bfloat16 with stochastic rounding"
     return [
         f"Optimizer: {kind}; weight "
         f"decay {optim.weight_decay:g} on matrices, none on norms, routers and embeddings; {clip}.",

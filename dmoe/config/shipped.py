@@ -12,20 +12,32 @@ from functools import cache
 from pathlib import Path
 
 SUFFIX = ".yaml"
-INSTALLED = Path("share", "dmoe", "configs")
+INSTALLED = Path("share", "dmoe")
 TITLE = "# What it shows: "
 ROOT = Path(__file__).parents[2]
 """The clone, or the folder where pip put the package."""
 
 
+def shared_folder() -> Path:
+    """Return the folder that holds `configs/` and `constraints.txt`."""
+    if (ROOT / "pyproject.toml").is_file():
+        return ROOT
+    places = [ROOT, Path(sysconfig.get_path("data")), Path(site.getuserbase())]
+    return next((p / INSTALLED for p in places if (p / INSTALLED).is_dir()), ROOT / INSTALLED)
+
+
+def tested_versions() -> dict[str, str]:
+    """Return the version of each package that this release is tested with, from constraints.txt."""
+    path = shared_folder() / "constraints.txt"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    pins = [line.split("==") for line in lines if "==" in line and not line.startswith("#")]
+    return {name.strip().lower(): version.strip() for name, version in pins}
+
+
 @cache
 def list_shipped() -> dict[str, Path]:
     """Return the files by name, sorted: `quickstart`, `modular/adapter`, ..."""
-    if (ROOT / "pyproject.toml").is_file():
-        folder = ROOT / "configs"
-    else:
-        places = [ROOT, Path(sysconfig.get_path("data")), Path(site.getuserbase())]
-        folder = next((p / INSTALLED for p in places if (p / INSTALLED).is_dir()), ROOT / INSTALLED)
+    folder = shared_folder() / "configs"
     found = {str(path.relative_to(folder)): path for path in folder.rglob(f"*{SUFFIX}")}
     return {name.removesuffix(SUFFIX): found[name] for name in sorted(found)}
 

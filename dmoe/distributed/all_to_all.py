@@ -28,6 +28,7 @@ from torch.autograd import Function
 
 from dmoe.distributed.collective_check import CollectiveChecker
 from dmoe.moe.base_layer import MoELayer
+from dmoe.moe.copy_planner import CopyTotals
 from dmoe.moe.dispatch import (
     Permutation,
     packed_permutation,
@@ -36,7 +37,7 @@ from dmoe.moe.dispatch import (
     profiled,
     unpermute,
 )
-from dmoe.moe.interfaces import TokensPerExpert
+from dmoe.moe.interfaces import RowCounts, TokensPerExpert
 from dmoe.moe.routing import DispatchPlan
 
 
@@ -50,10 +51,12 @@ class CommTimer:
     """Includes the time spent waiting for other ranks."""
     sent_bytes: int = 0
     """Sent to other ranks; rows that stay on this rank do not count."""
+    copies: CopyTotals = field(default_factory=CopyTotals)
 
     def start(self, clock: Callable[[], float]) -> None:
         """Reset both sums and start measuring with `clock`."""
         self.clock, self.seconds, self.sent_bytes = clock, 0.0, 0
+        self.copies = CopyTotals()
 
     def stop(self) -> None:
         """Stop measuring and keep the sums."""
@@ -168,19 +171,28 @@ class _Reorder(Function):
     """`rows[order]` with a gather by the inverse as its backward, not a scatter."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
-        ctx.save_for_backward(order_R, inverse_R)
-        return rows.index_select(0, order_R)
+    def forward(ctx: Any, rows: Tensor, order_R: Tensor, *others: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*others)
+        return _gathered(rows, order_R, None if others[1] is None else others[1][order_R])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        _, inverse_R = ctx.saved_tensors
-        return grads[0].index_select(0, inverse_R), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _gathered(grads[0], *ctx.saved_tensors), None, None, None
 
 
-def reorder(rows: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
-    """Return `rows[order_R]`; `inverse_R` is the inverse permutation. Deterministic backward."""
-    out: Tensor = _Reorder.apply(rows, order_R, inverse_R)
+def _gathered(rows: Tensor, order_R: Tensor, unused_R: Tensor | None) -> Tensor:
+    out = rows.index_select(0, order_R)
+    return out if unused_R is None else out.masked_fill_(unused_R.unsqueeze(1), 0.0)
+
+
+def reorder(
+    rows: Tensor, order_R: Tensor, inverse_R: Tensor, unused_R: Tensor | None = None
+) -> Tensor:
+    """Return `rows[order_R]`; `inverse_R` is the inverse permutation. Deterministic backward.
+
+    `unused_R` marks rows of the input that are zero in the result, and get a gradient of zero.
+    """
+    out: Tensor = _Reorder.apply(rows, order_R, inverse_R, unused_R)
     return out
 
 
@@ -207,7 +219,7 @@ class PackedAllToAll:
 
     def dispatch(
         self, x_TD: Tensor, plan: DispatchPlan
-    ) -> tuple[Tensor, TokensPerExpert, PackedDispatchMetadata]:
+    ) -> tuple[Tensor, RowCounts, PackedDispatchMetadata]:
         """Send each token to the ranks of its experts; see `moe.interfaces.Dispatcher`."""
         permutation, count_E = packed_permutation(plan)
         count_Pe = count_E.view(self.num_ranks, -1)

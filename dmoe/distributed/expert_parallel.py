@@ -15,6 +15,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from dmoe.distributed.all_to_all import ExpertGroup, PackedAllToAll, PaddedAllToAll
 from dmoe.distributed.collective_check import CollectiveChecker
 from dmoe.distributed.mesh import ParallelMesh, ProcessGroupComm
+from dmoe.distributed.placement.copies import CopyingAllToAll, check_copies
+from dmoe.distributed.pooled_all_to_all import PooledAllToAll
+from dmoe.moe.base_layer import MoELayer
+from dmoe.moe.copy_planner import CopyRule
 from dmoe.moe.experts import HeterogeneousExperts
 from dmoe.moe.interfaces import ExpertLayer
 from dmoe.moe.layer import MoE
@@ -26,6 +30,7 @@ def shard_experts(
     checker: CollectiveChecker | None = None,
     *,
     average: bool = False,
+    copies: CopyRule | None = None,
 ) -> None:
     """Keep this rank's experts in every MoE layer and dispatch tokens to the others by all-to-all.
 
@@ -33,7 +38,7 @@ def shard_experts(
     more than its own experts) and before an optimizer sees the parameters. With EP = 1 nothing is
     sharded. `checker` compares every all-to-all over the ranks (`debug.collectives`). With
     `average`, auxiliary losses are such that their mean over the ranks is the loss, not their sum.
-    No collective.
+    With `copies`, MoE layers copy hot experts for the step (`expert_copies.py`). No collective.
     """
     for layer in moe_layers(model):
         if mesh.world_size > 1:
@@ -42,7 +47,12 @@ def shard_experts(
             layer.shard(mesh.ep, mesh.ep_rank)
             expert_group = ExpertGroup(mesh.ep_group, layer.layer, checker)
             layer.packed = PackedAllToAll(expert_group)
-            layer.padded = None if layer.padded is None else PaddedAllToAll(expert_group)
+            if copies is not None and isinstance(layer, MoELayer):
+                check_copies(layer, copies)
+                layer.packed = CopyingAllToAll(expert_group, copies)
+            if layer.padded is not None:
+                pooled = isinstance(layer, MoELayer) and layer.capacity.pool > 1
+                layer.padded = (PooledAllToAll if pooled else PaddedAllToAll)(expert_group)
 
 
 def expert_group_of(layer: ExpertLayer) -> dist.ProcessGroup | None:

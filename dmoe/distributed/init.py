@@ -30,6 +30,8 @@ class ProcessInfo:
 
     in_group: bool = False
     """True if a process group exists: always with a launcher, even for one rank."""
+    host_size: int = 1
+    """Number of ranks on this machine."""
 
     @property
     def is_main(self) -> bool:
@@ -78,6 +80,7 @@ def init_distributed(
         own_device,
         launch.restart_count,
         in_group=True,
+        host_size=launch.local_world_size,
     )
 
 

@@ -45,13 +45,18 @@ def wrapper_error(wrapper: str) -> ConfigError:
     )
 
 
-def check_model(model: nn.Module, ep: int, mode: str | None, mesh: ParallelMesh | None) -> None:
+def check_model(
+    model: nn.Module, ep: int, mode: str | None, mesh: ParallelMesh | None, copies: int | str
+) -> None:
     """Refuse arguments of `parallelize` that cannot work. Raises ConfigError."""
     if not isinstance(model, nn.Module):
         allowed = "must be a torch.nn.Module"
         raise ConfigError("model", type(model).__name__, allowed, "give the model itself")
     if mode not in MODES:
         raise ConfigError("mode", mode, "must be ddp, fsdp or None", "use ddp")
+    if copies != "auto" and (type(copies) is not int or copies < 0):
+        allowed = "must be auto or a number of slots per rank, from 0 up"
+        raise ConfigError("copies", copies, allowed, "use auto")
     if mesh is not None and not isinstance(mesh, ParallelMesh):
         raise ConfigError(
             "mesh", type(mesh).__name__, "must be that of a ParallelModel", "leave it out"

@@ -36,10 +36,7 @@ from dmoe.distributed.data_parallel import (
     PlainStrategy,
     broadcast_weights,
 )
-from dmoe.distributed.expert_parallel import (
-    expert_parameters,
-    shard_experts,
-)
+from dmoe.distributed.expert_parallel import expert_parameters, shard_experts
 from dmoe.distributed.full_tensors import (
     full_optimizer_state,
     full_state,
@@ -63,7 +60,9 @@ from dmoe.distributed.parallel_checks import (
     watch_layers,
     wrapper_error,
 )
+from dmoe.distributed.placement.copy_cost import measure_break_even
 from dmoe.moe.base_layer import MoELayer
+from dmoe.moe.copy_planner import CopyRule
 
 STRATEGIES: dict[str | None, Callable[[nn.Module, ParallelMesh], DataParallel]] = {
     "ddp": lambda model, mesh: DDPStrategy(model, mesh, average=True),
@@ -77,6 +76,7 @@ def parallelize(
     ep: int = 1,
     mode: str | None = "ddp",
     mesh: ParallelMesh | None = None,
+    copies: int | str = 0,
 ) -> ParallelModel:
     """Shard the experts over `ep` ranks, and make all gradients those of one process.
 
@@ -90,16 +90,19 @@ def parallelize(
         mode: `ddp` replicates all other parameters, `fsdp` shards them (FSDP2); None calls the
             model without a wrapper, and averages gradients at the end of each backward.
         mesh: that of another parallel model, to use its process groups; `ep` is then its own.
+        copies: spare slots per rank for hot experts, or `auto` (docs/balance.md).
 
     Raises:
         ConfigError: naming the argument that cannot work.
     """
-    check_model(model, ep, mode, mesh)
+    check_model(model, ep, mode, mesh, copies)
     before = {id(parameter): weakref.ref(parameter) for parameter in model.parameters()}
     device = next(model.parameters()).device
     mesh = build_mesh(ep, device) if mesh is None else mesh
-    shard_experts(model, mesh, average=True)
+    shard_experts(model, mesh, average=True, copies=CopyRule.of(copies))
     broadcast_weights(model, mesh)
+    if copies == "auto":
+        measure_break_even(model, mesh, next(model.parameters()).dtype)
     return ParallelModel(model, mesh, STRATEGIES[mode](model, mesh), before)
 
 
@@ -198,13 +201,9 @@ class ParallelModel(nn.Module):
 
         torch's optimizers call it in their step; call it yourself if you update in another way.
         """
-        layers = [
-            layer
-            for layer in self.module.modules()
-            if isinstance(layer, MoELayer)
-            and layer.pending_counts is not None
-            and layer.pending_counts.count_E is not None
-        ]
+        layers = [layer for layer in self.module.modules() if isinstance(layer, MoELayer)]
+        pending = [(layer, layer.pending_counts) for layer in layers]
+        layers = [layer for layer, found in pending if found and found.count_E is not None]
         if not layers:
             return
         counts = [layer.take_counts() for layer in layers]

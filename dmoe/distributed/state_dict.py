@@ -72,8 +72,8 @@ def optimizer_state(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state: dict[str, Tensor] = {}
     of_layer: dict[str, tuple[str, ...]] = {}
-    for parameter, kinds in _with_moments(optimizer):
-        name, moments = names[id(parameter)], _moments(optimizer, parameter, kinds)
+    for parameter, kinds, dtype in _with_moments(optimizer):
+        name, moments = names[id(parameter)], _moments(optimizer, parameter, kinds, dtype)
         local[name], of_layer[_layer(name)] = moments, kinds
         for moment in kinds if name not in locations else ():
             value = moments[moment]
@@ -109,11 +109,11 @@ def _layer(name: str) -> str:
 
 def _with_moments(
     optimizer: torch.optim.Optimizer,
-) -> Iterator[tuple[nn.Parameter, tuple[str, ...]]]:
-    """Yield every parameter with the names of its moments."""
+) -> Iterator[tuple[nn.Parameter, tuple[str, ...], torch.dtype | None]]:
+    """Yield every parameter with names and dtype of its moments; None: that of the parameter."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            yield parameter, group.get("moments", MOMENTS)
+            yield parameter, group.get("moments", MOMENTS), group.get("moment_dtype")
 
 
 def set_optimizer_step(optimizer: torch.optim.Optimizer, step: Tensor) -> None:
@@ -123,12 +123,15 @@ def set_optimizer_step(optimizer: torch.optim.Optimizer, step: Tensor) -> None:
 
 
 def _moments(
-    optimizer: torch.optim.Optimizer, parameter: Tensor, kinds: tuple[str, ...]
+    optimizer: torch.optim.Optimizer,
+    parameter: Tensor,
+    kinds: tuple[str, ...],
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     state: dict[str, Tensor] = optimizer.state[parameter]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        state.update({moment: torch.zeros_like(parameter) for moment in kinds})
+        state.update({moment: torch.zeros_like(parameter, dtype=dtype) for moment in kinds})
     if {*state} != {"step", *kinds}:
         allowed = f"keeps {', '.join(sorted(state))}, not step and MOMENTS ({', '.join(kinds)})"
         fix = "a checkpoint must know what to save; see docs/plugins.md"

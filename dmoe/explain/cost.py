@@ -16,9 +16,11 @@ from dmoe.config.plugins import label, parse
 from dmoe.config.router_kinds import router_spec
 from dmoe.config.schedule import learning_rate, schedule_remarks
 from dmoe.distributed.expert_parallel import expert_parameters
+from dmoe.distributed.pooled_all_to_all import count_rows
 from dmoe.explain.setting import Section, Setting
 from dmoe.modular import adapter_layers
 from dmoe.moe.base_layer import MoELayer
+from dmoe.moe.capacity import slots_of_rank
 from dmoe.report.format import format_bytes, format_count, format_flops, plural
 from dmoe.report.sentences import EXCHANGE, model_sentence, optimizer_sentences
 from dmoe.train.optimizer import muon_matrices
@@ -46,14 +48,16 @@ def explain_exchange(setting: Setting) -> Section | None:
         return Section("exchange", "Exchange", [*sentences, _gradients(setting)], numbers)
     forward, backward, syncs = COLLECTIVES[exchange]
     # The host also reads where the rows of each shape class begin.
-    syncs += exchange == "packed" and bool(config.moe.experts.shapes)
+    counted = exchange == "packed" or config.moe.capacity.pool > 1
+    syncs += counted and bool(config.moe.experts.shapes)
     rows = rows_sent(setting)
     size = rows * config.model.dim * setting.bytes_per_number
     moe_layers = len(setting.model.moe_layers())
-    trips = 6 if config.train.recompute else 4
+    repeats = config.train.recompute == "block"
+    trips = 6 if repeats else 4
     step_size = trips * moe_layers * size * setting.batching.accumulation
     counts = " (one of them for row counts)" if exchange == "packed" else ""
-    repeated = "; recomputation repeats those of forward" if config.train.recompute else ""
+    repeated = "; recomputation repeats those of forward" if repeats else ""
     others = "the other rank" if setting.ep == 2 else f"the {setting.ep - 1} other ranks"
     sentences = [
         EXCHANGE[exchange],
@@ -93,12 +97,26 @@ def rows_sent(setting: Setting) -> float:
         offered = setting.num_physical_experts * slots.groups * filled
     if moe.exchange == "padded":
         assert offered is not None
-        rows: float = offered
+        rows: float = offered if moe.capacity.pool == 1 else setting.ep * pooled_block(setting)
     else:
         # Assignments to zero-cost experts are not sent.
         assigned = setting.tokens * moe.top_k * moe.num_experts / count_choices(moe)
         rows = assigned if offered is None else min(assigned, offered)
     return rows * (setting.ep - 1) / setting.ep
+
+
+def pooled_block(setting: Setting) -> int:
+    """Return the rows from one rank to another if slots are pooled, those of the counts included.
+
+    A pool that spans ranks has rows for all its slots on each of them.
+    """
+    moe, shape = setting.config.moe, setting.slots()
+    assert shape.capacity is not None, "only a capacity has slots"
+    tokens = setting.tokens // max(1, shape.groups)
+    slots = slots_of_rank(shape.capacity, tokens, moe.top_k, moe.capacity)
+    row_bytes = setting.config.model.dim * setting.bytes_per_number
+    counts = count_rows(setting.num_physical_experts // setting.ep, row_bytes)
+    return shape.groups * slots * setting.placement.pools_per_rank(moe.capacity.pool) + counts
 
 
 def _assumption(setting: Setting) -> str:
@@ -145,6 +163,8 @@ def explain_size(setting: Setting) -> Section:
     if parse(config.optim.kind) is not None:
         names = getattr(loaded_class(config.optim.kind), "MOMENTS", ())
         moments, kinds = len(names) * gradients, f"moments of {label(config.optim.kind)}"
+    if config.optim.moments == "bf16":
+        moments, kinds = gradients, "AdamW moments in bfloat16"
     if config.optim.kind == "muon":
         moments -= sum(rank_parameters(setting, trained=True, only_muon=True)) * WEIGHT_BYTES
         kinds = "moments (one of Muon, two of AdamW)"
@@ -153,8 +173,12 @@ def explain_size(setting: Setting) -> Section:
         f", + {format_bytes(casts)} copies in {setting.precision} for backward" if casts else ""
     )
     total = weights + gradients + moments + casts
+    wide = "the rest" if config.optim.moments == "bf16" else "all"
     frozen = "" if gradients == weights else " (of trained parameters)"
-    recomputed = " and a fourth forward for recomputation" if config.train.recompute else ""
+    recomputed = {
+        "block": " and a fourth forward for recomputation",
+        "experts": " and a fourth forward of the experts",
+    }.get(config.train.recompute, "")
     sentences = [
         model_sentence(config),
         f"Parameters: {format_count(model_size.total)} in total, "
@@ -162,7 +186,7 @@ def explain_size(setting: Setting) -> Section:
         f"rank ({format_count(dense)} dense + {format_count(experts)} of "
         f"experts{_sharding(setting)}); {outputs} {task.num_outputs:,}.",
         f"Memory per rank: {format_bytes(weights)} weights + {format_bytes(gradients)} gradients + "
-        f"{format_bytes(moments)} {kinds}{frozen}, all float32"
+        f"{format_bytes(moments)} {kinds}{frozen}, {wide} float32"
         f"{copies} = {format_bytes(total)}, without activations and buffers.",
         f"Arithmetic: {format_flops(forward, 'FLOP')} per {task.unit} in forward, three times that "
         f"in training; {format_flops(step_flops, 'FLOP')} per step{recomputed}.",
@@ -193,9 +217,12 @@ def _cast_bytes(setting: Setting) -> int:
 
     They are whole under FSDP2 too. Recomputed blocks make theirs again, one block at a time.
     """
-    if setting.precision == "fp32" or setting.config.train.recompute:
+    if setting.precision == "fp32" or setting.config.train.recompute == "block":
         return 0
-    return setting.bytes_per_number * sum(rank_parameters(setting, sharded=False))
+    kept, config = sum(rank_parameters(setting, sharded=False)), setting.config
+    if setting.task.name == "language_modelling" and config.model.source is None:
+        kept -= setting.task.num_outputs * config.model.dim  # the loss is made in the forward
+    return setting.bytes_per_number * kept
 
 
 def rank_parameters(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dmoe.config.rules import moe_blocks
 from dmoe.config.rules.modular import is_learned, modules_per_token
 from dmoe.config.schema import ModularConfig
+from dmoe.distributed.placement.copy_cost import passes
 from dmoe.explain.setting import Section, Setting
-from dmoe.report.format import format_ranges, plural
+from dmoe.moe.copy_planner import AUTO_SLOTS
+from dmoe.report.format import format_bytes, format_ranges, plural
 from dmoe.train.modular.attach import target_pattern
 
 MAX_LINES = 8
@@ -53,8 +57,23 @@ def explain_placement(setting: Setting) -> Section:
     lines = [_owner(setting, ranks, experts) for ranks, experts in owners]
     if len(lines) > MAX_LINES:
         lines = [*lines[:3], f"... {len(lines) - 4} more, in the same way", lines[-1]]
-    sentences = [_sizes(setting, blocks), *lines, *_costs(setting)]
+    copies, copy_numbers = _copies(setting)
+    sentences = [_sizes(setting, blocks), *_nodes(setting), *lines, *_costs(setting), *copies]
+    numbers |= copy_numbers | {"nodes_of_ep_group": setting.nodes_of_ep_group}
     return Section("experts", title, sentences, numbers)
+
+
+def _nodes(setting: Setting) -> list[str]:
+    """Say whether the token exchange stays inside a machine."""
+    if setting.nodes_of_ep_group is None or setting.ep == 1:
+        return []
+    group = f"An EP group is {setting.ep} ranks in a row"
+    if setting.nodes_of_ep_group == 1:
+        return [f"{group}, all on one machine: tokens never cross the network, gradients do."]
+    return [
+        f"{group}, on {setting.nodes_of_ep_group} machines: most tokens cross the network. An EP "
+        f"that divides {setting.ranks_per_node} would keep them inside a machine."
+    ]
 
 
 def _sizes(setting: Setting, blocks: list[int]) -> str:
@@ -121,6 +140,38 @@ def _costs(setting: Setting) -> list[str]:
             f"{_shorten(each)}."
         )
     return sentences
+
+
+def _copies(setting: Setting) -> tuple[list[str], dict[str, Any]]:
+    """Describe the copies for the step: their bytes, and when one pays."""
+    placement, layer = setting.config.parallel.placement, setting.layer
+    if placement.copies == 0 or layer is None:
+        return [], {}
+    if setting.ep == 1:
+        return ["Copies for the step: none with EP = 1, where no other rank could compute."], {}
+    transfers, products = passes(setting.config.train.recompute in ("experts", "block"))
+    size = layer.weights_of_experts[0] * setting.bytes_per_number
+    per_ratio = transfers * setting.bytes_per_number / (2 * products)
+    even = setting.tokens * setting.config.moe.top_k
+    slots = " or ".join(map(str, AUTO_SLOTS)) if placement.copies == "auto" else placement.copies
+    known = "measured when the run starts"
+    if placement.break_even is not None:
+        known = f"{plural(placement.break_even, 'row')}, as set"
+    chosen = f"only where they pay; break-even: {known}" if placement.copies == "auto" else "always"
+    lines = [
+        f"Copies for the step: up to {slots} per rank, layer and micro-batch, {chosen}.",
+        f"A copy moves {format_bytes(size)} {plural(transfers, 'time')} (weights there, gradients "
+        f"back) and pays from {per_ratio:.3g} rows on for each FLOP that a rank computes in the "
+        f"time of one byte: {100 * per_ratio:,.0f} rows at 100 FLOP per byte, "
+        f"{1000 * per_ratio:,.0f} at 1,000. Evenly divided, a rank computes {even:,} rows per layer"
+        " and micro-batch.",
+    ]
+    return lines, {
+        "copies": placement.copies,
+        "copy_bytes": transfers * size,
+        "copy_break_even": placement.break_even,
+        "copy_break_even_per_flop_per_byte": per_ratio,
+    }
 
 
 def _shorten(each: list[str]) -> str:

@@ -21,6 +21,7 @@ from dmoe.report.sentences import (
     batch_sentence,
     dropless_sentence,
     overflow_sentences,
+    pool_sentences,
     routing_sentences,
 )
 
@@ -131,9 +132,11 @@ def explain_capacity(setting: Setting) -> Section | None:
         f"Group: {GROUP[capacity.group]}; {plural(slots.groups, 'group')} of "
         f"{plural(tokens, 'token')} {extent}.",
         f"Capacity: {plural(slots.capacity, 'slot')} per expert and group: "
-        f"{_formula(moe, tokens)}. The fair share is {fair_share:g} assignments, so an expert "
-        f"drops those beyond {slots.capacity / fair_share:.4g} times the fair share. All experts "
-        f"and groups: {total:,} slots.",
+        f"{_formula(moe, tokens)}. The fair share is {fair_share:g} assignments, so "
+        f"{'a pool' if capacity.pool > 1 else 'an expert'} drops those beyond "
+        f"{slots.capacity / fair_share:.4g} times the fair share. All experts and groups: "
+        f"{total:,} slots.",
+        *pool_sentences(capacity),
         *overflow_sentences(capacity),
     ]
     numbers = {
@@ -145,6 +148,8 @@ def explain_capacity(setting: Setting) -> Section | None:
         "slots_total": total,
         "fair_share": fair_share,
         "load_over_fair_share": slots.capacity / fair_share,
+        "pool": capacity.pool,
+        "pool_slots": capacity.pool * slots.capacity,
     }
     return Section("capacity", "Capacity", sentences, numbers)
 

@@ -57,6 +57,8 @@ class Setting:
     """fp32, bf16 or fp16."""
     model: Model
     """On the meta device, with all experts."""
+    ranks_per_node: int | None = None
+    """Ranks of one machine, numbered machine by machine; None: not given."""
 
     @property
     def layer(self) -> MoELayer | None:
@@ -84,20 +86,30 @@ class Setting:
         """Bytes per number sent: rows are exchanged in the precision of the experts."""
         return BYTES_PER_NUMBER[self.precision]
 
+    @property
+    def nodes_of_ep_group(self) -> int | None:
+        """Machines that an EP group of `ep` ranks in a row spans, at most; None: not known."""
+        if self.ranks_per_node is None:
+            return None
+        starts = range(0, self.world, self.ep)
+        size = self.ranks_per_node
+        return max((first + self.ep - 1) // size - first // size + 1 for first in starts)
+
     def local_experts(self, rank: int) -> tuple[int, ...]:
         """Return the global ids of a rank's experts, ascending; equal in all layers."""
-        return tuple(sorted(self._placement.experts[rank % self.ep]))
+        return tuple(sorted(self.placement.experts[rank % self.ep]))
 
     @property
     def num_physical_experts(self) -> int:
         """Physical experts of an EP group: more than E if ranks have unequal numbers of them."""
-        return self._placement.experts_per_rank * self.ep
+        return self.placement.experts_per_rank * self.ep
 
     @property
-    def _placement(self) -> ExpertPlacement:
+    def placement(self) -> ExpertPlacement:
+        """The experts of each EP rank, equal in all layers."""
         assert self.layer is not None
-        placement: ExpertPlacement = self.layer.experts.placement(self.ep)
-        return placement
+        found: ExpertPlacement = self.layer.experts.placement(self.ep)
+        return found
 
     def slots(self, training: bool = True) -> BatchShape:
         """Return `groups` G and `capacity` C (None: dropless) of one forward, from the layer."""

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from dmoe.config.errors import CheckpointError
+from dmoe.hf.adapters import is_unread
 from dmoe.hf.published import BLOCKS, SCALES, PublishedDirectory
 
 
@@ -54,7 +55,7 @@ class DiskFormat:
             target, _ = rename_source_key(
                 name, renamings, converters, model.base_model_prefix, state
             )
-            if target in state:
+            if target in state and not is_unread(model, name):
                 self.known[name] = target
             else:
                 self.unknown.append(stored)

@@ -16,8 +16,9 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from dmoe.moe.experts.copies import Weights, compute_experts
 from dmoe.moe.experts.grouped_mlp import feed_forward, grouped_linear
-from dmoe.moe.interfaces import TokensPerExpert
+from dmoe.moe.interfaces import RowCounts, TokensPerExpert
 from dmoe.moe.placement import ExpertPlacement, contiguous_placement
 
 SILU = ("SiLU", "SiLUActivation")
@@ -41,6 +42,7 @@ class MoefiedExperts:
     child.
     """
 
+    takes_copies = True
     num_all_experts: int
     """E, over all ranks."""
     first_expert: int
@@ -115,47 +117,56 @@ def stacked_weights(experts: nn.Module) -> dict[str, nn.Parameter]:
 def _product(
     experts: nn.Module,
     name: str,
-    weight: Tensor,
+    weights: Weights,
     rows_RX: Tensor,
     tokens_per_expert: TokensPerExpert,
 ) -> Tensor:
     """Multiply rows with the weight `name` of their expert, and add its low-rank product."""
-    out = grouped_linear(rows_RX, weight, tokens_per_expert)
+    out = grouped_linear(rows_RX, weights[name], tokens_per_expert)
     scale = experts.__dict__.get("lora_scale")
     if scale is None:
         return out
-    a, b = (
-        getattr(experts, f"{factor}_{name}").to(rows_RX.dtype).transpose(1, 2)
-        for factor in (FACTOR_A, FACTOR_B)
-    )
+    a, b = (weights[f"{factor}_{name}"].transpose(1, 2) for factor in (FACTOR_A, FACTOR_B))
     low_rank = grouped_linear(rows_RX, a, tokens_per_expert)
     added: Tensor = scale * grouped_linear(low_rank, b, tokens_per_expert)
     return out + added
 
 
-def expert_rows(experts: Any, rows_RD: Tensor, tokens_per_expert: TokensPerExpert) -> Tensor:
-    """Apply each local expert to its rows, [R, D].
+def expert_rows(experts: Any, rows_RD: Tensor, row_counts: RowCounts) -> Tensor:
+    """Apply each local expert, and each copy of another rank's, to its rows, [R, D].
 
     Args:
         experts: a block's experts, of transformers' layout.
         rows_RD: rows grouped by expert, in the dtype to compute in.
-        tokens_per_expert: rows of each local expert.
+        row_counts: rows of each local expert, and of the copies if there are any.
     """
+    weights = {name: p.to(rows_RD.dtype) for name, p in stacked_parameters(experts).items()}
+
+    def compute(weights: Weights, rows: Tensor, counts: TokensPerExpert) -> Tensor:
+        return _expert_rows(experts, weights, rows, counts)
+
+    return compute_experts(compute, weights, rows_RD, row_counts)
+
+
+def _expert_rows(
+    experts: Any, weights: Weights, rows_RD: Tensor, tokens_per_expert: TokensPerExpert
+) -> Tensor:
     up = "gate_up_proj" if experts.has_gate else "up_proj"
-    w_in, w_out = (getattr(experts, name).to(rows_RD.dtype) for name in (up, "down_proj"))
     if not experts.is_transposed:
-        w_in, w_out = w_in.transpose(1, 2), w_out.transpose(1, 2)
+        turned = {name: weights[name].transpose(1, 2) for name in (up, "down_proj")}
+        weights = {**weights, **turned}
+    w_in, w_out = weights[up], weights["down_proj"]
     if is_plain_swiglu(experts) and "lora_scale" not in experts.__dict__:
         return feed_forward("swiglu", rows_RD, w_in, w_out, tokens_per_expert)
     unit: Callable[[Tensor], Tensor] = experts._apply_gate if experts.has_gate else experts.act_fn
     expert_R = _expert_of_rows(tokens_per_expert, w_in) if experts.has_bias else None
-    hidden = _product(experts, up, w_in, rows_RD, tokens_per_expert)
+    hidden = _product(experts, up, weights, rows_RD, tokens_per_expert)
     if expert_R is not None:
-        hidden = hidden + getattr(experts, f"{up}_bias").to(rows_RD.dtype)[expert_R]
+        hidden = hidden + weights[f"{up}_bias"][expert_R]
     hidden = unit(hidden).to(rows_RD.dtype)
-    out_RD = _product(experts, "down_proj", w_out, hidden, tokens_per_expert)
+    out_RD = _product(experts, "down_proj", weights, hidden, tokens_per_expert)
     if expert_R is not None:
-        out_RD = out_RD + experts.down_proj_bias.to(rows_RD.dtype)[expert_R]
+        out_RD = out_RD + weights["down_proj_bias"][expert_R]
     if getattr(experts, "has_post_expert_norm", False):
         out_RD = experts.post_expert_norm(out_RD)
     return out_RD
@@ -171,6 +182,7 @@ def is_plain_swiglu(experts: Any) -> bool:
 
 
 def _expert_of_rows(tokens_per_expert: TokensPerExpert, w_in: Tensor) -> Tensor:
-    """Return the local expert of each row, int64 [R]."""
-    local = torch.arange(len(w_in), device=w_in.device)
+    """Return the local expert of each row, int64 [R]; of unused rows, the last one."""
+    counts = 1 if isinstance(tokens_per_expert, int) else len(tokens_per_expert) - len(w_in) + 1
+    local = torch.arange(len(w_in) + counts - 1, device=w_in.device).clamp(max=len(w_in) - 1)
     return local.repeat_interleave(tokens_per_expert)

@@ -41,6 +41,7 @@ SOFTMAX_ROUTERS = frozenset(
         "GraniteMoeTopKRouter",
         "HunYuanMoEV1Gate",
         "JambaTopKRouter",
+        "LongcatFlashTopkRouter",
         "MellumTopKRouter",
         "MiniMaxTopKRouter",
         "Mistral4TopkRouter",
@@ -58,6 +59,7 @@ SOFTMAX_ROUTERS = frozenset(
         "Qwen3_5MoeTopKRouter",
         "Qwen4ExpTextTopKRouter",
         "UnlimitedOcrTextTopkRouter",
+        "ZayaRouter",
     )
 )
 SIGMOID_ROUTERS = frozenset(
@@ -104,11 +106,7 @@ SCORE_FIELDS = {
 """Routers whose score function is a field of the model's config."""
 LOGITS_OF = {"Gemma4TextRouter": "proj", "DiffusionGemmaTextRouter": "proj"}
 """The module inside the router that gives the logits, where its first output is none."""
-REFUSED = {
-    "ZayaRouter": "chooses a class without an expert",
-    "LongcatFlashTopkRouter": "chooses identity experts",
-}
-BIAS_NAMES = ("e_score_correction_bias", "expert_bias")
+BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 """Of the bias that is added to the scores for the choice only."""
 
 
@@ -136,15 +134,12 @@ def block_facts(block: nn.Module, name: str, config: object) -> BlockFacts:
         config: of the model.
 
     Raises:
-        ConfigError: a router that is unknown, or that chooses more than experts.
+        ConfigError: a router that is unknown.
     """
     router = getattr(block, "gate", None)
     if not (isinstance(router, nn.Module) and _score_name(router, config)):
         router = getattr(block, "router", router)
     kind = type(router).__name__
-    if kind in REFUSED:
-        fix = "train this model without dmoe"
-        raise ConfigError("model", f"{name} ({kind})", REFUSED[kind], fix)
     score = _score_name(router, config) if isinstance(router, nn.Module) else None
     if not isinstance(router, nn.Module) or score is None:
         known = "has no router that dmoe knows: its scores would be guessed"

@@ -25,6 +25,7 @@ from dmoe.hf.facts import BlockFacts, find_bias
 from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.capacity import apply_capacity
 from dmoe.moe.dispatch import expert_dtype, profiled
+from dmoe.moe.experts.zero_cost import add_copies
 from dmoe.moe.load_balancing import auxiliary_losses
 from dmoe.moe.metrics import LayerStats, layer_stats
 from dmoe.moe.placement import to_physical_experts
@@ -117,6 +118,7 @@ class MoefiedLayer(MoELayer):
             context = replace(context, valid_T=None)
         if self.training and self.comm.size > 1 and not recomputed:
             self.masks.check(context.valid_T, x_TD, self.comm)
+        expert_TK = self.choice(expert_TK, weight_TK)
         routing = self.routing(expert_TK, weight_TK, len(x_TD), context)
         shape = self.batch_shape(sequences, len(x_TD))
         plan = apply_capacity(routing, shape, self.capacity, self.comm, self.num_zero_cost)
@@ -129,6 +131,9 @@ class MoefiedLayer(MoELayer):
             rows_RD = expert_rows(experts, rows_RD, tokens_per_expert)
         with profiled("combine"):
             y_TD = dispatcher.combine(rows_RD, plan.weight_TK, metadata)
+        if self.num_zero_cost:
+            first = self.num_experts - self.num_zero_cost
+            y_TD = add_copies(y_TD, x_TD, plan, first, self.num_zero_cost)
         y_TD = masked(y_TD, context.valid_T)
         # torch wants a recomputation to save the same tensors, so the losses are computed again
         aux = auxiliary_losses(
@@ -145,6 +150,10 @@ class MoefiedLayer(MoELayer):
             self.count_for_bias(y_TD, stats.choice_E)
             record.layers.append(LayerRecord(aux, stats, routing, plan))
         return y_TD
+
+    def choice(self, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """Return the router's choice as ids below E, zero-cost ones last."""
+        return expert_TK
 
     def routing(
         self, expert_TK: Tensor, weight_TK: Tensor, tokens: int, context: TokenContext

@@ -23,8 +23,10 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.published import DEQUANTIZED, quantization_of, source_directory
 from dmoe.distributed.expert_parallel import expert_group_of, stacks_over_ranks
 from dmoe.distributed.gradients import local_tensor
+from dmoe.hf.adapters import has_unread_rows, trimmed_class
 from dmoe.hf.lora import is_lora
 from dmoe.hf.moefy import find_blocks, moefied_layers
+from dmoe.hf.published import PublishedDirectory
 from dmoe.hf.transformers_log import quiet
 
 
@@ -53,8 +55,10 @@ def load_weights(model: nn.Module, source: str) -> list[str]:
 
         extra["quantization_config"] = getattr(transformers, DEQUANTIZED[method])(dequantize=True)
         notes.append(f"model.source is quantised ({method}): read as {_dtype(model)}")
-    group = None if method else expert_group_of(moefied_layers(model)[0])
-    kind = cast(Any, type(model))
+    kind, group = cast(Any, type(model)), expert_group_of(moefied_layers(model)[0])
+    unread = has_unread_rows(model, tensor_names(directory))
+    group = None if method or unread else group
+    kind = kind if unread else trimmed_class(kind)
     if group is not None and hasattr(kind, "maybe_distribute_model"):
         kind, more = _reading_own_experts(kind, group)
         extra |= more
@@ -77,6 +81,7 @@ def load_weights(model: nn.Module, source: str) -> list[str]:
     if missing:
         allowed = f"lacks {len(missing)} tensors of the model, such as {missing[0]}"
         raise ConfigError("model.source", source, allowed, "download it again")
+    _restore(loaded, directory)
     _copy(model, loaded)
     return notes + _left_out(directory, loaded)
 
@@ -100,6 +105,13 @@ def _reading_own_experts(kind: Any, group: Any) -> tuple[Any, dict[str, Any]]:
         "__module__": kind.__module__,
     }
     return type(kind.__name__, (kind,), methods), {"distributed_config": DistributedConfig()}
+
+
+def _restore(loaded: nn.Module, directory: Path) -> None:
+    """Read the biases of ZAYA's choice again: transformers 5.23 sets their last number to -1."""
+    for name, buffer in loaded.named_buffers():
+        if name.endswith(".balancing_biases"):
+            buffer.copy_(PublishedDirectory(directory).read(name))
 
 
 def _copy(model: nn.Module, loaded: nn.Module) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dmoe.config.errors import ConfigError
 from dmoe.config.published import read_config
 from dmoe.config.schema import Config
+from dmoe.hf.adapters import trim_identities
 from dmoe.hf.load import load_weights
 from dmoe.hf.lora import add_lora, initialize_lora
 from dmoe.hf.moefy import forward_of, moefied_layers, moefy
@@ -35,11 +36,11 @@ class PublishedModel(Model):
         config: whole config, with `model.source`.
         num_outputs: vocabulary size V of the tokenizer, at most that of the model.
         virtual_ranks: as in `dmoe.MoE`.
-        recompute: keep only the input of each block, and compute the block again in backward.
+        recompute: `none` or `block`: keep only the input of each block.
     """
 
     def __init__(
-        self, config: Config, num_outputs: int, virtual_ranks: int = 1, recompute: bool = False
+        self, config: Config, num_outputs: int, virtual_ranks: int = 1, recompute: str = "none"
     ) -> None:
         super().__init__()
         assert config.model.source is not None
@@ -51,10 +52,10 @@ class PublishedModel(Model):
             fix = "use the tokenizer of the source"
             raise ConfigError("data.tokenizer", config.data.tokenizer, allowed, fix)
         self.hf = cast(Any, build_empty(settings, self.source))
-        if recompute:
+        if recompute == "block":
             if not self.hf.supports_gradient_checkpointing:
                 allowed = f"is not supported by {type(self.hf).__name__} of transformers"
-                raise ConfigError("train.recompute", True, allowed, "use false")
+                raise ConfigError("train.recompute", recompute, allowed, "use none")
             with quiet():  # transformers 5.23 has another name for it, and warns
                 self.hf.gradient_checkpointing_enable(REENTRANT_FREE)
         moefy(
@@ -155,4 +156,5 @@ def build_empty(settings: Any, source: str) -> nn.Module:
     with torch.device("cpu"), init_empty_weights(include_buffers=False), quiet():
         auto: Any = transformers.AutoModelForCausalLM
         model: nn.Module = auto.from_config(settings)
+        trim_identities(model)
     return model

@@ -19,10 +19,10 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.rules.published import check_published_moe
 from dmoe.config.schema import BalanceConfig, CapacityConfig, MoEConfig
 from dmoe.config.schema.constraints import check_bounds, check_type, check_types
+from dmoe.hf.adapters import MIXINS, SwigluExperts, check_adapted, count_zero_cost, trim_identities
 from dmoe.hf.experts import MoefiedExperts, stacked_parameters
 from dmoe.hf.facts import BlockFacts, bias_as_buffer, block_facts, find_bias
 from dmoe.hf.layer import Forward, MoefiedLayer
-from dmoe.hf.llama4 import Llama4Experts, Llama4Layer, check_llama4
 from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.dispatch import PackedLocal, PaddedLocal
 from dmoe.moe.inputs import MaskAgreement
@@ -30,8 +30,6 @@ from dmoe.moe.interfaces import NoComm
 from dmoe.moe.load_balancing import PendingCounts, coefficients
 from dmoe.moe.routing import TokenContext
 
-MIXINS: dict[str, tuple[Any, Any]] = {"Llama4TextMoe": (Llama4Layer, Llama4Experts)}
-"""By the class of the block, where the experts are not called with (x, index, weights)."""
 NO_BALANCE = BalanceConfig(switch=0.0, z=0.0)
 OWN_NAMES = {*MoefiedLayer.__annotations__, *MoELayer.__annotations__}
 """Attributes that dmoe sets on a block."""
@@ -70,8 +68,9 @@ def moefy(
     _check_settings(capacity, balance, exchange)
     found = [_checked(model, balance, *block) for block in find_blocks(model)]
     record = Forward()
+    trim_identities(model)
     for index, (block, experts, facts, top_k) in enumerate(found):
-        num_experts = len(experts.down_proj)
+        num_experts, num_zero_cost = len(experts.down_proj), count_zero_cost(block)
         kinds: tuple[Any, Any] = type(block), type(experts)
         own = MIXINS.get(kinds[0].__name__, (MoefiedLayer, MoefiedExperts))
         experts.__class__ = _mixed(own[1], kinds[1])
@@ -79,17 +78,22 @@ def moefy(
         layer: Any = block
         layer.__class__ = _mixed(own[0], kinds[0], not hasattr(block, "router"))
         layer.facts, layer.record = facts, record
-        layer.layer, layer.num_experts, layer.num_zero_cost = index, num_experts, 0
+        layer.layer, layer.num_zero_cost = index, num_zero_cost
+        layer.num_experts = num_experts + num_zero_cost
         layer.top_k, layer.virtual_ranks = top_k, virtual_ranks
         layer.capacity, layer.balance = capacity, balance
-        layer.placement, layer.cost_E = experts.placement(1), experts.cost
-        layer.names_E = tuple(f"expert {e}" for e in range(num_experts))
+        layer.placement = experts.placement(1)
+        layer.cost_E = (*experts.cost, *[0.0] * num_zero_cost)
+        layer.names_E = (
+            *(f"expert {e}" for e in range(num_experts)),
+            *(f"zero-cost {z}" for z in range(num_zero_cost)),
+        )
         layer.packed, layer.comm, layer.masks = PackedLocal(), NoComm(), MaskAgreement()
         layer.padded = PaddedLocal() if exchange == "padded" else None
         layer.pending_counts = PendingCounts() if balance.bias else None
         facts.logits.register_forward_hook(layer.keep_logits)
         if balance.bias:
-            bias_as_buffer(block, facts.router, num_experts)
+            bias_as_buffer(block, facts.router, layer.num_experts)
     model.__dict__["dmoe_forward"] = record
     model.register_forward_pre_hook(_begin, with_kwargs=True)
     model.register_forward_hook(_end, always_call=True)
@@ -106,15 +110,15 @@ def _checked(
     """
     config = _text_config(model)
     facts = block_facts(block, name, config)
-    if type(block).__name__ in MIXINS:
-        check_llama4(block, name)
-    else:
+    check_adapted(block, name)
+    if not issubclass(MIXINS.get(type(block).__name__, (None, object))[1], SwigluExperts):
         _check_experts(experts, f"{name}.experts")
     taken = sorted((OWN_NAMES - SHARED_NAMES) & {*vars(block), *dict(block.named_children())})
     if taken:
         why = f"has attributes of its own that dmoe would overwrite: {', '.join(taken)}"
         raise ConfigError("model", name, why, "train this model without dmoe")
-    if balance.bias and find_bias(block, facts.router, len(experts.down_proj)) is None:
+    choices = len(experts.down_proj) + count_zero_cost(block)
+    if balance.bias and find_bias(block, facts.router, choices) is None:
         why = f"moves a bias of the choice, and {type(facts.router).__name__} has none"
         raise ConfigError("moe.balance.bias", balance.bias, why, "use balance.switch")
     return block, experts, facts, experts_per_token(facts.router, config, name)

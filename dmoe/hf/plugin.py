@@ -82,8 +82,9 @@ class ExpertExchange:
         routing = Routing(expert_TK, weight_TK.to(wide), score_TE, score_TE)
         plan = apply_capacity(routing, self.shape(expert_TK), self.capacity, NoComm())
         rows_RD, tokens_per_expert, metadata = self.dispatcher.dispatch(x_TD, plan)
+        assert isinstance(tokens_per_expert, torch.Tensor), "this dispatcher makes no copies"
         y_TD = self.dispatcher.combine(
-            self.run_experts(rows_RD, torch.as_tensor(tokens_per_expert)), plan.weight_TK, metadata
+            self.run_experts(rows_RD, tokens_per_expert), plan.weight_TK, metadata
         )
         if torch._C._current_graph_task_id() == -1:  # not a recomputation within a backward
             self.counts.add(layer_stats(routing, plan))

@@ -9,7 +9,6 @@ Letters: E experts, e local experts.
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,13 +23,11 @@ from dmoe.distributed.expert_parallel import expert_parameters
 from dmoe.distributed.full_tensors import gather_full
 from dmoe.distributed.mesh import ParallelMesh
 from dmoe.distributed.parallel_model import ParallelModel
+from dmoe.hf.adapters import EXPERT_ID
 from dmoe.hf.disk_format import DiskFormat
 from dmoe.hf.export import Exported, as_in_source, commit, finish, partial_name, reserve
 from dmoe.hf.lora import is_lora
 from dmoe.hf.published import MAX_SHARD_BYTES, PublishedDirectory, ShardWriter, tensors_of_parts
-
-EXPERT_ID = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
-"""The expert's id in the name of a tensor of one expert."""
 
 
 def save_pretrained(

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.export import register_dataclass
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +26,7 @@ from dmoe.models.attention import Attention
 from dmoe.models.fusion import GatedFusion
 from dmoe.models.layers import BlockOutput
 from dmoe.moe.base_layer import MoELayer
+from dmoe.moe.experts import MLPExperts
 from dmoe.moe.inputs import as_int64
 from dmoe.moe.interfaces import ExpertLayer
 from dmoe.moe.metrics import LayerStats
@@ -38,8 +42,10 @@ class Model(nn.Module, ABC):
     The constructor works on the meta device and leaves the weights of seed 0.
     """
 
-    recompute: bool = False
-    """Keep only the input of each block and compute the block again in backward."""
+    recompute: str = "none"
+    """See `train.recompute`."""
+    offload: bool = False
+    """Keep what blocks save for the backward in main memory."""
     notes: Sequence[str] = ()
     """What a run says about the model at its start."""
     reads_positions: bool = False
@@ -69,13 +75,26 @@ class Model(nn.Module, ABC):
         """
 
     def run_block(self, block: nn.Module, *args: object) -> BlockOutput:
-        """Apply a block, with recomputation if `recompute` is set."""
-        if not (self.recompute and torch.is_grad_enabled()):
-            result: BlockOutput = block(*args)
-        else:
+        """Apply a block, with the recomputation and the offload that are set."""
+        if not torch.is_grad_enabled():
+            return block(*args)  # type: ignore[no-any-return]
+        on_gpu = any(isinstance(value, torch.Tensor) and value.is_cuda for value in args)
+        with save_on_cpu(pin_memory=on_gpu) if self.offload else nullcontext():
+            if self.recompute != "block":
+                return block(*args)  # type: ignore[no-any-return]
             # Random numbers in a block are keyed, so there is no generator state to preserve.
-            result = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
-        return result
+            again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            return again(block, *args)  # type: ignore[no-any-return]
+
+    def set_recompute(self, mode: str | bool) -> None:
+        """Set what the backward computes again, `train.recompute`; True and False are old modes."""
+        old = "block" if mode else "none"
+        self.recompute = old if isinstance(mode, bool) else mode
+        for layer in self.moe_layers():
+            layer.recompute_experts = self.recompute == "experts"
+            for part in layer.experts.modules():
+                if isinstance(part, MLPExperts):
+                    part.recompute_activation = self.recompute == "activation"
 
     def moe_layers(self) -> list[MoELayer]:
         """Return the MoE layers in order; element l has `layer == l`."""

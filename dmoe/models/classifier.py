@@ -58,8 +58,7 @@ class Classifier(Model):
         classes: C.
         virtual_ranks: groups of samples that the MoE layers treat as separate ranks; B must be
             divisible by it.
-        recompute: keep only the input of each block and compute the block again in backward; see
-            `Transformer`.
+        recompute: see `Transformer`.
     """
 
     def __init__(
@@ -70,12 +69,12 @@ class Classifier(Model):
         classes: int,
         *,
         virtual_ranks: int = 1,
-        recompute: bool = False,
+        recompute: str | bool = "none",
     ) -> None:
         super().__init__()
         check_types(config, "model.")
         check_bounds(config, "model.")
-        self.config, self.widths, self.recompute = config, list(widths), recompute
+        self.config, self.widths = config, list(widths)
         gated, layers = config.fusion == "gated", config.layers
         self.fusion: GatedFusion | Concatenation | None = None
         if gated:
@@ -104,6 +103,7 @@ class Classifier(Model):
                 moe, width, out_dim=classes, virtual_ranks=virtual_ranks, layer=moe_index
             )
         )
+        self.set_recompute(recompute)
         self.initialize(0)
 
     def initialize(self, seed: int) -> None:

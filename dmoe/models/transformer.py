@@ -24,6 +24,7 @@ from dmoe.models.attention import (
     visible_in_document,
 )
 from dmoe.models.base import Model, ModelOutput, token_losses
+from dmoe.models.cross_entropy import linear_token_losses
 from dmoe.models.key_value_cache import KeyValueCache, LayerCache
 from dmoe.models.layers import (
     BlockOutput,
@@ -95,8 +96,8 @@ class Transformer(Model):
         vocab_size: V.
         virtual_ranks: groups of tokens that the MoE layers treat as separate ranks; B*S must be
             divisible by it.
-        recompute: keep only the input of each block and compute the block again in backward.
-            Losses and counts are returned by the first pass, so nothing is counted twice; the
+        recompute: what the backward computes again, `train.recompute`; True is `block`. Losses
+            and counts are returned by the first pass, so nothing is counted twice; with `block` the
             MoE layers' collectives run twice, on every rank alike.
     """
 
@@ -109,13 +110,13 @@ class Transformer(Model):
         vocab_size: int,
         *,
         virtual_ranks: int = 1,
-        recompute: bool = False,
+        recompute: str | bool = "none",
     ) -> None:
         super().__init__()
         check_types(config, "model.")
         check_bounds(config, "model.")
         check_attention(config)
-        self.config, self.recompute = config, recompute
+        self.config = config
         self.head_dim = head_dim(config)
         self.embedding = nn.Embedding(vocab_size, config.dim)
         self.blocks = nn.ModuleList()
@@ -135,6 +136,7 @@ class Transformer(Model):
         self.output = (
             None if config.tie_embeddings else nn.Linear(config.dim, vocab_size, bias=False)
         )
+        self.set_recompute(recompute)
         self.initialize(0)
 
     def initialize(self, seed: int) -> None:
@@ -198,11 +200,15 @@ class Transformer(Model):
         if cache is not None:
             cache.advance(input.shape[1])
         output_VD = self.embedding.weight if self.output is None else self.output.weight
-        logits_BSV = F.linear(self.norm(x_BSD), output_VD)
-        if target is not None:
-            out.loss_sum, out.loss_T, out.correct_T = token_losses(
-                logits_BSV, target, per_token=not self.training
-            )
-        if target is None or return_logits:
-            out.logits = logits_BSV
+        x_BSD, per_token = self.norm(x_BSD), not self.training
+        if target is not None and not return_logits and not (per_token and x_BSD.requires_grad):
+            losses = linear_token_losses(x_BSD, output_VD, target, per_token)
+        else:
+            logits_BSV = F.linear(x_BSD, output_VD)
+            if target is None or return_logits:
+                out.logits = logits_BSV
+            if target is None:
+                return out
+            losses = token_losses(logits_BSV, target, per_token)
+        out.loss_sum, out.loss_T, out.correct_T = losses
         return out

@@ -8,9 +8,12 @@ Letters: E experts.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import BalanceConfig, CapacityConfig
@@ -44,6 +47,8 @@ class MoELayer(nn.Module):
     padded: Dispatcher | None
     comm: DataParallelComm
     masks: MaskAgreement
+    recompute_experts: bool = False
+    """`train.recompute=experts`."""
     pending_counts: PendingCounts | None
     """None: no bias, or the trainer updates it from counts that it reduces for all layers."""
 
@@ -64,6 +69,16 @@ class MoELayer(nn.Module):
     def max_active_weights(self) -> int:
         """Count the weights of the experts that one token uses at most, over all ranks."""
         return sum(sorted(self.weights_of_experts, reverse=True)[: self.top_k])
+
+    def run_experts(self, *args: Any) -> Tensor:
+        """Call the experts; with `recompute_experts` keep their arguments alone for backward.
+
+        Then the backward computes the experts again, but neither routes nor exchanges again.
+        """
+        if not (self.recompute_experts and torch.is_grad_enabled()):
+            return self.experts(*args)  # type: ignore[no-any-return]
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        return again(self.experts, *args)  # type: ignore[no-any-return]
 
     def batch_shape(self, sequences: int, tokens: int) -> BatchShape:
         """Return the capacity groups and slots of a forward of `tokens` tokens in `sequences`."""

@@ -30,15 +30,22 @@ import torch
 from torch import Tensor
 
 from dmoe.config.schema import CapacityConfig
-from dmoe.moe.expert_queue import Assignments, QueuePositions, priority_score, queue_positions
+from dmoe.moe.expert_queue import (
+    Assignments,
+    QueuePositions,
+    local_positions,
+    per_token,
+    priority_score,
+    queue_positions,
+)
 from dmoe.moe.interfaces import DataParallelComm
+from dmoe.moe.pooled_capacity import pooled, sum_over_pools, within_capacity
 from dmoe.moe.routing import (
     BatchShape,
     DispatchPlan,
     ExpertSlots,
     Routing,
     count_per_expert,
-    group_of_token,
 )
 
 
@@ -121,7 +128,7 @@ def apply_capacity(
     """
     if shape.capacity is None:
         return dropless_plan(routing, num_zero_cost)
-    tokens, num_experts = routing.score_TE.shape
+    num_experts, (tokens, top_k) = routing.num_experts, routing.expert_TK.shape
     groups = max(1, shape.groups)  # a batch of no sequences has no groups
     shared = config.group == "global"
     queue_comm = comm if shared else None
@@ -130,21 +137,19 @@ def apply_capacity(
     score_TK = priority_score(routing.score_TE.gather(1, routing.expert_TK)) if by_score else None
     has_queue_TK = routing.expert_TK < num_experts - num_zero_cost
     queued_TK = selected_TK & has_queue_TK if num_zero_cost else selected_TK
-    positions = queue_positions(
-        Assignments(routing.expert_TK, queued_TK, score_TK, groups, num_experts), queue_comm
-    )
-    fits_TK = positions.global_position_TK < shape.capacity
+    queued = Assignments(routing.expert_TK, queued_TK, score_TK, groups, num_experts)
+    positions = queue_positions(queued, queue_comm)
+    fits_TK = within_capacity(queued, positions, shape.capacity, config, queue_comm)
     keep_TK = selected_TK & (fits_TK | ~has_queue_TK) if num_zero_cost else selected_TK & fits_TK
     kept = _Kept(routing.expert_TK, routing.weight_TK, keep_TK, positions.local_position_TK)
     if config.overflow == "next_choice":
         overflowed_TK = selected_TK & ~keep_TK
-        kept = _reroute(
-            routing, kept, overflowed_TK, positions, shape.capacity, groups, by_score, queue_comm
-        )
+        kept = _reroute(routing, kept, overflowed_TK, positions, shape, config, queue_comm)
     slots = ExpertSlots(
         kept.position_TK,
-        capacity=min(shape.capacity, tokens) if shared else shape.capacity,
+        capacity=slots_of_rank(shape.capacity, tokens // groups, top_k, config),
         groups=groups,
+        pool=config.pool,
         offered=shape.capacity
         * groups
         * (num_experts - num_zero_cost)
@@ -153,6 +158,20 @@ def apply_capacity(
     stop_dropped_gradients(routing, kept.keep_TK)
     weight_TK = _kept_weights(kept.weight_TK, kept.keep_TK, routing.scale, config.renormalize)
     return DispatchPlan(kept.expert_TK, weight_TK, kept.keep_TK, num_experts, num_zero_cost, slots)
+
+
+def slots_of_rank(capacity: int, tokens: int, top_k: int, config: CapacityConfig) -> int:
+    """Return the slots that one rank can fill in one (group, expert), or (group, pool).
+
+    Args:
+        capacity: slots C of one (group, expert), over all ranks that share it.
+        tokens: this rank's tokens of one group.
+        top_k: K.
+        config: group and pool.
+    """
+    if config.pool > 1:
+        return min(config.pool * capacity, top_k * tokens)
+    return min(capacity, tokens) if config.group == "global" else capacity
 
 
 def _kept_weights(weight_TK: Tensor, keep_TK: Tensor, scale: float, renormalize: bool) -> Tensor:
@@ -171,9 +190,8 @@ def _reroute(
     first: _Kept,
     overflowed_TK: Tensor,
     positions: QueuePositions,
-    capacity: int,
-    groups: int,
-    by_score: bool,
+    shape: BatchShape,
+    config: CapacityConfig,
     comm: DataParallelComm | None,
 ) -> _Kept:
     """Offer overflowed assignments to their token's next expert.
@@ -183,22 +201,25 @@ def _reroute(
         first: result of the first round.
         overflowed_TK: bool; selected assignments that the first round dropped.
         positions: queue positions of the first round.
-        capacity: slots C of one (group, expert), over all ranks that share it.
-        groups: G.
-        by_score: order the queue by the next expert's score instead of by position.
+        shape: groups, and slots C of one (group, expert) over all ranks that share it.
+        config: priority (by score: the next expert's), and pool.
         comm: the ranks that share the capacity, or None.
     """
+    assert shape.capacity is not None, "dropless: nothing overflows"
+    groups, pool = max(1, shape.groups), config.pool
     offered_TK, next_TK, next_weight_TK = next_choices(routing, overflowed_TK)
+    by_score = config.priority == "score"
     score_TK = priority_score(routing.score_TE.gather(1, next_TK)) if by_score else None
-    num_experts = routing.num_experts
-    second = queue_positions(Assignments(next_TK, offered_TK, score_TK, groups, num_experts), comm)
-    own_GE = count_per_expert(first.expert_TK, first.keep_TK, groups, num_experts)
-    # The whole first round is ahead. Where it exceeds C, nothing behind it fits anyway.
-    taken_TK = offered_TK & (
-        per_token(positions.length_GE, next_TK) + second.global_position_TK < capacity
-    )
+    offers = Assignments(next_TK, offered_TK, score_TK, groups, routing.num_experts)
+    queue = pooled(offers, pool)
+    second = queue_positions(queue, comm)
+    # The whole first round is ahead. Where it exceeds the slots, nothing behind it fits anyway.
+    ahead_TK = per_token(sum_over_pools(positions.length_GE, pool), queue.expert_TK)
+    taken_TK = offered_TK & (ahead_TK + second.global_position_TK < pool * shape.capacity)
     # behind this rank's own first round, again without a gap: the slots stay a prefix
-    position_TK = per_token(own_GE, next_TK) + second.local_position_TK
+    own_GE = count_per_expert(first.expert_TK, first.keep_TK, groups, routing.num_experts)
+    local_TK = second.local_position_TK if pool == 1 else local_positions(offers)
+    position_TK = per_token(own_GE, next_TK) + local_TK
     return _Kept(
         expert_TK=torch.where(taken_TK, next_TK, first.expert_TK),
         weight_TK=torch.where(taken_TK, next_weight_TK, first.weight_TK),
@@ -230,10 +251,3 @@ def next_choices(routing: Routing, overflowed_TK: Tensor) -> tuple[Tensor, Tenso
     next_TK = routing.next_expert_TS.gather(1, index_TK)
     offered_TK = overflowed_TK & (nth_TK < count) & (next_TK >= 0)
     return offered_TK, next_TK.clamp(min=0), routing.next_weight_TS.gather(1, index_TK)
-
-
-def per_token(value_GE: Tensor, expert_TK: Tensor) -> Tensor:
-    """Look up each assignment's (group, expert) value, [T, K]."""
-    groups, num_experts = value_GE.shape
-    group_T1 = group_of_token(len(expert_TK), groups, expert_TK.device).unsqueeze(1)
-    return value_GE.flatten()[group_T1 * num_experts + expert_TK]

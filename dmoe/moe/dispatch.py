@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from torch.autograd import Function
 from torch.nn.functional import embedding_bag
 from torch.profiler import record_function
 
+from dmoe.moe.expert_queue import per_token
 from dmoe.moe.interfaces import TokensPerExpert
-from dmoe.moe.routing import DispatchPlan
+from dmoe.moe.routing import DispatchPlan, count_per_expert, group_of_token
 
 STAGES = ("route", "dispatch", "exchange", "experts", "combine")
 """Profiler ranges of a layer."""
@@ -59,13 +61,17 @@ class PackedLocal:
 
 
 class PaddedLocal:
-    """Computes G*C rows per expert, empty slots zero, within one process.
+    """Computes G*C rows per expert, empty slots zero, within one process; pooled: one block.
 
     Every shape follows from the config. No host sync.
     """
 
     def dispatch(self, x_TD: Tensor, plan: DispatchPlan) -> tuple[Tensor, TokensPerExpert, Any]:
         assert plan.slots is not None, "the padded exchange needs a capacity"
+        if plan.slots.pool > 1:
+            permutation, count_1E = pooled_rows(plan, 1)
+            unused_1 = len(permutation.assignment_R) - count_1E.sum(1)
+            return permute(x_TD, permutation), torch.cat([count_1E[0], unused_1]), permutation
         permutation = padded_permutation(plan)
         return permute(x_TD, permutation), plan.slots.rows_per_expert, permutation
 
@@ -86,7 +92,7 @@ class Permutation:
     filled_R: Tensor | None
     """Which rows hold an assignment (padded slots may be empty). None: all."""
 
-    @property
+    @cached_property
     def token_R(self) -> Tensor:
         """int64: the token of each row."""
         return self.assignment_R // self.row_TK.shape[1]
@@ -105,12 +111,14 @@ def packed_permutation(plan: DispatchPlan) -> tuple[Permutation, Tensor]:
         The permutation, of N rows: with drops, cut it by `first_rows(count_E.sum())`.
         `count_E`, int64 [E]: rows per expert.
     """
-    expert_N = plan.expert_TK.flatten()
+    # fewer digits for a radix sort
+    small = torch.uint8 if plan.num_experts < 255 else torch.int32
+    expert_N = plan.expert_TK.to(small).flatten()
     if plan.keep_TK is not None:
         expert_N = expert_N.masked_fill(~plan.keep_TK.flatten(), plan.num_experts)
     sorted_N, order_N = expert_N.sort(stable=True)
     edge_E = torch.searchsorted(
-        sorted_N, torch.arange(plan.num_experts + 1, device=expert_N.device)
+        sorted_N, torch.arange(plan.num_experts + 1, dtype=small, device=expert_N.device)
     )
     row_N = torch.empty_like(order_N).scatter_(
         0, order_N, torch.arange(len(order_N), device=order_N.device)
@@ -127,22 +135,40 @@ def padded_permutation(plan: DispatchPlan) -> Permutation:
     So R = E*G*C follows from shapes alone. No host sync.
     """
     assert plan.slots is not None, "padded slots need a capacity"
-    capacity, groups, keep_TK = plan.slots.capacity, plan.slots.groups, plan.is_kept_TK
-    tokens, top_k = plan.expert_TK.shape
-    rows = plan.num_experts * groups * capacity
-    device = plan.expert_TK.device
-    group_T1 = torch.arange(tokens, device=device).unsqueeze(1) // (tokens // groups)
+    capacity, groups = plan.slots.capacity, plan.slots.groups
+    group_T1 = group_of_token(len(plan.expert_TK), groups, plan.expert_TK.device).unsqueeze(1)
     row_TK = (plan.expert_TK * groups + group_T1) * capacity + plan.slots.position_TK
-    # dropped assignments write to one extra entry behind the last slot
+    return _scattered(plan, row_TK, plan.num_experts * groups * capacity)
+
+
+def pooled_rows(plan: DispatchPlan, ranks: int, extra: int = 0) -> tuple[Permutation, Tensor]:
+    """Place assignments in one block of rows per EP rank, sorted by expert, group and slot.
+
+    A block has `rows_per_rank` rows, unused ones last, and `extra` that nothing fills: so its size
+    follows from shapes alone. No host sync. Returns the rows of each expert too, [ranks, e].
+    """
+    assert plan.slots is not None, "padded slots need a capacity"
+    slots, per_rank = plan.slots, plan.num_experts // ranks
+    block = slots.rows_per_rank + extra
+    count_GE = count_per_expert(plan.expert_TK, plan.is_kept_TK, slots.groups, plan.num_experts)
+    count_Pn = count_GE.t().reshape(ranks, per_rank * slots.groups)
+    first_EG = (count_Pn.cumsum(1) - count_Pn).view(plan.num_experts, slots.groups)
+    row_TK = plan.expert_TK // per_rank * block + slots.position_TK
+    row_TK = row_TK + per_token(first_EG.t().contiguous(), plan.expert_TK)
+    return _scattered(plan, row_TK, ranks * block), count_GE.sum(0).view(ranks, per_rank)
+
+
+def _scattered(plan: DispatchPlan, row_TK: Tensor, rows: int) -> Permutation:
+    """Return the permutation of `rows` rows that puts the kept assignments into `row_TK`."""
+    keep_TK, empty = plan.is_kept_TK, plan.expert_TK.numel()
+    # dropped assignments write to one extra entry behind the last row
     target_N = row_TK.masked_fill(~keep_TK, rows).flatten()
-    empty = tokens * top_k
-    assignment_R = torch.full((rows + 1,), empty, dtype=torch.int64, device=device)
-    assignment_R.scatter_(0, target_N, torch.arange(empty, device=device))
+    assignment_R = torch.full((rows + 1,), empty, dtype=torch.int64, device=row_TK.device)
+    assignment_R.scatter_(0, target_N, torch.arange(empty, device=row_TK.device))
     assignment_R = assignment_R[:rows]
     filled_R = assignment_R < empty
-    return Permutation(
-        assignment_R.masked_fill(~filled_R, 0), own_rows(row_TK, keep_TK), keep_TK, filled_R
-    )
+    assignment_R = assignment_R.masked_fill(~filled_R, 0)
+    return Permutation(assignment_R, own_rows(row_TK, keep_TK), keep_TK, filled_R)
 
 
 def own_rows(row_TK: Tensor, keep_TK: Tensor) -> Tensor:
@@ -150,10 +176,8 @@ def own_rows(row_TK: Tensor, keep_TK: Tensor) -> Tensor:
 
     A gather must read some row, at weight 0; 0 x NaN is NaN, so that row is no other token's.
     """
-    kept_TK = row_TK.masked_fill(~keep_TK, 0)
-    return (
-        torch.where(keep_TK, row_TK, kept_TK.amax(1, keepdim=True)) if row_TK.numel() else kept_TK
-    )
+    own_TK = row_TK.masked_fill(~keep_TK, 0)
+    return torch.where(keep_TK, row_TK, own_TK.amax(1, keepdim=True)) if own_TK.numel() else own_TK
 
 
 def permute(x_TD: Tensor, permutation: Permutation) -> Tensor:
@@ -184,7 +208,7 @@ class _Permute(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         permutation: Permutation = ctx.permutation
         weight_TK = None if permutation.keep_TK is None else permutation.keep_TK.to(grads[0].dtype)
-        return _sum_over_choices(grads[0], weight_TK, permutation), None
+        return sum_over_choices(grads[0], weight_TK, permutation), None
 
 
 class _Unpermute(Function):
@@ -194,7 +218,7 @@ class _Unpermute(Function):
         ctx.save_for_backward(rows_RD, weight_TK)
         if permutation.keep_TK is not None:
             weight_TK = weight_TK.masked_fill(~permutation.keep_TK, 0.0)
-        return _sum_over_choices(rows_RD, weight_TK.to(rows_RD.dtype), permutation)
+        return sum_over_choices(rows_RD, weight_TK.to(rows_RD.dtype), permutation)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -219,9 +243,8 @@ def _rows_of_tokens(x_TD: Tensor, permutation: Permutation) -> Tensor:
     return rows_RD.masked_fill_(~permutation.filled_R.unsqueeze(1), 0.0)
 
 
-def _sum_over_choices(
-    rows_RD: Tensor, weight_TK: Tensor | None, permutation: Permutation
-) -> Tensor:
+def sum_over_choices(rows_RD: Tensor, weight_TK: Tensor | None, permutation: Permutation) -> Tensor:
+    """Sum each token's rows, times their weights in the rows' dtype (None: all 1), [T, D]."""
     if len(rows_RD) == 0:
         # nothing was kept on this rank: its tokens still get zeros, and the graph stays connected
         return rows_RD.new_zeros(len(permutation.row_TK), rows_RD.shape[1])
@@ -264,8 +287,8 @@ def _row_dots(grad_RD: Tensor, rows_RD: Tensor, permutation: Permutation) -> Ten
     if len(rows_RD) == 0:
         return rows_RD.new_zeros(permutation.row_TK.shape)
     batches = zip(grad_RD.split(MAX_BATCH), rows_RD.split(MAX_BATCH), strict=True)
-    dot_R = torch.cat([torch.bmm(g.unsqueeze(1), r.unsqueeze(2)) for g, r in batches]).flatten()
-    dot_TK = dot_R[permutation.row_TK]
+    dots = [torch.bmm(g.unsqueeze(1), r.unsqueeze(2)) for g, r in batches]
+    dot_TK = (dots[0] if len(dots) == 1 else torch.cat(dots)).flatten()[permutation.row_TK]
     return dot_TK if permutation.keep_TK is None else dot_TK.masked_fill(~permutation.keep_TK, 0.0)
 
 

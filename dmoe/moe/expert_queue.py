@@ -166,3 +166,10 @@ def local_positions(assignments: Assignments) -> Tensor:
     rank_N = torch.arange(tokens * top_k, device=order_N.device) - start_N
     position_N = torch.empty_like(rank_N).scatter_(0, order_N, rank_N)
     return position_N.view(top_k, tokens).t().contiguous()
+
+
+def per_token(value_GE: Tensor, expert_TK: Tensor) -> Tensor:
+    """Look up each assignment's (group, expert) value, [T, K]."""
+    groups, num_experts = value_GE.shape
+    group_T1 = group_of_token(len(expert_TK), groups, expert_TK.device).unsqueeze(1)
+    return value_GE.flatten()[group_T1 * num_experts + expert_TK]

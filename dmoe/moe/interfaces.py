@@ -6,7 +6,8 @@ each `ExpertLayer`. `NoComm` and the local dispatchers (`dispatch.py`) serve one
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -15,7 +16,27 @@ from dmoe.moe.routing import DispatchPlan
 
 TokensPerExpert = Tensor | int
 """Rows of each local expert: int64 [e], or one number if all are equal (padded slots: no host
-read)."""
+read). With one entry more, int64 [e + 1], the last rows are unused: zeros that no expert computes
+(pooled slots)."""
+
+
+@dataclass(frozen=True)
+class RowsWithCopies:
+    """Rows per expert of a rank that has copies: first those of its own experts."""
+
+    own_e: Tensor
+    """int64: rows of each local expert."""
+    copied_n: Tensor
+    """int64: rows of each copy."""
+    num_own: int
+    """Rows of the local experts."""
+    send: Callable[[list[Tensor]], tuple[list[Tensor], list[Tensor]]]
+    """Takes the stacks of the local experts; returns them, and those of the copies [n, ...]. With a
+    gradient: what the copies get is added to the experts that they are copies of."""
+
+
+RowCounts = TokensPerExpert | RowsWithCopies
+"""What a dispatcher may return."""
 
 
 class DataParallelComm(Protocol):
@@ -52,7 +73,7 @@ class NoComm:
 class Dispatcher(Protocol):
     """Moves token rows to their experts and back."""
 
-    def dispatch(self, x_TD: Tensor, plan: DispatchPlan) -> tuple[Tensor, TokensPerExpert, Any]:
+    def dispatch(self, x_TD: Tensor, plan: DispatchPlan) -> tuple[Tensor, RowCounts, Any]:
         """Return rows_RD grouped by local expert, rows per expert, and `combine`'s metadata."""
         ...
 

@@ -21,11 +21,18 @@ from dmoe.config.schema.constraints import check_type
 from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.capacity import apply_capacity
 from dmoe.moe.compute_usage import ComputeUsage
-from dmoe.moe.dispatch import PackedLocal, PaddedLocal, expert_dtype, profiled
+from dmoe.moe.dispatch import (
+    PackedLocal,
+    PaddedLocal,
+    expert_dtype,
+    packed_permutation,
+    profiled,
+)
 from dmoe.moe.experts import FeedForward, ZeroCost, build_experts
 from dmoe.moe.experts.base import Experts
+from dmoe.moe.experts.one_by_one import TokenRows
 from dmoe.moe.inputs import MaskAgreement
-from dmoe.moe.interfaces import NoComm
+from dmoe.moe.interfaces import Dispatcher, NoComm
 from dmoe.moe.load_balancing import PendingCounts, auxiliary_losses
 from dmoe.moe.metrics import MoEOutput, layer_stats
 from dmoe.moe.placement import to_physical_experts
@@ -206,14 +213,7 @@ class MoE(MoELayer):
                 routing = with_given_experts(routing, context, self.layer, self.router.config)
             plan = apply_capacity(routing, shape, self.capacity, self.comm, self.num_zero_cost)
         dispatcher = self.packed if self.padded is None or plan.slots is None else self.padded
-        with profiled("dispatch"):
-            rows_RD, tokens_per_expert, metadata = dispatcher.dispatch(
-                x_TD.to(expert_dtype(x_TD)), to_physical_experts(plan, self.placement)
-            )
-        with profiled("experts"):
-            rows_RM = self.experts(rows_RD, tokens_per_expert)
-        with profiled("combine"):
-            y_TM = dispatcher.combine(rows_RM, plan.weight_TK, metadata)
+        y_TM = self.dispatched(dispatcher, x_TD.to(expert_dtype(x_TD)), plan)
         y_TM = masked(self.add_local_experts(y_TM, x_TD, plan), context.valid_T)
         stats = layer_stats(routing, plan, context)
         self.count_for_bias(y_TM, stats.choice_E)
@@ -233,6 +233,26 @@ class MoE(MoELayer):
             plan,
             self.compute_usage(routing, plan, context.budget),
         )
+
+    def dispatched(self, dispatcher: Dispatcher, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
+        """Send the tokens to their experts and return the weighted sums of the outputs, y_TM.
+
+        On the CPU, where the rows need not travel, the experts gather them from the tokens.
+        """
+        physical = to_physical_experts(plan, self.placement)
+        if type(dispatcher) is PackedLocal and self.experts.takes_tokens and not x_TD.is_cuda:
+            with profiled("dispatch"):
+                permutation, count_E = packed_permutation(physical)
+            with profiled("experts"):
+                tokens = TokenRows(permutation, plan.weight_TK)
+                gathered_TM: Tensor = self.run_experts(x_TD, count_E, tokens)
+                return gathered_TM
+        with profiled("dispatch"):
+            rows_RD, tokens_per_expert, metadata = dispatcher.dispatch(x_TD, physical)
+        with profiled("experts"):
+            rows_RM = self.run_experts(rows_RD, tokens_per_expert)
+        with profiled("combine"):
+            return dispatcher.combine(rows_RM, plan.weight_TK, metadata)
 
     def add_local_experts(self, y_TM: Tensor, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
         """Add the outputs of zero-cost and shared experts, which are never dispatched."""

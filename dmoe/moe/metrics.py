@@ -74,9 +74,7 @@ def layer_stats(
     routing: Routing, plan: DispatchPlan, context: TokenContext = EMPTY_CONTEXT
 ) -> LayerStats:
     """Count one forward, before and after capacity. No host sync."""
-    choice_E = count_per_expert(routing.expert_TK, routing.is_selected_TK, 1, routing.num_experts)[
-        0
-    ]
+    choice_E = routing.choice_count()[0]
     weight_TK = routing.weight_TK.detach()
     if routing.selected_TK is not None:
         weight_TK = weight_TK.masked_fill(~routing.selected_TK, 0.0)

@@ -72,6 +72,10 @@ class ExpertPlacement:
         )
         return by_physical_id.view(len(self.experts), self.experts_per_rank).sum(1)
 
+    def pools_per_rank(self, pool: int) -> int:
+        """Return the largest number of pools of `pool` experts that one rank holds a part of."""
+        return max(len({expert // pool for expert in owned}) for owned in self.experts)
+
     @cached_property
     def is_identity(self) -> bool:
         """True if physical ids are the logical ids and no physical expert is unused."""
@@ -107,8 +111,13 @@ def balanced_placement(
 def to_physical_experts(plan: DispatchPlan, placement: ExpertPlacement) -> DispatchPlan:
     """Map `plan` to physical expert ids and leave out zero-cost experts, which are not dispatched.
 
-    Returns `plan` itself if neither applies; else a few operations on [T, K]. No host sync.
+    Pooled slots get their rows per rank, because a pool may span ranks: every rank that holds a
+    part of it gets rows for all of its slots. Returns `plan` itself if nothing applies; else a few
+    operations on [T, K]. No host sync.
     """
+    if plan.slots is not None and plan.slots.pool > 1:
+        rows = plan.slots.rows_per_expert * placement.pools_per_rank(plan.slots.pool)
+        plan = replace(plan, slots=replace(plan.slots, rows_per_rank=rows))
     if plan.num_zero_cost:
         num_experts = plan.num_experts - plan.num_zero_cost
         keep_TK = ~plan.is_zero_cost_TK

@@ -25,8 +25,13 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
 
     Different keys give unrelated streams (64 bits of BLAKE2b). No collective, no host sync.
     """
+    return torch.Generator(device).manual_seed(key_hash(*key))
+
+
+def key_hash(*key: int | str) -> int:
+    """Return a pseudo-random number of 63 bits for `key`, e.g. `key_hash(seed, "hot", layer)`."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    return int.from_bytes(digest, "little") >> 1
 
 
 def normal_(tensor: Tensor, std: float, *key: int | str) -> None:

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.router_kinds import router_spec
@@ -40,8 +39,7 @@ class TokenContext:
     valid_T: Tensor | None = None
     """bool; False marks padding, which is never routed and never counted. None: no padding."""
     prior_count_LE: Tensor | None = None
-    """int64; assignments of the optimizer step's earlier accumulation steps, summed over all data
-    ranks (global load-balancing loss)."""
+    """int64; assignments of the step's earlier accumulation steps, of all ranks (global loss)."""
     token_id_T: Tensor | None = None
     """int64; token ids (hash routing)."""
     label_T: Tensor | None = None
@@ -130,11 +128,23 @@ class Routing:
     """float; the combine weight that each of them would have."""
     noise: Noise | None = None
     """Set by noisy routers; read by the smooth load loss."""
+    sums_to_one: bool = False
+    """Whether each token's scores sum to 1, as a softmax does: losses need not normalize them."""
+
+    _counts: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def num_experts(self) -> int:
         """E, zero-cost experts included."""
         return self.score_TE.shape[1]
+
+    def choice_count(self, units: int = 1) -> Tensor:
+        """Count each unit's assignments of each expert before any drop, int64 [U, E]; once."""
+        if units not in self._counts:
+            self._counts[units] = count_per_expert(
+                self.expert_TK, self.selected_TK, units, self.num_experts
+            )
+        return self._counts[units]
 
     @property
     def is_selected_TK(self) -> Tensor:
@@ -147,18 +157,20 @@ class ExpertSlots:
     """The slots of experts with a capacity."""
 
     position_TK: Tensor
-    """int64; the slot of each kept assignment in its (group, expert), in [0, C). Meaningless for
-    others."""
+    """int64; the place of each kept assignment in its (group, expert), 0, 1, ... without a gap."""
     capacity: int
-    """Slots C that this rank can fill in one (group, expert)."""
+    """Slots that this rank can fill in one (group, expert); pooled: in one (group, pool)."""
     groups: int
     """Number G of equal, contiguous groups of tokens that share a capacity."""
     offered: float
     """This rank's share of the slots of all experts: summed over the ranks, the global number."""
+    pool: int = 1
+    rows_per_rank: int = 0
+    """Pooled: rows that this rank sends to each EP rank in the padded exchange."""
 
     @property
     def rows_per_expert(self) -> int:
-        """G * C: rows that this rank sends to one expert in the padded exchange."""
+        """G * C: rows that this rank sends to one expert (pool) in the padded exchange."""
         return self.groups * self.capacity
 
 
@@ -167,8 +179,7 @@ class DispatchPlan:
     """The assignments that are computed: a routing after capacity. Read by dispatchers."""
 
     expert_TK: Tensor
-    """int64 in [0, num_experts): the expert of each assignment, after rerouting
-    (`overflow: next_choice`)."""
+    """int64 in [0, num_experts): the expert of each assignment, after rerouting (`next_choice`)."""
     weight_TK: Tensor
     """float32 or float64: combine weights; 0 for dropped assignments."""
     keep_TK: Tensor | None
@@ -212,29 +223,6 @@ def masked(value_TX: Tensor, valid_T: Tensor | None) -> Tensor:
     return value_TX if valid_T is None else value_TX.masked_fill(~valid_T.unsqueeze(1), 0.0)
 
 
-class RowProduct(Function):
-    """`x W^T` of a router; rows with zero gradient are left out of W's gradient.
-
-    A dropped token has zero gradient and may hold a NaN, and 0 x NaN is NaN.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD, weight_ED)
-        return x_TD @ weight_ED.t()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (x_TD, weight_ED), (grad_TE,) = ctx.saved_tensors, grads
-        grad_x = grad_w = None
-        with without_autocast(grad_TE):
-            if ctx.needs_input_grad[0]:
-                grad_x = grad_TE @ weight_ED
-            if ctx.needs_input_grad[1]:
-                grad_w = grad_TE.t() @ masked(x_TD, (grad_TE != 0).any(1))
-        return grad_x, grad_w
-
-
 def with_budget(
     context: TokenContext, compute_budget: float | None, config: RouterConfig
 ) -> TokenContext:
@@ -262,26 +250,33 @@ class Router(Protocol):
     def __call__(self, x_TD: Tensor, context: TokenContext, shape: BatchShape) -> Routing: ...
 
 
-def count_per_expert(expert_TK: Tensor, active_TK: Tensor, groups: int, num_experts: int) -> Tensor:
+def count_per_expert(
+    expert_TK: Tensor, active_TK: Tensor | None, groups: int, num_experts: int
+) -> Tensor:
     """Count the active assignments of each (group, expert).
 
     Uses integer atomics only, so it is deterministic.
 
     Args:
         expert_TK: int64 expert ids in [0, E).
-        active_TK: bool or int64; assignments that count.
+        active_TK: bool or int64; assignments that count. None: all.
         groups: number G of equal, contiguous groups of tokens.
         num_experts: E.
 
     Returns:
         int64 [G, E].
     """
-    group_T = group_of_token(len(expert_TK), groups, expert_TK.device)
-    queue_N = (group_T.unsqueeze(1) * num_experts + expert_TK).flatten()
+    queue_TK = expert_TK
+    if groups > 1:
+        group_T = group_of_token(len(expert_TK), groups, expert_TK.device)
+        queue_TK = group_T.unsqueeze(1) * num_experts + expert_TK
     count_N = torch.zeros(groups * num_experts, dtype=torch.int64, device=expert_TK.device)
-    return count_N.scatter_add_(0, queue_N, active_TK.flatten().to(torch.int64)).view(
-        groups, num_experts
+    one_N = (
+        count_N.new_ones(expert_TK.numel())
+        if active_TK is None
+        else active_TK.flatten().to(torch.int64)
     )
+    return count_N.scatter_add_(0, queue_TK.flatten(), one_N).view(groups, num_experts)
 
 
 def group_of_token(tokens: int, groups: int, device: torch.device) -> Tensor:

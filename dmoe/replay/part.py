@@ -1,5 +1,8 @@
 """One file of choices: a safetensors file with one tensor, `experts` [tokens, layers, K].
 
+A trace of choices (`tracking.trace`) has a second one, `scores` [tokens, layers, K] in float32,
+with `sha256_scores`; a trace of counts has `counts` [samples, layers, E] in their place.
+
 That is the layout in which inference engines return the experts of a rollout, so a part can be
 read by any of them, and theirs by dmoe. Ids are the smallest unsigned type that holds them, and
 its largest value marks a choice that a token did not make (`moe.router.kind=adaptive`). A run's
@@ -32,7 +35,7 @@ import numpy as np
 from dmoe.config.errors import ConfigError
 
 FORMAT = "dmoe-choices-1"
-TENSOR = "experts"
+TENSOR, SCORES = "experts", "scores"
 NONE = -1
 """A choice that a token did not make, in arrays of signed integers."""
 DTYPES = {
@@ -43,8 +46,9 @@ DTYPES = {
     "I16": np.int16,
     "I32": np.int32,
     "I64": np.int64,
+    "F32": np.float32,
 }
-"""Integers of safetensors, little-endian."""
+"""Types of safetensors, little-endian."""
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 MAX_HEADER = 1 << 24
 
@@ -72,6 +76,17 @@ class ChoiceSpec:
     def tokens_per_step(self) -> int:
         return self.global_batch * self.seq_len
 
+    def count(self, expert_NLK: np.ndarray) -> np.ndarray:
+        """Count the choices of each expert by sample, [samples, L, E]: at most S of one expert."""
+        samples = len(expert_NLK) // self.seq_len
+        shape = (samples, self.layers, self.experts)
+        row_NL = np.arange(samples).repeat(self.seq_len)[:, None] * self.layers
+        row_NL = row_NL + np.arange(self.layers)
+        made_NLK = expert_NLK != NONE
+        index = (row_NL[:, :, None] * self.experts + expert_NLK)[made_NLK]
+        counted = np.bincount(index, minlength=samples * self.layers * self.experts)
+        return counted.reshape(shape).astype(np.uint16 if self.seq_len < 1 << 16 else np.uint32)
+
     @property
     def dtype(self) -> np.dtype[Any]:
         """The type of the ids: one more value than experts, for a choice that is not made."""
@@ -93,6 +108,8 @@ class Part:
     """[N, L, K] as in the file."""
     header: Mapping[str, str]
     """Its text values; empty for a file that dmoe did not write."""
+    scores: np.ndarray | None = None
+    """[N, L, K]: the router's scores of the choices, in a trace."""
 
     @property
     def first_step(self) -> int:
@@ -109,8 +126,13 @@ class Part:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the ids have the SHA-256 of the header."""
-        return hashlib.sha256(self.experts.data).hexdigest() == self.header.get("sha256")
+        """Whether ids and scores have the SHA-256 of the header."""
+        found = {"sha256": self.experts, "sha256_scores": self.scores}
+        return all(
+            hashlib.sha256(array.data).hexdigest() == self.header.get(name)
+            for name, array in found.items()
+            if array is not None
+        )
 
 
 def signed(expert_NLK: np.ndarray) -> np.ndarray:
@@ -131,7 +153,10 @@ def read_choices(path: str | Path) -> np.ndarray:
 
 
 def write_choices(
-    path: str | Path, expert_NLK: np.ndarray, header: Mapping[str, str] | None = None
+    path: str | Path,
+    expert_NLK: np.ndarray,
+    header: Mapping[str, str] | None = None,
+    score_NLK: np.ndarray | None = None,
 ) -> None:
     """Write ids [tokens, layers, K] as safetensors: whole, or not at all.
 
@@ -139,18 +164,34 @@ def write_choices(
         path: of the file.
         expert_NLK: any integers; they are written as they are.
         header: text values; the SHA-256 of the ids is added.
+        score_NLK: float32, of a trace.
     """
     ids, path = np.ascontiguousarray(expert_NLK), Path(path)
-    more = {"format": FORMAT, "sha256": hashlib.sha256(ids.data).hexdigest()}
-    entry = {"dtype": NAMES[ids.dtype], "shape": ids.shape, "data_offsets": [0, ids.nbytes]}
-    text = json.dumps({"__metadata__": {**(header or {}), **more}, TENSOR: entry}, sort_keys=True)
+    arrays, metadata = {TENSOR: ids}, {**(header or {}), "format": FORMAT}
+    metadata["sha256"] = hashlib.sha256(ids.data).hexdigest()
+    if metadata.get("rows") == "sample":
+        arrays = {"counts": ids}
+    if score_NLK is not None:
+        arrays[SCORES] = scores = np.ascontiguousarray(score_NLK, np.float32)
+        metadata["sha256_scores"] = hashlib.sha256(scores.data).hexdigest()
+    content: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, array in arrays.items():
+        start, end = end, end + array.nbytes
+        content[name] = {
+            "dtype": NAMES[array.dtype],
+            "shape": array.shape,
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(content, sort_keys=True)
     encoded = text.encode()
     encoded += b" " * (-len(encoded) % 8)
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
-        file.write(ids.data)
+        for array in arrays.values():
+            file.write(array.data)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -174,7 +215,8 @@ def open_part(path: Path, field: str = "moe.replay.from") -> Part:
         ConfigError: it cannot be read, or holds no integers [tokens, layers, K].
     """
     try:
-        ids, header = _map_npy(path) if path.suffix == ".npy" else _map_safetensors(path)
+        arrays, header = _map_npy(path) if path.suffix == ".npy" else _map_safetensors(path)
+        ids, scores = arrays[0], arrays[1] if len(arrays) > 1 else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         allowed = f"cannot be read as choices ({reason or type(error).__name__})"
@@ -183,14 +225,14 @@ def open_part(path: Path, field: str = "moe.replay.from") -> Part:
     if ids.ndim != 3 or ids.dtype.kind not in "iu":
         allowed = f"holds {ids.dtype}{list(ids.shape)}, not integers [tokens, layers, K]"
         raise ConfigError(field, path, allowed, "write expert ids in that layout")
-    return Part(path, ids, header)
+    return Part(path, ids, header, scores)
 
 
-def _map_npy(path: Path) -> tuple[np.ndarray, dict[str, str]]:
-    return np.load(path, mmap_mode="r", allow_pickle=False), {}
+def _map_npy(path: Path) -> tuple[list[np.ndarray], dict[str, str]]:
+    return [np.load(path, mmap_mode="r", allow_pickle=False)], {}
 
 
-def _map_safetensors(path: Path) -> tuple[np.ndarray, dict[str, str]]:
+def _map_safetensors(path: Path) -> tuple[list[np.ndarray], dict[str, str]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -201,16 +243,23 @@ def _map_safetensors(path: Path) -> tuple[np.ndarray, dict[str, str]]:
     name = TENSOR if TENSOR in content else next(iter(content), "")
     if name != TENSOR and len(content) != 1:
         raise ValueError(f"it holds {len(content)} tensors, none of them called {TENSOR}")
-    entry = content[name]
+    names = [name, SCORES] if name == TENSOR and SCORES in content else [name]
+    return [_map_tensor(path, content[each], each, 8 + length, size) for each in names], header
+
+
+def _map_tensor(
+    path: Path, entry: Mapping[str, Any], name: str, first: int, size: int
+) -> np.ndarray:
+    """Map one tensor; `first` is where the data begin, `size` that of the file."""
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"{name} is {entry['dtype']}, not integers")
     (start, end), dtype = entry["data_offsets"], np.dtype(DTYPES[entry["dtype"]])
     shape = tuple(entry["shape"])
-    if end - start != dtype.itemsize * int(np.prod(shape)) or 8 + length + end > size:
+    if end - start != dtype.itemsize * int(np.prod(shape)) or first + end > size:
         raise ValueError("it is cut off")
     if end == start:
-        return np.zeros(shape, dtype), header
-    return np.memmap(path, dtype, "r", 8 + length + start, shape), header
+        return np.zeros(shape, dtype)
+    return np.memmap(path, dtype, "r", first + start, shape)
 
 
 def _top(dtype: Any) -> int:

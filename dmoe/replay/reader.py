@@ -44,7 +44,7 @@ class ChoiceReader:
             ConfigError: they are not there, or belong to another model or other data.
         """
         self.path, self.spec = path, spec
-        self.parts = _open_parts(path)
+        self.parts = open_parts(path)
         self.recorded = bool(self.parts[0].header.get("spec"))
         """Whether dmoe has written them, so that the data can be compared."""
         for part in self.parts:
@@ -151,12 +151,13 @@ class ChoiceReader:
         raise ConfigError(FIELD, self.path, allowed, fix)
 
 
-def _open_parts(path: Path) -> list[Part]:
+def open_parts(path: Path, field: str = FIELD) -> list[Part]:
+    """Map the parts of a directory, or one file. Raises ConfigError or CheckpointError."""
     if not path.is_dir():
-        return [open_part(path)]
+        return [open_part(path, field)]
     parts = []
     for file, first, end in list_parts(path):
-        part = open_part(file)
+        part = open_part(file, field)
         if (part.header.get("first_step"), part.header.get("steps")) != (
             str(first),
             str(end - first),
@@ -166,5 +167,5 @@ def _open_parts(path: Path) -> list[Part]:
     if not parts:
         allowed = "holds no choices of a run"
         fix = "give a directory that moe.replay.record has written, or a file"
-        raise ConfigError(FIELD, path, allowed, fix)
+        raise ConfigError(field, path, allowed, fix)
     return parts

@@ -27,7 +27,16 @@ PART_BYTES = 32 << 20
 class ChoiceWriter:
     """Writes the choices of one run, step by step. For one process: rank 0."""
 
-    def __init__(self, folder: Path, spec: ChoiceSpec, run: str, step: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        spec: ChoiceSpec,
+        run: str,
+        step: int,
+        *,
+        field: str = FIELD,
+        counts: bool = False,
+    ) -> None:
         """Continue in `folder` after `step` steps; what it holds of later steps is removed.
 
         Args:
@@ -35,13 +44,18 @@ class ChoiceWriter:
             spec: of the run.
             run: the run directory.
             step: steps done.
+            field: the one that errors name.
+            counts: write counts by sample in place of choices.
 
         Raises:
             ConfigError: it cannot be written, or holds the choices of another run.
             CheckpointError: a part before `step` is missing or damaged.
         """
         self.folder, self.spec, self.next_step = folder, spec, step
+        self.field, self.counts = field, counts
+        self.rows_per_step = spec.global_batch if counts else spec.tokens_per_step
         self._steps: list[np.ndarray] = []
+        self._scores: list[np.ndarray] = []
         self._batch = ""
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -52,15 +66,18 @@ class ChoiceWriter:
         except OSError as error:
             reason = error.strerror or type(error).__name__
             allowed = f"cannot be written ({reason})"
-            raise ConfigError(FIELD, folder, allowed, "name another directory") from None
+            raise ConfigError(field, folder, allowed, "name another directory") from None
 
-    def add(self, step: int, expert_NLK: np.ndarray, batch: str) -> None:
+    def add(
+        self, step: int, expert_NLK: np.ndarray, batch: str, score_NLK: np.ndarray | None = None
+    ) -> None:
         """Add the choices of one step; a step that was added before replaces it and those after.
 
         Args:
             step: from 0.
             expert_NLK: signed ids of the global batch.
             batch: digest of the step's input tokens.
+            score_NLK: of the choices, for a trace.
         """
         if step < self.next_step:  # the run was rolled back
             self.flush()
@@ -69,9 +86,12 @@ class ChoiceWriter:
         assert step == self.next_step, f"step {step} after {self.next_step} steps"
         if not self._steps:
             self._batch = batch
-        self._steps.append(self.spec.pack(expert_NLK))
+        count = self.spec.count if self.counts else self.spec.pack
+        self._steps.append(count(expert_NLK))
+        if score_NLK is not None:
+            self._scores.append(score_NLK.astype(np.float32))
         self.next_step = step + 1
-        if sum(ids.nbytes for ids in self._steps) >= PART_BYTES:
+        if sum(array.nbytes for array in (*self._steps, *self._scores)) >= PART_BYTES:
             self.flush()
 
     def flush(self) -> None:
@@ -79,14 +99,19 @@ class ChoiceWriter:
         if not self._steps:
             return
         first = self.next_step - len(self._steps)
-        self._write(first, np.concatenate(self._steps), self._batch)
-        self._steps = []
+        scores = np.concatenate(self._scores) if self._scores else None
+        self._write(first, np.concatenate(self._steps), self._batch, scores)
+        self._steps, self._scores = [], []
 
-    def _write(self, first: int, ids_NLK: np.ndarray, batch: str) -> None:
-        steps = len(ids_NLK) // self.spec.tokens_per_step
+    def _write(
+        self, first: int, ids_NLK: np.ndarray, batch: str, score_NLK: np.ndarray | None
+    ) -> None:
+        steps = len(ids_NLK) // self.rows_per_step
         path = self.folder / part_name(first, first + steps)
+        header = part_header(self.spec, first, steps, batch)
+        header |= {"rows": "sample"} if self.counts else {}
         try:
-            write_choices(path, ids_NLK, part_header(self.spec, first, steps, batch))
+            write_choices(path, ids_NLK, header, score_NLK)
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise CheckpointError(f"{path}: the choices cannot be written ({reason})") from None
@@ -98,7 +123,7 @@ class ChoiceWriter:
             before = json.loads(owner.read_text(encoding="utf-8")) if owner.exists() else {}
             if before.get("run") != run:
                 allowed = f"holds the choices of {before.get('run', 'another run')}"
-                raise ConfigError(FIELD, self.folder, allowed, "name a new directory")
+                raise ConfigError(self.field, self.folder, allowed, "name a new directory")
         owner.write_text(json.dumps({"run": run}) + "\n", encoding="utf-8")
 
     def _continue(self, step: int) -> None:
@@ -107,10 +132,11 @@ class ChoiceWriter:
             if end <= step:
                 continue
             if first < step:
-                part = open_part(path, FIELD)
+                part = open_part(path, self.field)
                 check_whole(part)
-                kept = np.array(part.experts[: (step - first) * self.spec.tokens_per_step])
-                self._write(first, kept, part.header["batch"])
+                rows = (step - first) * self.rows_per_step
+                scores = None if part.scores is None else np.array(part.scores[:rows])
+                self._write(first, np.array(part.experts[:rows]), part.header["batch"], scores)
             path.unlink()
         parts = list_parts(self.folder)
         ends = {end for _, _, end in parts}
@@ -119,7 +145,7 @@ class ChoiceWriter:
             missing = parts[-1][2] if gap is None else gap - 1
             raise CheckpointError(
                 f"{self.folder} lacks the choices of step {missing + 1}, which are before the "
-                f"checkpoint of step {step}: name a new {FIELD}"
+                f"checkpoint of step {step}: name a new {self.field}"
             )
 
 

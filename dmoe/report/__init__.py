@@ -10,34 +10,36 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dmoe.report import (
-    panels_experts,
-    panels_layers,
-    panels_load,
-    panels_progress,
-    panels_summary,
-)
 from dmoe.report.overview import build_overview
 from dmoe.report.page import Panel
+from dmoe.report.panels import (
+    experts,
+    layers,
+    load,
+    progress,
+    simulation,
+    summary,
+)
 from dmoe.report.render import render_page
 from dmoe.report.run import Run, load_runs
 
 __all__ = ["write_report"]
 
 PANELS: tuple[Callable[[Sequence[Run]], Panel | None], ...] = (
-    panels_summary.summary_panel,
-    panels_progress.domains_panel,
-    panels_load.load_panel,
-    panels_layers.drops_panel,
-    panels_layers.balance_panel,
-    panels_layers.router_panel,
-    panels_layers.layers_panel,
-    panels_experts.specialization_panel,
-    panels_experts.traffic_panel,
-    panels_progress.time_panel,
-    panels_progress.gradients_panel,
-    panels_summary.samples_panel,
-    panels_summary.events_panel,
+    summary.summary_panel,
+    progress.domains_panel,
+    load.load_panel,
+    layers.drops_panel,
+    layers.balance_panel,
+    layers.router_panel,
+    layers.layers_panel,
+    experts.specialization_panel,
+    experts.traffic_panel,
+    simulation.simulation_panel,
+    progress.time_panel,
+    progress.gradients_panel,
+    summary.samples_panel,
+    summary.events_panel,
 )
 
 
@@ -53,9 +55,9 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
     """
     loaded = load_runs(runs)
     names = [run.name for run in loaded]
-    overview = build_overview(loaded, panels_load.load_chart(loaded))
+    overview = build_overview(loaded, load.load_chart(loaded))
     panels = [panel for build in PANELS if (panel := build(loaded)) is not None]
-    marks = [panels_summary.event_marks(run) for run in loaded]
+    marks = [summary.event_marks(run) for run in loaded]
     text = render_page(names, overview, panels, marks)
     draft = output.with_name(f".{output.name}.{os.getpid()}")
     try:

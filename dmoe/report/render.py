@@ -43,7 +43,7 @@ def render_page(
         names: names of the runs.
         overview: the first screen.
         panels: sections in order.
-        marks: per run, the events that curves show (`panels_summary.event_marks`).
+        marks: per run, the events that curves show (`panels.summary.event_marks`).
     """
     charts = [*overview.charts, *(chart for panel in panels for chart in panel.charts)]
     data = {

@@ -13,7 +13,7 @@ from typing import Any
 
 from dmoe.config.expert_shapes import count_choices, count_zero_cost
 from dmoe.config.plugins import describe, parse
-from dmoe.config.router_kinds import router_spec
+from dmoe.config.router_kinds import WORKLOADS, router_spec
 from dmoe.config.schedule import describe_optimizer, describe_schedule
 from dmoe.config.schema import BalanceConfig, CapacityConfig, Config, MoEConfig
 from dmoe.report.format import plural
@@ -128,10 +128,9 @@ def routing_sentences(config: Config) -> list[str]:
 
 def _choice(moe: MoEConfig) -> str:
     spec = router_spec(moe.router.kind)
-    amount = ""
-    if spec.ordered_choices:
-        most = "at most " if spec.variable_k else ""
-        amount = f"{most}{moe.top_k} of {count_choices(moe):,} experts per token: "
+    most = "at most " if spec.variable_k else ""
+    amount = f"{most}{moe.top_k} of {count_choices(moe):,} experts per token: "
+    amount = amount if spec.ordered_choices else ""
     sentences = [f"Choice: {amount}{spec.choice}."]
     if details := DETAILS.get(moe.router.kind):
         sentences.append(details(moe))
@@ -165,6 +164,7 @@ DETAILS: dict[str, Callable[[MoEConfig], str]] = {
         f"{moe.top_k} distinct experts by a hash of token id and layer, always the same for the "
         "same token."
     ),
+    "workload": lambda moe: f"{moe.router.workload}, {WORKLOADS[moe.router.workload]}.",
     "expert_choice": lambda moe: (
         "An expert takes as many tokens of a group as it has slots, so every expert is full and a "
         "token may have no expert or all of them. The choice depends on later tokens of a "
@@ -214,9 +214,22 @@ def capacity_sentences(moe: MoEConfig) -> list[str]:
         return [dropless_sentence(moe)]
     evaluation = "dropless" if capacity.eval_factor is None else f"factor {capacity.eval_factor:g}"
     return [
-        f"Capacity: an expert takes at most {capacity.factor:g} times its fair share of a group; "
-        f"a group is {GROUP[capacity.group]}. In evaluation: {evaluation}.",
+        f"Capacity: {'a pool' if capacity.pool > 1 else 'an expert'} takes at most "
+        f"{capacity.factor:g} times its fair share of a group; a group is {GROUP[capacity.group]}. "
+        f"In evaluation: {evaluation}.",
+        *pool_sentences(capacity),
         *overflow_sentences(capacity),
+    ]
+
+
+def pool_sentences(capacity: CapacityConfig) -> list[str]:
+    """Describe which slots are shared; empty if none are."""
+    if capacity.pool == 1:
+        return []
+    share = "" if capacity.pool_floor == 1 else f"{capacity.pool_floor:.4g} of "
+    return [
+        f"Pools: {capacity.pool} consecutive experts share their slots of a group. An expert has "
+        f"{share}its own slots for itself, and takes what its pool leaves empty."
     ]
 
 
@@ -231,9 +244,10 @@ def overflow_sentences(capacity: CapacityConfig) -> list[str]:
     """Describe which assignments get the slots, and what happens to the others."""
     overflow = "an assignment without a slot is dropped"
     if capacity.overflow == "next_choice":
+        full = "the pool of that" if capacity.pool > 1 else "that"
         overflow = (
             "an assignment without a slot is offered once to the token's next eligible expert, and "
-            "dropped if that is full too"
+            f"dropped if {full} is full too"
         )
     weights = "divided by their sum" if capacity.renormalize else "not changed"
     return [

@@ -1,1 +1,1 @@
-"""Answers about a run before it is started: what it needs, what it takes, what it drops."""
+"""Simulation: what a config will do on ranks that are not there, by the code that would run."""

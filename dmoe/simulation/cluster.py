@@ -2,8 +2,7 @@
 
     devices: {value: 8, source: "..."}
 
-A file of your own, or the name of one that dmoe has (`clusters/`). `dmoe plan --calibrate` writes
-one for the machine at hand.
+A file of your own, or the name of one that dmoe has (`clusters/`).
 """
 
 from __future__ import annotations
@@ -57,8 +56,6 @@ class Cluster:
     """Share of the gradient sums and gathers that can be hidden behind computation."""
     error: float
     """Relative error of a predicted step time, of which the interval is made."""
-    tables: dict[str, Any] = field(default_factory=dict)
-    """Measured seconds, of `--calibrate`; see `calibrate.py`."""
     sources: dict[str, str] = field(default_factory=dict)
 
     def flops(self, dtype: str) -> float:
@@ -82,7 +79,7 @@ def load_cluster(name: str) -> Cluster:
         path = FOLDER / f"{name}.yaml"
     if not path.is_file():
         allowed = f"is neither a file nor one of {', '.join(shipped())}"
-        raise ConfigError("--cluster", name, allowed, "name one, or run dmoe plan --calibrate")
+        raise ConfigError("--cluster", name, allowed, "name one, or write one")
     try:
         content = yaml.safe_load(read_text(str(path)))
     except yaml.YAMLError as error:
@@ -100,7 +97,7 @@ def parse(content: Any, name: str) -> Cluster:
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for key, entry in content.items():
-        if key in ("name", "device", "tables"):
+        if key in ("name", "device"):
             values[key] = entry
         elif key in numbers:
             values[key], sources[key] = _number(name, key, entry)

@@ -114,7 +114,7 @@ def _exact_best(
     best, beyond = list[Estimate](), dict[Layout, int]()
     small = min((e.layout.micro_batch for e in found), default=1)
     base = {_key(e.layout): e.memory.peak for e in found if e.layout.micro_batch == small}
-    slope: dict[tuple[str, bool], float] = {}
+    slope: dict[tuple[str, str], float] = {}
     waiting = sorted(found, key=lambda e: e.time.total)
     while waiting and len(best) < SHOWN:
         chosen = list[Layout]()
@@ -136,7 +136,7 @@ def _exact_best(
     return best[:SHOWN], beyond
 
 
-def _key(layout: Layout) -> tuple[int, str, bool]:
+def _key(layout: Layout) -> tuple[int, str, str]:
     return layout.ep, layout.mode, layout.recompute
 
 
@@ -151,10 +151,10 @@ def _screen(
         micros = micro_batches(config, world)
         modes = ["ddp", "fsdp"] if world > 1 else [config.parallel.mode]
         near = max((n for n in sizes if n <= search.cluster.devices), default=sizes[0])
-        first = Layout(near, modes[-1], micros[0], True)
+        first = Layout(near, modes[-1], micros[0], "block")
         load = search.load.p99(near)
         ends = (micros[0], next((n for n in micros if n > micros[0]), micros[0]))
-        corners = [(micro, recompute) for micro in ends for recompute in (True, False)]
+        corners = [(micro, recompute) for micro in ends for recompute in ("block", "none")]
         results = dict(
             zip(
                 corners,
@@ -167,7 +167,7 @@ def _screen(
         return
     small = list[Layout]()
     for ep, mode in product(reversed(sizes), modes):
-        layout = Layout(ep, mode, micros[0], True)
+        layout = Layout(ep, mode, micros[0], "block")
         try:
             check(layout.apply(config), world)
         except ConfigError as error:
@@ -181,7 +181,7 @@ def _screen(
     search.run(*((layout, search.load.p99(layout.ep)) for layout in small))
     for layout in small:
         used, times = search.run((layout, search.load.p99(layout.ep)))[0]
-        for micro, recompute in product(dict.fromkeys(micros), (False, True)):
+        for micro, recompute in product(dict.fromkeys(micros), ("none", "block")):
             more, slower = _delta(results, ends, micro, recompute)
             expected = replace(used, peak=used.peak + more)
             yield Estimate(
@@ -194,22 +194,22 @@ def _screen(
             )
 
 
-def _at(layout: Layout, micro_batch: int, recompute: bool) -> Layout:
+def _at(layout: Layout, micro_batch: int, recompute: str) -> Layout:
     return layout._replace(micro_batch=micro_batch, recompute=recompute)
 
 
 def _delta(
-    results: dict[tuple[int, bool], tuple[Memory, StepTime]],
+    results: dict[tuple[int, str], tuple[Memory, StepTime]],
     ends: tuple[int, int],
     micro: int,
-    recompute: bool,
+    recompute: str,
 ) -> tuple[int, float]:
     """Return what micro-batch and recomputation change: bytes, and a factor of the time.
 
     The time of a step is a / micro + b: a micro-batch has a fixed cost.
     """
     small, large = ends
-    base, base_time = results[small, True]
+    base, base_time = results[small, "block"]
     used, times = results[small, recompute]
     more, seconds = used.peak - base.peak, times.total
     if micro > small:

@@ -29,13 +29,13 @@ class Layout(NamedTuple):
     ep: int
     mode: str
     micro_batch: int
-    recompute: bool
+    recompute: str
 
     def fields(self) -> str:
         """Return the layout as overrides of a config."""
         return (
             f"parallel.ep={self.ep} parallel.mode={self.mode} "
-            f"train.micro_batch={self.micro_batch} train.recompute={str(self.recompute).lower()}"
+            f"train.micro_batch={self.micro_batch} train.recompute={self.recompute}"
         )
 
     def apply(self, config: Config) -> Config:
@@ -43,7 +43,9 @@ class Layout(NamedTuple):
         return replace(
             config,
             parallel=replace(config.parallel, ep=self.ep, mode=cast(Any, self.mode)),
-            train=replace(config.train, micro_batch=self.micro_batch, recompute=self.recompute),
+            train=replace(
+                config.train, micro_batch=self.micro_batch, recompute=cast(Any, self.recompute)
+            ),
         )
 
 
@@ -150,7 +152,7 @@ def _measure(
         num_outputs=num_outputs,
         kinds=kinds,
     )
-    return memory(record), step_time(record, cluster, world, layout.ep)
+    return memory(record), step_time(record, cluster, layout.ep)
 
 
 def given_layout(config: Config, world: int) -> Layout:

@@ -7,8 +7,7 @@ A kernel takes the longer of its arithmetic and its memory traffic (the roofline
 
 A collective takes its latency plus its bytes over the slowest link that it crosses (the alpha-beta
 model, Hockney 1994). The all-to-alls of a layer are waited for; sums and gathers of parameters run
-beside the computation of the same stage, and only what is longer is added. Measured tables of a
-calibration replace the roofline (`calibrate.py`).
+beside the computation of the same stage, and only what is longer is added.
 
 Letters: n ranks of a group, g of them on each node.
 """
@@ -20,7 +19,6 @@ from collections import defaultdict
 from dataclasses import dataclass, fields
 
 from dmoe.distributed.fake_world import Collective
-from dmoe.simulation.calibration import Tables
 from dmoe.simulation.cluster import Cluster
 from dmoe.simulation.dry_run import DryRun
 from dmoe.simulation.memory import repeated
@@ -56,21 +54,20 @@ class StepTime:
         return StepTime(*(factor * getattr(self, part.name) for part in fields(self)))
 
 
-def step_time(run: DryRun, cluster: Cluster, world: int, ep: int) -> StepTime:
+def step_time(run: DryRun, cluster: Cluster, ep: int) -> StepTime:
     """Return the time of one optimizer step."""
     parts: defaultdict[str, float] = defaultdict(float)
-    tables = Tables.of(cluster, ranks=world)
     for stage, times in repeated(run):
         seconds: defaultdict[str, float] = defaultdict(float)
         for kernel, count in stage.kernels.items():
-            seconds[_part(kernel)] += count * kernel_seconds(kernel, cluster, tables)
+            seconds[_part(kernel)] += count * kernel_seconds(kernel, cluster)
         device = sum(seconds.values())
         if cluster.device == "cuda":
             launched = cluster.kernel_seconds * sum(stage.kernels.values())
             seconds["host"] = max(0.0, launched - device)
         hidden = 0.0
         for collective, count in stage.collectives.items():
-            took = count * collective_seconds(collective, run, cluster, ep, tables)
+            took = count * collective_seconds(collective, run, cluster, ep)
             if collective.name == "all_to_all":
                 seconds["exchange"] += took
             else:
@@ -90,10 +87,8 @@ def _part(kernel: Kernel) -> str:
     return "attention" if kernel.name == "attention" else "memory"
 
 
-def kernel_seconds(kernel: Kernel, cluster: Cluster, tables: Tables | None) -> float:
+def kernel_seconds(kernel: Kernel, cluster: Cluster) -> float:
     """Return the seconds of one kernel call."""
-    if tables is not None:
-        return tables.kernel(kernel)
     share = 1.0
     if kernel.name in SHARES:
         share = getattr(cluster, SHARES[kernel.name])
@@ -103,12 +98,8 @@ def kernel_seconds(kernel: Kernel, cluster: Cluster, tables: Tables | None) -> f
     return max(arithmetic, kernel.bytes / cluster.bandwidth)
 
 
-def collective_seconds(
-    collective: Collective, run: DryRun, cluster: Cluster, ep: int, tables: Tables | None
-) -> float:
+def collective_seconds(collective: Collective, run: DryRun, cluster: Cluster, ep: int) -> float:
     """Return the seconds of one collective call."""
-    if tables is not None:
-        return tables.collective(collective)
     n = collective.ranks
     if collective.group == run.group_names.get("ep"):
         g = min(ep, cluster.devices)

@@ -102,8 +102,10 @@ class Checkpointer:
         self.before_save()
         if step == self.last_saved_step:
             return
-        state = train_state(self.engine) | gather_rng_state(self.engine.mesh.control_group)
-        self.saver.save(step, state, self._extra(step))
+        extra = self._extra(step)
+        with self.engine.contiguous_experts():
+            state = train_state(self.engine) | gather_rng_state(self.engine.mesh.control_group)
+            self.saver.save(step, state, extra)
         self.last_saved_step = step
 
     def rollback(self) -> int | None:
@@ -146,6 +148,8 @@ class Checkpointer:
         rng_state, note = rng_tables(save_load.read_manifest(path), self.group)
         extra = load_training_state(self.engine, path, rng_state)
         set_rng_state(rng_state, self.group)
+        if self.engine.placement is not None:
+            self.engine.placement.load_state_dict(extra.get("placement"))
         if note:
             self.notes.append(note)
         self.step_guard.load_state_dict(extra.get("guard"))
@@ -156,7 +160,9 @@ class Checkpointer:
     def _extra(self, step: int) -> dict[str, Any]:
         """Return the JSON part of a checkpoint. Its keys are part of the file format."""
         engine, scaler = self.engine, self.engine.accelerator.scaler
+        placement = engine.placement
         return {
+            **({} if placement is None else {"placement": placement.state_dict()}),
             "step": step,
             "tokens": self.tokens,
             "config": asdict(engine.config),
@@ -187,13 +193,11 @@ def load_training_state(
     Returns:
         The checkpoint's `extra`: step, config, guard and so on.
     """
+    if engine.placement is not None:
+        engine.placement.make_contiguous()
     state, more = train_state(engine), dict(extra_tensors or {})
-    extra = save_load.load(
-        path,
-        state | more,
-        prefix=("model.", "optim.", *more),
-        group=engine.mesh.checkpoint_group,
-    )
+    prefix, group = ("model.", "optim.", *more), engine.mesh.checkpoint_group
+    extra = save_load.load(path, state | more, prefix=prefix, group=group)
     if "optim.step" in state:
         set_optimizer_step(engine.optimizer, state["optim.step"])
     scaler, scale = engine.accelerator.scaler, extra.get("scaler")
@@ -204,9 +208,9 @@ def load_training_state(
 
 def train_state(engine: Engine) -> dict[str, torch.Tensor]:
     """Return weights, buffers and optimizer state by their names in a checkpoint."""
-    return model_state(engine.model, engine.mesh) | optimizer_state(
-        engine.model, engine.optimizer, engine.mesh
-    )
+    assert engine.placement is None or engine.placement.is_contiguous, "experts are out of order"
+    model, mesh = engine.model, engine.mesh
+    return model_state(model, mesh) | optimizer_state(model, engine.optimizer, mesh)
 
 
 class CheckpointScheduler:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +26,12 @@ from dmoe.distributed.data_parallel import (
 from dmoe.distributed.expert_parallel import shard_experts
 from dmoe.distributed.init import ProcessInfo
 from dmoe.distributed.mesh import ParallelMesh, build_mesh
+from dmoe.distributed.placement.copy_cost import measure_break_even
+from dmoe.distributed.placement.moves import PeriodicPlacement
 from dmoe.models.base import Model, ModelOutput, check_own_model
+from dmoe.moe.copy_planner import CopyRule
 from dmoe.moe.rng import generator
+from dmoe.observability.profiler import DTYPES
 from dmoe.train.modular.attach import (
     attach_modules,
     initialize_modules,
@@ -61,6 +66,8 @@ class Engine:
     """Compares the ranks' all-to-alls, if `debug.collectives`."""
     own_model: str | None = None
     """Class of the user's model; None for that of the config."""
+    placement: PeriodicPlacement | None = None
+    """Moves experts; None where they stay: `parallel.placement.kind=fixed`, or EP = 1."""
 
     @property
     def wrapped_model(self) -> nn.Module:
@@ -76,6 +83,10 @@ class Engine:
     def targets_per_step(self) -> int:
         """Targets of the global batch, by which the loss is divided if all are predicted."""
         return self.config.train.global_batch * self.task.targets_per_sample
+
+    def contiguous_experts(self) -> AbstractContextManager[None]:
+        """Have all experts in contiguous runs inside, the order of a checkpoint. Collective."""
+        return nullcontext() if self.placement is None else self.placement.contiguous()
 
     def close(self) -> None:
         self.accelerator.free_memory()
@@ -111,19 +122,27 @@ def build_engine(
         else None
     )
     task = task_of(config, num_outputs)
+    placement = config.parallel.placement
+    copies = CopyRule.of(placement.copies, placement.break_even)
     own_model = None if model is None else type(model).__qualname__
     if model is None:
-        model = _build_model(task, mesh, checker, process, dtype)
+        model = _build_model(task, mesh, checker, process, dtype, copies)
     else:
         check_own_model(model, config)
-        shard_experts(model, mesh, checker)
+        shard_experts(model, mesh, checker, copies=copies)
         model.to(process.device)
+    model.offload = offloads(config, process.device)
     broadcast_weights(model, mesh)
+    if placement.copies == "auto" and placement.break_even is None:
+        recompute = config.train.recompute in ("experts", "block")
+        measure_break_even(model, mesh, DTYPES[precision], recompute)
     accelerator = make_accelerator(process, precision)
     if precision == "fp16":
         accelerator.scaler = make_grad_scaler(mesh, process.device)
     data_parallel = DATA_PARALLEL[config.parallel.mode](model, mesh, accelerator)
-    optimizer = accelerator.prepare_optimizer(build_optimizer(model, config.optim))
+    optimizer = accelerator.prepare_optimizer(
+        build_optimizer(model, config.optim, ep_rank=mesh.ep_rank, seed=config.train.seed)
+    )
     engine = Engine(
         config,
         process,
@@ -138,6 +157,9 @@ def build_engine(
         checker,
         own_model,
     )
+    periodic, layers = config.parallel.placement, model.moe_layers()
+    if periodic.kind == "periodic" and mesh.ep > 1 and layers:
+        engine.placement = PeriodicPlacement(periodic, layers, optimizer, mesh, process.host_size)
     if is_trained:
         with explain_out_of_memory(config, process.world_size, "batch"):
             _warm_up(engine)
@@ -174,13 +196,14 @@ def _build_model(
     checker: CollectiveChecker | None,
     process: ProcessInfo,
     dtype: torch.dtype,
+    copies: CopyRule | None,
 ) -> Model:
     config = task.config
     with torch.device("meta"):
         model = task.build_model(config.parallel.virtual_ranks, config.train.recompute)
         attach_modules(model, config, config.parallel.virtual_ranks)
     model = model.to(dtype)
-    shard_experts(model, mesh, checker)
+    shard_experts(model, mesh, checker, copies=copies)
     model.to_empty(device=process.device)
     model.initialize(config.train.seed)
     initialize_modules(model, config)
@@ -188,6 +211,14 @@ def _build_model(
     for layer in model.moe_layers():
         layer.pending_counts = None  # `update` in step.py moves the biases by the reduced counts
     return model
+
+
+def offloads(config: Config, device: torch.device) -> bool:
+    """Return whether blocks save for the backward in main memory. Raises ConfigError on a CPU."""
+    if config.train.offload != "none" and device.type == "cpu":
+        why = "needs a GPU: on a CPU activations are in main memory already"
+        raise ConfigError("train.offload", config.train.offload, why, "leave it out")
+    return config.train.offload == "activations"
 
 
 MIN_BF16_DIM_ON_CPU = 512

@@ -14,7 +14,8 @@ from dmoe.config.expert_shapes import GATED
 from dmoe.config.plugin_loader import construct, plugin_class
 from dmoe.config.schema import OptimConfig
 from dmoe.distributed.expert_parallel import expert_locations
-from dmoe.distributed.muon import Muon, Parts
+from dmoe.distributed.optimizers.muon import Muon, Parts
+from dmoe.distributed.optimizers.rounded_adamw import RoundedAdamW
 from dmoe.distributed.state_dict import MOMENTS
 from dmoe.hf.moefy import moefied_layers
 from dmoe.models.attention import Attention
@@ -35,7 +36,9 @@ NO_DECAY = (
 published models: their embedding, biases stacked per expert, decay rates of a state space."""
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, *, ep_rank: int = 0, seed: int = 0
+) -> torch.optim.Optimizer:
     """Build the optimizer of `optim.kind`; weight decay applies to matrices only.
 
     Without decay: vectors, norms, embeddings, routers, constant experts, scaling modules (at zero
@@ -43,6 +46,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     of a group on one device mesh, so what FSDP2 shards over different ranks is in groups of its
     own. Beside torch's keys a group has `moments`, the names of its state tensors, and `lr_scale`,
     its learning rate as a share of that of the run.
+
+    `ep_rank` and `seed` are of the rounding of `optim.moments=bf16`.
 
     Raises:
         ConfigError: a pattern of `optim.groups` that matches no parameter.
@@ -87,6 +92,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     betas = (config.beta1, config.beta2)
     if config.kind == "muon":
         return Muon(groups, config.lr, betas, config.eps, config.momentum)
+    if config.moments == "bf16":
+        return RoundedAdamW(groups, config.lr, betas, config.eps, model, ep_rank, seed)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 

@@ -104,6 +104,11 @@ class ReducedStep:
         """Mean cross-entropy in nats per target."""
         return self.loss_sum / max(1, self.num_targets)
 
+    @property
+    def kept_LE(self) -> list[list[int]]:
+        """Rows that each expert of each MoE layer computed."""
+        return [layer.kept_counts for layer in self.layers]
+
 
 def pack(
     squared_norms: Tensor, outputs: list[ModelOutput], counts: BatchCounts, requests: Requests

@@ -1,4 +1,5 @@
-"""Choices of experts of a run: recorded (`moe.replay.record`), or given (`moe.replay.from`).
+"""Choices of experts of a run: recorded (`moe.replay.record`, `tracking.trace`), or given
+(`moe.replay.from`).
 
 Recording costs one all-gather of a step's ids over all ranks per step, one read by the host, and
 the memory of a part on rank 0. Replaying reads the ids of this rank's samples from mapped files.
@@ -13,6 +14,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from dmoe.config.router_kinds import router_spec
 from dmoe.distributed.init import run_on_rank0
 from dmoe.distributed.mesh import ProcessGroupComm
 from dmoe.models.base import ModelOutput
-from dmoe.moe.routers.replayed import choices
+from dmoe.moe.routers.replayed import choices, choices_with_scores
 from dmoe.moe.routing import DispatchPlan, MetricsFn, Routing, TokenContext
 from dmoe.replay import ChoiceReader, ChoiceSpec, ChoiceWriter
 from dmoe.train.checkpointer import Checkpointer
@@ -29,6 +31,9 @@ from dmoe.train.engine import Engine
 from dmoe.train.reduction import NullStepRecorder
 from dmoe.train.step import Batch
 from dmoe.train.tasks import DataSplits
+
+TRACE = "trace"
+"""Folder of the trace in the run directory."""
 
 
 class Replay:
@@ -53,13 +58,17 @@ class Replay:
         step, checkpointer.before_save = max(0, checkpointer.last_saved_step), self.flush
         config = engine.config.moe.replay
         self.reader: ChoiceReader | None = None
-        self.writer: ChoiceWriter | None = None
-        self.records = config.record is not None
+        self.writers: list[ChoiceWriter] = []
+        self.trace = engine.config.tracking.trace
+        self.records = config.record is not None or self.trace != "off"
         if config.from_ is not None:
             self.reader = self._open_reader(Path(config.from_).expanduser(), step)
         if config.record is not None:
             folder = Path(config.record).expanduser()
             self._on_rank0(lambda: self._open_writer(folder, run, step))
+        if self.trace != "off":
+            options = {"field": "tracking.trace", "counts": self.trace == "counts"}
+            self._on_rank0(lambda: self._open_writer(run / TRACE, run, step, **options))
 
     def given(self, batches: list[Batch], step: int) -> list[Batch]:
         """Return this rank's batches of a step with their given choices, if there are any."""
@@ -72,17 +81,22 @@ class Replay:
 
     def recorder(self, recorder: NullStepRecorder) -> NullStepRecorder:
         """Return a recorder of a step that collects the choices too, if they are recorded."""
-        return ChoiceRecorder(recorder) if self.records else recorder
+        return ChoiceRecorder(recorder, self.trace == "choices") if self.records else recorder
 
     def record(self, step: int, recorder: NullStepRecorder) -> None:
         """Record the choices of a step, from its recorder. Collective if they are recorded."""
         if not isinstance(recorder, ChoiceRecorder):
             return
         expert_NLK = self._gather(recorder.choice_ATLK)
+        score_NLK = None
+        if recorder.score_ATLK is not None:
+            score_NLK = self._gather(recorder.score_ATLK).numpy()
 
         def add() -> None:
-            assert self.writer is not None
-            self.writer.add(step, expert_NLK.numpy(), self.batch_digest(step))
+            digest = self.batch_digest(step)
+            for writer in self.writers:
+                scores = score_NLK if writer.field == "tracking.trace" else None
+                writer.add(step, expert_NLK.numpy(), digest, scores)
 
         self._on_rank0(add)
 
@@ -118,11 +132,11 @@ class Replay:
         return reader
 
     def _flush(self) -> None:
-        assert self.writer is not None
-        self.writer.flush()
+        for writer in self.writers:
+            writer.flush()
 
-    def _open_writer(self, folder: Path, run: Path, step: int) -> None:
-        self.writer = ChoiceWriter(folder, self.spec(), str(run), step)
+    def _open_writer(self, folder: Path, run: Path, step: int, **options: Any) -> None:
+        self.writers.append(ChoiceWriter(folder, self.spec(), str(run), step, **options))
 
     def spec(self) -> ChoiceSpec:
         """Return what the choices of this run belong to."""
@@ -143,7 +157,7 @@ class Replay:
         return torch.from_numpy(expert_TLK).transpose(0, 1).contiguous()
 
     def _gather(self, choice_ATLK: Tensor) -> Tensor:
-        """Return the choices of the global batch in the order of its samples, int32 on the CPU."""
+        """Return the choices (or scores) of the global batch in the order of its samples, CPU."""
         if self.engine.mesh.world_size > 1:
             choice_WATLK = ProcessGroupComm(self.engine.mesh).gather(choice_ATLK)
             choice_ATLK = choice_WATLK.transpose(0, 1).flatten(0, 1)
@@ -162,16 +176,23 @@ class Replay:
 class ChoiceRecorder(NullStepRecorder):
     """Collects the choices of a step beside what another recorder collects."""
 
-    def __init__(self, inner: NullStepRecorder) -> None:
+    def __init__(self, inner: NullStepRecorder, with_scores: bool = False) -> None:
         self.inner, self.choice_ATLK = inner, torch.empty(0)
+        self.score_ATLK: Tensor | None = None
+        self.own_fn = choices_with_scores if with_scores else choices
         self.metrics_fn: MetricsFn | None = self._metrics
 
     def mark(self, phase: str) -> None:
         self.inner.mark(phase)
 
     def collect(self, outputs: Sequence[ModelOutput]) -> None:
-        steps = [[stats.metrics["choice_TK"] for stats in output.stats] for output in outputs]
-        self.choice_ATLK = torch.stack([torch.stack(layers, 1) for layers in steps])
+        def stacked(name: str) -> Tensor:
+            steps = [[stats.metrics[name] for stats in output.stats] for output in outputs]
+            return torch.stack([torch.stack(layers, 1) for layers in steps])
+
+        self.choice_ATLK = stacked("choice_TK")
+        if self.own_fn is choices_with_scores:
+            self.score_ATLK = stacked("score_TK")
         self.inner.collect(outputs)
 
     def _metrics(
@@ -179,4 +200,4 @@ class ChoiceRecorder(NullStepRecorder):
     ) -> dict[str, Tensor]:
         inner = self.inner.metrics_fn
         more = {} if inner is None else inner(routing, plan, context)
-        return more | choices(routing, plan, context)
+        return more | self.own_fn(routing, plan, context)

@@ -32,6 +32,7 @@ from dmoe.distributed.init import (
 from dmoe.distributed.rank_failure import LivenessResponder
 from dmoe.models.base import Model
 from dmoe.moe.rng import generator
+from dmoe.train.allocator import keep_freed_memory
 from dmoe.train.callbacks import Callback
 from dmoe.train.engine import Engine, build_engine
 from dmoe.train.modular.session import check_domains
@@ -101,6 +102,8 @@ def train(config: Config, config_text: str, quiet: bool = False) -> None:
     Arguments and errors as in `train_run`. Raises SystemExit with 128 + signal after a stop by that
     signal; the state is saved then.
     """
+    if config.train.device == "cpu" or not torch.cuda.is_available():
+        keep_freed_memory()
     stop_signal = train_run(config, config_text, quiet).stop_signal
     shutdown()
     if stop_signal is not None:

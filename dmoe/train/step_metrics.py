@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import islice
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from dmoe.distributed.all_to_all import CommTimer, comm_timers
 from dmoe.distributed.gradients import all_reduce_max, all_reduce_sum, squared_router_grad_norm
 from dmoe.models.base import ModelOutput
+from dmoe.moe.copy_planner import CopyTotals
 from dmoe.moe.metrics import MAXIMA, SUMS, LayerStats, router_metrics
 from dmoe.moe.placement import ExpertPlacement
 from dmoe.moe.routing import MetricsFn
@@ -64,6 +65,8 @@ class StepMetrics:
     """Peak memory in bytes, of the rank with the highest."""
     peak_flops: float
     """FLOP/s of all ranks together, as measured at the start."""
+    copies: list[CopyTotals]
+    """Of each MoE layer, summed over the ranks; empty without copies for the step."""
 
 
 class StepRecorder(NullStepRecorder):
@@ -77,7 +80,7 @@ class StepRecorder(NullStepRecorder):
         self.timer = StepTimer(engine.process.device, comm_timers(engine.model), began)
         self.timer.mark("data")
         self._sums = torch.empty(0)
-        """float64: sums and traffic of all layers, squared router gradient norm, bytes sent."""
+        """float64: sums and traffic of all layers, squared router gradient norm, bytes, copies."""
         self._maxima: list[Tensor] = []
         self._widths: list[int] = []
         """Length of each of a layer's SUMS."""
@@ -98,8 +101,8 @@ class StepRecorder(NullStepRecorder):
             torch.cat([_sum(stats, name) for name in SUMS] + [self._traffic(stats, placement)])
             for stats, placement in zip(layers, placements, strict=True)
         ]
-        scalars = [squares.view(1), torch.full_like(squares, float(sent_bytes)).view(1)]
-        self._sums = torch.cat([*sums, *scalars])
+        numbers = [float(sent_bytes), *(n for totals in self._copies for n in astuple(totals))]
+        self._sums = torch.cat([*sums, squares.view(1), squares.new_tensor(numbers)])
         self._maxima = [_maximum(stats, name) for stats in layers for name in MAXIMA]
 
     def reduce(self, peak_flops: float) -> StepMetrics:
@@ -122,7 +125,9 @@ class StepRecorder(NullStepRecorder):
             tuple(islice(maxima, NUM_BIAS_VALUES)) if self._has_bias else None
             for _ in range(num_layers)
         ]
-        squares, sent_bytes, total_flops = islice(sums, 3)
+        squares, sent_bytes = islice(sums, 2)
+        copies = [CopyTotals(*islice(sums, len(astuple(own)))) for own in self._copies]
+        total_flops = next(sums)
         mean = {phase: value / world_size for phase, value in zip(PHASES, sums, strict=True)}
         memory, slowest = maxima
         return StepMetrics(
@@ -138,6 +143,7 @@ class StepRecorder(NullStepRecorder):
             straggler=slowest / (mean["data"] + mean["forward"]),
             memory=int(memory),
             peak_flops=total_flops,
+            copies=copies,
         )
 
     def _unpack_layer(
@@ -161,6 +167,12 @@ class StepRecorder(NullStepRecorder):
         sent = kept_E.new_zeros(mesh.ep, mesh.ep)
         sent[mesh.ep_rank] = placement.sum_per_rank(kept_E)
         return sent.flatten()
+
+    @property
+    def _copies(self) -> list[CopyTotals]:
+        """Those of this rank and each MoE layer; none without copies for the step."""
+        has_copies = self.engine.config.parallel.placement.copies != 0
+        return [timer.copies for timer in self.timer.comm_timers] if has_copies else []
 
     @property
     def _has_bias(self) -> bool:

@@ -72,7 +72,7 @@ class Task(Protocol):
     streams: tuple[str, ...]
     """Parts of a sample that may be missing; empty if none may."""
 
-    def build_model(self, virtual_ranks: int = 1, recompute: bool = False) -> Model:
+    def build_model(self, virtual_ranks: int = 1, recompute: str = "none") -> Model:
         """Build the model with the weights of seed 0, or without under `torch.device("meta")`."""
         ...
 
@@ -136,7 +136,7 @@ class LanguageModelling:
             open_tokenizer(config.data).vocab_size if num_outputs is None else num_outputs
         )
 
-    def build_model(self, virtual_ranks: int = 1, recompute: bool = False) -> Model:
+    def build_model(self, virtual_ranks: int = 1, recompute: str = "none") -> Model:
         if self.config.model.source is not None:
             from dmoe.hf.model import PublishedModel
 
@@ -222,7 +222,7 @@ class Classification:
         self.widths = stream_widths(config.data)
         self.streams = tuple(self.widths) if len(self.widths) > 1 else ()
 
-    def build_model(self, virtual_ranks: int = 1, recompute: bool = False) -> Model:
+    def build_model(self, virtual_ranks: int = 1, recompute: str = "none") -> Model:
         model, moe = self.config.model, self.config.moe
         return Classifier(
             model,

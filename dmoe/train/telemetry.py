@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 from dmoe.config.router_kinds import router_spec
 from dmoe.config.schema import TrainConfig
 from dmoe.moe.base_layer import MoELayer
+from dmoe.moe.copy_planner import CopyTotals
 from dmoe.moe.load_balancing import coefficients
+from dmoe.moe.placement_plan import max_over_mean
 from dmoe.observability.alerts import Alerts
 from dmoe.observability.profiler import measure_peak_flops
 from dmoe.train.engine import Engine
@@ -119,7 +122,10 @@ def train_metrics(result: StepResult, metrics: StepMetrics, engine: Engine) -> d
     choices = sum(sum(layer.choice_counts) for layer in totals.layers)
     kept = sum(sum(layer.kept_counts) for layer in totals.layers)
     names = list(totals.layers[0].aux) if layers else []
-    imbalances = (layer.load_max_over_mean for layer in totals.layers)
+    largest = max((layer.load_max_over_mean for layer in totals.layers), default=1.0)
+    moved = {} if engine.placement is None else engine.placement.take_metrics()
+    if engine.mesh.ep > 1 and layers:
+        moved["rank_max_over_mean"] = max(layer["rank_max_over_mean"] for layer in layers)
     return basic_metrics(result, engine) | {
         "aux": {
             name: statistics.fmean(layer.aux[name] for layer in totals.layers) for name in names
@@ -129,13 +135,33 @@ def train_metrics(result: StepResult, metrics: StepMetrics, engine: Engine) -> d
         },
         **_grad_norms(result, metrics),
         "drop_rate": 1.0 - kept / choices if choices else 0.0,
-        "load_max_over_mean": max(imbalances, default=1.0),
+        "load_max_over_mean": largest,
+        "max_vio": largest - 1,
+        **moved,
         "step_time": metrics.seconds,
         "bytes_exchanged": metrics.all_to_all_bytes,
         "straggler": metrics.straggler,
         "memory": metrics.memory,
+        **_copy_metrics(metrics.copies),
         "layers": layers,
         **module_metrics(engine.model, totals),
+    }
+
+
+def _copy_metrics(layers: list[CopyTotals]) -> dict[str, float]:
+    """Return what copies for the step did, over all layers; empty without them.
+
+    `rank_imbalance` is max/mean of the rows over the ranks of an EP group, `rank_imbalance_fixed`
+    the same if nothing were copied: the compute that copies save is the difference.
+    """
+    if not layers:
+        return {}
+    copies, size, fixed, rows, even = (sum(n) for n in zip(*map(astuple, layers), strict=True))
+    return {
+        "copies": int(copies),
+        "copy_bytes": int(size),
+        "rank_imbalance": rows / even if even else 1.0,
+        "rank_imbalance_fixed": fixed / even if even else 1.0,
     }
 
 
@@ -171,7 +197,9 @@ def _layer_metrics(
         "load": load,
         "kept": kept,
         "load_by_rank": [sum(load[expert] for expert in ids) for ids in moe.placement.experts],
+        "rank_max_over_mean": max_over_mean(kept, moe.placement),
         "load_max_over_mean": layer.load_max_over_mean,
+        "max_vio": layer.load_max_over_mean - 1,
         "load_cv": statistics.pstdev(load) / mean if mean else 0.0,
         "dead_experts": load.count(0),
         "drop_rate": layer.drop_rate,
@@ -182,6 +210,8 @@ def _layer_metrics(
         "cost_share": cost / tokens,
         "traffic": metrics.traffic,
     }
+    if config.capacity.pool > 1:
+        values |= _metrics_by_pool(layer, config.capacity.pool)
     if router.ordered_choices:
         values |= _metrics_by_choice(metrics.sums)
     if router.learned:
@@ -189,6 +219,25 @@ def _layer_metrics(
     if metrics.bias is not None:
         values |= dict(zip(("bias_min", "bias_max", "bias_drift"), metrics.bias, strict=True))
     return values
+
+
+def _metrics_by_pool(layer: LayerTotals, pool: int) -> dict[str, Any]:
+    """Return for each pool the share of its slots that is used, and choices minus computed rows.
+
+    The latter are its drops; with `next_choice`, less what other pools' drops brought.
+    """
+    computed = range(0, len(layer.kept_counts) - layer.num_zero_cost, pool)
+    kept, made = (
+        [sum(counts[first : first + pool]) for first in computed]
+        for counts in (layer.kept_counts, layer.choice_counts)
+    )
+    used = [_ratio(rows * len(kept), layer.slots) for rows in kept]
+    return {
+        "slots_used_by_pool": used,
+        "dropped_by_pool": [a - b for a, b in zip(made, kept, strict=True)],
+        "fullest_pool": max(used),
+        "emptiest_pool": min(used),
+    }
 
 
 def _metrics_by_choice(sums: dict[str, list[float]]) -> dict[str, list[float]]:

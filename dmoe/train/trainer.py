@@ -105,7 +105,6 @@ class Trainer:
             self.logger.print,
             exclude=self._exclude,
         )
-        self.step_began = self.interval_began = time.monotonic()  # the step, the logged interval
         self.interval_start_tokens = self.checkpointer.tokens
 
     def run(self) -> None:
@@ -114,7 +113,7 @@ class Trainer:
             self.logger, self.engine, self.data, self.session, self.checkpointer, self.modular
         )
         self.signals.install_handlers()
-        self.step_began = self.interval_began = time.monotonic()
+        self.step_began = self.interval_began = time.monotonic()  # the step, the logged interval
         try:
             self._train()
             self.logger.write_report(self.steps_done)
@@ -169,9 +168,8 @@ class Trainer:
         step, engine = self.steps_done, self.engine
         batches = self.replay.given(training_batches(self.data.train, engine, step), step)
         lr = learning_rate(step, self.config.steps, engine.config.optim)
-        recorder = self.replay.recorder(
-            self.telemetry.recorder_of(step + 1, self.start_step, self.step_began)
-        )
+        recorder = self.telemetry.recorder_of(step + 1, self.start_step, self.step_began)
+        recorder = self.replay.recorder(recorder)
         with self.watchdog.watch(f"step {step + 1}"):
             totals = compute_gradients(
                 engine,
@@ -186,17 +184,19 @@ class Trainer:
         self.steps_done = step + 1
         self.checkpointer.tokens += totals.num_tokens
         self._after_first_step(step, result)
-        rolled_back = health is not StepHealth.GOOD and self._handle_bad_step(
-            step, health, action, result
-        )
+        is_bad, last = health is not StepHealth.GOOD, self.steps_done == self.config.steps
+        rolled_back = is_bad and self._handle_bad_step(step, health, action, result)
         if not rolled_back:
             self.callbacks.end_step(self.steps_done, self._log(result, lr))
+            if engine.placement is not None and result.updated:
+                with self.watchdog.watch(f"the move of experts after step {self.steps_done}"):
+                    engine.placement.after_step(self.steps_done, totals.kept_LE, last=last)
             began = time.monotonic()
             self.checkpoint_scheduler.after_step(
                 self.steps_done,
                 totals.requests,
                 last_step_good=self.step_guard.bad_steps == 0,
-                last=self.steps_done == self.config.steps,
+                last=last,
             )
             if totals.requests.save:
                 self.signals.clear_save_request()

@@ -16,7 +16,9 @@ from dmoe.moe.routing import DispatchPlan, Routing
 
 
 def as_array(value: Tensor) -> NDArray[Any]:
-    """Copy a tensor of any device to the host."""
+    """Copy a tensor of any device to the host; bfloat16 as float32."""
+    # numpy has no bfloat16
+    value = value.float() if value.dtype == torch.bfloat16 else value
     array: NDArray[Any] = value.detach().cpu().numpy().copy()
     return array
 

@@ -30,6 +30,8 @@ from dmoe.config.schedule import learning_rate
 from dmoe.distributed.expert_parallel import expert_buffers, expert_locations, expert_parameters
 from dmoe.distributed.full_tensors import broadcast_expert, gather_full
 from dmoe.models import fusion
+from dmoe.moe.base_layer import MoELayer
+from dmoe.moe.placement import ExpertPlacement
 from dmoe.moe.rng import keyed_noise
 from dmoe.moe.routers import base as router_base
 from dmoe.moe.routers import noisy as router_noisy
@@ -115,6 +117,7 @@ def capture(engine: Engine, *, decisions: bool = False) -> Capture:
         found |= {f"gradient/{step}/{name}": array for name, array in _gradients(engine).items()}
         rate = learning_rate(step, steps, optim)
         updated = update(engine, totals, rate)
+        _move(engine, step, totals)
         numbers = {
             "loss": totals.loss_sum,
             "norm": updated.grad_norm,
@@ -153,6 +156,8 @@ def low_precision_state(engine: Engine) -> list[str]:
     state |= {n: b for n, b in engine.model.named_buffers() if n.endswith("bias_E")}
     for name, parameter in engine.model.named_parameters():
         moments = engine.optimizer.state.get(parameter, {})
+        if engine.config.optim.moments == "bf16":
+            moments = {}
         state |= {f"{m} of {name}": value for m, value in moments.items()}
     return [name for name, value in state.items() if value.dtype != torch.float32]
 
@@ -195,7 +200,7 @@ def state_arrays(engine: Engine) -> Capture:
         held = {n: loc for n, loc in locations.items() if n.rpartition(".experts.")[0] in layers}
         arrays |= {
             f"{moment}.{name}": as_array(v)
-            for name, v in gather_full(values, experts, mesh, held).items()
+            for name, v in _in_order(gather_full(values, experts, mesh, held), engine).items()
         }
     buffers = gather_full(dict(engine.model.named_buffers()), expert_buffers(engine.model), mesh)
     steps = {
@@ -233,6 +238,32 @@ def _gradients(engine: Engine) -> Capture:
 
 
 def _gathered(values: Mapping[str, Tensor], engine: Engine) -> dict[str, Tensor]:
-    return gather_full(
-        values, set(expert_parameters(engine.model)), engine.mesh, expert_locations(engine.model)
-    )
+    experts, locations = set(expert_parameters(engine.model)), expert_locations(engine.model)
+    return _in_order(gather_full(values, experts, engine.mesh, locations), engine)
+
+
+def _in_order(full: dict[str, Tensor], engine: Engine) -> dict[str, Tensor]:
+    """Return gathered tensors with the experts of those that move by their global ids."""
+    if engine.placement is None:
+        return full
+    stacks = set(expert_parameters(engine.model))
+    for path, layer in engine.model.named_modules():
+        if isinstance(layer, MoELayer):
+            ids = list(layer.placement.physical_ids.values)
+            names = [n for n in stacks & full.keys() if n.startswith(f"{path}.")]
+            full |= {n: full[n][ids] for n in names if len(full[n]) == len(ids)}
+    return full
+
+
+def _move(engine: Engine, step: int, totals: ReducedStep) -> None:
+    """Move every expert by one place, whatever its load, if the config lets them move at all."""
+    if engine.placement is not None:
+        engine.placement.plan = _next_places
+        engine.placement.after_step(step + 1, totals.kept_LE, last=False)
+
+
+def _next_places(rows_E: object, placement: ExpertPlacement) -> ExpertPlacement:
+    """Shift the experts by one physical id: one of each rank moves to the next rank."""
+    first, *others = [expert for own in placement.experts for expert in own]
+    shifted = iter([*others, first])
+    return ExpertPlacement(tuple(tuple(next(shifted) for _ in own) for own in placement.experts))

@@ -63,8 +63,7 @@ class Case:
             return f"1 process, naive layer{' with tied scores' if self.tied else ''}"
         ranks = "1 process" if self.world == 1 else f"{self.world} ranks EP={self.ep}"
         special = " recompute" if self.recompute else " tied scores" if self.tied else ""
-        place = " on cuda" if self.cuda else ""
-        return f"{ranks} {self.exchange} {self.mode}{special}{place}"
+        return f"{ranks} {self.exchange} {self.mode}{special}{' on cuda' if self.cuda else ''}"
 
     @property
     def device(self) -> str:
@@ -72,6 +71,9 @@ class Case:
 
     def config(self, base: Config) -> Config:
         """Return `base` with this case's settings."""
+        train = base.train
+        if self.recompute or train.recompute == "block":
+            train = replace(train, recompute="block" if self.recompute else "none")
         return replace(
             base,
             parallel=replace(
@@ -82,9 +84,7 @@ class Case:
                 backend="nccl" if self.cuda else "gloo",
             ),
             moe=replace(base.moe, exchange=self.exchange),
-            train=replace(
-                base.train, recompute=self.recompute, device="cuda" if self.cuda else "cpu"
-            ),
+            train=replace(train, device="cuda" if self.cuda else "cpu"),
         )
 
 
@@ -170,8 +170,12 @@ def _can_shard(config: Config, ep: int) -> bool:
 def prepare(config: Config, groups: int) -> Config:
     """Return `config` with synthetic data, three accumulation steps of small batches, and float32.
 
-    The model is not changed. One accumulation step has two sequences per token group.
+    The model is not changed. One accumulation step has two sequences per token group. If experts
+    move, they do so after every step.
     """
+    placement = config.parallel.placement
+    if placement.kind == "periodic":
+        placement = replace(placement, every=1)
     return replace(
         config,
         data=_data(config),
@@ -186,7 +190,7 @@ def prepare(config: Config, groups: int) -> Config:
             eval_sequences=MICRO_BATCH * groups + 1,  # so that the second batch has padding
         ),
         optim=replace(config.optim, warmup=0),
-        parallel=replace(config.parallel, backend="gloo"),
+        parallel=replace(config.parallel, backend="gloo", placement=placement),
     )
 
 

@@ -217,7 +217,7 @@ def _parameters(difference: Difference, case: Case) -> str:
     if ".experts." in difference.where:
         return (
             "experts diverge although their gradients agree: they are updated as replicas, or "
-            "clipped differently"
+            "clipped differently, or a matrix of an expert stayed when it moved"
         )
     return "the optimizer step differs although gradients, norm and clip agree"
 
@@ -278,7 +278,7 @@ _CAUSES: dict[str, str | Callable[[Difference, Case], str]] = {
     ),
     "moments": (
         "Adam's decay rates, or moments of gradients before clipping, of another parameter, or "
-        "skipped for some"
+        "skipped for some, or left behind when an expert moved"
     ),
     "parameters after two steps": _parameters,
     "evaluation": (

@@ -190,7 +190,7 @@ def compute_in_float64(model: Model) -> None:
     """Run the model with `float32_is_float64`, if it is a published one of float64."""
     if not isinstance(model, PublishedModel) or model.embedding.weight.dtype != torch.float64:
         return
-    if model.recompute:
+    if model.recompute == "block":
         contexts = {"context_fn": lambda: (float32_is_float64(), float32_is_float64())}
         with quiet():
             model.hf.gradient_checkpointing_enable(REENTRANT_FREE | contexts)

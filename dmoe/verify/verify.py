@@ -200,13 +200,9 @@ def _compare_checkpoints(
     """
     quantity = "checkpoint written here, read by 1"
     try:
-        save_load.save(
-            job.folder / str(index),
-            1,
-            checkpointer.train_state(engine),
-            {},
-            group=engine.mesh.control_group,
-        )
+        folder, group = job.folder / str(index), engine.mesh.control_group
+        with engine.contiguous_experts():
+            save_load.save(folder, 1, checkpointer.train_state(engine), {}, group=group)
         if engine.process.is_main:
             save_file(final_state(actual), job.folder / f"{index}.safetensors")
         quantity = "checkpoint written by 1, read here"

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from dmoe.checkpoint import read_manifest, save
-from dmoe.cli.checkpoint_info import (
+from dmoe.cli.checkpoint.info import (
     find_checkpoints,
     inspect_checkpoint,
     newest_intact,

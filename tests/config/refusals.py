@@ -19,6 +19,7 @@ MACROS = {
     "@expert_choice": "moe.router.kind=expert_choice moe.router.allow_future_leak=true",
     "@adaptive": "moe.router.kind=adaptive moe.router.renormalize=false",
     "@groups": "moe.router.kind=group_limited moe.router.groups=4",
+    "@workload": "moe.router.kind=workload moe.router.workload=W2",
     "@soft": "moe.router.kind=soft moe.top_k=8",
     "@shapes": "moe.experts.shapes=[[],[50],[64,32]] moe.num_experts=3",
     "@next": "moe.capacity.overflow=next_choice moe.capacity.factor=1.0",
@@ -53,6 +54,22 @@ TABLE = r"""
     @budget moe.router.budget=0.01
     | moe.router.budget | less than the cheapest expert costs, 0.0676
 
+# forced routing
+@workload moe.router.workload=W8 | moe.router.workload | W8
+@workload moe.router.ranks=3
+    | moe.router.ranks | moe.router.ranks=3: must divide moe.num_experts=8 for W2
+@workload moe.router.hot=5 | moe.router.hot | moe.router.hot=5.0: must be at most 4
+@workload moe.router.workload=W5 moe.router.ranks=2 moe.top_k=5 | moe.top_k | must be at most 4
+moe.router.hot=2 | moe.router.hot | has no meaning for moe.router.kind=top_k
+@workload moe.balance.bias=0.1 | moe.balance.bias | moves choices by score
+@workload moe.router.jitter=0.1 | moe.router.jitter | has no meaning
+
+# a trace
+tracking.trace=all | tracking.trace | all
+tracking.trace=counts model.moe_every=0 | tracking.trace | needs a model with MoE layers
+tracking.trace=choices @soft | tracking.trace | moe.router.kind=soft makes none
+@table tracking.trace=counts | tracking.trace | has no meaning for train.task=classification
+
 # a language model reads none of it
 model.fusion=gated | model.fusion | has no meaning for train.task=language_modelling
 model.head=experts | model.head | has no meaning
@@ -68,6 +85,26 @@ model.layers=1000000 | model.layers | model.layers=1000000: must be at most 1000
 moe.num_experts=100000000 | moe.num_experts | moe.num_experts=100000000: must be at most
 parallel.ep=10000000000 | parallel.ep | parallel.ep=10000000000: must be at most
 train.steps=1000000000000000 | train.steps | train.steps=1000000000000000: must be at most
+parallel.placement.every=5 | parallel.placement.every | has no meaning
+parallel.placement.from=last | parallel.placement.from | has no meaning
+parallel.placement.kind=periodic parallel.placement.every=0
+    | parallel.placement.every | must be 1 or more
+@shapes parallel.placement.kind=periodic
+    | parallel.placement.kind | periodic & experts of one shape only & use fixed
+model.moe_every=0 parallel.placement.kind=periodic
+    | parallel.placement.kind | needs a model with MoE layers
+modular.bank=low_rank parallel.placement.kind=periodic
+    | parallel.placement.kind | not the modules of bank=low_rank
+parallel.placement.copies=some | parallel.placement.copies | must be auto or a number & copies=auto
+parallel.placement.copies=-1 | parallel.placement.copies | must not be negative
+parallel.placement.break_even=9 | parallel.placement.break_even | has no meaning
+@shapes parallel.placement.copies=2 | parallel.placement.copies | one shape only & use 0
+modular.bank=low_rank parallel.placement.copies=2
+    | parallel.placement.copies | not the modules of bank=low_rank
+moe.exchange=padded moe.capacity.factor=1 parallel.placement.copies=auto
+    | parallel.placement.copies | saves nothing with moe.exchange=padded & use packed
+moe.experts.kind=own.py:Mine parallel.placement.copies=2
+    | parallel.placement.copies | needs dmoe's own experts, not own.py:Mine
 parallel.timeout=1e300 | parallel.timeout | parallel.timeout=1e+300: must be at most
 model.dim=1048576 moe.num_experts=65536 moe.expert_dim=1048576
     | moe.num_experts | moe.num_experts=65536: gives
@@ -125,6 +162,9 @@ moe.num_experts=3 moe.experts.shapes=[[],[0],[5]] | moe.experts.shapes | from 1 
 moe.num_experts=3 moe.experts.shapes=[[],5,[5]] | moe.experts.shapes | lists of whole numbers
 moe.num_experts=3 moe.experts.shapes=[[],[1.5],[5]] | moe.experts.shapes | lists of whole numbers
 @shapes model.dense_first=1 | model.dense_dim | dense blocks
+@shapes train.recompute=activation | train.recompute | of one shape & use experts or block
+@shapes optim.moments=bf16 | optim.moments | does not work with moe.experts.shapes & use fp32
+optim.kind=muon optim.moments=bf16 | optim.moments | only for adamw
 @shapes parallel.ep=2 | parallel.ep | needs 2 ranks & this is one process & --ranks 2
 moe.experts.zero=-1 | moe.experts.zero | must not be negative
 moe.experts.copy=1 @next | moe.capacity.overflow | no queue

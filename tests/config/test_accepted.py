@@ -37,6 +37,7 @@ ROUTERS = {
     "fixed": [KIND + "fixed"],
     "fixed with one": [KIND + "fixed", "moe.top_k=1"],
     "hash": [KIND + "hash", "moe.top_k=1"],
+    "workload": [KIND + "workload", "moe.router.workload=W2", "moe.router.hot=4", "moe.top_k=1"],
     "soft": [KIND + "soft", "moe.top_k=8", "moe.capacity.factor=1.0", "moe.exchange=padded"],
     "expert_choice": [
         KIND + "expert_choice",

@@ -12,6 +12,7 @@ from dmoe.config.errors import ConfigError
 from dmoe.config.field_aliases import ALIASES
 from dmoe.config.fields import list_fields
 from dmoe.config.load import load, load_text
+from dmoe.config.schema import TrainConfig
 
 FIELDS = {field.name for field in list_fields()}
 
@@ -46,3 +47,12 @@ def test_a_word_is_a_list_of_one() -> None:
     assert load_text("tracking: {trackers: tensorboard}", "x").tracking.trackers == ["tensorboard"]
     with pytest.raises(ConfigError, match=r"tracking\.trackers"):
         load(None, ["tracking.trackers={a: b}"])
+
+
+@pytest.mark.parametrize(("old", "new"), [("true", "block"), ("no", "none")])
+def test_an_old_value_of_a_field_is_still_taken(old: str, new: str) -> None:
+    assert load(None, [f"train.recompute={old}"]).train.recompute == new
+    assert load_text(f"train: {{recompute: {old}}}", "x").train.recompute == new
+    assert TrainConfig(recompute=new == "block").recompute == new  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="none or activation or experts or block"):
+        load(None, ["train.recompute=all"])

@@ -101,7 +101,7 @@ def test_other_errors_are_left_alone(error: Exception) -> None:
     [
         ("batch", [], "train.global_batch=8", "use train.micro_batch=4 or less"),
         ("batch", ["train.micro_batch=4"], "train.micro_batch=4", "use train.micro_batch=2 or"),
-        ("batch", ["train.micro_batch=1"], "train.recompute=false", "use train.recompute=true"),
+        ("batch", ["train.micro_batch=1"], "train.recompute=none", "use train.recompute=block"),
         (
             "batch",
             ["train.micro_batch=1", "train.recompute=true"],
@@ -170,5 +170,4 @@ def test_the_bound_of_activations_is_below_what_backward_keeps(more: list[str]) 
         output = model(token_BS, token_BS)
     assert output.loss_sum is not None
     kept = sum(t.untyped_storage().nbytes() for p, t in saved.items() if p not in parameters)
-    at_once = kept + 4 * token_BS.numel() * VOCAB  # the gradient of the logits
-    assert 0.2 * at_once < 4 * least_activations(config) <= at_once
+    assert 0.15 * kept < 4 * least_activations(config) <= kept

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmoe import MoE
+from dmoe.bench.measure import KernelCounter
 from dmoe.config.schema import CapacityConfig, ExpertsConfig, RouterConfig
 from dmoe.distributed.expert_parallel import shard_experts
 from dmoe.distributed.mesh import build_mesh
@@ -59,7 +59,9 @@ def test_a_layer_on_the_branch_of_cuda_computes_what_it_computes_on_the_cpu(
         assert layer.router.weight.grad.abs().sum() > 0
         results.append([output.y, x.grad, *(p.grad for p in layer.parameters())])
     for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        # the CPU takes the weights' gradient from hidden rows, in another order of sums
+        atol = 1e-5 * max(1.0, float(expected.detach().abs().max()))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.usefixtures("cuda_branch")
@@ -125,36 +127,13 @@ def test_until_top_p_selects_what_a_running_sum_selects(dtype: torch.dtype) -> N
     assert torch.equal(until_top_p(probability_TK, 0.6, 2), expected_TK)
 
 
-NO_KERNEL = {
-    *("view", "_unsafe_view", "t", "transpose", "slice", "select", "expand", "unsqueeze"),
-    *("squeeze", "alias", "detach", "split", "split_with_sizes", "chunk", "as_strided", "permute"),
-    *("unbind", "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"),
-    *("_reshape_alias", "diagonal", "is_same_size", "lift_fresh", "reshape"),
-}
-"""Operators that only make a view or allocate."""
-
-
-class CountedKernels(TorchDispatchMode):
-    """Counts the operators that launch a kernel on a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        self.count += function.overloadpacket.__name__ not in NO_KERNEL
-        return function(*args, **(kwargs or {}))
-
-
 LAUNCHES = {
     # exchange, EP size: forward, backward. In the backward four leave dropped tokens out of the
-    # router's gradient (moe.routing.RowProduct). Collectives count as one.
-    ("packed", 1): (72, 71),
-    ("padded", 1): (142, 75),
-    ("packed", 8): (88, 75),
-    ("padded", 8): (146, 79),
+    # router's gradient (moe.routers.projection.RowProduct). Collectives count as one.
+    ("packed", 1): (43, 54),
+    ("padded", 1): (109, 62),
+    ("packed", 8): (61, 60),
+    ("padded", 8): (115, 68),
 }
 
 
@@ -172,10 +151,10 @@ def test_a_layer_launches_no_more_kernels_than_it_did(
             shard_experts(layer, build_mesh(ep, torch.device("meta")))
         x = torch.empty(1, 512, 64, dtype=torch.bfloat16, requires_grad=True)
         layer(x)  # the first one compares what the ranks pass
-        with CountedKernels() as forward:
+        with KernelCounter() as forward:
             output = layer(x)
         loss = output.y.sum() + sum(output.aux.values())
-        with CountedKernels() as backward:
+        with KernelCounter() as backward:
             loss.backward()
     most_forward, most_backward = LAUNCHES[exchange, ep]
     assert forward.count <= most_forward

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dmoe.bench.measure import saved_bytes
 from dmoe.config.schema import BalanceConfig, CapacityConfig
 from dmoe.distributed.expert_parallel import shard_experts
 from dmoe.distributed.mesh import build_mesh
@@ -50,7 +51,12 @@ def counted(counter: Counter[str], name: str, function: Callable[..., Any]) -> C
 
 
 def costs(
-    rank: int, world: int, exchange: str, factor: float | None, level: str
+    rank: int,
+    world: int,
+    exchange: str,
+    factor: float | None,
+    level: str,
+    limits: dict[str, Any] | None = None,
 ) -> list[tuple[int, int]]:
     """Count (collectives, host reads) of one layer's forward and of its backward."""
     torch.manual_seed(rank)
@@ -60,7 +66,7 @@ def costs(
         8,
         2,
         exchange=exchange,
-        capacity=CapacityConfig(factor=factor),
+        capacity=CapacityConfig(factor=factor, **limits or {}),
         balance=BalanceConfig(switch_level=level),
     )
     shard_experts(layer, build_mesh(world, torch.device("cpu")))
@@ -95,6 +101,18 @@ def test_collectives_and_host_reads_of_a_layer(
     """Packed: 3 + 2, one host read; padded: 2 + 2, none; global balance: 1 all-reduce more."""
     for rank in run_ranks(2, costs, exchange, factor, level):
         assert rank == expected
+
+
+def test_saved_bytes_of_a_layer_on_one_process() -> None:
+    """Tokens, hidden rows, and what routing keeps: neither rows nor outputs of experts."""
+    tokens, dim, hidden, experts, top_k = 512, 32, 16, 8, 4
+    layer = MoE(dim, hidden, experts, top_k)
+    x = torch.randn(1, tokens, dim, requires_grad=True)
+    saved = saved_bytes(lambda: layer(x)) / tokens
+    # logits, scores and the order of the experts; weights, before and after they are renormalized
+    routing = experts * (4 + 4 + 8) + top_k * (4 + 4) + 3 * 4
+    needed = 4 * (dim + 2 * hidden * top_k)
+    assert needed <= saved <= needed + routing
 
 
 def padded_on_meta(

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dmoe.checkpoint import save_load
-from dmoe.cli.checkpoint_info import inspect_checkpoint
+from dmoe.cli.checkpoint.info import inspect_checkpoint
 from dmoe.config.errors import ConfigError
 from dmoe.config.rules import expert_parallel
 from dmoe.config.schema import CapacityConfig, Config, ExpertsConfig, RouterConfig

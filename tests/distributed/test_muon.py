@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dmoe.config.schedule import learning_rate
 from dmoe.config.schema import Config
-from dmoe.distributed import muon
 from dmoe.distributed.init import init_distributed
+from dmoe.distributed.optimizers import muon
 from dmoe.runs.directory import RunDir
 from dmoe.train.checkpointer import Checkpointer
 from dmoe.train.engine import Engine, build_engine

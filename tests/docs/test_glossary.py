@@ -16,7 +16,7 @@ from tests.house import sources
 GLOSSARY = ROOT / "docs" / "glossary.md"
 ENTRY = re.compile(r"^\| ([^|]+) \| ([^|]+) \| `([^`|]+)` \|$", re.M)
 ENTRIES = ENTRY.findall(GLOSSARY.read_text(encoding="utf-8"))
-MAX_ENTRIES = 60
+MAX_ENTRIES = 62
 BANNED = re.findall(
     r"\w+",
     "abandon alone as_many bent calm choir complain dear everybody fly glyph hear heard home homes "
@@ -112,6 +112,6 @@ def test_no_banned_word_names_anything(word: str) -> None:
 
 
 def test_a_banned_word_inside_a_name_is_found() -> None:
-    tree = ast.parse("class RollCall:\n    def at_home(self, journey): ...")
+    tree = ast.parse("class RollCall:\n    def contiguous(self, journey): ...")
     names = [words_of(name) for name in defined_names(tree)]
     assert names == ["_roll_call_", "_at_home_", "_self_", "_journey_"]

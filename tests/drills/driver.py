@@ -15,6 +15,8 @@ Actions:
 Points:
     step            after backward, before the reduction; for nan, inf, spike: in the forward
     exchange        first dispatch of tokens in a step, in MoE layer 0; for skip
+    move            in the middle of a move of experts: their tensors are at the new places, and
+                    tokens are still sent to the old ones
     shard           in the middle of this rank's shard file: half of it is written
     fsync           before the os.fsync number `call` (from 0) of the save of `step`
     before-rename   before, after-rename: after the rename that creates the checkpoint of `step`
@@ -104,10 +106,13 @@ class FaultInjector:
     def install(self) -> None:
         """Replace the functions."""
         from dmoe.distributed.all_to_all import ExpertGroup
+        from dmoe.distributed.placement import moves as expert_moves
         from dmoe.train import step as steps
         from dmoe.train import trainer
 
         self._wrap(trainer, "training_batches", before=self._at_batches)
+        move_layer = self._after(expert_moves._move_layer, lambda: self._reach("move"))
+        expert_moves._move_layer = move_layer  # type: ignore[assignment]
         steps.squared_grad_norms = self._after(  # type: ignore[attr-defined]
             steps.squared_grad_norms, lambda: self._reach("step")
         )

@@ -1,4 +1,4 @@
-"""Drill 35: the link between two hosts is cut in the middle of a step.
+"""Two hosts: they train like one, and drill 35: the link is cut in the middle of a step.
 
 The hosts are two network namespaces with a veth pair between them, each with a launcher and a rank:
 
@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -25,6 +26,15 @@ from tests.drills.jobs import Job, events, finish, job, processes_of, wait_until
 
 pytestmark = pytest.mark.drills
 
+ROOT = Path(__file__).parents[2]
+CONFIG = "configs/quickstart.yaml"
+SMALL = [
+    "train.steps=3",
+    "train.log_every=1",
+    "model.dim=32",
+    "model.layers=2",
+    "data.source=stdlib",
+]
 TIMEOUT = 6
 """`parallel.timeout` in seconds."""
 
@@ -175,3 +185,45 @@ def test_the_link_is_cut_in_a_step_and_restored(
     assert [line["resumed_from"] for line in events(run, "restart")] == [10]
     two_ranks.assert_equals(run)
     assert processes_of(run) == []
+
+
+def test_two_hosts_train_bit_for_bit_like_one(tmp_path: Path, hosts: Hosts) -> None:
+    """Four ranks, EP groups of two: inside a host, and over two hosts with EP of four.
+
+    `launch/multi_node.sh` starts them; `dmoe doctor` under the same launcher finds both hosts.
+    """
+    script = str(ROOT / "launch" / "multi_node.sh")
+    for ep in (2, 4):
+        settings = [*SMALL, f"parallel.ep={ep}"]
+        alone, apart = tmp_path / f"one{ep}", tmp_path / f"two{ep}"
+        one = [sys.executable, "-m", "dmoe", "train", CONFIG, *settings, "--ranks", "4"]
+        subprocess.run([*one, f"train.run_dir={alone}"], cwd=ROOT, check=True, timeout=180)
+        nodes = [
+            subprocess.Popen(
+                ["ip", "netns", "exec", name, "bash", script, CONFIG, *settings],
+                cwd=ROOT,
+                env=os.environ
+                | {
+                    "NNODES": "2",
+                    "NODE_RANK": str(host),
+                    "MASTER_ADDR": hosts.address(0),
+                    "LOCAL_ADDR": hosts.address(host),
+                    "RANKS_PER_NODE": "2",
+                    "RUN_DIR": str(apart),
+                    "MAX_RESTARTS": "0",
+                    "GLOO_SOCKET_IFNAME": hosts.interfaces[host],
+                },
+            )
+            for host, name in enumerate(hosts.names)
+        ]
+        assert [node.wait(timeout=180) for node in nodes] == [0, 0]
+        assert numbers(apart) == numbers(alone)
+        assert len(numbers(alone)) == 3
+
+
+def numbers(run: Path) -> list[tuple[object, ...]]:
+    """Return every line's loss, norm and counts; JSON keeps all digits of a float."""
+    return [
+        (line["step"], line["loss"], line["grad_norm"], str(line["aux"]))
+        for line in events(run, "train")
+    ]

@@ -29,6 +29,19 @@ def test_a_rank_of_four_is_killed_inside_a_step(
     assert processes_of(run) == []
 
 
+def test_a_rank_is_killed_in_the_middle_of_a_move(
+    tmp_path: Path, uninterrupted: UninterruptedRuns
+) -> None:
+    """In the first move after step 5, 6 or 7; the weights and places of step 4 are loaded."""
+    follow = (f"parallel.placement.{key}" for key in ("kind=periodic", "every=1", "from=last"))
+    reference, run = uninterrupted("parallel.ep=4", *follow, ranks=4), tmp_path / "run"
+    outcome = reference.repeat(run, "kill@move rank=2 step=5 count=3", restarts=1)
+    assert outcome.code == 0, outcome.errors[-3000:]
+    assert resumed(run) == [4]
+    reference.assert_equals(run)
+    assert processes_of(run) == []
+
+
 def test_a_rank_is_killed_in_the_middle_of_its_shard(tmp_path: Path, two_ranks: Reference) -> None:
     """Rank 1 is killed with half of its shard of step 10 written: it is deleted, step 5 resumed."""
     run = tmp_path / "run"

@@ -29,6 +29,7 @@ ROUTERS = {
     "adaptive": ["moe.router.renormalize=false", "moe.top_k=4"],
     "fixed": [],
     "hash": [],
+    "workload": ["moe.router.workload=W1"],
     "soft": ["moe.top_k=8"],
     "expert_choice": ["moe.router.allow_future_leak=true"],
     "budget": ["moe.router.renormalize=false"],
@@ -136,3 +137,20 @@ def leaves(section: Any, prefix: str) -> list[tuple[str, Any]]:
         name = f"{prefix}{item.name}"
         found += leaves(value, f"{name}.") if dataclasses.is_dataclass(value) else [(name, value)]
     return found
+
+
+@pytest.mark.parametrize(
+    ("ep", "ranks_per_node", "nodes"), [(2, 4, 1), (4, 4, 1), (8, 4, 2), (4, 3, 2), (1, 4, 1)]
+)
+def test_the_machines_of_an_ep_group(ep: int, ranks_per_node: int, nodes: int) -> None:
+    (experts,) = [
+        section
+        for section in explain(tiny(f"parallel.ep={ep}", "moe.num_experts=8"), 8, ranks_per_node)
+        if section.key == "experts"
+    ]
+    ranks_of_groups = [range(first, first + ep) for first in range(0, 8, ep)]
+    spanned = max(len({rank // ranks_per_node for rank in group}) for group in ranks_of_groups)
+    assert experts.numbers["nodes_of_ep_group"] == nodes == spanned
+    said = " ".join(experts.sentences)
+    assert ("cross the network. An EP" in said) == (nodes > 1)
+    assert ("never cross the network" in said) == (nodes == 1 and ep > 1)

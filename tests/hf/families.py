@@ -130,6 +130,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "sliding_window": 8,
     },
+    "longcat_flash": {
+        **{**MLA, "q_lora_rank": 16},
+        "n_routed_experts": 8,
+        "zero_expert_num": 4,
+        "moe_topk": 2,
+        "expert_ffn_hidden_size": 24,
+        "ffn_hidden_size": 24,
+    },
+    "zaya": {"num_experts": 8, "num_experts_per_tok": 1, "router_hidden_size": 16},
 }
 """By `model_type`: the fields of its config besides SHAPE."""
 SAMPLED = frozenset({"phimoe"})

@@ -16,6 +16,7 @@ from torch import Tensor
 from dmoe.checkpoint import save
 from dmoe.config.errors import CheckpointError, ConfigError
 from dmoe.hf import export
+from dmoe.hf.adapters import trim_identities
 from dmoe.hf.compare import Comparison, compare_directories
 from dmoe.hf.disk_format import DiskFormat
 from dmoe.hf.published import PublishedDirectory
@@ -46,11 +47,15 @@ def make_checkpoint(source: Path, folder: Path, noise: float = 0.0) -> Path:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    trim_identities(model)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += noise * torch.randn(parameter.shape, generator=generator)
     state = {f"model.network.{name}": value for name, value in model.state_dict().items()}
+    for name, value in weights(source).items():
+        if name.endswith("balancing_biases"):  # transformers sets the last one to -1
+            state[f"model.network.{name}"] = value.float()
     return save(folder, 1, state, {"config": {"model": {"source": str(source)}}})
 
 

@@ -45,6 +45,7 @@ SETTINGS = {
     "recompute": ["train.recompute=true"],
     "fsdp": ["parallel.mode=fsdp"],
     "whole": [],
+    "copies": ["parallel.placement.copies=2"],
     "padded": ["moe.exchange=padded", "parallel.mode=fsdp"],
 }
 """Of two ranks; they change no number."""
@@ -55,6 +56,7 @@ ON_RANKS = (
     "mixtral-recompute",
     "mixtral-whole",
     "gpt_oss-padded",
+    "gpt_oss-copies",
     "ernie4_5_moe-fsdp",
 )
 SAVED = ("mixtral-ddp", "ernie4_5_moe-fsdp")

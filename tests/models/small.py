@@ -21,7 +21,7 @@ def small(
     *,
     seed: int = 1,
     virtual_ranks: int = 1,
-    recompute: bool = False,
+    recompute: str | bool = False,
     **model: Any,
 ) -> Transformer:
     """A float64 model whose weights are large enough to make every path matter."""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.autograd import gradcheck
 
-from dmoe.config.schema import ModelConfig
+from dmoe.config.errors import ConfigError
+from dmoe.config.load import load
+from dmoe.config.schema import ModelConfig, MoEConfig, RouterConfig, TrainConfig
+from dmoe.models import base
 from dmoe.models.attention import (
     Attention,
     apply_rotary,
@@ -15,11 +21,16 @@ from dmoe.models.attention import (
     unfused_causal_attention,
 )
 from dmoe.models.layers import RMSNorm
+from dmoe.models.transformer import Transformer
+from dmoe.moe.experts import grouped_mlp
+from dmoe.train.engine import offloads
 from tests.references.models import (
     apply_rotary_reference,
     causal_attention_reference,
     rms_norm_reference,
 )
+
+ONE = RouterConfig(renormalize=False)
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -86,3 +97,76 @@ def test_the_sum_of_squares_stays_float32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         inside = norm(x)
     torch.testing.assert_close(inside, norm(x), rtol=1e-6, atol=1e-6)
+
+
+def test_each_step_of_recomputation_keeps_less_for_the_backward():
+    """Storages that autograd saves in one forward, each once; CUDA's three steps, on a CPU."""
+    config = ModelConfig(dim=32, layers=2, heads=2, tie_embeddings=True)
+    token = torch.randint(50, (2, 16))
+    kept = {}
+    for mode in ("none", "activation", "experts", "block"):
+        model = Transformer(config, MoEConfig(4, 2, 48), 50, recompute=mode)
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        saved: dict[int, torch.Tensor] = {}
+
+        def pack(tensor, saved=saved):
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            patch.setattr(grouped_mlp, "feed_forward", grouped_mlp.feed_forward_in_steps)
+            loss = model(token, token).loss_sum
+        assert loss is not None
+        kept[mode] = sum(
+            t.untyped_storage().nbytes() for p, t in saved.items() if p not in parameters
+        )
+    assert kept["none"] > kept["activation"] > kept["experts"] > 1.5 * kept["block"]
+    assert kept["none"] - kept["activation"] == 2 * (2 * 32) * 48 * 4  # layers x rows x F x float32
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "gelu"])
+@pytest.mark.parametrize("counts", [[3, 0, 5, 2], 4])
+def test_a_recomputed_activation_gives_the_same_bits(kind, counts):
+    count = counts if isinstance(counts, int) else torch.tensor(counts)
+    rows = torch.randn(4 * counts if isinstance(counts, int) else sum(counts), 6)
+    width = 2 * 7 if kind == "swiglu" else 7
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        leaves = [rows.clone(), torch.randn(4, 6, width), torch.randn(4, 7, 5)]
+        x, w_in, w_out = (leaf.requires_grad_() for leaf in leaves)
+        y = grouped_mlp.feed_forward_in_steps(kind, x, w_in, w_out, count, again)
+        y.square().sum().backward()
+        found.append((y, *(leaf.grad for leaf in leaves)))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_offload_asks_for_pinned_memory_on_a_gpu_and_is_refused_on_a_cpu():
+    asked = []
+
+    def save_on_cpu(pin_memory):
+        asked.append(pin_memory)
+        return nullcontext()
+
+    config = replace(load(None), train=TrainConfig(offload="activations"))
+    with pytest.raises(ConfigError, match=r"train\.offload=activations: needs a GPU"):
+        offloads(config, torch.device("cpu"))
+    model = Transformer(ModelConfig(dim=8, layers=1, heads=1), MoEConfig(2, 1, 8, router=ONE), 9)
+    model.offload = offloads(config, torch.device("cuda"))
+    token = torch.randint(9, (1, 4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "save_on_cpu", save_on_cpu)
+        model(token, token)
+        x, rotary = (
+            torch.randn(1, 4, 8),
+            rotary_table(4, 8, 1e4, torch.float32, torch.device("cpu")),
+        )
+        patch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True), raising=False)
+        model.run_block(lambda *args: None, x, rotary)
+        with torch.no_grad():
+            model.run_block(lambda *args: None, x, rotary)
+    assert asked == [False, True]

@@ -16,10 +16,13 @@ from dmoe.moe.routing import TokenContext
 from tests.models.small import MODEL, MOE, VOCAB, batch, gradients, small, total_loss
 
 
-def test_recompute_changes_no_number_and_counts_nothing_twice():
+@pytest.mark.parametrize("mode", [True, "experts", "activation", "offload"])
+def test_recompute_changes_no_number_and_counts_nothing_twice(mode):
     moe = replace(MOE, capacity=CapacityConfig(factor=1.0))
     token, target = batch()
-    plain, again = small(moe), small(moe, recompute=True)
+    plain, again = small(moe), small(moe, recompute="none" if mode == "offload" else mode)
+    assert again.recompute == {True: "block", "offload": "none"}.get(mode, mode)
+    again.offload = mode == "offload"  # on a CPU it moves nothing, and must change nothing
     outs = [model(token, target) for model in (plain, again)]
     for out in outs:
         total_loss(out, target.numel()).backward()

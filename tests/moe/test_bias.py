@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoe.moe.load_balancing import choice_count, updated_bias
+from dmoe.moe.load_balancing import updated_bias
 from tests.moe.strategies import drawn, random_routing
 from tests.moe.threaded_ranks import run_threads, split_over_ranks
 from tests.references.load_balancing import bias_reference
@@ -87,11 +87,11 @@ def test_layers_at_once_are_layers_one_by_one() -> None:
 def test_every_rank_has_the_same_bits_for_any_number_of_ranks() -> None:
     routing = random_routing(24, 5, 2, hot=1)
     bias_E = torch.linspace(-1, 1, 5)
-    alone = updated_bias(bias_E, choice_count(routing, 1)[0], 0.01, recenter=True)
+    alone = updated_bias(bias_E, routing.choice_count()[0], 0.01, recenter=True)
     for ranks in (2, 3, 4):
         parts = split_over_ranks(routing, ranks)
         counts = run_threads(
-            ranks, lambda comm, parts=parts: comm.sum(choice_count(parts[comm.rank], 1)[0])
+            ranks, lambda comm, parts=parts: comm.sum(parts[comm.rank].choice_count()[0])
         )  # type: ignore[misc]
         assert all(
             torch.equal(updated_bias(bias_E, count_E, 0.01, recenter=True), alone)

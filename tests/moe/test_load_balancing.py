@@ -14,7 +14,6 @@ from dmoe.config.schema import BalanceConfig
 from dmoe.moe.interfaces import NoComm
 from dmoe.moe.load_balancing import (
     auxiliary_losses,
-    choice_count,
     coefficients,
 )
 from dmoe.moe.load_balancing.losses import switch_loss, z_loss
@@ -191,7 +190,7 @@ def test_counts_equal_the_loop(per_unit: int, count: int, masked: float | None, 
         for k in range(3):
             if routing.selected_TK is None or bool(routing.selected_TK[t, k]):
                 expected[t // per_unit][int(routing.expert_TK[t, k])] += 1
-    assert choice_count(routing, count).tolist() == expected
+    assert routing.choice_count(count).tolist() == expected
 
 
 def test_a_unit_of_padding_costs_nothing() -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from dmoe import MoE
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.routers import TopKRouter
-from dmoe.moe.routers.base import combine_weights, gate_scores, router_dtype, top_k_stable
+from dmoe.moe.routers.base import combine_weights, gate_scores, top_k_stable
+from dmoe.moe.routers.projection import router_dtype
 from dmoe.moe.routing import TokenContext
 from tests.moe.strategies import drawn
 from tests.references.routers import top_k_stable_reference

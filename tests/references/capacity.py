@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 
@@ -37,7 +40,8 @@ def apply_capacity_reference(
         for k, t, expert in queue:
             keep_TK[t, k] = expert >= queued
         queue = [(k, t, expert) for k, t, expert in queue if expert < queued]
-        overflowed = _fill_slots(queue, routing, config, capacity, taken, keep_TK, expert_TK)
+        floor = math.floor(Fraction(str(config.pool_floor)) * capacity)
+        overflowed = _fill_slots(queue, routing, config, capacity, taken, keep_TK, expert_TK, floor)
         if config.overflow == "next_choice":
             assert routing.next_expert_TS is not None
             offers = []
@@ -62,18 +66,27 @@ def _fill_slots(
     taken: list[int],
     keep_TK: Tensor,
     expert_TK: Tensor,
+    floor: int = 0,
 ) -> list[tuple[int, int, int]]:
     """Fill slots with (choice, token, expert) in order; return those that find none.
 
-    Updates `taken`, `keep_TK` and `expert_TK`.
+    The first `floor` of an expert are its own, the others its pool's. Updates `taken`, `keep_TK` and
+    `expert_TK`.
     """
     if config.priority == "score":
         assignments = sorted(
             assignments, key=lambda kte: -float(priority_score(routing.score_TE[kte[1], kte[2]]))
         )
-    overflowed = []
+    waiting, overflowed = [], []
     for k, t, expert in assignments:
-        if taken[expert] < capacity:
+        if taken[expert] < floor:
+            taken[expert] += 1
+            keep_TK[t, k], expert_TK[t, k] = True, expert
+        else:
+            waiting.append((k, t, expert))
+    for k, t, expert in waiting:
+        first = expert - expert % config.pool
+        if sum(taken[first : first + config.pool]) < config.pool * capacity:
             taken[expert] += 1
             keep_TK[t, k], expert_TK[t, k] = True, expert
         else:

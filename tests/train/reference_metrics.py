@@ -142,6 +142,10 @@ def _one(decisions: list[Decision], experts: int, ep: int) -> dict[str, Any]:
         "load_by_rank": [sum(load[r * per_rank : (r + 1) * per_rank]) for r in range(ep)],
         "load_cv": math.sqrt(sum((count - mean) ** 2 for count in load) / experts) / mean,
         "load_max_over_mean": max(load) / mean,
+        "max_vio": (max(load) - mean) / mean,
+        "rank_max_over_mean": max(
+            sum(kept[r * per_rank : (r + 1) * per_rank]) * ep / sum(kept) for r in range(ep)
+        ),
         "dead_experts": sum(count == 0 for count in load),
         "drop_rate": 1 - sum(kept) / sum(load),
         "drop_rate_by_choice": [

@@ -33,6 +33,7 @@ LIMITED = "moe.capacity.factor=1"
 GROUPED = "moe.router.kind=group_limited moe.router.groups=4 moe.router.topk_groups=2"
 ADAPTIVE = "moe.router.kind=adaptive moe.top_k=4 moe.router.renormalize=false"
 BUDGET = "moe.router.kind=budget moe.top_k=8 moe.router.renormalize=false moe.router.budget=0.4"
+HOT_RANK = "moe.router.kind=workload moe.router.workload=W2"
 BASES = {
     "model.dense_dim=20": "model.dense_first=1",
     "model.fusion=gated": CLASSES,
@@ -46,6 +47,9 @@ BASES = {
     "moe.router.min_weight=0.13": BUDGET,
     "moe.router.budget=0.2": BUDGET,
     "moe.router.per=sequence": BUDGET,
+    "moe.router.workload=W2": "moe.router.kind=workload",
+    "moe.router.ranks=4": HOT_RANK,
+    "moe.router.hot=3": HOT_RANK,
     "moe.capacity.min_capacity=50": LIMITED,
     "moe.capacity.group=sequence": LIMITED,
     "moe.capacity.priority=score": LIMITED,
@@ -111,6 +115,7 @@ CHANGES = [
     "optim.beta2=0.99",
     "optim.eps=1e-3",
     "optim.weight_decay=0.5",
+    "optim.moments=bf16",
     "optim.clip=0.01",
     "optim.schedule=linear",
     "optim.warmup=3",

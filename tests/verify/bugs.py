@@ -1,4 +1,4 @@
-"""Thirty bugs, each as a patch of dmoe: fifteen that users of other systems reported, and fifteen
+"""Thirty-two bugs, each as a patch of dmoe: fifteen that users of other systems reported, and fifteen
 that earlier forms of `verify` did not see or did not name.
 
 A patch is called in every rank before anything is built. Numbers as in docs/verify.md.
@@ -17,6 +17,7 @@ from torch import Tensor
 from dmoe.config import schedule
 from dmoe.distributed import data_parallel, gradients, state_dict
 from dmoe.distributed.expert_parallel import expert_parameters
+from dmoe.distributed.placement import moves as expert_moves
 from dmoe.models import attention, transformer
 from dmoe.moe import base_layer, dispatch, expert_queue, layer, rng
 from dmoe.moe.experts.grouped_mlp import MLPExperts
@@ -398,6 +399,22 @@ def bias_with_the_wrong_sign() -> None:
     )
 
 
+def moments_left_behind() -> None:
+    """31: move the weights of an expert to another rank, and leave its moments."""
+    listed = expert_moves.moving_tensors
+    expert_moves.moving_tensors = lambda layer, optimizer: [
+        tensor for tensor in listed(layer, optimizer) if isinstance(tensor, torch.nn.Parameter)
+    ]
+
+
+def stale_matrix() -> None:
+    """32: move one of the two matrices of an expert, with its moments."""
+    listed = expert_moves.moving_tensors
+    expert_moves.moving_tensors = lambda layer, optimizer: [
+        tensor for tensor in listed(layer, optimizer) if tensor is not layer.experts.w_out
+    ]
+
+
 def _replace_in_all_modules(name: str, replacement: Any) -> None:
     """Replace a function in every module of dmoe that imports it by name."""
     import sys
@@ -408,6 +425,7 @@ def _replace_in_all_modules(name: str, replacement: Any) -> None:
 
 
 CAPACITY = ["moe.capacity.factor=1.0"]
+MOVES = ["parallel.placement.kind=periodic"]
 GLOBAL_LOSS = ["moe.balance.switch_level=global"]
 BUGS: dict[str, tuple[Patch, list[str], str, str]] = {
     "1 divided by EDP": (divided_by_edp, [], "expert gradients", "times too small"),
@@ -490,5 +508,7 @@ BUGS: dict[str, tuple[Patch, list[str], str, str]] = {
         "bias",
         "sign",
     ),
+    "31 moments left behind": (moments_left_behind, MOVES, "moments", "left behind"),
+    "32 stale matrix": (stale_matrix, MOVES, "parameters after two steps", "stayed when it moved"),
 }
 """Patch, overrides that it needs, first differing quantity and a phrase of the cause, by name."""

@@ -50,8 +50,8 @@ MUTATIONS = [
     ),
     Mutation(
         "moe/dispatch.py",
-        "return _sum_over_choices(grads[0], weight_TK, permutation), None",
-        "return _sum_over_choices(grads[0], None, permutation), None",
+        "return sum_over_choices(grads[0], weight_TK, permutation), None",
+        "return sum_over_choices(grads[0], None, permutation), None",
         "input gradients",
         CAPACITY,
     ),
@@ -71,8 +71,8 @@ MUTATIONS = [
     ),
     Mutation(
         "distributed/all_to_all.py",
-        "_, inverse_R = ctx.saved_tensors",
-        "inverse_R, _ = ctx.saved_tensors",
+        "ctx.save_for_backward(*others)",
+        "ctx.save_for_backward(order_R, others[1])",
         "expert gradients",
     ),
     # capacity and its queues

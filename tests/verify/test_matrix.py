@@ -60,6 +60,7 @@ ROUTERS = {
     ],
     "fixed": ["moe.router.kind=fixed"],
     "hash": ["moe.router.kind=hash"],
+    "workload": ["moe.router.kind=workload", "moe.router.workload=W4", "moe.router.ranks=3"],
     "soft": ["moe.router.kind=soft", "moe.top_k=8"],
     "budget": [
         "moe.router.kind=budget",

@@ -1,4 +1,4 @@
-"""`dmoe verify` passes on correct code and names the right quantity for thirty known bugs.
+"""`dmoe verify` passes on correct code and names the right quantity for thirty-two known bugs.
 
 Two MoE layers: with one, a wrong output of the first layer could not show up as the second's
 "dropped set", which is how the project's own bugs 11 and 12 looked on the quickstart.

@@ -26,6 +26,7 @@ from dmoe.config.rules.parallel import (
     Batching,
     batching,
     can_share,
+    check_placement,
     check_profile,
     check_size,
     check_world,
@@ -79,6 +80,7 @@ def check(config: Config, world: int = 1) -> None:
     check_modular(config)
     check_replay(config)
     check_optim(config)
+    check_placement(config)
     check_size(config)
     expert_parallel(config, world)
     batching(config, world)

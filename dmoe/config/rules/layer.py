@@ -14,6 +14,8 @@ from dmoe.config.expert_shapes import (
     multiply_adds,
 )
 from dmoe.config.router_kinds import kinds_that_read, kinds_where, router_spec
+from dmoe.config.rules.capacity import check_capacity, check_router_and_capacity
+from dmoe.config.rules.workload import check_workload
 from dmoe.config.schema import (
     CapacityConfig,
     ExpertsConfig,
@@ -76,11 +78,11 @@ def check_layer(moe: MoEConfig) -> None:
     if read and moe.expert_dim < 1:
         raise ConfigError("moe.expert_dim", moe.expert_dim, "must be 1 or more", "use 1")
     check_zero_cost(moe.experts, moe.router, moe.capacity)
-    _check_router_and_capacity(moe)
+    check_router_and_capacity(moe)
     if moe.exchange == "padded" and moe.capacity.factor is None:
         allowed = "sends a fixed number of slots and so needs moe.capacity.factor"
         raise ConfigError("moe.exchange", "padded", allowed, "set it, e.g. to 1.25")
-    _check_capacity(moe)
+    check_capacity(moe)
     _check_balance(moe)
 
 
@@ -118,6 +120,8 @@ def check_router(router: RouterConfig, num_experts: int, top_k: int) -> None:
     spec = router_spec(router.kind)
     if "groups" in spec.reads:
         _check_groups(router, num_experts, top_k)
+    elif "workload" in spec.reads:
+        check_workload(router, num_experts, top_k)
     elif "top_p" in spec.reads:
         _check_adaptive(router, top_k)
     elif spec.all_experts and top_k != num_experts:
@@ -183,50 +187,6 @@ def _check_adaptive(router: RouterConfig, top_k: int) -> None:
         if router.k_min == 1 and getattr(router, field) == refused:
             fix = f"set it to {fix}, or moe.router.k_min=2"
             raise ConfigError(f"moe.router.{field}", refused, allowed, fix)
-
-
-def _check_router_and_capacity(moe: MoEConfig) -> None:
-    capacity, spec = moe.capacity, router_spec(moe.router.kind)
-    if spec.looks_ahead and capacity.group == "global":
-        allowed = f"{moe.router.kind} cannot compare tokens of all ranks"
-        raise ConfigError("moe.capacity.group", "global", allowed, "use rank")
-    for field in ("factor", "eval_factor"):
-        factor = getattr(capacity, field)
-        if spec.all_experts and factor is not None and factor < 1:
-            allowed = (
-                f"must be at least 1 for moe.router.kind={moe.router.kind}: every token needs a "
-                "slot with every expert"
-            )
-            raise ConfigError(f"moe.capacity.{field}", factor, allowed, "use 1.0 or leave it out")
-
-
-def _check_capacity(moe: MoEConfig) -> None:
-    capacity, spec = moe.capacity, router_spec(moe.router.kind)
-    if capacity.renormalize and spec.ranks_experts:
-        field, fewest = "top_k", moe.top_k
-        if "k_min" in spec.reads:
-            field, fewest = "router.k_min", moe.router.k_min
-        reason = f"moe.router.kind={moe.router.kind}" if spec.has_budget else f"moe.{field}=1"
-        if spec.has_budget or fewest == 1:
-            allowed = (
-                f"with {reason} makes the weight of an expert that is alone 1 and starves the "
-                "router of gradient"
-            )
-            raise ConfigError("moe.capacity.renormalize", True, allowed, "set it to false")
-    if capacity.overflow != "next_choice":
-        return
-    fix = "use drop"
-    if capacity.factor is None and capacity.eval_factor is None:
-        allowed, fix = "needs a capacity that overflows", "set moe.capacity.factor, e.g. to 1.25"
-    elif not spec.ranks_experts:
-        allowed = f"needs a next expert, which router {moe.router.kind} has not"
-    elif spec.has_budget:
-        allowed = "needs a next expert, and which one a budget affords depends on what was dropped"
-    elif moe.top_k == moe.num_experts and not spec.variable_k:
-        allowed = "needs a next expert, but moe.top_k chooses all of them"
-    else:
-        return
-    raise ConfigError("moe.capacity.overflow", "next_choice", allowed, fix)
 
 
 def _check_balance(moe: MoEConfig) -> None:

@@ -21,8 +21,6 @@ from dmoe.config.schema import Config
 
 BYTES_PER_PARAMETER = {"adamw": 16, "muon": 12}
 """In training, at least: weight, gradient, and AdamW's two moments or Muon's one, in float32."""
-BYTES_PER_LOGIT = 8
-"""When the backward begins: log-softmax and gradient. A vocabulary has 256 entries or more."""
 Stage = Literal["data", "model", "batch", "other"]
 """What was being done: reading the data, building the model, training or evaluating on a batch."""
 FAILED = re.compile(
@@ -49,7 +47,9 @@ def check_memory(config: Config, world: int, local_world_size: int, memory: int)
     size, fsdp = model_size(config), config.parallel.mode == "fsdp"
     dense = size.dense // (world if fsdp else 1)
     experts = size.experts // (world if fsdp else expert_parallel(config, world))
-    needed = BYTES_PER_PARAMETER.get(config.optim.kind, 8) * local_world_size * (dense + experts)
+    bytes_each = BYTES_PER_PARAMETER.get(config.optim.kind, 8)
+    bytes_each -= 4 * (config.optim.moments == "bf16")
+    needed = bytes_each * local_world_size * (dense + experts)
     if needed > memory:
         allowed = (
             f"gives {size.dense + size.experts:,} parameters, whose training takes at least "
@@ -72,15 +72,15 @@ def least_activations(config: Config) -> int:
     """Return a lower bound of the bytes kept for backward per sequence of a (virtual) rank.
 
     The input of each block (without recomputation also those of its two norms, of the attention and
-    of both its products), and the logits.
+    of both its products), and the gradient of the last one's output; logits are never whole.
     """
     model, train = config.model, config.train
     if train.task == "classification":
         return 0
     tokens = config.data.seq_len * config.parallel.virtual_ranks
     width = 4 if train.precision == "fp32" else 2
-    kept = 1 if train.recompute else 6
-    return tokens * (kept * width * model.layers * model.dim + 256 * BYTES_PER_LOGIT)
+    kept = 1 if train.recompute == "block" else 6
+    return tokens * width * model.dim * (kept * model.layers + 1)
 
 
 def field_to_lower(
@@ -111,8 +111,9 @@ def field_to_lower(
         if train.micro_batch is None:
             return "train.global_batch", train.global_batch, fix
         return "train.micro_batch", train.micro_batch, fix
-    if not train.recompute:
-        return "train.recompute", "false", "use train.recompute=true, or lower data.seq_len"
+    if train.recompute != "block":
+        fix = "use train.recompute=block, or lower data.seq_len"
+        return "train.recompute", train.recompute, fix
     return "data.seq_len", config.data.seq_len, "use a lower one, or lower model.dim"
 
 

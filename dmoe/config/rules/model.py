@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dmoe.config.datasets import DATASETS, check_table_fields, selected_streams, table_spec
 from dmoe.config.errors import ConfigError
+from dmoe.config.plugins import parse
 from dmoe.config.router_kinds import kinds_where, router_spec
 from dmoe.config.rules.layer import check_layer, check_widths
 from dmoe.config.schema import Config, ModelConfig
@@ -54,6 +55,12 @@ def check_optim(config: Config) -> None:
     Raises:
         ConfigError: the first reason found.
     """
+    for field, used in {
+        "modular.bank": config.modular.bank != "none",
+        "moe.experts.shapes": bool(config.moe.experts.shapes),
+    }.items():
+        if config.optim.moments == "bf16" and used:
+            raise ConfigError("optim.moments", "bf16", f"does not work with {field}", "use fp32")
     for pattern, own in config.optim.groups.items():
         for name, value in own.items():
             shown = f"{pattern}: {name}={value:g}"
@@ -71,7 +78,10 @@ def check_model(config: Config) -> None:
     Raises:
         ConfigError: the first reason found.
     """
-    model = config.model
+    model, experts = config.model, config.moe.experts
+    if config.train.recompute == "activation" and (experts.shapes or parse(experts.kind)):
+        why = "is for experts of one shape and of dmoe's own kinds"
+        raise ConfigError("train.recompute", "activation", why, "use experts or block")
     if model.dense_first > model.layers:
         allowed = f"must be at most model.layers={model.layers}"
         raise ConfigError("model.dense_first", model.dense_first, allowed, "lower it")

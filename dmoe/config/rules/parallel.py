@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.expert_shapes import GATED, dense_kind, multiply_adds
+from dmoe.config.plugins import parse
 from dmoe.config.rules.model import head_dim, moe_blocks, moe_widths
 from dmoe.config.schema import Config, MoEConfig, TrainConfig
 
@@ -58,6 +59,41 @@ def check_profile(train: TrainConfig, world: int) -> None:
             if not first <= number <= last:
                 allowed = f"must be from {first} to {last}"
                 raise ConfigError(f"train.{field}", number, allowed, "name one that there is")
+
+
+def check_placement(config: Config) -> None:
+    """Refuse to move or to copy experts that there are not, or that have no equal places.
+
+    Raises:
+        ConfigError: `kind=periodic` or `copies` with such experts; copies with padded slots.
+    """
+    placement = config.parallel.placement
+    if placement.kind == "periodic":
+        _check_movable(config, "parallel.placement.kind", "periodic", "moves", "use fixed")
+    field, copies = "parallel.placement.copies", placement.copies
+    if isinstance(copies, str) and copies != "auto":
+        allowed = "must be auto or a number of slots per rank, from 0 up"
+        raise ConfigError(field, copies, allowed, f"use {field}=auto")
+    if copies == 0:
+        return
+    _check_movable(config, field, copies, "copies", "use 0")
+    if config.moe.exchange == "padded":
+        allowed = "saves nothing with moe.exchange=padded, where every rank computes equally many"
+        raise ConfigError(field, copies, f"{allowed} slots, filled or not", "use packed")
+    if parse(config.moe.experts.kind, "moe.experts.kind") is not None:
+        allowed = f"needs dmoe's own experts, not {config.moe.experts.kind}"
+        raise ConfigError(field, copies, allowed, "use 0")
+
+
+def _check_movable(config: Config, field: str, value: object, verb: str, fix: str) -> None:
+    if config.modular.bank != "none":
+        allowed = f"{verb} the experts of MoE layers, not the modules of bank={config.modular.bank}"
+        raise ConfigError(field, value, allowed, fix)
+    if config.moe.experts.shapes:
+        allowed = f"{verb} experts of one shape only: those of moe.experts.shapes differ in cost"
+        raise ConfigError(field, value, allowed, fix)
+    if config.model.source is None and not moe_widths(config):
+        raise ConfigError(field, value, "needs a model with MoE layers", fix)
 
 
 def can_share(config: Config, ep: int) -> bool:

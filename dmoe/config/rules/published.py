@@ -37,6 +37,12 @@ def check_published(config: Config) -> None:
     if config.optim.kind == "muon":
         why = "knows the matrices of dmoe's own model only"
         raise ConfigError("optim.kind", "muon", why, "use adamw")
+    if config.train.recompute in ("activation", "experts"):
+        why = "is for the layers of dmoe's own model"
+        raise ConfigError("train.recompute", config.train.recompute, why, "use block or none")
+    if config.train.offload != "none":
+        why = "moves what the blocks of dmoe's own model save"
+        raise ConfigError("train.offload", config.train.offload, why, "use train.recompute=block")
     _check_defaults("model", config.model, ModelConfig(), {"source", "lora", *SHAPE})
     _check_defaults("moe.router", moe.router, RouterConfig(), {"freeze"})
     _check_defaults("moe.experts", moe.experts, ExpertsConfig(), set())

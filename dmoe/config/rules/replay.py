@@ -22,6 +22,9 @@ def check_replay(config: Config) -> None:
     for field, value in given.items():
         if value is not None:
             _check_layers(config, field, value)
+            _check_replayable(config, field, value)
+    if config.tracking.trace != "off":
+        _check_trace(config)
     if replay.from_ is None:
         return
     if config.model.source is not None:
@@ -36,17 +39,30 @@ def check_replay(config: Config) -> None:
 
 
 def _check_layers(config: Config, field: str, value: str) -> None:
-    kind, bank = config.moe.router.kind, config.modular.bank
+    bank = config.modular.bank
     if not value:
         raise ConfigError(field, "''", "must not be empty", "leave it out")
     if bank != "none":
         allowed = f"knows the choices of MoE layers, not those of modular.bank={bank}"
         raise ConfigError(field, value, allowed, "leave it out")
-    if config.model.source is not None:
-        return
-    if not moe_blocks(config):
+    if config.model.source is None and not moe_blocks(config):
         raise ConfigError(field, value, "needs a model with MoE layers", "leave it out")
-    if not router_spec(kind).replayable:
+
+
+def _check_trace(config: Config) -> None:
+    field, value, kind = "tracking.trace", config.tracking.trace, config.moe.router.kind
+    if config.train.task != "language_modelling":
+        allowed = f"has no meaning for train.task={config.train.task}"
+        raise ConfigError(field, value, allowed, "leave it out")
+    _check_layers(config, field, value)
+    if not router_spec(kind).ordered_choices:
+        allowed = f"writes the choices of a token, and moe.router.kind={label(kind)} makes none"
+        raise ConfigError(field, value, allowed, "use off")
+
+
+def _check_replayable(config: Config, field: str, value: str) -> None:
+    kind = config.moe.router.kind
+    if config.model.source is None and not router_spec(kind).replayable:
         kinds = ", ".join(kinds_where(replayable=True))
         allowed = f"needs a router that weighs given experts by their logits ({kinds})"
         fix = f"not moe.router.kind={label(kind)}"

@@ -30,7 +30,13 @@ from dmoe.config.schema.observability import (
     GuardConfig,
     TrackingConfig,
 )
-from dmoe.config.schema.run import DataConfig, OptimConfig, ParallelConfig, TrainConfig
+from dmoe.config.schema.run import (
+    DataConfig,
+    OptimConfig,
+    ParallelConfig,
+    PlacementConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "AlertsConfig",
@@ -48,6 +54,7 @@ __all__ = [
     "ModularConfig",
     "OptimConfig",
     "ParallelConfig",
+    "PlacementConfig",
     "ReplayConfig",
     "RouterConfig",
     "TrackingConfig",

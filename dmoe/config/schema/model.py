@@ -99,6 +99,7 @@ class RouterConfig:
             "soft",
             "expert_choice",
             "budget",
+            "workload",
         ),
     ] = "top_k"
     """Rule by which a token's experts are chosen; implemented in dmoe/moe/routers, or by a class of
@@ -134,6 +135,14 @@ class RouterConfig:
     allow_future_leak: bool = False
     """expert_choice, and budget with per=sequence: accept that the choice for a token depends on
     later tokens of its sequence, which a causal model must not do."""
+    workload: Literal["W0", "W1", "W2", "W3", "W4", "W5", "W6", "W7"] = "W0"
+    """workload: W0 balanced, W1 hot set, W2 hot rank, W3 spread hot, W4 ragged sources, W5 empty
+    rank, W6 rotating hot spot, W7 burst (docs/simulation.md)."""
+    ranks: Annotated[int, at_least(2)] = 8
+    """workload: number of ranks that W1 to W7 are made for, whatever the run has; a hot set is
+    num_experts / ranks experts."""
+    hot: Annotated[float, at_least(1)] = 1.6
+    """workload: load of a hot expert of W1, W2, W3, W6 and W7, as a multiple of the mean."""
     freeze: bool = False
     """Do not train the weights of the routers: they stay as they were drawn, or loaded."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -148,6 +157,12 @@ class CapacityConfig:
     """The same in evaluation and generation; null (default): dropless."""
     min_capacity: Annotated[int, at_least(1)] = 1
     """Minimum number of slots per expert and capacity group."""
+    pool: Annotated[int, at_least(1)] = 1
+    """Number P of consecutive experts that share their slots in a group; must divide num_experts.
+    An expert that overflows then uses the slots that others of its pool leave empty."""
+    pool_floor: Annotated[float, fraction("[]", fix="use 1.0")] = 1.0
+    """Share of an expert's own slots that others of its pool cannot take from it; 0: the pool is
+    one queue. Needs pool > 1."""
     group: Literal["rank", "sequence", "global"] = "rank"
     """Tokens that share a capacity: a rank's micro-batch (GShard), each sequence, or the global
     micro-batch. The last two drop the same tokens on any number of ranks."""

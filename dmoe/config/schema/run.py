@@ -25,6 +25,32 @@ YEAR = 365 * 24 * 3600
 
 
 @dataclass(frozen=True)
+class PlacementConfig:
+    """The ranks of an EP group that hold an expert; docs/balance.md."""
+
+    kind: Literal["fixed", "periodic"] = "fixed"
+    """fixed: every rank keeps its run of experts. periodic: experts move between the ranks of an
+    EP group so that their expected load is even; the model that is trained is the same."""
+    every: Annotated[int, only_for("parallel.placement.kind", "periodic"), at_least(1)] = 100
+    """periodic: optimizer steps between two moves."""
+    from_: Annotated[Literal["ema", "last"], only_for("parallel.placement.kind", "periodic")] = (
+        "ema"
+    )
+    """periodic: the load that is expected: the running mean of the rows of each expert, over about
+    `every` steps (ema), or those of the last step."""
+    copies: Annotated[Union[int, str], at_least(0), at_most(64)] = 0
+    """Spare slots per rank: in every forward of a layer, hot experts are copied to so many of other
+    ranks, which share their rows, until all ranks have equally many; the copies' gradients are
+    added to the expert's. Same choices and drops, same numbers within rounding. auto: only copies
+    that save more time than they take. Needs moe.exchange=packed."""
+    break_even: Annotated[
+        Optional[int], only_for("parallel.placement.copies", "auto"), at_least(1)
+    ] = None
+    """copies=auto: rows that a copy has to take over so that it pays. Default: measured when the
+    run starts; set it to repeat a run bit for bit."""
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     ep: Annotated[Union[int, str], at_most(1 << 20)] = "auto"
     """Expert-parallel size: ranks that share one copy of the experts. Must divide the world size
@@ -36,6 +62,7 @@ class ParallelConfig:
     virtual_ranks: Annotated[int, at_least(1), at_most(1 << 16)] = 1
     """Routing groups per process: W processes with V virtual ranks train exactly as W*V processes
     with one."""
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Communication library; auto is nccl on CUDA and gloo on CPU."""
     start_timeout: Annotated[float, at_most(YEAR, " seconds, a year", "use 600"), above(0)] = 600.0
@@ -145,8 +172,13 @@ class TrainConfig:
     deterministic: bool = False
     """Use only deterministic kernels on GPUs, which are slower: then a run there can be repeated,
     and resumed, bit for bit. On a CPU it always can."""
-    recompute: bool = False
-    """Activation checkpointing: recompute each block in the backward pass."""
+    recompute: Literal["none", "activation", "experts", "block"] = "none"
+    """Compute again in the backward what the forward then does not keep: activation (the activated
+    rows of the experts, always so on a CPU), experts (their hidden rows too) or block (all but each
+    block's input). true and false are old spellings of block and none."""
+    offload: Literal["none", "activations"] = "none"
+    """activations: keep what the blocks save for the backward in pinned main memory, not on the
+    GPU."""
     log_every: Annotated[int, at_least(1)] = 10
     """Steps between two metric lines."""
     eval_every: Annotated[int, at_least(0)] = 300
@@ -163,6 +195,10 @@ class TrainConfig:
     """Steps, counted from 1, of which a torch profiler trace is written to logs/, e.g. [20]."""
     profile_ranks: list[int] = field(default_factory=list)
     """Ranks that write a trace. Default: all."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.recompute, bool):
+            object.__setattr__(self, "recompute", "block" if self.recompute else "none")
 
 
 @dataclass(frozen=True)
@@ -195,6 +231,9 @@ class OptimConfig:
     kind: Annotated[str, one_of("adamw", "muon")] = "adamw"
     """adamw; or muon, which orthogonalises the update of each matrix, every expert's alone, and
     updates embeddings, norms, routers, the output and vectors by AdamW."""
+    moments: Annotated[Literal["fp32", "bf16"], only_for("optim.kind", "adamw")] = "fp32"
+    """bf16: AdamW's two moments are kept in bfloat16, rounded up or down at random so that their
+    expectation is exact; the same bits on any number of ranks. 4 bytes less per weight."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of an optimizer of your own."""
     momentum: Annotated[float, only_for("optim.kind", "muon"), fraction("[)")] = 0.95

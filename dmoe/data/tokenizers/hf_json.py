@@ -33,6 +33,10 @@ _PROBES = (
     "e\u0301 A\u030a \u1100\u1161 \u212b \u2028 \u200b\ufeff \uff21 end ",
 )
 
+WITHOUT_TEXT = frozenset({*range(9), 11, 12, *range(14, 32), 0x7F, 0xC0, 0xC1, *range(0xF1, 0x100)})
+"""Bytes that a vocabulary may lack, as SmolLM2's lacks 21: control characters, bytes that UTF-8 has
+no use for, and the first bytes of planes without text. `encode` refuses a text that has one."""
+
 
 def byte_alphabet() -> dict[str, int]:
     """Return GPT-2's alphabet: the byte of each of its 256 printable characters."""
@@ -143,8 +147,7 @@ def _pieces(path: str, tokenizer: Any) -> tuple[tuple[bytes, ...], int]:
             if not all(character in alphabet for character in token):
                 raise _refused(path, f"its token {token!r} is not written in the byte alphabet")
             pieces[index] = bytes(alphabet[character] for character in token)
-    # NUL bytes are removed from every text
-    missing = [letter for letter, byte in alphabet.items() if byte and letter not in vocab]
+    missing = [c for c, byte in alphabet.items() if byte not in WITHOUT_TEXT and c not in vocab]
     if missing:
         raise _refused(
             path, f"{len(missing)} of the 256 bytes have no token, so some text would be lost"

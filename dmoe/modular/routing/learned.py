@@ -20,7 +20,8 @@ from torch import Tensor
 
 from dmoe.config.errors import ConfigError
 from dmoe.modular.routing.tables import token_labels
-from dmoe.moe.routers.base import RouterModule, router_dtype, valid_choices
+from dmoe.moe.routers.base import RouterModule, valid_choices
+from dmoe.moe.routers.projection import router_dtype
 from dmoe.moe.routing import ONE_SEQUENCE, BatchShape, Routing, TokenContext
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dmoe.config.plugin_loader import construct, plugin_class
 from dmoe.config.schema import ExpertsConfig
 from dmoe.moe.experts.base import Experts
-from dmoe.moe.experts.grouped_mlp import FeedForward, MLPExperts
+from dmoe.moe.experts.dense import FeedForward
+from dmoe.moe.experts.grouped_mlp import MLPExperts
 from dmoe.moe.experts.heterogeneous import HeterogeneousExperts
 from dmoe.moe.experts.zero_cost import ZeroCost
 

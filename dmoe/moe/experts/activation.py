@@ -59,22 +59,56 @@ def activate(kind: str, hidden_RH: Tensor) -> Tensor:
     return nonlinearity(gate).mul_(up)
 
 
-def activate_backward(kind: str, hidden_RH: Tensor, grad_RF: Tensor) -> tuple[Tensor, Tensor]:
+def activate_backward(
+    kind: str, hidden_RH: Tensor, grad_RF: Tensor, weight_R: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Recompute `activate` and compute the gradient of its input.
 
     Computing both here is cheaper than keeping the first from forward.
+
+    Args:
+        kind: a key of `ACTIVATIONS`.
+        hidden_RH: input of `activate`.
+        grad_RF: gradient of `activate(hidden) * weight`; overwritten if there are weights.
+        weight_R: factor of each row. None: 1.
+
+    Returns:
+        `activate(hidden) * weight`, [R, F]; the gradients of `hidden`, [R, H], and of `weight`.
     """
     nonlinearity, derivative = ACTIVATIONS[kind]
     grad_RH = torch.empty_like(hidden_RH)
     if kind not in GATED:
+        activated_RF, dot_R = nonlinearity(hidden_RH), None
+        if weight_R is not None:
+            dot_R = _row_dots(grad_RF, activated_RF)
+            activated_RF = activated_RF * weight_R.unsqueeze(1)
+            grad_RF.mul_(weight_R.unsqueeze(1))
         derivative(grad_RF, hidden_RH, grad_input=grad_RH)
-        return nonlinearity(hidden_RH), grad_RH
+        return activated_RF, grad_RH, dot_R
     gate, up = hidden_RH.chunk(2, -1)
     grad_gate, grad_up = grad_RH.chunk(2, -1)
-    activated = nonlinearity(gate)
-    torch.mul(grad_RF, activated, out=grad_up)
-    derivative(grad_RF * up, gate, grad_input=grad_gate)
-    return activated.mul_(up), grad_RH
+    curved_RF, dot_R = nonlinearity(gate), None
+    if weight_R is None:
+        torch.mul(grad_RF, curved_RF, out=grad_up)
+        derivative(grad_RF * up, gate, grad_input=grad_gate)
+        return curved_RF.mul_(up), grad_RH, None
+    activated_RF = curved_RF * up
+    dot_R = _row_dots(grad_RF, activated_RF)
+    grad_RF.mul_(weight_R.unsqueeze(1))
+    torch.mul(grad_RF, curved_RF, out=grad_up)
+    derivative(grad_RF.mul_(up), gate, grad_input=grad_gate)
+    return activated_RF.mul_(weight_R.unsqueeze(1)), grad_RH, dot_R
+
+
+def _row_dots(one_RF: Tensor, two_RF: Tensor) -> Tensor:
+    """Compute the dot product of each pair of rows, [R], accumulated in float32, on the CPU.
+
+    The kernel behind `embedding_bag`'s backward: `vecdot` rounds each product to bf16 first.
+    """
+    row_R = torch.arange(len(one_RF))
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(  # type: ignore[no-any-return]
+        one_RF, two_RF, row_R, row_R, row_R, 0
+    )
 
 
 class _Activate(Function):
@@ -93,6 +127,45 @@ class _Activate(Function):
 def differentiable(kind: str, hidden_RH: Tensor) -> Tensor:
     """Compute `activate` with autograd, for any [..., H]."""
     out: Tensor = _Activate.apply(hidden_RH, kind)
+    return out
+
+
+class _ActivatedProduct(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_RH: Tensor, weight: Tensor, kind: str, count: Any, *rules: Any
+    ) -> Tensor:
+        ctx.kind, ctx.count, ctx.rules = kind, count, rules
+        ctx.save_for_backward(hidden_RH, weight)
+        return rules[0](activate(kind, hidden_RH), weight, count)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (hidden_RH, weight), (product, weight_grads) = ctx.saved_tensors, ctx.rules
+        grad_RF = product(grads[0].contiguous(), weight.transpose(1, 2), ctx.count)
+        activated_RF, grad_RH = activate_backward(ctx.kind, hidden_RH, grad_RF)[:2]
+        grad = None
+        if ctx.needs_input_grad[1]:
+            grad = weight_grads(activated_RF, grads[0], weight, ctx.count)
+        return grad_RH, grad, None, None, None, None
+
+
+def activated_product(
+    kind: str, hidden_RH: Tensor, weight: Tensor, count: Any, product: Any, weight_grads: Any
+) -> Tensor:
+    """Compute `product(activate(hidden), weight, count)`; keep hidden for backward, no activated.
+
+    F numbers per row less than the two steps keep, for one more activation. The same bits.
+
+    Args:
+        kind: activation.
+        hidden_RH: hidden rows.
+        weight: [e, F, M].
+        count: rows of each expert.
+        product: rows, weight, count -> rows.
+        weight_grads: rows, gradient, weight, count -> gradient of the weight.
+    """
+    out: Tensor = _ActivatedProduct.apply(hidden_RH, weight, kind, count, product, weight_grads)
     return out
 
 

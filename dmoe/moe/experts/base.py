@@ -17,6 +17,11 @@ class Experts(nn.Module):
     `matrices`: (rows, columns) of the matrices of every expert of all ranks, first to last.
     """
 
+    takes_copies = False
+    """Whether `forward` takes `RowsWithCopies`."""
+    takes_tokens = False
+    """Whether `forward` takes tokens and a `TokenRows` on the CPU, and returns their sums."""
+
     def __init__(self, kind: str, matrices: tuple[tuple[tuple[int, int], ...], ...]) -> None:
         super().__init__()
         self.kind, self.matrices, self.num_experts = kind, matrices, len(matrices)

@@ -1,12 +1,10 @@
-"""Feed-forward experts, stacked on the expert dimension, and the dense feed-forward.
+"""Feed-forward experts, stacked on the expert dimension.
 
-`feed_forward` computes all experts as one autograd function, one expert at a time on the CPU:
-between the two products of an expert its hidden rows are still in the cache, and no temporary is
-larger than one expert's rows. glibc returns every block above 32 MiB to the system, so a larger one
-would be page-faulted again in every forward.
+`feed_forward` computes all experts of rows that are grouped by expert: one at a time on the CPU
+(`one_by_one.py`), all in one kernel on CUDA.
 
 Letters: R rows, D input width, M output width, F hidden width, H = 2F for gated kinds, else F; I
-input and O output width of one product; E experts, e local experts.
+and O: input and output width of one product; E experts, e local experts.
 """
 
 from __future__ import annotations
@@ -19,10 +17,17 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import grouped_mm
 
-from dmoe.config.expert_shapes import GATED, matrix_shapes
-from dmoe.moe.experts.activation import ACTIVATION_FNS, activate, activate_backward
+from dmoe.config.expert_shapes import matrix_shapes
+from dmoe.moe.experts.activation import ACTIVATION_FNS, activated_product
 from dmoe.moe.experts.base import Experts
-from dmoe.moe.interfaces import TokensPerExpert
+from dmoe.moe.experts.copies import Weights, compute_experts
+from dmoe.moe.experts.one_by_one import (
+    TokenRows,
+    rows_through_experts,
+    tokens_through_experts,
+    weight_grad,
+)
+from dmoe.moe.interfaces import RowCounts, TokensPerExpert
 from dmoe.moe.placement import ExpertPlacement, contiguous_placement
 from dmoe.moe.rng import normal_
 
@@ -41,23 +46,41 @@ class MLPExperts(Experts):
     weights).
     """
 
+    takes_copies = True
+    takes_tokens = True
+
     def __init__(
         self, kind: str, dim: int, expert_dim: int, num_experts: int, out_dim: int
     ) -> None:
         shapes = matrix_shapes([expert_dim], dim, out_dim, kind)
         super().__init__(kind, (shapes,) * num_experts)
-        self.first = 0
-        """Global id of the first local expert."""
+        self.first = 0  # global id of the first local expert
+        self.recompute_activation = False  # `train.recompute=activation`
         self.w_in = nn.Parameter(torch.empty(num_experts, *shapes[0]))
         self.w_out = nn.Parameter(torch.empty(num_experts, *shapes[1]))
 
-    def forward(self, rows_RD: Tensor, tokens_per_expert: TokensPerExpert) -> Tensor:
+    def forward(
+        self, rows_RD: Tensor, tokens_per_expert: RowCounts, tokens: TokenRows | None = None
+    ) -> Tensor:
+        """Compute rows_RM; with `tokens`, the sum over each token's experts from tokens x_TD."""
+        if tokens is not None:
+            assert isinstance(tokens_per_expert, Tensor), "packed, all experts local"
+            return tokens_through_experts(
+                self.kind, rows_RD, self.w_in, self.w_out, tokens_per_expert.tolist(), *tokens
+            )
+        weights = {name: getattr(self, name).to(rows_RD.dtype) for name in ("w_in", "w_out")}
+        return compute_experts(self._rows, weights, rows_RD, tokens_per_expert)
+
+    def _rows(
+        self, weights: Weights, rows_RD: Tensor, tokens_per_expert: TokensPerExpert
+    ) -> Tensor:
         return feed_forward(
             self.kind,
             rows_RD,
-            self.w_in.to(rows_RD.dtype),
-            self.w_out.to(rows_RD.dtype),
+            weights["w_in"],
+            weights["w_out"],
             tokens_per_expert,
+            self.recompute_activation,
         )
 
     def placement(self, ranks: int) -> ExpertPlacement:
@@ -83,29 +106,13 @@ class MLPExperts(Experts):
             normal_(self.w_out[local], out_std, seed, "expert", layer, expert, "out")
 
 
-class FeedForward(nn.Module):
-    """A feed-forward for every token: a dense layer, or the shared experts of a MoE layer.
-
-    n shared experts of width F are one of width n*F: their sum is the same matrix product.
-    """
-
-    def __init__(self, kind: str, dim: int, hidden_dim: int, out_dim: int) -> None:
-        super().__init__()
-        self.kind = kind
-        self.w_in = nn.Linear(dim, hidden_dim * (2 if kind in GATED else 1), bias=False)
-        self.w_out = nn.Linear(hidden_dim, out_dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = F.linear(x, self.w_in.weight.to(x.dtype))
-        return F.linear(ACTIVATION_FNS[self.kind](hidden), self.w_out.weight.to(x.dtype))
-
-    def initialize(self, seed: int, name: str, std: float, out_std: float) -> None:
-        normal_(self.w_in.weight, std, seed, name, "in")
-        normal_(self.w_out.weight, out_std, seed, name, "out")
-
-
 def feed_forward(
-    kind: str, rows_RD: Tensor, w_in: Tensor, w_out: Tensor, tokens_per_expert: TokensPerExpert
+    kind: str,
+    rows_RD: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    tokens_per_expert: TokensPerExpert,
+    recompute_activation: bool = False,
 ) -> Tensor:
     """Compute `activation(rows @ w_in[e]) @ w_out[e]`, [R, D] -> [R, M].
 
@@ -118,67 +125,47 @@ def feed_forward(
         rows_RD: rows grouped by expert.
         w_in: [e, D, H], in the rows' dtype.
         w_out: [e, F, M], in the rows' dtype.
-        tokens_per_expert: rows of each local expert.
+        tokens_per_expert: rows of each local expert; of unused rows, the result is zero.
+        recompute_activation: compute the activated rows again in backward; always so on the CPU.
     """
     if rows_RD.is_cuda:
-        return feed_forward_in_steps(kind, rows_RD, w_in, w_out, tokens_per_expert)
+        weights = (w_in, w_out, tokens_per_expert, recompute_activation)
+        return feed_forward_in_steps(kind, rows_RD, *weights)
     sizes = (
         [tokens_per_expert] * len(w_in)
         if isinstance(tokens_per_expert, int)
         else tokens_per_expert.tolist()
     )
-    out: Tensor = _FeedForward.apply(rows_RD, w_in, w_out, sizes, kind)
-    return out
+    return rows_through_experts(kind, rows_RD, w_in, w_out, sizes)
 
 
 def feed_forward_in_steps(
-    kind: str, rows_RD: Tensor, w_in: Tensor, w_out: Tensor, tokens_per_expert: TokensPerExpert
+    kind: str,
+    rows_RD: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    tokens_per_expert: TokensPerExpert,
+    recompute_activation: bool = False,
 ) -> Tensor:
     """Compute `feed_forward` in three steps: the CUDA path, and the tests' reference."""
-    return grouped_linear(
-        ACTIVATION_FNS[kind](grouped_linear(rows_RD, w_in, tokens_per_expert)),
-        w_out,
-        tokens_per_expert,
-    )
+    hidden_RH = grouped_linear(rows_RD, w_in, tokens_per_expert)
+    if not recompute_activation:
+        return grouped_linear(ACTIVATION_FNS[kind](hidden_RH), w_out, tokens_per_expert)
+    more = (tokens_per_expert, grouped_linear, _any_weight_grads)
+    return activated_product(kind, hidden_RH, w_out, *more)
 
 
-class _FeedForward(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, rows_RD: Tensor, w_in: Tensor, w_out: Tensor, sizes: list[int], kind: str
-    ) -> Tensor:
-        out_RM = rows_RD.new_empty(len(rows_RD), w_out.shape[2])
-        hidden = []
-        for x, up, down, y in zip(
-            rows_RD.split(sizes), w_in, w_out, out_RM.split(sizes), strict=True
-        ):
-            hidden.append(x @ up)
-            torch.mm(activate(kind, hidden[-1]), down, out=y)
-        ctx.sizes, ctx.kind = sizes, kind
-        ctx.save_for_backward(rows_RD, w_in, w_out, *hidden)
-        return out_RM
-
-    @staticmethod
-    def backward(
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        rows_RD, w_in, w_out, *hidden = ctx.saved_tensors
-        grad_rows, grad_in, grad_out = (
-            torch.empty_like(x) if needed else None
-            for x, needed in zip((rows_RD, w_in, w_out), ctx.needs_input_grad[:3], strict=True)
-        )
-        start = 0
-        for e, (h, size) in enumerate(zip(hidden, ctx.sizes, strict=True)):
-            part = slice(start, start := start + size)
-            grad = grads[0][part]
-            activated, grad_h = activate_backward(ctx.kind, h, grad @ w_out[e].t())
-            if grad_out is not None:
-                _weight_grad(activated, grad, grad_out[e])
-            if grad_in is not None:
-                _weight_grad(rows_RD[part], grad_h, grad_in[e])
-            if grad_rows is not None:
-                torch.mm(grad_h, w_in[e].t(), out=grad_rows[part])
-        return grad_rows, grad_in, grad_out, None, None
+def _any_weight_grads(
+    rows_RI: Tensor, grad_RO: Tensor, weight_eIO: Tensor, count: TokensPerExpert
+) -> Tensor:
+    """Compute the weights' gradient for all that `grouped_linear` takes, [e, I, O]."""
+    grad_RO = _contiguous(grad_RO)
+    if isinstance(count, int):
+        groups = (len(weight_eIO), count, -1)
+        return torch.bmm(rows_RI.view(groups).mT, grad_RO.view(groups))
+    multiple = ROW_ALIGNMENT // rows_RI.element_size() if rows_RI.is_cuda else 1
+    rows, grad = (F.pad(t, (0, -t.shape[1] % multiple)) for t in (rows_RI, grad_RO))
+    return _weight_grads(rows, grad, count)[:, : rows_RI.shape[1], : grad_RO.shape[1]]
 
 
 def grouped_linear(
@@ -189,8 +176,8 @@ def grouped_linear(
     An expert without rows gets a zero gradient. Equal groups (an int) are one batched GEMM. Unequal
     ones are `torch.nn.functional.grouped_mm` on CUDA, which reads the group ends on the device; on
     the CPU a loop of GEMMs that write into the result, measured at 0.6 times the time of
-    `grouped_mm` there (benchmarks/layer.py). In float64, and with more groups than `grouped_mm`
-    takes, CUDA computes the loop too, with one host read.
+    `grouped_mm` there (`dmoe bench layer`). In float64, and with more groups than `grouped_mm`
+    takes, CUDA computes the loop too, with one host read. Unused rows give zero.
 
     `grouped_mm` takes matrices whose rows start at multiples of 16 bytes. Other widths are padded
     with zeros, which change no number; the cost is a copy of what is padded.
@@ -228,7 +215,9 @@ class _GroupedLinear(Function):
             if ctx.needs_input_grad[0]
             else None
         )
-        grad_weight = _weight_grads(rows_RI, grad_RO, count_e) if ctx.needs_input_grad[1] else None
+        count_e, grad_weight = count_e[: len(weight_eIO)], None
+        if ctx.needs_input_grad[1]:
+            grad_weight = _weight_grads(rows_RI, grad_RO, count_e)
         return grad_rows, grad_weight, None
 
 
@@ -250,41 +239,39 @@ def _uses_grouped_mm(rows_RI: Tensor, count_e: Tensor) -> bool:
 
 def _rows_times_weight(rows_RI: Tensor, weight_eIO: Tensor, count_e: Tensor) -> Tensor:
     if _uses_grouped_mm(rows_RI, count_e):
-        return grouped_mm(rows_RI, weight_eIO, offs=count_e.cumsum(0).to(torch.int32))
+        end_e = count_e[: len(weight_eIO)].cumsum(0, dtype=torch.int32)
+        out_RO = grouped_mm(rows_RI, weight_eIO, offs=end_e)
+        if len(count_e) == len(weight_eIO):
+            return out_RO
+        row_R1 = torch.arange(len(out_RO), device=out_RO.device).unsqueeze(1)
+        return out_RO.masked_fill_(row_R1 >= end_e[-1], 0.0)  # the kernel leaves them unset
     out_RO = rows_RI.new_empty(len(rows_RI), weight_eIO.shape[2])
-    for rows, weight, out in zip(
-        *_split(count_e, rows_RI), weight_eIO, *_split(count_e, out_RO), strict=True
-    ):
+    sizes = count_e.tolist()
+    parts = zip(rows_RI.split(sizes), weight_eIO, out_RO.split(sizes), strict=False)
+    for rows, weight, out in parts:
         torch.mm(rows, weight, out=out)
+    _zero_unused(out_RO, sizes, weight_eIO)
     return out_RO
 
 
 def _weight_grads(rows_RI: Tensor, grad_RO: Tensor, count_e: Tensor) -> Tensor:
     """Compute the weights' gradient, `rows^T @ grad` of each expert, [e, I, O]."""
     if _uses_grouped_mm(rows_RI, count_e):
-        grad_eIO = grouped_mm(rows_RI.t(), grad_RO, offs=count_e.cumsum(0).to(torch.int32))
+        grad_eIO = grouped_mm(rows_RI.t(), grad_RO, offs=count_e.cumsum(0, dtype=torch.int32))
         if torch.cuda.get_device_capability(rows_RI.device)[0] >= 10:
             # Blackwell's kernel leaves the gradient of an expert without rows unset
             # (pytorch/pytorch#172439, cutlass#2674). A product would keep its NaN.
             grad_eIO.masked_fill_((count_e == 0)[:, None, None], 0.0)
         return grad_eIO
     out_eIO = rows_RI.new_empty(len(count_e), rows_RI.shape[1], grad_RO.shape[1])
-    for rows, grad, out in zip(*_split(count_e, rows_RI, grad_RO), out_eIO, strict=True):
-        _weight_grad(rows, grad, out)
+    sizes = count_e.tolist()
+    rows_RI, grad_RO = rows_RI[: sum(sizes)], grad_RO[: sum(sizes)]
+    for rows, grad, out in zip(rows_RI.split(sizes), grad_RO.split(sizes), out_eIO, strict=True):
+        weight_grad(rows, grad, out)
     return out_eIO
 
 
-def _weight_grad(rows_RI: Tensor, grad_RO: Tensor, out_IO: Tensor) -> None:
-    """Write `rows^T @ grad` of one expert to `out_IO`.
-
-    In bf16, oneDNN takes up to twice as long for a transposed left operand as for a copy of it and
-    a plain product, because the number of rows of an expert is not round; MKL in float32 shows no
-    difference.
-    """
-    left_IR = rows_RI.t() if rows_RI.element_size() >= 4 else rows_RI.t().contiguous()
-    torch.mm(left_IR, grad_RO, out=out_IO)
-
-
-def _split(count_e: Tensor, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    sizes = count_e.tolist()
-    return [tensor.split(sizes) for tensor in tensors]
+def _zero_unused(rows: Tensor, sizes: list[int], experts: Tensor) -> None:
+    """Set the unused rows after those of the last expert to zero, if there are any."""
+    if len(sizes) > len(experts):
+        rows[len(rows) - sizes[-1] :] = 0.0

@@ -30,6 +30,22 @@ from dmoe.moe.rng import normal_
 from dmoe.moe.routing import DispatchPlan, masked
 
 
+def add_copies(y_TM: Tensor, x_TD: Tensor, plan: DispatchPlan, first: int, count: int) -> Tensor:
+    """Add to `y_TM`, in its dtype, the weighted inputs of tokens that chose a copy.
+
+    Args:
+        y_TM: what the computed experts gave; M = D.
+        x_TD: the tokens.
+        plan: of all experts.
+        first: id of the first copy.
+        count: number of copies.
+    """
+    is_copy_TK = (plan.expert_TK >= first) & (plan.expert_TK < first + count) & plan.is_kept_TK
+    share_T1 = plan.weight_TK.masked_fill(~is_copy_TK, 0.0).sum(1, keepdim=True)
+    # a token that is not copied may hold a NaN, and 0 x NaN is NaN
+    return y_TM + (share_T1 * masked(x_TD, is_copy_TK.any(1))).to(y_TM.dtype)
+
+
 class ZeroCost(nn.Module):
     """The experts of highest ids: `zero`, then `copy`, then `constant`, `num_experts` in total."""
 
@@ -57,11 +73,7 @@ class ZeroCost(nn.Module):
         # column of the first copy
         first = weight_TE.shape[1] - self.num_experts + self.zero
         if self.copy:
-            is_copy_TK = (plan.expert_TK >= first) & (plan.expert_TK < first + self.copy)
-            copied_T = (is_copy_TK & plan.is_kept_TK).any(1)
-            share_T1 = weight_TE[:, first : first + self.copy].sum(1, keepdim=True)
-            # a token that is not copied may hold a NaN, and 0 x NaN is NaN
-            y_TM = y_TM + (share_T1 * masked(x_TD, copied_T)).to(y_TM.dtype)
+            y_TM = add_copies(y_TM, x_TD, plan, first, self.copy)
         if self.constant_JM is not None:
             share_TJ = weight_TE[:, first + self.copy :].to(y_TM.dtype)
             y_TM = y_TM + share_TJ @ self.constant_JM.to(y_TM.dtype)

@@ -61,7 +61,7 @@ from dmoe.config.plugin_loader import construct
 from dmoe.config.plugins import label
 from dmoe.config.schema import BalanceConfig
 from dmoe.moe.interfaces import DataParallelComm
-from dmoe.moe.routing import BatchShape, Noise, Routing, TokenContext, count_per_expert, masked
+from dmoe.moe.routing import BatchShape, Noise, Routing, TokenContext, masked
 
 LOSSES = ("switch", "z", "importance", "load", "usage_std", "own")
 """Fields of `BalanceConfig` that are coefficients of a loss. `bias` is none: it changes the
@@ -122,12 +122,18 @@ def auxiliary_losses(
             loss_U = usage_std_loss(routing.score_TE, valid_T, micro_batches)
         units = len(loss_U)
         if valid_T is None:  # every rank has the same number of units
-            losses[name] = loss_U.sum() / (max(1, units) * comm.size)
+            losses[name] = _share_of_mean(loss_U, comm.size)
             continue
         if units not in real_units:
             real_units[units] = comm.sum(num_real_units(valid_T, units)).clamp(min=1)
         losses[name] = loss_U.sum() / real_units[units]
     return {n: loss * comm.size for n, loss in losses.items()} if comm.averages else losses
+
+
+def _share_of_mean(loss_U: Tensor, ranks: int) -> Tensor:
+    """Return this rank's share of the mean over the units of all ranks; one unit costs nothing."""
+    total, units = (loss_U.view(()) if len(loss_U) == 1 else loss_U.sum()), max(1, len(loss_U))
+    return total if units * ranks == 1 else total / (units * ranks)
 
 
 def own_loss(config: BalanceConfig, routing: Routing, valid_T: Tensor | None, units: int) -> Tensor:
@@ -167,8 +173,16 @@ def num_real_units(valid_T: Tensor, units: int) -> Tensor:
 
 def switch_loss(routing: Routing, valid_T: Tensor | None, units: int) -> Tensor:
     """Compute the Switch loss of each unit, [U]."""
-    share_UE = fraction(choice_count(routing, units).to(routing.score_TE.dtype))
-    mean_UE = mean_over_tokens(normalized(routing.score_TE), valid_T, units)
+    count_UE = routing.choice_count(units)
+    score_TE = routing.score_TE if routing.sums_to_one else normalized(routing.score_TE)
+    if valid_T is None and routing.selected_TK is None and units:
+        # f and P divide by what all units have in common
+        tokens = len(score_TE) // units
+        product_UE = count_UE * sum_over_tokens(score_TE, None, units)
+        assignments = tokens * routing.expert_TK.shape[1]
+        return product_UE.sum(-1) * (routing.num_experts / max(1, assignments * tokens))
+    share_UE = fraction(count_UE.to(score_TE.dtype))
+    mean_UE = mean_over_tokens(score_TE, valid_T, units)
     return routing.num_experts * (share_UE * mean_UE).sum(-1)
 
 
@@ -188,10 +202,8 @@ def switch_loss_global(
     Returns:
         A scalar.
     """
-    num_experts = routing.num_experts
-    total = comm.sum(
-        torch.cat([choice_count(routing, 1)[0], num_real_tokens(routing.score_TE, valid_T)])
-    )
+    num_experts, tokens_1 = routing.num_experts, num_real_tokens(routing.score_TE, valid_T)
+    total = comm.sum(torch.cat([routing.choice_count()[0], tokens_1]))
     count_E = total[:num_experts] if prior_E is None else total[:num_experts] + prior_E
     score_TE = masked(normalized(routing.score_TE), valid_T)
     mean_E = score_TE.sum(0) / total[num_experts].clamp(min=1)
@@ -250,11 +262,6 @@ def smooth_load(logit_TE: Tensor, noise: Noise, top_k: int) -> Tensor:
     return probability_TE
 
 
-def choice_count(routing: Routing, units: int) -> Tensor:
-    """Count each unit's assignments of each expert before any drop, int64 [U, E]."""
-    return count_per_expert(routing.expert_TK, routing.is_selected_TK, units, routing.num_experts)
-
-
 def normalized(score_TE: Tensor) -> Tensor:
     """Scale scores to sum 1 over the experts: softmax scores already do, sigmoid scores do not."""
     return score_TE / (score_TE.sum(-1, keepdim=True) + 1e-20)
@@ -288,9 +295,6 @@ def num_real_tokens(like: Tensor, valid_T: Tensor | None) -> Tensor:
 
 
 def squared_variation(value_UE: Tensor) -> Tensor:
-    """Compute the squared coefficient of variation over the experts, [U]; 0 if all values are 0.
-
-    `variance / mean^2`, with the population variance.
-    """
+    """Compute variance / mean^2 over the experts, of the population, [U]; 0 if all values are 0."""
     mean_U1 = value_UE.mean(-1, keepdim=True)
     return (value_UE - mean_U1).square().mean(-1) / (mean_U1.squeeze(-1).square() + 1e-20)

@@ -23,6 +23,7 @@ from dmoe.moe.routers.expert_choice import ExpertChoiceRouter
 from dmoe.moe.routers.noisy import NoisyRouter
 from dmoe.moe.routers.static import FixedRouter, HashRouter
 from dmoe.moe.routers.topk import DenseRouter, GroupLimitedRouter, TopKRouter
+from dmoe.moe.routers.workload import WorkloadRouter
 
 __all__ = ["ROUTER_CLASSES", "LearnedRouter", "RouterModule", "TopKRouter", "build_router"]
 
@@ -36,6 +37,7 @@ ROUTER_CLASSES: dict[str, Callable[[RouterConfig, int, int, int, int], RouterMod
     "soft": DenseRouter,
     "expert_choice": ExpertChoiceRouter,
     "budget": BudgetRouter,
+    "workload": WorkloadRouter,
 }
 
 

@@ -39,12 +39,11 @@ from torch import Tensor, nn
 from dmoe.config.router_kinds import RouterSpec
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.rng import keyed_noise, normal_
+from dmoe.moe.routers.projection import project, router_dtype
 from dmoe.moe.routing import (
     BatchShape,
     Routing,
-    RowProduct,
     TokenContext,
-    without_autocast,
 )
 
 
@@ -167,6 +166,7 @@ class LearnedRouter(RouterModule):
             logit_TE,
             scale=self.config.scale,
             selected_TK=valid_choices(expert_TK, context),
+            sums_to_one=self.config.score == "softmax",
         )
         if shape.capacity is None:
             return routing
@@ -175,24 +175,9 @@ class LearnedRouter(RouterModule):
         return with_next_experts(routing, next_TS, self.config, exists_TS=exists_TS)
 
 
-def router_dtype(x: Tensor) -> torch.dtype:
-    """Return float32, but float64 for float64 inputs (so that `verify` can compare at 1e-10)."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def valid_choices(expert_TK: Tensor, context: TokenContext) -> Tensor | None:
     """Return the mask of real tokens, bool [T, K]; None without padding, which saves masks."""
     return None if context.valid_T is None else context.valid_T.unsqueeze(1).expand_as(expert_TK)
-
-
-def project(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """Compute x W^T in `router_dtype`, regardless of autocast."""
-    dtype = router_dtype(x_TD)
-    with without_autocast(x_TD):
-        if not torch.is_grad_enabled():
-            return x_TD.to(dtype) @ weight_ED.to(dtype).t()
-        product_TE: Tensor = RowProduct.apply(x_TD.to(dtype), weight_ED.to(dtype))
-        return product_TE
 
 
 def gate_scores(logit_TE: Tensor, config: RouterConfig) -> Tensor:
@@ -248,7 +233,7 @@ def combine_weights(
         weight_TK = _selected_scores(score_TE, expert_TK, selected_TK)
     if config.renormalize:
         weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
-    return weight_TK * config.scale
+    return weight_TK if config.scale == 1.0 else weight_TK * config.scale
 
 
 def with_next_experts(

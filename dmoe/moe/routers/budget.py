@@ -32,7 +32,8 @@ from torch import Tensor
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.load_balancing.losses import mean_over_tokens
 from dmoe.moe.placement import HostConstant
-from dmoe.moe.routers.base import LearnedRouter, combine_weights, project, sort_experts
+from dmoe.moe.routers.base import LearnedRouter, combine_weights, sort_experts
+from dmoe.moe.routers.projection import project
 from dmoe.moe.routing import ONE_SEQUENCE, BatchShape, Routing, TokenContext
 
 

@@ -25,7 +25,8 @@ from torch.nn.functional import softplus
 
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.rng import keyed_noise
-from dmoe.moe.routers.base import LearnedRouter, gate_scores, project
+from dmoe.moe.routers.base import LearnedRouter, gate_scores
+from dmoe.moe.routers.projection import project
 from dmoe.moe.routing import ONE_SEQUENCE, BatchShape, Noise, Routing, TokenContext
 
 

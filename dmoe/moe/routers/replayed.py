@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dmoe.config.router_kinds import router_spec
 from dmoe.config.schema import RouterConfig
+from dmoe.moe.expert_queue import priority_score
 from dmoe.moe.routers.base import combine_weights
 from dmoe.moe.routing import DispatchPlan, Routing, TokenContext
 
@@ -67,3 +68,11 @@ def choices(routing: Routing, plan: DispatchPlan, context: TokenContext) -> dict
     if routing.selected_TK is not None:
         expert_TK = expert_TK.masked_fill(~routing.selected_TK, -1)
     return {"choice_TK": expert_TK.int()}
+
+
+def choices_with_scores(
+    routing: Routing, plan: DispatchPlan, context: TokenContext
+) -> dict[str, Tensor]:
+    """Return `choice_TK`, and `score_TK`, float32: what capacity sorts by; a `MetricsFn`."""
+    score_TK = priority_score(routing.score_TE.gather(1, routing.expert_TK))
+    return choices(routing, plan, context) | {"score_TK": score_TK}

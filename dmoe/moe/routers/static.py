@@ -37,7 +37,8 @@ from torch import Tensor
 
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.inputs import per_token_input
-from dmoe.moe.routers.base import RouterModule, router_dtype, valid_choices
+from dmoe.moe.routers.base import RouterModule, valid_choices
+from dmoe.moe.routers.projection import router_dtype
 from dmoe.moe.routing import ONE_SEQUENCE, BatchShape, Routing, TokenContext
 
 MASK = 0xFFFFFFFF

@@ -34,8 +34,12 @@ FIELDS = (
     ("grad norm", "grad_norm", "{:.3g}"),
     ("lr", "lr", "{:.2e}"),
     ("drop", "drop_rate", "{:.1%}"),
+    ("ranks", "rank_max_over_mean", "{:.2f}x"),
+    ("moved", "moves", "{:,.0f}"),
     ("mfu", "mfu", "{:.1%}"),
     ("straggler", "straggler", "{:.2f}x"),
+    ("rows max/mean", "rank_imbalance", "{:.2f}"),
+    ("copies", "copies", "{:,.0f}"),
 )
 """Name, key in a `train` line, and format."""
 PART_COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "white")

@@ -24,6 +24,8 @@ TRAIN_FIELDS = {
     "tokens_per_second": ("{} tokens/s", "{:,.0f}"),
     "drop_rate": ("dropped {}", "{:.1%}"),
     "load_max_over_mean": ("load max/mean {}", "{:.2f}"),
+    "rank_max_over_mean": ("ranks {}", "{:.2f}"),
+    "moves": ("moved {}", "{:,.0f}"),
 }
 """Values of a `train` line shown in a plain line: text around the number, and its format."""
 EVAL_MEASURES = {"bits_per_byte": "{:.3f} bits/byte", "accuracy": "{:.2%} accuracy"}

@@ -39,6 +39,8 @@ class EvalBatch:
     """int64: domain of each sample."""
     position_BS: Tensor | None = None
     """int64: position of each token in its document; None: each sample is one document."""
+    first_sequence: int = 0
+    """Index of the first sample among those that are evaluated."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,9 @@ def evaluation_batches(dataset: Any, engine: Engine) -> Iterator[EvalBatch]:
         samples = engine.task.samples(dataset, first, num_valid) if num_valid else empty.no_rows()
         batch = samples.pad(empty)
         assert batch.valid_BS is not None
-        yield EvalBatch(batch.input, batch.target, batch.valid_BS, batch.label_B, batch.position_BS)
+        yield EvalBatch(
+            batch.input, batch.target, batch.valid_BS, batch.label_B, batch.position_BS, first
+        )
 
 
 def _no_update(output: ModelOutput, label_T: Tensor, predicted_T: Tensor) -> None:
@@ -184,6 +188,7 @@ def _domain_scores(
             valid_T=batch.valid_BS.flatten().to(device),
             label_T=label_T,
             position_T=None if position_BS is None else position_BS.flatten().to(device),
+            first_sequence=batch.first_sequence,
             metrics_fn=metrics_fn,
         )
         output: ModelOutput = engine.wrapped_model(

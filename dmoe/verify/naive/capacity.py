@@ -6,6 +6,7 @@ Letters: T tokens, E experts.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -91,7 +92,10 @@ def capacity_and_groups(
 def _fill_slots(
     layer: MoE, choices: Choices, tokens: range, capacity: int
 ) -> list[tuple[int, int]]:
-    """Return the kept (token, expert) pairs: first choices in order, then rerouted overflow."""
+    """Return the kept (token, expert) pairs: first choices in order, then rerouted overflow.
+
+    First choices fill the slots that their expert need not share, then those left in its pool.
+    """
     most = max((len(choices.experts_T[t]) for t in tokens), default=0)
     assignments = [
         (t, k, choices.experts_T[t][k])
@@ -100,19 +104,25 @@ def _fill_slots(
         if k < len(choices.experts_T[t])
     ]
     assignments = [(t, k, e) for t, k, e in assignments if e < layer.experts.num_experts]
-    used, kept = dict[int, int](), list[tuple[int, int]]()
-    overflowed = list[tuple[int, int]]()
-    for t, k, e in _by_priority(layer, choices, assignments):
-        if used.get(e, 0) < capacity:
-            used[e] = used.get(e, 0) + 1
+    pool, floor = layer.capacity.pool, math.floor(round(layer.capacity.pool_floor * capacity, 9))
+    own, shared = Counter[int](), Counter[int]()
+    kept, waiting, overflowed = list[tuple[int, int]](), list[Assignment](), list[tuple[int, int]]()
+
+    def fill(t: int, e: int, free: bool) -> bool:
+        if free:
+            own[e], shared[e // pool] = own[e] + 1, shared[e // pool] + 1
             kept.append((t, e))
-        else:
+        return free
+
+    for t, k, e in _by_priority(layer, choices, assignments):
+        if not fill(t, e, own[e] < floor):
+            waiting.append((t, k, e))
+    for t, k, e in waiting:
+        if not fill(t, e, shared[e // pool] < pool * capacity):
             overflowed.append((t, k))
     if layer.capacity.overflow == "next_choice":
         for t, _, e in _by_priority(layer, choices, _next_choices(choices, overflowed)):
-            if used.get(e, 0) < capacity:
-                used[e] = used.get(e, 0) + 1
-                kept.append((t, e))
+            fill(t, e, shared[e // pool] < pool * capacity)
     return kept
 
 

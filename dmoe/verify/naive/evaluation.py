@@ -94,6 +94,7 @@ def _sums(
             if samples.position_BS is None
             else _padded(samples.position_BS, samples.target, size),
             label_T=label_B.repeat_interleave(length),
+            first_sequence=first,
         )
         with record_routing(layers) as (outputs, _):
             logit_BSV = engine.model(input, None, context).logits[:count]

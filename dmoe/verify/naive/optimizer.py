@@ -1,12 +1,13 @@
 """Clipping, learning rate, AdamW and Muon by their formulas, one parameter at a time.
 
-Nothing of `dmoe/train/optimizer.py`, `dmoe/distributed/muon.py` or torch's optimizers is called.
+Nothing of `dmoe/train/optimizer.py`, `dmoe/distributed/optimizers/` or torch's is called.
 The lists of decayed parameters and of Muon's are written out. The Newton-Schulz iteration is
 applied to singular values: the matrix itself is never multiplied by its transpose.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Callable
@@ -109,6 +110,10 @@ def update(
                 )
             else:
                 direction = _adamw(state, gradient, config, step + 1)
+                if config.moments == "bf16":
+                    key = (engine.config.train.seed, "moments", name)
+                    for moment, shift in (("exp_avg", 16), ("exp_avg_sq", 40)):
+                        state[moment] = _rounded(state[moment], key, step + 1, shift)
             parameter.copy_(parameter - own_rate * decay * parameter - own_rate * direction)
             state["step"] = torch.tensor(float(step + 1))
     return {
@@ -121,11 +126,26 @@ def update(
 def _adamw(state: dict[str, Tensor], gradient: Tensor, config: OptimConfig, t: int) -> Tensor:
     """Return the direction of AdamW (Loshchilov and Hutter 2019, algorithm 2)."""
     zero = torch.zeros_like(gradient)
-    first = config.beta1 * state.get("exp_avg", zero) + (1 - config.beta1) * gradient
-    second = config.beta2 * state.get("exp_avg_sq", zero) + (1 - config.beta2) * gradient**2
+    first = config.beta1 * state.get("exp_avg", zero).to(gradient) + (1 - config.beta1) * gradient
+    second = config.beta2 * state.get("exp_avg_sq", zero).to(gradient)
+    second = second + (1 - config.beta2) * gradient**2
     state["exp_avg"], state["exp_avg_sq"] = first, second
     corrected = torch.sqrt(second / (1 - config.beta2**t))
     return (first / (1 - config.beta1**t)) / (corrected + config.eps)
+
+
+def _rounded(value: Tensor, key: tuple[object, ...], step: int, shift: int) -> Tensor:
+    """Return the value in bfloat16, rounded by random bits of each element's index."""
+    start = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+    start = ((start >> 1) + step * 0xBF58476D1CE4E5B9) % 2**64
+    x = np.arange(value.numel(), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(start)
+    for bits, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        x = (x ^ (x >> np.uint64(bits))) * np.uint64(factor)
+    random = (x >> np.uint64(shift)) % np.uint64(2**16)
+    wide = value.float().contiguous().view(-1).numpy().view(np.uint32)
+    low, unit = wide % 2**16, np.uint32(2**16)
+    rounded = wide - low + unit * (low.astype(np.uint64) + random >= 2**16)
+    return torch.from_numpy(rounded.astype(np.uint32).view(np.float32)).view_as(value).bfloat16()
 
 
 def is_muons(name: str) -> bool:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.schema import Config
+from dmoe.hf.adapters import Llama4Layer, ZayaLayer
 from dmoe.hf.layer import LayerRecord, MoefiedLayer
-from dmoe.hf.llama4 import Llama4Layer
 from dmoe.hf.model import PublishedModel
 from dmoe.moe.routing import TokenContext
 from dmoe.verify.naive.capacity import Choices, apply_capacity
@@ -39,7 +39,7 @@ def install(model: nn.Module, config: Config) -> None:
         )
         layer.virtual_ranks = config.parallel.virtual_ranks
         experts = layer.experts
-        experts.num_experts = layer.num_experts
+        experts.num_experts = layer.num_experts - layer.num_zero_cost
         experts.__class__ = type(experts).__bases__[1]
         if isinstance(layer, Llama4Layer):
             experts.forward = partial(_all_experts, experts.forward, layer.num_experts)
@@ -67,6 +67,8 @@ def _drop(
     assert not kwargs
     x, index, weights = args
     expert_TK, weight_TK = index.flatten(0, -2), weights.flatten(0, -2)
+    if isinstance(layer, ZayaLayer):  # what skips the layer has weight 0, and is no expert
+        expert_TK = expert_TK.where(weight_TK != 0, layer.num_experts - 1)
     context, sequences = layer.record.context, layer.record.sequences
     choices = _choices(layer, expert_TK, weight_TK, context)
     if context.noise_key is not None:

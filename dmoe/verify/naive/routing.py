@@ -8,7 +8,6 @@ Letters: T tokens, D width, E experts, K experts per token, S tokens per sequenc
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -21,6 +20,7 @@ from dmoe.moe.layer import MoE
 from dmoe.moe.routing import TokenContext
 from dmoe.verify.naive.capacity import Choices, capacity_and_groups
 from dmoe.verify.naive.plugins import own_choices
+from dmoe.verify.naive.static import static_choices
 
 
 def route(layer: MoE, x_TD: Tensor, context: TokenContext, sequences: int) -> Choices:
@@ -36,8 +36,8 @@ def route(layer: MoE, x_TD: Tensor, context: TokenContext, sequences: int) -> Ch
     kind = layer.router.config.kind
     if parse(kind) is not None:
         return own_choices(layer, x_TD, context, sequences, valid)
-    if kind in ("fixed", "hash"):
-        return _static(layer, x_TD, context, valid)
+    if kind in ("fixed", "hash", "workload"):
+        return static_choices(layer, x_TD, context, sequences, valid)
     clean_TE, std_TE, logit_TE = _logits(layer, x_TD, context, sequences)
     score_TE = torch.sigmoid(logit_TE)
     if layer.router.config.score != "sigmoid":
@@ -228,54 +228,6 @@ def _expert_choice(
             for t in sorted(tokens, key=lambda t: (-scores[t][e], t))[:capacity]:
                 experts[t].append(e)
     return experts
-
-
-def _static(layer: MoE, x_TD: Tensor, context: TokenContext, valid: list[bool]) -> Choices:
-    """Choose experts by token id or label, with equal weights and no gradient."""
-    count, k = layer.num_experts, layer.top_k
-    if layer.router.config.kind == "hash":
-        assert context.token_id_T is not None
-        experts = [hash_experts(int(token), k, count, layer.layer) for token in context.token_id_T]
-    else:
-        assert context.label_T is not None
-        experts = [[(int(label) * k + i) % count for i in range(k)] for label in context.label_T]
-    experts = [own if is_valid else [] for own, is_valid in zip(experts, valid, strict=True)]
-    score_TE = torch.zeros(len(valid), count, dtype=x_TD.dtype)
-    for t, own in enumerate(experts):
-        score_TE[t, own] = 1.0 / k
-    logit_TE = torch.full_like(score_TE, -math.log(count))
-    return Choices(
-        experts,
-        [[] for _ in valid],
-        logit_TE,
-        score_TE,
-        score_TE * layer.router.config.scale,
-        valid,
-    )
-
-
-def hash_experts(token: int, top_k: int, num_experts: int, layer: int) -> list[int]:
-    """Draw one token's experts from a shrinking list (see `dmoe/moe/routers/static.py`).
-
-    Args:
-        token: token id.
-        top_k: K.
-        num_experts: E.
-        layer: index among the MoE layers.
-    """
-
-    def mix(word: int) -> int:
-        word ^= word >> 16
-        word = word * 0x7FEB352D % 2**32
-        word ^= word >> 15
-        word = word * 0x846CA68B % 2**32
-        return word ^ (word >> 16)
-
-    remaining = list(range(num_experts))
-    return [
-        remaining.pop(mix((mix(token) + k + 64 * layer) % 2**32) % len(remaining))
-        for k in range(top_k)
-    ]
 
 
 def _weights(layer: MoE, logit_TE: Tensor, score_TE: Tensor, experts: list[list[int]]) -> Tensor:

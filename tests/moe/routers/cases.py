@@ -26,6 +26,7 @@ EVERY_KIND = (
     "soft",
     "expert_choice",
     "budget",
+    "workload",
 )
 
 

@@ -14,7 +14,7 @@ from dmoe.config.schema import RouterConfig
 from dmoe.moe.routers import build_router
 from dmoe.moe.routers.static import hash_experts
 from dmoe.moe.routing import TokenContext
-from dmoe.verify.naive.routing import hash_experts as hash_reference
+from dmoe.verify.naive.static import hash_experts as hash_reference
 from tests.moe.strategies import drawn
 from tests.references.routers import fixed_reference
 

@@ -21,6 +21,7 @@ from dmoe.report.run import Run, as_dict, layers_of
 from dmoe.runs.metrics_log import Line, number, numbers
 
 MEAN = "Mean over the MoE layers."
+MOVED = "Since the last logged step, of all MoE layers (parallel.placement)."
 ROUTER_CHARTS = (
     CurveChart(
         "entropy",
@@ -63,12 +64,16 @@ MAX_LAYER_POINTS = 60_000
 MIN_LAYER_POINTS = 24
 LAYER_QUANTITIES = {
     "load_max_over_mean": "Load: largest over mean",
+    "rank_max_over_mean": "Rows of the ranks: largest over mean",
+    "max_vio": "MaxVio: largest load over mean, less 1",
     "load_cv": "Load: coefficient of variation",
     "dead_experts": "Experts without any token",
     "drop_rate": "Dropped share of the assignments",
     "dropped_mass": "Dropped share of the router weight",
     "lost_tokens": "Fully dropped tokens",
     "padding_waste": "Empty slots",
+    "fullest_pool": "Fullest pool: share of its slots in use",
+    "emptiest_pool": "Emptiest pool: share of its slots in use",
     "router_entropy": "Router entropy (nats)",
     "top1_probability": "Mean probability of the first choice",
     "logit_max": "Largest router logit",
@@ -137,6 +142,14 @@ def drops_panel(runs: Sequence[Run]) -> Panel:
             "share",
             {"": layer_mean("padding_waste")},
         ),
+        CurveChart(
+            "pools",
+            "Slots in use by pool",
+            f"Of the pools of experts that share slots, the fullest and the emptiest. {MEAN}",
+            "share",
+            {"fullest": layer_mean("fullest_pool"), "emptiest": layer_mean("emptiest_pool")},
+            layout="per_run",
+        ),
     )
     absent = "No drop was recorded: a dense model, or an older version of dmoe."
     return curve_panel("drops", "Drops", charts, runs, absent)
@@ -158,6 +171,21 @@ def balance_panel(runs: Sequence[Run]) -> Panel:
             "Of the least balanced layer; 1 is perfect balance.",
             "factor",
             {"": at("load_max_over_mean")},
+        ),
+        CurveChart(
+            "rank-max-over-mean",
+            "Rows of the busiest rank over the mean",
+            "Of the least balanced layer.",
+            "factor",
+            {"": at("rank_max_over_mean")},
+        ),
+        *(
+            CurveChart(key, title, MOVED, unit, {"": at(key)})
+            for key, title, unit in (
+                ("moves", "Experts moved to another rank", "experts"),
+                ("moved_bytes", "Bytes of moved experts, of all ranks", "bytes"),
+                ("move_seconds", "Time of moves, of one rank", "seconds"),
+            )
         ),
         CurveChart(
             "cv",

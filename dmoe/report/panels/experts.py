@@ -18,7 +18,7 @@ from dmoe.report.charts import (
 )
 from dmoe.report.format import BYTES_PER_NUMBER, format_bytes
 from dmoe.report.page import Chart, Panel, round_number
-from dmoe.report.panels_load import LOAD_AXES
+from dmoe.report.panels.load import LOAD_AXES
 from dmoe.report.run import Run, layers_of
 from dmoe.runs.metrics_log import Line, matrix, numbers
 

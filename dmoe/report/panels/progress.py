@@ -63,6 +63,21 @@ TIME_CHARTS = (
         "bytes per step",
         {"": at("bytes_exchanged")},
     ),
+    CurveChart(
+        "rank-imbalance",
+        "Rows per rank, max over mean",
+        "Of the ranks that share the experts: with copies for the step, and without.",
+        "factor",
+        {"with copies": at("rank_imbalance"), "without": at("rank_imbalance_fixed")},
+    ),
+    CurveChart(
+        "copy-bytes",
+        "Bytes of copies",
+        "Weights of copied experts and gradients of the copies in one step; part of the bytes "
+        "exchanged.",
+        "bytes per step",
+        {"": at("copy_bytes")},
+    ),
     CurveChart("memory", "Memory", "Peak of the rank with the most.", "bytes", {"": at("memory")}),
     CurveChart(
         "mfu",

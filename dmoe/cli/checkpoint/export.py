@@ -52,7 +52,7 @@ def export(
 
     Example: dmoe checkpoint export runs/latest --to my-mixtral
     """
-    from dmoe.cli import checkpoint_info
+    from dmoe.cli.checkpoint import info as checkpoint_info
     from dmoe.hf.export import export_checkpoint, source_of
 
     path = checkpoint_info.newest_intact(checkpoint_info.find_checkpoints(run))

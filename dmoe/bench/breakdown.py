@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["profile_layer"]
-
 OWNERS = {
-    "_Gather": "permute",
-    "_Combine": "combine",
+    "_Permute": "permute",
+    "_Unpermute": "combine",
     "_FeedForward": "experts",
     "_GroupedLinear": "experts",
     "_Activate": "experts",
@@ -20,26 +19,27 @@ REPEATS = 5
 
 
 def profile_layer(run: Callable[[], None]) -> dict[str, float]:
-    """Each part's share of one forward and backward, largest first.
+    """Measure each part's share of one forward and backward, largest first.
 
-    Attribution: an operator belongs to the autograd function it ran under, forward or backward. Matrix products of the experts are
-    `grouped GEMMs`, whatever else runs there is `activation`; what belongs to no function is the router, its losses and statistics.
+    An operator belongs to the autograd function it ran under, forward or backward. Matrix products
+    of the experts are `grouped GEMMs`, whatever else runs there is `activation`; what belongs to no
+    function is `route`: the router, its losses and statistics.
     """
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         for _ in range(REPEATS):
             run()
     parts: dict[str, float] = {}
     for event in recorded.events():
-        part = part_of(event)
+        part = _part_of(event)
         parts[part] = parts.get(part, 0.0) + event.self_cpu_time_total
     total = sum(parts.values())
     return {part: value / total for part, value in sorted(parts.items(), key=lambda item: -item[1])}
 
 
-def part_of(event: object) -> str:
+def _part_of(event: Any) -> str:
     node, is_product = event, False
     while node is not None:
-        name: str = node.name  # type: ignore[attr-defined]
+        name: str = node.name
         is_product = is_product or name in PRODUCTS
         for function, owner in OWNERS.items():
             if name in (
@@ -50,5 +50,5 @@ def part_of(event: object) -> str:
                 if owner != "experts":
                     return owner
                 return "grouped GEMMs" if is_product else "activation"
-        node = node.cpu_parent  # type: ignore[attr-defined]
+        node = node.cpu_parent
     return "route"

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dmoe.cli import checkpoint_export, checkpoint_models
+from dmoe.cli.checkpoint import export, models
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dmoe.cli.checkpoint_info import CheckpointContents, CheckpointList, VerifiedCheckpoint
+    from dmoe.cli.checkpoint.info import CheckpointContents, CheckpointList, VerifiedCheckpoint
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,7 +41,7 @@ def inspect(path: CheckpointPath, as_json: AsJson = False) -> None:
 
     Example: dmoe checkpoint inspect runs/latest
     """
-    from dmoe.cli import checkpoint_info
+    from dmoe.cli.checkpoint import info as checkpoint_info
 
     found = checkpoint_info.find_checkpoints(path)
     contents = checkpoint_info.inspect_checkpoint(checkpoint_info.newest_intact(found))
@@ -52,10 +52,10 @@ def inspect(path: CheckpointPath, as_json: AsJson = False) -> None:
     sys.exit(3 if contents.problem else 0)
 
 
-app.command()(checkpoint_export.export)
-app.command("import")(checkpoint_models.import_model)
-app.command()(checkpoint_models.upcycle)
-app.command()(checkpoint_models.prune)
+app.command()(export.export)
+app.command("import")(models.import_model)
+app.command()(models.upcycle)
+app.command()(models.prune)
 
 
 @app.command()
@@ -77,10 +77,10 @@ def verify(
 
     Example: dmoe checkpoint verify runs/latest
     """
-    from dmoe.cli import checkpoint_info
+    from dmoe.cli.checkpoint import info as checkpoint_info
 
     if against is not None:
-        checkpoint_export.verify_against(path, against, as_json=as_json)
+        export.verify_against(path, against, as_json=as_json)
 
     found = checkpoint_info.find_checkpoints(path)
     results = [

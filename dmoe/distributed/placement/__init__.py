@@ -1,0 +1,1 @@
+"""Where experts are computed: moves between ranks, and copies for one step."""

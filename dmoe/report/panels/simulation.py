@@ -1,0 +1,83 @@
+"""The panel of a simulated run: rows between its ranks, and how long a step waits for one of them.
+
+Read from RUN/simulation.jsonl (`dmoe simulate`). Letters: W ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from dmoe.report.charts import View, build_matrix_chart, make_curve
+from dmoe.report.page import Chart, Panel, Selector
+from dmoe.report.run import Run
+
+LINES = "simulation.jsonl"
+CURVES = {"mean": fmean, "largest": max}
+
+
+def simulation_panel(runs: Sequence[Run]) -> Panel | None:
+    """Build straggler factor by step and traffic by layer; None if no run was simulated."""
+    lines = [_read(run) for run in runs]
+    if not any(lines):
+        return None
+    views: dict[str, Any] = {}
+    for index, run_lines in enumerate(lines):
+        by_step: dict[int, list[float]] = {}
+        for line in run_lines:
+            by_step.setdefault(line["step"], []).append(line["straggler"])
+        pairs = [{"step": step, "values": values} for step, values in sorted(by_step.items())]
+        if pairs:
+            curves = [
+                make_curve(name, pairs, lambda pair, of=of: of(pair["values"]), colour=colour)  # type: ignore[misc]
+                for colour, (name, of) in enumerate(CURVES.items())
+            ]
+            views[str(index)] = {"curves": curves, "marks": [index]}
+    straggler = Chart(
+        "simulated-straggler",
+        "Straggler factor",
+        "Rows of the busiest rank over the mean of the ranks, over the layers of a step: a step "
+        "waits for that rank. 1 is perfect balance.",
+        "curves",
+        views,
+        {"x": "step", "y": "max / mean"},
+        [Selector("Run", [run.name for run in runs])],
+    )
+    traffic = Chart(
+        "simulated-traffic",
+        "Rows from rank to rank",
+        "A row is the sender, a column the receiver, after drops. Last step.",
+        "matrix",
+        axes={
+            **{"x": "to rank", "y": "from rank", "z": "times the expectation", "count": "rows"},
+            "fair": "margins",
+        },
+    )
+    built = build_matrix_chart(traffic, runs, [_matrices(run_lines) for run_lines in lines])
+    sizes = [f"{line[-1]['ranks']} ranks, EP {line[-1]['ep']}" for line in lines if line]
+    return Panel(
+        "simulation",
+        "Simulated ranks",
+        [f"One process computed what {'; '.join(sizes)} would have exchanged."],
+        charts=[straggler, *([built] if built is not None else [])],
+    )
+
+
+def _read(run: Run) -> list[dict[str, Any]]:
+    path = run.path / LINES
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+def _matrices(lines: Sequence[dict[str, Any]]) -> dict[str, View]:
+    """Return the traffic of the last step by layer."""
+    last = [line for line in lines if line["step"] == lines[-1]["step"] and "traffic" in line]
+    views: dict[str, View] = {}
+    for line in last:
+        axis = list(range(line["ranks"]))
+        views[f"layer {line['layer']}"] = {"x": axis, "y": axis, "z": line["traffic"]}
+    return views

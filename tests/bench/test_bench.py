@@ -1,0 +1,90 @@
+"""`dmoe bench` and its counters. Nothing is asserted of a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dmoe.bench.exchange import run as run_exchange
+from dmoe.bench.layer import Shape
+from dmoe.bench.measure import KernelCounter, interleave, peak_bytes, quartiles, saved_bytes
+from tests.cli.commands import dmoe, run_in_process
+
+TINY = ("--tokens", "64", "--dim", "16", "--hidden", "16", "--experts", "4", "--rounds", "2")
+
+
+def test_every_contender_runs_once_per_round_in_an_order_that_turns() -> None:
+    order: list[str] = []
+    runs = {name: lambda name=name: order.append(name) for name in "abc"}
+    times = interleave(runs, rounds=3, warmup=0)
+    assert "".join(order) == "abcbcacab"
+    assert {name: len(values) for name, values in times.items()} == dict.fromkeys("abc", 3)
+    assert quartiles([1.0, 2.0, 3.0]) == (1.0, 2.0, 3.0)
+
+
+def test_the_counters_count_what_is_known() -> None:
+    """A product keeps its two inputs, of which a parameter does not count; views launch nothing."""
+    weight = torch.nn.Parameter(torch.zeros(8, 8))
+    x = torch.zeros(32, 8)
+    assert saved_bytes(lambda: (x @ weight).sigmoid()) == 2 * 32 * 8 * 4
+    with KernelCounter() as counter:
+        (x @ weight).view(-1)[3:].sum()
+    assert counter.names == ["mm", "sum"]
+    assert peak_bytes(lambda: torch.zeros(1000).relu()) == 8000
+
+
+def test_the_layer_is_compared_with_its_peers_and_counted(tmp_path: Path) -> None:
+    result = run_in_process("bench", "layer", *TINY, "--dtype", "fp32", "--json", cwd=tmp_path)
+    report = json.loads(result.stdout)
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows)[:2] == ["gemms", "dmoe"]
+    assert rows["gemms"]["ratio"] == 1.0
+    assert rows["dmoe"]["saved_per_token"] > 0
+    assert set(report["difference"].get("transformers", {"y"})) >= {"y"}
+    shown = run_in_process(
+        "bench", "layer", *TINY, "--capacity", "1.0", "--exchange", "padded", cwd=tmp_path
+    ).stdout
+    assert "capacity 1, exchange padded" in shown
+    wrong = dmoe("bench", "layer", "--dtype", "fp8", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "--dtype=fp8: must be bf16 or fp32" in wrong.stderr
+
+
+@pytest.mark.ranks
+def test_the_exchange_is_measured_on_two_ranks() -> None:
+    report = run_exchange(Shape(64, 16, 16, 4, 2), rounds=1, capacity=1.5)
+    rows = {row["name"]: row for row in report["rows"]}
+    assert {"gemms", "packed", "padded", "exchange"} <= rows.keys()
+    assert 0 < rows["packed"]["sent_mb"] <= 4 * 64 * 16 * 4 / 1e6
+
+
+def test_a_step_is_compared_with_its_products(tmp_path: Path) -> None:
+    sizes = (
+        "--dim",
+        "16",
+        "--layers",
+        "1",
+        "--experts",
+        "4",
+        "--hidden",
+        "8",
+        "--vocabulary",
+        "64",
+    )
+    more = ("--batch", "2", "--length", "8", "--rounds", "1", "--dtype", "fp32", "--json")
+    report = json.loads(
+        run_in_process(
+            "bench", "step", *sizes, *more, "--set", "model.heads=2", cwd=tmp_path
+        ).stdout
+    )
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows)[:2] == ["gemms", "dmoe"]
+    assert rows["dmoe"]["peak_mb"] > rows["gemms"]["peak_mb"] > 0
+    assert report["shape"]["dim"] == 16
+    assert report["shape"]["length"] == 8
+    wrong = dmoe("bench", "step", "--set", "train.recompute=all", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "train.recompute=all: must be" in wrong.stderr
