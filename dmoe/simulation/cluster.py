@@ -44,7 +44,7 @@ class Cluster:
     bandwidth: float
     """Memory: bytes per second of kernels that read and write it."""
     kernel_seconds: float
-    """Of the shortest kernel: what the host needs to launch one."""
+    """The shortest kernel: what the host needs to launch one."""
     inside_bandwidth: float
     """Bytes per second that a device sends to others of its node."""
     inside_seconds: float

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -54,7 +55,7 @@ class DryRun:
     all_kinds: list[str]
     """Kind of each block of the model, first to last."""
     state_of_kind: dict[str, StateBytes]
-    """Of one block of each kind; "": of all that is in no block."""
+    """One block of each kind; "": of all that is in no block."""
     before: int
     """Bytes that were live when the step began."""
     tokens: int
@@ -116,6 +117,8 @@ def dry_run(
     """
     check(config, world)
     kinds = kinds or block_kinds(config, num_outputs)
+    if len(list(groupby(kinds))) > len(set(kinds)):
+        repeated = None  # kinds take turns, and what FSDP2 gathers ahead depends on the next one
     last = len(kinds)
     if repeated is not None and config.model.source is None and not _is_table(config):
         last = 1 + max(
@@ -160,8 +163,13 @@ def _run(
     assert built == all_kinds[: len(built)], "a block depends on the number of blocks"
     shard_experts(model, mesh)
     if isinstance(model, Transformer) and repeated is not None:
-        model.blocks = nn.ModuleList(_first(repeated, list(model.blocks), built))
-        built = _first(repeated, built, built)
+        # In the order of the whole model: FSDP2 gathers the next block ahead.
+        pool = list(zip(built, model.blocks, strict=True))
+        built = [all_kinds[place] for place in _positions(repeated, all_kinds)]
+        chosen = list[tuple[str, nn.Module]]()
+        for kind in built:
+            chosen.append(pool.pop(next(i for i, pair in enumerate(pool) if pair[0] == kind)))
+        model.blocks = nn.ModuleList(block for _, block in chosen)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = StepRecorder()
     reads.ranks, reads.sequences = mesh.ep, batch.micro_batch * virtual
@@ -219,12 +227,12 @@ def kind_of(block: nn.Module) -> str:
     return f"{classes};{shapes}"
 
 
-def _first(count: int, blocks: list[Any], kinds: list[str]) -> list[Any]:
-    """Return the first `count` blocks of each kind, in their order."""
+def _positions(count: int, kinds: list[str]) -> list[int]:
+    """Return the places of the first `count - 1` blocks of each kind and of its last one."""
     return [
-        block
-        for index, (block, kind) in enumerate(zip(blocks, kinds, strict=True))
-        if kinds[:index].count(kind) < count
+        place
+        for place, kind in enumerate(kinds)
+        if kinds[:place].count(kind) < count - 1 or kind not in kinds[place + 1 :]
     ]
 
 

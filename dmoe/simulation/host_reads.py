@@ -1,4 +1,4 @@
-"""What code asks of tensors without values: row counts, the device, one fused kernel.
+"""Answers to host reads of tensors without values: row counts, the device, one fused kernel.
 
 Letters: T tokens of a forward, E experts, e of one rank, P = EP ranks, K experts per token.
 """

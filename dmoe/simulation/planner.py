@@ -165,7 +165,7 @@ def _screen(
     except ConfigError as error:
         failed.append(("every layout", str(error)))
         return
-    small = list[Layout]()
+    small, beyond = list[Layout](), list[tuple[float, Layout]]()
     for ep, mode in product(reversed(sizes), modes):
         layout = Layout(ep, mode, micros[0], "block")
         try:
@@ -176,8 +176,10 @@ def _screen(
         if (state := search.state(ep, mode)) > room:
             text = "weights, gradients and moments alone take"
             failed.append((_name(ep, mode), _too_large(state, room, text)))
+            beyond.append((state, layout))
         else:
             small.append(layout)
+    small = small or [layout for _, layout in sorted(beyond)[:1]]  # then it is the nearest
     search.run(*((layout, search.load.p99(layout.ep)) for layout in small))
     for layout in small:
         used, times = search.run((layout, search.load.p99(layout.ep)))[0]

@@ -26,7 +26,7 @@ class Kernel(NamedTuple):
     """One kernel call, as far as its time depends on it."""
 
     name: str
-    """Of the operator; matrix products are `gemm` or `grouped_gemm`, attention `attention`."""
+    """The operator; matrix products are `gemm` or `grouped_gemm`, attention `attention`."""
     shape: tuple[int, ...]
     """Matrix products: batch, rows, inner, columns. Attention: 1 for its backward, else 0."""
     dtype: str

@@ -24,7 +24,7 @@ WORKERS = min(2, os.cpu_count() or 1)
 
 
 class Layout(NamedTuple):
-    """What a plan may choose."""
+    """The fields that a plan may choose."""
 
     ep: int
     mode: str
@@ -51,7 +51,7 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one layout needs and takes."""
+    """Memory and time of one layout."""
 
     layout: Layout
     accumulation: int

@@ -70,7 +70,7 @@ def test_bytes_equal_those_of_real_ranks(world: int, overrides: str) -> None:
 COMPOSED = [
     "parallel.mode=ddp model.dense_first=2",
     "parallel.mode=fsdp model.dense_first=2",
-    "parallel.mode=fsdp model.moe_every=2 train.recompute=true train.micro_batch=1",
+    "parallel.mode=fsdp train.recompute=true train.micro_batch=1",
 ]
 
 
@@ -120,7 +120,7 @@ EVERY = {
     "model.head_dim=32": "", "model.dense_dim=40": "model.dense_first=1", "model.moe_every=2": "",
     "model.qk_norm=false": "", "model.tie_embeddings=false": "", "moe.num_experts=4": "",
     "moe.top_k=3": "", "moe.expert_dim=16": "", "moe.capacity.factor=1": "",
-    "moe.capacity.min_capacity=50": "moe.capacity.factor=1",
+    "moe.capacity.min_capacity=50": PADDED,
     "moe.exchange=padded": "moe.capacity.factor=1.25", "moe.experts.kind=gelu": "",
     "moe.experts.shared=1": "", "moe.experts.shared_dim=20": "moe.experts.shared=1",
     "moe.experts.zero=1": "", "moe.experts.constant=1": "", "moe.router.kind=noisy": "",
@@ -142,11 +142,14 @@ def test_the_plan_notices_every_field(change: str) -> None:
 def test_the_page_answers_first() -> None:
     """A config that does not fit: what fits, why, and what does not."""
     config = load("configs/deepseek_moe_16b.yaml", ["parallel.ep=8"])
-    small = replace(load_cluster("h100x8"), memory=40e9)
-    plan, precision = make_plan(config, 8, small, sigma=0.3, num_outputs=102_400, ep_sizes=[8])
+    cluster = load_cluster("h100x8")
+    plan, precision = make_plan(config, 8, cluster, sigma=0.3, num_outputs=102_400, ep_sizes=[8])
     text = "\n".join(page(plan, precision, 300e9, 2.5))
-    assert text.index("does not fit") < text.index("1. parallel.ep=8 parallel.mode=fsdp")
+    assert text.index("The config as it is") < text.index("1. parallel.ep=8") < text.index("Why:")
     assert "days" in text
+    tight, _ = make_plan(config, 8, replace(cluster, memory=20e9), num_outputs=256, ep_sizes=[8])
+    text = "\n".join(page(tight, precision, None, None))
+    assert text.index("No layout fits. Nearest: parallel.ep=8") < text.index("Left out")
     assert "parallel.mode=ddp: weights, gradients and moments alone take" in text
     content: Any = json.loads(json.dumps(numbers(plan, precision, 300e9, 2.5)))
     best = content["best"]
