@@ -28,6 +28,8 @@ def apply_fsdp(model: nn.Module, mesh: ParallelMesh, divisor: int = 1) -> None:
     (EDP = 1) stay plain tensors. Gradients are sums over the ranks, divided by `divisor`.
     """
     device_type = next(model.parameters()).device.type
+    # A model without memory (`fake_world.py`) is sharded as on a CPU.
+    device_type = "cpu" if device_type == "meta" else device_type
     world_mesh = _device_mesh(dist.group.WORLD, device_type)
     unsharded = set(expert_parameters(model).values())
     if mesh.edp_group is not None:
