@@ -9,8 +9,8 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 390,
-    "product lines": 63_000,
+    "product files": 405,
+    "product lines": 64_500,
     "files of one MoE forward": 15,
     "files of one training step": 44,
     "files that name a router kind": 5,
