@@ -40,8 +40,9 @@ from dmoe.train.optimizer import build_optimizer
 from dmoe.train.step import Batch, train_step
 from dmoe.train.tasks import task_of
 
-REPEATED = 3
-"""Blocks of one kind that are run: the first, one between equals, and the last."""
+REPEATED = 5
+"""Blocks of one kind that are run: the first two, one for all between, and the last two, since
+FSDP2 gathers one block ahead."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

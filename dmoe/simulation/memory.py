@@ -86,12 +86,14 @@ def _shown(run: DryRun) -> list[int]:
     for kind in run.all_kinds:
         place, number = places[kind], seen[kind]
         seen[kind] += 1
-        if number == 0:
-            shown.append(place[0])
-        elif number == total[kind] - 1:
-            shown.append(place[-1])
+        last = total[kind] - 1 - number
+        # the first two and the last two for themselves: FSDP2 gathers one block ahead
+        if number < min(2, len(place)):
+            shown.append(place[number])
+        elif last < min(2, len(place) - 2):
+            shown.append(place[-1 - last])
         else:
-            shown.append(place[min(1, len(place) - 1)])
+            shown.append(place[min(2, len(place) - 1)])
     return shown
 
 

@@ -14,7 +14,7 @@ import yaml
 from dmoe.config.errors import ConfigError
 from dmoe.config.load import load
 from dmoe.simulation.cluster import FOLDER, load_cluster, parse, shipped
-from dmoe.simulation.dry_run import dry_run
+from dmoe.simulation.dry_run import REPEATED, dry_run
 from dmoe.simulation.load import Load
 from dmoe.simulation.memory import memory, totals
 from dmoe.simulation.plan_page import numbers, page
@@ -81,9 +81,10 @@ COMPOSED = [
 @pytest.mark.parametrize("overrides", COMPOSED)
 def test_some_blocks_stand_for_all(overrides: str) -> None:
     """Within the control vector, whose length is that of the layers."""
-    config = tiny("model.layers=7", "train.global_batch=16", "parallel.ep=4", *overrides.split())
+    config = tiny("model.layers=9", "train.global_batch=16", "parallel.ep=4", *overrides.split())
     some, every = (
-        dry_run(config, 8, "bf16", cuda=True, repeated=n, num_outputs=VOCAB) for n in (3, None)
+        dry_run(config, 8, "bf16", cuda=True, repeated=n, num_outputs=VOCAB)
+        for n in (REPEATED, None)
     )
     assert len(some.kinds) < len(every.kinds)
     for name, value in asdict(memory(every)).items():
