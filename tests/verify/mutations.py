@@ -207,7 +207,7 @@ MUTATIONS = [
     ),
     Mutation(
         "train/evaluation/__init__.py",
-        "index_add(0, label_T, masked(sums_T4, valid_T))",
+        "index_add(0, label_T, masked(sums_T4, predicted_T))",
         "index_add(0, label_T, sums_T4)",
         "evaluation",
         tests="tests/train/test_evaluation.py",
@@ -257,7 +257,7 @@ MUTATIONS = [
     ),
     Mutation("train/reduction.py", "aux.mean(0)", "aux[-1]", "auxiliary losses"),
     Mutation(
-        "distributed/data_parallel.py",
+        "distributed/fsdp.py",
         "    if not torch.is_grad_enabled():\n        cast",
         "    if torch.is_grad_enabled():\n        cast",
         "evaluation",
@@ -318,9 +318,9 @@ MUTATIONS = [
         "optim.clip=0.1",
     ),
     Mutation(
-        "distributed/data_parallel.py",
-        "module.set_gradient_divide_factor(1.0)",
-        "module.set_gradient_divide_factor(2.0)",
+        "distributed/fsdp.py",
+        "module.set_gradient_divide_factor(float(divisor))",
+        "module.set_gradient_divide_factor(2.0 * divisor)",
         GRADIENTS,
     ),
     Mutation(
@@ -391,8 +391,8 @@ MUTATIONS = [
     ),
     Mutation(
         "data/packing.py",
-        "np.arange(start, end - seq_len + 1, seq_len",
-        "np.arange(start, end - seq_len, seq_len",
+        "max(0, self.num_tokens - 1) // self.seq_len",
+        "max(0, self.num_tokens) // self.seq_len",
         "",
         tests="tests/data",
     ),
@@ -470,8 +470,8 @@ MUTATIONS = [
     ),
     Mutation(
         "train/step.py",
-        "batch.label_B.to(device).repeat_interleave(target.shape[1])",
-        "batch.label_B.to(device).repeat(target.shape[1])",
+        "send(batch.label_B).repeat_interleave(target.shape[1])",
+        "send(batch.label_B).repeat(target.shape[1])",
         "chosen experts",
         "moe.router.kind=fixed",
     ),
