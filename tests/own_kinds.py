@@ -73,6 +73,33 @@ class Squared(MLPExperts):
         return ((x_TD @ self.w_in[e]).clamp(min=0) ** self.power) @ self.w_out[e]
 
 
+class Gained(Squared):
+    """Squared, times a number of each expert: learned, and fixed in a buffer."""
+
+    def __init__(self, dim, expert_dim, num_experts, out_dim, *, power=2):
+        super().__init__(dim, expert_dim, num_experts, out_dim, power=power)
+        self.gain = torch.nn.Parameter(torch.empty(num_experts))
+        self.register_buffer("fixed", torch.empty(num_experts))
+
+    def forward(self, rows_RD, tokens_per_expert):
+        out_RM = super().forward(rows_RD, tokens_per_expert)
+        gain_e = (self.gain * self.fixed).to(out_RM.dtype)
+        gain_R = gain_e.repeat_interleave(tokens_per_expert, output_size=len(out_RM))
+        return out_RM * gain_R.unsqueeze(1)
+
+    def slice_experts(self, first, count):
+        super().slice_experts(first, count)
+        self.gain = torch.nn.Parameter(self.gain.detach()[first : first + count].clone())
+        self.fixed = self.fixed[first : first + count].clone()
+
+    def initialize(self, seed, layer, std, out_std):
+        super().initialize(seed, layer, std, out_std)
+        ids = torch.arange(self.first, self.first + len(self.gain), device=self.gain.device)
+        with torch.no_grad():
+            self.gain.copy_(1 + ids)
+            self.fixed.copy_(2 + 3 * ids)
+
+
 class Sawtooth:
     """The peak at every `period`-th step, falling to 0 between."""
 

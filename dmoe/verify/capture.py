@@ -203,6 +203,7 @@ def state_arrays(engine: Engine) -> Capture:
             for name, v in _in_order(gather_full(values, experts, mesh, held), engine).items()
         }
     buffers = gather_full(dict(engine.model.named_buffers()), expert_buffers(engine.model), mesh)
+    buffers = _in_order(buffers, engine)
     steps = {
         n: engine.optimizer.state[p]["step"]
         for n, p in named.items()
@@ -246,7 +247,7 @@ def _in_order(full: dict[str, Tensor], engine: Engine) -> dict[str, Tensor]:
     """Return gathered tensors with the experts of those that move by their global ids."""
     if engine.placement is None:
         return full
-    stacks = set(expert_parameters(engine.model))
+    stacks = {*expert_parameters(engine.model), *expert_buffers(engine.model)}
     for path, layer in engine.model.named_modules():
         if isinstance(layer, MoELayer):
             ids = list(layer.placement.physical_ids.values)

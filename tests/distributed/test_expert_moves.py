@@ -15,6 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from dmoe.checkpoint import save_load
+from dmoe.config.plugin_loader import load_plugins
 from dmoe.config.schedule import learning_rate
 from dmoe.distributed.init import init_distributed
 from dmoe.runs.directory import RunDir
@@ -29,14 +30,18 @@ from tests.tiny import VOCAB, tiny
 pytestmark = pytest.mark.ranks
 
 PERIODIC = ("parallel.placement.kind=periodic", "parallel.placement.every=1")
+GAINED = f"{Path(__file__).parents[1] / 'own_kinds.py'}:Gained"
 CASES = (
     ("parallel.ep=4",),
     ("parallel.ep=2", "train.recompute=true", "moe.capacity.factor=1", "moe.exchange=padded"),
-    ("parallel.ep=2", "parallel.mode=fsdp", "optim.moments=bf16"),
+    ("parallel.ep=2", "parallel.mode=fsdp", "optim.moments=bf16", f"moe.experts.kind={GAINED}"),
     ("parallel.ep=2", "parallel.mode=fsdp", "moe.num_experts=6", "optim.kind=muon"),
     ("parallel.ep=4", "parallel.mode=fsdp", 'optim.trainable=["*.router.*"]'),
 )
-"""The fourth has three experts per rank: FSDP2 shards within them, not by whole ones."""
+"""The third has experts of its own, with one number each, learned and in a buffer: only what had
+two dimensions moved, so an expert came home without its gain, and a run with moves trained another
+model than one without. The fourth has three experts per rank: FSDP2 shards within them, not by
+whole ones."""
 
 
 EXPERT_BYTES = 4 * (32 * 2 * 24 + 24 * 32)
@@ -49,7 +54,7 @@ def ep_of(case: tuple[str, ...]) -> int:
 
 def build(*overrides: str) -> Engine:
     AcceleratorState._reset_state(reset_partial_state=True)
-    config = tiny("optim.clip=null", "moe.balance.bias=0.01", *overrides)
+    config = load_plugins(tiny("optim.clip=null", "moe.balance.bias=0.01", *overrides))
     return build_engine(config, init_distributed("cpu"), VOCAB)
 
 

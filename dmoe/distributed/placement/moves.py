@@ -191,15 +191,15 @@ def move_experts(
 
 
 def moving_tensors(layer: MoELayer, optimizer: Optimizer) -> list[Tensor]:
-    """List what belongs to the experts of a layer: stacks [e, ...], weights and their moments."""
-    experts = len(layer.placement.experts[0])
+    """List the stacks [e, ...] of a layer: all weights and buffers of experts, and the moments.
+
+    As a checkpoint does, which takes each for a stack, those of one number per expert too.
+    """
     tensors: list[Tensor] = []
     for parameter in layer.experts.parameters():
-        if parameter.ndim < 2 or len(parameter) != experts:
-            continue  # shared by the experts of a published layer
         state = optimizer.state.get(parameter, {})
         tensors += [parameter, *(value for value in state.values() if _like(value, parameter))]
-    return tensors
+    return [*tensors, *layer.experts.buffers()]
 
 
 def _like(value: object, parameter: Tensor) -> bool:
