@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import product
 from statistics import fmean
 from typing import Any, Literal, get_args
 
@@ -29,6 +30,7 @@ import torch
 from dmoe.bench.layer import DTYPES, Shape
 from dmoe.bench.measure import Times, interleave, machine, quartiles
 from dmoe.config.expert_shapes import multiply_adds
+from dmoe.config.rules.workload import check_workload
 from dmoe.config.schema import RouterConfig
 from dmoe.distributed.expert_parallel import shard_experts
 from dmoe.distributed.local_ranks import run_ranks
@@ -73,6 +75,7 @@ def run(
         rounds: rounds of the clock; 0: no time.
     """
     shape, rows = shape or Shape(), list[dict[str, Any]]()
+    check_workloads(shape, ranks, hot, workloads)
     for size in ranks:
         times: Times = {}
         if rounds and size <= len(os.sched_getaffinity(0)):
@@ -93,6 +96,14 @@ def run(
         "shape": asdict(shape) | {"dtype": dtype, "hot": hot, "steps": steps},
         "rows": rows,
     }
+
+
+def check_workloads(
+    shape: Shape, ranks: Sequence[int], hot: float, workloads: Sequence[Workload] = WORKLOADS
+) -> None:
+    """Refuse a workload that one of the EP sizes cannot have, before any is measured."""
+    for size, workload in product(ranks, workloads):
+        check_workload(_router(workload, size, hot), shape.experts, shape.top_k)
 
 
 def workload_counts(shape: Shape, workload: Workload, ranks: int, hot: float, step: int) -> Counts:

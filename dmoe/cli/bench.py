@@ -128,14 +128,22 @@ def balance(
     sizes = [int(size) if size.isdigit() else 0 for size in ranks.split(",")]
     if any(size < 2 or experts % size or tokens % size for size in sizes):
         allowed = f"must be numbers from 2 up that divide {experts} experts and {tokens} tokens"
-        raise ConfigError("--ranks", ranks, allowed, "use 2")
-    if not 1 <= hot <= experts / top_k:
-        allowed = f"must be from 1 to E / K = {experts / top_k:g}: a token's experts differ"
-        raise ConfigError("--hot", hot, allowed, "use 1.6")
-    from dmoe.bench.balance import run
+        both = [n for n in range(2, experts + 1) if experts % n == tokens % n == 0]
+        fix = (
+            f"use some of {both[:8]}" if both else "use other --experts or --tokens, e.g. 16, 4096"
+        )
+        raise ConfigError("--ranks", ranks, allowed, fix)
+    if hot < 1:
+        raise ConfigError("--hot", hot, "must be 1 or more", "use 1.6")
+    from dmoe.bench.balance import check_workloads, run
     from dmoe.bench.layer import Shape
 
     shape = Shape(tokens, dim, hidden, experts, top_k)
+    try:
+        check_workloads(shape, sizes, hot)
+    except ConfigError as error:
+        options = {"num_experts": "experts", "router.": "", "top_k": "top-k", "moe.": "--"}
+        raise error.renamed(options) from None
     show(run(shape, ranks=sizes, hot=hot, dtype=dtype, rounds=rounds), as_json)
 
 

@@ -84,6 +84,31 @@ def test_the_balance_of_every_workload(tmp_path: Path) -> None:
     assert "--ranks=3: must be numbers" in wrong.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            ["--ranks", "8,2", "--hot", "4"],
+            "--hot=4.0: must be at most 2, the smaller of --ranks=2",
+        ),
+        (["--ranks", "2", "--top-k", "9"], "--top-k=9: must be at most 8, the experts of W5"),
+        (["--ranks", "2", "--experts", "7"], "--ranks=2: must be numbers from 2 up that divide 7"),
+    ],
+)
+def test_a_workload_that_cannot_be_is_refused_before_any_is_measured(
+    options: list[str], says: str, tmp_path: Path
+) -> None:
+    """EP 8 was measured before EP 2 was refused, by fields that the command does not have.
+
+    And where no EP size could be had, the fix was the value that was refused.
+    """
+    wrong = run_in_process("bench", "balance", *options, cwd=tmp_path)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert says in wrong.stderr
+    assert "moe." not in wrong.stderr
+    assert f"use {options[1]}\n" not in wrong.stderr
+
+
 @pytest.mark.ranks
 def test_the_balance_is_timed_on_two_ranks() -> None:
     rows = run_balance(Shape(64, 16, 16, 8, 2), ranks=(2,), workloads=("W2",), rounds=1)["rows"]
