@@ -187,7 +187,12 @@ def merge_lora(model: nn.Module) -> nn.Module:
     """Add the products to the weights and remove the factors, in place; return the model.
 
     On every rank for its own experts; no collective. Not for what FSDP2 has sharded.
+
+    Raises:
+        ConfigError: the model has no LoRA.
     """
+    if not any(lora_places(model)):
+        raise ConfigError("model", type(model).__name__, "has no LoRA", "call add_lora first")
     for place in list(lora_places(model)):
         a, b = (getattr(place.module, name) for name in (place.a, place.b))
         weight = getattr(place.module, place.weight)

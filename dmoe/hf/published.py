@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dmoe.checkpoint.dcp import Chunk, write_safetensors
 from dmoe.checkpoint.validate import DTYPES
-from dmoe.config.errors import CheckpointError
+from dmoe.config.errors import CheckpointError, ConfigError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -137,6 +137,8 @@ class ShardWriter:
 
     def __init__(self, folder: Path, prefix: str = "", max_bytes: int = MAX_SHARD_BYTES) -> None:
         """Start without a file. `prefix`: of the provisional names, different on each rank."""
+        if max_bytes < 1:
+            raise ConfigError("max_shard_bytes", max_bytes, "must be 1 or more", "use 4 << 30")
         self.folder, self.prefix, self.max_bytes = folder, prefix, max_bytes
         self.count = 0
         """Files written so far."""

@@ -146,6 +146,8 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
         add_lora(model, 0)
     with pytest.raises(ConfigError, match="has no LoRA"):
         save_lora(model, tmp_path / "x")
+    with pytest.raises(ConfigError, match="has no LoRA"):
+        merge_lora(model)
     with pytest.raises(CheckpointError, match="holds no adapter of peft"):
         load_lora(model, tmp_path)
     add_lora(model, 2)
