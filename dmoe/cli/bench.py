@@ -106,6 +106,40 @@ def exchange(
 
 
 @app.command()
+def balance(
+    ranks: Annotated[str, typer.Option(help="EP sizes, separated by commas.")] = "2,4,8",
+    tokens: Tokens = 4096,
+    dim: Dim = 512,
+    hidden: Hidden = 1024,
+    experts: Experts = 16,
+    top_k: TopK = 2,
+    hot: Annotated[
+        float, typer.Option(help="Rows of a hot expert over the mean.", **number())
+    ] = 1.6,
+    dtype: DType = "fp32",
+    rounds: Rounds = 7,
+    as_json: Json = False,
+) -> None:
+    """Measure the balance of ranks on the workloads W0 to W7: fixed, periodic, copies.
+
+    Example: dmoe bench balance --ranks 2
+    """
+    check_choices(dtype=dtype)
+    sizes = [int(size) if size.isdigit() else 0 for size in ranks.split(",")]
+    if any(size < 2 or experts % size or tokens % size for size in sizes):
+        allowed = f"must be numbers from 2 up that divide {experts} experts and {tokens} tokens"
+        raise ConfigError("--ranks", ranks, allowed, "use 2")
+    if not 1 <= hot <= experts / top_k:
+        allowed = f"must be from 1 to E / K = {experts / top_k:g}: a token's experts differ"
+        raise ConfigError("--hot", hot, allowed, "use 1.6")
+    from dmoe.bench.balance import run
+    from dmoe.bench.layer import Shape
+
+    shape = Shape(tokens, dim, hidden, experts, top_k)
+    show(run(shape, ranks=sizes, hot=hot, dtype=dtype, rounds=rounds), as_json)
+
+
+@app.command()
 def step(
     shape: Annotated[
         str, typer.Option(help="mixtral (84 M parameters) or quickstart; the rest changes it.")

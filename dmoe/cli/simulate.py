@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dmoe.cli.common import ARGUMENTS_HELP, TrustCode, load_arguments
+from dmoe.cli.common import ARGUMENTS_HELP, TrustCode, decimal, load_arguments
 from dmoe.config.errors import ConfigError
 from dmoe.config.launch_env import read_launch_env
 from dmoe.config.load import load
@@ -24,6 +24,7 @@ from dmoe.config.rules import check
 from dmoe.config.rules.layer import check_layer
 from dmoe.config.schema import Config
 from dmoe.config.schema.constraints import check_bounds
+from dmoe.config.yaml_guard import INTEGER, NUMBER
 from dmoe.report.format import BYTES_PER_NUMBER, format_bytes, format_duration, text_table
 from dmoe.runs.metrics_log import read_metrics
 
@@ -174,9 +175,9 @@ def _replay(
     lists = {
         "factor": _values("--factor", factor, config.moe.capacity.factor, _factor),
         "group": _values("--group", group, config.moe.capacity.group, str),
-        "pool": _values("--pool", pool, config.moe.capacity.pool, int),
+        "pool": _values("--pool", pool, config.moe.capacity.pool, _integer),
         "placement": _values("--placement", placement, config.parallel.placement.kind, str),
-        "copies": _values("--copies", copies, config.parallel.placement.copies, int),
+        "copies": _values("--copies", copies, config.parallel.placement.copies, _integer),
     }
     worlds = _integers("--ranks", ranks or str(_world(Path(path)) * config.parallel.virtual_ranks))
     eps = _integers("--ep", ep) if ep else None
@@ -261,10 +262,7 @@ def _values(option: str, text: str | None, default: Any, parse: Callable[[str], 
     allowed = {"--group": ("rank", "sequence", "global"), "--placement": ("fixed", "periodic")}
     if text is None:
         return [default]
-    try:
-        values = [parse(part.strip()) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(option, text, "must be numbers", "separate them by commas") from None
+    values = [parse(part.strip()) for part in text.split(",")]
     wrong = [value for value in values if option in allowed and value not in allowed[option]]
     if wrong:
         names = ", ".join(allowed[option])
@@ -273,11 +271,15 @@ def _values(option: str, text: str | None, default: Any, parse: Callable[[str], 
 
 
 def _factor(text: str) -> float | None:
-    return None if text in ("none", "null") else float(text)
+    return None if text in ("none", "null") else float(decimal(text, NUMBER))
+
+
+def _integer(text: str) -> int:
+    return int(decimal(text, INTEGER))
 
 
 def _integers(option: str, text: str, one: bool = False) -> list[int]:
-    values = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    values = [int(decimal(part.strip(), INTEGER)) for part in text.split(",")]
     if min(values) < 1 or (one and len(values) > 1):
         allowed = "must be a number of ranks, 1 or more"
         fix = "use --ranks 8" if one else "separate several by commas"

@@ -58,7 +58,7 @@ ALIASES = {
 
 BOOLEAN_WORDS: dict[str, dict[bool, str]] = {
     "train.recompute": {True: "block", False: "none"},
-    "tracking.trace": {False: "off"},
+    "tracking.trace": {False: "none"},
 }
 """Booleans that a field of words still takes: of earlier versions, and `off`, which YAML reads as
 False."""

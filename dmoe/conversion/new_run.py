@@ -20,6 +20,7 @@ from dmoe.distributed.init import ProcessInfo
 from dmoe.distributed.mesh import ParallelMesh
 from dmoe.distributed.state_dict import model_state, optimizer_state
 from dmoe.models.base import Model
+from dmoe.train.modular import select_trainable_parameters
 from dmoe.train.optimizer import build_optimizer
 from dmoe.train.run_session import open_session
 from dmoe.train.step_guard import StepGuard
@@ -51,6 +52,7 @@ def write_run(config: Config, config_text: str, model: Model, extra: dict[str, A
                 "name a new directory",
             )
         session.write_config(config, config_text)
+        select_trainable_parameters(model, config)
         state = model_state(model, ParallelMesh()) | optimizer_state(
             model, build_optimizer(model, config.optim), ParallelMesh()
         )

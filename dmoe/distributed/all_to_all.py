@@ -135,12 +135,8 @@ class ExpertGroup:
 
 def comm_timers(model: nn.Module) -> list[CommTimer]:
     """List the timer of each MoE layer that uses an all-to-all; empty where EP = 1."""
-    dispatchers = [module.packed for module in model.modules() if isinstance(module, MoELayer)]
-    return [
-        dispatcher.expert_group.timer
-        for dispatcher in dispatchers
-        if isinstance(dispatcher, PackedAllToAll)
-    ]
+    packed = [module.packed for module in model.modules() if isinstance(module, MoELayer)]
+    return [each.expert_group.timer for each in packed if isinstance(each, PackedAllToAll)]
 
 
 class _AllToAll(Function):

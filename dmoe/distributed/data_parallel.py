@@ -87,8 +87,11 @@ class DDPStrategy:
             if dist.get_backend() == "gloo":
                 refuse_debug_detail()
             exclude_experts_from_ddp(model)
-            # A gradient is a view of its bucket: 4 bytes less for each dense parameter.
-            self.ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            # A gradient is a view of its bucket: 4 bytes less for each dense parameter. The first
+            # check of shapes reads memory, which the tensors of `fake_world.py` do not have.
+            self.ddp = DistributedDataParallel(
+                model, gradient_as_bucket_view=True, init_sync=dist.get_backend() != "fake"
+            )
             check_experts_excluded(self.ddp)
             if not average:
                 sum_dense_gradients(self.ddp)
@@ -163,9 +166,13 @@ def check_experts_excluded(ddp: DistributedDataParallel) -> None:
 
 
 def _sum_hook(state: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    buffer = bucket.buffer()
+    work = dist.all_reduce(buffer, async_op=True)
     assert work is not None
-    return work.get_future().then(lambda future: future.value()[0])  # type: ignore[no-any-return]
+    # torch's fake back-end returns no value
+    return work.get_future().then(  # type: ignore[no-any-return]
+        lambda future: (future.value() or [buffer])[0]
+    )
 
 
 class FSDPStrategy:

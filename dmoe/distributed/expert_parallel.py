@@ -38,7 +38,7 @@ def shard_experts(
     more than its own experts) and before an optimizer sees the parameters. With EP = 1 nothing is
     sharded. `checker` compares every all-to-all over the ranks (`debug.collectives`). With
     `average`, auxiliary losses are such that their mean over the ranks is the loss, not their sum.
-    With `copies`, MoE layers copy hot experts for the step (`expert_copies.py`). No collective.
+    With `copies`, MoE layers copy hot experts for the step (`placement/copies.py`). No collective.
     """
     for layer in moe_layers(model):
         if mesh.world_size > 1:

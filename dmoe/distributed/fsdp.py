@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,8 @@ def apply_fsdp(model: nn.Module, mesh: ParallelMesh, divisor: int = 1) -> None:
     (EDP = 1) stay plain tensors. Gradients are sums over the ranks, divided by `divisor`.
     """
     device_type = next(model.parameters()).device.type
+    # A model without memory (`fake_world.py`) is sharded as on a CPU.
+    device_type = "cpu" if device_type == "meta" else device_type
     world_mesh = _device_mesh(dist.group.WORLD, device_type)
     unsharded = set(expert_parameters(model).values())
     if mesh.edp_group is not None:
@@ -48,6 +51,23 @@ def apply_fsdp(model: nn.Module, mesh: ParallelMesh, divisor: int = 1) -> None:
             # A factor alone still asks for PREMUL_SUM, which gloo does not have.
             module.set_force_sum_reduction_for_comms(True)
     model.register_forward_hook(_reshard_root)
+    prefetch([unit for unit in blocks(model) if isinstance(unit, FSDPModule)])
+
+
+def prefetch(units: list[FSDPModule]) -> None:
+    """Let each block gather the next one, and its experts, before it computes.
+
+    FSDP2 gathers a block when its forward begins, which a GPU's host reaches only after the host
+    read of the block before. In the backward the block before, likewise.
+    """
+    for unit, after in pairwise(units):
+        unit.set_modules_to_forward_prefetch(_nested(after))
+        after.set_modules_to_backward_prefetch(_nested(unit))
+
+
+def _nested(unit: FSDPModule) -> list[FSDPModule]:
+    """Return a unit and those inside, its experts."""
+    return [part for part in cast(nn.Module, unit).modules() if isinstance(part, FSDPModule)]
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:

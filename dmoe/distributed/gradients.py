@@ -139,12 +139,12 @@ def _squared_norm(parameters: Iterable[nn.Parameter], replicas: int) -> Tensor:
     if not grads:
         return torch.zeros(())
     dtype = torch.promote_types(grads[0].dtype, torch.float32)
+    # the sharded ones first, so that no table of shares goes to the device
+    grads.sort(key=lambda grad: not isinstance(grad, DTensor))
+    sharded = sum(isinstance(grad, DTensor) for grad in grads)
     norms = torch._foreach_norm([local_tensor(g) for g in grads], 2.0, dtype=dtype)
     squares = torch.stack(norms).square()
-    share = torch.tensor(
-        [1.0 if isinstance(g, DTensor) else 1.0 / replicas for g in grads], dtype=dtype
-    )
-    return squares @ share.to(squares.device)
+    return squares[:sharded].sum() + squares[sharded:].sum() / replicas
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

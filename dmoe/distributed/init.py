@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store, _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
@@ -37,6 +38,11 @@ class ProcessInfo:
     def is_main(self) -> bool:
         """True on rank 0."""
         return self.rank == 0
+
+    def send(self, tensor: Tensor) -> Tensor:
+        """Copy a tensor of the host to the device; a GPU's from pinned memory, without waiting."""
+        pinned = tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return pinned.to(self.device, non_blocking=True)
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.world_size} on {self.device}"

@@ -16,11 +16,9 @@ from dmoe.config.plugins import label, parse
 from dmoe.config.router_kinds import router_spec
 from dmoe.config.schedule import learning_rate, schedule_remarks
 from dmoe.distributed.expert_parallel import expert_parameters
-from dmoe.distributed.pooled_all_to_all import count_rows
 from dmoe.explain.setting import Section, Setting
 from dmoe.modular import adapter_layers
 from dmoe.moe.base_layer import MoELayer
-from dmoe.moe.capacity import slots_of_rank
 from dmoe.report.format import format_bytes, format_count, format_flops, plural
 from dmoe.report.sentences import EXCHANGE, model_sentence, optimizer_sentences
 from dmoe.train.optimizer import muon_matrices
@@ -97,26 +95,12 @@ def rows_sent(setting: Setting) -> float:
         offered = setting.num_physical_experts * slots.groups * filled
     if moe.exchange == "padded":
         assert offered is not None
-        rows: float = offered if moe.capacity.pool == 1 else setting.ep * pooled_block(setting)
+        rows: float = offered if moe.capacity.pool == 1 else setting.ep * setting.pooled_block
     else:
         # Assignments to zero-cost experts are not sent.
         assigned = setting.tokens * moe.top_k * moe.num_experts / count_choices(moe)
         rows = assigned if offered is None else min(assigned, offered)
     return rows * (setting.ep - 1) / setting.ep
-
-
-def pooled_block(setting: Setting) -> int:
-    """Return the rows from one rank to another if slots are pooled, those of the counts included.
-
-    A pool that spans ranks has rows for all its slots on each of them.
-    """
-    moe, shape = setting.config.moe, setting.slots()
-    assert shape.capacity is not None, "only a capacity has slots"
-    tokens = setting.tokens // max(1, shape.groups)
-    slots = slots_of_rank(shape.capacity, tokens, moe.top_k, moe.capacity)
-    row_bytes = setting.config.model.dim * setting.bytes_per_number
-    counts = count_rows(setting.num_physical_experts // setting.ep, row_bytes)
-    return shape.groups * slots * setting.placement.pools_per_rank(moe.capacity.pool) + counts
 
 
 def _assumption(setting: Setting) -> str:

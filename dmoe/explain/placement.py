@@ -189,6 +189,7 @@ def _copies(setting: Setting) -> tuple[list[str], dict[str, Any]]:
     chosen = f"only where they pay; break-even: {known}" if placement.copies == "auto" else "always"
     lines = [
         f"Copies for the step: up to {slots} per rank, layer and micro-batch, {chosen}.",
+        "A layer whose plan has copies takes one all-to-all more in forward and one in backward. "
         f"A copy moves {format_bytes(size)} {plural(transfers, 'time')} (weights there, gradients "
         f"back) and pays from {per_ratio:.3g} rows on for each FLOP that a rank computes in the "
         f"time of one byte: {100 * per_ratio:,.0f} rows at 100 FLOP per byte, "

@@ -13,15 +13,12 @@ from dmoe.config.recommended import out_of_range
 from dmoe.config.router_kinds import router_spec
 from dmoe.config.schema import MoEConfig
 from dmoe.explain.setting import Section, Setting
+from dmoe.report.capacity import GROUP, dropless_sentence, overflow_sentences, pool_sentences
 from dmoe.report.format import plural
 from dmoe.report.sentences import (
-    GROUP,
     aux_coefficients,
     balance_sentences,
     batch_sentence,
-    dropless_sentence,
-    overflow_sentences,
-    pool_sentences,
     routing_sentences,
 )
 

@@ -15,8 +15,10 @@ import torch
 
 from dmoe.config.rules import Batching, batching, check, expert_parallel
 from dmoe.config.schema import Config
+from dmoe.distributed.pooled_all_to_all import count_rows
 from dmoe.models.base import Model
 from dmoe.moe.base_layer import MoELayer
+from dmoe.moe.capacity import slots_of_rank
 from dmoe.moe.interfaces import NoComm
 from dmoe.moe.placement import ExpertPlacement
 from dmoe.moe.routing import BatchShape
@@ -116,6 +118,20 @@ class Setting:
         assert self.layer is not None
         self.layer.train(training)
         return self.layer.batch_shape(self.sequences, self.tokens)
+
+    @property
+    def pooled_block(self) -> int:
+        """Rows from one rank to another if slots are pooled, those of the counts included.
+
+        A pool that spans ranks has rows for all its slots on each of them.
+        """
+        moe, shape = self.config.moe, self.slots()
+        assert shape.capacity is not None, "only a capacity has slots"
+        tokens = self.tokens // max(1, shape.groups)
+        slots = slots_of_rank(shape.capacity, tokens, moe.top_k, moe.capacity)
+        row_bytes = self.config.model.dim * self.bytes_per_number
+        counts = count_rows(self.num_physical_experts // self.ep, row_bytes)
+        return shape.groups * slots * self.placement.pools_per_rank(moe.capacity.pool) + counts
 
 
 def resolve(config: Config, world: int) -> Setting:

@@ -62,7 +62,8 @@ class Llama4Layer(MoefiedLayer):
         """Route, compute the chosen experts, and add the shared one, as the block does."""
         x_TD = hidden_states.flatten(0, -2)
         score_TE, logit_TE = self.router(x_TD)
-        index_T1 = logit_TE.topk(self.top_k, dim=1).indices
+        with self.replayed():
+            index_T1 = logit_TE.topk(self.top_k, dim=1).indices
         weight_T1 = score_TE.gather(1, index_T1)
         routed_TD = self.experts(x_TD * weight_T1, index_T1, weight_T1.new_ones(weight_T1.shape))
         return cast(Any, self).shared_expert(x_TD) + routed_TD, logit_TE
@@ -107,6 +108,11 @@ def trim_identities(model: nn.Module) -> None:
             stack, count = experts.gate_up_proj, len(experts.down_proj)
             kept = nn.Parameter(stack.detach()[:count].clone(), stack.requires_grad)
             experts.gate_up_proj = kept if len(stack) > count else stack
+
+
+def has_identities(model: nn.Module) -> bool:
+    """Return whether a model has experts of LongCat."""
+    return any(hasattr(module, "zero_expert_num") for module in model.modules())
 
 
 def has_unread_rows(model: nn.Module, names: Iterable[str]) -> bool:

@@ -12,6 +12,7 @@ Letters: T tokens, D width, E experts, K experts per token, L MoE layers.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from dmoe.config.errors import ConfigError
 from dmoe.distributed.parallel_checks import check_parallel
 from dmoe.hf.experts import expert_rows
 from dmoe.hf.facts import BlockFacts, find_bias
+from dmoe.hf.given_choices import given_choices
 from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.capacity import apply_capacity
 from dmoe.moe.dispatch import expert_dtype, profiled
@@ -86,6 +88,17 @@ class MoefiedLayer(MoELayer):
         """Shard the experts over `ep_size` ranks and keep those of `ep_rank`."""
         self.placement = self.experts.placement(ep_size)
         self.experts.slice_experts(self.placement, ep_rank)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block's own forward, with given choices if there are any."""
+        with self.replayed():
+            return super().forward(*args, **kwargs)
+
+    def replayed(self) -> AbstractContextManager[None]:
+        """Return the context in which the router chooses what `moe.replay.from` gives."""
+        given_LTK = self.record.context.given_expert_LTK
+        given_TK = None if given_LTK is None else given_LTK[self.layer]
+        return given_choices(given_TK, self.num_experts, type(self.facts.router).__name__)
 
     def keep_logits(self, module: nn.Module, inputs: object, output: Any) -> None:
         """Keep the router's logits until its experts are called: a forward hook of the router."""

@@ -26,7 +26,7 @@ from dmoe.config.errors import CheckpointError, ConfigError
 from dmoe.config.published import DEQUANTIZED, quantization_of, source_directory
 from dmoe.distributed.expert_parallel import expert_group_of, stacks_over_ranks
 from dmoe.distributed.gradients import local_tensor
-from dmoe.hf.adapters import has_unread_rows, trimmed_class
+from dmoe.hf.adapters import has_identities, has_unread_rows, trimmed_class
 from dmoe.hf.lora import is_lora
 from dmoe.hf.moefy import find_blocks, moefied_layers
 from dmoe.hf.published import PublishedDirectory
@@ -65,9 +65,11 @@ def load_weights(model: nn.Module, source: str) -> list[str]:
         extra["quantization_config"] = getattr(transformers, DEQUANTIZED[method])(dequantize=True)
         notes.append(f"model.source is quantised ({method}): read as {_dtype(model)}")
     kind, ep_group = cast(Any, type(model)), expert_group_of(moefied_layers(model)[0])
-    unread = has_unread_rows(model, files.tensors)
+    # of LongCat's identities: a file that has their rows is read whole
+    unread = has_identities(model) and has_unread_rows(model, files.tensors)
     group = None if method or unread else ep_group
-    kind = kind if unread else trimmed_class(kind)
+    if has_identities(model) and not unread:
+        kind = trimmed_class(kind)
     if group is not None and hasattr(kind, "maybe_distribute_model"):
         kind, more = _reading_own_experts(kind, group)
         extra |= more

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.rules.capacity import check_pool
 from dmoe.config.rules.published import check_published_moe
 from dmoe.config.schema import BalanceConfig, CapacityConfig, MoEConfig
 from dmoe.config.schema.constraints import check_bounds, check_type, check_types
@@ -23,6 +24,7 @@ from dmoe.hf.adapters import MIXINS, SwigluExperts, check_adapted, count_zero_co
 from dmoe.hf.experts import MoefiedExperts, stacked_parameters
 from dmoe.hf.facts import BlockFacts, bias_as_buffer, block_facts, find_bias
 from dmoe.hf.layer import Forward, MoefiedLayer
+from dmoe.hf.pooled_loss import add_pooled
 from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.dispatch import PackedLocal, PaddedLocal
 from dmoe.moe.inputs import MaskAgreement
@@ -67,6 +69,8 @@ def moefy(
     balance = NO_BALANCE if balance is None else balance
     check_settings(capacity, balance, exchange)
     found = [_checked(model, balance, *block) for block in find_blocks(model)]
+    for _, experts, _, _ in found:
+        check_pool(capacity, len(experts.down_proj))
     record = Forward()
     trim_identities(model)
     for index, (block, experts, facts, top_k) in enumerate(found):
@@ -253,6 +257,7 @@ def _end(model: nn.Module, args: object, output: Any) -> Any:
     """End the record, and add the auxiliary losses to the output's loss in training."""
     record: Forward = model.__dict__["dmoe_forward"]
     record.running = False
+    add_pooled(moefied_layers(model), record)
     loss = getattr(output, "loss", None)
     if model.training and isinstance(loss, Tensor) and record.layers:
         output["loss"] = loss + auxiliary_loss(model).to(loss.dtype)

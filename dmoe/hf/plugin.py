@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.rules.capacity import check_pool
 from dmoe.config.schema import BalanceConfig, CapacityConfig
 from dmoe.config.schema.constraints import check_type
 from dmoe.distributed.all_to_all import ExpertGroup, PackedAllToAll
@@ -65,6 +66,7 @@ class ExpertExchange:
         self.experts, self.capacity = experts, capacity
         self.experts_forward: Callable[[Tensor, Tensor, Tensor], Tensor] = experts.forward
         self.num_experts = int(experts.num_experts) * ep_mesh.size()  # type: ignore[arg-type]
+        check_pool(capacity, self.num_experts)
         self.dispatcher = PackedAllToAll(ExpertGroup(ep_mesh.get_group()))
         self.counts = ExpertCounts(self.num_experts)
         setattr(experts, COUNTS, self.counts)

@@ -136,7 +136,7 @@ def causal_attention(
     S=128; equal at S=512). `visible_BSS` limits it to documents. Returns [B, S, H, A].
     """
     short = (
-        q_BSHA.device.type == "cpu"
+        not q_BSHA.is_cuda
         and q_BSHA.dtype == torch.bfloat16
         and q_BSHA.shape[1] <= MAX_UNFUSED_LENGTH
     )

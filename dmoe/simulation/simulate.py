@@ -30,6 +30,7 @@ import torch
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.expert_shapes import count_choices, count_zero_cost
+from dmoe.config.router_kinds import router_spec
 from dmoe.config.rules import batching, check, moe_blocks
 from dmoe.config.schema import Config, PlacementConfig
 from dmoe.moe.rng import generator
@@ -119,6 +120,10 @@ def route_only(config: Config, folder: Path, ranks: int, ep: int) -> dict[str, A
     """
     check_ep(config, ranks, ep)
     made, setting = virtual(config, ranks), setting_of(config, ranks, ep)
+    kind = made.moe.router.kind
+    if needs := router_spec(kind).needs:
+        allowed = f"reads {needs} of the data, and --routing-only has none"
+        raise ConfigError("moe.router.kind", kind, allowed, "leave --routing-only out")
     began = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     spec = ChoiceSpec(
@@ -154,7 +159,7 @@ def _route_step(config: Config, spec: ChoiceSpec, step: int) -> tuple[np.ndarray
         size = min(SEQUENCES, spec.global_batch - first)
         tokens = size * spec.seq_len
         x_TD = torch.empty(tokens, dim)
-        for b in range(size if config.moe.router.kind != "workload" else 0):
+        for b in range(size if router_spec(config.moe.router.kind).learned else 0):
             drawn = generator(seed, "simulated tokens", step, first + b)
             rows = slice(b * spec.seq_len, (b + 1) * spec.seq_len)
             x_TD[rows] = torch.randn(spec.seq_len, dim, generator=drawn)

@@ -135,7 +135,13 @@ def build_engine(
     broadcast_weights(model, mesh)
     if placement.copies == "auto" and placement.break_even is None:
         recompute = config.train.recompute in ("experts", "block")
-        measure_break_even(model, mesh, DTYPES[precision], recompute)
+        rows = measure_break_even(model, mesh, DTYPES[precision], recompute)
+        if rows is not None:
+            model.notes = (
+                *model.notes,
+                f"copies: one pays from {rows:,} rows on, as measured; "
+                f"parallel.placement.break_even={rows} repeats this run bit for bit",
+            )
     accelerator = make_accelerator(process, precision)
     if precision == "fp16":
         accelerator.scaler = make_grad_scaler(mesh, process.device)

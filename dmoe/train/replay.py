@@ -60,13 +60,13 @@ class Replay:
         self.reader: ChoiceReader | None = None
         self.writers: list[ChoiceWriter] = []
         self.trace = engine.config.tracking.trace
-        self.records = config.record is not None or self.trace != "off"
+        self.records = config.record is not None or self.trace != "none"
         if config.from_ is not None:
             self.reader = self._open_reader(Path(config.from_).expanduser(), step)
         if config.record is not None:
             folder = Path(config.record).expanduser()
             self._on_rank0(lambda: self._open_writer(folder, run, step))
-        if self.trace != "off":
+        if self.trace != "none":
             options = {"field": "tracking.trace", "counts": self.trace == "counts"}
             self._on_rank0(lambda: self._open_writer(run / TRACE, run, step, **options))
 

@@ -187,26 +187,20 @@ def forward(engine: Engine, batch: Batch, prior_LE: Tensor | None) -> ModelOutpu
     """
     if engine.collective_checker is not None:
         engine.collective_checker.step = batch.step
-    device = engine.process.device
-    input = batch.input.to(device, non_blocking=True)
-    target = batch.target.to(device, non_blocking=True)
-    given = batch.given_expert_LTK
+    send, given = engine.process.send, batch.given_expert_LTK
+    input, target = send(batch.input), send(batch.target)
     context = TokenContext(
         prior_count_LE=prior_LE,
-        label_T=batch.label_B.to(device).repeat_interleave(target.shape[1]),
+        label_T=send(batch.label_B).repeat_interleave(target.shape[1]),
         noise_key=(engine.config.train.seed, batch.step),
-        position_T=_per_token(batch.position_BS, device),
-        valid_T=_per_token(batch.valid_BS, device),
+        position_T=None if batch.position_BS is None else send(batch.position_BS.flatten()),
+        valid_T=None if batch.valid_BS is None else send(batch.valid_BS.flatten()),
         first_sequence=batch.first_sequence,
         metrics_fn=batch.metrics_fn,
-        given_expert_LTK=None if given is None else given.to(device, non_blocking=True),
+        given_expert_LTK=None if given is None else send(given),
     )
     output: ModelOutput = engine.wrapped_model(input, target, context)
     return output
-
-
-def _per_token(value_BS: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if value_BS is None else value_BS.flatten().to(device, non_blocking=True)
 
 
 def count_batches(batches: Sequence[Batch], target_bytes: int = 0) -> BatchCounts:
@@ -295,6 +289,10 @@ def _update_router_biases(engine: Engine, totals: ReducedStep) -> None:
     balance = engine.config.moe.balance
     if not balance.bias:
         return
-    for bias_E, layer in balance_biases(engine.model, engine.config, totals):
-        count_E = torch.tensor(layer.choice_counts, device=bias_E.device)
+    found = list(balance_biases(engine.model, engine.config, totals))
+    # one copy to the device for all layers
+    counts = engine.process.send(torch.tensor([n for _, t in found for n in t.choice_counts]))
+    start = 0
+    for bias_E, _ in found:
+        count_E = counts[start : (start := start + len(bias_E))]
         bias_E.copy_(updated_bias(bias_E, count_E, balance.bias, balance.recenter))

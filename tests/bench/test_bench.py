@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dmoe.bench.balance import run as run_balance
 from dmoe.bench.exchange import run as run_exchange
 from dmoe.bench.layer import Shape
 from dmoe.bench.measure import KernelCounter, interleave, peak_bytes, quartiles, saved_bytes
@@ -61,6 +62,38 @@ def test_the_exchange_is_measured_on_two_ranks() -> None:
     assert 0 < rows["packed"]["sent_mb"] <= 4 * 64 * 16 * 4 / 1e6
 
 
+def test_the_balance_of_every_workload(tmp_path: Path) -> None:
+    """Two copies reach the oracle; no setting is below it, none above fixed but a late placement."""
+    rows = run_balance(Shape(64, 16, 16, 8, 2), ranks=(2, 4), rounds=0)["rows"]
+    found = {row["name"]: row for row in rows}
+    assert len(found) == 2 * 8 * 5
+    for ep in (2, 4):
+        for n in range(8):
+            oracle, fixed, copies = (
+                found[f"EP {ep} W{n} {name}"]["max_over_mean"]
+                for name in ("oracle", "fixed", "copies 2")
+            )
+            assert oracle <= copies <= fixed
+            assert copies <= oracle * 1.05
+    hot = found["EP 2 W2 copies 2"]
+    # rows of the 32 tokens that a rank keeps are not sent; each copy is 3 x 16 x 16 numbers
+    assert hot["rows"] == 64
+    assert hot["copies"] >= 1
+    wrong = dmoe("bench", "balance", "--ranks", "3", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "--ranks=3: must be numbers" in wrong.stderr
+
+
+@pytest.mark.ranks
+def test_the_balance_is_timed_on_two_ranks() -> None:
+    rows = run_balance(Shape(64, 16, 16, 8, 2), ranks=(2,), workloads=("W2",), rounds=1)["rows"]
+    assert {row["name"]: "ms" in row for row in rows} == {
+        f"EP 2 W2 {name}": name in ("fixed", "copies 2")
+        for name in ("fixed", "periodic", "copies 1", "copies 2", "oracle")
+    }
+
+
+@pytest.mark.slow
 def test_a_step_is_compared_with_its_products(tmp_path: Path) -> None:
     sizes = (
         "--dim",

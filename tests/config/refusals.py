@@ -134,6 +134,12 @@ moe.capacity.renormalize=true @adaptive | moe.capacity.renormalize | k_min=1
 @next moe.router.kind=hash | moe.capacity.overflow | next expert
 @next @soft | moe.capacity.overflow | next expert
 @next @expert_choice | moe.capacity.overflow | next expert
+moe.capacity.pool=2 | moe.capacity.pool | there are none & moe.capacity.factor
+moe.capacity.pool=0 | moe.capacity.pool | 1 or more
+moe.capacity.pool=3 moe.capacity.factor=1.0 | moe.capacity.pool | must divide moe.num_experts=8
+moe.capacity.pool_floor=0.5 moe.capacity.factor=1.0 | moe.capacity.pool_floor | moe.capacity.pool
+moe.capacity.pool=2 @soft moe.capacity.factor=1.0 | moe.capacity.pool | no expert overflows
+moe.capacity.pool=2 @expert_choice moe.capacity.factor=1.0 | moe.capacity.pool | no expert overflows
 moe.balance.bias=0.001 moe.router.kind=fixed | moe.balance.bias | router
 moe.balance.bias=0.001 moe.router.kind=hash | moe.balance.bias | router
 moe.balance.bias=0.001 @soft | moe.balance.bias | router
@@ -143,6 +149,8 @@ moe.balance.z=-0.1 | moe.balance.z | must not be negative
 moe.balance.importance=-0.1 | moe.balance.importance | must not be negative
 moe.balance.load=-0.1 | moe.balance.load | must not be negative
 moe.balance.usage_std=-0.1 | moe.balance.usage_std | must not be negative
+moe.balance.pooled=-0.1 | moe.balance.pooled | must not be negative
+moe.balance.pooled=0.1 | moe.balance.pooled | use moe.balance.switch
 moe.balance.bias=-0.1 | moe.balance.bias | must not be negative
 moe.router.kind=budget | moe.router.renormalize | weight 1
 @budget moe.router.budget=0 | moe.router.budget | at most 1

@@ -135,6 +135,7 @@ def test_an_empty_file_is_the_defaults() -> None:
         ["generate", "run", "--prompt", "a", "--top-k", "010"],
         ["generate", "run", "--prompt", "a", "--temperature", "0_1"],
         ["verify", "--worlds", "1,02"],
+        ["simulate", "--ranks", "010"],
         ["modules", "export", "run", "--to", "x", "--module", "0x1"],
     ],
     ids=" ".join,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import DataConfig
 from dmoe.data.tokenizers import Tokenizer, byte_tokenizer, open_tokenizer
+from dmoe.data.tokenizers.hf_json import byte_alphabet
 from tests.data.conftest import WORDS, merged_ranks, text_of_file
 
 TEXT = (
@@ -291,3 +292,21 @@ def test_a_word_pattern_with_gaps_is_found_in_the_text(tekken_file: Path) -> Non
     tekken_file.write_text(json.dumps(body))
     with pytest.raises(ConfigError, match=r"must keep the text, but it changes 'the end'"):
         open_file(tekken_file).encode(b"the end")
+
+
+def test_bytes_of_no_text_may_be_missing(tmp_path: Path) -> None:
+    """As in SmolLM2's vocabulary: a text that has one is refused, never shortened."""
+    path = Path(trained_json(tmp_path))
+    content = json.loads(path.read_text())
+    alphabet = {byte: letter for letter, byte in byte_alphabet().items()}
+    for byte in (4, 0xC0, 0xF5):
+        content["model"]["vocab"].pop(alphabet[byte])
+    path.write_text(json.dumps(content))
+    tokenizer = open_file(path)
+    assert_lossless(tokenizer, TEXT)
+    with pytest.raises(ConfigError, match="must keep the text"):
+        tokenizer.encode(b"a\x04b")
+    content["model"]["vocab"].pop(alphabet[ord("~")])
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="1 of the 256 bytes"):
+        open_file(path)

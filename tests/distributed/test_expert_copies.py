@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "two by two": {"ep": 2},
     "drops and zero-cost": {"ep": 2, "factor": 1.0, "zero": 2},
     "recomputed": {"recompute": True},
+    "experts recomputed": {"ep": 2, "recompute_experts": True},
     "frozen w_in": {"frozen": True},
     "one slot": {"slots": 1},
     "hot rank": {"workload": "W2"},
@@ -67,12 +68,19 @@ def layer_of(factor: float | None = None, zero: int = 0, workload: str | None = 
 
 
 def numbers(
-    mesh: Any, rank: int, slots: int, recompute: bool = False, frozen: bool = False, **options: Any
+    mesh: Any,
+    rank: int,
+    slots: int,
+    recompute: bool = False,
+    recompute_experts: bool = False,
+    frozen: bool = False,
+    **options: Any,
 ) -> tuple[dict[str, np.ndarray], int]:
     """Run two micro-batches, forward and backward; return all numbers, and the copies here."""
     layer = layer_of(**options)
     shard_experts(layer, mesh, copies=CopyRule.of(slots))
     layer.experts.w_in.requires_grad_(not frozen)
+    layer.recompute_experts = recompute_experts
     timer = layer.packed.expert_group.timer  # type: ignore[attr-defined]
     timer.start(time.perf_counter)
     found = {}

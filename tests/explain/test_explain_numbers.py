@@ -190,10 +190,13 @@ def balanced(layer: MoE, sequences: int, length: int) -> Tensor:
     return x.view(sequences, length, -1).requires_grad_()
 
 
-def test_bytes_parameters_and_owners_equal_two_real_ranks() -> None:
-    padded = tiny("moe.exchange=padded", "moe.capacity.factor=1.25")
+@pytest.mark.parametrize("pool", [1, 8])
+def test_bytes_parameters_and_owners_equal_two_real_ranks(pool: int) -> None:
+    """A pool of all eight experts has rows for all its slots on either rank."""
+    limits = ["moe.capacity.factor=1.25", f"moe.capacity.pool={pool}"]
+    padded = tiny("moe.exchange=padded", *limits)
     explained = {
-        "packed": numbers(tiny("moe.capacity.factor=1.25"), 2),
+        "packed": numbers(tiny(*limits), 2),
         "padded": numbers(padded, 2),
     }
     for rank, measured in enumerate(run_ranks(2, measure, padded)):

@@ -42,7 +42,7 @@ def test_files_and_lora_of_every_family(family: str, tmp_path: Path) -> None:
     row = measure_files(family, tmp_path)
     assert row.different == 0 < row.tensors, row
     found = [row.peft, row.back, row.merged]
-    if family == "llama4_text":
+    if family in ("llama4_text", "longcat_flash"):
         assert found == [None] * 3, "peft takes its stacks for others, so LoRA on them is refused"
     else:
         assert max(value for value in found if value is not None) < 1e-12, row

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dmoe
+from dmoe.config.schema import BalanceConfig
 from dmoe.hf import pooled_auxiliary_loss
 from tests.hf.families import tiny
 from tests.hf.tiny_hf import tokens
@@ -30,6 +31,21 @@ def test_it_is_the_loss_of_transformers_with_its_gradient(family: str, padding: 
     for name, parameter in model.named_parameters():
         if name in grads and parameter.grad is not None:
             assert (parameter.grad - grads[name]).abs().max() < 1e-6, name
+
+
+def test_it_is_trained_by_name() -> None:
+    """`balance.pooled` gives the loss that transformers trains with output_router_logits=True."""
+    plain = tiny("mixtral", router_aux_loss_coef=0.05)
+    model = dmoe.moefy(tiny("mixtral"), balance=BalanceConfig(switch=0.0, z=0.0, pooled=0.05))
+    asked = {"input_ids": tokens(), "labels": tokens(), "use_cache": False}
+    theirs, ours = plain(**asked, output_router_logits=True).loss, model(**asked).loss
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-6)
+    theirs.backward()
+    ours.backward()
+    for (name, one), other in zip(plain.named_parameters(), model.parameters(), strict=True):
+        if one.grad is not None:
+            assert other.grad is not None
+            assert (one.grad - other.grad).abs().max() < 1e-6, name
 
 
 def test_it_needs_a_forward() -> None:

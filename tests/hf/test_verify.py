@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from dmoe.config.load import load
 from dmoe.config.schema import Config
 from dmoe.verify.published import narrow, randomize
 from dmoe.verify.verify import verify
-from tests.hf.families import tiny
+from tests.hf.families import FAMILIES, SAMPLED, tiny
 
 
 def config_of(folder: Path, family: str, *more: str) -> Config:
@@ -29,7 +30,7 @@ def config_of(folder: Path, family: str, *more: str) -> Config:
         (
             "gpt_oss",
             "moe.capacity.factor=0.75 moe.capacity.group=global moe.balance.switch_level=global"
-            " moe.capacity.priority=score parallel.placement.kind=periodic",
+            " moe.capacity.priority=score moe.capacity.pool=2 parallel.placement.kind=periodic",
         ),
     ],
 )
@@ -37,6 +38,27 @@ def test_two_ranks_train_as_transformers(tmp_path: Path, family: str, settings: 
     report = verify(config_of(tmp_path, family, *settings.split()), [2])
     assert report.ok, report.first
     assert any("EP=2 padded fsdp" in case for case in report.cases), report.cases
+
+
+def in_this_process(ranks: int, function: Any, *args: Any, **more: Any) -> list[Any]:
+    """Call what a single rank would run, without starting it."""
+    assert ranks == 1
+    return [function(0, 1, *args)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in SAMPLED])
+def test_every_family_is_verified(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`dmoe verify` with one world, in the process of the test: packed, padded, recomputed."""
+    monkeypatch.setattr("dmoe.verify.verify.run_ranks", in_this_process)
+    settings = ["moe.capacity.factor=0.75"]
+    if family == "olmoe":
+        settings += ["moe.balance.switch=0", "moe.balance.pooled=0.1"]
+    report = verify(config_of(tmp_path, family, *settings), [1])
+    assert report.ok, report.first
+    assert len(report.cases) >= 2, report.cases
 
 
 def gate_and_up_swapped() -> None:

@@ -80,3 +80,16 @@ def test_float32_weights_are_cast_expert_by_expert() -> None:
     assert layer.experts.w_in.grad.dtype == torch.float32
     rows = 24 * 2 + 4 * 8  # of hidden vectors, at most: each block ends at a multiple of 8
     assert saved[1] - saved[0] <= rows * 2 * (256 - 64) * 2
+
+
+def test_experts_with_a_forward_of_their_own_get_rows() -> None:
+    """A subclass would be given tokens that its `forward` does not know."""
+
+    class Zero(MLPExperts):
+        def forward(self, rows_RD: Tensor, tokens_per_expert: Tensor) -> Tensor:
+            return rows_RD * 0
+
+    layer = MoE(16, 8, 4, 2)
+    layer.experts = Zero("swiglu", 16, 8, 4, 16)
+    assert layer(torch.randn(1, 8, 16)).y.eq(0).all()
+    assert MLPExperts.takes_tokens

@@ -148,7 +148,8 @@ def test_packed_equals_padded(name: str) -> None:
 
 
 @pytest.mark.parametrize("function", [feed_forward, feed_forward_in_steps])
-def test_unused_rows_are_not_computed(function: Any) -> None:
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_unused_rows_are_not_computed(function: Any, recomputed: bool) -> None:
     """Whatever they hold: the result and the gradient of these rows are zero."""
     torch.manual_seed(0)
     shapes = ((9, 6), (3, 6, 8), (3, 4, 5))
@@ -157,7 +158,7 @@ def test_unused_rows_are_not_computed(function: Any) -> None:
     counts, found = torch.tensor([4, 0, 3]), []
     for rows, sizes in ((9, torch.cat([counts, torch.tensor([2])])), (7, counts)):
         x, up, down = (t.clone().requires_grad_() for t in (drawn_in[0][:rows], *drawn_in[1:]))
-        out = function("swiglu", x, up, down, sizes)
+        out = function("swiglu", x, up, down, sizes, recomputed)
         out[:7].sin().sum().backward()
         found.append([out[:7], x.grad[:7], up.grad, down.grad])
         assert not out[7:].any()

@@ -237,7 +237,7 @@ def test_the_command(recorded: Path, tmp_path: Path) -> None:
         ("--replay", str(recorded), "--ranks", "3"): (2, "--ranks=3: times"),
         ("--replay", str(recorded), "moe.top_k=4"): (2, "2 experts per token (moe.top_k)"),
         ("--replay", "nowhere"): (2, "is no directory with a trace"),
-        ("--ranks", "8", "--ep", "3"): (2, "--ep=3: must divide the 8 ranks"),
+        ("--ranks", "8", "--ep", "3"): (2, "parallel.ep=3: must divide the world of 8"),
         ("--factor", "1"): (2, "belongs to --replay"),
         ("--replay", str(recorded), "--group", "host"): (2, "rank, sequence, global"),
         ("--replay", str(recorded), "--factor", "1", "moe.capacity.overflow=next_choice"): (

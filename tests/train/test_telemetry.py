@@ -36,6 +36,7 @@ CASES: dict[str, tuple[int, int, list[str]]] = {
     ),
     "padded, drops, accumulated": (2, 2, [DROPS, "moe.exchange=padded", "train.micro_batch=2"]),
     "padded, rerouted": (2, 2, [DROPS, "moe.exchange=padded", "moe.capacity.overflow=next_choice"]),
+    "padded, pools": (2, 2, [DROPS, "moe.exchange=padded", "moe.capacity.pool=4"]),
     "copies of the experts": (4, 2, ["parallel.ep=2", DROPS, "moe.capacity.group=global"]),
     "every rank has all": (2, 1, ["parallel.ep=1", DROPS]),
     "fsdp": (2, 2, ["parallel.mode=fsdp", DROPS]),
@@ -64,6 +65,15 @@ def test_layers_equal_the_recount(name: str) -> None:
                 assert told[key] == value, key
             else:
                 assert told[key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
+    if config.moe.capacity.pool == 4:
+        for told in ranks[0].line["layers"]:
+            rows = [sum(told["kept"][first : first + 4]) for first in (0, 4)]
+            made = [sum(told["load"][first : first + 4]) for first in (0, 4)]
+            slots = 2 * 4 * math.ceil(0.6 * sum(told["load"]) / 2 / 8)  # ranks, experts of a pool
+            assert told["dropped_by_pool"] == [a - b for a, b in zip(made, rows, strict=True)]
+            assert told["slots_used_by_pool"] == pytest.approx([row / slots for row in rows])
+            assert told["fullest_pool"] == max(told["slots_used_by_pool"])
+            assert told["emptiest_pool"] == min(told["slots_used_by_pool"])
     drops = sum(layer["drop_rate"] for layer in expected)
     assert (drops > 0) == (DROPS in overrides)
 

@@ -226,7 +226,7 @@ def counted_twice() -> None:
 
     def run_and_count(self: Any, *args: Any) -> Any:
         x, aux, stats = run(self, *args)
-        if self.recompute and torch.is_grad_enabled() and stats is not None:
+        if self.recompute == "block" and torch.is_grad_enabled() and stats is not None:
             stats = replace(stats, choice_E=stats.choice_E * 2)
         return x, aux, stats
 
@@ -300,8 +300,8 @@ def moments_swapped() -> None:
     """21: pass Adam's two decay rates in the wrong order."""
     build = engine.build_optimizer
 
-    def swapped(model: Any, config: Any) -> Any:
-        return build(model, replace(config, beta1=config.beta2, beta2=config.beta1))
+    def swapped(model: Any, config: Any, *more: Any, **named: Any) -> Any:
+        return build(model, replace(config, beta1=config.beta2, beta2=config.beta1), *more, **named)
 
     engine.build_optimizer = swapped
 

@@ -1,4 +1,4 @@
-"""Fifty mutations of the product that nothing was tuned to, for `mutate.py`.
+"""Mutations of the product that nothing was tuned to, for `mutate.py`.
 
 Each replaces one text of one file. `rows` are the rows of `dmoe verify` whose area is right for it;
 without rows `verify` cannot see it by design, and `tests` name where the suite must.
@@ -29,6 +29,7 @@ class Mutation:
 CAPACITY = "moe.capacity.factor=1.0"
 GLOBAL = f"{CAPACITY} moe.capacity.group=global"
 NEXT = f"{CAPACITY} moe.capacity.overflow=next_choice"
+POOL = f"{CAPACITY} moe.capacity.pool=2"
 NOISY = "moe.router.kind=noisy moe.balance.load=0.1"
 BUDGET = (
     "moe.router.kind=budget moe.top_k=5 moe.experts.zero=1 moe.router.renormalize=false"
@@ -128,8 +129,8 @@ MUTATIONS = [
     # routers and noise
     Mutation(
         "moe/routers/base.py",
-        "    return weight_TK * config.scale\n\n\ndef with_next_experts",
-        "    return weight_TK\n\n\ndef with_next_experts",
+        "return weight_TK if config.scale == 1.0 else weight_TK * config.scale",
+        "return weight_TK",
         "combine weights",
         "moe.router.scale=2.5",
     ),
@@ -206,7 +207,7 @@ MUTATIONS = [
     ),
     Mutation(
         "train/evaluation/__init__.py",
-        "index_add(0, label_T, masked(sums_T4, valid_T))",
+        "index_add(0, label_T, masked(sums_T4, predicted_T))",
         "index_add(0, label_T, sums_T4)",
         "evaluation",
         tests="tests/train/test_evaluation.py",
@@ -256,7 +257,7 @@ MUTATIONS = [
     ),
     Mutation("train/reduction.py", "aux.mean(0)", "aux[-1]", "auxiliary losses"),
     Mutation(
-        "distributed/data_parallel.py",
+        "distributed/fsdp.py",
         "    if not torch.is_grad_enabled():\n        cast",
         "    if torch.is_grad_enabled():\n        cast",
         "evaluation",
@@ -317,9 +318,9 @@ MUTATIONS = [
         "optim.clip=0.1",
     ),
     Mutation(
-        "distributed/data_parallel.py",
-        "module.set_gradient_divide_factor(1.0)",
-        "module.set_gradient_divide_factor(2.0)",
+        "distributed/fsdp.py",
+        "module.set_gradient_divide_factor(float(divisor))",
+        "module.set_gradient_divide_factor(2.0 * divisor)",
         GRADIENTS,
     ),
     Mutation(
@@ -390,8 +391,8 @@ MUTATIONS = [
     ),
     Mutation(
         "data/packing.py",
-        "np.arange(start, end - seq_len + 1, seq_len",
-        "np.arange(start, end - seq_len, seq_len",
+        "max(0, self.num_tokens - 1) // self.seq_len",
+        "max(0, self.num_tokens) // self.seq_len",
         "",
         tests="tests/data",
     ),
@@ -469,8 +470,8 @@ MUTATIONS = [
     ),
     Mutation(
         "train/step.py",
-        "batch.label_B.to(device).repeat_interleave(target.shape[1])",
-        "batch.label_B.to(device).repeat(target.shape[1])",
+        "send(batch.label_B).repeat_interleave(target.shape[1])",
+        "send(batch.label_B).repeat(target.shape[1])",
         "chosen experts",
         "moe.router.kind=fixed",
     ),
@@ -480,5 +481,34 @@ MUTATIONS = [
         "self.losses.append(loss)",
         "",
         tests="tests/train/test_step_guard.py",
+    ),
+    # pooled slots
+    Mutation(
+        "moe/pooled_capacity.py",
+        "positions.length_GE.clamp(max=floor)",
+        "positions.length_GE",
+        "dropped set",
+        POOL,
+    ),
+    Mutation(
+        "moe/pooled_capacity.py",
+        "queue_positions(others, comm).global_position_TK",
+        "queue_positions(others, None).global_position_TK",
+        "dropped set",
+        "moe.capacity.factor=0.8 moe.capacity.group=global moe.capacity.pool=2",
+    ),
+    Mutation(
+        "moe/dispatch.py",
+        "count_Pn.cumsum(1) - count_Pn",
+        "count_Pn.cumsum(1) - count_Pn.roll(1, 1)",
+        "layer outputs",
+        f"{POOL} moe.capacity.group=sequence",
+    ),
+    Mutation(
+        "distributed/pooled_all_to_all.py",
+        "metadata.unused_R[order_R]",
+        "metadata.unused_R",
+        "layer outputs",
+        POOL,
     ),
 ]

@@ -80,6 +80,16 @@ CAPACITIES = {
         "moe.capacity.priority=score",
         "moe.capacity.overflow=next_choice",
     ],
+    "pools, next_choice": [
+        "moe.capacity.pool=4",
+        "moe.capacity.pool_floor=0.5",
+        "moe.capacity.overflow=next_choice",
+    ],
+    "global pools over two ranks": [
+        "moe.capacity.pool=4",
+        "moe.capacity.group=global",
+        "moe.capacity.priority=score",
+    ],
     "shared experts, dense first": [
         "moe.experts.shared=2",
         "model.dense_first=1",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.router_kinds import router_spec
-from dmoe.config.schema import MoEConfig
+from dmoe.config.schema import CapacityConfig, MoEConfig
 
 
 def check_router_and_capacity(moe: MoEConfig) -> None:
@@ -37,7 +37,7 @@ def check_capacity(moe: MoEConfig) -> None:
                 "router of gradient"
             )
             raise ConfigError("moe.capacity.renormalize", True, allowed, "set it to false")
-    _check_pool(moe)
+    check_pool(capacity, moe.num_experts, moe.router.kind)
     if capacity.overflow != "next_choice":
         return
     fix = "use drop"
@@ -54,22 +54,29 @@ def check_capacity(moe: MoEConfig) -> None:
     raise ConfigError("moe.capacity.overflow", "next_choice", allowed, fix)
 
 
-def _check_pool(moe: MoEConfig) -> None:
-    capacity, pool, spec = moe.capacity, moe.capacity.pool, router_spec(moe.router.kind)
+def check_pool(capacity: CapacityConfig, num_experts: int, kind: str = "top_k") -> None:
+    """Refuse slots that cannot be shared. Raises ConfigError.
+
+    Args:
+        capacity: section `moe.capacity`.
+        num_experts: experts with slots, over all ranks.
+        kind: of the router.
+    """
+    pool, spec = capacity.pool, router_spec(kind)
+    if pool == 1 and capacity.pool_floor != 1.0:
+        allowed = "is a share of the slots that moe.capacity.pool experts share"
+        fix = "set moe.capacity.pool, e.g. to 4, or leave it out"
+        raise ConfigError("moe.capacity.pool_floor", capacity.pool_floor, allowed, fix)
     if pool == 1:
-        if capacity.pool_floor != 1.0:
-            allowed = "is a share of the slots that moe.capacity.pool experts share"
-            fix = "set moe.capacity.pool, e.g. to 4, or leave it out"
-            raise ConfigError("moe.capacity.pool_floor", capacity.pool_floor, allowed, fix)
         return
     if capacity.factor is None and capacity.eval_factor is None:
         allowed, fix = "shares slots, and there are none", "set moe.capacity.factor, e.g. to 1.25"
     elif spec.all_experts or spec.looks_ahead:
-        allowed = f"shares slots, and no expert overflows with moe.router.kind={moe.router.kind}"
+        allowed = f"shares slots, and no expert overflows with moe.router.kind={kind}"
         fix = "leave it out"
-    elif moe.num_experts % pool:
-        divisors = [n for n in range(1, moe.num_experts + 1) if moe.num_experts % n == 0]
-        allowed, fix = f"must divide moe.num_experts={moe.num_experts}", f"use one of {divisors}"
+    elif num_experts % pool:
+        divisors = [n for n in range(1, num_experts + 1) if num_experts % n == 0]
+        allowed, fix = f"must divide moe.num_experts={num_experts}", f"use one of {divisors}"
     else:
         return
     raise ConfigError("moe.capacity.pool", pool, allowed, fix)

@@ -194,6 +194,9 @@ def _check_balance(moe: MoEConfig) -> None:
     if balance.load and not spec.has_noise:
         allowed = f"is smooth by the noise of a noisy router, and {kind} has none"
         raise ConfigError("moe.balance.load", balance.load, allowed, "use router.kind=noisy")
+    if balance.pooled:
+        allowed = "is the loss of transformers, which pools the layers of a published model"
+        raise ConfigError("moe.balance.pooled", balance.pooled, allowed, "use moe.balance.switch")
     if balance.bias and moe.router.freeze:
         allowed = "moves the choices of a router that moe.router.freeze=true keeps as it is"
         raise ConfigError("moe.balance.bias", balance.bias, allowed, "set it to 0")

@@ -49,7 +49,9 @@ def check_published(config: Config) -> None:
     check_published_moe(moe)
     _check_lora(config.model.lora)
     # the family's router decides about weights, not moe.router.renormalize
-    check_layer(replace(moe, router=replace(moe.router, renormalize=moe.top_k > 1)))
+    router, balance = moe.router, replace(moe.balance, pooled=0.0)
+    router = replace(router, renormalize=moe.top_k > 1)
+    check_layer(replace(moe, router=router, balance=balance))
     quantization_of(source)
     for field, value in read_shape(source).fields.items():
         if get(config, field) != value:

@@ -23,13 +23,10 @@ def check_replay(config: Config) -> None:
         if value is not None:
             _check_layers(config, field, value)
             _check_replayable(config, field, value)
-    if config.tracking.trace != "off":
+    if config.tracking.trace != "none":
         _check_trace(config)
     if replay.from_ is None:
         return
-    if config.model.source is not None:
-        allowed = "needs dmoe's own router: a published one computes its weights with its choice"
-        raise ConfigError("moe.replay.from", replay.from_, allowed, "leave model.source out")
     if replay.record and os.path.realpath(replay.record) == os.path.realpath(replay.from_):
         allowed = "is moe.replay.from too: the choices would be overwritten while they are read"
         raise ConfigError("moe.replay.record", replay.record, allowed, "name another directory")
@@ -57,7 +54,7 @@ def _check_trace(config: Config) -> None:
     _check_layers(config, field, value)
     if not router_spec(kind).ordered_choices:
         allowed = f"writes the choices of a token, and moe.router.kind={label(kind)} makes none"
-        raise ConfigError(field, value, allowed, "use off")
+        raise ConfigError(field, value, allowed, "use none")
 
 
 def _check_replayable(config: Config, field: str, value: str) -> None:

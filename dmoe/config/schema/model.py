@@ -195,6 +195,9 @@ class BalanceConfig:
     the noisy router."""
     usage_std: Annotated[float, at_least(0)] = 0.0
     """Coefficient of the standard deviation of the mean score of each expert."""
+    pooled: Annotated[float, at_least(0)] = 0.0
+    """Coefficient of the load-balancing loss of transformers: E * sum_e f_e P_e over all layers of
+    one rank together, f summing to top_k; for a published model (docs/models.md)."""
     bias: Annotated[float, at_least(0)] = 0.0
     """Update rate u of the bias of loss-free balancing (DeepSeek-V3): after each step
     b_e += u * sign(mean load - load of e); 0: off."""

@@ -91,7 +91,7 @@ class TrackingConfig:
     """User or team in wandb; null: your default one."""
     notes: Optional[str] = None
     """A longer description of the run in wandb."""
-    trace: Literal["off", "counts", "choices"] = "off"
+    trace: Literal["none", "counts", "choices"] = "none"
     """Write the routing of every step to RUN/trace, for `dmoe simulate --replay RUN`: counts per
     sequence and expert, or every token's choices with their scores (docs/simulation.md)."""
     wandb_mode: Literal["online", "offline", "disabled"] = "offline"

@@ -22,6 +22,13 @@ class Experts(nn.Module):
     takes_tokens = False
     """Whether `forward` takes tokens and a `TokenRows` on the CPU, and returns their sums."""
 
+    def __init_subclass__(cls) -> None:
+        """Take no more than the arguments of this class's own `forward`, unless it says so."""
+        super().__init_subclass__()
+        if "forward" in cls.__dict__:
+            for name in ("takes_copies", "takes_tokens"):
+                setattr(cls, name, cls.__dict__.get(name, False))
+
     def __init__(self, kind: str, matrices: tuple[tuple[tuple[int, int], ...], ...]) -> None:
         super().__init__()
         self.kind, self.matrices, self.num_experts = kind, matrices, len(matrices)

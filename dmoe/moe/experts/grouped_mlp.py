@@ -165,7 +165,9 @@ def _any_weight_grads(
         return torch.bmm(rows_RI.view(groups).mT, grad_RO.view(groups))
     multiple = ROW_ALIGNMENT // rows_RI.element_size() if rows_RI.is_cuda else 1
     rows, grad = (F.pad(t, (0, -t.shape[1] % multiple)) for t in (rows_RI, grad_RO))
-    return _weight_grads(rows, grad, count)[:, : rows_RI.shape[1], : grad_RO.shape[1]]
+    return _weight_grads(rows, grad, count[: len(weight_eIO)])[
+        :, : rows_RI.shape[1], : grad_RO.shape[1]
+    ]
 
 
 def grouped_linear(

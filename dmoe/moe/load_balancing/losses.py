@@ -63,9 +63,8 @@ from dmoe.config.schema import BalanceConfig
 from dmoe.moe.interfaces import DataParallelComm
 from dmoe.moe.routing import BatchShape, Noise, Routing, TokenContext, masked
 
-LOSSES = ("switch", "z", "importance", "load", "usage_std", "own")
-"""Fields of `BalanceConfig` that are coefficients of a loss. `bias` is none: it changes the
-selection, not the loss."""
+LOSSES = ("switch", "z", "importance", "load", "usage_std", "own", "pooled")
+"""Coefficients in `BalanceConfig`. `bias` is none; `pooled` is in dmoe/hf/pooled_loss.py."""
 
 
 def coefficients(config: BalanceConfig) -> dict[str, float]:
@@ -94,8 +93,7 @@ def auxiliary_losses(
         layer: index into `prior_count_LE`.
         micro_batches: number of units of level `micro_batch` on this rank.
 
-    Returns:
-        Scalars by name, unweighted.
+    Returns: scalars by name, unweighted.
     """
     valid_T = context.valid_T
     if valid_T is not None:
@@ -103,6 +101,8 @@ def auxiliary_losses(
     losses: dict[str, Tensor] = {}
     real_units: dict[int, Tensor] = {}
     for name in coefficients(config):
+        if name == "pooled":
+            continue
         if name == "switch" and config.switch_level == "global":
             prior_E = None if context.prior_count_LE is None else context.prior_count_LE[layer]
             losses[name] = switch_loss_global(routing, prior_E, valid_T, comm)

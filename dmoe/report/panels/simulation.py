@@ -6,7 +6,7 @@ Read from RUN/simulation.jsonl (`dmoe simulate`). Letters: W ranks.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -15,7 +15,11 @@ from dmoe.report.page import Chart, Panel, Selector
 from dmoe.report.run import Run
 
 LINES = "simulation.jsonl"
-CURVES = {"mean": fmean, "largest": max}
+CURVES: dict[str, Callable[[list[float]], float]] = {"mean": fmean, "largest": max}
+
+
+def _summary(of: Callable[[list[float]], float]) -> Callable[[dict[str, Any]], float]:
+    return lambda step: of(step["values"])
 
 
 def simulation_panel(runs: Sequence[Run]) -> Panel | None:
@@ -31,7 +35,7 @@ def simulation_panel(runs: Sequence[Run]) -> Panel | None:
         pairs = [{"step": step, "values": values} for step, values in sorted(by_step.items())]
         if pairs:
             curves = [
-                make_curve(name, pairs, lambda pair, of=of: of(pair["values"]), colour=colour)  # type: ignore[misc]
+                make_curve(name, pairs, _summary(of), colour=colour)
                 for colour, (name, of) in enumerate(CURVES.items())
             ]
             views[str(index)] = {"curves": curves, "marks": [index]}

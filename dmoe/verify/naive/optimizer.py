@@ -40,7 +40,7 @@ DECAYED = (
 """The parameters with weight decay, by the end of their name: matrices of attention, feed-forwards,
 experts, fusion, adapters and the output. No other has any: vectors, norms, embeddings, routers,
 constant experts, scaling modules, prompts."""
-UNDECAYED = r"norm|embed_tokens|\.(gate|router)\.|bias|A_log"
+UNDECAYED = r"norm|embed_tokens|embeddings|\.(gate|router)\.|bias|A_log"
 """Of a published model, parts of the names of parameters without weight decay, beside vectors."""
 MUONS = (
     r"attention\.w_qkv\.weight",

@@ -8,6 +8,7 @@ Letters: T tokens, D width, E experts, K experts per token, S tokens per sequenc
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -20,7 +21,7 @@ from dmoe.moe.layer import MoE
 from dmoe.moe.routing import TokenContext
 from dmoe.verify.naive.capacity import Choices, capacity_and_groups
 from dmoe.verify.naive.plugins import own_choices
-from dmoe.verify.naive.static import static_choices
+from dmoe.verify.naive.static import hash_experts, workload_experts
 
 
 def route(layer: MoE, x_TD: Tensor, context: TokenContext, sequences: int) -> Choices:
@@ -37,7 +38,7 @@ def route(layer: MoE, x_TD: Tensor, context: TokenContext, sequences: int) -> Ch
     if parse(kind) is not None:
         return own_choices(layer, x_TD, context, sequences, valid)
     if kind in ("fixed", "hash", "workload"):
-        return static_choices(layer, x_TD, context, sequences, valid)
+        return _static(layer, x_TD, context, sequences, valid)
     clean_TE, std_TE, logit_TE = _logits(layer, x_TD, context, sequences)
     score_TE = torch.sigmoid(logit_TE)
     if layer.router.config.score != "sigmoid":
@@ -228,6 +229,51 @@ def _expert_choice(
             for t in sorted(tokens, key=lambda t: (-scores[t][e], t))[:capacity]:
                 experts[t].append(e)
     return experts
+
+
+def _static(
+    layer: MoE, x_TD: Tensor, context: TokenContext, sequences: int, valid: list[bool]
+) -> Choices:
+    """Choose experts by token id, label or workload, with equal weights and no gradient.
+
+    Args:
+        layer: its router.
+        x_TD: router inputs.
+        context: labels, token ids, noise key and padding.
+        sequences: B.
+        valid: [T], False for padding.
+    """
+    count, k = layer.num_experts, layer.top_k
+    if layer.router.config.kind == "hash":
+        assert context.token_id_T is not None
+        experts = [hash_experts(int(token), k, count, layer.layer) for token in context.token_id_T]
+    elif layer.router.config.kind == "workload":
+        length = max(1, len(valid) // max(1, sequences))
+        first, (seed, step) = context.first_sequence * length, context.noise_key or (0, 0)
+        experts = [
+            workload_experts(
+                layer.router.config,
+                count,
+                k,
+                layer.layer,
+                token=first + t,
+                length=length,
+                seed=seed,
+                step=step,
+            )
+            for t in range(len(valid))
+        ]
+    else:
+        assert context.label_T is not None
+        experts = [[(int(label) * k + i) % count for i in range(k)] for label in context.label_T]
+    experts = [own if is_valid else [] for own, is_valid in zip(experts, valid, strict=True)]
+    score_TE = torch.zeros(len(valid), count, dtype=x_TD.dtype)
+    for t, own in enumerate(experts):
+        score_TE[t, own or slice(None)] = 1.0 / (k if own else count)
+    logit_TE = torch.full_like(score_TE, -math.log(count))
+    none: list[list[int]] = [[] for _ in valid]
+    weight_TE = score_TE * layer.router.config.scale
+    return Choices(experts, none, logit_TE, score_TE, weight_TE, valid)
 
 
 def _weights(layer: MoE, logit_TE: Tensor, score_TE: Tensor, experts: list[list[int]]) -> Tensor:

@@ -10,62 +10,8 @@ import math
 from fractions import Fraction
 
 import torch
-from torch import Tensor
 
 from dmoe.config.schema import RouterConfig
-from dmoe.moe.layer import MoE
-from dmoe.moe.routing import TokenContext
-from dmoe.verify.naive.capacity import Choices
-
-
-def static_choices(
-    layer: MoE, x_TD: Tensor, context: TokenContext, sequences: int, valid: list[bool]
-) -> Choices:
-    """Choose experts by token id, label or workload, with equal weights and no gradient.
-
-    Args:
-        layer: its router.
-        x_TD: router inputs.
-        context: labels, token ids, noise key and padding.
-        sequences: B.
-        valid: [T], False for padding.
-    """
-    count, k = layer.num_experts, layer.top_k
-    if layer.router.config.kind == "hash":
-        assert context.token_id_T is not None
-        experts = [hash_experts(int(token), k, count, layer.layer) for token in context.token_id_T]
-    elif layer.router.config.kind == "workload":
-        length = max(1, len(valid) // max(1, sequences))
-        first, (seed, step) = context.first_sequence * length, context.noise_key or (0, 0)
-        experts = [
-            workload_experts(
-                layer.router.config,
-                count,
-                k,
-                layer.layer,
-                token=first + t,
-                length=length,
-                seed=seed,
-                step=step,
-            )
-            for t in range(len(valid))
-        ]
-    else:
-        assert context.label_T is not None
-        experts = [[(int(label) * k + i) % count for i in range(k)] for label in context.label_T]
-    experts = [own if is_valid else [] for own, is_valid in zip(experts, valid, strict=True)]
-    score_TE = torch.zeros(len(valid), count, dtype=x_TD.dtype)
-    for t, own in enumerate(experts):
-        score_TE[t, own or slice(None)] = 1.0 / (k if own else count)
-    logit_TE = torch.full_like(score_TE, -math.log(count))
-    return Choices(
-        experts,
-        [[] for _ in valid],
-        logit_TE,
-        score_TE,
-        score_TE * layer.router.config.scale,
-        valid,
-    )
 
 
 def hash_experts(token: int, top_k: int, num_experts: int, layer: int) -> list[int]:
