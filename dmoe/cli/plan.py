@@ -39,8 +39,8 @@ def command(
     tokens: Annotated[
         float | None, typer.Option(help="Tokens to train on, for days and price.", **number())
     ] = None,
-    price: Annotated[
-        float | None, typer.Option(help="Price of a rank for an hour.", **number())
+    hourly_cost: Annotated[
+        float | None, typer.Option("--price", help="Price of a rank for an hour.", **number())
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the same as JSON on stdout.")
@@ -62,8 +62,8 @@ def command(
     answers = []
     lines: list[str] = []
     for plan, precision in plans(config, cluster, worlds, sizes, sigma or 0.0, vocabulary):
-        answers.append(numbers(plan, precision, tokens, price))
-        lines += [*([""] if lines else []), *page(plan, precision, tokens, price)]
+        answers.append(numbers(plan, precision, tokens, hourly_cost))
+        lines += [*([""] if lines else []), *page(plan, precision, tokens, hourly_cost)]
     print(json.dumps(answers, indent=2) if as_json else "\n".join(lines))
 
 

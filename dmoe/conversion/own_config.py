@@ -191,6 +191,10 @@ def read_published(content: Mapping[str, Any], field: str, folder: object) -> Pu
     if kind not in SAME_AS:
         raise refuse(f"model_type={kind}, which dmoe's own transformer is not")
     family = SAME_AS[kind]
+    for name, value in content.items():
+        is_count = name.startswith("num_") or name.endswith(("_size", "_dim"))
+        if is_count and value is not None and type(value) is not int:
+            raise refuse(f"{name}={value!r}, which is no whole number")
     wanted = {"attention_bias": False, "mlp_bias": False, "quantization_config": None}
     for name, fits in wanted.items():
         if content.get(name, fits) not in (fits, None):
@@ -209,6 +213,8 @@ def read_published(content: Mapping[str, Any], field: str, folder: object) -> Pu
         fields = _fields(content, family, rope)
     except KeyError as missing:
         raise refuse(f"no {missing.args[0]}") from None
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise refuse(f"values of another type than that model's ({error})") from None
     kinds = {name: kind for kind, name in ACTIVATIONS.items()}
     fields["moe.experts.kind"] = kinds[activation]
     return PublishedModel(family, content["vocab_size"], fields)
@@ -233,7 +239,10 @@ def _fields(content: Mapping[str, Any], family: Family, rope: Mapping[str, Any])
     if family in ("llama", "qwen3"):
         return fields | {"model.moe_every": 0, "model.dense_dim": content["intermediate_size"]}
     mixtral = family == "mixtral"
-    experts = content["num_local_experts" if mixtral else "num_experts"]
+    names = ("num_local_experts", "num_experts")  # transformers 5.23 writes the first for both
+    experts = next((content[name] for name in names if name in content), None)
+    if experts is None:
+        raise KeyError(names[0 if mixtral else 1])
     fields |= {
         "moe.num_experts": experts,
         "moe.top_k": content["num_experts_per_tok"],

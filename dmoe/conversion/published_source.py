@@ -6,10 +6,8 @@ left over is refused by name.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,7 +17,7 @@ from dmoe.config.schema import Config
 from dmoe.conversion.own_config import PublishedModel, read_published
 from dmoe.conversion.own_names import pieces
 from dmoe.data import open_tokenizer
-from dmoe.hf.published import PublishedDirectory
+from dmoe.hf.published import PublishedDirectory, read_json
 from dmoe.models.transformer import Transformer
 
 DERIVED = ("rotary_emb.inv_freq",)
@@ -134,11 +132,7 @@ def open_published(folder: str | Path, argument: str = "DIR") -> PublishedSource
     if not (path / "config.json").is_file():
         allowed = "is no directory of a published model (it has no config.json)"
         raise ConfigError(argument, folder, allowed, "give one, e.g. of save_pretrained")
-    try:
-        content: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}/config.json: cannot be read ({error})") from None
-    model = read_published(content, argument, folder)
+    model = read_published(read_json(path / "config.json"), argument, folder)
     if not any(path.glob("*.safetensors")):
         fix = "convert it: model.save_pretrained(DIR, safe_serialization=True)"
         raise ConfigError(argument, folder, "holds no *.safetensors", fix)

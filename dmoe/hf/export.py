@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dmoe.checkpoint.manifest import read as read_manifest
 from dmoe.checkpoint.tensor_reader import TensorReader
 from dmoe.config.errors import CheckpointError, ConfigError
-from dmoe.config.published import read_config, source_directory
+from dmoe.config.published import read_config, read_shape, source_directory
 from dmoe.hf.compare import FLOATS, compare_directories
 from dmoe.hf.disk_format import DiskFormat
 from dmoe.hf.experts import FACTOR_A, FACTOR_B
@@ -76,6 +76,7 @@ def export_checkpoint(
     model = build_empty(read_config(str(published.folder)), str(source))
     layout = DiskFormat(model, published)
     reader = TensorReader(checkpoint)
+    check_source(reader.extra, str(source))
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     prefix = prefix_of(reader, shapes)
 
@@ -257,6 +258,21 @@ def model_section(extra: Mapping[str, Any]) -> dict[str, Any]:
     config = extra.get("config")
     model = config.get("model") if isinstance(config, dict) else None
     return model if isinstance(model, dict) else {}
+
+
+def check_source(extra: Mapping[str, Any], source: str) -> None:
+    """Refuse a source whose config.json is not what the run of a checkpoint was trained with.
+
+    Raises:
+        CheckpointError: another number of layers, experts, experts per token, ...
+    """
+    config = extra.get("config") or {}
+    for field, value in read_shape(source).fields.items() if config else ():
+        section, _, name = field.partition(".")
+        trained = config.get(section, {}).get(name, value)
+        if trained != value:
+            why = f"config.json says {field}={value}, and the run was trained with {trained}"
+            raise CheckpointError(f"{source}: {why}; give its source with --source")
 
 
 def source_of(checkpoint: Path) -> str | None:

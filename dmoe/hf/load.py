@@ -13,13 +13,16 @@ Letters: E experts, e local experts.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from dmoe.config.errors import ConfigError
+from dmoe.checkpoint.consensus import RankGroup
+from dmoe.config.errors import CheckpointError, ConfigError
 from dmoe.config.published import DEQUANTIZED, quantization_of, source_directory
 from dmoe.distributed.expert_parallel import expert_group_of, stacks_over_ranks
 from dmoe.distributed.gradients import local_tensor
@@ -28,6 +31,8 @@ from dmoe.hf.lora import is_lora
 from dmoe.hf.moefy import find_blocks, moefied_layers
 from dmoe.hf.published import PublishedDirectory
 from dmoe.hf.transformers_log import quiet
+
+FIX = "check its files and its config.json, or download it again"
 
 
 def load_weights(model: nn.Module, source: str) -> list[str]:
@@ -47,6 +52,10 @@ def load_weights(model: nn.Module, source: str) -> list[str]:
     if not any(directory.glob("*.safetensors")):
         allowed = "has no *.safetensors"
         raise ConfigError("model.source", source, allowed, "name a directory of save_pretrained")
+    try:
+        files = PublishedDirectory(directory)
+    except CheckpointError as error:
+        raise ConfigError("model.source", source, f"cannot be read: {error}", FIX) from None
     notes: list[str] = []
     extra: dict[str, Any] = {}
     method = quantization_of(source)
@@ -55,15 +64,34 @@ def load_weights(model: nn.Module, source: str) -> list[str]:
 
         extra["quantization_config"] = getattr(transformers, DEQUANTIZED[method])(dequantize=True)
         notes.append(f"model.source is quantised ({method}): read as {_dtype(model)}")
-    kind, group = cast(Any, type(model)), expert_group_of(moefied_layers(model)[0])
+    kind, ep_group = cast(Any, type(model)), expert_group_of(moefied_layers(model)[0])
+    # of LongCat's identities: a file that has their rows is read whole
+    unread = has_identities(model) and has_unread_rows(model, files.tensors)
+    group = None if method or unread else ep_group
+    if has_identities(model) and not unread:
+        kind = trimmed_class(kind)
+    if group is not None and hasattr(kind, "maybe_distribute_model"):
+        kind, more = _reading_own_experts(kind, group)
+        extra |= more
     try:
-        # of LongCat's identities: a file that has their rows is read whole
-        unread = has_identities(model) and has_unread_rows(model, tensor_names(directory))
-        if has_identities(model) and not unread:
-            kind = trimmed_class(kind)
-        if not (method or unread or group is None) and hasattr(kind, "maybe_distribute_model"):
-            kind, more = _reading_own_experts(kind, group)
-            extra |= more
+        with nullcontext() if ep_group is None else RankGroup(ep_group).all_or_none("reading"):
+            loaded, unexpected = _read(kind, model, directory, extra)
+    except CheckpointError as error:  # of any rank: one expert's tensor is read by one rank
+        raise ConfigError("model.source", source, str(error), FIX) from error
+    _restore(loaded, files)
+    _copy(model, loaded)
+    return notes + _left_out(files, loaded, unexpected)
+
+
+def _read(
+    kind: Any, model: nn.Module, directory: Path, extra: dict[str, Any]
+) -> tuple[nn.Module, set[str]]:
+    """Return the model that transformers loads, and the names of tensors that it has no place for.
+
+    Raises:
+        CheckpointError: files that are damaged, or of another model.
+    """
+    try:
         with quiet():
             loaded, info = kind.from_pretrained(
                 directory,
@@ -71,20 +99,19 @@ def load_weights(model: nn.Module, source: str) -> list[str]:
                 attn_implementation=cast(Any, model).config._attn_implementation,
                 experts_implementation="eager",
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
                 use_safetensors=True,
                 **extra,
             )
     except Exception as error:
         said = " ".join(str(error).split())[:300]
-        allowed = f"cannot be read: {type(error).__name__}: {said}"
-        raise ConfigError("model.source", source, allowed, "check its files") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        allowed = f"lacks {len(missing)} tensors of the model, such as {missing[0]}"
-        raise ConfigError("model.source", source, allowed, "download it again")
-    _restore(loaded, directory)
-    _copy(model, loaded)
-    return notes + _left_out(directory, loaded)
+        raise CheckpointError(f"cannot be read: {type(error).__name__}: {said}") from error
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        shapes = f"{list(found)}, and config.json says {list(wanted)}"
+        raise CheckpointError(f"gives {name} the shape {shapes}")
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(f"lacks {len(missing)} tensors of the model, such as {missing[0]}")
+    return loaded, info["unexpected_keys"]
 
 
 def _reading_own_experts(kind: Any, group: Any) -> tuple[Any, dict[str, Any]]:
@@ -108,11 +135,11 @@ def _reading_own_experts(kind: Any, group: Any) -> tuple[Any, dict[str, Any]]:
     return type(kind.__name__, (kind,), methods), {"distributed_config": DistributedConfig()}
 
 
-def _restore(loaded: nn.Module, directory: Path) -> None:
+def _restore(loaded: nn.Module, files: PublishedDirectory) -> None:
     """Read the biases of ZAYA's choice again: transformers 5.23 sets their last number to -1."""
     for name, buffer in loaded.named_buffers():
         if name.endswith(".balancing_biases"):
-            buffer.copy_(PublishedDirectory(directory).read(name))
+            buffer.copy_(files.read(name))
 
 
 def _copy(model: nn.Module, loaded: nn.Module) -> None:
@@ -137,27 +164,21 @@ def _copy(model: nn.Module, loaded: nn.Module) -> None:
             target.data.copy_(value)
 
 
-def _left_out(directory: Path, loaded: Any) -> list[str]:
-    """Describe the tensors of the files that the model's class leaves out, such as MTP layers."""
+def _left_out(files: PublishedDirectory, loaded: Any, unexpected: Iterable[str]) -> list[str]:
+    """Describe the tensors of the files that the model's class leaves out.
+
+    Those that it knows, such as MTP layers (`_keys_to_ignore_on_load_unexpected`), and any other,
+    such as layers beyond those of config.json.
+    """
     patterns = getattr(loaded, "_keys_to_ignore_on_load_unexpected", None) or []
-    names = [n for n in tensor_names(directory) if any(re.search(p, n) for p in patterns)]
+    names = [n for n in files.tensors if any(re.search(p, n) for p in patterns)]
+    names = sorted({*names, *unexpected})
     if not names:
         return []
     return [
         f"not trained, because transformers does not build them: {len(names)} tensors of "
         f"model.source, such as {names[0]}"
     ]
-
-
-def tensor_names(directory: Path) -> list[str]:
-    """Return the names of all tensors in the files, from their headers."""
-    from safetensors import safe_open
-
-    names: list[str] = []
-    for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            names += opened.keys()
-    return sorted(names)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -84,12 +84,16 @@ def add_lora(
             Default: those of DEFAULT_TARGETS that the model has.
 
     Raises:
-        ConfigError: no rank, a target that matches nothing, or a model that has LoRA already.
+        ConfigError: no rank, a target that matches nothing or a tied head, or a model that has
+            LoRA already. The model is as before then.
     """
     if type(rank) is not int or rank < 1:
         raise ConfigError("rank", rank, "must be a whole number of 1 or more", "use 8")
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise ConfigError("alpha", alpha, "must be a positive number", "leave it out")
     if targets is None:
         targets = [t for t in DEFAULT_TARGETS if t == EXPERTS or _linears(model, t)]
+    targets = [targets] if isinstance(targets, str) else targets
     if not targets:
         raise ConfigError("targets", "[]", "names nothing to adapt", "use experts")
     layers = moefied_layers(model)
@@ -104,20 +108,23 @@ def add_lora(
             raise ConfigError(
                 "model.lora.targets", EXPERTS, f"{type(model).__name__} {allowed}", fix
             )
-    scale = (2 * rank if alpha is None else alpha) / rank
-    model.requires_grad_(False)
+    linears: dict[nn.Linear, None] = {}
     for target in targets:
-        if target == EXPERTS:
-            for layer in layers:
-                _add_to_experts(layer.experts, rank, scale)
-            continue
-        found = _linears(model, target)
-        if not found:
+        found = [] if target == EXPERTS else _linears(model, target)
+        if not found and target != EXPERTS:
             names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if _plain(m)})
             allowed = f"matches no linear layer; there are {', '.join(names)}, and {EXPERTS}"
             raise ConfigError("model.lora.targets", target, allowed, "name one of them")
-        for module in found:
-            _add_to_linear(module, rank, scale)
+        if any(module.weight is _embedding(model) for module in found):
+            allowed = "has the weight of the embedding, which merged factors would change too"
+            raise ConfigError("model.lora.targets", target, allowed, "leave it out")
+        linears |= dict.fromkeys(found)
+    scale = (2 * rank if alpha is None else alpha) / rank
+    model.requires_grad_(False)
+    for layer in layers if EXPERTS in targets else ():
+        _add_to_experts(layer.experts, rank, scale)
+    for module in linears:
+        _add_to_linear(module, rank, scale)
     initialize_lora(model, 0)
     return model
 
@@ -180,7 +187,12 @@ def merge_lora(model: nn.Module) -> nn.Module:
     """Add the products to the weights and remove the factors, in place; return the model.
 
     On every rank for its own experts; no collective. Not for what FSDP2 has sharded.
+
+    Raises:
+        ConfigError: the model has no LoRA.
     """
+    if not any(lora_places(model)):
+        raise ConfigError("model", type(model).__name__, "has no LoRA", "call add_lora first")
     for place in list(lora_places(model)):
         a, b = (getattr(place.module, name) for name in (place.a, place.b))
         weight = getattr(place.module, place.weight)
@@ -203,6 +215,10 @@ def _linears(model: nn.Module, target: str) -> list[nn.Linear]:
         for name, module in model.named_modules()
         if type(module) is nn.Linear and f".{name}".endswith(f".{target}")
     ]
+
+
+def _embedding(model: Any) -> Tensor:
+    return cast(Tensor, model.get_input_embeddings().weight)
 
 
 def _plain(module: nn.Module) -> bool:

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -28,10 +30,11 @@ from dmoe.distributed.expert_parallel import expert_parameters
 from dmoe.distributed.full_tensors import gather_full
 from dmoe.distributed.mesh import ParallelMesh
 from dmoe.distributed.parallel_model import ParallelModel
-from dmoe.hf.export import commit, model_section, prefix_of, reserve
-from dmoe.hf.lora import EXPERTS, LoraPlace, add_lora, lora_places
+from dmoe.hf.export import check_source, commit, model_section, prefix_of, reserve
+from dmoe.hf.lora import EXPERTS, LoraPlace, add_lora, is_lora, lora_places
 from dmoe.hf.model import build_empty
 from dmoe.hf.moefy import moefy
+from dmoe.hf.published import read_json
 from dmoe.modular.peft import CONFIG, SAFE_INITS, UNSUPPORTED, WEIGHTS
 
 PREFIX = "base_model.model."
@@ -82,10 +85,17 @@ def export_lora(checkpoint: Path, source: str, out: str | Path) -> int:
     lora = model_section(reader.extra).get("lora") or {}
     if not lora.get("rank"):
         raise CheckpointError(f"{checkpoint}: is of a run without model.lora")
+    check_source(reader.extra, source)
     model = moefy(build_empty(read_config(source), source))
     add_lora(model, lora["rank"], lora["alpha"], lora["targets"] or None)
     prefix = prefix_of(reader, {n: tuple(v.shape) for n, v in model.state_dict().items()})
     places = list(lora_places(model))
+    patterns = (reader.extra["config"].get("optim") or {}).get("trainable") or []
+    for name, _ in model.named_parameters():
+        saved = prefix.removeprefix("model.") + name
+        if not is_lora(name) and any(fnmatchcase(saved, pattern) for pattern in patterns):
+            why = f"trained {saved} too (optim.trainable), which an adapter leaves out"
+            raise CheckpointError(f"{checkpoint}: {why}; export it without --adapter")
 
     def read(place: LoraPlace, factor: str) -> Tensor:
         return reader.read(f"{prefix}{place.module_name}.{factor}")
@@ -165,9 +175,9 @@ def load_lora(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     path = Path(folder)
     try:
-        config: dict[str, Any] = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(path / CONFIG)
         tensors = load_file(path / WEIGHTS)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError, CheckpointError) as error:
         raise CheckpointError(f"{path}: holds no adapter of peft ({error})") from None
     allowed = {name for name in UNSUPPORTED if name != "target_parameters"}
     wrong = sorted(name for name in allowed if config.get(name))
@@ -176,7 +186,9 @@ def load_lora(model: nn.Module, folder: str | Path) -> nn.Module:
     if config.get("peft_type") != "LORA" or wrong or config.get("bias", "none") != "none":
         what = wrong[0] if wrong else "bias or peft_type"
         raise CheckpointError(f"{path}: {what}={config.get(what)} is not supported")
-    rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1 or alpha <= 0:
+        raise CheckpointError(f"{path}: r={rank} and lora_alpha={alpha} scale no adapter")
     alpha *= rank**0.5 if config.get("use_rslora") else 1.0
     given = config.get("target_modules") or []
     targets = [given] if isinstance(given, str) else list(given)

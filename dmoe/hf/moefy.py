@@ -67,7 +67,7 @@ def moefy(
     """
     capacity = CapacityConfig() if capacity is None else capacity
     balance = NO_BALANCE if balance is None else balance
-    _check_settings(capacity, balance, exchange)
+    check_settings(capacity, balance, exchange)
     found = [_checked(model, balance, *block) for block in find_blocks(model)]
     for _, experts, _, _ in found:
         check_pool(capacity, len(experts.down_proj))
@@ -207,7 +207,10 @@ def _check_experts(experts: Any, name: str) -> None:
         raise ConfigError("model", name, why, "check the model's config")
 
 
-def _check_settings(capacity: CapacityConfig, balance: BalanceConfig, exchange: str) -> None:
+def check_settings(
+    capacity: CapacityConfig, balance: BalanceConfig, exchange: str = MoEConfig.exchange
+) -> None:
+    """Raise ConfigError for settings of another type, out of bounds, or of no published model."""
     check_type("capacity", capacity, CapacityConfig)
     check_type("balance", balance, BalanceConfig)
     packing: Any = exchange

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.rules.capacity import check_pool
-from dmoe.config.schema import CapacityConfig
+from dmoe.config.schema import BalanceConfig, CapacityConfig
+from dmoe.config.schema.constraints import check_type
 from dmoe.distributed.all_to_all import ExpertGroup, PackedAllToAll
+from dmoe.hf.moefy import check_settings
 from dmoe.moe.capacity import apply_capacity, expert_capacity
 from dmoe.moe.interfaces import NoComm
 from dmoe.moe.metrics import LayerStats, layer_stats
@@ -130,6 +132,7 @@ def register(capacity: CapacityConfig | None = None, name: str = "dmoe") -> None
         ConfigError: transformers is missing or older than 5.23, or the capacity cannot be used.
     """
     limits = CapacityConfig() if capacity is None else capacity
+    check_type("capacity", limits, CapacityConfig)
     fix = "use dmoe.moefy and dmoe.parallelize, which know the sequences and all ranks"
     if limits.group != "rank":
         allowed = "must be rank: transformers passes this rank's tokens without their sequences"
@@ -137,6 +140,7 @@ def register(capacity: CapacityConfig | None = None, name: str = "dmoe") -> None
     if limits.overflow != "drop":
         allowed = "must be drop: transformers passes a token's chosen experts, not the next ones"
         raise ConfigError("capacity.overflow", limits.overflow, allowed, fix)
+    check_settings(limits, BalanceConfig())
     interface, base = _interface()
 
     class DmoeExpertParallel(base):  # type: ignore[misc, valid-type]

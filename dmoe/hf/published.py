@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dmoe.checkpoint.dcp import Chunk, write_safetensors
 from dmoe.checkpoint.validate import DTYPES
-from dmoe.config.errors import CheckpointError
+from dmoe.config.errors import CheckpointError, ConfigError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -57,13 +57,13 @@ class PublishedDirectory:
             CheckpointError: a file is missing or damaged, or a tensor is in two files or in none.
         """
         self.folder = Path(folder)
-        self.config: dict[str, Any] = _read_json(self.folder / "config.json")
+        self.config: dict[str, Any] = read_json(self.folder / "config.json")
         self.tensors: dict[str, TensorFacts] = {}
         index = self.folder / INDEX
         files = {self.folder / SINGLE}
         wanted: dict[str, str] = {}
-        if index.is_file():
-            wanted = _read_json(index).get("weight_map", {})
+        if index.is_file() and not (self.folder / SINGLE).is_file():  # as transformers does
+            wanted = _weight_map(index)
             files = {self.folder / name for name in wanted.values()}
         for file in sorted(files):
             for name, facts in _headers(file).items():
@@ -108,7 +108,18 @@ def _headers(file: Path) -> dict[str, TensorFacts]:
     return found
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _weight_map(index: Path) -> dict[str, str]:
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(f"{index}: has no weight_map")
+    for name, file in found.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(f"{index}: gives {name!r} a file {file!r} that is none beside it")
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object of a JSON file. Raises CheckpointError: it holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -126,6 +137,8 @@ class ShardWriter:
 
     def __init__(self, folder: Path, prefix: str = "", max_bytes: int = MAX_SHARD_BYTES) -> None:
         """Start without a file. `prefix`: of the provisional names, different on each rank."""
+        if max_bytes < 1:
+            raise ConfigError("max_shard_bytes", max_bytes, "must be 1 or more", "use 4 << 30")
         self.folder, self.prefix, self.max_bytes = folder, prefix, max_bytes
         self.count = 0
         """Files written so far."""

@@ -46,6 +46,7 @@ DTYPES = {
     "I16": np.int16,
     "I32": np.int32,
     "I64": np.int64,
+    "U64": np.uint64,
     "F32": np.float32,
 }
 """Types of safetensors, little-endian."""
@@ -165,8 +166,13 @@ def write_choices(
         expert_NLK: any integers; they are written as they are.
         header: text values; the SHA-256 of the ids is added.
         score_NLK: float32, of a trace.
+
+    Raises:
+        ConfigError: no integers [tokens, layers, K]; nothing is written.
     """
-    ids, path = np.ascontiguousarray(expert_NLK), Path(path)
+    ids, path = np.asarray(expert_NLK), Path(path)
+    _check_layout(ids, "expert_NLK", path)
+    ids = np.ascontiguousarray(ids.astype(ids.dtype.newbyteorder("<"), copy=False))
     arrays, metadata = {TENSOR: ids}, {**(header or {}), "format": FORMAT}
     metadata["sha256"] = hashlib.sha256(ids.data).hexdigest()
     if metadata.get("rows") == "sample":
@@ -216,20 +222,29 @@ def open_part(path: Path, field: str = "moe.replay.from") -> Part:
     """
     try:
         arrays, header = _map_npy(path) if path.suffix == ".npy" else _map_safetensors(path)
-        ids, scores = arrays[0], arrays[1] if len(arrays) > 1 else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        part = Part(path, arrays[0], header, arrays[1] if len(arrays) > 1 else None)
+        if "spec" in header:  # a damaged header is found here
+            _ = part.spec, part.end_step
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         allowed = f"cannot be read as choices ({reason or type(error).__name__})"
         fix = "give a directory that moe.replay.record has written, a .npy or a .safetensors file"
         raise ConfigError(field, path, allowed, fix) from None
+    _check_layout(part.experts, field, path)
+    return part
+
+
+def _check_layout(ids: np.ndarray, field: str, path: Path) -> None:
     if ids.ndim != 3 or ids.dtype.kind not in "iu":
         allowed = f"holds {ids.dtype}{list(ids.shape)}, not integers [tokens, layers, K]"
         raise ConfigError(field, path, allowed, "write expert ids in that layout")
-    return Part(path, ids, header, scores)
 
 
 def _map_npy(path: Path) -> tuple[list[np.ndarray], dict[str, str]]:
-    return [np.load(path, mmap_mode="r", allow_pickle=False)], {}
+    found = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(found, np.ndarray):
+        raise ValueError("it is an archive of arrays, .npz")
+    return [found], {}
 
 
 def _map_safetensors(path: Path) -> tuple[list[np.ndarray], dict[str, str]]:

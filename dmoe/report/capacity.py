@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dmoe.config.router_kinds import router_spec
 from dmoe.config.schema import CapacityConfig, MoEConfig
 
 GROUP = {
@@ -43,7 +44,7 @@ def pool_sentences(capacity: CapacityConfig) -> list[str]:
 
 def dropless_sentence(moe: MoEConfig) -> str:
     """Describe routing without a capacity factor."""
-    if moe.router.kind == "expert_choice":
+    if router_spec(moe.router.kind).looks_ahead:  # experts choose among a sequence's tokens
         return f"Capacity: an expert takes {moe.top_k}/{moe.num_experts} of each group's tokens."
     return "Capacity: dropless; an expert takes every token that chose it, without padding."
 

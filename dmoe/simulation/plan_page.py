@@ -34,20 +34,20 @@ def utilization(plan: Plan, estimate: Estimate, precision: str) -> float:
 
 
 def numbers(
-    plan: Plan, precision: str, tokens: float | None, price: float | None
+    plan: Plan, precision: str, tokens: float | None, hourly_cost: float | None
 ) -> dict[str, Any]:
     """Return the plan as plain JSON."""
-    best = [_estimate(plan, e, precision, tokens, price) for e in plan.best]
+    best = [_estimate(plan, e, precision, tokens, hourly_cost) for e in plan.best]
     given = (
         {"error": str(plan.given)}
         if isinstance(plan.given, ConfigError)
-        else _estimate(plan, plan.given, precision, tokens, price)
+        else _estimate(plan, plan.given, precision, tokens, hourly_cost)
     )
-    nearest = plan.nearest and _estimate(plan, plan.nearest, precision, tokens, price)
+    nearest = plan.nearest and _estimate(plan, plan.nearest, precision, tokens, hourly_cost)
     return {
         "world": plan.world,
         "cluster": plan.cluster.name,
-        "bytes_per_rank": plan.room,
+        "bytes_per_rank": plan.usable,
         "vocabulary": plan.vocabulary,
         "load": {"source": plan.load.source, "drop_rate": plan.load.drop_rate},
         "given": given,
@@ -58,7 +58,7 @@ def numbers(
 
 
 def _estimate(
-    plan: Plan, estimate: Estimate, precision: str, tokens: float | None, price: float | None
+    plan: Plan, estimate: Estimate, precision: str, tokens: float | None, hourly_cost: float | None
 ) -> dict[str, Any]:
     speed = tokens_per_second(plan, estimate)
     drops = plan.load.drop_rate
@@ -74,22 +74,22 @@ def _estimate(
     }
     if tokens:
         found["days"] = tokens / speed / 86400
-        if price is not None:
-            found["cost"] = price * plan.world * tokens / speed / 3600
+        if hourly_cost is not None:
+            found["cost"] = hourly_cost * plan.world * tokens / speed / 3600
     return found
 
 
-def page(plan: Plan, precision: str, tokens: float | None, price: float | None) -> list[str]:
+def page(plan: Plan, precision: str, tokens: float | None, hourly_cost: float | None) -> list[str]:
     """Return the plan as lines: the answer first, then why, then what fails."""
     head = f"{plural(plan.world, 'rank')} of {plan.cluster.name}, {precision}, {_load(plan)}"
-    lines = [head, f"  room for tensors: {_gb(plan.room)} per rank; {_vocabulary(plan)}", ""]
+    lines = [head, f"  room for tensors: {_gb(plan.usable)} per rank; {_vocabulary(plan)}", ""]
     lines += _given(plan)
     if not plan.best:
         assert plan.nearest is not None
         least = plan.nearest
         lines += [
             f"No layout fits. Nearest: {least.layout.fields()}",
-            f"  needs {_gb(_p99(least))} of {_gb(plan.room)} per rank: use more ranks "
+            f"  needs {_gb(_p99(least))} of {_gb(plan.usable)} per rank: use more ranks "
             "(--ranks), devices with more memory, or a shorter data.seq_len.",
         ]
         if least.memory.whole_gradients > 0.2 * least.memory.peak:
@@ -101,7 +101,7 @@ def page(plan: Plan, precision: str, tokens: float | None, price: float | None) 
         lines += ["", *_memory(least)]
     for place, estimate in enumerate(plan.best, 1):
         lines += ["", f"{place}. {estimate.layout.fields()}"]
-        lines += _numbers(plan, estimate, precision, tokens, price)
+        lines += _numbers(plan, estimate, precision, tokens, hourly_cost)
         if place == 1:
             lines += _why(plan, estimate)
             lines += ["", *_memory(estimate), "", *_time(plan, estimate)]
@@ -131,7 +131,7 @@ def _given(plan: Plan) -> list[str]:
         if plan.best and given.layout == plan.best[0].layout:
             return [f"The config as it is fits, and is the fastest layout found: {_speed(given)}."]
         return [f"The config as it is fits ({_gb(_p99(given))}) and takes {_speed(given)}."]
-    answer = f"The config as it is does not fit: {_gb(_p99(given))} of {_gb(plan.room)} per rank"
+    answer = f"The config as it is does not fit: {_gb(_p99(given))} of {_gb(plan.usable)} per rank"
     if plan.best:
         closest = min(plan.best, key=lambda e: _distance(e, given))
         answer += f". Nearest that fits: {closest.layout.fields()}"
@@ -152,9 +152,9 @@ def _p99(estimate: Estimate) -> int:
 
 
 def _numbers(
-    plan: Plan, estimate: Estimate, precision: str, tokens: float | None, price: float | None
+    plan: Plan, estimate: Estimate, precision: str, tokens: float | None, hourly_cost: float | None
 ) -> list[str]:
-    found = _estimate(plan, estimate, precision, tokens, price)
+    found = _estimate(plan, estimate, precision, tokens, hourly_cost)
     speed, error = found["tokens_per_second"], plan.cluster.error
     low, high = estimate.time.total * (1 - error), estimate.time.total * (1 + error)
     dropped = ""
@@ -171,7 +171,7 @@ def _numbers(
         days = found["days"]
         cost = ""
         if "cost" in found:
-            cost = f", {found['cost']:,.0f} at {price:g} per rank and hour"
+            cost = f", {found['cost']:,.0f} at {hourly_cost:g} per rank and hour"
         lines.append(
             f"   {format_count(tokens)} tokens: {days:,.1f} days "
             f"({days * (1 - error):,.1f} to {days * (1 + error):,.1f}){cost}"
@@ -185,7 +185,7 @@ def _why(plan: Plan, best: Estimate) -> list[str]:
     if ep == 1 and plan.world > 1:
         reasons.append("do not use EP here: every rank has room for all experts")
     elif ep > 1 and not any(e.layout.ep == 1 for e in others):
-        reasons.append(f"EP {ep} divides the experts, of which one rank alone has no room for all")
+        reasons.append(f"EP {ep} divides the experts, of which one rank alone cannot hold all")
         if any("parallel.ep=1" not in layout for layout, _ in plan.failed) or not plan.failed:
             reasons[-1] = f"EP {ep}: {_share(best, 'exchange')} of the step is token exchange"
     if best.layout.mode == "fsdp":

@@ -43,7 +43,7 @@ class Plan:
 
     world: int
     cluster: Cluster
-    room: float
+    usable: float
     """Bytes of a device that tensors may take."""
     given: Estimate | ConfigError
     """The layout of the config itself, or why it cannot run."""
@@ -59,7 +59,7 @@ class Plan:
     vocabulary: int
 
 
-def room_of(cluster: Cluster, world: int) -> float:
+def usable_memory(cluster: Cluster, world: int) -> float:
     """Return the bytes that the tensors of one rank may take; ranks of a CPU share its memory."""
     if cluster.device == "cuda":
         return cluster.memory - cluster.reserved
@@ -75,36 +75,36 @@ def plan(
         ConfigError: a config that runs in no layout.
     """
     config, world, cluster = search.config, search.world, search.cluster
-    room = room_of(cluster, world)
+    usable = usable_memory(cluster, world)
     failed: list[tuple[str, str]] = []
-    found = list(_screen(search, room, failed, ep_sizes))
+    found = list(_screen(search, usable, failed, ep_sizes))
     given: Estimate | ConfigError
     try:
-        given = search.estimate(given_layout(config, world), room)
+        given = search.estimate(given_layout(config, world), usable)
     except ConfigError as error:
         if not found:
             raise
         given = error
-    best, beyond = _exact_best(search, found, room)
+    best, beyond = _exact_best(search, found, usable)
     for ep, mode in dict.fromkeys((e.layout.ep, e.layout.mode) for e in found):
         same = [e for e in found if (e.layout.ep, e.layout.mode) == (ep, mode)]
         least = min(max(e.memory.peak, beyond.get(e.layout, 0)) for e in same)
-        if least > room:
-            failed.append((_name(ep, mode), _too_large(least, room, "needs at least")))
-    failed += [(layout.fields(), _too_large(size, room)) for layout, size in beyond.items()]
+        if least > usable:
+            failed.append((_name(ep, mode), _too_large(least, usable, "needs at least")))
+    failed += [(layout.fields(), _too_large(size, usable)) for layout, size in beyond.items()]
     best = search.in_the_mean(best)
     nearest = None
     if not best:
-        nearest = search.estimate(min(found, key=lambda e: e.memory.peak).layout, room)
+        nearest = search.estimate(min(found, key=lambda e: e.memory.peak).layout, usable)
     tokens = config.train.global_batch * tokens_per_sample
     return Plan(
-        world, cluster, room, given, best, failed, nearest, search.load, tokens, flops_per_token,
+        world, cluster, usable, given, best, failed, nearest, search.load, tokens, flops_per_token,
         search.num_outputs,
     )  # fmt: skip
 
 
 def _exact_best(
-    search: Search, found: list[Estimate], room: float
+    search: Search, found: list[Estimate], usable: float
 ) -> tuple[list[Estimate], dict[Layout, int]]:
     """Run the fastest layouts until `SHOWN` fit; also return the peaks of those that do not.
 
@@ -122,11 +122,11 @@ def _exact_best(
             layout, expected = waiting[0].layout, waiting.pop(0).memory.peak
             line = slope.get((layout.mode, layout.recompute), 0.0)
             at_most = base[_key(layout)] + (layout.micro_batch - small) * line
-            if max(expected, at_most) / NEAR <= room:
+            if max(expected, at_most) / NEAR <= usable:
                 chosen.append(layout)
         search.run(*((layout, search.load.p99(layout.ep)) for layout in chosen))
         for layout in chosen:
-            exact = search.estimate(layout, room)
+            exact = search.estimate(layout, usable)
             if exact.fits:
                 best.append(exact)
                 continue
@@ -141,7 +141,7 @@ def _key(layout: Layout) -> tuple[int, str, str]:
 
 
 def _screen(
-    search: Search, room: float, failed: list[tuple[str, str]], ep_sizes: list[int] | None
+    search: Search, usable: float, failed: list[tuple[str, str]], ep_sizes: list[int] | None
 ) -> Iterator[Estimate]:
     """Yield every layout whose state fits, from few runs: see the module's docstring."""
     config, world = search.config, search.world
@@ -173,9 +173,9 @@ def _screen(
         except ConfigError as error:
             failed.append((_name(ep, mode), str(error)))
             continue
-        if (state := search.state(ep, mode)) > room:
+        if (state := search.state(ep, mode)) > usable:
             text = "weights, gradients and moments alone take"
-            failed.append((_name(ep, mode), _too_large(state, room, text)))
+            failed.append((_name(ep, mode), _too_large(state, usable, text)))
             beyond.append((state, layout))
         else:
             small.append(layout)
@@ -191,7 +191,7 @@ def _screen(
                 share // micro,
                 expected,
                 times.scaled(slower),
-                expected.peak <= room,
+                expected.peak <= usable,
                 exact=False,
             )
 
@@ -226,8 +226,8 @@ def _name(ep: int, mode: str) -> str:
     return f"parallel.ep={ep} parallel.mode={mode}"
 
 
-def _too_large(size: float, room: float, what: str = "needs") -> str:
-    return f"{what} {size / 1e9:,.1f} GB of {room / 1e9:,.1f}"
+def _too_large(size: float, usable: float, what: str = "needs") -> str:
+    return f"{what} {size / 1e9:,.1f} GB of {usable / 1e9:,.1f}"
 
 
 def make_plan(

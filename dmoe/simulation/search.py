@@ -106,12 +106,12 @@ class Search:
         self.seen |= dict(zip(new, run(measure, new), strict=True))
         return [self.seen[request] for request in requests]
 
-    def estimate(self, layout: Layout, room: float) -> Estimate:
+    def estimate(self, layout: Layout, usable: float) -> Estimate:
         """Return the estimate of a layout at the load of the 99th percentile."""
         used, times = self.run((layout, self.load.p99(layout.ep)))[0]
         accumulation = batching(layout.apply(self.config), self.world).accumulation
         peaks = {"p99": used.peak}
-        return Estimate(layout, accumulation, used, times, used.peak <= room, peak_at=peaks)
+        return Estimate(layout, accumulation, used, times, used.peak <= usable, peak_at=peaks)
 
     def in_the_mean(self, estimates: list[Estimate]) -> list[Estimate]:
         """Return estimates with the time of the mean slowest rank, the fastest first.

@@ -50,7 +50,7 @@ def build_optimizer(
     `ep_rank` and `seed` are of the rounding of `optim.moments=bf16`.
 
     Raises:
-        ConfigError: a pattern of `optim.groups` that matches no parameter.
+        ConfigError: a pattern of `optim.groups` that matches no parameter, or nothing to train.
     """
     check_name_patterns(model, config.groups, "optim.groups")
     own = plugin_class(config.kind, "optim.kind")
@@ -68,6 +68,10 @@ def build_optimizer(
             device_mesh = getattr(parameter, "device_mesh", None)
             key = (device_mesh, weight_decay, scale, name in matrices, matrices.get(name))
             params.setdefault(key, []).append(parameter)
+    if not params:
+        allowed = "leaves no parameter to train, with the other settings that freeze some"
+        fix = "name others, or set moe.router.freeze=false"
+        raise ConfigError("optim.trainable", config.trainable, allowed, fix)
     groups = [
         {
             "params": group,

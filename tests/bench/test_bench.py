@@ -118,6 +118,7 @@ def test_the_balance_is_timed_on_two_ranks() -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_step_is_compared_with_its_products(tmp_path: Path) -> None:
     sizes = (
         "--dim",

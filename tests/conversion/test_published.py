@@ -18,7 +18,7 @@ from dmoe.checkpoint import save
 from dmoe.config.errors import CheckpointError, ConfigError
 from dmoe.config.load import load
 from dmoe.config.schema import Config, DataConfig
-from dmoe.conversion.own_config import family_of, published_config
+from dmoe.conversion.own_config import family_of, published_config, read_published
 from dmoe.conversion.own_export import export_own
 from dmoe.conversion.own_import import import_own
 from dmoe.conversion.own_names import pieces
@@ -174,6 +174,8 @@ def edit_config(folder: Path, **values: Any) -> None:
         ({"sliding_window": 8}, "sliding_window=8"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rotary positions of kind yarn"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config="),
+        ({"num_attention_heads": "four"}, "num_attention_heads='four', which is no whole"),
+        ({"rms_norm_eps": "small"}, "values of another type than that model's"),
     ],
 )
 def test_other_networks_are_refused(values: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -203,6 +205,26 @@ def test_tensors_must_be_those_of_the_model(tmp_path: Path) -> None:
             import_own(folder, target(tmp_path / "new"))
         assert words in str(refusal.value)
         assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe as it is", "mixtral"])
+def test_the_number_of_experts_has_two_names(name: str, tmp_path: Path) -> None:
+    """transformers 5.23 saves a Qwen3-MoE with `num_local_experts`: import and upcycle refused it.
+
+    Every Qwen3-MoE that its `save_pretrained` had written "has no num_experts".
+    """
+    export_own(run_of(tmp_path / "run", *RUNS[name]), tmp_path / "published")
+    again = tmp_path / "again"
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "published").save_pretrained(again)
+    import_own(again, target(tmp_path / "new"))
+    content = json.loads((again / "config.json").read_text())
+    for spelling in ("num_experts", "num_local_experts"):
+        values = {k: v for k, v in content.items() if not k.endswith("_experts")}
+        found = read_published(values | {spelling: 8}, "DIR", again)
+        assert found.fields["moe.num_experts"] == 8
+    (again / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="must hold a JSON object"):
+        import_own(again, target(tmp_path / "other"))
 
 
 def test_a_config_that_contradicts_the_directory_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Two hosts: they train like one, and drill 35: the link is cut in the middle of a step.
+"""Drill 35: the link between two hosts is cut in the middle of a step. And two train like one.
 
 The hosts are two network namespaces with a veth pair between them, each with a launcher and a rank:
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dmoe.checkpoint import save
+from dmoe.checkpoint.tensor_reader import TensorReader
 from dmoe.config.errors import CheckpointError, ConfigError
 from dmoe.hf import export
 from dmoe.hf.adapters import trim_identities
@@ -272,6 +273,22 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(
     with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
         export.export_checkpoint(checkpoint, tmp_path, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_whose_config_has_changed_is_refused(
+    trained: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """Another `num_experts_per_tok` in the source's config.json since the training.
+
+    Resuming refused it; the export copied it, and computed something else than the run.
+    """
+    source, checkpoint = trained["mixtral"]
+    reader = TensorReader(checkpoint)
+    extra = {"config": {"model": {"source": str(source)}, "moe": {"top_k": 3}}}
+    changed = save(tmp_path, 1, {name: reader.read(name) for name in reader.tensors}, extra)
+    with pytest.raises(CheckpointError, match=r"moe\.top_k=2, and the run was trained with 3"):
+        export.export_checkpoint(changed, source, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
 
 
 def quantize(source: Path, method: str) -> None:

@@ -129,7 +129,11 @@ def test_lora_that_cannot_work_is_refused(given: list[str], sentence: str, folde
 
 
 def test_lora_and_patterns_of_dmoes_own_network(folder: Path) -> None:
+    """Two settings that freeze everything together ended in a traceback of torch's optimizer."""
     with pytest.raises(ConfigError, match=r"use modular\.bank=lora"):
         check(load(None, ["model.lora.rank=4"]))
     with pytest.raises(ConfigError, match="matches no parameter"):
         train(config_of(folder, FAMILY, 'optim.trainable=["*.nothing.*"]'), folder / "x")
+    nothing = ['optim.trainable=["*.gate.*"]', "moe.router.freeze=true"]
+    with pytest.raises(ConfigError, match="leaves no parameter to train"):
+        train(config_of(folder, FAMILY, *nothing), folder / "x")

@@ -16,6 +16,7 @@ from torch import Tensor
 from dmoe.config.errors import ConfigError
 from dmoe.config.load import load
 from dmoe.config.rules import check
+from dmoe.hf.published import PublishedDirectory
 from dmoe.train.tasks import task_of
 from tests.hf.families import tiny
 
@@ -104,24 +105,65 @@ def test_what_transformers_leaves_out_is_said(source: Path) -> None:
     assert "1 tensors of model.source, such as model.layers.61.eh_proj.weight" in note
 
 
+def test_layers_beyond_those_of_the_config_are_said(source: Path) -> None:
+    """A config.json with one layer too few: half of the files was left out without a word."""
+    tensors = load_file(source / FILE)
+    tensors |= {n.replace("s.1.", "s.2."): v.clone() for n, v in tensors.items() if "s.1." in n}
+    write(source, tensors)
+    (note,) = read(source).notes
+    assert "tensors of model.source, such as model.layers.2." in note
+
+
+def test_a_tensor_in_two_files_is_refused(source: Path) -> None:
+    """Two shards with another `model.norm.weight` each: one of them was trained, nobody knew which.
+
+    An index that names a file elsewhere read it, and ended in a traceback. Beside a single file
+    the index is not read, as by transformers, so that training and export mean the same weights.
+    """
+    tensors = load_file(source / FILE)
+    names = dict.fromkeys(tensors, "a.safetensors") | {"model.norm.weight": "b.safetensors"}
+    other = {"model.norm.weight": torch.ones(3)}
+    save_file(tensors, source / "a.safetensors", metadata={"format": "pt"})
+    save_file(other, source / "b.safetensors", metadata={"format": "pt"})
+    index = source / f"{FILE}.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    assert PublishedDirectory(source).tensors.keys() == tensors.keys()
+    read(source)
+    (source / FILE).unlink()
+    with pytest.raises(ConfigError, match=r"'model.norm.weight' is in two files"):
+        read(source)
+    for file in ("../a.safetensors", None):
+        index.write_text(json.dumps({"weight_map": names | {"model.norm.weight": file}}))
+        with pytest.raises(ConfigError, match="that is none beside it"):
+            read(source)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ("missing", "lacks 1 tensors of the model, such as model.norm.weight"),
-        ("shape", "cannot be read"),
+        ("shape", r"gives model.norm.weight the shape \[7\], and config.json says \[\d+\]"),
+        ("expert", r"experts.down_proj the shape \[7, .*\], and config.json says \[8, "),
         ("damaged", "cannot be read"),
+        ("cut off", "cannot be read"),
         ("no files", r"has no \*.safetensors"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(source: Path, change: str, message: str) -> None:
+    """A file of half the size was a traceback; another shape, transformers' "report above"."""
     tensors = load_file(source / FILE)
     if change == "missing":
         del tensors["model.norm.weight"]
     elif change == "shape":
         tensors["model.norm.weight"] = torch.zeros(7)
+    elif change == "expert":
+        del tensors[next(n for n in tensors if n.endswith("experts.3.down_proj.weight"))]
     write(source, tensors)
     if change == "damaged":
         (source / FILE).write_bytes((source / FILE).read_bytes()[:-100])
+    elif change == "cut off":
+        size = (source / FILE).stat().st_size
+        (source / FILE).write_bytes((source / FILE).read_bytes()[: size // 2])
     elif change == "no files":
         (source / FILE).unlink()
     with pytest.raises(ConfigError, match=message) as error:

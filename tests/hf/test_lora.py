@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 import dmoe
+from dmoe.checkpoint import save
 from dmoe.config.errors import CheckpointError, ConfigError
 from dmoe.hf.lora import add_lora, is_lora, lora_places, merge_lora
-from dmoe.hf.lora_peft import load_lora, save_lora
+from dmoe.hf.lora_peft import export_lora, load_lora, save_lora
 from tests.hf.families import tiny
 from tests.hf.tiny_hf import tokens
 from tests.ranks import run_ranks
@@ -144,6 +146,8 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
         add_lora(model, 0)
     with pytest.raises(ConfigError, match="has no LoRA"):
         save_lora(model, tmp_path / "x")
+    with pytest.raises(ConfigError, match="has no LoRA"):
+        merge_lora(model)
     with pytest.raises(CheckpointError, match="holds no adapter of peft"):
         load_lora(model, tmp_path)
     add_lora(model, 2)
@@ -153,4 +157,73 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     config = tmp_path / "a" / "adapter_config.json"
     config.write_text(config.read_text().replace('"bias": "none"', '"use_dora": true'))
     with pytest.raises(CheckpointError, match="use_dora=True is not supported"):
+        load_lora(dmoe.moefy(tiny("mixtral")), tmp_path / "a")
+
+
+def test_targets_may_overlap_and_a_refusal_leaves_the_model_alone() -> None:
+    """`[q_proj, q_proj]` "matches no linear layer"; and the model was half frozen after a refusal.
+
+    A number that is none, such as alpha=nan, was refused in YAML and taken in Python.
+    """
+    model = dmoe.moefy(tiny("mixtral"))
+    for wrong, words in (
+        ({"targets": ["q_proj", "query"]}, "matches no linear layer"),
+        ({"alpha": float("nan")}, "must be a positive number"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            add_lora(model, 2, **wrong)
+        assert all(p.requires_grad for p in model.parameters())
+        assert not any(map(is_lora, model.state_dict()))
+    add_lora(model, 3, targets=["q_proj", "self_attn.q_proj", "q_proj"])
+    assert len(list(lora_places(model))) == model.config.num_hidden_layers
+    one = add_lora(dmoe.moefy(tiny("mixtral")), 2, targets="experts")
+    assert all(place.is_stack for place in lora_places(one))
+
+
+def test_a_head_that_is_the_embedding_is_no_target() -> None:
+    """Its factors were trained, and the export, which has no tensor of the head, left them out."""
+    model = dmoe.moefy(tiny("mixtral", tie_word_embeddings=True))
+    with pytest.raises(ConfigError, match="has the weight of the embedding"):
+        add_lora(model, 2, targets=["lm_head"])
+    add_lora(dmoe.moefy(tiny("mixtral")), 2, targets=["lm_head"])
+
+
+def test_weights_that_were_trained_beside_the_factors_are_not_left_out(tmp_path: Path) -> None:
+    """With `optim.trainable`, `--adapter` wrote the factors alone: half of the training was lost."""
+    model = tiny("mixtral", torch.float32)
+    model.save_pretrained(tmp_path / "source")
+    lora = {"rank": 2, "alpha": None, "targets": ["q_proj"]}
+    state = add_lora(dmoe.moefy(model), 2, targets=["q_proj"]).state_dict()
+    for pattern, fits in (("*.experts.*", False), ("*.lora_*", True)):
+        config = {"model": {"lora": lora}, "optim": {"trainable": [pattern]}}
+        named = {f"model.hf.{name}": value for name, value in state.items()}
+        checkpoint = save(tmp_path / pattern[2:5], 1, named, {"config": config})
+        if fits:
+            assert export_lora(checkpoint, str(tmp_path / "source"), tmp_path / "out") == 4
+            continue
+        with pytest.raises(CheckpointError, match=r"trained hf\.model.*gate_up_proj too"):
+            export_lora(checkpoint, str(tmp_path / "source"), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"r": "2"}, "r=2 and lora_alpha=4.0 scale no adapter"),
+        ({"lora_alpha": None}, "lora_alpha=None scale no adapter"),
+        ([], "must hold a JSON object"),
+        (None, "holds no adapter of peft"),
+    ],
+)
+def test_an_adapter_that_is_damaged_is_refused(values: Any, words: str, tmp_path: Path) -> None:
+    """Each ended in a traceback: of the config's values, of its kind, of a file cut off."""
+    save_lora(add_lora(dmoe.moefy(tiny("mixtral")), 2), tmp_path / "a")
+    config = tmp_path / "a" / "adapter_config.json"
+    if values is None:
+        file = tmp_path / "a" / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:100])
+    else:
+        content = json.loads(config.read_text())
+        config.write_text(json.dumps(content | values if values else values))
+    with pytest.raises(CheckpointError, match=words):
         load_lora(dmoe.moefy(tiny("mixtral")), tmp_path / "a")

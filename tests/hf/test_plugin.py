@@ -136,6 +136,13 @@ def test_a_capacity_that_needs_more_than_transformers_passes_is_refused(
         plugin.register(capacity)
 
 
+@pytest.mark.parametrize("capacity", [CapacityConfig(factor=-2.0), 1.25])
+def test_a_capacity_that_is_none_is_refused_as_by_moefy(capacity: Any) -> None:
+    """A negative factor was taken, and failed or dropped everything in the first forward."""
+    with pytest.raises(ConfigError, match=r"capacity(\.factor)?=.*must be"):
+        plugin.register(capacity, name="none")
+
+
 def test_an_older_transformers_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers.distributed.expert_parallel as module
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dmoe
@@ -73,7 +74,7 @@ class Trained:
     read: int = 0
     """Elements of experts that were read from the files."""
     error: str = ""
-    """Of plain DDP."""
+    """Of plain DDP, and of files that lack an expert."""
 
 
 def config_of(folder: Path, family: str, *more: str) -> Config:
@@ -89,7 +90,7 @@ def config_of(folder: Path, family: str, *more: str) -> Config:
         "optim.warmup=0",
         "optim.lr=0.001",
     ]
-    return load(None, [*small, *CASES[family], *more])
+    return load(None, [*small, *CASES.get(family, ()), *more])
 
 
 def train(config: Config, folder: Path, *, resume: bool = False, save: bool = False) -> Trained:
@@ -149,6 +150,10 @@ def on_two_ranks(rank: int, world: int, folder: Path) -> dict[str, Trained]:
         with whole_files() if setting == "whole" else nullcontext():
             found[case] = train(config, folder / case, save=case in SAVED)
     found["mixtral-ddp"].error = without_dmoe(rank)
+    try:
+        train(config_of(folder, "lacking"), folder / "none")
+    except ConfigError as error:
+        found["lacking"] = Trained([], [], [], {}, error=str(error))
     return found
 
 
@@ -181,6 +186,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Trained]]:
     folder = tmp_path_factory.mktemp("published")
     for family in CASES:
         tiny(family, torch.float32, vocab_size=256).save_pretrained(folder / family)
+    lacking = tiny("mixtral", torch.float32, vocab_size=256)
+    lacking.save_pretrained(folder / "lacking")
+    file = folder / "lacking" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[next(name for name in tensors if "experts.7.w2" in name)]
+    save_file(tensors, file, metadata={"format": "pt"})
     two = run_ranks(2, on_two_ranks, folder, timeout=300)
     (one,) = run_ranks(1, on_one, folder, timeout=300)
     found = {name: [trained] for name, trained in one.items()}
@@ -243,3 +254,12 @@ def test_plain_ddp_around_a_moefied_model_is_an_error(runs: dict[str, list[Train
     """It would average the experts of different ranks, and count no expert twice in the norm."""
     for rank in runs["mixtral-ddp"]:
         assert "plain DDP gives wrong gradients" in rank.error
+
+
+def test_files_that_lack_an_expert_of_one_rank_are_an_error_on_both(
+    runs: dict[str, list[Trained]],
+) -> None:
+    """Rank 1 alone read the damaged expert and ended; rank 0 ended in a traceback of gloo."""
+    for rank in runs["lacking"]:
+        assert "on rank 1: gives model.layers." in rank.error
+        assert rank.error.count("model.source=") == 1

@@ -208,7 +208,41 @@ def test_a_token_may_have_fewer_experts_where_the_router_can(tmp_path: Path) -> 
     assert (reader.read(0, 0, 3) == -1).any()
 
 
+@pytest.mark.parametrize("kind", [">i4", "uint64", "F"])
+def test_integers_of_every_kind_are_written_and_read(kind: str, tmp_path: Path) -> None:
+    """Ids of a big-endian file or of unsigned 64 bits ended in a KeyError of their dtype."""
+    given = ids(0).copy(order="F") if kind == "F" else ids(0).astype(kind)
+    np.save(tmp_path / "x.npy", given)
+    write_choices(tmp_path / "x.safetensors", given)
+    for path in ("x.npy", "x.safetensors"):
+        np.testing.assert_array_equal(read_choices(tmp_path / path), ids(0))
+
+
+def test_what_is_no_layout_of_choices_is_not_written(tmp_path: Path) -> None:
+    """`write_choices` wrote floats and flat lists of ids, which `read_choices` then refused."""
+    for given, words in (BAD["float"], BAD["flat"]):
+        with pytest.raises(ConfigError, match=words):
+            write_choices(tmp_path / "x.safetensors", given)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("spec", ['{"data": "d"}', "[", "[]"])
+def test_a_damaged_header_is_refused(spec: str, tmp_path: Path) -> None:
+    """The header of a part is JSON within JSON; cut off, it ended in a traceback."""
+    write_choices(tmp_path / "x.safetensors", ids(0), {"spec": spec})
+    with pytest.raises(ConfigError, match="cannot be read as choices"):
+        ChoiceReader(tmp_path / "x.safetensors", SPEC)
+
+
 def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
+    """An empty file ended the command with "Aborted!"; an archive, in a traceback."""
+    with (tmp_path / "archive.npy").open("wb") as file:
+        np.savez(file, ids(0))
+    (tmp_path / "empty.npy").touch()
+    for name in ("archive", "empty"):
+        with pytest.raises(ConfigError, match="cannot be read as choices"):
+            ChoiceReader(tmp_path / f"{name}.npy", SPEC)
+        (tmp_path / f"{name}.npy").unlink()
     with pytest.raises(ConfigError, match="holds no choices of a run"):
         ChoiceReader(tmp_path, SPEC)
     with pytest.raises(ConfigError, match="cannot be read as choices"):

@@ -78,6 +78,7 @@ COMPOSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", COMPOSED)
 def test_some_blocks_stand_for_all(overrides: str) -> None:
     """Within the control vector, whose length is that of the layers."""
@@ -144,6 +145,7 @@ def test_the_plan_notices_every_field(change: str) -> None:
     assert counted(2, *base) != counted(2, *base, change)
 
 
+@pytest.mark.slow
 def test_the_page_answers_first() -> None:
     """A config that does not fit: what fits, why, and what does not."""
     config = load("configs/deepseek_moe_16b.yaml", ["parallel.ep=8"])
