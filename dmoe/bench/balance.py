@@ -8,8 +8,9 @@ Settings, one row of the table for each workload, EP size and setting:
 
 The router makes the load (`moe/routers/workload.py`), the planners of a run divide it, without
 processes; columns are means over the steps, `worst` is the largest. `sent_mb`: bytes that a rank
-sends in a layer's forward and backward, on average, by the plan. `ms`: one layer, forward and backward, on real ranks with one thread each, the slowest of a
-round, all settings interleaved; only where each rank has a core of its own.
+sends in a layer's forward and backward, on average, by the plan. `ms`: one layer, forward and
+backward, on real ranks with one thread each, the slowest of a round, all settings interleaved; only
+where each rank has a core of its own.
 
 Letters: P ranks, E experts, D width.
 """
