@@ -6,6 +6,7 @@ anything else; 128 + n when stopped by signal n.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import traceback
@@ -120,7 +121,27 @@ def run() -> NoReturn:
         # a bug in dmoe; its traceback must not show secrets either
         print(redact(traceback.format_exc()), file=sys.stderr, end="")
         code = 1
+    if code and _has_process_group():
+        _exit_at_once(code)
     sys.exit(code)
+
+
+def _has_process_group() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
+
+
+def _exit_at_once(code: int) -> NoReturn:
+    """Exit after Python's own handlers, without torch's destructors.
+
+    After an error, threads of the process group may still wait for another rank. Their destructors
+    abort the process, SIGABRT in place of the exit code, now and then on a busy machine (torch
+    2.13). Remove it when torch joins them.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def dispatch_command() -> int:
@@ -130,10 +151,9 @@ def dispatch_command() -> int:
         code = app(prog_name="dmoe", standalone_mode=False)
     except LostRankError as error:
         print_error(str(error), error.exit_code, every_rank=True)
+        # Python's handlers could wait for that rank too
         sys.stdout.flush()
         sys.stderr.flush()
-        # Threads of the process group still wait for that rank. Their destructors would abort the
-        # process, SIGABRT in place of the exit code, now and then on a busy machine (torch 2.13).
         os._exit(error.exit_code)
     except DmoeError as error:
         return print_error(str(error), error.exit_code, error.every_rank)

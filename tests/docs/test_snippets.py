@@ -48,6 +48,7 @@ OF_THE_READER = {"my.yaml", "data.source=my.csv", "data.source=shards", "model.s
 """Files that only a reader has: of such a command the options alone are checked."""
 NEEDED = {
     "sweep": ["moe.top_k=1,2"],
+    "bench": ["layer"],
     "generate": ["runs/latest", "--prompt", "def"],
     "evaluate": ["runs/latest"],
     "report": ["runs/latest"],

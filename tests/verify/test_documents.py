@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -63,11 +65,12 @@ def own_targets_counted() -> None:
 
 def padding_routed() -> None:
     """Leave padding in the MoE layers of training."""
-    step._per_token = lambda value_BS, device: (
-        None
-        if value_BS is None
-        else (value_BS | True if value_BS.dtype == torch.bool else value_BS).flatten()
-    )
+    context = step.TokenContext
+
+    def all_valid(*, valid_T: Tensor | None, **others: Any) -> Any:
+        return context(valid_T=None if valid_T is None else valid_T | True, **others)
+
+    step.TokenContext = all_valid  # type: ignore[assignment, misc]
 
 
 @pytest.mark.parametrize("data", ["format=instruct", "document_mask=true"])
