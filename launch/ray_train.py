@@ -6,12 +6,13 @@
 Ray starts the workers, gives them their ranks (those of one machine in a row, as dmoe's
 expert-parallel groups want them) and the process group; `dmoe.train` does the rest. A worker that
 is lost makes Ray start all of them again, up to `--restarts` times, and the run resumes from its
-last checkpoint if all machines see `train.run_dir`.
+last checkpoint if all machines see `train.run_dir`. All machines need the directory of the command.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ import dmoe
 
 def train_one_rank(arguments: dict[str, Any]) -> None:
     """Train as the rank that Ray gave to this worker."""
+    # Ray gives workers a directory of their own; relative paths mean those of the command.
+    os.chdir(arguments["directory"])
     run = dmoe.train(arguments["config"])
     if ray.train.get_context().get_world_rank() == 0:
         print(f"trained: {run.path}")
@@ -38,7 +41,6 @@ def main() -> None:
     parser.add_argument("--cpus", type=int, default=0, help="cores per rank; default: GPUs")
     parser.add_argument("--restarts", type=int, default=3, help="restarts after a lost worker")
     given = parser.parse_args()
-    # Workers have a working directory of their own, so files are read and paths made whole here.
     config = dmoe.load_config(given.config, given.overrides)
     run_dir = str(Path(config.train.run_dir or "runs/ray").expanduser().absolute())
     config = replace(config, train=replace(config.train, run_dir=run_dir))
@@ -46,7 +48,7 @@ def main() -> None:
     resources = {"GPU": 1.0} if on_gpu else {"CPU": float(given.cpus)}
     trainer = TorchTrainer(
         train_one_rank,
-        train_loop_config={"config": config},
+        train_loop_config={"config": config, "directory": str(Path.cwd())},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=given.workers, use_gpu=on_gpu, resources_per_worker=resources

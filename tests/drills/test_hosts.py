@@ -34,6 +34,7 @@ SMALL = [
     "model.dim=32",
     "model.layers=2",
     "data.source=stdlib",
+    "train.eval_every=0",
 ]
 TIMEOUT = 6
 """`parallel.timeout` in seconds."""

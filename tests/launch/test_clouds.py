@@ -211,7 +211,9 @@ def test_ray_trains_on_its_workers(tmp_path: Path) -> None:
     (package / "torch.py").write_text(TORCH, encoding="utf-8")
     config = tmp_path / "small.yaml"
     shutil.copy(ROOT / "configs" / "quickstart.yaml", config)
-    small = ["train.steps=2", "model.dim=32", "model.layers=1", "data.source=stdlib"]
+    (tmp_path / "text.txt").write_text("A line of text for a small run. " * 500, encoding="utf-8")
+    small = ["train.steps=2", "model.dim=32", "model.layers=1", "data.source=text.txt"]
+    small += ["data.seq_len=16", "train.global_batch=4", "train.eval_every=0"]
     done = subprocess.run(
         [
             sys.executable,
