@@ -16,7 +16,7 @@ import pytest
 from tests.cli.commands import environment
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("dmoe", "configs", "pyproject.toml", "README.md", "LICENSE")
+PARTS = ("dmoe", "configs", "constraints.txt", "pyproject.toml", "README.md", "LICENSE")
 SMALL = (
     *("model.dim=16", "model.layers=1", "model.heads=2", "moe.expert_dim=8", "data.seq_len=16"),
     *("data.source=synthetic:zipf", "train.steps=2", "train.global_batch=4", "optim.warmup=0"),

@@ -30,13 +30,12 @@ def install(model: nn.Module, config: Config) -> None:
     """Give the experts of a published model the forward of transformers back."""
     if not isinstance(model, PublishedModel):
         return
+    logits: list[Tensor] = []
     for layer in model.moe_layers():
         assert isinstance(layer, MoefiedLayer)
-        layer.top_k, layer.capacity, layer.balance = (
-            config.moe.top_k,
-            config.moe.capacity,
-            config.moe.balance,
-        )
+        layer.top_k, layer.capacity = config.moe.top_k, config.moe.capacity
+        # the pooled loss is that of transformers, below
+        layer.balance = replace(config.moe.balance, pooled=0.0)
         layer.virtual_ranks = config.parallel.virtual_ranks
         experts = layer.experts
         experts.num_experts = layer.num_experts - layer.num_zero_cost
@@ -45,6 +44,9 @@ def install(model: nn.Module, config: Config) -> None:
             experts.forward = partial(_all_experts, experts.forward, layer.num_experts)
         prior = PriorCounts()
         experts.register_forward_pre_hook(partial(_drop, layer, prior), with_kwargs=True)
+        if config.moe.balance.pooled:
+            hook = partial(_add_pooled, layer, logits, len(model.moe_layers()))
+            experts.register_forward_hook(hook)
 
 
 def _all_experts(
@@ -87,6 +89,26 @@ def _drop(
         )
     )
     return (x, index, weights * kept_TK.view_as(weights)), {}
+
+
+def _add_pooled(layer: MoefiedLayer, logits: list[Tensor], layers: int, *_: object) -> None:
+    """Collect each layer's logits; after the last, add the loss of transformers to all layers."""
+    from transformers.models.mixtral import modeling_mixtral
+
+    loss_of = cast(Any, modeling_mixtral.load_balancing_loss_func)
+    logits.append(layer.__dict__["latest_logits"].reshape(-1, layer.num_experts))
+    if len(logits) < layers:
+        return
+    units, valid_T = layer.virtual_ranks, layer.record.context.valid_T
+    found: list[Tensor] = []
+    for unit in range(units):
+        mask = None if valid_T is None else valid_T.view(units, 1, -1)[unit]
+        if mask is None or mask.any():
+            rows = tuple(logit_TE.view(units, -1, layer.num_experts)[unit] for logit_TE in logits)
+            found.append(loss_of(rows, layer.num_experts, layer.top_k, mask))
+    for record in layer.record.layers:
+        record.aux["pooled"] = torch.stack(found).mean() / layers
+    logits.clear()
 
 
 def _choices(
