@@ -189,37 +189,36 @@ def test_the_link_is_cut_in_a_step_and_restored(
 
 
 def test_two_hosts_train_bit_for_bit_like_one(tmp_path: Path, hosts: Hosts) -> None:
-    """Four ranks, EP groups of two: inside a host, and over two hosts with EP of four.
+    """Four ranks with EP 4: tokens and gradients cross the link. `launch/multi_node.sh` starts them.
 
-    `launch/multi_node.sh` starts them; `dmoe doctor` under the same launcher finds both hosts.
+    With EP 2, inside each host, the same was seen; one of the two is enough time in CI.
     """
     script = str(ROOT / "launch" / "multi_node.sh")
-    for ep in (2, 4):
-        settings = [*SMALL, f"parallel.ep={ep}"]
-        alone, apart = tmp_path / f"one{ep}", tmp_path / f"two{ep}"
-        one = [sys.executable, "-m", "dmoe", "train", CONFIG, *settings, "--ranks", "4"]
-        subprocess.run([*one, f"train.run_dir={alone}"], cwd=ROOT, check=True, timeout=180)
-        nodes = [
-            subprocess.Popen(
-                ["ip", "netns", "exec", name, "bash", script, CONFIG, *settings],
-                cwd=ROOT,
-                env=os.environ
-                | {
-                    "NNODES": "2",
-                    "NODE_RANK": str(host),
-                    "MASTER_ADDR": hosts.address(0),
-                    "LOCAL_ADDR": hosts.address(host),
-                    "RANKS_PER_NODE": "2",
-                    "RUN_DIR": str(apart),
-                    "MAX_RESTARTS": "0",
-                    "GLOO_SOCKET_IFNAME": hosts.interfaces[host],
-                },
-            )
-            for host, name in enumerate(hosts.names)
-        ]
-        assert [node.wait(timeout=180) for node in nodes] == [0, 0]
-        assert numbers(apart) == numbers(alone)
-        assert len(numbers(alone)) == 3
+    settings = [*SMALL, "parallel.ep=4"]
+    alone, apart = tmp_path / "one", tmp_path / "two"
+    one = [sys.executable, "-m", "dmoe", "train", CONFIG, *settings, "--ranks", "4"]
+    subprocess.run([*one, f"train.run_dir={alone}"], cwd=ROOT, check=True, timeout=180)
+    nodes = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", name, "bash", script, CONFIG, *settings],
+            cwd=ROOT,
+            env=os.environ
+            | {
+                "NNODES": "2",
+                "NODE_RANK": str(host),
+                "MASTER_ADDR": hosts.address(0),
+                "LOCAL_ADDR": hosts.address(host),
+                "RANKS_PER_NODE": "2",
+                "RUN_DIR": str(apart),
+                "MAX_RESTARTS": "0",
+                "GLOO_SOCKET_IFNAME": hosts.interfaces[host],
+            },
+        )
+        for host, name in enumerate(hosts.names)
+    ]
+    assert [node.wait(timeout=180) for node in nodes] == [0, 0]
+    assert numbers(apart) == numbers(alone)
+    assert len(numbers(alone)) == 3
 
 
 def numbers(run: Path) -> list[tuple[object, ...]]:
