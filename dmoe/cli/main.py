@@ -127,8 +127,9 @@ def run() -> NoReturn:
 
 
 def _has_process_group() -> bool:
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_initialized()
+    # without it torch has not been imported
+    distributed = sys.modules.get("dmoe.distributed.init")
+    return distributed is not None and distributed.has_process_group()
 
 
 def _exit_at_once(code: int) -> NoReturn:

@@ -138,6 +138,11 @@ def available_backends() -> list[str]:
     return [name for name, available in found.items() if available]
 
 
+def has_process_group() -> bool:
+    """Return True if this process is in a process group."""
+    return dist.is_initialized()
+
+
 def barrier() -> None:
     """Wait for all ranks, if there is a process group."""
     if dist.is_initialized():
