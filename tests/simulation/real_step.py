@@ -49,7 +49,8 @@ def measure(rank: int, world: int, config: Config, vocabulary: int) -> dict[str,
     data = engine.task.open_data()
     for step in range(2):
         train_step(engine, training_batches(data.train, engine, step), 1e-3)
-    found = {"peak": peak_of_step(engine, data)}
+    # gloo's threads release what they sent a little later: that can only add, at some times
+    found = {"peak": min(peak_of_step(engine, data) for _ in range(6))}
     timers = comm_timers(engine.model)
     for timer in timers:
         timer.start(lambda: 0.0)

@@ -60,15 +60,15 @@ CASES = [
 def test_bytes_equal_those_of_real_ranks(world: int, overrides: str) -> None:
     """Weights, gradients, moments and exchange exactly; the peak of memory within 5%.
 
-    With FSDP2 on gloo and accumulation it is 10% too low, for a reason that is not known yet.
+    The real peak is the least of six steps. That of one step was up to 11% higher: gloo's threads
+    release what they sent a little later.
     """
     config = tiny(*overrides.split())
     real = run_ranks(world, measure, config, VOCAB)[0]
     planned = counted(world, *overrides.split())
     exact = ("weights", "gradients", "moments", "exchange", "sums")
     assert {name: planned[name] for name in exact} == {name: real[name] for name in exact}
-    allowed = 0.11 if "train.micro_batch=2" in overrides else 0.05
-    assert planned["peak"] == pytest.approx(real["peak"], rel=allowed)
+    assert planned["peak"] == pytest.approx(real["peak"], rel=0.05)
 
 
 COMPOSED = [
