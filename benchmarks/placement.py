@@ -1,11 +1,11 @@
-"""What moving experts gains on recorded routing, and how long a plan takes.
+"""The gain of moving experts on recorded routing, and the time of a plan of moves or of copies.
 
     dmoe train moe.num_experts=32 moe.top_k=4 train.steps=400 train.log_every=1 train.run_dir=RUN
     python benchmarks/placement.py RUN --ranks 8
     python benchmarks/placement.py
 
-With a run: rows of the busiest of so many ranks over their mean, as its recorded loads would give
-it; mean over steps and layers, from the 11th step on. Without one: the time of the planner.
+With a run: rows of the busiest of the ranks over their mean, as its recorded loads would give it;
+mean over steps and layers, from the 11th step on. Without one: the times of the two planners.
 
 Letters: E experts, L MoE layers.
 """
@@ -16,9 +16,13 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
 
 from dmoe import read_metrics
+from dmoe.moe.copy_planner import CopyRule, plan_copies
 from dmoe.moe.placement import ExpertPlacement, contiguous_placement
 from dmoe.moe.placement_plan import max_over_mean, plan_placement
 
@@ -62,19 +66,34 @@ def count_moves(old: ExpertPlacement, new: ExpertPlacement) -> int:
     return sum(old.rank_of[expert] != new.rank_of[expert] for expert in old.rank_of)
 
 
-def planner_milliseconds(experts: int, ranks: int, host: int, plans: int) -> list[float]:
-    """Return the time of plans for log-normal loads (sigma 0.5), each the best of five."""
-    draw, times = random.Random(0), []
+def placement_milliseconds(experts: int, ranks: int, host: int, plans: int) -> list[float]:
+    """Return the time of plans of moves for log-normal loads (sigma 0.5), each the best of five."""
+    draw = random.Random(0)
     start, hosts = contiguous_placement(experts, ranks), [rank // host for rank in range(ranks)]
-    for _ in range(plans):
-        load = [draw.lognormvariate(5, 0.5) for _ in range(experts)]
-        best = float("inf")
-        for _ in range(5):
-            began = time.perf_counter()
-            plan_placement(load, start, hosts)
-            best = min(best, time.perf_counter() - began)
-        times.append(1000 * best)
-    return times
+    loads = [[draw.lognormvariate(5, 0.5) for _ in range(experts)] for _ in range(plans)]
+    return [_milliseconds(partial(plan_placement, load, start, hosts)) for load in loads]
+
+
+def copies_milliseconds(experts: int, ranks: int, plans: int) -> list[float]:
+    """Return the time of plans of two copies per rank, divided rows included, for such loads."""
+    draw, rule = np.random.default_rng(0), CopyRule(2)
+    counts = draw.poisson(draw.lognormal(4, 0.5, (plans, 1, experts)), (plans, ranks, experts))
+    return [_milliseconds(lambda count=count: plan_copies(count, rule).rows_PI) for count in counts]
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    """Return the time of a call, the best of five."""
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return 1000 * min(times)
+
+
+def summary(times: Sequence[float]) -> str:
+    """Format times in milliseconds."""
+    return f"median {statistics.median(times):.2f} ms, largest {max(times):.2f} ms"
 
 
 def main() -> None:
@@ -84,9 +103,11 @@ def main() -> None:
     given = parser.parse_args()
     if given.run is None:
         for experts, ranks, host in ((256, 64, 8), (256, 64, 64), (256, 8, 8), (64, 8, 8)):
-            times = planner_milliseconds(experts, ranks, host, 100)
-            found = f"median {statistics.median(times):.2f} ms, largest {max(times):.2f} ms"
-            print(f"E={experts}, {ranks} ranks, {host} per host: {found}")
+            times = placement_milliseconds(experts, ranks, host, 100)
+            print(f"moves, E={experts}, {ranks} ranks, {host} per host: {summary(times)}")
+        for experts, ranks in ((256, 64), (64, 8)):
+            times = copies_milliseconds(experts, ranks, 100)
+            print(f"copies, E={experts}, {ranks} ranks: {summary(times)}")
         return
     layers = loads_by_layer(given.run)
     for every, source in ((0, "fixed"), (1, "last"), (10, "last"), (10, "ema"), (100, "ema")):

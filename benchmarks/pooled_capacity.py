@@ -4,8 +4,8 @@
         train.steps=400 moe.replay.record=runs/choices
     python -m benchmarks.pooled_capacity runs/choices
 
-The run is dropless, so every pool gets the same choices: those of all layers and steps, by position,
-in groups of one rank's tokens. The share of the assignments without a slot is printed, over all
+The run is dropless, so every pool gets the same choices: of all layers and steps, by position, in
+groups of one rank's tokens. The share of the assignments without a slot is printed, over all
 steps and over the last quarter.
 """
 

@@ -31,7 +31,7 @@ class ConfigError(DmoeError, ValueError):
         super().__init__(f"{field}={value}: {allowed}; {fix}")
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Let the error travel between processes (Ray, multiprocessing): not by its message."""
+        """Pickle the error by its four parts: pickle's default is the message alone."""
         return type(self), (self.field, self.value, self.allowed, self.fix)
 
     def renamed(self, names: Mapping[str, str]) -> ConfigError:

@@ -12,9 +12,9 @@ Each move ends the excess of a rank, fills a rank, or moves an expert whole: Wal
 none is spent on a rank that is not the fullest. Then every copied expert's rows are divided: a rank
 that holds it computes its own rows first, and the others' follow in order of their rank.
 
-Integers only, of counts that all ranks have: every rank computes the same plan, without a word.
-Host time: 1 ms or less for 256 experts on 64 ranks (`dmoe bench balance`). Like ECHO of
-Megatron-Core and LLEP (2026), but with the count of rows alone.
+Integers only, of counts that all ranks have: every rank computes the same plan, without
+communication. Host time: `python benchmarks/placement.py`. Like ECHO of Megatron-Core and LLEP
+(2026), but with the count of rows alone.
 
 Letters: E experts, P ranks of one EP group, e experts per rank, I instances: the e experts of rank
 0, its copies, the e experts of rank 1 ...

@@ -237,7 +237,7 @@ class MoE(MoELayer):
     def dispatched(self, dispatcher: Dispatcher, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
         """Send the tokens to their experts and return the weighted sums of the outputs, y_TM.
 
-        On the CPU, where the rows need not travel, the experts gather them from the tokens.
+        On the CPU with all experts local, the experts gather their rows from the tokens.
         """
         physical = to_physical_experts(plan, self.placement)
         if type(dispatcher) is PackedLocal and self.experts.takes_tokens and not x_TD.is_cuda:

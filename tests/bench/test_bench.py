@@ -63,7 +63,7 @@ def test_the_exchange_is_measured_on_two_ranks() -> None:
 
 
 def test_the_balance_of_every_workload(tmp_path: Path) -> None:
-    """Two copies reach the oracle; no setting is below it, none above fixed but a late placement."""
+    """Two copies reach the oracle; no setting is below it, none but periodic is above fixed."""
     rows = run_balance(Shape(64, 16, 16, 8, 2), ranks=(2, 4), rounds=0)["rows"]
     found = {row["name"]: row for row in rows}
     assert len(found) == 2 * 8 * 5

@@ -1,4 +1,4 @@
-"""Pooled slots over ranks: the drops and numbers of one process, for pools within and across ranks."""
+"""Pooled slots over ranks: drops and numbers of one process, pools within and across ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Moments in bfloat16: what is rounded how, on any number of ranks, against `verify`'s own AdamW."""
+"""Moments in bfloat16: their rounding on any number of ranks, against `verify`'s own AdamW."""
 
 from __future__ import annotations
 

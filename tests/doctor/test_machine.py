@@ -1,4 +1,4 @@
-"""`dmoe doctor` on one machine: every fault is named with what to change; a good machine is quiet."""
+"""`dmoe doctor` on one machine: every fault is named with what to change."""
 
 from __future__ import annotations
 

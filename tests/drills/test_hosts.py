@@ -189,7 +189,7 @@ def test_the_link_is_cut_in_a_step_and_restored(
 
 
 def test_two_hosts_train_bit_for_bit_like_one(tmp_path: Path, hosts: Hosts) -> None:
-    """Four ranks with EP 4: tokens and gradients cross the link. `launch/multi_node.sh` starts them.
+    """Four ranks with EP 4 by `launch/multi_node.sh`: tokens and gradients cross the link.
 
     With EP 2, inside each host, the same was seen; one of the two is enough time in CI.
     """

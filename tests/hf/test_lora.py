@@ -189,7 +189,7 @@ def test_a_head_that_is_the_embedding_is_no_target() -> None:
 
 
 def test_weights_that_were_trained_beside_the_factors_are_not_left_out(tmp_path: Path) -> None:
-    """With `optim.trainable`, `--adapter` wrote the factors alone: half of the training was lost."""
+    """With `optim.trainable`, `--adapter` wrote the factors alone and lost trained weights."""
     model = tiny("mixtral", torch.float32)
     model.save_pretrained(tmp_path / "source")
     lora = {"rank": 2, "alpha": None, "targets": ["q_proj"]}

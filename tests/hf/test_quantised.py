@@ -1,4 +1,4 @@
-"""Training from FP8 and MXFP4 files: the losses of the weights that they stand for, decoded here."""
+"""Training from FP8 and MXFP4 files: the losses of their weights, decoded here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.hf.tiny_hf import tiny_directory
 
 FILE = "model.safetensors"
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""Values of the codes 0 to 7 of E2M1 (OCP Microscaling Formats 1.0); 8 to 15 are their negatives."""
+"""Values of codes 0 to 7 of E2M1 (OCP Microscaling Formats 1.0); 8 to 15 are the negatives."""
 
 
 def mxfp4(shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -177,7 +177,9 @@ def test_slurm_in_a_job_does_not_dry_run_by_itself(tmp_path: Path) -> None:
 RAY = """
 import json, os, pathlib
 class ScalingConfig:
-    def __init__(self, num_workers=1, use_gpu=False, resources_per_worker=None): self.__dict__ = dict(locals())
+    def __init__(self, num_workers=1, use_gpu=False, resources_per_worker=None):
+        self.num_workers, self.use_gpu = num_workers, use_gpu
+        self.resources_per_worker = resources_per_worker
 class FailureConfig:
     def __init__(self, max_failures=0): self.max_failures = max_failures
 class RunConfig:
@@ -236,7 +238,7 @@ def test_ray_trains_on_its_workers(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "metrics.jsonl").is_file()
 
 
-def test_an_error_of_dmoe_travels_between_processes() -> None:
+def test_an_error_of_dmoe_can_be_pickled() -> None:
     """Ray's controller could not read a worker's ConfigError, so the user saw a TypeError of it."""
     import copy
 
@@ -244,5 +246,5 @@ def test_an_error_of_dmoe_travels_between_processes() -> None:
 
     for kind in (ConfigError, OutOfMemoryError):
         error = kind("moe.top_k", 9, "must be at most 8", "use 8")
-        again = copy.copy(error)  # by the way that pickle takes
+        again = copy.copy(error)  # uses `__reduce__`, as pickle does
         assert (type(again), str(again), again.fix) == (kind, str(error), "use 8")

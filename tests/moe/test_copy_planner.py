@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -41,7 +39,7 @@ RULES = st.builds(CopyRule, st.integers(0, 3)) | st.builds(CopyRule, st.none(), 
 @given(counts(), RULES)
 @settings(max_examples=100, deadline=None)
 def test_the_division_is_that_of_one_row_at_a_time(count_PE: np.ndarray, rule: CopyRule) -> None:
-    """Every row is computed once, by a rank that has its expert; no rank has more copies than slots.
+    """Every row is computed once, by a rank with its expert; no rank has more copies than slots.
 
     No plan is worse than none, and a copy of `auto` takes over at least the break-even.
     """
@@ -95,17 +93,6 @@ def test_two_copies_make_every_workload_even(name: str) -> None:
         plan = plan_copies(count_PE, CopyRule(2))
         oracle = bound_with_copies(count_PE.sum(0).tolist(), 8, 2)
         assert oracle <= max_over_mean(plan.rows_of_ranks.tolist()) <= oracle + 0.001
-
-
-def test_256_experts_on_64_ranks_are_planned_in_a_moment() -> None:
-    """The bar is 1 ms, on an idle machine; twenty times that here, the fastest of ten."""
-    best = 1.0
-    for _ in range(10):
-        count_PE = np.random.default_rng(0).multinomial(4096, np.full(256, 1 / 256), size=64)
-        start = time.perf_counter()
-        _ = plan_copies(count_PE, CopyRule(2)).rows_PI
-        best = min(best, time.perf_counter() - start)
-    assert best < 0.02
 
 
 def test_auto_copies_only_what_pays() -> None:

@@ -1,4 +1,4 @@
-"""The experts one by one on the CPU, against rows that are permuted, computed and summed in steps."""
+"""The experts one by one on the CPU, against permuting, computing and summing in steps."""
 
 from __future__ import annotations
 

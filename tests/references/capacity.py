@@ -70,8 +70,8 @@ def _fill_slots(
 ) -> list[tuple[int, int, int]]:
     """Fill slots with (choice, token, expert) in order; return those that find none.
 
-    The first `floor` of an expert are its own, the others its pool's. Updates `taken`, `keep_TK` and
-    `expert_TK`.
+    The first `floor` of an expert are its own, the others its pool's. Updates `taken`, `keep_TK`
+    and `expert_TK`.
     """
     if config.priority == "score":
         assignments = sorted(

@@ -1,9 +1,8 @@
-"""`dmoe plan`: what a step without memory counts is what a real one has, and what follows from it."""
+"""`dmoe plan`: the counts of a step on fake tensors against a real one, and the planner."""
 
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -112,10 +111,8 @@ def test_a_step_returns_what_it_takes() -> None:
 
 def test_671_billion_parameters_on_1024_ranks() -> None:
     config = load(None, [*DEEPSEEK_V3])
-    start = time.process_time()
     run = dry_run(config, 1024, "bf16", cuda=True, num_outputs=129_280)
     used = memory(run)
-    assert time.process_time() - start < 60  # 2 s measured; only a hang is a failure here
     total = (used.dense_parameters + used.expert_parameters) * 1024
     assert total == pytest.approx(675e9, rel=0.02)
     assert used.state == used.weights * 4

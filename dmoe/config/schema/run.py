@@ -39,10 +39,10 @@ class PlacementConfig:
     """periodic: the load that is expected: the running mean of the rows of each expert, over about
     `every` steps (ema), or those of the last step."""
     copies: Annotated[Union[int, str], at_least(0), at_most(64)] = 0
-    """Spare slots per rank: in every forward of a layer, hot experts are copied to so many of other
-    ranks, which share their rows, until all ranks have equally many; the copies' gradients are
-    added to the expert's. Same choices and drops, same numbers within rounding. auto: only copies
-    that save more time than they take. Needs moe.exchange=packed."""
+    """Spare slots per rank: in every forward of a layer, hot experts are copied to the slots of
+    other ranks, which share their rows, until all ranks have equally many; the copies' gradients
+    are added to the expert's. Same choices and drops, same numbers within rounding. auto: only
+    copies that save more time than they take. Needs moe.exchange=packed."""
     break_even: Annotated[
         Optional[int], only_for("parallel.placement.copies", "auto"), at_least(1)
     ] = None

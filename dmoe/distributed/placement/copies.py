@@ -2,7 +2,7 @@
 
     counts     every rank's rows per expert, gathered over the EP group
     plan       all ranks compute the same one from them (moe/copy_planner.py)
-    dispatch   rows travel to the rank that computes them
+    dispatch   rows are sent to the rank that computes them
     weights    of the copied experts, from their ranks to the copies; backward brings the copies'
                gradients back and adds them, in the order of the ranks
     combine    as without copies

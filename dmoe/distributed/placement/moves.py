@@ -60,7 +60,7 @@ class Moved:
 
 
 class PeriodicPlacement:
-    """`parallel.placement.kind=periodic`: every so many steps, experts move by the expected load.
+    """`parallel.placement.kind=periodic`: every `every` steps, experts move by the expected load.
 
     The load is that of the counts that every step reduces anyway, so all ranks know the same and
     make the same plan: an ordinary step has no collective more. With `from: ema` it is
