@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check what one GPU can show of dmoe; see benchmarks/gpu_check.py and docs/gpu.md.
+# Check what one GPU can show of dmoe; see benchmarks/gpu_check/__init__.py and docs/gpu.md.
 #
 #     benchmarks/gpu_check.sh first|second [--json FILE]   # on a machine with a GPU, each under four minutes
 #     benchmarks/gpu_check.sh all --dry-run                # what a CPU can run of both

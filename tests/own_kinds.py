@@ -7,7 +7,8 @@ import torch
 
 from dmoe.config.router_kinds import RouterSpec
 from dmoe.data.corpus import Document
-from dmoe.moe.experts.grouped_mlp import MLPExperts, grouped_linear
+from dmoe.moe.experts.grouped_mlp import MLPExperts
+from dmoe.moe.experts.grouped_product import grouped_linear
 from dmoe.moe.routers.base import RouterModule
 from dmoe.moe.routing import Routing
 

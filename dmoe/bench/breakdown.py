@@ -1,54 +1,40 @@
-"""Where a layer's time goes: operators grouped by what they serve."""
+"""Time of a layer by kind of operator, the same kinds for every library."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-OWNERS = {
-    "_Permute": "permute",
-    "_Unpermute": "combine",
-    "_OneByOne": "experts",
-    "_GroupedLinear": "experts",
-    "_Activate": "experts",
+KINDS = {
+    "products": ("mm", "bmm", "addmm", "addmm_", "baddbmm", "_grouped_mm", "_scaled_mm"),
+    "activation, weights": ("silu", "silu_backward", "sigmoid", "mul", "mul_"),
+    "rows": (
+        *("index", "index_select", "gather", "index_add", "index_add_", "_index_put_impl_"),
+        *("scatter_add", "scatter_add_", "index_copy_", "_embedding_bag_forward_only"),
+        *("_embedding_bag", "_embedding_bag_dense_backward"),
+        "_embedding_bag_per_sample_weights_backward",
+    ),
+    "copies, sums": ("copy_", "cat", "stack", "fill_", "zero_", "add", "add_", "sum", "clone"),
 }
-PRODUCTS = ("aten::mm", "aten::bmm", "aten::_grouped_mm", "aten::addmm", "aten::matmul")
-REPEATS = 5
+"""Names of operators of aten, by kind."""
+REST = "router, losses, autograd"
+REPEATS = 3
 
 
-def profile_layer(run: Callable[[], None]) -> dict[str, float]:
-    """Measure each part's share of one forward and backward, largest first.
+def profile_kinds(run: Callable[[], None]) -> dict[str, float]:
+    """Measure the milliseconds of one forward and backward by kind of operator.
 
-    An operator belongs to the autograd function it ran under, forward or backward. Matrix products
-    of the experts are `grouped GEMMs`, whatever else runs there is `activation`; what belongs to no
-    function is `route`: the router, its losses and statistics.
+    The time of an operator is that which no operator inside it takes. What is of no kind is
+    `router, losses, autograd`: softmax, sorts, views, and the nodes of autograd themselves; time
+    of Python between operators is not in it.
     """
+    kinds = {f"aten::{name}": kind for kind, names in KINDS.items() for name in names}
+    run()
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         for _ in range(REPEATS):
             run()
-    parts: dict[str, float] = {}
+    found = dict.fromkeys((*KINDS, REST), 0.0)
     for event in recorded.events():
-        part = _part_of(event)
-        parts[part] = parts.get(part, 0.0) + event.self_cpu_time_total
-    total = sum(parts.values())
-    return {part: value / total for part, value in sorted(parts.items(), key=lambda item: -item[1])}
-
-
-def _part_of(event: Any) -> str:
-    node, is_product = event, False
-    while node is not None:
-        name: str = node.name
-        is_product = is_product or name in PRODUCTS
-        for function, owner in OWNERS.items():
-            if name in (
-                function,
-                f"{function}Backward",
-                f"autograd::engine::evaluate_function: {function}Backward",
-            ):
-                if owner != "experts":
-                    return owner
-                return "grouped GEMMs" if is_product else "activation"
-        node = node.cpu_parent
-    return "route"
+        found[kinds.get(event.name, REST)] += event.self_cpu_time_total / 1e3 / REPEATS
+    return found

@@ -13,15 +13,15 @@ Letters: T tokens, D width, F expert hidden width, E experts, K experts per toke
 
 from __future__ import annotations
 
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmoe.bench.breakdown import profile_layer
-from dmoe.bench.libraries import LIBRARIES, Contender, clear
+from dmoe.bench.breakdown import profile_kinds
+from dmoe.bench.contender import Contender, clear
+from dmoe.bench.libraries import LIBRARIES, build_all
 from dmoe.bench.measure import (
     KernelCounter,
     interleave,
@@ -31,12 +31,16 @@ from dmoe.bench.measure import (
     saved_bytes,
     summary,
 )
-from dmoe.config.schema import CapacityConfig
+from dmoe.config.schema import CapacityConfig, RouterConfig
 from dmoe.moe.layer import MoE
+from dmoe.moe.routing import TokenContext
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOLERANCE = {"bf16": 0.02, "fp32": 1e-5}
 """bf16 rounds every product to 2^-9, and two blocks weigh the sum in another order."""
+
+CONTEXT = TokenContext(noise_key=(0, 3))
+"""Seed and step: one in which W7 bursts."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,10 @@ def run(
     rounds: int = 21,
     capacity: float | None = None,
     exchange: str = "packed",
+    workload: RouterConfig | None = None,
     breakdown: bool = False,
+    libraries: tuple[str, ...] | None = None,
+    counts: bool = True,
 ) -> dict[str, Any]:
     """Compare the contenders, time them, and count what the layer costs.
 
@@ -69,17 +76,21 @@ def run(
         rounds: rounds of the clock.
         capacity: capacity factor of `dmoe`; then it is compared with no other library.
         exchange: of `dmoe`.
-        breakdown: profile where the time of `dmoe` goes.
+        workload: router of kind `workload`, in place of the router of `dmoe`; then it is compared
+            with the balanced workload, W0, and with no other library.
+        breakdown: profile where the time of each row goes.
+        libraries: keys of `LIBRARIES`; None: all that are installed.
+        counts: measure peak memory, saved bytes and launches too.
     """
     shape = shape or Shape()
-    found = contenders(shape, dtype, device, capacity, exchange)
+    found, left_out = contenders(shape, dtype, device, capacity, exchange, workload, libraries)
     differences = {}
-    if capacity is None:
-        for name in found.keys() & LIBRARIES.keys():
-            differences[name] = difference(found["dmoe"].results(), found[name].results(), dtype)
+    if (names := [name for name in found if name in LIBRARIES]) and capacity is None:
+        mine = found["dmoe"].results()
+        differences = {name: difference(mine, found[name].results(), dtype) for name in names}
     times = interleave({name: item.run for name, item in found.items()}, rounds, device)
     rows = summary(times, "gemms")
-    for row in rows:
+    for row in rows if counts else ():
         contender = found[row["name"]]
         row["peak_mb"] = peak_bytes(contender.run, device) / 1e6
         if contender.forward is not None:
@@ -89,9 +100,12 @@ def run(
             with KernelCounter() as both:
                 contender.run()
             row["launches"] = [forward.count, both.count - forward.count]
+    load = {} if workload is None else {"workload": workload.workload, "hot": workload.hot}
     report: dict[str, Any] = {
         "machine": machine(device),
-        "shape": asdict(shape) | {"dtype": dtype, "capacity": capacity, "exchange": exchange},
+        "shape": asdict(shape)
+        | {"dtype": dtype, "capacity": capacity, "exchange": exchange}
+        | load,
         "rows": rows,
         "faster_than": {
             name: quartiles([b / a for a, b in zip(times["dmoe"], times[name], strict=True)])
@@ -99,10 +113,11 @@ def run(
             if name in LIBRARIES
         },
         "difference": differences,
+        "left_out": left_out,
         "ms": times,
     }
     if breakdown:
-        report["breakdown"] = profile_layer(found["dmoe"].run)
+        report["breakdown"] = {name: profile_kinds(item.run) for name, item in found.items()}
     return report
 
 
@@ -134,16 +149,16 @@ def ours(layer: MoE, x: Tensor, grad: Tensor) -> Contender:
 
     def forward_backward() -> None:
         clear(layer, x)
-        output = layer(x)
-        torch.autograd.backward(
-            [output.y, *output.aux.values()], [grad, *map(torch.zeros_like, output.aux.values())]
-        )
+        output = layer(x, CONTEXT)
+        # the losses of forced choices have no gradient
+        losses = [loss for loss in output.aux.values() if loss.requires_grad]
+        torch.autograd.backward([output.y, *losses], [grad, *map(torch.zeros_like, losses)])
 
     def results() -> dict[str, Tensor]:
         forward_backward()
         grads = {name: weight.grad for name, weight in layer.named_parameters()}
         found = {
-            "y": layer(x).y,
+            "y": layer(x, CONTEXT).y,
             "x": x.grad,
             "router": grads["router.weight"],
             "in": grads["experts.w_in"].transpose(1, 2),  # type: ignore[union-attr]
@@ -151,7 +166,7 @@ def ours(layer: MoE, x: Tensor, grad: Tensor) -> Contender:
         }
         return {name: value for name, value in found.items() if value is not None}
 
-    return Contender(forward_backward, results, lambda: layer(x))
+    return Contender(forward_backward, results, lambda: layer(x, CONTEXT))
 
 
 def contenders(
@@ -160,29 +175,37 @@ def contenders(
     device: str,
     capacity: float | None = None,
     exchange: str = "packed",
-) -> dict[str, Contender]:
-    """Build the floor, dmoe and the installed libraries, by name."""
+    workload: RouterConfig | None = None,
+    libraries: tuple[str, ...] | None = None,
+) -> tuple[dict[str, Contender], str]:
+    """Build the floor, dmoe and the installed libraries, by name; with a workload, W0 for them.
+
+    Returns:
+        The contenders, and a sentence that names the libraries left out, with the reason.
+    """
     dtype = DTYPES[dtype_name]
     generator = torch.Generator().manual_seed(0)
     x, grad = (
         torch.randn(1, shape.tokens, shape.dim, generator=generator).to(device, dtype)
         for _ in range(2)
     )
-    layer = MoE(
-        shape.dim,
-        shape.hidden,
-        shape.experts,
-        shape.top_k,
-        capacity=CapacityConfig(factor=capacity),
-        exchange=exchange,
-    ).to(device, dtype)
-    found = {"gemms": floor(shape, dtype, device), "dmoe": ours(layer, x, grad)}
-    for name, build in LIBRARIES.items():
-        try:
-            found[name] = build(layer, x, grad)
-        except ImportError:
-            print(f"{name} is not installed: timed without it", file=sys.stderr)
-    return found
+    options: dict[str, Any] = {
+        "capacity": CapacityConfig(factor=capacity), "exchange": exchange
+    }  # fmt: skip
+    sizes = (shape.dim, shape.hidden, shape.experts, shape.top_k)
+    routers = {"dmoe": workload or RouterConfig()}
+    if workload is not None:
+        routers["dmoe, W0"] = replace(workload, workload="W0")
+    layers = {
+        name: MoE(*sizes, router=router, **options).to(device, dtype)
+        for name, router in routers.items()
+    }
+    found = {"gemms": floor(shape, dtype, device)}
+    found |= {name: ours(layer, x, grad) for name, layer in layers.items()}
+    if workload is not None:
+        return found, "all libraries: they choose the experts by themselves"
+    others, left_out = build_all(LIBRARIES, libraries, layers["dmoe"], x, grad)
+    return found | others, left_out
 
 
 def difference(one: dict[str, Tensor], two: dict[str, Tensor], dtype: str) -> dict[str, float]:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from dmoe.bench.measure import interleave, machine, peak_bytes, quartiles, summary
 from dmoe.config.load import load
+from dmoe.config.schema import Config
 from dmoe.distributed.init import init_distributed
 from dmoe.observability.profiler import DTYPES, peak_memory
 from dmoe.train.allocator import keep_freed_memory
@@ -184,23 +185,48 @@ def floor(shape: StepShape, dtype: str, device: str, more: list[str]) -> Callabl
 
 def ours(shape: StepShape, dtype: str, device: str, more: list[str]) -> Callable[[], object]:
     """Return a step of the trainer on one batch of random tokens."""
+    if device == "cpu":
+        keep_freed_memory()  # as `dmoe train` does
+    config = our_config(shape, dtype, device, more)
+    engine = build_engine(config, init_distributed(device), shape.vocabulary)
+    input, target = random_tokens(shape)
+    batch = Batch(input, target, torch.zeros(shape.batch, dtype=torch.int64), 0, 0)
+    return lambda: train_step(engine, [batch], LEARNING_RATE)
+
+
+def our_config(shape: StepShape, dtype: str, device: str, more: list[str]) -> Config:
+    """Return the config of Mixtral in this shape; `more` are overrides."""
     sizes = [f"model.dim={shape.dim}", f"model.layers={shape.layers}", f"model.heads={shape.heads}"]
     sizes += [f"moe.num_experts={shape.experts}", f"moe.expert_dim={shape.hidden}"]
     sizes += [f"moe.top_k={shape.top_k}", f"data.seq_len={shape.length}"]
     run = [f"train.global_batch={shape.batch}", f"train.precision={dtype}"]
-    run += [f"train.device={device}", "model.tie_embeddings=true", *more]
-    if device == "cpu":
-        keep_freed_memory()  # as `dmoe train` does
-    engine = build_engine(load(None, [*sizes, *run]), init_distributed(device), shape.vocabulary)
-    input, target = random_tokens(shape)
-    batch = Batch(input, target, torch.zeros(shape.batch, dtype=torch.int64), 0, 0)
-    return lambda: train_step(engine, [batch], LEARNING_RATE)
+    run += [f"train.device={device}", "model.tie_embeddings=true", "model.qk_norm=false"]
+    return load(None, [*sizes, *run, *more])
 
 
 def transformers(
     shape: StepShape, dtype: str, device: str, more: list[str]
 ) -> Callable[[], object]:
     """Return a step of a plain loop around transformers' Mixtral."""
+    model = their_model(shape).to(device).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), LEARNING_RATE, (0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    token = random_tokens(shape)[0].to(device)
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16"):
+            loss = model(input_ids=token, labels=token).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def their_model(shape: StepShape) -> Any:
+    """Return transformers' Mixtral in this shape."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     options: Any = {"experts_implementation": "grouped_mm"}
@@ -221,21 +247,7 @@ def transformers(
         **options,
     )
     made: Any = MixtralForCausalLM
-    model = made(config).to(device).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), LEARNING_RATE, (0.9, 0.95), weight_decay=0.1, fused=True
-    )
-    token = random_tokens(shape)[0].to(device)
-
-    def step() -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16"):
-            loss = model(input_ids=token, labels=token).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return made(config)
 
 
 def random_tokens(shape: StepShape) -> tuple[Tensor, Tensor]:

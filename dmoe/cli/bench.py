@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dmoe.bench.options import check_choices, chosen_libraries, forced_router
 from dmoe.cli.common import integer, number
 from dmoe.config.errors import ConfigError
 
@@ -28,6 +29,18 @@ TopK = Annotated[int, typer.Option(help="Experts per token K.", **integer(1))]
 DType = Annotated[str, typer.Option(help="bf16 or fp32.")]
 Capacity = Annotated[
     float | None, typer.Option(help="Capacity factor. Default: dropless.", **number())
+]
+Workload = Annotated[
+    str | None,
+    typer.Option(
+        metavar="W0..W7",
+        help="Force the experts of a workload, for 8 ranks, or as many as divide E.",
+    ),
+]
+Hot = Annotated[float, typer.Option(help="Rows of a hot expert over the mean.", **number())]
+Libraries = Annotated[
+    str | None,
+    typer.Option(help="Other libraries to time, separated by commas. Default: the installed ones."),
 ]
 Exchange = Annotated[str, typer.Option(help="packed or padded (needs --capacity).")]
 
@@ -51,9 +64,15 @@ def layer(
     dtype: DType = "bf16",
     capacity: Capacity = None,
     exchange: Exchange = "packed",
+    workload: Workload = None,
+    hot: Hot = 1.6,
     rounds: Rounds = 21,
+    libraries: Libraries = None,
+    counts: Annotated[
+        bool, typer.Option("--counts/--no-counts", help="Count memory, saved bytes and launches.")
+    ] = True,
     breakdown: Annotated[
-        bool, typer.Option("--breakdown", help="Profile where the layer's time goes.")
+        bool, typer.Option("--breakdown", help="Profile where the time of each row goes.")
     ] = False,
     device: Device = "cpu",
     as_json: Json = False,
@@ -63,10 +82,13 @@ def layer(
     Example: dmoe bench layer --experts 64 --top-k 8 --hidden 256 --dtype fp32
     """
     check_choices(device=device, dtype=dtype, exchange=exchange)
+    router = forced_router(workload, hot, experts, top_k)
     from dmoe.bench.layer import Shape, run
+    from dmoe.bench.libraries import LIBRARIES
 
     shape = Shape(tokens, dim, hidden, experts, top_k)
-    options: dict[str, Any] = {"capacity": capacity, "exchange": exchange}
+    options: dict[str, Any] = {"capacity": capacity, "exchange": exchange, "workload": router}
+    options |= {"libraries": chosen_libraries(libraries, LIBRARIES), "counts": counts}
     show(
         run(shape, dtype=dtype, device=device, rounds=rounds, breakdown=breakdown, **options),
         as_json,
@@ -86,6 +108,11 @@ def exchange(
     shared: Annotated[int, typer.Option(help="Shared experts.", **integer(0))] = 0,
     dtype: DType = "fp32",
     capacity: Capacity = 1.25,
+    libraries: Libraries = None,
+    variants: Annotated[
+        bool,
+        typer.Option("--variants/--no-variants", help="Time options of parallel.exchange too."),
+    ] = True,
     rounds: Rounds = 11,
     as_json: Json = False,
 ) -> None:
@@ -99,9 +126,11 @@ def exchange(
         raise ConfigError("--ranks", ranks, allowed, "use 2")
     from dmoe.bench.exchange import run
     from dmoe.bench.layer import Shape
+    from dmoe.bench.libraries import OVER_RANKS
 
     shape = Shape(tokens, dim, hidden, experts, top_k)
-    options: dict[str, Any] = {"capacity": capacity, "shared": shared}
+    options: dict[str, Any] = {"capacity": capacity, "shared": shared, "variants": variants}
+    options["libraries"] = chosen_libraries(libraries, OVER_RANKS)
     show(run(shape, ranks=ranks, dtype=dtype, rounds=rounds, **options), as_json)
 
 
@@ -113,9 +142,7 @@ def balance(
     hidden: Hidden = 1024,
     experts: Experts = 16,
     top_k: TopK = 2,
-    hot: Annotated[
-        float, typer.Option(help="Rows of a hot expert over the mean.", **number())
-    ] = 1.6,
+    hot: Hot = 1.6,
     dtype: DType = "fp32",
     rounds: Rounds = 7,
     as_json: Json = False,
@@ -163,6 +190,8 @@ def step(
     override: Annotated[
         list[str] | None, typer.Option("--set", metavar="K=V", help="A field of dmoe's config.")
     ] = None,
+    workload: Workload = None,
+    hot: Hot = 1.6,
     dtype: DType = "bf16",
     rounds: Rounds = 7,
     device: Device = "cpu",
@@ -180,34 +209,16 @@ def step(
     sizes = {"dim": dim, "layers": layers, "experts": experts, "hidden": hidden, "top_k": top_k}
     sizes |= {"vocabulary": vocabulary, "batch": batch, "length": length}
     given = {name: size for name, size in sizes.items() if size is not None}
+    sized = replace(SHAPES[shape], **given)
     options: dict[str, Any] = {"rounds": rounds, "overrides": override or []}
-    report = run(replace(SHAPES[shape], **given), dtype=dtype, device=device, **options)
+    router = forced_router(workload, hot, sized.experts, sized.top_k)
+    if router is not None:
+        forced = {name: getattr(router, name) for name in ("kind", "workload", "ranks", "hot")}
+        set_here = [f"moe.router.{name}={value}" for name, value in forced.items()]
+        # transformers routes by itself
+        options |= {"overrides": [*set_here, *(override or [])], "names": ("gemms", "dmoe")}
+    report = run(sized, dtype=dtype, device=device, **options)
     show(report, as_json)
-
-
-CHOICES = {
-    "device": ("cpu", "cuda"),
-    "dtype": ("bf16", "fp32"),
-    "exchange": ("packed", "padded"),
-    "shape": ("mixtral", "quickstart"),
-}
-
-
-def check_choices(**given: str) -> None:
-    """Refuse a value that is none of its option's.
-
-    Raises:
-        ConfigError: names the option and what is allowed.
-    """
-    for name, value in given.items():
-        if value not in CHOICES[name]:
-            allowed = f"must be {' or '.join(CHOICES[name])}"
-            raise ConfigError(f"--{name}", value, allowed, f"use {CHOICES[name][0]}")
-    if given.get("device") == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise ConfigError("--device", "cuda", "needs a GPU, and there is none", "use cpu")
 
 
 def show(report: dict[str, Any], as_json: bool) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -84,6 +86,21 @@ def load_resumed(run: str, overrides: list[str], *, trust_code: bool = False) ->
     return load_arguments([str(path / "resolved.yaml"), *here])
 
 
+def load_with_run(arguments: list[str], run: str | None, trust_code: bool) -> Config:
+    """Return the config of the arguments; without CONFIG, that of `run` if it is a run directory.
+
+    Raises:
+        ConfigError: as `load_arguments`; code that the run names, without `trust_code`.
+    """
+    given, names_config = list(arguments), bool(arguments) and "=" not in arguments[0]
+    resolved = None if run is None else Path(run) / "resolved.yaml"
+    if resolved is not None and resolved.is_file() and not names_config:
+        if not trust_code:
+            refuse_code(load(resolved), [argument.partition("=")[0] for argument in given])
+        given = [str(resolved), *given]
+    return load_arguments(given)[0]
+
+
 def _one_line(override: str) -> str:
     """Quote an override with a line break, which would end the comment in the config."""
     return override if override.isprintable() else json.dumps(override)
@@ -114,9 +131,28 @@ def integer(least: int | None = None, most: int | None = None) -> dict[str, Any]
     return {"parser": parse, "metavar": "INTEGER"}
 
 
-def number() -> dict[str, Any]:
-    """Return arguments of `typer.Option` for a number in decimal notation."""
-    return {"parser": lambda value: float(decimal(value, NUMBER)), "metavar": "FLOAT"}
+def number(
+    least: float | None = None, above: float | None = None, most: float | None = None
+) -> dict[str, Any]:
+    """Return arguments of `typer.Option` for a finite number in decimal notation, in bounds."""
+
+    def parse(value: Any) -> float:
+        found = float(decimal(value, NUMBER))
+        if not math.isfinite(found):
+            raise typer.BadParameter(f"{short(str(value))} is larger than a number can be")
+        if (least is not None and found < least) or (above is not None and found <= above):
+            allowed = f"{least:g} or more" if least is not None else f"above {above:g}"
+            raise typer.BadParameter(f"{value} must be {allowed}")
+        if most is not None and found > most:
+            raise typer.BadParameter(f"{value} must be at most {most:g}")
+        return found
+
+    return {"parser": parse, "metavar": "FLOAT"}
+
+
+def read_factor(text: str) -> float | None:
+    """Return a capacity factor of an option; None for `none`: dropless."""
+    return None if text in ("none", "null") else float(decimal(text, NUMBER))
 
 
 def decimal(value: Any, pattern: str) -> str:

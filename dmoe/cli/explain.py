@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 import shutil
 import textwrap
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from dmoe.cli.common import ARGUMENTS_HELP, integer, load_arguments
 from dmoe.config.fields import list_fields
 from dmoe.config.rules import check
 from dmoe.config.schema import Config
-from dmoe.report.format import plural
+from dmoe.report.format import format_bytes, plural
 
 if TYPE_CHECKING:
     from dmoe.explain import Section
@@ -69,6 +70,8 @@ def command(
     from dmoe.explain import explain
 
     sections = explain(config, world, ranks_per_node)
+    size = next(section.numbers for section in sections if section.key == "size")
+    sections.append(plan_section(config, arguments or [], world, size["rank_bytes"]["total"]))
     if as_json:
         content = {
             section.key: {"words": section.sentences, "numbers": section.numbers}
@@ -86,6 +89,31 @@ def choose_world(config: Config, given: int | None) -> tuple[int, str]:
     if isinstance(config.parallel.ep, int) and config.parallel.ep > 0:
         return config.parallel.ep, "parallel.ep"
     return 1, "default"
+
+
+def plan_section(config: Config, arguments: list[str], world: int, size: int) -> Section:
+    """Name the command that plans this run, and the cards that cannot hold `size` bytes a rank."""
+    from dmoe.explain import Section
+    from dmoe.simulation.cluster import load_cluster, shipped
+
+    command = shlex.join(["dmoe", "plan", *arguments, "--ranks", str(world)])
+    sentences = [f"Layouts that fit, their time and price: {command}"]
+    clusters = [load_cluster(name) for name in shipped()]
+    gpus = sorted((c for c in clusters if c.device == "cuda"), key=lambda c: c.memory)
+    names = {c.name.partition(",")[0]: c.memory for c in gpus if config.train.device != "cpu"}
+    small = [name for name, memory in names.items() if memory < size]
+    if small:
+        fitting = "; ".join(name for name in names if name not in small)
+        least = (
+            f"Cards that do: {fitting}." if fitting else "No card that dmoe plan knows holds it."
+        )
+        sentences.insert(
+            0,
+            f"No card of {' or '.join(small)} holds the {format_bytes(size)} per rank, to which "
+            f"activations and buffers come. {least}",
+        )
+    numbers = {"command": command, "cards_too_small": small}
+    return Section("plan", "Plan", sentences, numbers)
 
 
 def as_text(world: int, origin: str, sections: list[Section]) -> str:

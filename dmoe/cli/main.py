@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Annotated, NoReturn
@@ -44,6 +45,8 @@ from dmoe.config.launch_env import FOREIGN_LAUNCHERS, clear_environment
 from dmoe.config.rules.memory import describe_out_of_memory, is_out_of_memory
 from dmoe.config.secrets import redact
 
+RANK_0_PRINTS = 5.0
+"""Seconds that other ranks leave rank 0 to print the error that all have found."""
 EXIT_CODES = (
     "0 done, 2 bad config, 3 checkpoint, 4 non-finite numbers, 5 no progress, 1 anything else; "
     "128 + n when stopped by signal n"
@@ -185,9 +188,12 @@ def dispatch_command() -> int:
 def print_error(message: str, code: int, every_rank: bool = False) -> int:
     """Print one line on stderr and return `code`.
 
-    All ranks of a launcher find the same error, so only rank 0 prints it, unless `every_rank`.
+    All ranks of a launcher find the same error, so only rank 0 prints it, unless `every_rank`. The
+    others wait: a launcher ends all ranks when one has failed, and would end rank 0 in silence.
     """
     rank, world = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
     if every_rank or not (rank.isdecimal() and world.isdecimal() and 0 < int(rank) < int(world)):
         print(f"dmoe: {redact(' '.join(message.splitlines()))}", file=sys.stderr)
+    else:
+        time.sleep(RANK_0_PRINTS)  # cut short by the launcher, when rank 0 has exited
     return code

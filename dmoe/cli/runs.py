@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -21,6 +22,7 @@ from dmoe.observability.display.watch import RunWatcher
 from dmoe.report import write_report
 from dmoe.report.comparison import comparison_json, comparison_lines, unfinished_remark
 from dmoe.report.format import single_line
+from dmoe.report.lost import problems
 from dmoe.report.results import result_lines
 from dmoe.report.run import Run, is_finished, load_runs
 
@@ -80,21 +82,43 @@ def report(
             dir_okay=False,
         ),
     ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="The machine of the runs, as dmoe plan --calibrate wrote it, or a shipped name: "
+            "then the time of a step is predicted too.",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print predicted against measured as JSON on stdout.")
+    ] = False,
 ) -> None:
     """Write a report on one or several runs as one HTML file that needs no network.
 
     Reads metrics.jsonl and resolved.yaml of each run, never a checkpoint. The runs may be running,
     killed, or of an older version of dmoe: what was not recorded is left out and reported.
 
+    Each run is compared with the plan of its config: memory, time of a step, drops.
+
     Example: dmoe report runs/latest
     """
+    from dmoe.simulation.cluster import load_cluster
+    from dmoe.simulation.grade import grade_runs
+
+    known = None if cluster is None else load_cluster(cluster)
+    grades = grade_runs(load_runs(runs), known)
     target = output or (runs[0] / REPORT_NAME if len(runs) == 1 else Path(REPORT_NAME))
     try:
-        write_report(runs, target)
+        write_report(runs, target, grades)
     except OSError as error:
         raise ConfigError(
             "--output", target, f"cannot be written ({error.strerror})", "choose another file"
         ) from None
+    if as_json:
+        plans = {name: asdict(found) for name, found in grades.items()}
+        print(json.dumps({"report": str(target), "plans": plans}, indent=2))
+        return
     print(f"report: {target}")
 
 
@@ -142,8 +166,9 @@ def full_lines(runs: Sequence[Run]) -> list[str]:
         if len(runs) > 1:
             lines.append(f"{single_line(run.name)}:")
         lines += result_lines(run.metrics)
-        if not is_finished(run):
-            lines += ["", unfinished_remark(run)]
+        remarks = [] if is_finished(run) else [unfinished_remark(run)]
+        for remark in [*remarks, *problems(run)]:
+            lines += ["", remark]
     return lines
 
 

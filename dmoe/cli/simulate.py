@@ -15,11 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dmoe.cli.common import ARGUMENTS_HELP, TrustCode, decimal, load_arguments
+from dmoe.cli.common import (
+    ARGUMENTS_HELP,
+    TrustCode,
+    decimal,
+    load_arguments,
+    load_with_run,
+    read_factor,
+)
 from dmoe.config.errors import ConfigError
 from dmoe.config.launch_env import read_launch_env
-from dmoe.config.load import load
-from dmoe.config.plugin_loader import refuse_code
 from dmoe.config.rules import check
 from dmoe.config.rules.layer import check_layer
 from dmoe.config.schema import Config
@@ -76,6 +81,13 @@ def command(
         str | None,
         typer.Option(metavar="N[,N...]", help="--replay: slots per rank for copies."),
     ] = None,
+    bias: Annotated[
+        str | None,
+        typer.Option(
+            metavar="B[,B...]",
+            help="--replay: select again with moe.balance.bias; needs tracking.trace=scores.",
+        ),
+    ] = None,
     routing_only: Annotated[
         bool, typer.Option("--routing-only", help="Route tokens of random numbers, train nothing.")
     ] = False,
@@ -104,17 +116,17 @@ def command(
     if replay is not None:
         _replay(
             arguments or [], replay, ranks, ep,
-            factor, group, pool, placement, copies, export, plot, as_json, trust_code,
+            factor, group, pool, placement, copies, bias, export, plot, as_json, trust_code,
         )  # fmt: skip
         return
-    capacity = {"factor": factor, "group": group, "pool": pool}
-    moves = {"kind": placement, "copies": copies}
-    for section, options in (("moe.capacity", capacity), ("parallel.placement", moves)):
-        for name, value in options.items():
-            if value is not None:
-                option = "--placement" if name == "kind" else f"--{name}"
-                fix = f"give {section}.{name}={value}, or --replay TRACE"
-                raise ConfigError(option, value, "belongs to --replay", fix)
+    capacity = {"capacity.factor": factor, "capacity.group": group, "capacity.pool": pool}
+    moe = {f"moe.{name}": value for name, value in {**capacity, "balance.bias": bias}.items()}
+    moves = {"parallel.placement.kind": placement, "parallel.placement.copies": copies}
+    for field, value in (moe | moves).items():
+        if value is not None:
+            name = field.rpartition(".")[2].replace("kind", "placement")
+            fix = f"give {field}={value}, or --replay TRACE"
+            raise ConfigError(f"--{name}", value, "belongs to --replay", fix)
     config, text = load_arguments(arguments or [])
     (world,) = _integers("--ranks", ranks or "8", one=True)
     sizes = [n for n in range(1, world + 1) if world % n == 0 and config.moe.num_experts % n == 0]
@@ -153,6 +165,7 @@ def _replay(
     pool: str | None,
     placement: str | None,
     copies: str | None,
+    bias: str | None,
     export: str | None,
     plot: Path | None,
     as_json: bool,
@@ -161,23 +174,18 @@ def _replay(
     """Compare settings on a trace; the options are lists with commas."""
     from dmoe.simulation.formats import export_trace, open_any
 
-    given = [*arguments]
-    resolved = Path(path) / "resolved.yaml"
-    if resolved.is_file() and not (given and "=" not in given[0]):
-        if not trust_code:
-            refuse_code(load(resolved), [argument.partition("=")[0] for argument in given])
-        given = [str(resolved), *given]
-    config, _ = load_arguments(given)
+    config = load_with_run(arguments, path, trust_code)
     trace = open_any(Path(path), config)
     if export is not None:
         print(f"{export_trace(trace, export, config)}: written")
         return
     lists = {
-        "factor": _values("--factor", factor, config.moe.capacity.factor, _factor),
+        "factor": _values("--factor", factor, config.moe.capacity.factor, read_factor),
         "group": _values("--group", group, config.moe.capacity.group, str),
         "pool": _values("--pool", pool, config.moe.capacity.pool, _integer),
         "placement": _values("--placement", placement, config.parallel.placement.kind, str),
         "copies": _values("--copies", copies, config.parallel.placement.copies, _integer),
+        "bias": _values("--bias", bias, None, lambda text: float(decimal(text, NUMBER))),
     }
     worlds = _integers("--ranks", ranks or str(_world(Path(path)) * config.parallel.virtual_ranks))
     eps = _integers("--ep", ep) if ep else None
@@ -194,8 +202,8 @@ def _world(run: Path) -> int:
     """Return the number of processes of a run; 1 for what is no run directory."""
     if not (run / "metrics.jsonl").is_file():
         return 1
-    starts = (line for line in read_metrics(run / "metrics.jsonl", layers=False))
-    return int(next((line["world"] for line in starts if line["event"] == "start"), 1))
+    lines = read_metrics(run / "metrics.jsonl", layers=False)
+    return int(next((line["world"] for line in lines if line["event"] == "start"), 1))
 
 
 def _settings(
@@ -207,26 +215,30 @@ def _settings(
 ) -> list[Setting]:
     """Return one setting per combination; a factor of none once, whatever its group and pool."""
     from dmoe.simulation.replay import Setting
+    from dmoe.simulation.trace import first_placement
 
     settings: list[Setting] = []
     moe, given = config.moe, config.parallel.placement
     for world in worlds:
         fits = [n for n in range(1, world + 1) if world % n == 0 and moe.num_experts % n == 0]
         for ep in eps or [max(fits)]:
-            for factor, group, pool, placement, copies in itertools.product(*lists.values()):
+            for factor, group, pool, placement, copies, bias in itertools.product(*lists.values()):
                 if factor is None and (group, pool) != (lists["group"][0], lists["pool"][0]):
                     continue
                 capacity = replace(moe.capacity, factor=factor, group=group, pool=pool)
                 if factor is None:
                     capacity = replace(capacity, pool=1, pool_floor=1.0)
-                check_layer(replace(moe, capacity=capacity))
+                balance = moe.balance if bias is None else replace(moe.balance, bias=bias)
+                for section, name in ((capacity, "capacity"), (balance, "balance")):
+                    check_bounds(section, f"moe.{name}.")
+                check_layer(replace(moe, capacity=capacity, balance=balance))
                 moves = replace(given, kind=placement, copies=copies)
                 if given.kind == "fixed" and placement == "periodic":
                     moves = replace(moves, every=1, from_="last")
                 check_bounds(moves, "parallel.placement.")
-                share = max(1, batch // world)
-                micro = min(config.train.micro_batch or share, share)
-                settings.append(Setting(world, ep, micro, capacity, moves))
+                micro = min(config.train.micro_batch or batch, max(1, batch // world))
+                owned = first_placement(config, ep)
+                settings.append(Setting(world, ep, micro, capacity, moves, owned, bias))
     return settings
 
 
@@ -234,23 +246,28 @@ def _rows(trace: Trace, settings: list[Setting], config: Config) -> list[dict[st
     import torch
 
     from dmoe.simulation.replay import summarize
+    from dmoe.simulation.selection import reselected, with_next_choices
     from dmoe.train.engine import resolve_precision
 
     precision = resolve_precision(config.train.precision, torch.device("cpu"), config.model.dim)
     size = BYTES_PER_NUMBER[precision]
-    return [summarize(trace, setting, config, size) for setting in settings]
+    traces: dict[float | None, Trace] = {None: with_next_choices(trace, config)}
+    for bias in {each.bias for each in settings if each.bias is not None}:
+        moe = replace(config.moe, balance=replace(config.moe.balance, bias=bias))
+        traces[bias] = reselected(trace, replace(config, moe=moe))
+    return [summarize(traces[setting.bias], setting, config, size) for setting in settings]
 
 
 def _show(
     rows: list[dict[str, Any]], path: Path | None, as_json: bool, notes: dict[str, Any]
 ) -> None:
-    from dmoe.simulation.replay import HEAD, table_rows
+    from dmoe.simulation.replay import table
 
     if as_json:
         print(json.dumps({"rows": rows, **notes}, indent=2))
         return
     width = min(140, shutil.get_terminal_size((100, 24)).columns)
-    print("\n".join(text_table(HEAD, table_rows(rows), width)))
+    print("\n".join(text_table(*table(rows), width)))
     if notes:
         peak = format_bytes(notes["peak_bytes"])
         print(f"routed in {format_duration(notes['seconds'])}, with {peak} at most")
@@ -268,10 +285,6 @@ def _values(option: str, text: str | None, default: Any, parse: Callable[[str], 
         names = ", ".join(allowed[option])
         raise ConfigError(option, wrong[0], f"must be of {names}", f"use {allowed[option][0]}")
     return values
-
-
-def _factor(text: str) -> float | None:
-    return None if text in ("none", "null") else float(decimal(text, NUMBER))
 
 
 def _integer(text: str) -> int:

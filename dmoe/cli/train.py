@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from dmoe.cli.common import ARGUMENTS_HELP, TrustCode, integer, load_arguments, load_resumed
-from dmoe.cli.surroundings import keep_running_without_output
+from dmoe.cli.surroundings import keep_running_without_output, large_imports
 from dmoe.config.errors import ConfigError
 from dmoe.config.launch_env import has_accelerator, main_memory, read_launch_env
 from dmoe.config.rules import check, check_memory
@@ -103,7 +103,8 @@ def command(
     if ranks is None and (launcher is None or launcher.rank == 0):
         _advise(config)
     if ranks is None:
-        from dmoe.train.run import train
+        with large_imports():
+            from dmoe.train.run import train
 
         train(config, given, quiet)
     else:

@@ -16,6 +16,7 @@ from typing import Any
 from dmoe.config.errors import ConfigError
 from dmoe.config.plugins import get, put
 from dmoe.config.schema import Config
+from dmoe.config.transformers_log import quiet
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 INSTALL = "pip install 'dmoe[models]'"
@@ -39,9 +40,36 @@ FIELD_NAMES = {
     "moe.expert_dim": ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"),
 }
 """Fields that come from the source, and their names in the configs of transformers."""
+FIX = "give a model of the table in docs/models.md"
 TOKENIZER = "tokenizer.json"
 DEQUANTIZED = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 """Quantisations that transformers can undo, and its class for each."""
+
+READS_IMAGES = "reads images or sound, and transformers has no causal language model of it"
+ENCODER_DECODER = "is an encoder with a decoder, and no causal language model"
+REFUSED = {
+    "dbrx": "has the experts of a layer in matrices without a dimension for the experts",
+    "deepseek_ocr2": READS_IMAGES,
+    "diffusion_gemma": "writes blocks of tokens by diffusion, and is no causal language model",
+    "doge": "has experts of one row each, chosen by product keys: there is nothing to dispatch",
+    "ernie4_5_vl_moe": READS_IMAGES,
+    "glm4v_moe": READS_IMAGES,
+    "glm5_next": READS_IMAGES,
+    "jetmoe": "has experts in its attention too, and no module that holds those of a layer",
+    "mistral_large4": READS_IMAGES,
+    "muse_spark": READS_IMAGES,
+    "nllb-moe": ENCODER_DECODER,
+    "openai_privacy_filter": "classifies tokens, and is no causal language model",
+    "qwen3_omni_moe": READS_IMAGES,
+    "qwen3_vl_moe": READS_IMAGES,
+    "step3p7": READS_IMAGES,
+    "switch_transformers": ENCODER_DECODER,
+    "unlimited_ocr": READS_IMAGES,
+    "vitpose_backbone": "finds poses in images, and is no causal language model",
+}
+"""Mixtures of transformers that dmoe does not train, by `model_type`, and why.
+
+Of those that read images, `dmoe.moefy` takes a live model."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +102,12 @@ def read_shape(source: str) -> PublishedShape:
     """Read the shape of a published model.
 
     Raises:
-        ConfigError: no model of transformers, none with experts, or transformers is missing.
+        ConfigError: no model of transformers, none with experts, one of `REFUSED`, or transformers
+            is missing.
     """
     config = read_config(source)
+    if (why := REFUSED.get(config.model_type)) is not None:
+        raise ConfigError("model.source", source, f"is a {config.model_type}, which {why}", FIX)
     text = config.get_text_config()
     fields = {}
     for field, names in FIELD_NAMES.items():
@@ -107,7 +138,8 @@ def read_config(source: str) -> Any:
         allowed = "has no config.json"
         raise ConfigError("model.source", source, allowed, "name a directory of save_pretrained")
     try:
-        return transformers.AutoConfig.from_pretrained(file.parent, trust_remote_code=False)
+        with quiet():  # it warns of the same field at each reading
+            return transformers.AutoConfig.from_pretrained(file.parent, trust_remote_code=False)
     except Exception as error:
         said = " ".join(str(error).split())[:200]
         allowed = f"is no model that transformers {transformers.__version__} knows: {said}"
@@ -134,7 +166,7 @@ def quantization_of(source: str) -> str | None:
 def source_file(source: str, name: str) -> Path | None:
     """Return a file of a published model, or None."""
     path = Path(source).expanduser()
-    if path.is_dir() or not HUB_NAME.fullmatch(source):
+    if path.exists() or not HUB_NAME.fullmatch(source):
         file = source_directory(source) / name
         return file if file.is_file() else None
     return _download(source, name)
@@ -196,6 +228,9 @@ def _download(source: str, name: str | None) -> Path:
     except ImportError:
         allowed = "is no directory here, and to fetch it needs transformers"
         raise ConfigError("model.source", source, allowed, f"run {INSTALL}") from None
+    log: Any = huggingface_hub.utils.logging
+    level = log.get_verbosity()
+    log.set_verbosity_error()  # of each of its tries, before the sentence below
     try:
         if name is None:
             patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -208,3 +243,5 @@ def _download(source: str, name: str | None) -> Path:
         allowed = f"is no directory here, and not to be had from the hub ({kind})"
         fix = "download it where there is a network, and name its directory"
         raise ConfigError("model.source", source, allowed, fix) from None
+    finally:
+        log.set_verbosity(level)

@@ -161,6 +161,8 @@ def describe_optimizer(optim: OptimConfig) -> list[str]:
         kind = describe(optim.kind, optim.options)
     if optim.moments == "bf16":
         kind += ", moments in bfloat16 with stochastic rounding"
+    if optim.offload:
+        kind += ", moments in the main memory of the host"
     return [
         f"Optimizer: {kind}; weight "
         f"decay {optim.weight_decay:g} on matrices, none on norms, routers and embeddings; {clip}.",

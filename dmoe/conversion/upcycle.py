@@ -161,7 +161,10 @@ def _check_one_process(config: Config) -> None:
 
 def _start(dense: _Dense, config: Config, config_text: str, init: ExpertInit) -> UpcycleResult:
     task = task_of(config)
-    data, model = task.open_data(), task.build_model()
+    data = task.open_data()
+    with torch.device("meta"):  # or the constructor would draw all experts too
+        model = task.build_model()
+    model.to_empty(device="cpu")
     model.initialize(config.train.seed)
     layers = copy_weights(dense.model, model, init, config.train.seed)
     difference, dense_loss, loss = compare_models(dense.model, model, task, data)

@@ -1,84 +1,38 @@
-"""Expert-parallel dispatchers: all-to-all of tokens to the ranks of their experts, and back.
+"""The all-to-all of tokens to the ranks of their experts and back, and the packed dispatcher.
 
 Packed sends only the rows that exist. Per layer, forward: counts (a few bytes), rows out, rows back
 = 3 collectives and 1 host read (the split sizes); backward: 2 collectives. Bytes per rank and
 direction: (rows for other ranks) * M * itemsize.
 
-Padded sends C slots for each (group, expert). Forward 2 collectives, backward 2, no host read: all
-shapes follow from the config. Bytes per rank and direction: (EP-1)/EP * E * G * C * M * itemsize.
-
-Sorting, dropping and summing are shared with the local dispatchers (moe/dispatch.py).
+Sorting, dropping and summing are shared with the local dispatchers (moe/dispatch.py). Dispatchers
+with fixed slots are in `padded_all_to_all.py`.
 
 Letters: T tokens, D width, M row width, E experts, e local experts (E/EP), K experts per token,
-N rows sent, R rows received, P = EP ranks, G groups, C slots of one (group, expert).
+N rows sent, R rows received, P = EP ranks.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 
 from dmoe.distributed.collective_check import CollectiveChecker
-from dmoe.moe.base_layer import MoELayer
-from dmoe.moe.copy_planner import CopyTotals
+from dmoe.distributed.exchange.comm_timer import CommTimer
 from dmoe.moe.dispatch import (
     Permutation,
     packed_permutation,
-    padded_permutation,
     permute,
     profiled,
     unpermute,
 )
-from dmoe.moe.interfaces import RowCounts, TokensPerExpert
+from dmoe.moe.inputs import first_derivative_only
+from dmoe.moe.interfaces import RowCounts
 from dmoe.moe.routing import DispatchPlan
-
-
-@dataclass
-class CommTimer:
-    """Time and bytes of one layer's all-to-alls, recomputed ones included. Off by default."""
-
-    clock: Callable[[], float] | None = None
-    """Returns seconds, after a device synchronisation on a GPU; None while the timer is off."""
-    seconds: float = 0.0
-    """Includes the time spent waiting for other ranks."""
-    sent_bytes: int = 0
-    """Sent to other ranks; rows that stay on this rank do not count."""
-    copies: CopyTotals = field(default_factory=CopyTotals)
-
-    def start(self, clock: Callable[[], float]) -> None:
-        """Reset both sums and start measuring with `clock`."""
-        self.clock, self.seconds, self.sent_bytes = clock, 0.0, 0
-        self.copies = CopyTotals()
-
-    def stop(self) -> None:
-        """Stop measuring and keep the sums."""
-        self.clock = None
-
-    @contextmanager
-    def measure(
-        self, rows: Tensor, send_counts: list[int] | None, group: dist.ProcessGroup
-    ) -> Iterator[None]:
-        """Measure one all-to-all of `rows`, split by `send_counts` (None: equally)."""
-        if self.clock is None:
-            yield
-            return
-        if send_counts is None:
-            local_rows = len(rows) // dist.get_world_size(group)
-        else:
-            local_rows = send_counts[dist.get_rank(group)]
-        row_bytes = math.prod(rows.shape[1:]) * rows.element_size()
-        self.sent_bytes += (len(rows) - local_rows) * row_bytes
-        start = self.clock()
-        yield
-        self.seconds += self.clock() - start
 
 
 @dataclass(frozen=True)
@@ -89,6 +43,12 @@ class ExpertGroup:
     layer: int = 0
     checker: CollectiveChecker | None = None
     timer: CommTimer = field(default_factory=CommTimer)
+    wire: torch.dtype | None = None
+    """Dtype in which rows and their gradients are sent (`parallel.exchange.wire`). None: theirs."""
+
+    def on_wire(self, rows: Tensor) -> Tensor:
+        """Return rows as they are sent, contiguous."""
+        return rows.to(rows.dtype if self.wire is None else self.wire).contiguous()
 
     def all_to_all_autograd(
         self,
@@ -119,6 +79,37 @@ class ExpertGroup:
         Returns:
             [R, ...], ordered by source rank.
         """
+        return self.start(rows, send_counts, recv_counts, operation, wait=True)[0]
+
+    def exchange_counts(self, count_PX: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Exchange numbers for each rank. One all-to-all; two levels: two.
+
+        Returns:
+            Those from each rank, [P, X], and what `splits` needs to read besides, [P, X] or None.
+        """
+        return self.all_to_all(count_PX, None, None, "counts"), None
+
+    def splits(self, read: list[list[int]]) -> tuple[list[int], list[int]]:
+        """Return rows to send and to receive from what the host has read: sums over X.
+
+        Those of `count_PX` first, then those of both results of `exchange_counts`.
+        """
+        return read[0], read[1]
+
+    def start(
+        self,
+        rows: Tensor,
+        send_counts: list[int] | None,
+        recv_counts: list[int] | None,
+        operation: str,
+        *,
+        wait: bool = False,
+    ) -> tuple[Tensor, dist.Work | None]:
+        """Start an all-to-all; `all_to_all` has the arguments.
+
+        Returns:
+            What is received, not before the work is waited for, and the work; None if it is done.
+        """
         assert send_counts is None or sum(send_counts) == len(rows), (
             f"{operation}: {len(rows)} rows, but {sum(send_counts or [])} to send"
         )
@@ -127,16 +118,11 @@ class ExpertGroup:
         num_received = len(rows) if recv_counts is None else sum(recv_counts)
         received = rows.new_empty((num_received, *rows.shape[1:]))
         with profiled("exchange"), self.timer.measure(rows, send_counts, self.group):
-            dist.all_to_all_single(
-                received, rows.contiguous(), recv_counts, send_counts, group=self.group
+            more: dict[str, Any] = {} if wait else {"async_op": True}
+            work = dist.all_to_all_single(
+                received, rows.contiguous(), recv_counts, send_counts, group=self.group, **more
             )
-        return received
-
-
-def comm_timers(model: nn.Module) -> list[CommTimer]:
-    """List the timer of each MoE layer that uses an all-to-all; empty where EP = 1."""
-    packed = [module.packed for module in model.modules() if isinstance(module, MoELayer)]
-    return [each.expert_group.timer for each in packed if isinstance(each, PackedAllToAll)]
+        return received, work
 
 
 class _AllToAll(Function):
@@ -153,14 +139,19 @@ class _AllToAll(Function):
     ) -> Tensor:
         ctx.send_counts, ctx.recv_counts = send_counts, recv_counts
         ctx.operation, ctx.expert_group = operation, expert_group
-        return expert_group.all_to_all(rows, send_counts, recv_counts, operation)
+        received = expert_group.all_to_all(
+            expert_group.on_wire(rows), send_counts, recv_counts, operation
+        )
+        return received.to(rows.dtype)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        grad = ctx.expert_group.all_to_all(
-            grads[0], ctx.recv_counts, ctx.send_counts, f"{ctx.operation} backward"
+        group: ExpertGroup = ctx.expert_group
+        grad = group.all_to_all(
+            group.on_wire(grads[0]), ctx.recv_counts, ctx.send_counts, f"{ctx.operation} backward"
         )
-        return grad, None, None, None, None
+        return grad.to(grads[0].dtype), None, None, None, None
 
 
 class _Reorder(Function):
@@ -172,6 +163,7 @@ class _Reorder(Function):
         return _gathered(rows, order_R, None if others[1] is None else others[1][order_R])
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         return _gathered(grads[0], *ctx.saved_tensors), None, None, None
 
@@ -217,21 +209,30 @@ class PackedAllToAll:
         self, x_TD: Tensor, plan: DispatchPlan
     ) -> tuple[Tensor, RowCounts, PackedDispatchMetadata]:
         """Send each token to the ranks of its experts; see `moe.interfaces.Dispatcher`."""
-        permutation, count_E = packed_permutation(plan)
-        count_Pe = count_E.view(self.num_ranks, -1)
-        recv_count_Pe = self.expert_group.all_to_all(count_Pe, None, None, "counts")
-        counts = torch.stack([count_Pe.sum(1), recv_count_Pe.sum(1)])
-        # The only host read: split sizes of an all-to-all are Python integers.
-        send_counts, recv_counts = counts.tolist()
-
-        permutation = permutation.first_rows(sum(send_counts))
-        rows_ND = permute(x_TD, permutation)
+        permutation, recv_count_Pe, send_counts, recv_counts = self.count(plan)
         rows_RD = self.expert_group.all_to_all_autograd(
-            rows_ND, send_counts, recv_counts, "dispatch"
+            permute(x_TD, permutation), send_counts, recv_counts, "dispatch"
         )
         order_R, inverse_R = local_expert_order(recv_count_Pe, sum(recv_counts))
         metadata = PackedDispatchMetadata(permutation, send_counts, recv_counts, order_R, inverse_R)
         return reorder(rows_RD, order_R, inverse_R), recv_count_Pe.sum(0), metadata
+
+    def count(self, plan: DispatchPlan) -> tuple[Permutation, Tensor, list[int], list[int]]:
+        """Exchange the rows per expert: one all-to-all, one host read.
+
+        Returns:
+            The permutation of the rows to send, the rows of each source rank for each local expert,
+            and the rows to send to and to receive from each rank.
+        """
+        permutation, count_E = packed_permutation(plan)
+        count_Pe = count_E.view(self.num_ranks, -1)
+        recv_count_Pe, more_Pe = self.expert_group.exchange_counts(count_Pe)
+        counts = [count_Pe, recv_count_Pe] + ([] if more_Pe is None else [more_Pe])
+        # The only host read: split sizes of an all-to-all are Python integers.
+        read = torch.stack([count.sum(1) for count in counts]).tolist()
+        send_counts, recv_counts = self.expert_group.splits(read)
+        permutation = permutation.first_rows(sum(send_counts))
+        return permutation, recv_count_Pe, send_counts, recv_counts
 
     def combine(
         self, rows_RD: Tensor, weight_TK: Tensor, metadata: PackedDispatchMetadata
@@ -258,42 +259,3 @@ def local_expert_order(recv_count_Pe: Tensor, num_rows: int) -> tuple[Tensor, Te
     order_R = expert_R.sort(stable=True).indices
     position_R = torch.arange(num_rows, device=order_R.device)
     return order_R, torch.empty_like(order_R).scatter_(0, order_R, position_R)
-
-
-@dataclass(frozen=True)
-class PaddedDispatchMetadata:
-    """State of one padded dispatch that `combine` needs."""
-
-    permutation: Permutation
-    slots_per_expert: int
-    """Rows that one rank sends to one expert: G * C."""
-
-
-class PaddedAllToAll:
-    """Dispatcher with fixed slots and equal splits: no counts, no host read."""
-
-    def __init__(self, expert_group: ExpertGroup) -> None:
-        self.expert_group, self.num_ranks = expert_group, dist.get_world_size(expert_group.group)
-
-    def dispatch(
-        self, x_TD: Tensor, plan: DispatchPlan
-    ) -> tuple[Tensor, TokensPerExpert, PaddedDispatchMetadata]:
-        """Send each token to the ranks of its experts; see `moe.interfaces.Dispatcher`."""
-        assert plan.slots is not None, "the padded exchange needs a capacity"
-        slots = plan.slots.rows_per_expert
-        metadata = PaddedDispatchMetadata(padded_permutation(plan), slots)
-        rows_RD = self.expert_group.all_to_all_autograd(
-            permute(x_TD, metadata.permutation), None, None, "dispatch"
-        )
-        rows_PeCD = rows_RD.view(self.num_ranks, -1, slots, rows_RD.shape[1])
-        return rows_PeCD.transpose(0, 1).flatten(0, 2), self.num_ranks * slots, metadata
-
-    def combine(
-        self, rows_RD: Tensor, weight_TK: Tensor, metadata: PaddedDispatchMetadata
-    ) -> Tensor:
-        """Return the rows to their tokens and sum them with their weights."""
-        rows_ePCD = rows_RD.view(-1, self.num_ranks, metadata.slots_per_expert, rows_RD.shape[1])
-        rows_ND = self.expert_group.all_to_all_autograd(
-            rows_ePCD.transpose(0, 1).flatten(0, 2), None, None, "combine"
-        )
-        return unpermute(rows_ND, weight_TK, metadata.permutation)

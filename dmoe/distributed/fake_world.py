@@ -9,15 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 
+from dmoe.config.schema import Config, ExchangeConfig
 from dmoe.distributed.mesh import ParallelMesh, build_mesh
 
 
@@ -29,10 +33,39 @@ def fake_world(world: int, ep: int, rank: int = 0) -> Iterator[ParallelMesh]:
         return
     assert not dist.is_initialized(), "this process is in a world already"
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    chunks = _first_chunk if rank == 0 else all_chunks
     try:
-        yield build_mesh(ep, torch.device("meta"))
+        with mock.patch.object(_fsdp_param, "_chunk_with_empty", chunks):
+            yield build_mesh(ep, torch.device("meta"))
     finally:
         dist.destroy_process_group()
+
+
+all_chunks: Any = vars(_fsdp_param)["_chunk_with_empty"]
+"""FSDP2's division of a parameter among the ranks: a list with a tensor for each of them."""
+
+
+def _first_chunk(tensor: Tensor, num_chunks: int, dim: int) -> list[Tensor]:
+    """Return the chunk of rank 0 alone, which is all that FSDP2 reads there; torch 2.13.
+
+    Of 1,024 ranks, the others are 1,023 tensors for each parameter.
+    """
+    size = tensor.shape[dim]
+    if size == 0:
+        return list(all_chunks(tensor, num_chunks, dim))
+    return [tensor.narrow(dim, 0, -(-size // num_chunks))]
+
+
+def counted_exchange(config: Config) -> ExchangeConfig:
+    """Return the options of the exchange whose bytes are counted in place of the config's.
+
+    Of two levels those of one: between nodes they are the same. A library sends the rows of
+    `once_per_rank`.
+    """
+    exchange = config.parallel.exchange
+    by_library = exchange.library != "torch" and config.moe.top_k > 1
+    once = exchange.once_per_rank or by_library
+    return replace(exchange, levels=1, library="torch", once_per_rank=once)
 
 
 def materialize(model: nn.Module) -> None:
@@ -71,6 +104,8 @@ class Collective(NamedTuple):
     sent: int
     """Bytes that this rank sends to other ranks, by the algorithm of least bytes: a ring for sums
     and gathers; all rows but its own for all_to_all."""
+    buffers: int = 0
+    """Bytes of what goes in and of what comes out, of an all_to_all."""
 
 
 COLLECTIVES = {
@@ -105,7 +140,8 @@ def collective_of(name: str, args: Any) -> Collective | None:
         splits = args[4] if len(args) > 4 and isinstance(args[4], (list, tuple)) else None
         own = len(rows) // ranks if not splits else splits[group.rank()]
         row = rows.element_size() * math.prod(rows.shape[1:])
-        return Collective(kind, group.group_name, ranks, (len(rows) - own) * row)
+        buffers = sum(t.numel() * t.element_size() for t in tensors[:2])
+        return Collective(kind, group.group_name, ranks, (len(rows) - own) * row, buffers)
     if kind == "all_reduce":
         sent = 2 * size * (ranks - 1) // ranks
     elif kind == "broadcast":

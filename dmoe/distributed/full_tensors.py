@@ -218,6 +218,17 @@ def full_norm(value: Tensor) -> float:
     return float(_unsharded(value.detach().norm()))
 
 
+def on_device_of(parameter: Tensor, value: Tensor) -> Tensor:
+    """Return `value`, sharded as it is, on the device of its parameter, for a collective.
+
+    A moment may be in the memory of the host (`optim.offload`).
+    """
+    local = local_tensor(value).to(local_tensor(parameter).device)
+    if not isinstance(value, DTensor):
+        return local
+    return DTensor(local, value._spec, requires_grad=False)
+
+
 def full_tensor(value: Tensor) -> Tensor:
     """Copy the full tensor of `state_dict.model_state`, on every rank; collective if sharded."""
     return value.full_tensor().detach() if isinstance(value, DTensor) else value.detach().clone()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -167,12 +168,89 @@ def all_reduce_max(value: Tensor, mesh: ParallelMesh) -> Tensor:
     return value
 
 
-def clip_grads_(model: nn.Module, norm: float, max_norm: float) -> float:
-    """Scale all gradients by `min(1, max_norm / (norm + 1e-6))`; return the factor.
+class StepDecision(NamedTuple):
+    """Tells fused AdamW how to take a step: `grad_scale` and `found_inf` of torch's optimizers."""
+
+    grad_scale: Tensor | None
+    """float32 scalar, by which the update divides the gradients. None: by nothing."""
+    found_inf: Tensor | None
+    """float32 scalar: 1 leaves weights, moments and step count as they are, 0 does not. None: 0."""
+
+
+def decide_step(sums: Tensor, max_norm: float | None) -> StepDecision:
+    """Decide on the device whether and how to clip, and whether to skip; no host read.
+
+        grad_scale = max(1, (norm + 1e-6) / max_norm)
+        found_inf  = norm or loss is not finite
+
+    Args:
+        sums: float64 [3], over all ranks: squared norms of dense and expert gradients, loss.
+        max_norm: `optim.clip`.
+    """
+    norm = sums[:2].sum().sqrt()
+    skip = ~torch.stack([norm, sums[2]]).isfinite().all()
+    scale = None if max_norm is None else ((norm + 1e-6) / max_norm).clamp(min=1.0).float()
+    return StepDecision(scale, skip.float())
+
+
+def folds_clip(optimizer: torch.optim.Optimizer, loss_scaler: object = None) -> bool:
+    """Return whether `step_as_decided` can clip: fused AdamW of float32 parameters.
+
+    The scale is float32, too coarse for a float64 model; and a loss scaler sets it itself.
+    """
+    if loss_scaler is not None:
+        return False
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has torch's
+    clips = type(inner) is torch.optim.AdamW or getattr(inner, "clips_in_its_step", False)
+    return clips and all(
+        group["fused"] and all(p.dtype == torch.float32 for p in group["params"])
+        for group in inner.param_groups
+    )
+
+
+def step_as_decided(optimizer: torch.optim.Optimizer, decision: StepDecision) -> None:
+    """Take the step of a fused optimizer, which clips in its own pass over the gradients."""
+    inner: Any = getattr(optimizer, "optimizer", optimizer)
+    inner.grad_scale, inner.found_inf = decision
+    try:
+        optimizer.step()
+    finally:
+        inner.grad_scale = inner.found_inf = None
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float | None) -> None:
+    """Set the rate of each group, a multiple of that of the run."""
+    for group in optimizer.param_groups if rate is not None else ():
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+def start_host_copy(vector: Tensor) -> Callable[[], list[float]]:
+    """Start to copy `vector` to the host; the result waits for it, not for later launches."""
+    if not vector.is_cuda:
+        return vector.tolist
+    on_host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+    on_host.copy_(vector, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return on_host.tolist()
+
+    return read
+
+
+def clip_factor(norm: float, max_norm: float | None) -> float:
+    """Compute `min(1, max_norm / (norm + 1e-6))`; 1 without a limit."""
+    return 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
+
+
+def clip_grads_(model: nn.Module, norm: float, max_norm: float | None) -> float:
+    """Scale all gradients by `clip_factor`; return the factor.
 
     `norm` is the global norm, so the factor is the same on all ranks. No collective.
     """
-    factor = min(1.0, max_norm / (norm + 1e-6))
+    factor = clip_factor(norm, max_norm)
     if factor < 1.0:
         grads = [local_tensor(p.grad) for p in model.parameters() if p.grad is not None]
         torch._foreach_mul_(grads, factor)

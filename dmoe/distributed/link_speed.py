@@ -1,4 +1,4 @@
-"""Latency and bandwidth between pairs of ranks, clocks of the ranks, and short texts of all.
+"""Latency and bandwidth between pairs of ranks, clocks and texts of all; times of collectives.
 
 Pairs are met as in a tournament: in round s, rank r exchanges with the rank whose sum with r is s
 (modulo W), so that every round is a set of disjoint pairs and W rounds meet all of them. A pair
@@ -10,8 +10,13 @@ Letters: W ranks.
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -116,3 +121,61 @@ def _exchange(rank: int, partner: int, size: int, device: torch.device) -> Tenso
     received = torch.empty_like(rows)
     dist.all_to_all_single(received, rows, splits, splits)
     return received
+
+
+def time_collectives(
+    rank: int, world: int, sizes: list[int], count: int
+) -> dict[str, list[list[float]]]:
+    """Time the collectives of a step among all ranks. Collective.
+
+    Args:
+        rank: of this process.
+        world: number of ranks.
+        sizes: bytes that a rank sends, about.
+        count: calls of each size.
+
+    Returns:
+        By kind: [bytes sent, seconds].
+    """
+    found = defaultdict(list)
+    for size in sizes:
+        part = max(1, size // 4 // world)
+        whole, piece = torch.zeros(world, part), torch.zeros(part)
+        out = torch.zeros(world, part)
+        calls: dict[str, tuple[int, Callable[[], Any]]] = {
+            "all_to_all": (1, partial(dist.all_to_all_single, out, whole)),
+            "all_reduce": (2, partial(dist.all_reduce, whole)),
+            "all_gather": (1, partial(dist.all_gather, list(out), piece)),
+            "reduce_scatter": (1, partial(dist.reduce_scatter, piece, list(whole))),
+        }
+        for kind, (times, call) in calls.items():
+            dist.barrier()
+            sent = times * 4 * part * (world - 1)
+            found[kind].append([float(sent), _slowest(_median(call, count))])
+    return dict(found)
+
+
+def _slowest(seconds: float) -> float:
+    """Return the largest time of all ranks. Collective."""
+    largest: Tensor = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
+
+
+def _median(call: Callable[[], Any], count: int) -> float:
+    """Return the median time of `count` calls, after one that does not count."""
+    call()
+    times = []
+    for _ in range(count):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def count_of_rank_0(count: int) -> int:
+    """Return rank 0's count. Collective where there are ranks."""
+    shared = torch.tensor(count)
+    if dist.is_initialized():
+        dist.broadcast(shared, 0)
+    return int(shared)

@@ -13,6 +13,7 @@ Every rank is a data-parallel rank: it reads its own sequences.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,6 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dmoe.config.errors import ConfigError
+from dmoe.config.schema import ExchangeConfig
 
 MAX_CONTROL_CTAS = 4
 """Thread blocks of NCCL for a sum of a few thousand numbers."""
@@ -44,6 +48,10 @@ class ParallelMesh:
     control_group: dist.ProcessGroup | None = None
     """All ranks, for sums inside a layer's forward, and between passes for the control reduction of
     each step, evaluation and checkpoints."""
+    node_group: dist.ProcessGroup | None = None
+    """The ranks of the row on this rank's node (`parallel.exchange.levels=2`)."""
+    cross_group: dist.ProcessGroup | None = None
+    """The ranks of the row with this rank's place on other nodes, likewise."""
     checkpoint_group: dist.ProcessGroup | None = None
     """All ranks, on the CPU (gloo), only for the checkpoint writer, which may be a thread."""
 
@@ -74,7 +82,10 @@ class ParallelMesh:
         """
         groups = [
             group
-            for group in (self.ep_group, self.edp_group, self.control_group)
+            for group in (
+                *(self.ep_group, self.edp_group, self.control_group),
+                *(self.node_group, self.cross_group),
+            )
             if group is not None
         ]
         world = dist.group.WORLD
@@ -90,7 +101,9 @@ class ParallelMesh:
         )
 
 
-def build_mesh(ep: int, device: torch.device, timeout: float | None = None) -> ParallelMesh:
+def build_mesh(
+    ep: int, device: torch.device, timeout: float | None = None, node_size: int | None = None
+) -> ParallelMesh:
     """Create all process groups, in the same order on all ranks, and use each once. Collective.
 
     A communicator first used in the middle of a step would be created there, without the user's
@@ -101,6 +114,7 @@ def build_mesh(ep: int, device: torch.device, timeout: float | None = None) -> P
         device: device of the all-reduce that initialises each group.
         timeout: seconds any collective of these groups may wait, until `set_timeouts`. A new group
             does not inherit the world's: None is torch's default, 10 (NCCL) or 30 minutes.
+        node_size: ranks of a node, where rows are exchanged in two levels (`ranks_per_node`).
     """
     if not dist.is_initialized():
         assert ep == 1, f"ep={ep} needs a process group"
@@ -110,12 +124,17 @@ def build_mesh(ep: int, device: torch.device, timeout: float | None = None) -> P
     rows = [list(range(start, start + ep)) for start in range(0, world_size, ep)]
     columns = [list(range(column, world_size, ep)) for column in range(ep)]
     limit = None if timeout is None else timedelta(seconds=timeout)
+    size = node_size or 1
+    nodes = [row[first : first + size] for row in rows for first in range(0, ep, size)]
+    across = [row[place::size] for row in rows for place in range(size)] if node_size else []
     mesh = ParallelMesh(
         rank=rank,
         world_size=world_size,
         ep=ep,
         ep_group=_new_group_of_rank(rows, rank, limit),
         edp_group=_new_group_of_rank(columns, rank, limit),
+        node_group=_new_group_of_rank(nodes, rank, limit),
+        cross_group=_new_group_of_rank(across, rank, limit),
         control_group=dist.new_group(timeout=limit, pg_options=_few_channels(limit)),
         checkpoint_group=_new_cpu_group(world_size, limit),
     )
@@ -124,6 +143,48 @@ def build_mesh(ep: int, device: torch.device, timeout: float | None = None) -> P
     if mesh.checkpoint_group is not None:
         dist.all_reduce(torch.zeros(1, device="cpu"), group=mesh.checkpoint_group)
     return mesh
+
+
+def launched_mesh(ep: int, device: torch.device, exchange: ExchangeConfig | None) -> ParallelMesh:
+    """Create the process groups that `exchange` needs; nodes are those of the launcher's variables.
+
+    Collective, as `build_mesh`.
+    """
+    host_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return build_mesh(ep, device, node_size=ranks_per_node(exchange, ep, host_size, device))
+
+
+def ranks_per_node(
+    exchange: ExchangeConfig | None, ep: int, host_size: int, device: torch.device
+) -> int | None:
+    """Return the ranks of a node if the exchange has two levels, else None.
+
+    Collective with two levels: an all-reduce of two numbers.
+
+    Args:
+        exchange: its options.
+        ep: expert-parallel size.
+        host_size: number of ranks on this host; ranks are numbered host by host.
+        device: device of the all-reduce.
+
+    Raises:
+        ConfigError: hosts of unequal size, or an EP group that is not several whole hosts.
+    """
+    if exchange is None or exchange.levels == 1 or ep == 1:
+        return None
+    sizes = torch.tensor([host_size, -host_size], device=device)
+    dist.all_reduce(sizes, dist.ReduceOp.MAX)
+    largest, smallest = sizes[0].item(), -sizes[1].item()
+    why = None
+    if largest != smallest:
+        why = f"needs as many ranks on each node, and there are {smallest:.0f} to {largest:.0f}"
+    elif host_size == 1:
+        why = "saves nothing with one rank per node (LOCAL_WORLD_SIZE)"
+    elif ep % host_size or ep == host_size:
+        why = f"needs an EP group of several whole nodes of {host_size} ranks, not of {ep} ranks"
+    if why is not None:
+        raise ConfigError("parallel.exchange.levels", 2, why, "use 1")
+    return host_size
 
 
 def _new_group_of_rank(

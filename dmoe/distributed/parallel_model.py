@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.schema import ExchangeConfig
 from dmoe.distributed.data_parallel import (
     DataParallel,
     DDPStrategy,
@@ -49,7 +50,7 @@ from dmoe.distributed.gradients import (
     clip_grads_,
     squared_grad_norms,
 )
-from dmoe.distributed.mesh import ParallelMesh, build_mesh
+from dmoe.distributed.mesh import ParallelMesh, launched_mesh
 from dmoe.distributed.parallel_checks import (
     before_every_step,
     check_model,
@@ -77,29 +78,29 @@ def parallelize(
     mode: str | None = "ddp",
     mesh: ParallelMesh | None = None,
     copies: int | str = 0,
+    exchange: ExchangeConfig | None = None,
 ) -> ParallelModel:
     """Shard the experts over `ep` ranks, and make all gradients those of one process.
 
-    In place. Call it on every rank, after the process group is initialised, the model has its
-    weights and is on its device, and before an optimizer sees its parameters. Without a process
-    group it is one process. Collective: weights are those of the first rank that holds them.
+    In place, on every rank: once there is a process group, the model has its weights and device,
+    and no optimizer yet. Without a process group it is one process. Collective: weights are those
+    of the first rank that holds them.
 
     Args:
         model: any module with `dmoe.MoE` layers, not wrapped in DDP or FSDP.
         ep: expert-parallel size; divides the number of ranks, and that of the experts.
-        mode: `ddp` replicates all other parameters, `fsdp` shards them (FSDP2); None calls the
-            model without a wrapper, and averages gradients at the end of each backward.
+        mode: `ddp` replicates other parameters, `fsdp` shards them; None averages all gradients at
+            the end of each backward, without a wrapper.
         mesh: that of another parallel model, to use its process groups; `ep` is then its own.
-        copies: spare slots per rank for hot experts, or `auto` (docs/balance.md).
+        copies, exchange: as in a config: docs/balance.md, docs/parallel.md.
 
     Raises:
         ConfigError: naming the argument that cannot work.
     """
     check_model(model, ep, mode, mesh, copies)
     before = {id(parameter): weakref.ref(parameter) for parameter in model.parameters()}
-    device = next(model.parameters()).device
-    mesh = build_mesh(ep, device) if mesh is None else mesh
-    shard_experts(model, mesh, average=True, copies=CopyRule.of(copies))
+    mesh = mesh or launched_mesh(ep, next(model.parameters()).device, exchange)
+    shard_experts(model, mesh, average=True, copies=CopyRule.of(copies), exchange=exchange)
     broadcast_weights(model, mesh)
     if copies == "auto":
         measure_break_even(model, mesh, next(model.parameters()).dtype)

@@ -14,13 +14,14 @@ global id, on the column of ranks that has it; other ranks know its name and sha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch._prims_common import make_contiguous_strides_for
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from dmoe.config.errors import ConfigError
 from dmoe.distributed.expert_parallel import (
@@ -69,6 +70,9 @@ def optimizer_state(
     device_type = _device_type(model)
     device_mesh = _expert_device_mesh(mesh, device_type)
     local: dict[str, dict[str, Tensor]] = {}
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has torch's
+    if hasattr(inner, "allocate_moments"):  # all at once, on the host
+        inner.allocate_moments()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state: dict[str, Tensor] = {}
     of_layer: dict[str, tuple[str, ...]] = {}
@@ -167,10 +171,7 @@ def _stacked_experts(experts: Tensor, device_mesh: DeviceMesh | None) -> Tensor:
     shape = torch.Size([experts.shape[0] * device_mesh.size(0), *experts.shape[1:]])
     edp_placements = experts.placements if isinstance(experts, DTensor) else (Replicate(),)
     placements = [Shard(0), *edp_placements][: device_mesh.ndim]
-    stride = make_contiguous_strides_for(shape)
-    return DTensor.from_local(
-        local_tensor(experts), device_mesh, placements, run_check=False, shape=shape, stride=stride
-    )
+    return as_dtensor(local_tensor(experts), device_mesh, placements, shape)
 
 
 def _single_expert(
@@ -190,7 +191,16 @@ def _single_expert(
         local = torch.empty(0, dtype=location.dtype, device=device_type)
     else:
         local = local_tensor(value)
-    shape, stride = torch.Size(location.shape), make_contiguous_strides_for(location.shape)
-    return DTensor.from_local(
-        local, device_mesh, [Replicate()], run_check=False, shape=shape, stride=stride
-    )
+    return as_dtensor(local, device_mesh, [Replicate()], torch.Size(location.shape))
+
+
+def as_dtensor(
+    local: Tensor, device_mesh: DeviceMesh, placements: Sequence[Placement], shape: torch.Size
+) -> DTensor:
+    """Return the DTensor of global shape `shape` of which `local` is this rank's part.
+
+    They share memory. `DTensor.from_local` would move a moment that is on the host to the GPU.
+    """
+    meta = TensorMeta(shape, make_contiguous_strides_for(shape), local.dtype)
+    spec = DTensorSpec(device_mesh, tuple(placements), tensor_meta=meta)
+    return DTensor(local.detach(), spec, requires_grad=False)

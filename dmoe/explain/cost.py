@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from dmoe.config.expert_shapes import count_choices
 from dmoe.config.plugin_loader import loaded_class
 from dmoe.config.plugins import label, parse
 from dmoe.config.router_kinds import router_spec
@@ -19,12 +18,10 @@ from dmoe.distributed.expert_parallel import expert_parameters
 from dmoe.explain.setting import Section, Setting
 from dmoe.modular import adapter_layers
 from dmoe.moe.base_layer import MoELayer
-from dmoe.report.format import format_bytes, format_count, format_flops, plural
+from dmoe.report.format import BYTES_PER_NUMBER, format_bytes, format_count, format_flops, plural
 from dmoe.report.sentences import EXCHANGE, model_sentence, optimizer_sentences
 from dmoe.train.optimizer import muon_matrices
 
-COLLECTIVES = {"packed": (3, 2, 1), "padded": (2, 2, 0)}
-"""Collectives of forward and of backward, and host syncs, per layer; tests/distributed counts."""
 WEIGHT_BYTES = 4
 """Master weights are float32 in every precision; so are gradients and moments (AdamW has two, Muon
 one), which frozen weights do not have."""
@@ -44,17 +41,18 @@ def explain_exchange(setting: Setting) -> Section | None:
             "collectives_backward": 0,
         }
         return Section("exchange", "Exchange", [*sentences, _gradients(setting)], numbers)
-    forward, backward, syncs = COLLECTIVES[exchange]
+    forward, backward, syncs = setting.collectives
     # The host also reads where the rows of each shape class begin.
     counted = exchange == "packed" or config.moe.capacity.pool > 1
     syncs += counted and bool(config.moe.experts.shapes)
     rows = rows_sent(setting)
-    size = rows * config.model.dim * setting.bytes_per_number
+    size = rows * config.model.dim * BYTES_PER_NUMBER[setting.wire]
     moe_layers = len(setting.model.moe_layers())
     repeats = config.train.recompute == "block"
     trips = 6 if repeats else 4
     step_size = trips * moe_layers * size * setting.batching.accumulation
-    counts = " (one of them for row counts)" if exchange == "packed" else ""
+    counting = {0: "", 1: " (one of them for row counts)", 2: " (two of them for row counts)"}
+    counts = counting[forward - backward]
     repeated = "; recomputation repeats those of forward" if repeats else ""
     others = "the other rank" if setting.ep == 2 else f"the {setting.ep - 1} other ranks"
     sentences = [
@@ -62,7 +60,7 @@ def explain_exchange(setting: Setting) -> Section | None:
         f"Collectives of one MoE layer: {forward} in forward{counts}, {backward} in backward, "
         f"{plural(syncs, 'host sync')}{repeated}.",
         f"One all-to-all sends {format_bytes(size)} from a rank{_assumption(setting)}: {rows:,.0f} "
-        f"rows of {config.model.dim} numbers in {setting.precision} to {others} of its EP group. "
+        f"rows of {config.model.dim} numbers in {setting.wire} to {others} of its EP group. "
         f"With {trips - 2} in forward and 2 in backward of each of "
         f"{plural(moe_layers, 'MoE layer')}, a rank sends {format_bytes(step_size)} per step.",
         *_global_loss(setting),
@@ -77,7 +75,7 @@ def explain_exchange(setting: Setting) -> Section | None:
         "bytes_forward": size,
         "bytes_exact": exchange == "padded",
         "bytes_per_step": step_size,
-        "precision": setting.precision,
+        "precision": setting.wire,
     }
     return Section("exchange", "Exchange", sentences, numbers)
 
@@ -97,8 +95,7 @@ def rows_sent(setting: Setting) -> float:
         assert offered is not None
         rows: float = offered if moe.capacity.pool == 1 else setting.ep * setting.pooled_block
     else:
-        # Assignments to zero-cost experts are not sent.
-        assigned = setting.tokens * moe.top_k * moe.num_experts / count_choices(moe)
+        assigned = setting.tokens * setting.rows_per_token
         rows = assigned if offered is None else min(assigned, offered)
     return rows * (setting.ep - 1) / setting.ep
 
@@ -156,7 +153,10 @@ def explain_size(setting: Setting) -> Section:
     copies = (
         f", + {format_bytes(casts)} copies in {setting.precision} for backward" if casts else ""
     )
-    total = weights + gradients + moments + casts
+    on_device = moments
+    if config.optim.offload:
+        on_device, kinds = 0, f"{kinds} (on the host, not in the sum)"
+    total = weights + gradients + on_device + casts
     wide = "the rest" if config.optim.moments == "bf16" else "all"
     frozen = "" if gradients == weights else " (of trained parameters)"
     recomputed = {

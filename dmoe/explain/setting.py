@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from dmoe.config.expert_shapes import count_choices
 from dmoe.config.rules import Batching, batching, check, expert_parallel
 from dmoe.config.schema import Config
-from dmoe.distributed.pooled_all_to_all import count_rows
+from dmoe.distributed.exchange.once_per_rank import share_with_a_choice
+from dmoe.distributed.padded_all_to_all import count_rows
 from dmoe.models.base import Model
 from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.capacity import slots_of_rank
@@ -85,8 +87,36 @@ class Setting:
 
     @property
     def bytes_per_number(self) -> int:
-        """Bytes per number sent: rows are exchanged in the precision of the experts."""
+        """Bytes per number of a copied expert, and of a row if the wire is full."""
         return BYTES_PER_NUMBER[self.precision]
+
+    @property
+    def wire(self) -> str:
+        """Precision in which rows are exchanged: that of the experts, or bf16."""
+        wire = self.config.parallel.exchange.wire
+        return self.precision if wire == "full" else wire
+
+    @property
+    def collectives(self) -> tuple[int, int, int]:
+        """Collectives of forward and of backward, and host syncs, of one MoE layer."""
+        exchange, is_packed = self.config.parallel.exchange, self.config.moe.exchange == "packed"
+        if exchange.library != "torch":
+            return 2, 2, 1
+        there_and_back = 2 * exchange.chunks * exchange.levels
+        counts = is_packed * exchange.levels
+        return counts + there_and_back, there_and_back, int(is_packed)
+
+    @property
+    def rows_per_token(self) -> float:
+        """Rows of a token, to any rank, if all experts are chosen equally often; none dropped."""
+        moe = self.config.moe
+        # Assignments to zero-cost experts are not sent.
+        rows = moe.top_k * moe.num_experts / count_choices(moe)
+        exchange = self.config.parallel.exchange
+        if not exchange.once_per_rank and exchange.library == "torch":
+            return rows
+        of_rank = moe.num_experts // self.ep
+        return self.ep * share_with_a_choice(count_choices(moe), of_rank, moe.top_k)
 
     @property
     def nodes_of_ep_group(self) -> int | None:

@@ -110,6 +110,16 @@ def trim_identities(model: nn.Module) -> None:
             experts.gate_up_proj = kept if len(stack) > count else stack
 
 
+def freeze_indexers(model: nn.Module) -> None:
+    """Freeze what chooses the positions of sparse attention (DeepSeek-V3.2 and its like).
+
+    No gradient reaches it, and DDP does not reduce a bucket that waits for one.
+    """
+    for module in model.modules():
+        if type(module).__name__.endswith("Indexer"):
+            module.requires_grad_(False)
+
+
 def has_identities(model: nn.Module) -> bool:
     """Return whether a model has experts of LongCat."""
     return any(hasattr(module, "zero_expert_num") for module in model.modules())

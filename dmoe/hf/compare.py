@@ -5,15 +5,17 @@ little; a wrong conversion puts another one in its place. So a tensor that is un
 and equal to another of the same layer, transposed or interleaved or not, is in the wrong place.
 
 Found: tensors that are missing, new, or of another shape or dtype; tensors at the wrong place; one
-tensor at two places; values that are not finite; changed layers that nothing has trained.
+tensor at two places; values that are not finite; any other key of config.json; other bytes of the
+tokenizer, the chat template or the generation config.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +29,13 @@ MIN_ELEMENTS = 64
 """Of a tensor whose place is judged by a cosine: short vectors can be alike by chance."""
 LAYER = re.compile(r"(.*?\.\d+\.)")
 """Start of a name up to its layer's number."""
-CONFIG_FIELDS = ("model_type", "architectures", "tie_word_embeddings", "vocab_size")
+WRITTEN_BY = ("transformers_version", "_name_or_path")
+"""Keys of config.json that say who wrote it, and nothing of the model."""
+READ_WITH_WEIGHTS = re.compile(
+    r"(generation_config|tokenizer|chat_template|special_tokens_map|added_tokens|vocab|merges"
+    r"|processor_config|preprocessor_config).*|.*\.model"
+)
+"""Names of the files, besides config.json, that change what a loaded model computes."""
 
 
 @dataclass
@@ -44,13 +52,14 @@ class Comparison:
 
 
 def compare_directories(found: PublishedDirectory, source: PublishedDirectory) -> Comparison:
-    """Compare all tensors of `found` with those of `source` by name.
+    """Compare all tensors of `found` with those of `source` by name, and the files beside them.
 
     Cost: reads both once; a suspicious tensor is compared with those of its layer. Memory: a few
     tensors.
     """
     result = Comparison(tensors=len(found.tensors))
     _compare_config(found, source, result)
+    _compare_files(found, source, result)
     _compare_names(found, source, result)
     first_with: dict[tuple[str, str], str] = {}
     for name, facts in sorted(found.tensors.items()):
@@ -104,10 +113,52 @@ def cosine(a: Tensor, b: Tensor) -> float:
 def _compare_config(
     found: PublishedDirectory, source: PublishedDirectory, result: Comparison
 ) -> None:
-    for key in CONFIG_FIELDS:
-        ours, theirs = found.config.get(key), source.config.get(key)
-        if ours != theirs:
-            result.problems.append(f"config.json has {key}={ours}, and {theirs} in the source")
+    """Compare every key of config.json, those of its parts by dotted names."""
+    ours, theirs = (dict(_flat(directory.config)) for directory in (found, source))
+    undone = source.quantized and not found.quantized
+    for key in sorted(ours.keys() | theirs.keys()):
+        if key in WRITTEN_BY or (undone and key.startswith("quantization_config")):
+            continue
+        if key not in ours:
+            sentence = f"config.json has no {key}, which is {theirs[key]} in the source"
+        elif key not in theirs:
+            sentence = f"config.json has {key}={ours[key]}, and the source has none"
+        elif ours[key] != theirs[key] or isinstance(ours[key], bool) != isinstance(
+            theirs[key], bool
+        ):
+            sentence = f"config.json has {key}={ours[key]}, and {theirs[key]} in the source"
+        else:
+            continue
+        result.problems.append(sentence)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _compare_files(
+    found: PublishedDirectory, source: PublishedDirectory, result: Comparison
+) -> None:
+    """Compare the bytes of the other files that are read with the weights: the tokenizer, ..."""
+    ours, theirs = (
+        {
+            str(path.relative_to(directory.folder)): hashlib.sha256(path.read_bytes()).digest()
+            for path in directory.other_files()
+            if READ_WITH_WEIGHTS.fullmatch(path.name)
+        }
+        for directory in (found, source)
+    )
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in ours:
+            result.problems.append(f"{name} is missing, and is in the source")
+        elif name not in theirs:
+            result.problems.append(f"{name} is new, and is not in the source")
+        elif ours[name] != theirs[name]:
+            result.problems.append(f"{name} has other bytes than the source's")
 
 
 def _compare_names(

@@ -52,9 +52,10 @@ class DiskFormat:
         for stored in source.tensors:
             # the codes of MXFP4 are at another name than the weights that they stand for
             name = stored.removesuffix(BLOCKS) if source.quantized else stored
-            target, _ = rename_source_key(
-                name, renamings, converters, model.base_model_prefix, state
-            )
+            prefix = model.base_model_prefix
+            target, _ = rename_source_key(name, renamings, converters, prefix, state)
+            if target not in state and name in state:  # it has the model's own name already
+                target = name
             if target in state and not is_unread(model, name):
                 self.known[name] = target
             else:

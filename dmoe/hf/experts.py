@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.moe.experts.copies import Weights, compute_experts
-from dmoe.moe.experts.grouped_mlp import feed_forward, grouped_linear
+from dmoe.moe.experts.grouped_mlp import feed_forward
+from dmoe.moe.experts.grouped_product import grouped_linear
 from dmoe.moe.interfaces import RowCounts, TokensPerExpert
 from dmoe.moe.placement import ExpertPlacement, contiguous_placement
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dmoe.checkpoint.manifest import read as read_manifest
@@ -195,20 +196,28 @@ def prefix_of(reader: TensorReader, shapes: Mapping[str, tuple[int, ...]]) -> st
 
 @contextmanager
 def commit(out: Path) -> Iterator[Path]:
-    """Give the reserved directory, and rename it to `out`; after an error, remove it."""
+    """Give the reserved directory, and rename it to `out`; after an error, remove it.
+
+    Raises CheckpointError where a file cannot be written, as on a full disk.
+    """
     folder = partial_name(out)
     try:
         yield folder
-    except BaseException:
+        if out.exists():
+            out.rmdir()  # empty, by `reserve`
+        folder.rename(out)
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            why = f"writing {out} failed: {error}; nothing of it is left"
+            raise CheckpointError(why) from error
         raise
-    if out.exists():
-        out.rmdir()  # empty, by `reserve`
-    folder.rename(out)
 
 
 def partial_name(out: Path) -> Path:
-    """Return the name of an export until it is complete."""
+    """Return the name of an export until it is complete. Raises ConfigError for `.`."""
+    if not out.name:
+        raise ConfigError("--to", out, "is a directory that exists", "name a new directory")
     return out.with_name(f".{out.name}.partial")
 
 
@@ -216,15 +225,19 @@ def reserve(out: Path) -> None:
     """Create the directory that is renamed to `out` once it is complete.
 
     Raises:
-        ConfigError: `out` has content, or its parent does not exist.
+        ConfigError: `out` has content, or its parent does not exist or cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError("--to", out, "exists and is not empty", "name a new directory")
-    if not out.parent.is_dir():
-        raise ConfigError("--to", out, "its parent directory does not exist", "create it")
-    folder = partial_name(out)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError("--to", out, "exists and is not empty", "name a new directory")
+        if not out.parent.is_dir():
+            raise ConfigError("--to", out, "its parent directory does not exist", "create it")
+        folder = partial_name(out)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    except OSError as error:
+        why = f"cannot be created ({error.strerror})"
+        raise ConfigError("--to", out, why, "choose a directory you may write to") from None
 
 
 def _merged_reader(reader: TensorReader, prefix: str, model: nn.Module) -> Callable[[str], Tensor]:

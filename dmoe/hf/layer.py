@@ -12,7 +12,8 @@ Letters: T tokens, D width, E experts, K experts per token, L MoE layers.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +26,6 @@ from dmoe.hf.experts import expert_rows
 from dmoe.hf.facts import BlockFacts, find_bias
 from dmoe.hf.given_choices import given_choices
 from dmoe.moe.base_layer import MoELayer
-from dmoe.moe.capacity import apply_capacity
 from dmoe.moe.dispatch import expert_dtype, profiled
 from dmoe.moe.experts.zero_cost import add_copies
 from dmoe.moe.load_balancing import auxiliary_losses
@@ -58,11 +58,37 @@ class Forward:
     """Whether the model's forward began with gradients enabled."""
     layers: list[LayerRecord] = field(default_factory=list)
     """One per MoE layer, in the order in which they ran."""
+    begun_by: str = ""
+    """Class of the model whose forward it is: a causal language model, or its base model."""
 
-    def begin(self, context: TokenContext, sequences: int) -> None:
-        """Start a forward of `sequences` equal sequences."""
+    def __deepcopy__(self, memo: object) -> Forward:
+        """Return an empty record: what ran belongs to the model that was copied."""
+        return Forward()
+
+    def begin(self, context: TokenContext, sequences: int, model: nn.Module) -> None:
+        """Start a forward of `sequences` equal sequences, which ends with that of `model`."""
+        self.begun_by = type(model).__name__
         self.context, self.sequences, self.running = context, sequences, True
         self.with_gradient, self.layers = torch.is_grad_enabled(), []
+
+    def add(self, index: int, layer: LayerRecord) -> None:
+        """Add what the layer `index` did; outside a forward it replaces what was there."""
+        if not self.running:  # a block is called alone: no forward ever empties the list
+            del self.layers[index:]
+        self.layers.append(layer)
+
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Return `context_fn` of a checkpoint: its recomputation has this forward's context."""
+        return nullcontext(), self._again(self.context, self.sequences)
+
+    @contextmanager
+    def _again(self, context: TokenContext, sequences: int) -> Iterator[None]:
+        latest = self.context, self.sequences
+        self.context, self.sequences = context, sequences
+        try:
+            yield
+        finally:
+            self.context, self.sequences = latest
 
 
 class MoefiedLayer(MoELayer):
@@ -73,9 +99,13 @@ class MoefiedLayer(MoELayer):
 
     @property
     def balance_bias(self) -> Tensor:
-        """The bias that the router adds for the choice, float [E]; shares the model's memory."""
+        """The bias that the router adds for the choice, float [E]; shares the model's memory.
+
+        Zeros that nothing reads where the router has none: DeepSeek-V4's choice by token id.
+        """
         bias = find_bias(self, self.facts.router, self.num_experts)
-        assert bias is not None, "checked by moefy"
+        if bias is None:
+            return torch.zeros(self.num_experts, device=self.experts.down_proj.device)
         return bias.detach().view(-1)
 
     @property
@@ -132,9 +162,9 @@ class MoefiedLayer(MoELayer):
         if self.training and self.comm.size > 1 and not recomputed:
             self.masks.check(context.valid_T, x_TD, self.comm)
         expert_TK = self.choice(expert_TK, weight_TK)
-        routing = self.routing(expert_TK, weight_TK, len(x_TD), context)
+        routing = self.routing(expert_TK, weight_TK, context)
         shape = self.batch_shape(sequences, len(x_TD))
-        plan = apply_capacity(routing, shape, self.capacity, self.comm, self.num_zero_cost)
+        plan = self.plan_of(routing, shape)
         dispatcher = self.packed if self.padded is None or plan.slots is None else self.padded
         with profiled("dispatch"):
             rows_RD, tokens_per_expert, metadata = dispatcher.dispatch(
@@ -161,18 +191,16 @@ class MoefiedLayer(MoELayer):
         if not recomputed:
             stats = layer_stats(routing, plan, context)
             self.count_for_bias(y_TD, stats.choice_E)
-            record.layers.append(LayerRecord(aux, stats, routing, plan))
+            record.add(self.layer, LayerRecord(aux, stats, routing, plan))
         return y_TD
 
     def choice(self, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """Return the router's choice as ids below E, zero-cost ones last."""
         return expert_TK
 
-    def routing(
-        self, expert_TK: Tensor, weight_TK: Tensor, tokens: int, context: TokenContext
-    ) -> Routing:
+    def routing(self, expert_TK: Tensor, weight_TK: Tensor, context: TokenContext) -> Routing:
         """Return the router's decision as dmoe's record, in float32 at least."""
-        logit_TE = self.__dict__.pop("latest_logits").reshape(tokens, -1)
+        logit_TE = self.__dict__.pop("latest_logits").flatten(0, -2)
         if logit_TE.shape[1] != self.num_experts:
             why = f"gives {logit_TE.shape[1]} logits for {self.num_experts} experts"
             fix = "train this model without dmoe"

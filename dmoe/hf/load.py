@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from contextlib import nullcontext
-from pathlib import Path
+from statistics import mode
 from typing import Any, cast
 
 import torch
@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from dmoe.checkpoint.consensus import RankGroup
 from dmoe.config.errors import CheckpointError, ConfigError
 from dmoe.config.published import DEQUANTIZED, quantization_of, source_directory
+from dmoe.config.transformers_log import quiet
 from dmoe.distributed.expert_parallel import expert_group_of, stacks_over_ranks
 from dmoe.distributed.gradients import local_tensor
-from dmoe.hf.adapters import has_identities, has_unread_rows, trimmed_class
+from dmoe.hf.adapters import EXPERT_ID, has_identities, has_unread_rows, trimmed_class
 from dmoe.hf.lora import is_lora
 from dmoe.hf.moefy import find_blocks, moefied_layers
 from dmoe.hf.published import PublishedDirectory
-from dmoe.hf.transformers_log import quiet
 
 FIX = "check its files and its config.json, or download it again"
 
@@ -75,7 +75,8 @@ def load_weights(model: nn.Module, source: str) -> list[str]:
         extra |= more
     try:
         with nullcontext() if ep_group is None else RankGroup(ep_group).all_or_none("reading"):
-            loaded, unexpected = _read(kind, model, directory, extra)
+            loaded, unexpected = _read(kind, model, files, extra)
+            _check_finite(loaded)
     except CheckpointError as error:  # of any rank: one expert's tensor is read by one rank
         raise ConfigError("model.source", source, str(error), FIX) from error
     _restore(loaded, files)
@@ -84,7 +85,7 @@ def load_weights(model: nn.Module, source: str) -> list[str]:
 
 
 def _read(
-    kind: Any, model: nn.Module, directory: Path, extra: dict[str, Any]
+    kind: Any, model: nn.Module, files: PublishedDirectory, extra: dict[str, Any]
 ) -> tuple[nn.Module, set[str]]:
     """Return the model that transformers loads, and the names of tensors that it has no place for.
 
@@ -94,7 +95,7 @@ def _read(
     try:
         with quiet():
             loaded, info = kind.from_pretrained(
-                directory,
+                files.folder,
                 dtype=_dtype(model),
                 attn_implementation=cast(Any, model).config._attn_implementation,
                 experts_implementation="eager",
@@ -105,13 +106,54 @@ def _read(
             )
     except Exception as error:
         said = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"cannot be read: {type(error).__name__}: {said}") from error
+        why = f"cannot be read: {type(error).__name__}: {said}"
+        raise CheckpointError(_odd_expert(model, files) or why) from error
     for name, found, wanted in sorted(info["mismatched_keys"]):
         shapes = f"{list(found)}, and config.json says {list(wanted)}"
-        raise CheckpointError(f"gives {name} the shape {shapes}")
+        raise CheckpointError(_odd_expert(model, files) or f"gives {name} the shape {shapes}")
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(f"lacks {len(missing)} tensors of the model, such as {missing[0]}")
     return loaded, info["unexpected_keys"]
+
+
+def _check_finite(loaded: nn.Module) -> None:
+    """Refuse weights that no training could use: the first step would stop without a cause.
+
+    Cost: one pass over this rank's part, without a further tensor.
+
+    Raises:
+        CheckpointError: a parameter has a NaN or an infinity.
+    """
+    for name, parameter in loaded.named_parameters():
+        value = local_tensor(parameter.detach())
+        # a NaN is both the least and the largest
+        if value.numel() and not all(end.isfinite() for end in value.aminmax()):
+            raise CheckpointError(f"gives {name} numbers that are not finite")
+
+
+def _odd_expert(model: nn.Module, files: PublishedDirectory) -> str | None:
+    """Describe a tensor of one expert that is missing, or unlike those of the experts beside it.
+
+    transformers, which stacks them, then says no more than "see the above report".
+    """
+    if has_identities(model):  # whose stacks are unequal
+        return None
+    layers: dict[str, dict[str, dict[int, tuple[int, ...]]]] = {}
+    for name, facts in files.tensors.items():
+        if found := EXPERT_ID.search(name):
+            stacks = layers.setdefault(name[: found.start()], {})
+            stacks.setdefault(name[found.end() :], {})[int(found[0])] = facts.shape
+    for head, stacks in layers.items():
+        last = max(max(shapes) for shapes in stacks.values())
+        for tail, shapes in stacks.items():
+            usual = mode(shapes.values())
+            for e in range(last + 1):
+                if e not in shapes:
+                    return f"lacks {head}{e}{tail}"
+                if shapes[e] != usual:
+                    others = f"and of the other experts {list(usual)}"
+                    return f"gives {head}{e}{tail} the shape {list(shapes[e])}, {others}"
+    return None
 
 
 def _reading_own_experts(kind: Any, group: Any) -> tuple[Any, dict[str, Any]]:

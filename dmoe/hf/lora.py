@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.schema import LoraConfig
+from dmoe.config.schema.constraints import check_field
 from dmoe.hf.experts import FACTOR_A, FACTOR_B, stacked_weights
 from dmoe.hf.moefy import moefied_layers
 from dmoe.moe.rng import generator
@@ -32,6 +34,8 @@ from dmoe.moe.rng import generator
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "experts")
 EXPERTS = "experts"
 """The target that means the weights of all experts."""
+FROZEN = "frozen_before_lora"
+"""Attribute of each module: names of its parameters that were frozen before `add_lora`."""
 
 
 class LoraLinear:
@@ -89,11 +93,12 @@ def add_lora(
     """
     if type(rank) is not int or rank < 1:
         raise ConfigError("rank", rank, "must be a whole number of 1 or more", "use 8")
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise ConfigError("alpha", alpha, "must be a positive number", "leave it out")
+    check_field(LoraConfig, "alpha", "alpha", alpha)
     if targets is None:
         targets = [t for t in DEFAULT_TARGETS if t == EXPERTS or _linears(model, t)]
     targets = [targets] if isinstance(targets, str) else targets
+    given = list(targets) if isinstance(targets, Sequence) else targets
+    check_field(LoraConfig, "targets", "targets", given)
     if not targets:
         raise ConfigError("targets", "[]", "names nothing to adapt", "use experts")
     layers = moefied_layers(model)
@@ -120,6 +125,9 @@ def add_lora(
             raise ConfigError("model.lora.targets", target, allowed, "leave it out")
         linears |= dict.fromkeys(found)
     scale = (2 * rank if alpha is None else alpha) / rank
+    for module in model.modules():
+        own = module.named_parameters(recurse=False)
+        module.__dict__[FROZEN] = frozenset(n for n, p in own if not p.requires_grad)
     model.requires_grad_(False)
     for layer in layers if EXPERTS in targets else ():
         _add_to_experts(layer.experts, rank, scale)
@@ -186,26 +194,35 @@ def delta(a: Tensor, b: Tensor, scale: float, *, is_transposed: bool) -> Tensor:
 def merge_lora(model: nn.Module) -> nn.Module:
     """Add the products to the weights and remove the factors, in place; return the model.
 
-    On every rank for its own experts; no collective. Not for what FSDP2 has sharded.
+    What was frozen before `add_lora` is frozen again; all other parameters require gradients. On
+    every rank for its own experts; no collective. Not for what FSDP2 has sharded.
 
     Raises:
         ConfigError: the model has no LoRA.
     """
     if not any(lora_places(model)):
         raise ConfigError("model", type(model).__name__, "has no LoRA", "call add_lora first")
-    for place in list(lora_places(model)):
+    for place in lora_places(model):
         a, b = (getattr(place.module, name) for name in (place.a, place.b))
         weight = getattr(place.module, place.weight)
         is_transposed = place.is_stack and bool(cast(Any, place.module).is_transposed)
         with torch.no_grad():
             weight += delta(a, b, place.scale, is_transposed=is_transposed).to(weight.dtype)
+    remove_lora(model)
+    return model
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Undo `add_lora`, in place: no factors, and `requires_grad` as it was; weights stay."""
+    for place in list(lora_places(model)):
         delattr(place.module, place.a)
         delattr(place.module, place.b)
     for module in model.modules():
         if vars(module).pop("lora_scale", None) is not None and isinstance(module, LoraLinear):
             cast(Any, module).__class__ = nn.Linear
-    model.requires_grad_(True)
-    return model
+        frozen = vars(module).pop(FROZEN, frozenset())
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.requires_grad_(name not in frozen)
 
 
 def _linears(model: nn.Module, target: str) -> list[nn.Linear]:

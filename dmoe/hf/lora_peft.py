@@ -31,7 +31,7 @@ from dmoe.distributed.full_tensors import gather_full
 from dmoe.distributed.mesh import ParallelMesh
 from dmoe.distributed.parallel_model import ParallelModel
 from dmoe.hf.export import check_source, commit, model_section, prefix_of, reserve
-from dmoe.hf.lora import EXPERTS, LoraPlace, add_lora, is_lora, lora_places
+from dmoe.hf.lora import EXPERTS, LoraPlace, add_lora, is_lora, lora_places, remove_lora
 from dmoe.hf.model import build_empty
 from dmoe.hf.moefy import moefy
 from dmoe.hf.published import read_json
@@ -171,7 +171,7 @@ def load_lora(model: nn.Module, folder: str | Path) -> nn.Module:
 
     Raises:
         CheckpointError: a setting that changes what the adapter computes, or factors that do not
-            fit the model.
+            fit the model. The model is as before then.
     """
     path = Path(folder)
     try:
@@ -194,6 +194,16 @@ def load_lora(model: nn.Module, folder: str | Path) -> nn.Module:
     targets = [given] if isinstance(given, str) else list(given)
     stacks = config.get("target_parameters") or []
     add_lora(model, rank, alpha, [*targets, *([EXPERTS] if stacks else [])])
+    try:
+        _copy_factors(model, path, tensors)
+    except CheckpointError:
+        remove_lora(model)
+        raise
+    return model
+
+
+def _copy_factors(model: nn.Module, path: Path, tensors: dict[str, Tensor]) -> None:
+    """Copy tensors in peft's layout to the factors of a model; `path` is for errors."""
     places = list(lora_places(model))
     names = {
         f"{PREFIX}{wrapper_name(p, places)}.lora_{side}.weight" for p in places for side in "AB"
@@ -205,12 +215,13 @@ def load_lora(model: nn.Module, folder: str | Path) -> nn.Module:
         name = PREFIX + wrapper_name(place, places)
         a, b = (getattr(place.module, factor) for factor in (place.a, place.b))
         theirs_a, theirs_b = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
-        if place.is_stack:
-            theirs_a = theirs_a.view(len(a), rank, -1)
-            theirs_b = theirs_b.view(len(theirs_b), rank, len(a)).permute(2, 0, 1)
-        if (a.shape, b.shape) != (theirs_a.shape, theirs_b.shape):
+        experts, rank = (len(a) if place.is_stack else 1), a.shape[-2]
+        shapes = (experts * rank, a.shape[-1]), (b.shape[-2], rank * experts)
+        if (theirs_a.shape, theirs_b.shape) != shapes:
             raise CheckpointError(f"{path}: {name} has factors of another shape than the model's")
+        if place.is_stack:
+            theirs_a = theirs_a.view(a.shape)
+            theirs_b = theirs_b.view(len(theirs_b), rank, experts).permute(2, 0, 1)
         with torch.no_grad():
             a.copy_(theirs_a)
             b.copy_(theirs_b)
-    return model

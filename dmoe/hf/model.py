@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from dmoe.config.errors import ConfigError
 from dmoe.config.published import read_config
 from dmoe.config.schema import Config
+from dmoe.config.transformers_log import quiet
 from dmoe.hf.adapters import trim_identities
 from dmoe.hf.load import load_weights
 from dmoe.hf.lora import add_lora, initialize_lora
 from dmoe.hf.moefy import forward_of, moefied_layers, moefy
-from dmoe.hf.transformers_log import quiet
 from dmoe.models.base import Model, ModelOutput, token_losses
 from dmoe.moe.inputs import as_int64, context_of_rows
 from dmoe.moe.routing import EMPTY_CONTEXT, TokenContext
@@ -115,7 +115,7 @@ class PublishedModel(Model):
         input = as_int64("input", input)
         context = context_of_rows(context or EMPTY_CONTEXT, input.shape)
         record = forward_of(self.hf)
-        record.begin(context, len(input))
+        record.begin(context, len(input), self.hf)
         logits_BSV: Tensor = self.hf(input_ids=input, use_cache=False).logits
         out = ModelOutput(
             None, None, [layer.aux for layer in record.layers], [r.stats for r in record.layers]
@@ -143,18 +143,57 @@ def build_empty(settings: Any, source: str) -> nn.Module:
     Raises:
         ConfigError: transformers has no causal language model for it.
     """
-    import transformers
     from accelerate import init_empty_weights
 
-    kind = transformers.AutoModelForCausalLM._model_mapping.get(type(settings), None)
-    if kind is None:
-        allowed = f"is a {settings.model_type}, of which transformers has no causal language model"
-        raise ConfigError("model.source", source, allowed, "give another model")
+    auto = causal_classes(settings, source)
     if hasattr(settings, "quantization_config"):
         del settings.quantization_config  # the weights are read dequantised
     settings._experts_implementation = "eager"  # dmoe computes the experts
-    with torch.device("cpu"), init_empty_weights(include_buffers=False), quiet():
-        auto: Any = transformers.AutoModelForCausalLM
-        model: nn.Module = auto.from_config(settings)
+    with torch.device("cpu"), init_empty_weights(include_buffers=False):
+        model = from_config(auto, settings, source)
         trim_identities(model)
     return model
+
+
+def from_config(auto: Any, settings: Any, source: str) -> nn.Module:
+    """Return the model that transformers builds from a config: random weights, on this device.
+
+    Args:
+        auto: of `causal_classes`.
+        settings: the config. Most of its fields are not checked before they are used.
+        source: for errors.
+
+    Raises:
+        ConfigError: transformers cannot build it, or a share of dropout is none.
+    """
+    for name, value in vars(settings.get_text_config()).items():
+        if "dropout" in name and isinstance(value, int | float) and not 0 <= value <= 1:
+            why = f"says {name}={value} in config.json, which must be from 0 to 1"
+            raise ConfigError("model.source", source, why, "check config.json")
+    try:
+        with quiet():
+            model: nn.Module = auto.from_config(settings)
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        kind = f"{type(settings).__name__} of its config.json"
+        why = f"cannot be built by transformers from the {kind}: {type(error).__name__}: {said}"
+        raise ConfigError("model.source", source, why, "check config.json") from error
+    return model
+
+
+def causal_classes(settings: Any, source: str) -> Any:
+    """Return the `AutoModel` of transformers that has a causal language model for a config.
+
+    Raises:
+        ConfigError: none has.
+    """
+    import transformers
+
+    if type(settings) in transformers.AutoModelForCausalLM._model_mapping:
+        return transformers.AutoModelForCausalLM
+    auto: Any = transformers.AutoModelForImageTextToText
+    kind = auto._model_mapping.get(type(settings), None)
+    if kind is not None and kind.__name__.endswith("ForCausalLM"):
+        return auto  # transformers 5.23 has Mistral-4 there, which reads no images
+    allowed = f"is a {settings.model_type}, of which transformers has no causal language model"
+    raise ConfigError("model.source", source, allowed, "give another model")

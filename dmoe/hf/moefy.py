@@ -16,21 +16,30 @@ import torch
 from torch import Tensor, nn
 
 from dmoe.config.errors import ConfigError
+from dmoe.config.published import FIX, REFUSED
 from dmoe.config.rules.capacity import check_pool
 from dmoe.config.rules.published import check_published_moe
-from dmoe.config.schema import BalanceConfig, CapacityConfig, MoEConfig
-from dmoe.config.schema.constraints import check_bounds, check_type, check_types
-from dmoe.hf.adapters import MIXINS, SwigluExperts, check_adapted, count_zero_cost, trim_identities
+from dmoe.config.schema import BalanceConfig, CapacityConfig, MoEConfig, ParallelConfig
+from dmoe.config.schema.constraints import check_bounds, check_field, check_type, check_types
+from dmoe.hf.adapters import (
+    MIXINS,
+    SwigluExperts,
+    check_adapted,
+    count_zero_cost,
+    freeze_indexers,
+    trim_identities,
+)
 from dmoe.hf.experts import MoefiedExperts, stacked_parameters
 from dmoe.hf.facts import BlockFacts, bias_as_buffer, block_facts, find_bias
 from dmoe.hf.layer import Forward, MoefiedLayer
-from dmoe.hf.pooled_loss import add_pooled
+from dmoe.hf.recording import record_forwards, weighted_losses
 from dmoe.moe.base_layer import MoELayer
-from dmoe.moe.dispatch import PackedLocal, PaddedLocal
+from dmoe.moe.constants import IndexRanges
+from dmoe.moe.dispatch import PackedLocal
 from dmoe.moe.inputs import MaskAgreement
 from dmoe.moe.interfaces import NoComm
-from dmoe.moe.load_balancing import PendingCounts, coefficients
-from dmoe.moe.routing import TokenContext
+from dmoe.moe.load_balancing import PendingCounts
+from dmoe.moe.padded_slots import PaddedLocal
 
 NO_BALANCE = BalanceConfig(switch=0.0, z=0.0)
 OWN_NAMES = {*MoefiedLayer.__annotations__, *MoELayer.__annotations__}
@@ -67,12 +76,17 @@ def moefy(
     """
     capacity = CapacityConfig() if capacity is None else capacity
     balance = NO_BALANCE if balance is None else balance
-    check_settings(capacity, balance, exchange)
-    found = [_checked(model, balance, *block) for block in find_blocks(model)]
+    check_settings(capacity, balance, exchange, virtual_ranks)
+    found = [_checked(model, *block) for block in find_blocks(model)]
     for _, experts, _, _ in found:
         check_pool(capacity, len(experts.down_proj))
+    biased = [_has_bias(block, experts, facts) for block, experts, facts, _ in found]
+    if balance.bias and not any(biased):
+        why = f"moves a bias of the choice, and {type(found[0][2].router).__name__} has none"
+        raise ConfigError("moe.balance.bias", balance.bias, why, "use balance.switch")
     record = Forward()
     trim_identities(model)
+    freeze_indexers(model)
     for index, (block, experts, facts, top_k) in enumerate(found):
         num_experts, num_zero_cost = len(experts.down_proj), count_zero_cost(block)
         kinds: tuple[Any, Any] = type(block), type(experts)
@@ -93,19 +107,18 @@ def moefy(
             *(f"zero-cost {z}" for z in range(num_zero_cost)),
         )
         layer.packed, layer.comm, layer.masks = PackedLocal(), NoComm(), MaskAgreement()
+        layer.ranges = IndexRanges()
         layer.padded = PaddedLocal() if exchange == "padded" else None
-        layer.pending_counts = PendingCounts() if balance.bias else None
+        layer.pending_counts = PendingCounts() if balance.bias and biased[index] else None
         facts.logits.register_forward_hook(layer.keep_logits)
         if balance.bias:
             bias_as_buffer(block, facts.router, layer.num_experts)
-    model.__dict__["dmoe_forward"] = record
-    model.register_forward_pre_hook(_begin, with_kwargs=True)
-    model.register_forward_hook(_end, always_call=True)
+    record_forwards(model, record)
     return model
 
 
 def _checked(
-    model: nn.Module, balance: BalanceConfig, name: str, block: nn.Module, experts: Any
+    model: nn.Module, name: str, block: nn.Module, experts: Any
 ) -> tuple[nn.Module, Any, BlockFacts, int]:
     """Return block, experts, facts and K of a block that can be moefied; nothing is changed.
 
@@ -121,11 +134,12 @@ def _checked(
     if taken:
         why = f"has attributes of its own that dmoe would overwrite: {', '.join(taken)}"
         raise ConfigError("model", name, why, "train this model without dmoe")
-    choices = len(experts.down_proj) + count_zero_cost(block)
-    if balance.bias and find_bias(block, facts.router, choices) is None:
-        why = f"moves a bias of the choice, and {type(facts.router).__name__} has none"
-        raise ConfigError("moe.balance.bias", balance.bias, why, "use balance.switch")
     return block, experts, facts, experts_per_token(facts.router, config, name)
+
+
+def _has_bias(block: nn.Module, experts: Any, facts: BlockFacts) -> bool:
+    choices = len(experts.down_proj) + count_zero_cost(block)
+    return find_bias(block, facts.router, choices) is not None
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
@@ -135,6 +149,9 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
         ConfigError: there is none, or the model is moefied already.
     """
     kind = type(model).__name__
+    if not isinstance(model, nn.Module):
+        why, fix = "must be a model of transformers", "give the model itself, not its name"
+        raise ConfigError("model", kind, why, fix)
     if any(isinstance(module, MoefiedLayer) for module in model.modules()):
         raise ConfigError("model", kind, "is moefied already", "call moefy once")
     blocks = []
@@ -143,6 +160,9 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
         if isinstance(experts, nn.Module) and _is_stack(experts):
             blocks.append((name, module, experts))
     if not blocks:
+        family = getattr(getattr(model, "config", None), "model_type", None)
+        if (why := REFUSED.get(str(family))) is not None:
+            raise ConfigError("model", f"{kind} ({family})", why, FIX)
         why = "has no MoE block of transformers 5 (a module `experts` with stacked weights)"
         raise ConfigError("model", kind, why, "give a mixture-of-experts model")
     return blocks
@@ -170,11 +190,9 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     It is this rank's share: as `dmoe.MoE` returns it.
     """
     layers, record = moefied_layers(model), forward_of(model)
-    total = torch.zeros((), device=next(model.parameters()).device)
-    for layer in record.layers:
-        for name, coefficient in coefficients(layers[0].balance).items():
-            total = total + coefficient * layer.aux[name]
-    return total
+    if not record.layers:
+        return torch.zeros((), device=next(model.parameters()).device)
+    return weighted_losses(layers, record)
 
 
 def experts_per_token(router: nn.Module, config: object, name: str) -> int:
@@ -208,11 +226,15 @@ def _check_experts(experts: Any, name: str) -> None:
 
 
 def check_settings(
-    capacity: CapacityConfig, balance: BalanceConfig, exchange: str = MoEConfig.exchange
+    capacity: CapacityConfig,
+    balance: BalanceConfig,
+    exchange: str = MoEConfig.exchange,
+    virtual_ranks: int = 1,
 ) -> None:
     """Raise ConfigError for settings of another type, out of bounds, or of no published model."""
     check_type("capacity", capacity, CapacityConfig)
     check_type("balance", balance, BalanceConfig)
+    check_field(ParallelConfig, "virtual_ranks", "virtual_ranks", virtual_ranks)
     packing: Any = exchange
     config = MoEConfig(capacity=capacity, balance=balance, exchange=packing)
     check_types(config, "moe.")
@@ -233,32 +255,3 @@ def _text_config(model: nn.Module) -> object:
     """Return the config of the language model: of a composed one, a part."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Start the record of a forward: sequences and padding of its tokens."""
-    record: Forward = model.__dict__["dmoe_forward"]
-    if record.running:  # the caller has begun it, with a context of its own
-        return
-    given = kwargs.get("input_ids", args[0] if args else None)
-    given = kwargs.get("inputs_embeds") if given is None else given
-    if not isinstance(given, Tensor):
-        record.begin(TokenContext(), 1)
-        return
-    batch, length = given.shape[:2]
-    mask = kwargs.get("attention_mask")
-    valid_T = None
-    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= length:
-        valid_T = mask[:, -length:].flatten() != 0
-    record.begin(TokenContext(valid_T=valid_T), batch)
-
-
-def _end(model: nn.Module, args: object, output: Any) -> Any:
-    """End the record, and add the auxiliary losses to the output's loss in training."""
-    record: Forward = model.__dict__["dmoe_forward"]
-    record.running = False
-    add_pooled(moefied_layers(model), record)
-    loss = getattr(output, "loss", None)
-    if model.training and isinstance(loss, Tensor) and record.layers:
-        output["loss"] = loss + auxiliary_loss(model).to(loss.dtype)
-    return output

@@ -67,6 +67,8 @@ def pooled_losses(record: Forward, units: int) -> Tensor:
     experts = first.num_experts
     count_UE = first.logit_TE.new_zeros(units, experts)
     probability_UE, rows_U1 = count_UE, first.logit_TE.new_zeros(units, 1)
+    # sizes are explicit: -1 has no meaning for zero tokens
+    tokens = len(first.logit_TE) // max(1, units)
     for layer in record.layers:
         score_TE = layer.routing.logit_TE.softmax(-1)
         top_TK = score_TE.topk(layer.routing.expert_TK.shape[1]).indices
@@ -74,9 +76,9 @@ def pooled_losses(record: Forward, units: int) -> Tensor:
         if valid_T is not None:
             weight_T1 = valid_T.to(score_TE.dtype).unsqueeze(1)
         chosen_TE = torch.zeros_like(score_TE).scatter(1, top_TK, 1.0)
-        count_UE = count_UE + (chosen_TE * weight_T1).view(units, -1, experts).sum(1)
-        probability_UE = probability_UE + (score_TE * weight_T1).view(units, -1, experts).sum(1)
-        rows_U1 = rows_U1 + weight_T1.view(units, -1, 1).sum(1)
+        count_UE = count_UE + (chosen_TE * weight_T1).view(units, tokens, experts).sum(1)
+        probability_UE = probability_UE + (score_TE * weight_T1).view(units, tokens, experts).sum(1)
+        rows_U1 = rows_U1 + weight_T1.view(units, tokens, 1).sum(1)
     rows_U1 = rows_U1.clamp(min=1)
     return experts * (count_UE / rows_U1 * (probability_UE / rows_U1)).sum(-1)
 

@@ -24,11 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from dmoe.models.base import IGNORE_INDEX, TokenLosses
-from dmoe.moe.inputs import as_int64
-from dmoe.moe.routing import without_autocast
+from dmoe.moe.dispatch import without_autocast
+from dmoe.moe.inputs import as_int64, first_derivative_only
 
 CHUNK_ELEMENTS, MIN_ROWS = 1 << 22, 512
 """A chunk has about 4 M logits (16 MB), and rows enough for a matrix product at full speed."""
@@ -124,8 +123,7 @@ class _LinearCrossEntropy(Function):
                 continue
             grad_CV = log_prob_CV.exp_()
             grad_CV.scatter_(1, id_C1, grad_CV.gather(1, id_C1) - 1)
-            # not a product: what is not predicted may be NaN
-            grad_CV.masked_fill_(~valid_C.unsqueeze(1), 0.0)
+            _clear_rows(grad_CV, valid_C)
             if grad_CV.dtype != x_TD.dtype:
                 grad_CV = chunks.logit_CV[: len(x_CD)].copy_(grad_CV)
             if grad_x_TD is not None:
@@ -137,7 +135,7 @@ class _LinearCrossEntropy(Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad_x_TD, grad_weight_VD = ctx.saved_tensors
         if grad_x_TD is not None:
@@ -149,6 +147,18 @@ class _LinearCrossEntropy(Function):
 
 
 _loss_sum: Callable[[Tensor, Tensor, Tensor], Tensor] = _LinearCrossEntropy.apply
+
+
+def _clear_rows(grad_CV: Tensor, valid_C: Tensor) -> None:
+    """Set the rows without a target to 0, whatever they hold: a product would keep a NaN.
+
+    On a CPU only those rows are touched; elsewhere their number would be a host read, and fake
+    tensors have none.
+    """
+    if grad_CV.device.type == "cpu" and type(grad_CV) is Tensor:
+        grad_CV.index_fill_(0, (~valid_C).nonzero().squeeze(1), 0.0)
+    else:
+        grad_CV.masked_fill_(~valid_C.unsqueeze(1), 0.0)
 
 
 def _add_product(grad_weight_VD: Tensor, grad_CV: Tensor, x_CD: Tensor) -> None:

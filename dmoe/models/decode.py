@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from dmoe.models.attention import Attention, Rotary
 from dmoe.models.key_value_cache import KeyValueCache, LayerCache
 from dmoe.models.transformer import Block, Transformer
+from dmoe.moe.base_layer import with_budget
 from dmoe.moe.capacity import dropless_plan
 from dmoe.moe.dispatch import PackedLocal, expert_dtype
 from dmoe.moe.experts.activation import activate
 from dmoe.moe.experts.grouped_mlp import MLPExperts
 from dmoe.moe.layer import MoE
 from dmoe.moe.placement import to_physical_experts
-from dmoe.moe.routing import BatchShape, DispatchPlan, TokenContext, with_budget
+from dmoe.moe.routing import BatchShape, DispatchPlan, TokenContext
 
 
 def can_decode(model: nn.Module) -> bool:

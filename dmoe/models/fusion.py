@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import MoEConfig
 from dmoe.models.layers import BlockOutput
-from dmoe.moe.experts.activation import gated_sum
+from dmoe.moe.experts.gated_fusion import gated_sum
 from dmoe.moe.layer import MoE
 from dmoe.moe.rng import keyed_noise, normal_
 from dmoe.moe.routing import BatchShape, TokenContext

@@ -1,8 +1,8 @@
 """Parts of a block that all models share: RMSNorm, the feed-forward (dense or MoE), the output.
 
 `torch.rms_norm` is one fused kernel on CUDA, but on the CPU it is a chain of elementwise operations
-whose backward autograd derives step by step. `_RMSNorm` writes the backward explicitly: about 0.6
-times the time, forward and backward.
+whose backward autograd derives step by step. `_RMSNorm` writes the backward explicitly, with one
+new tensor of the input's size forward and one backward: memory costs more than arithmetic there.
 
 Letters: B sequences, S tokens per sequence, D model width (the last dimension).
 """
@@ -19,10 +19,12 @@ from torch.autograd import Function
 
 from dmoe.config.expert_shapes import dense_kind
 from dmoe.config.schema import ModelConfig, MoEConfig
+from dmoe.moe.dispatch import without_autocast
 from dmoe.moe.experts import FeedForward
+from dmoe.moe.inputs import first_derivative_only
 from dmoe.moe.layer import MoE
 from dmoe.moe.metrics import LayerStats
-from dmoe.moe.routing import TokenContext, without_autocast
+from dmoe.moe.routing import TokenContext
 
 
 class RMSNorm(nn.Module):
@@ -58,30 +60,29 @@ def fused_rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNorm(Function):
-    """With n = x * rstd: dx = rstd * (g w - n mean(g w n)) and dw = sum over rows of g n."""
+    """With r = rstd: dx = r (g w - x r^2 mean(g w x)) and dw = sum over rows of g x r."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        # Autocast is on in a custom Function too, and would run vecdot in bfloat16.
-        with without_autocast(x):
-            mean_square = torch.linalg.vecdot(wide, wide).div_(x.shape[-1])
-            rstd = mean_square.add_(eps).rsqrt_().unsqueeze(-1)
+        # not `vecdot`, which writes the squares; a norm is one pass that only reads
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight_D, rstd)
         out: Tensor = (wide * rstd).mul_(weight_D).to(x.dtype)
         return out
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight_D, rstd = ctx.saved_tensors
-        # rstd is float32 at least, so `normed` and everything derived from it is too.
-        normed = x * rstd
-        grad = grads[0].to(normed.dtype)
-        weight = weight_D.to(normed.dtype)
-        product = grad * normed
-        grad_weight = product.flatten(0, -2).sum(0).to(weight_D.dtype)
-        mean = (product @ weight).div_(x.shape[-1]).unsqueeze(-1)
-        grad_x = (grad * weight).sub_(normed.mul_(mean)).mul_(rstd)
+        wide, grad = x.to(rstd.dtype), grads[0].to(rstd.dtype)
+        weight = weight_D.to(rstd.dtype)
+        buffer = grad * wide
+        mean = (buffer @ weight).div_(x.shape[-1]).unsqueeze(-1)
+        grad_weight = buffer.mul_(rstd).flatten(0, -2).sum(0).to(weight_D.dtype)
+        share = mean.mul_(rstd).mul_(rstd)
+        grad_x = torch.mul(grad, weight, out=buffer).addcmul_(wide, share, value=-1).mul_(rstd)
         return grad_x.to(x.dtype), grad_weight, None
 
 

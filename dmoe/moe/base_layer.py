@@ -8,6 +8,7 @@ Letters: E experts.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,13 +17,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dmoe.config.errors import ConfigError
-from dmoe.config.schema import BalanceConfig, CapacityConfig
-from dmoe.moe.capacity import expert_capacity
+from dmoe.config.router_kinds import router_spec
+from dmoe.config.schema import BalanceConfig, CapacityConfig, RouterConfig
+from dmoe.moe.capacity import apply_capacity, expert_capacity
+from dmoe.moe.constants import IndexRanges
+from dmoe.moe.dispatch import permute, unpermute
+from dmoe.moe.experts.one_by_one import TokenRows
 from dmoe.moe.inputs import MaskAgreement
 from dmoe.moe.interfaces import DataParallelComm, Dispatcher
+from dmoe.moe.kernels import kernels_on
 from dmoe.moe.load_balancing import PendingCounts, updated_bias
 from dmoe.moe.placement import ExpertPlacement
-from dmoe.moe.routing import BatchShape
+from dmoe.moe.routing import BatchShape, DispatchPlan, Routing, TokenContext
 
 
 class MoELayer(nn.Module):
@@ -47,6 +53,9 @@ class MoELayer(nn.Module):
     padded: Dispatcher | None
     comm: DataParallelComm
     masks: MaskAgreement
+    ranges: IndexRanges
+    kernels: str = "torch"
+    """`moe.kernels`."""
     recompute_experts: bool = False
     """`train.recompute=experts`."""
     pending_counts: PendingCounts | None
@@ -80,6 +89,16 @@ class MoELayer(nn.Module):
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         return again(self.experts, *args)  # type: ignore[no-any-return]
 
+    def sum_of_experts(self, x_TD: Tensor, count_E: Tensor, tokens: TokenRows) -> Tensor:
+        """Compute the weighted sum of each token's experts, all on this rank.
+
+        On the CPU, the experts gather their rows from the tokens.
+        """
+        if self.experts.takes_tokens and not x_TD.is_cuda:
+            return self.run_experts(x_TD, count_E, tokens)
+        rows_RM = self.run_experts(permute(x_TD, tokens.permutation), count_E)
+        return unpermute(rows_RM, tokens.weight_TK, tokens.permutation)
+
     def batch_shape(self, sequences: int, tokens: int) -> BatchShape:
         """Return the capacity groups and slots of a forward of `tokens` tokens in `sequences`."""
         if tokens % self.virtual_ranks:
@@ -98,10 +117,19 @@ class MoELayer(nn.Module):
         )
         return BatchShape(sequences, groups, slots)
 
+    def plan_of(self, routing: Routing, shape: BatchShape) -> DispatchPlan:
+        """Return which assignments are computed (`apply_capacity`)."""
+        limits = (shape, self.capacity, self.comm, self.num_zero_cost)
+        plan = apply_capacity(routing, *limits)
+        kernels = kernels_on(self.kernels, plan.expert_TK)
+        return replace(plan, ranges=self.ranges, kernels=kernels)
+
     def count_for_bias(self, y_TM: Tensor, choice_E: Tensor) -> None:
         """Count a training forward for `update_bias`, once its backward has come."""
         if self.pending_counts is not None and self.training and y_TM.requires_grad:
-            self.pending_counts.watch(y_TM, choice_E, self.parameters(), f"MoE layer {self.layer}")
+            # a copy: the caller may add to what the layer returns before the backward
+            count_E, name = choice_E.clone(), f"MoE layer {self.layer}"
+            self.pending_counts.watch(y_TM, count_E, self.parameters(), name)
 
     def forget_counts(self) -> None:
         """Discard what `update_bias` would count: the weights are new."""
@@ -131,3 +159,24 @@ class MoELayer(nn.Module):
         """Move the balance bias by the assignments of all ranks."""
         bias_E = self.balance_bias
         bias_E.copy_(updated_bias(bias_E, count_E, self.balance.bias, self.balance.recenter))
+
+
+def with_budget(
+    context: TokenContext, compute_budget: float | None, config: RouterConfig
+) -> TokenContext:
+    """Return the context with a call's budget: the argument's, else its own, else the config's.
+
+    Raises:
+        ConfigError: a budget that is no share, or for a router that has none.
+    """
+    budget = context.budget if compute_budget is None else compute_budget
+    if not router_spec(config.kind).has_budget:
+        if budget is None:
+            return context
+        allowed = f"router.kind={config.kind} has no budget"
+        raise ConfigError("compute_budget", budget, allowed, "use router.kind=budget")
+    budget = config.budget if budget is None else budget
+    if not (type(budget) in (int, float) and 0 <= budget <= 1):
+        allowed = "must be from 0 to 1, the share of the cost of all experts"
+        raise ConfigError("compute_budget", budget, allowed, "use 1 for no limit")
+    return replace(context, budget=budget)

@@ -75,9 +75,18 @@ def dropless_plan(routing: Routing, num_zero_cost: int = 0) -> DispatchPlan:
     """Return the plan that computes every selected assignment."""
     weight_TK, keep_TK = routing.weight_TK, routing.selected_TK
     if keep_TK is not None:
+        # a copy for the backward: the caller may have filled its mask again before it
+        keep_TK = keep_TK.clone()
         stop_dropped_gradients(routing, keep_TK)
         weight_TK = weight_TK.masked_fill(~keep_TK, 0.0)
-    return DispatchPlan(routing.expert_TK, weight_TK, keep_TK, routing.num_experts, num_zero_cost)
+    return DispatchPlan(
+        routing.expert_TK,
+        weight_TK,
+        keep_TK,
+        routing.num_experts,
+        num_zero_cost,
+        routed=(routing.expert_TK, routing.counts),
+    )
 
 
 def stop_dropped_gradients(routing: Routing, keep_TK: Tensor) -> None:

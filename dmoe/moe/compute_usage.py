@@ -32,7 +32,7 @@ class ComputeUsage:
     budget: float | None
     """Share a token may spend. None: the router has no budget."""
     bias_E: Tensor | None = None
-    """The router's bias; score + bias is the order in which a budget router tries the experts."""
+    """A budget router's bias in this forward: it tries the experts in the order score + bias."""
 
     @property
     def usage_E(self) -> Tensor:

@@ -1,14 +1,17 @@
 """Inputs of a layer as a caller may give them: what is cast, what is reshaped, what is refused.
 
 A layer takes tokens [..., D]; masks, ids and labels in the shape of the tokens or as [T]; integers
-of any width. Everything else is one sentence with what was given and what is allowed.
+of any width. Everything else is one sentence with what was given and what is allowed. So are second
+derivatives and torch.func's transforms, which a layer does not have.
 
 Letters: T tokens, D width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +22,25 @@ from dmoe.config.errors import ConfigError
 if TYPE_CHECKING:
     from dmoe.moe.interfaces import DataParallelComm
     from dmoe.moe.routing import TokenContext
+
+
+def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse the `backward` of a `Function` where it is to be differentiated again.
+
+    What such a backward has saved, or receives from another rank, has no graph: a second derivative
+    would miss a part of it without a word. torch's `once_differentiable` notices this only if the
+    gradient that comes in has a graph; that of a sum has none, and a penalty on the gradient would
+    be a constant.
+    """
+
+    @wraps(backward)
+    def checked(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            allowed = "layers, losses and exchanges of dmoe have no second derivative"
+            raise ConfigError("create_graph", True, allowed, "call backward without create_graph")
+        return backward(ctx, *grads)
+
+    return checked
 
 
 def as_int64(name: str, value: Any) -> Tensor:
@@ -97,6 +119,12 @@ class MaskAgreement:
             before = "passed" if self.is_given else "not passed"
             allowed = f"a mask was {before} in the first step, and the ranks must act alike"
             raise ConfigError("valid_T", describe(valid_T), allowed, fix)
+
+
+def transform_error() -> ConfigError:
+    """Return the error for a layer within vmap, grad, jvp or another transform of torch.func."""
+    allowed = "cannot transform a MoE layer, whose rows per expert depend on the data"
+    return ConfigError("torch.func", "vmap, grad or jvp", allowed, "use torch.autograd")
 
 
 def input_error(x: Any, dim: int) -> ConfigError:

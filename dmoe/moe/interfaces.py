@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -80,6 +80,55 @@ class Dispatcher(Protocol):
     def combine(self, rows_RD: Tensor, weight_TK: Tensor, metadata: Any) -> Tensor:
         """Return y_TD on the source rank: the weighted sum over each token's kept assignments."""
         ...
+
+
+class Arrived(NamedTuple):
+    """Rows that have arrived at their experts (`OverlappingDispatcher`)."""
+
+    rows_RD: Tensor
+    row_counts: RowCounts
+    metadata: Any
+    """For `start_combine`."""
+    send_gradient: Callable[[Tensor], None]
+    """Start to send the gradient of `rows_RD` back, before the backward that computes it ends."""
+
+
+class OverlappingDispatcher:
+    """A `Dispatcher` whose exchanges can run beside other work: started, then waited for."""
+
+    def start_dispatch(self, x_TD: Tensor, plan: DispatchPlan) -> Callable[[], Arrived]:
+        """Start `dispatch`. The result waits for the rows."""
+        raise NotImplementedError
+
+    def start_combine(
+        self, rows_RD: Tensor, weight_TK: Tensor, metadata: Any
+    ) -> Callable[[], Tensor]:
+        """Start `combine`. The result waits for the rows and returns their sums."""
+        raise NotImplementedError
+
+
+class SentTokens(NamedTuple):
+    """Tokens on the ranks of their experts (`TokenDispatcher`)."""
+
+    x_RD: Tensor
+    count_e: Tensor
+    """int64: rows of each local expert."""
+    tokens: Any
+    """`experts.one_by_one.TokenRows`: the rows of the tokens, and the weights of their sums."""
+    metadata: Any
+    """For `return_sums`."""
+
+
+class TokenDispatcher:
+    """A `Dispatcher` that sends tokens, and returns the sums over their experts on each rank."""
+
+    def send_tokens(self, x_TD: Tensor, plan: DispatchPlan) -> SentTokens:
+        """Send each token once to each rank that has one of its experts."""
+        raise NotImplementedError
+
+    def return_sums(self, y_RM: Tensor, metadata: Any) -> Tensor:
+        """Return y_TM on the source rank: the sum over the ranks of each token."""
+        raise NotImplementedError
 
 
 class ExpertRouter(Protocol):

@@ -18,23 +18,26 @@ from dmoe.config.router_kinds import router_spec
 from dmoe.config.rules import check_arguments
 from dmoe.config.schema import BalanceConfig, CapacityConfig, ExpertsConfig, MoEConfig, RouterConfig
 from dmoe.config.schema.constraints import check_type
-from dmoe.moe.base_layer import MoELayer
-from dmoe.moe.capacity import apply_capacity
+from dmoe.moe.base_layer import MoELayer, with_budget
+from dmoe.moe.chunks import ChunkingDispatcher
 from dmoe.moe.compute_usage import ComputeUsage
+from dmoe.moe.constants import IndexRanges
 from dmoe.moe.dispatch import (
     PackedLocal,
-    PaddedLocal,
     expert_dtype,
     packed_permutation,
     profiled,
 )
 from dmoe.moe.experts import FeedForward, ZeroCost, build_experts
 from dmoe.moe.experts.base import Experts
+from dmoe.moe.experts.dense import InSteps
 from dmoe.moe.experts.one_by_one import TokenRows
 from dmoe.moe.inputs import MaskAgreement
-from dmoe.moe.interfaces import Dispatcher, NoComm
+from dmoe.moe.interfaces import Dispatcher, NoComm, OverlappingDispatcher, TokenDispatcher
 from dmoe.moe.load_balancing import PendingCounts, auxiliary_losses
 from dmoe.moe.metrics import MoEOutput, layer_stats
+from dmoe.moe.overlapped import in_chunks, overlapped
+from dmoe.moe.padded_slots import PaddedLocal
 from dmoe.moe.placement import to_physical_experts
 from dmoe.moe.routers import build_router
 from dmoe.moe.routers.base import RouterModule
@@ -46,8 +49,10 @@ from dmoe.moe.routing import (
     TokenContext,
     flatten_tokens,
     masked,
-    with_budget,
 )
+
+Shared = InSteps | None
+"""The shared experts of a forward, if there are any."""
 
 
 class MoE(MoELayer):
@@ -69,6 +74,8 @@ class MoE(MoELayer):
         exchange: `packed` moves exactly the rows there are (one host sync); `padded` moves fixed
             slots (no host sync; needs `capacity.factor`). A forward without capacity, such as
             evaluation by default, is always packed.
+        kernels: `torch`, or `triton`: what moves rows, and computes activations of uniform experts,
+            on a GPU. A CPU computes with torch's.
         virtual_ranks: groups of tokens that `capacity.group=rank` and losses of level `micro_batch`
             treat as ranks of their own. The number of tokens must divide by it.
         layer: index among the MoE layers; part of the key of the initialization.
@@ -91,6 +98,7 @@ class MoE(MoELayer):
         balance: BalanceConfig | None = None,
         experts: ExpertsConfig | None = None,
         exchange: str = "packed",
+        kernels: str = "torch",
         virtual_ranks: int = 1,
         layer: int = 0,
         seed: int = 0,
@@ -99,7 +107,8 @@ class MoE(MoELayer):
         out_dim = dim if out_dim is None else out_dim
         given = {"router": router, "capacity": capacity, "balance": balance, "experts": experts}
         sections: dict[str, Any] = {name: part for name, part in given.items() if part is not None}
-        config = MoEConfig(num_experts, top_k, expert_dim, **sections | {"exchange": exchange})
+        sections |= {"exchange": exchange, "kernels": kernels}
+        config = MoEConfig(num_experts, top_k, expert_dim, **sections)
         check_arguments(
             config, dim=dim, out_dim=out_dim, virtual_ranks=virtual_ranks, layer=layer, seed=seed
         )
@@ -120,7 +129,8 @@ class MoE(MoELayer):
         self.shared = FeedForward(kind, dim, shared_dim, out_dim) if shared_dim else None
         self.packed, self.comm = PackedLocal(), NoComm()
         self.padded = PaddedLocal() if exchange == "padded" else None
-        self.masks = MaskAgreement()
+        self.masks, self.ranges = MaskAgreement(), IndexRanges()
+        self.kernels = self.experts.kernels = kernels
         self.pending_counts = PendingCounts() if self.balance.bias else None
         self.initialize(seed)
 
@@ -134,12 +144,7 @@ class MoE(MoELayer):
         virtual_ranks: int = 1,
         layer: int = 0,
     ) -> Self:
-        """Build the layer of a config section.
-
-        Args:
-            config: section `moe`.
-            dim, out_dim, virtual_ranks, layer: see the class.
-        """
+        """Build the layer of config section `moe`; the other arguments are those of the class."""
         check_type("config", config, MoEConfig)
         return cls(
             dim,
@@ -152,6 +157,7 @@ class MoE(MoELayer):
             balance=config.balance,
             experts=config.experts,
             exchange=config.exchange,
+            kernels=config.kernels,
             virtual_ranks=virtual_ranks,
             layer=layer,
         )
@@ -211,10 +217,11 @@ class MoE(MoELayer):
             routing = self.router(x_TD, context, shape)
             if context.given_expert_LTK is not None:
                 routing = with_given_experts(routing, context, self.layer, self.router.config)
-            plan = apply_capacity(routing, shape, self.capacity, self.comm, self.num_zero_cost)
+            plan = self.plan_of(routing, shape)
         dispatcher = self.packed if self.padded is None or plan.slots is None else self.padded
-        y_TM = self.dispatched(dispatcher, x_TD.to(expert_dtype(x_TD)), plan)
-        y_TM = masked(self.add_local_experts(y_TM, x_TD, plan), context.valid_T)
+        shared = None if self.shared is None else InSteps(self.shared, x_TD)
+        y_TM = self.dispatched(dispatcher, x_TD.to(expert_dtype(x_TD)), plan, shared)
+        y_TM = masked(self.add_local_experts(y_TM, x_TD, plan, shared), context.valid_T)
         stats = layer_stats(routing, plan, context)
         self.count_for_bias(y_TM, stats.choice_E)
         return MoEOutput(
@@ -234,19 +241,27 @@ class MoE(MoELayer):
             self.compute_usage(routing, plan, context.budget),
         )
 
-    def dispatched(self, dispatcher: Dispatcher, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
-        """Send the tokens to their experts and return the weighted sums of the outputs, y_TM.
-
-        On the CPU with all experts local, the experts gather their rows from the tokens.
-        """
+    def dispatched(
+        self, dispatcher: Dispatcher, x_TD: Tensor, plan: DispatchPlan, shared: Shared
+    ) -> Tensor:
+        """Send the tokens to their experts and return the weighted sums of the outputs, y_TM."""
         physical = to_physical_experts(plan, self.placement)
+        if isinstance(dispatcher, OverlappingDispatcher):
+            return overlapped(self, dispatcher, x_TD, physical, shared)
+        if isinstance(dispatcher, ChunkingDispatcher):
+            return in_chunks(self, dispatcher, x_TD, physical, shared)
         if type(dispatcher) is PackedLocal and self.experts.takes_tokens and not x_TD.is_cuda:
             with profiled("dispatch"):
                 permutation, count_E = packed_permutation(physical)
             with profiled("experts"):
-                tokens = TokenRows(permutation, plan.weight_TK)
-                gathered_TM: Tensor = self.run_experts(x_TD, count_E, tokens)
-                return gathered_TM
+                return self.sum_of_experts(x_TD, count_E, TokenRows(permutation, plan.weight_TK))
+        if isinstance(dispatcher, TokenDispatcher):
+            with profiled("dispatch"):
+                x_RD, count_e, tokens, sent = dispatcher.send_tokens(x_TD, physical)
+            with profiled("experts"):
+                y_RM = self.sum_of_experts(x_RD, count_e, tokens)
+            with profiled("combine"):
+                return dispatcher.return_sums(y_RM, sent)
         with profiled("dispatch"):
             rows_RD, tokens_per_expert, metadata = dispatcher.dispatch(x_TD, physical)
         with profiled("experts"):
@@ -254,19 +269,22 @@ class MoE(MoELayer):
         with profiled("combine"):
             return dispatcher.combine(rows_RM, plan.weight_TK, metadata)
 
-    def add_local_experts(self, y_TM: Tensor, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
+    def add_local_experts(
+        self, y_TM: Tensor, x_TD: Tensor, plan: DispatchPlan, shared: Shared = None
+    ) -> Tensor:
         """Add the outputs of zero-cost and shared experts, which are never dispatched."""
         if self.zero_cost is not None:
             y_TM = self.zero_cost(y_TM, x_TD, plan)
         if self.shared is not None:
-            y_TM = y_TM + self.shared(x_TD)
+            y_TM = y_TM + (shared or InSteps(self.shared, x_TD)).result()
         return y_TM
 
     def compute_usage(
         self, routing: Routing, plan: DispatchPlan, budget: float | None
     ) -> ComputeUsage:
         """Return the record that computes experts used and cost per token on request."""
-        bias_E = getattr(self.router, "bias_E", None)
-        return ComputeUsage(
-            routing, plan, self.cost_E, self.names_E, self.router.config, budget, bias_E
-        )
+        bias_E, config = getattr(self.router, "bias_E", None), self.router.config
+        if bias_E is not None:
+            # that of this forward, which a later update does not change; else without a copy
+            bias_E = bias_E.clone() if router_spec(config.kind).has_budget else None
+        return ComputeUsage(routing, plan, self.cost_E, self.names_E, config, budget, bias_E)

@@ -1,10 +1,12 @@
 """Counts and metrics of one forward of a MoE layer: device tensors, sums, no host read.
 
+Each is memory of its own: a caller may add to one in place, and changes nothing else.
+
 They are returned with the layer's output and kept nowhere, so that recomputed activations count
 nothing twice. Further metrics are computed only if the context asks for them
 (`TokenContext.metrics_fn`): steps that are not logged do not pay for them.
 
-Letters: T tokens, E experts, K experts per token.
+Letters: T tokens, E experts, K experts per token, V = E + 1.
 """
 
 from __future__ import annotations
@@ -74,18 +76,14 @@ def layer_stats(
     routing: Routing, plan: DispatchPlan, context: TokenContext = EMPTY_CONTEXT
 ) -> LayerStats:
     """Count one forward, before and after capacity. No host sync."""
-    choice_E = routing.choice_count()[0]
     weight_TK = routing.weight_TK.detach()
     if routing.selected_TK is not None:
         weight_TK = weight_TK.masked_fill(~routing.selected_TK, 0.0)
     metrics = {} if context.metrics_fn is None else context.metrics_fn(routing, plan, context)
     if plan.slots is None:
         return LayerStats(
-            choice_E=choice_E,
-            kept_E=choice_E,
-            dropped_weight=weight_TK.new_zeros(()),
+            **_dropless_counts(routing, plan, weight_TK.dtype),
             total_weight=weight_TK.sum(),
-            fully_dropped_tokens=torch.zeros_like(choice_E[0]),
             slots=0.0,
             num_zero_cost=plan.num_zero_cost,
             metrics=metrics,
@@ -93,7 +91,7 @@ def layer_stats(
     keep_TK = plan.is_kept_TK
     has_selected_T = routing.is_selected_TK.any(-1)
     return LayerStats(
-        choice_E=choice_E,
+        choice_E=routing.choice_count()[0].clone(),
         kept_E=count_per_expert(plan.expert_TK, keep_TK, 1, plan.num_experts)[0],
         dropped_weight=weight_TK.masked_fill(keep_TK, 0.0).sum(),
         total_weight=weight_TK.sum(),
@@ -102,6 +100,26 @@ def layer_stats(
         num_zero_cost=plan.num_zero_cost,
         metrics=metrics,
     )
+
+
+def _dropless_counts(routing: Routing, plan: DispatchPlan, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the counts where nothing is dropped, as parts of one tensor that nothing else reads.
+
+    No launch where the sort of the assignments has made it, else one. `dtype`: of weights.
+    """
+    counts = routing.counts
+    count_2V, counts.copies_2V = counts.copies_2V, None
+    if count_2V is None:
+        choice_E = routing.choice_count()[0]
+        zero_1 = plan.ranges.get(1, choice_E.device)
+        count_2V = torch.cat([choice_E, zero_1, choice_E, zero_1]).view(2, -1)
+    return {
+        "choice_E": count_2V[0, :-1],
+        "kept_E": count_2V[1, :-1],
+        "fully_dropped_tokens": count_2V[0, -1],
+        # the bits of 0 are those of 0.0
+        "dropped_weight": count_2V[1, -1:].view(dtype)[0],
+    }
 
 
 SUMS = ("made_K", "kept_K", "weight_K", "dropped_K", "entropy", "top1", "tokens")

@@ -28,9 +28,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
+from dmoe.moe.constants import HostConstant
 from dmoe.moe.routing import DispatchPlan
 
 
@@ -136,21 +136,3 @@ def to_physical_experts(plan: DispatchPlan, placement: ExpertPlacement) -> Dispa
         expert_TK=physical_E[plan.expert_TK],
         num_experts=placement.experts_per_rank * len(placement.experts),
     )
-
-
-class HostConstant:
-    """An integer tensor whose values the host knows, cached per device.
-
-    A copy in every forward would make the host wait. It is no buffer of a module because it is no
-    state: checkpoints do not hold it, and `to_empty` does not wipe it.
-    """
-
-    def __init__(self, values: Sequence[int]) -> None:
-        self.values = tuple(values)
-        self._copies: dict[torch.device, Tensor] = {}
-
-    def on(self, device: torch.device) -> Tensor:
-        """Return the values as int64 [n] on `device`."""
-        if device not in self._copies:
-            self._copies[device] = torch.tensor(self.values, dtype=torch.int64, device=device)
-        return self._copies[device]

@@ -5,23 +5,20 @@ A forward passes three states, each a type of its own: `Routing` (the router's d
 
 Letters: T tokens on this rank in one micro-batch, D model width, E experts (global, zero-cost ones
 included), K experts per token, S next experts per token, G groups that share a capacity, C slots of
-one (group, expert), L MoE layers.
+one (group, expert), L MoE layers, V = E + 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dmoe.config.errors import ConfigError
-from dmoe.config.router_kinds import router_spec
-from dmoe.config.schema import RouterConfig
-from dmoe.moe.inputs import CASTS, context_of_rows, input_error
+from dmoe.moe.constants import IndexRanges
+from dmoe.moe.inputs import CASTS, context_of_rows, input_error, transform_error
 
 MetricsFn = Callable[["Routing", "DispatchPlan", "TokenContext"], dict[str, Tensor]]
 """Computes further metrics of one forward, by name: device tensors, without a host read."""
@@ -37,7 +34,8 @@ class TokenContext:
     """
 
     valid_T: Tensor | None = None
-    """bool; False marks padding, which is never routed and never counted. None: no padding."""
+    """bool; False marks padding, which is never routed and never counted. None: no padding. It may
+    be filled again after the forward: the backward has a copy, `Routing.selected_TK` a view."""
     prior_count_LE: Tensor | None = None
     """int64; assignments of the step's earlier accumulation steps, of all ranks (global loss)."""
     token_id_T: Tensor | None = None
@@ -100,6 +98,15 @@ class Noise:
     """float: input of the softplus whose output is `std_TE`."""
 
 
+@dataclass
+class ChoiceCounts:
+    """Counts of the choices of a routing before any drop, int64 [U, E] by the number U of units."""
+
+    by_units: dict[int, Tensor] = field(default_factory=dict)
+    copies_2V: Tensor | None = None
+    """The counts of one unit twice, each with a 0 behind: memory for what a layer returns."""
+
+
 @dataclass(frozen=True)
 class Routing:
     """The router's decision: the experts of each token and their weights.
@@ -131,7 +138,15 @@ class Routing:
     sums_to_one: bool = False
     """Whether each token's scores sum to 1, as a softmax does: losses need not normalize them."""
 
-    _counts: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+    counts: ChoiceCounts = field(default_factory=ChoiceCounts, init=False, repr=False)
+    """Results of `choice_count`."""
+    loss_logit_TE: Tensor | None = field(default=None, init=False, repr=False)
+    """The logits again, where `score_TE` is their softmax (`load_balancing.auxiliary`)."""
+
+    def with_loss_logits(self, logit_TE: Tensor | None) -> Routing:
+        """Set `loss_logit_TE`; a copy by `replace` has none."""
+        object.__setattr__(self, "loss_logit_TE", logit_TE)
+        return self
 
     @property
     def num_experts(self) -> int:
@@ -140,11 +155,10 @@ class Routing:
 
     def choice_count(self, units: int = 1) -> Tensor:
         """Count each unit's assignments of each expert before any drop, int64 [U, E]; once."""
-        if units not in self._counts:
-            self._counts[units] = count_per_expert(
-                self.expert_TK, self.selected_TK, units, self.num_experts
-            )
-        return self._counts[units]
+        found, ids_TK = self.counts.by_units, self.expert_TK
+        if units not in found:
+            found[units] = count_per_expert(ids_TK, self.selected_TK, units, self.num_experts)
+        return found[units]
 
     @property
     def is_selected_TK(self) -> Tensor:
@@ -190,6 +204,22 @@ class DispatchPlan:
     """Number of zero-cost experts (highest ids). Evaluated locally: no capacity, no dispatch."""
     slots: ExpertSlots | None = None
     """None: dropless."""
+    ranges: IndexRanges = field(default_factory=IndexRanges, repr=False, compare=False)
+    routed: tuple[Tensor, ChoiceCounts] | None = field(default=None, repr=False, compare=False)
+    """`expert_TK` and `counts` of the routing; None: not known."""
+    kernels: str = "torch"
+    """`moe.kernels`: what moves the rows."""
+
+    def note_counts(self, count_3V: Tensor) -> None:
+        """Keep the counts of a sort as the routing's, which then makes no own.
+
+        Only if it has sorted the choices of the routing: a plan with ids by rank or chunk, or with
+        fewer assignments, counts others. `count_3V`: three times rows per expert, then of none.
+        """
+        if self.routed is not None and self.keep_TK is None:
+            choice_TK, counts = self.routed
+            if choice_TK is self.expert_TK and 1 not in counts.by_units:
+                counts.by_units[1], counts.copies_2V = count_3V[:1, :-1], count_3V[1:]
 
     @property
     def is_kept_TK(self) -> Tensor:
@@ -206,8 +236,11 @@ def flatten_tokens(x: Tensor, context: TokenContext, dim: int) -> tuple[Tensor, 
     """Return a layer's input as rows [T, D], padding zeroed, and a context of one value per row.
 
     Raises:
-        ConfigError: what is allowed of `x` and of the context's fields (`inputs.py`).
+        ConfigError: what is allowed of `x` and of the context's fields (`inputs.py`); within a
+            transform of torch.func.
     """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise transform_error()
     if not (isinstance(x, Tensor) and x.ndim > 1 and x.shape[-1] == dim and x.is_floating_point()):
         raise input_error(x, dim)
     if context is not EMPTY_CONTEXT:
@@ -221,27 +254,6 @@ def masked(value_TX: Tensor, valid_T: Tensor | None) -> Tensor:
     Selects: a product with a mask keeps a NaN or an infinity, because 0 x NaN is NaN.
     """
     return value_TX if valid_T is None else value_TX.masked_fill(~valid_T.unsqueeze(1), 0.0)
-
-
-def with_budget(
-    context: TokenContext, compute_budget: float | None, config: RouterConfig
-) -> TokenContext:
-    """Return the context with a call's budget: the argument's, else its own, else the config's.
-
-    Raises:
-        ConfigError: a budget that is no share, or for a router that has none.
-    """
-    budget = context.budget if compute_budget is None else compute_budget
-    if not router_spec(config.kind).has_budget:
-        if budget is None:
-            return context
-        allowed = f"router.kind={config.kind} has no budget"
-        raise ConfigError("compute_budget", budget, allowed, "use router.kind=budget")
-    budget = config.budget if budget is None else budget
-    if not (type(budget) in (int, float) and 0 <= budget <= 1):
-        allowed = "must be from 0 to 1, the share of the cost of all experts"
-        raise ConfigError("compute_budget", budget, allowed, "use 1 for no limit")
-    return replace(context, budget=budget)
 
 
 class Router(Protocol):
@@ -286,10 +298,3 @@ def group_of_token(tokens: int, groups: int, device: torch.device) -> Tensor:
 
 def _mask_or_all(mask_TK: Tensor | None, like_TK: Tensor) -> Tensor:
     return torch.ones_like(like_TK, dtype=torch.bool) if mask_TK is None else mask_TK
-
-
-def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Switch autocast off for the tensor's device, if it is on; the meta device has none."""
-    if tensor.is_meta or not torch.is_autocast_enabled(tensor.device.type):
-        return nullcontext()
-    return torch.autocast(tensor.device.type, enabled=False)

@@ -1,7 +1,9 @@
 """One file of choices: a safetensors file with one tensor, `experts` [tokens, layers, K].
 
 A trace of choices (`tracking.trace`) has a second one, `scores` [tokens, layers, K] in float32,
-with `sha256_scores`; a trace of counts has `counts` [samples, layers, E] in their place.
+with `sha256_scores`; a trace of scores has those of all experts, [tokens, layers, E], -1 of padding
+tokens, and `"scores": "all"` in its header. A trace of counts has `counts` [samples, layers, E] in
+their place.
 
 That is the layout in which inference engines return the experts of a rollout, so a part can be
 read by any of them, and theirs by dmoe. Ids are the smallest unsigned type that holds them, and
@@ -110,7 +112,7 @@ class Part:
     header: Mapping[str, str]
     """Its text values; empty for a file that dmoe did not write."""
     scores: np.ndarray | None = None
-    """[N, L, K]: the router's scores of the choices, in a trace."""
+    """[N, L, K]: the router's scores of the choices, in a trace; of scores: [N, L, E], of all."""
 
     @property
     def first_step(self) -> int:
@@ -124,6 +126,11 @@ class Part:
     @property
     def spec(self) -> ChoiceSpec:
         return ChoiceSpec(**json.loads(self.header["spec"]))
+
+    @property
+    def kind(self) -> dict[str, str]:
+        """Return how the header describes the tensors: empty for a trace of choices."""
+        return {name: self.header[name] for name in ("rows", "scores") if name in self.header}
 
     @property
     def is_whole(self) -> bool:
@@ -165,7 +172,7 @@ def write_choices(
         path: of the file.
         expert_NLK: any integers; they are written as they are.
         header: text values; the SHA-256 of the ids is added.
-        score_NLK: float32, of a trace.
+        score_NLK: float32, of a trace; [tokens, layers, E] of a trace of scores.
 
     Raises:
         ConfigError: no integers [tokens, layers, K]; nothing is written.

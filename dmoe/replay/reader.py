@@ -82,10 +82,13 @@ class ChoiceReader:
             self._check_ids(part, partly)
             step = stop
         if step < end:
-            self._refuse(
-                f"holds no choices of step {step + 1}, and the run has {end}",
-                f"use train.steps={step}" if step > first else "record more steps",
-            )
+            self._refuse_end(step, end, first)
+
+    def check_end(self, end: int) -> None:
+        """Refuse choices that end before step `end`, without a read of them. Raises ConfigError."""
+        last = max(self._steps(part)[1] for part in self.parts)
+        if last < end:
+            self._refuse_end(last, end, 0)
 
     def read(self, step: int, first: int, count: int) -> np.ndarray:
         """Return the choices of samples first .. first + count - 1 of a step.
@@ -146,6 +149,12 @@ class ChoiceReader:
             if twice.any():
                 where = row + int(np.argwhere(twice)[0][0])
                 self._refuse(f"gives token {where} one expert twice", "write each choice once")
+
+    def _refuse_end(self, step: int, end: int, first: int) -> None:
+        self._refuse(
+            f"holds no choices of step {step + 1}, and the run has {end}",
+            f"use train.steps={step}" if step > first else "record more steps",
+        )
 
     def _refuse(self, allowed: str, fix: str) -> None:
         raise ConfigError(FIELD, self.path, allowed, fix)

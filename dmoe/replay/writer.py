@@ -10,6 +10,7 @@ Letters: N tokens of a step, L MoE layers, K experts per token.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ class ChoiceWriter:
         *,
         field: str = FIELD,
         counts: bool = False,
+        all_scores: bool = False,
     ) -> None:
         """Continue in `folder` after `step` steps; what it holds of later steps is removed.
 
@@ -46,6 +48,7 @@ class ChoiceWriter:
             step: steps done.
             field: the one that errors name.
             counts: write counts by sample in place of choices.
+            all_scores: the scores to be written are those of all experts.
 
         Raises:
             ConfigError: it cannot be written, or holds the choices of another run.
@@ -53,7 +56,7 @@ class ChoiceWriter:
         """
         self.folder, self.spec, self.next_step = folder, spec, step
         self.field, self.counts = field, counts
-        self.rows_per_step = spec.global_batch if counts else spec.tokens_per_step
+        self.kind = {"rows": "sample"} if counts else {"scores": "all"} if all_scores else {}
         self._steps: list[np.ndarray] = []
         self._scores: list[np.ndarray] = []
         self._batch = ""
@@ -77,7 +80,7 @@ class ChoiceWriter:
             step: from 0.
             expert_NLK: signed ids of the global batch.
             batch: digest of the step's input tokens.
-            score_NLK: of the choices, for a trace.
+            score_NLK: of the choices, for a trace; or [N, L, E], of all experts.
         """
         if step < self.next_step:  # the run was rolled back
             self.flush()
@@ -100,21 +103,29 @@ class ChoiceWriter:
             return
         first = self.next_step - len(self._steps)
         scores = np.concatenate(self._scores) if self._scores else None
-        self._write(first, np.concatenate(self._steps), self._batch, scores)
+        ids = np.concatenate(self._steps)
+        self._write(first, ids, self._batch, scores, self.kind)
         self._steps, self._scores = [], []
 
     def _write(
-        self, first: int, ids_NLK: np.ndarray, batch: str, score_NLK: np.ndarray | None
+        self,
+        first: int,
+        ids_NLK: np.ndarray,
+        batch: str,
+        score_NLK: np.ndarray | None,
+        kind: Mapping[str, str],
     ) -> None:
-        steps = len(ids_NLK) // self.rows_per_step
+        steps = len(ids_NLK) // self._rows_per_step(kind)
         path = self.folder / part_name(first, first + steps)
-        header = part_header(self.spec, first, steps, batch)
-        header |= {"rows": "sample"} if self.counts else {}
+        header = part_header(self.spec, first, steps, batch) | dict(kind)
         try:
             write_choices(path, ids_NLK, header, score_NLK)
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise CheckpointError(f"{path}: the choices cannot be written ({reason})") from None
+
+    def _rows_per_step(self, kind: Mapping[str, str]) -> int:
+        return self.spec.global_batch if "rows" in kind else self.spec.tokens_per_step
 
     def _claim(self, run: str) -> None:
         """Make the folder this run's, or refuse one that has another's choices."""
@@ -134,9 +145,10 @@ class ChoiceWriter:
             if first < step:
                 part = open_part(path, self.field)
                 check_whole(part)
-                rows = (step - first) * self.rows_per_step
+                rows = (step - first) * self._rows_per_step(part.kind)
                 scores = None if part.scores is None else np.array(part.scores[:rows])
-                self._write(first, np.array(part.experts[:rows]), part.header["batch"], scores)
+                ids, batch = np.array(part.experts[:rows]), part.header["batch"]
+                self._write(first, ids, batch, scores, part.kind)
             path.unlink()
         parts = list_parts(self.folder)
         ends = {end for _, _, end in parts}

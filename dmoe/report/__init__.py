@@ -7,7 +7,7 @@ import torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dmoe.report.overview import build_overview
@@ -20,6 +20,7 @@ from dmoe.report.panels import (
     simulation,
     summary,
 )
+from dmoe.report.panels.plan import Grade, plan_panel
 from dmoe.report.render import render_page
 from dmoe.report.run import Run, load_runs
 
@@ -43,8 +44,12 @@ PANELS: tuple[Callable[[Sequence[Run]], Panel | None], ...] = (
 )
 
 
-def write_report(runs: Sequence[Path], output: Path) -> Path:
+def write_report(
+    runs: Sequence[Path], output: Path, grades: Mapping[str, Grade] | None = None
+) -> Path:
     """Write the report on the run directories `runs` to `output` atomically; return `output`.
+
+    `grades`: by the name of a run, what its plan predicts (`dmoe.simulation.grade`).
 
     Cost: one pass over each `metrics.jsonl`. The page has 0.1 MB for 600 steps of 8 experts, and at
     most 4 MB for any number of steps of 16 layers of 64 experts.
@@ -57,6 +62,7 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
     names = [run.name for run in loaded]
     overview = build_overview(loaded, load.load_chart(loaded))
     panels = [panel for build in PANELS if (panel := build(loaded)) is not None]
+    panels.insert(1, plan_panel(loaded, grades or {}))
     marks = [summary.event_marks(run) for run in loaded]
     text = render_page(names, overview, panels, marks)
     draft = output.with_name(f".{output.name}.{os.getpid()}")

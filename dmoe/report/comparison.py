@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dmoe.report.format import format_count, format_flops, format_number, single_line, text_table
+from dmoe.report.lost import problems
 from dmoe.report.results import ABSENT
 from dmoe.report.run import (
     Run,
@@ -160,6 +161,7 @@ def _remarks(runs: Sequence[Run], summaries: Sequence[RunSummary]) -> Iterator[s
     for run in runs:
         if not is_finished(run):
             yield unfinished_remark(run)
+        yield from problems(run)
     names = [single_line(run.name) for run in runs]
     by_metric = _group(names, [_metric(summary) for summary in summaries])
     if len(by_metric) > 1:

@@ -19,25 +19,26 @@ from dmoe.config.schema import CapacityConfig
 from dmoe.moe.capacity import apply_capacity, expert_capacity
 from dmoe.moe.interfaces import NoComm
 from dmoe.moe.routing import BatchShape, Routing
-from dmoe.replay.part import ChoiceSpec
+from dmoe.replay.part import NONE, ChoiceSpec
 
 TOKENS = 1 << 16
 """Tokens that capacity is applied to at a time, unless one group has more."""
 
 
-def check_capacity(capacity: CapacityConfig, has_scores: bool) -> None:
+def check_capacity(capacity: CapacityConfig, has_scores: bool, has_next: bool = False) -> None:
     """Refuse a capacity that recorded choices cannot answer. Raises ConfigError."""
     if capacity.factor is None:
         return
-    if capacity.overflow == "next_choice":
+    if capacity.overflow == "next_choice" and not has_next:
         allowed = "offers a token's next expert, and recorded choices have none"
-        raise ConfigError("moe.capacity.overflow", "next_choice", allowed, "use drop")
+        fix = "record the run with tracking.trace=scores, or use drop"
+        raise ConfigError("moe.capacity.overflow", "next_choice", allowed, fix)
     if capacity.priority == "score" and not has_scores:
         allowed = "needs the scores of the choices, which this trace has not"
         raise ConfigError("moe.capacity.priority", "score", allowed, "use position")
 
 
-def kept(
+def kept_experts(
     expert_NLK: np.ndarray,
     score_NLK: np.ndarray | None,
     capacity: CapacityConfig,
@@ -46,21 +47,23 @@ def kept(
     ranks: int,
     micro_batch: int,
     zero_cost: int = 0,
+    next_NLS: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Return which assignments of one step find a slot, bool [N, L, K].
+    """Return the expert that computes each assignment of one step, int64 [N, L, K], -1 for none.
 
     Args:
         expert_NLK: ids, -1 for none.
-        score_NLK: of the choices; read by `priority: score`.
+        score_NLK: of the choices, or with `next_NLS` of all experts [N, L, E]; read by `priority:
+            score`.
         capacity: section `moe.capacity`.
         spec: sizes.
         ranks: W.
         micro_batch: n.
         zero_cost: zero-cost experts (highest ids): no queue, always kept.
+        next_NLS: next experts, -1 for none; read by `overflow: next_choice`.
     """
-    selected_NLK = expert_NLK >= 0
     if capacity.factor is None:
-        return selected_NLK
+        return expert_NLK
     tokens = ranks * micro_batch * spec.seq_len
     groups = {"rank": ranks, "sequence": ranks * micro_batch, "global": 1}[capacity.group]
     slots = expert_capacity(
@@ -71,25 +74,45 @@ def kept(
         at_once -= 1
     size = tokens // groups * at_once
     shape = BatchShape(at_once, at_once, slots)
-    result = np.zeros_like(selected_NLK)
+    result = np.full_like(expert_NLK, NONE)
     for start in range(0, len(expert_NLK), size):
         for layer in range(spec.layers):
             part = slice(start, start + size), layer
             scores = None if score_NLK is None else score_NLK[part]
-            routing = as_routing(expert_NLK[part], scores, spec.experts)
+            following = None if next_NLS is None else next_NLS[part]
+            routing = as_routing(expert_NLK[part], scores, spec.experts, following)
             plan = apply_capacity(routing, shape, capacity, NoComm(), zero_cost)
-            result[part] = plan.is_kept_TK.numpy()
+            result[part] = plan.expert_TK.where(plan.is_kept_TK, NONE).numpy()
     return result
 
 
-def as_routing(expert_TK: np.ndarray, score_TK: np.ndarray | None, experts: int) -> Routing:
-    """Return recorded choices as a router's decision: equal weights, scores where chosen."""
+def as_routing(
+    expert_TK: np.ndarray,
+    score_TK: np.ndarray | None,
+    experts: int,
+    next_TS: np.ndarray | None = None,
+) -> Routing:
+    """Return recorded choices as a router's decision: equal weights, scores where chosen.
+
+    With `next_TS`, the scores are those of all experts, [T, E].
+    """
     id_TK = torch.from_numpy(expert_TK.copy()).long()
     selected_TK = id_TK >= 0
     id_TK = id_TK.clamp(min=0)
     score_TE: Tensor = torch.zeros(len(id_TK), experts)
-    if score_TK is not None:
+    if next_TS is not None:
+        score_TE = score_TE if score_TK is None else torch.from_numpy(score_TK.copy())
+    elif score_TK is not None:
         given_TK = torch.from_numpy(score_TK.copy()).float().masked_fill(~selected_TK, 0.0)
         score_TE = score_TE.scatter_add(1, id_TK, given_TK)
     weight_TK = torch.ones(id_TK.shape)
-    return Routing(id_TK, weight_TK, score_TE, score_TE, selected_TK=selected_TK)
+    following = None if next_TS is None else torch.from_numpy(next_TS.copy()).long()
+    return Routing(
+        id_TK,
+        weight_TK,
+        score_TE,
+        score_TE,
+        selected_TK=selected_TK,
+        next_expert_TS=following,
+        next_weight_TS=None if following is None else torch.ones(following.shape),
+    )

@@ -23,26 +23,28 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dmoe.config.rules import batching, check, expert_parallel
 from dmoe.config.schema import Config
+from dmoe.data.token_streams import masks_by_default
 from dmoe.distributed.expert_parallel import shard_experts
-from dmoe.distributed.fake_world import fake_world, materialize
+from dmoe.distributed.fake_world import counted_exchange, fake_world, materialize
 from dmoe.distributed.fsdp import blocks
+from dmoe.distributed.gradients import local_tensor
 from dmoe.distributed.init import ProcessInfo
 from dmoe.distributed.mesh import ParallelMesh
+from dmoe.distributed.optimizers.offloaded_adamw import OffloadedAdamW
 from dmoe.models.base import Model
 from dmoe.models.transformer import Transformer
-from dmoe.moe.interfaces import ExpertLayer
-from dmoe.simulation.host_reads import HostReads
-from dmoe.simulation.recorder import Stage, StepRecorder
-from dmoe.simulation.state import StateBytes, states_of_blocks
+from dmoe.simulation.recording.host_reads import HostReads
+from dmoe.simulation.recording.recorder import Stage, StepRecorder
+from dmoe.simulation.state import StateBytes, kind_of, states_of_blocks
 from dmoe.train.engine import DATA_PARALLEL, Engine
 from dmoe.train.modular.attach import attach_modules, select_trainable_parameters
 from dmoe.train.optimizer import build_optimizer
-from dmoe.train.step import Batch, train_step
+from dmoe.train.step import Batch, forward, train_step
 from dmoe.train.tasks import task_of
 
-REPEATED = 5
-"""Blocks of one kind that are run: the first two, one for all between, and the last two, since
-FSDP2 gathers one block ahead."""
+REPEATED = {"ddp": 3, "fsdp": 4}
+"""Blocks of one kind that are run: the first one, one for all between, and the last; with FSDP2,
+which gathers one block ahead, the first two."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -59,6 +61,8 @@ class DryRun:
     """One block of each kind; "": of all that is in no block."""
     before: int
     """Bytes that were live when the step began."""
+    index_ranges: int
+    """Bytes that its first forward left in the layers, for all later ones."""
     tokens: int
     """T."""
     accumulation: int
@@ -97,9 +101,10 @@ def dry_run(
     *,
     cuda: bool,
     load: float = 1.0,
-    repeated: int | None = REPEATED,
+    every: bool = False,
     num_outputs: int | None = None,
     kinds: list[str] | None = None,
+    forward_only: bool = False,
 ) -> DryRun:
     """Run one step of rank 0 of `world` without memory, and return its record.
 
@@ -109,15 +114,17 @@ def dry_run(
         precision: fp32, bf16 or fp16.
         cuda: as on a GPU; else as on a CPU.
         load: rows that this rank receives, over those of a balanced router.
-        repeated: blocks of each kind that are run; None: all.
+        every: run every block; else those that stand for the others.
         num_outputs: vocabulary size, if it is known.
         kinds: `block_kinds` of the config, if they are known.
+        forward_only: end behind the first forward; for `Memory.activations`.
 
     Raises:
         ConfigError: for everything that `dmoe train` refuses.
     """
     check(config, world)
     kinds = kinds or block_kinds(config, num_outputs)
+    repeated = None if every else REPEATED[config.parallel.mode]
     if len(list(groupby(kinds))) > len(set(kinds)):
         repeated = None  # kinds take turns, and what FSDP2 gathers ahead depends on the next one
     last = len(kinds)
@@ -128,13 +135,16 @@ def dry_run(
     few = replace(config, model=replace(config.model, layers=last))
     with fake_world(world, expert_parallel(config, world)) as mesh:
         reads = HostReads(load, cuda)
-        return _run(few, world, precision, mesh, reads, repeated, num_outputs, kinds)
+        run = (few, world, precision, mesh, reads, repeated, num_outputs, kinds, forward_only)
+        return _run(*run)
 
 
-def block_kinds(config: Config, num_outputs: int | None = None) -> list[str]:
-    """Return the kind of each block of the model, first to last."""
+def block_kinds(
+    config: Config, num_outputs: int | None = None, model: Model | None = None
+) -> list[str]:
+    """Return the kind of each block, first to last, of the meta device's model of the config."""
     with torch.device("meta"):
-        model = task_of(config, num_outputs).build_model(config.parallel.virtual_ranks)
+        model = model or task_of(config, num_outputs).build_model(config.parallel.virtual_ranks)
         attach_modules(model, config, config.parallel.virtual_ranks)
     select_trainable_parameters(model, config)
     return [kind_of(block) for block in blocks(model)]
@@ -153,16 +163,18 @@ def _run(
     repeated: int | None,
     num_outputs: int | None,
     all_kinds: list[str],
+    forward_only: bool,
 ) -> DryRun:
     task, batch = task_of(config, num_outputs), batching(config, world)
     virtual = config.parallel.virtual_ranks
     with torch.device("meta"):
         model = task.build_model(virtual, config.train.recompute)
         attach_modules(model, config, virtual)
+    model.offload = config.train.offload == "activations"
     select_trainable_parameters(model, config)
     built = [kind_of(block) for block in blocks(model)]
     assert built == all_kinds[: len(built)], "a block depends on the number of blocks"
-    shard_experts(model, mesh)
+    shard_experts(model, mesh, exchange=counted_exchange(config))
     if isinstance(model, Transformer) and repeated is not None:
         # In the order of the whole model: FSDP2 gathers the next block ahead.
         pool = list(zip(built, model.blocks, strict=True))
@@ -172,18 +184,24 @@ def _run(
             chosen.append(pool.pop(next(i for i, pair in enumerate(pool) if pair[0] == kind)))
         model.blocks = nn.ModuleList(block for _, block in chosen)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    recorder = StepRecorder()
+    recorder = StepRecorder(reads.cuda)
     reads.ranks, reads.sequences = mesh.ep, batch.micro_batch * virtual
     reads.tokens = reads.sequences * task.targets_per_sample
     accelerator = DryAccelerator(precision, recorder)
     wrap = partial(DATA_PARALLEL[config.parallel.mode], model, mesh, cast(Any, accelerator))
     # FSDP2 shards on the meta device and is filled afterwards; DDP makes its buckets at once.
     data_parallel = wrap() if config.parallel.mode == "fsdp" else None
-    with fake, reads, recorder:
+    with fake, reads.answering(), recorder:
         materialize(model)
         data_parallel = data_parallel or wrap()
         optimizer = build_optimizer(model, config.optim)
-        _first_update(model, optimizer)
+        if isinstance(optimizer, OffloadedAdamW):
+            optimizer.allocate_moments()
+            recorder.forget(optimizer.host_memory())
+        if not forward_only:
+            _first_update(model, optimizer)
+        local = (local_tensor(p).untyped_storage()._cdata for p in model.parameters())
+        recorder.weights = set(local)
         for layer in model.moe_layers():
             layer.pending_counts, layer.masks.is_given = None, not task.predicts_all_targets
         accumulation = min(2, batch.accumulation)
@@ -195,10 +213,16 @@ def _run(
         )  # fmt: skip
         batches = [_batch(engine) for _ in range(accumulation)]
         reads.targets = batches[0].target.numel()
-        _watch(model, recorder, reads)
+        _watch_stages(model, recorder)
+        reads.watch(model)
         recorder.mark("step")
         before = recorder.live
-        train_step(engine, batches, config.optim.lr)
+        if forward_only:
+            output = forward(engine, batches[0], None)
+            recorder.mark("update")
+            del output
+        else:
+            train_step(engine, batches, config.optim.lr)
         recorder.mark("end")
         has_buckets = getattr(data_parallel, "ddp", None) is not None
         state = states_of_blocks(model, built, optimizer, has_buckets)
@@ -207,25 +231,9 @@ def _run(
         for name in ("ep", "edp", "control")
         if (group := getattr(mesh, f"{name}_group")) is not None
     }
-    return DryRun(
-        recorder.stages[1:-1],
-        built,
-        all_kinds,
-        state,
-        before,
-        reads.tokens,
-        batch.accumulation,
-        names,
-    )
-
-
-def kind_of(block: nn.Module) -> str:
-    """Return what makes two blocks equal for a plan: classes, and parameters with their shapes."""
-    classes = ",".join(type(module).__name__ for module in block.modules())
-    shapes = ",".join(
-        f"{name}{tuple(p.shape)}{p.requires_grad}" for name, p in block.named_parameters()
-    )
-    return f"{classes};{shapes}"
+    ranges = sum(t.nbytes for layer in model.moe_layers() for t in layer.ranges.longest.values())
+    sizes = (before, ranges, reads.tokens, batch.accumulation)
+    return DryRun(recorder.stages[1:-1], built, all_kinds, state, *sizes, names)
 
 
 def _positions(count: int, kinds: list[str]) -> list[int]:
@@ -252,11 +260,17 @@ def _batch(engine: Engine) -> Batch:
     parts = (samples.input, samples.target, samples.label_B)
     input, target, label_B = (torch.empty(p.shape, dtype=p.dtype) for p in parts)
     valid_BS = None if samples.valid_BS is None else torch.ones_like(target, dtype=torch.bool)
-    return Batch(input, target, label_B, 0, 0, samples.position_BS, valid_BS)
+    data, position_BS = engine.config.data, samples.position_BS
+    masks = data.document_mask
+    if masks is None:
+        masks = data.format == "instruct" or masks_by_default(data.source)
+    if masks and not _is_table(engine.config):
+        position_BS = torch.empty(target.shape, dtype=torch.int64)
+    return Batch(input, target, label_B, 0, 0, position_BS, valid_BS)
 
 
-def _watch(model: Model, recorder: StepRecorder, reads: HostReads) -> None:
-    """Mark the stages of a step, and tell `reads` which layer is running.
+def _watch_stages(model: nn.Module, recorder: StepRecorder) -> None:
+    """Mark the stages of a step.
 
     A block's backward begins with the gradient of its output, which is the input of the next.
     """
@@ -278,18 +292,8 @@ def _watch(model: Model, recorder: StepRecorder, reads: HostReads) -> None:
             first = output[0] if isinstance(output, tuple) else output
             mark_at_gradient(first, f"backward {len(every) - 1}")
 
-    def enter(module: nn.Module, inputs: Any) -> None:
-        reads.layer = module
-
-    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-        reads.layer = None
-
     every = list(blocks(model))
     for index, block in enumerate(every):
         block.register_forward_pre_hook(partial(begin, index), prepend=True)
     if every:
         every[-1].register_forward_hook(end)
-    for module in model.modules():
-        if isinstance(module, ExpertLayer):
-            module.register_forward_pre_hook(enter)
-            module.register_forward_hook(leave)

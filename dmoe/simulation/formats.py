@@ -44,8 +44,8 @@ MEGATRON = {"expert_ids": "int64", "gates": "float32", "source_rank": "int32"}
 """Tensors of Megatron's layout that are read, and their types."""
 
 
-def open_any(path: Path, config: Config) -> Trace:
-    """Open a trace in any of the layouts.
+def open_any(path: Path, config: Config, any_batch: bool = False) -> Trace:
+    """Open a trace in any of the layouts; with `any_batch`, of any `train.global_batch`.
 
     Raises:
         ConfigError: there is none, or it is of another model than the config's.
@@ -58,7 +58,7 @@ def open_any(path: Path, config: Config) -> Trace:
         manifests = sorted([*path.glob("manifest.json"), *path.glob("*/manifest.json")])
         if manifests:
             return _open_megatron(path, manifests, config)
-    return open_trace(path, config)
+    return open_trace(path, config, any_batch)
 
 
 def export_trace(trace: Trace, target: str, config: Config) -> Path:

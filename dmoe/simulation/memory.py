@@ -1,8 +1,8 @@
 """The whole step from a dry run of some of its blocks, and the memory of one rank through it.
 
 Blocks with equal classes and parameter shapes do the same work on the same shapes, so their stages
-are equal, but for the first and the last of a kind (what FSDP2 gathers ahead, the gradient of the
-embedding). A dry run has those and one between; here the one between is repeated. The test
+are equal, but for the first ones and the last of a kind (what FSDP2 gathers ahead, the gradient of
+the embedding). A dry run has those and one between; here the one between is repeated. The test
 compares with the dry run of all blocks, byte by byte.
 """
 
@@ -12,8 +12,11 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from dmoe.distributed.fake_world import Collective
+from dmoe.distributed.optimizers.offloaded_adamw import slot_numbers
+from dmoe.distributed.state_dict import MOMENTS
 from dmoe.simulation.dry_run import DryRun
-from dmoe.simulation.recorder import Kernel, Stage
+from dmoe.simulation.recording.kernel import Kernel
+from dmoe.simulation.recording.recorder import Stage
 from dmoe.simulation.state import StateBytes
 
 
@@ -24,15 +27,25 @@ class Memory:
     weights: int
     gradients: int
     moments: int
+    copies: int
+    """Most working copies of weights at one time: casts of autocast, and what FSDP2 gathers."""
     activations: int
-    """Kept by the forward of one micro-batch for its backward, gathered weights included."""
+    """Kept by the forward of one micro-batch for its backward, without working copies."""
     whole_gradients: int
     """Gradients that are kept between micro-batches: of all gathered weights, with fsdp."""
     peak: int
     """Most bytes live at one time."""
     peak_stage: str
+    logits: int
+    """Most that the output projection and the loss take at one time: logits and their gradients."""
+    exchange: int
+    """Rows that the largest all-to-all of a layer sends and receives."""
     dense_parameters: int
     expert_parameters: int
+    host_moments: int = 0
+    """In the memory of the host, with `optim.offload`; none of the others has them."""
+    host_activations: int = 0
+    """Of one micro-batch, in the memory of the host, with `train.offload=activations`."""
 
     @property
     def state(self) -> int:
@@ -42,8 +55,8 @@ class Memory:
 
 def whole_step(run: DryRun) -> list[Stage]:
     """Return the stages of the step of the whole model, with at most two micro-batches."""
-    shown = _shown(run)
-    uses = Counter(shown)
+    shown, missing = _shown(run), _missing(run)
+    typical = {run.kinds.index(kind, run.kinds.index(kind) + 1): n for kind, n in missing.items()}
     step = list[Stage]()
     for micro_batch in _micro_batches(run.stages):
         by_name = {stage.name: stage for stage in micro_batch}
@@ -52,12 +65,16 @@ def whole_step(run: DryRun) -> list[Stage]:
             phase, _, index = stage.name.partition(" ")
             if not index.isdecimal():
                 # e.g. the casts of all weights, which autocast keeps until the forward ends
-                more = sum(
-                    (uses[n] - 1) * stage.freed[f"{phase} {n}"]
-                    for n in uses
-                    for phase in ("forward", "backward")
+                more, copies = (
+                    sum(
+                        times * freed[f"{phase} {n}"]
+                        for n, times in typical.items()
+                        for phase in ("forward", "backward")
+                    )
+                    for freed in (stage.freed, stage.freed_copies)
                 )
-                step.append(replace(stage, delta=stage.delta - more))
+                left = stage.copies - copies
+                step.append(replace(stage, delta=stage.delta - more, copies=left))
             elif phase not in done:
                 done.add(phase)
                 order = shown if phase == "forward" else list(reversed(shown))
@@ -76,9 +93,11 @@ def _micro_batches(stages: list[Stage]) -> list[list[Stage]]:
 
 
 def _shown(run: DryRun) -> list[int]:
-    """Return which block of the run stands for each block of the model."""
-    if len(run.kinds) == len(run.all_kinds):
-        return list(range(len(run.kinds)))
+    """Return which block of the run stands for each block of the model.
+
+    The last of a kind stands for itself; so do the first ones, and the one before the last for all
+    others.
+    """
     places: dict[str, list[int]] = {}
     for index, kind in enumerate(run.kinds):
         places.setdefault(kind, []).append(index)
@@ -86,15 +105,14 @@ def _shown(run: DryRun) -> list[int]:
     for kind in run.all_kinds:
         place, number = places[kind], seen[kind]
         seen[kind] += 1
-        last = total[kind] - 1 - number
-        # the first two and the last two for themselves: FSDP2 gathers one block ahead
-        if number < min(2, len(place)):
-            shown.append(place[number])
-        elif last < min(2, len(place) - 2):
-            shown.append(place[-1 - last])
-        else:
-            shown.append(place[min(2, len(place) - 1)])
+        is_last = seen[kind] == total[kind]
+        shown.append(place[-1] if is_last else place[min(number, len(place) - 2)])
     return shown
+
+
+def _missing(run: DryRun) -> Counter[str]:
+    """Return how many blocks of each kind were not run."""
+    return Counter(run.all_kinds) - Counter(run.kinds)
 
 
 def memory(run: DryRun) -> Memory:
@@ -103,29 +121,47 @@ def memory(run: DryRun) -> Memory:
     missing = _missing_state(run)
     held = run.before + missing.weights + missing.moments + missing.buckets
     live, peak, peak_stage, kept = held, held, "", 0
-    activations, between = 0, list[int]()
+    activations, copies, most_copies, between = 0, 0, 0, list[int]()
+    on_host = most_on_host = 0
     for stage in step:
         if stage.name == "update":
             between.append(live)
-        if live + stage.peak > peak:
-            peak, peak_stage = live + stage.peak, stage.name
-        live += stage.delta
+        highest = stage.peak
+        if stage.name == "update":  # whose buckets of moments are those of the blocks that were run
+            whole, shown = state.host_moments, state.host_moments - missing.host_moments
+            highest += bucket_bytes(whole) - bucket_bytes(shown)
+        if live + highest > peak:
+            peak, peak_stage = live + highest, stage.name
+        most_copies = max(most_copies, copies + stage.copies_peak)
+        live, copies = live + stage.delta, copies + stage.copies
+        if "backward" not in stage.name:  # a block's input is saved before its own stage begins
+            on_host += stage.host_bytes
         if stage.name.startswith("forward"):
-            kept += stage.delta
-            activations = max(activations, kept)
-        elif stage.name == "head backward":
-            kept = 0
+            kept += stage.delta - stage.copies
+        elif stage.name == "head":
+            activations, most_on_host = max(activations, kept), max(most_on_host, on_host)
+            kept = on_host = 0
     return Memory(
         state.weights,
         state.gradients,
         state.moments,
+        most_copies,
         activations,
         between[0] - held if len(between) > 1 else 0,
         peak,
         peak_stage.partition(" ")[0] if "backward" not in peak_stage else "backward",
+        max((stage.peak for stage in step if stage.name == "head"), default=0),
+        max((c.buffers for stage in step for c in stage.collectives), default=0),
         state.dense_parameters,
         state.expert_parameters,
+        state.host_moments,
+        most_on_host,
     )
+
+
+def bucket_bytes(host_moments: int) -> int:
+    """Return what a step of the optimizer has on the device of float32 moments on the host."""
+    return 4 * slot_numbers(host_moments // (4 * len(MOMENTS)))
 
 
 def state_of(run: DryRun) -> StateBytes:
@@ -140,8 +176,7 @@ def _missing_state(run: DryRun) -> StateBytes:
 
     Of its gradients only DDP's buckets exist when a step begins.
     """
-    missing = Counter(run.all_kinds)
-    missing.subtract(Counter(run.kinds))
+    missing = _missing(run)
     parts = [state * missing[kind] for kind, state in run.state_of_kind.items() if kind]
     return sum(parts, start=StateBytes(0, 0, 0, 0, 0))
 
@@ -160,13 +195,14 @@ def totals(run: DryRun) -> tuple[Counter[Kernel], Counter[Collective]]:
 def repeated(run: DryRun) -> list[tuple[Stage, int]]:
     """Return the stages of one optimizer step, with how often each is run.
 
-    The first of two micro-batches stands for all but the last.
+    The first of two micro-batches stands for all but the last. Its "update" stage holds the begin
+    of the second one, so what begins the step is run once.
     """
     parts = _micro_batches(whole_step(run))
     parts[-1] = [_with_missing(stage, run) for stage in parts[-1]]
     first = max(1, run.accumulation - 1)
     return [
-        (stage, first if len(parts) > 1 and index == 0 else 1)
+        (stage, first if len(parts) > 1 and index == 0 and stage.name != "step" else 1)
         for index, part in enumerate(parts)
         for stage in part
     ]
@@ -175,15 +211,18 @@ def repeated(run: DryRun) -> list[tuple[Stage, int]]:
 def _with_missing(stage: Stage, run: DryRun) -> Stage:
     """Add to the end of a step the work on parameters of blocks that were not run.
 
-    The update reads and writes every parameter of all blocks in few kernels. DDP sums the dense
-    gradients of all blocks in buckets that no block owns.
+    The update reads and writes every parameter of all blocks in few kernels, but for Muon's. DDP
+    sums the dense gradients of all blocks in buckets that no block owns.
     """
     missing, all_state = _missing_state(run), state_of(run)
     if stage.name == "update" and missing:
-        grown = all_state.weights / max(1, all_state.weights - missing.weights)
+        grown, times = all_state.weights / max(1, all_state.weights - missing.weights), 1.0
+        if any(kernel.flops for kernel in stage.kernels):  # Muon, one matrix after the other
+            grown, times = 1.0, len(run.all_kinds) / len(run.kinds)
         kernels = Counter[Kernel]()
         for kernel, count in stage.kernels.items():
-            kernels[kernel._replace(bytes=round(kernel.bytes * grown))] += count
+            larger = kernel._replace(bytes=round(kernel.bytes * grown))
+            kernels[larger] += round(count * times)
         return replace(stage, kernels=kernels)
     if stage.name == "embedding backward" and missing.buckets:
         sums = [c for c in stage.collectives if c.name == "all_reduce"]

@@ -7,10 +7,12 @@ from typing import Any
 
 from dmoe.config.errors import ConfigError
 from dmoe.report.format import format_count, format_duration, format_percent, plural
-from dmoe.simulation.planner import Plan
+from dmoe.simulation.decision import Plan, beside_the_layout
 from dmoe.simulation.search import Estimate
 
 MAX_FAILED = 8
+STATE = ("weights", "gradients", "moments", "copies", "activations")
+"""Parts of the memory that the page has for both modes."""
 PARTS = {
     "matrix": "matrix products",
     "attention": "attention",
@@ -18,6 +20,7 @@ PARTS = {
     "host": "waiting for the host to launch kernels",
     "exchange": "token exchange (all-to-all)",
     "gradients": "sums and gathers of parameters that nothing hides",
+    "copies": "copies to the memory of the host and back",
 }
 
 
@@ -49,11 +52,12 @@ def numbers(
         "cluster": plan.cluster.name,
         "bytes_per_rank": plan.usable,
         "vocabulary": plan.vocabulary,
-        "load": {"source": plan.load.source, "drop_rate": plan.load.drop_rate},
+        "load": {"source": plan.load.source},
         "given": given,
         "best": best,
         "nearest": nearest,
         "failed": [{"layout": layout, "why": why} for layout, why in plan.failed],
+        "options": [asdict(option) | {"pays": option.pays} for option in plan.options],
     }
 
 
@@ -61,11 +65,23 @@ def _estimate(
     plan: Plan, estimate: Estimate, precision: str, tokens: float | None, hourly_cost: float | None
 ) -> dict[str, Any]:
     speed = tokens_per_second(plan, estimate)
-    drops = plan.load.drop_rate
+    shape = estimate.layout.shape
+    drops = plan.load.drop_rate(*shape)
     found: dict[str, Any] = {
         "layout": estimate.layout._asdict() | {"accumulation": estimate.accumulation},
         "fits": estimate.fits,
-        "memory": asdict(estimate.memory) | {"peak_at": estimate.peak_at},
+        "memory": asdict(estimate.memory)
+        | {"peak_at": estimate.peak_at, "exchange_at": estimate.rows_at}
+        | {"activations_by_recompute": estimate.kept_at}
+        | {"other_mode": {m: asdict(u) for m, u in (estimate.other_mode or {}).items()}}
+        | {"reserved": plan.cluster.reserved},
+        "busiest_rank": {
+            "mean": plan.load.mean_max(*shape),
+            "p99": plan.load.p99(*shape),
+            "worst": plan.load.worst(estimate.layout.ep),
+        },
+        "drop_rate": drops,
+        "sent_at": estimate.sent_at,
         "seconds_per_step": asdict(estimate.time) | {"total": estimate.time.total},
         "error": plan.cluster.error,
         "tokens_per_second": speed,
@@ -81,7 +97,8 @@ def _estimate(
 
 def page(plan: Plan, precision: str, tokens: float | None, hourly_cost: float | None) -> list[str]:
     """Return the plan as lines: the answer first, then why, then what fails."""
-    head = f"{plural(plan.world, 'rank')} of {plan.cluster.name}, {precision}, {_load(plan)}"
+    head = f"{plural(plan.world, 'rank')} of {plan.cluster.name}, {precision}"
+    head += f", router load {plan.load.source}"
     lines = [head, f"  room for tensors: {_gb(plan.usable)} per rank; {_vocabulary(plan)}", ""]
     lines += _given(plan)
     if not plan.best:
@@ -98,25 +115,22 @@ def page(plan: Plan, precision: str, tokens: float | None, hourly_cost: float | 
                 f"  With one micro-batch per step (train.global_batch={batch} x "
                 "parallel.virtual_ranks) gradients would stay sharded."
             )
-        lines += ["", *_memory(least)]
+        lines += ["", *_memory(plan, least)]
     for place, estimate in enumerate(plan.best, 1):
         lines += ["", f"{place}. {estimate.layout.fields()}"]
         lines += _numbers(plan, estimate, precision, tokens, hourly_cost)
         if place == 1:
             lines += _why(plan, estimate)
-            lines += ["", *_memory(estimate), "", *_time(plan, estimate)]
+            lines += ["", *_memory(plan, estimate), "", *_time(plan, estimate)]
+            lines += ["", *_imbalance(plan, estimate)]
+    if plan.best:
+        lines += ["", *beside_the_layout(plan.options, plan.load)]
     if plan.failed:
         lines += ["", "Left out"]
         lines += [f"  {layout}: {why}" for layout, why in plan.failed[:MAX_FAILED]]
         if len(plan.failed) > MAX_FAILED:
             lines.append(f"  and {len(plan.failed) - MAX_FAILED} more (--json has all)")
     return lines
-
-
-def _load(plan: Plan) -> str:
-    drops = plan.load.drop_rate
-    dropped = f", {format_percent(drops)} of the assignments dropped" if drops else ""
-    return f"router load {plan.load.source}{dropped}"
 
 
 def _vocabulary(plan: Plan) -> str:
@@ -158,7 +172,7 @@ def _numbers(
     speed, error = found["tokens_per_second"], plan.cluster.error
     low, high = estimate.time.total * (1 - error), estimate.time.total * (1 + error)
     dropped = ""
-    if plan.load.drop_rate:
+    if found["drop_rate"]:
         kept = found["tokens_per_second_without_dropped"]
         dropped = f", {format_count(kept)} without what is dropped"
     lines = [
@@ -180,14 +194,7 @@ def _numbers(
 
 
 def _why(plan: Plan, best: Estimate) -> list[str]:
-    reasons = []
-    ep, others = best.layout.ep, plan.best[1:]
-    if ep == 1 and plan.world > 1:
-        reasons.append("do not use EP here: every rank has room for all experts")
-    elif ep > 1 and not any(e.layout.ep == 1 for e in others):
-        reasons.append(f"EP {ep} divides the experts, of which one rank alone cannot hold all")
-        if any("parallel.ep=1" not in layout for layout, _ in plan.failed) or not plan.failed:
-            reasons[-1] = f"EP {ep}: {_share(best, 'exchange')} of the step is token exchange"
+    reasons = [reason] if (reason := _why_ep(plan, best)) else []
     if best.layout.mode == "fsdp":
         reasons.append("fsdp shards what all ranks hold in common")
     largest = max(PARTS, key=lambda part: getattr(best.time, part))
@@ -195,35 +202,95 @@ def _why(plan: Plan, best: Estimate) -> list[str]:
     return [f"   Why: {'; '.join(reasons)}."]
 
 
+def _why_ep(plan: Plan, best: Estimate) -> str:
+    """Compare with the fastest layout of the other kind: without EP, or with it."""
+    ep = best.layout.ep
+    others = [e.time.total for e in plan.fitting if (e.layout.ep == 1) != (ep == 1)]
+    longer = f"takes about {max(0, min(others) / best.time.total - 1):.0%} longer" if others else ""
+    if ep == 1:
+        fastest = "do not use EP here: every rank has room for all experts, and the fastest step"
+        return f"{fastest} with EP {longer}" if others else ""
+    exchanged = f"{_share(best, 'exchange')} of the step is token exchange"
+    if others:
+        return f"EP {ep}: {exchanged}, and the fastest step without EP {longer}"
+    if any("parallel.ep=1 " in layout for layout, _ in plan.failed):
+        return f"EP {ep} divides the experts, of which one rank alone cannot hold all; {exchanged}"
+    return f"EP {ep}: {exchanged}"
+
+
 def _share(estimate: Estimate, part: str) -> str:
     return format_percent(round(getattr(estimate.time, part) / estimate.time.total, 2))
 
 
-def _memory(estimate: Estimate) -> list[str]:
+def _memory(plan: Plan, estimate: Estimate) -> list[str]:
     used, peaks = estimate.memory, estimate.peak_at or {}
-    rows = [
+    rows: list[tuple[str, float]] = [
         ("weights", used.weights),
         ("gradients", used.gradients),
         ("moments of the optimizer", used.moments),
-        ("kept for the backward of a micro-batch", used.activations),
     ]
+    if used.host_moments:
+        rows[-1] = ("moments of the optimizer: on the host, not in the sums", used.host_moments)
+    if used.copies:
+        rows.append(("working copies of weights: cast, or gathered by fsdp", used.copies))
+    name = "activations kept for the backward of a micro-batch"
+    if kept := estimate.kept_at:
+        name += f"; by train.recompute: {_by_load(kept)}"
+    rows.append((name, used.activations))
+    if used.host_activations:
+        rows.append(("those on the host, not in the sums", used.host_activations))
     if used.whole_gradients > 1.01 * used.gradients:
         name = "gradients, not sharded while micro-batches are accumulated"
         rows.insert(2, (name, used.whole_gradients))
+    if used.logits:
+        rows.append(("logits, and what else the loss takes at one time", used.logits))
+    if by_load := estimate.rows_at:
+        name = "rows that a layer sends and receives; by load: "
+        rows.append((name + _by_load(by_load), by_load["p99"]))
+    rows.append(("kept free: context, libraries, communicators", plan.cluster.reserved))
     lines = ["   Memory of a rank", *(f"     {_gb(size):>10}  {name}" for name, size in rows)]
-    shown = ", ".join(f"{_gb(size)} {name}" for name, size in peaks.items())
     lines.append(
-        f"     {_gb(used.peak):>10}  most at one time, in {used.peak_stage}; by load: {shown}"
+        f"     {_gb(used.peak):>10}  most at one time, in {used.peak_stage}; "
+        f"by load: {_by_load(peaks)}"
     )
+    for mode, other in (estimate.other_mode or {}).items():
+        parts = {name: getattr(other, name) for name in STATE if getattr(other, name)}
+        fits = "" if other.peak <= plan.usable else ", which does not fit"
+        lines.append(f"     {_gb(other.peak):>10}  with {mode}{fits}: {_by_load(parts)}")
     return lines
+
+
+def _by_load(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{_gb(size)} {name}" for name, size in sizes.items())
 
 
 def _time(plan: Plan, estimate: Estimate) -> list[str]:
     lines = ["   Time of a step"]
     for part, words in PARTS.items():
         seconds = getattr(estimate.time, part)
+        if part == "copies":
+            words += f", at {_gb(plan.cluster.host_bandwidth)}/s in each direction"
+            if "host_bandwidth" not in plan.cluster.sources:
+                words += ": assumed, since the cluster file has no host_bandwidth"
         if seconds > 0.001 * estimate.time.total:
             lines.append(f"     {format_duration(seconds):>10}  {words}")
+    return lines
+
+
+def _imbalance(plan: Plan, estimate: Estimate) -> list[str]:
+    load, shape = plan.load, estimate.layout.shape
+    if estimate.layout.ep == 1:
+        return ["   Imbalance: none between ranks, since each has all experts."]
+    ranks = f"{load.mean_max(*shape):.3g} mean, {load.p99(*shape):.3g} p99"
+    lines = [
+        "   Imbalance of the EP ranks",
+        f"     rows of the busiest over those of a balanced router: {ranks}, "
+        f"{load.worst(estimate.layout.ep):.3g} worst",
+    ]
+    if sent := estimate.sent_at:
+        lines.append(f"     token exchange, sent by that rank per step: {_by_load(sent)}")
+    if drops := load.drop_rate(*shape):
+        lines.append(f"     {format_percent(drops)} of the assignments dropped")
     return lines
 
 

@@ -7,29 +7,33 @@ three further runs what a larger micro-batch and recomputation add; the best are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 
 import torch
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.rules import check
-from dmoe.config.schema import Config
-from dmoe.simulation.cluster import Cluster
-from dmoe.simulation.load import Load
-from dmoe.simulation.memory import Memory
+from dmoe.config.rules.parallel import check_world
+from dmoe.config.schema import Config, RouterConfig
+from dmoe.simulation.cluster import Cluster, usable_memory
+from dmoe.simulation.decision import Plan, options, with_best_exchange
+from dmoe.simulation.dry_run import block_kinds
+from dmoe.simulation.load import make_load
 from dmoe.simulation.search import (
     WORKERS,
     Estimate,
     Layout,
+    Measured,
     Search,
     ep_sizes_of,
+    exchanges,
     given_layout,
     micro_batches,
 )
-from dmoe.simulation.step_time import StepTime
-from dmoe.train.engine import resolve_precision
+from dmoe.simulation.trace import Trace
+from dmoe.train.engine import offloads, resolve_precision
 from dmoe.train.tasks import task_of
 
 SHOWN = 3
@@ -37,39 +41,14 @@ NEAR = 1.1
 """A layout is run although it may need this much more than there is: the bound is not tight."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The answer for one number of ranks."""
-
-    world: int
-    cluster: Cluster
-    usable: float
-    """Bytes of a device that tensors may take."""
-    given: Estimate | ConfigError
-    """The layout of the config itself, or why it cannot run."""
-    best: list[Estimate]
-    """At most three that fit, the fastest first."""
-    failed: list[tuple[str, str]]
-    """Layouts that were left out, and why."""
-    nearest: Estimate | None
-    """If none fits: the one that needs least."""
-    load: Load
-    tokens_per_step: int
-    flops_per_token: float
-    vocabulary: int
-
-
-def usable_memory(cluster: Cluster, world: int) -> float:
-    """Return the bytes that the tensors of one rank may take; ranks of a CPU share its memory."""
-    if cluster.device == "cuda":
-        return cluster.memory - cluster.reserved
-    return cluster.memory / min(world, max(world, cluster.devices)) - cluster.reserved
-
-
 def plan(
-    search: Search, flops_per_token: float, tokens_per_sample: int, ep_sizes: list[int] | None
+    search: Search,
+    flops_per_token: float,
+    tokens_per_sample: int,
+    ep_sizes: list[int] | None,
+    factors: list[float | None],
 ) -> Plan:
-    """Search the layouts of a config.
+    """Search the layouts of a config, and judge what pays beside the best (`decision.py`).
 
     Raises:
         ConfigError: a config that runs in no layout.
@@ -85,22 +64,45 @@ def plan(
         if not found:
             raise
         given = error
+    mine = []
+    if isinstance(given, Estimate) and (ep_sizes is None or given.layout.ep in ep_sizes):
+        mine = [given]
+    if not (found or mine):
+        tried, fix = ",".join(map(str, ep_sizes or [])), "leave it out"
+        raise ConfigError("--ep", tried, f"leaves no layout: {failed[0][1]}", fix)
     best, beyond = _exact_best(search, found, usable)
+    # the config's own layout may have a micro-batch or recomputation that is not searched
+    every = {e.layout: e for e in [*best, *(e for e in mine if e.fits)]}
+    best = sorted(every.values(), key=lambda e: e.time.total)[:SHOWN]
+    nearest = None if best else search.nearest([*found, *mine], usable)
+    if nearest is not None and nearest.fits:  # what was composed had promised more than it needs
+        best, nearest = [nearest], None
+    failed += _why_not(found, best, beyond, usable)
+    failed += [(layout.fields(), _too_large(size, usable)) for layout, size in beyond.items()]
+    best = with_best_exchange(search, best, usable)
+    best[:1] = [search.with_choices(search.with_extremes(e)) for e in best[:1]]
+    changes = options(search, best[0], usable, factors) if best else []
+    fitting = [*best, *(e for e in found if e.fits and e.layout not in beyond)]
+    tokens = config.train.global_batch * tokens_per_sample
+    return Plan(
+        world, cluster, usable, given, best, fitting, failed, nearest, changes, search.load, tokens,
+        flops_per_token, search.num_outputs,
+    )  # fmt: skip
+
+
+def _why_not(
+    found: list[Estimate], best: list[Estimate], beyond: dict[Layout, int], usable: float
+) -> Iterator[tuple[str, str]]:
+    """Say of each EP size and mode that is not among the best why it is not."""
     for ep, mode in dict.fromkeys((e.layout.ep, e.layout.mode) for e in found):
         same = [e for e in found if (e.layout.ep, e.layout.mode) == (ep, mode)]
         least = min(max(e.memory.peak, beyond.get(e.layout, 0)) for e in same)
+        fit = [e.time.total for e in same if e.fits and e.layout not in beyond]
         if least > usable:
-            failed.append((_name(ep, mode), _too_large(least, usable, "needs at least")))
-    failed += [(layout.fields(), _too_large(size, usable)) for layout, size in beyond.items()]
-    best = search.in_the_mean(best)
-    nearest = None
-    if not best:
-        nearest = search.estimate(min(found, key=lambda e: e.memory.peak).layout, usable)
-    tokens = config.train.global_batch * tokens_per_sample
-    return Plan(
-        world, cluster, usable, given, best, failed, nearest, search.load, tokens, flops_per_token,
-        search.num_outputs,
-    )  # fmt: skip
+            yield _name(ep, mode), _too_large(least, usable, "needs at least")
+        elif fit and best and (ep, mode) not in {(e.layout.ep, e.layout.mode) for e in best}:
+            longer = max(0.0, min(fit) / min(e.time.total for e in best) - 1)
+            yield _name(ep, mode), f"fits, and takes about {longer:.0%} longer"
 
 
 def _exact_best(
@@ -124,7 +126,11 @@ def _exact_best(
             at_most = base[_key(layout)] + (layout.micro_batch - small) * line
             if max(expected, at_most) / NEAR <= usable:
                 chosen.append(layout)
-        search.run(*((layout, search.load.p99(layout.ep)) for layout in chosen))
+        requests = [request for layout in chosen for request in search.requests(layout)]
+        if sum(request not in search.seen for request in set(requests)) == 1:
+            # a worker would wait, and this is asked of the best layout later
+            requests.append((chosen[0], search.load.worst(chosen[0].ep)))
+        search.run(*requests)
         for layout in chosen:
             exact = search.estimate(layout, usable)
             if exact.fits:
@@ -148,26 +154,23 @@ def _screen(
     sizes = ep_sizes or ep_sizes_of(config, world, search.cluster)
     share = config.train.global_batch // (world * config.parallel.virtual_ranks)
     try:
-        micros = micro_batches(config, world)
+        micros = [n for n in micro_batches(config, world) if search.load.answers(n)] or [1]
         modes = ["ddp", "fsdp"] if world > 1 else [config.parallel.mode]
-        near = max((n for n in sizes if n <= search.cluster.devices), default=sizes[0])
-        first = Layout(near, modes[-1], micros[0], "block")
-        load = search.load.p99(near)
+        first = _first(search, sizes, modes, micros[0])
+        load, mean = (of(*first.shape) for of in (search.load.p99, search.load.mean_max))
         ends = (micros[0], next((n for n in micros if n > micros[0]), micros[0]))
         corners = [(micro, recompute) for micro in ends for recompute in ("block", "none")]
-        results = dict(
-            zip(
-                corners,
-                search.run(*((_at(first, *corner), load) for corner in corners)),
-                strict=True,
-            )
-        )
+        at_corners = [(_at(first, *corner), load) for corner in corners]
+        *measured, usual = search.run(*at_corners, (first, mean))
+        results = dict(zip(corners, measured, strict=True))
+        slowest = results[corners[0]]
+        per_load = (slowest.time.total - usual.time.total) / max(1e-9, load - mean)
     except ConfigError as error:
         failed.append(("every layout", str(error)))
         return
     small, beyond = list[Layout](), list[tuple[float, Layout]]()
     for ep, mode in product(reversed(sizes), modes):
-        layout = Layout(ep, mode, micros[0], "block")
+        layout = first._replace(ep=ep, mode=mode)
         try:
             check(layout.apply(config), world)
         except ConfigError as error:
@@ -180,9 +183,13 @@ def _screen(
         else:
             small.append(layout)
     small = small or [layout for _, layout in sorted(beyond)[:1]]  # then it is the nearest
-    search.run(*((layout, search.load.p99(layout.ep)) for layout in small))
+    # that of the config beside them, so that no worker waits
+    new = [(layout, search.load.p99(*layout.shape)) for layout in small]
+    search.run(*new, *search.requests_of_given())
     for layout in small:
-        used, times = search.run((layout, search.load.p99(layout.ep)))[0]
+        load = search.load.p99(*layout.shape)
+        used, times, _ = search.run((layout, load))[0]
+        less = per_load * (load - search.load.mean_max(*layout.shape)) / times.total
         for micro, recompute in product(dict.fromkeys(micros), ("none", "block")):
             more, slower = _delta(results, ends, micro, recompute)
             expected = replace(used, peak=used.peak + more)
@@ -190,10 +197,22 @@ def _screen(
                 _at(layout, micro, recompute),
                 share // micro,
                 expected,
-                times.scaled(slower),
+                times.scaled(slower * (1 - less)),
                 expected.peak <= usable,
                 exact=False,
             )
+
+
+def _first(search: Search, sizes: list[int], modes: Sequence[str], micro: int) -> Layout:
+    """Return the layout that the others are compared with: of one node, sharded, if it can run."""
+    near = max((n for n in sizes if n <= search.cluster.devices), default=sizes[0])
+    mine = next(iter(exchanges(search.config)), "")
+    every = [
+        Layout(ep, mode, micro, "block", mine)
+        for ep in sorted(sizes, key=lambda n: n != near)
+        for mode in reversed(modes)
+    ]
+    return next(filter(search.allows, every), every[0])
 
 
 def _at(layout: Layout, micro_batch: int, recompute: str) -> Layout:
@@ -201,7 +220,7 @@ def _at(layout: Layout, micro_batch: int, recompute: str) -> Layout:
 
 
 def _delta(
-    results: dict[tuple[int, str], tuple[Memory, StepTime]],
+    results: dict[tuple[int, str], Measured],
     ends: tuple[int, int],
     micro: int,
     recompute: str,
@@ -211,11 +230,11 @@ def _delta(
     The time of a step is a / micro + b: a micro-batch has a fixed cost.
     """
     small, large = ends
-    base, base_time = results[small, "block"]
-    used, times = results[small, recompute]
+    base, base_time, _ = results[small, "block"]
+    used, times, _ = results[small, recompute]
     more, seconds = used.peak - base.peak, times.total
     if micro > small:
-        far, far_time = results[large, recompute]
+        far, far_time, _ = results[large, recompute]
         more += round((micro - small) / (large - small) * (far.peak - used.peak))
         a = (times.total - far_time.total) / (1 / small - 1 / large)
         seconds -= a * (1 / small - 1 / micro)
@@ -237,21 +256,31 @@ def make_plan(
     sigma: float = 0.0,
     num_outputs: int | None = None,
     ep_sizes: list[int] | None = None,
+    choices: Trace | RouterConfig | None = None,
+    factors: list[float | None] | None = None,
 ) -> tuple[Plan, str]:
-    """Plan `config` on `world` ranks; return the plan and its precision. Raises ConfigError."""
+    """Plan `config` on `world` ranks; return the plan and its precision. Raises ConfigError.
+
+    `sigma` or `choices` say how unequal the load is: see `load.make_load`. `factors`: capacities
+    to compare at the best layout.
+    """
+    check_world(world)
+    offloads(config, torch.device(cluster.device))  # refused on a CPU, as a run there is
     task = task_of(config, num_outputs)
     with torch.device("meta"):
         model = task.build_model(config.parallel.virtual_ranks)
     flops = 3 * model.flops_per_token(task.targets_per_sample)
     experts = sum(sum(layer.weights_of_experts) for layer in model.moe_layers())
     parameters = (model.num_parameters().total - experts, experts)
+    kinds = block_kinds(config, model=model)
     precision = precision_on(config, cluster)
-    source = f"log-normal with sigma {sigma:g}" if sigma else "balanced"
-    moe = config.moe
-    load = Load(moe.num_experts, moe.top_k, moe.capacity.factor, sigma, source)
-    search = Search(config, world, cluster, precision, load, task.num_outputs, parameters)
+    if isinstance(choices, RouterConfig) and config.moe.router.kind != "workload":
+        # so that a hot rank is a rank
+        choices = replace(choices, ranks=max(2, *(ep_sizes or ep_sizes_of(config, world, cluster))))
+    load = make_load(config, world, sigma, choices)
+    search = Search(config, world, cluster, precision, load, task.num_outputs, parameters, kinds)
     try:
-        found = plan(search, flops, task.targets_per_sample, ep_sizes)
+        found = plan(search, flops, task.targets_per_sample, ep_sizes, factors or [])
     finally:
         search.close()
     return found, precision

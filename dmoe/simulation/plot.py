@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dmoe.config.errors import ConfigError
 from dmoe.report.charts import make_curve
 from dmoe.report.page import Chart, Overview, Panel, Table
 from dmoe.report.render import render_page
-from dmoe.simulation.replay import HEAD, Setting, table_rows
+from dmoe.simulation.replay import Setting, table
 from dmoe.simulation.trace import Trace
 
 
@@ -23,6 +24,9 @@ def write_plot(
         rows: of `replay.summarize`.
         settings: one per row.
         trace: what was replayed.
+
+    Raises:
+        ConfigError: the file cannot be written.
     """
     curves = []
     for index, (row, setting) in enumerate(zip(rows, settings, strict=True)):
@@ -38,8 +42,14 @@ def write_plot(
         {"x": "step", "y": "max / mean"},
     )
     caption = "The trace under each setting"
-    table = Table(caption, [title.replace("\n", " ") for title in HEAD], table_rows(rows))
+    head, cells = table(rows)
+    settings_table = Table(caption, [title.replace("\n", " ") for title in head], cells)
     sentence = f"{len(trace.steps)} steps, {trace.spec.layers} layers, replayed without training."
     overview = Overview(f"Replay of {trace.path}", {}, sentence, charts=[chart])
-    panel = Panel("settings", "Settings", tables=[table])
-    path.write_text(render_page([trace.path.name], overview, [panel], [[]]), encoding="utf-8")
+    panel = Panel("settings", "Settings", tables=[settings_table])
+    text = render_page([trace.path.name], overview, [panel], [[]])
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        allowed = f"cannot be written ({error.strerror})"
+        raise ConfigError("--plot", path, allowed, "choose another file") from None

@@ -6,8 +6,9 @@
                        dispatch and combine, forward and backward (packed exchange); and the
                        weights of copies, out, and their gradients, back
 
-The choices stay those of the trace: what another capacity or another balance would have taught the
-router is not in it. Experts move and are copied by the planners of the run, `parallel.placement`.
+The choices stay those of the trace, or with a bias step its scores do: what another capacity or
+balance would have taught the router is not in it. Experts move and are copied by the planners of
+the run, `parallel.placement`.
 
 Letters: A accumulation steps, L MoE layers, W ranks, B samples of a step, E experts, S positions.
 """
@@ -25,11 +26,11 @@ from dmoe.config.expert_shapes import count_zero_cost, expert_shapes, multiply_a
 from dmoe.config.schema import CapacityConfig, Config, PlacementConfig
 from dmoe.moe.capacity import expert_capacity
 from dmoe.moe.copy_planner import CopyRule, plan_copies
-from dmoe.moe.placement import contiguous_placement
+from dmoe.moe.placement import ExpertPlacement, contiguous_placement
 from dmoe.moe.placement_plan import plan_placement
 from dmoe.report.format import format_bytes, format_percent
-from dmoe.simulation.drops import check_capacity, kept
-from dmoe.simulation.trace import Trace, by_rank, check_layout, rows_of_ranks
+from dmoe.simulation.drops import check_capacity, kept_experts
+from dmoe.simulation.trace import Trace, by_rank, check_layout, rows_of_ranks, slots_of
 
 TRANSFERS = 4
 
@@ -44,6 +45,10 @@ class Setting:
     capacity: CapacityConfig
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     """Moves and copies of experts."""
+    owned: ExpertPlacement | None = None
+    """Where the experts are at first; None: in equal runs. See `trace.first_placement`."""
+    bias: float | None = None
+    """`moe.balance.bias` that the trace's experts were selected with again; None: as recorded."""
 
     @property
     def label(self) -> str:
@@ -52,6 +57,7 @@ class Setting:
         placement = self.placement
         moved = "" if placement.kind == "fixed" else f", {placement.kind}"
         moved += f", {placement.copies} copies" if placement.copies else ""
+        moved += "" if self.bias is None else f", bias step {self.bias:g}"
         return f"{self.ranks} ranks, EP {self.ep}, {limit}{moved}"
 
 
@@ -99,17 +105,19 @@ def replay_steps(trace: Trace, setting: Setting, zero_cost: int = 0) -> Iterator
     Raises:
         ConfigError: the trace cannot answer it, or numbers do not divide.
     """
-    check_layout(trace.spec, setting.ranks, setting.ep, setting.micro_batch, zero_cost)
-    check_capacity(setting.capacity, trace.has_scores)
-    experts, ep = trace.spec.experts - zero_cost, setting.ep
-    placements = [contiguous_placement(experts, ep)] * trace.spec.layers
+    experts, ep, owned = trace.spec.experts - zero_cost, setting.ep, setting.owned
+    shared = experts if owned is None else ep
+    check_layout(trace.spec, setting.ranks, ep, setting.micro_batch, shared)
+    check_capacity(setting.capacity, trace.has_scores, trace.has_next_choices)
+    placements = [owned or contiguous_placement(experts, ep)] * trace.spec.layers
     expected_LE: np.ndarray | None = None
     moves, rule = setting.placement, copy_rule(setting.placement)
     for step in trace.steps:
         total_LE = trace.counts(step)[:, :, :experts].sum(0)
         kept_BLE, micro_batch = _kept_counts(trace, step, setting, zero_cost)
-        order_LE = np.array([sum(placement.experts, ()) for placement in placements])
-        placed = np.take_along_axis(kept_BLE[:, :, :experts], order_LE[None], axis=2)
+        order_LE = np.array([slots_of(placement, experts) for placement in placements])
+        rows_BLE = np.pad(kept_BLE[:, :, :experts], ((0, 0), (0, 0), (0, 1)))
+        placed = np.take_along_axis(rows_BLE, order_LE[None], axis=2)
         sent_ALWP, copies = (
             with_copies(placed, setting.ranks, ep, micro_batch, rule)
             if moves.copies
@@ -180,12 +188,17 @@ def _kept_counts(
         return trace.counts(step), n
     if trace.has_choices:
         expert_NLK = trace.choices(step)
-        scores = trace.scores(step) if trace.has_scores else None
-        mask_NLK = kept(
+        scores, following = None, None
+        if capacity.overflow == "next_choice":
+            following = trace.next_choices(step)
+        if capacity.priority == "score":
+            read = trace.scores if following is None else trace.all_scores
+            scores = read(step)
+        kept_NLK = kept_experts(
             expert_NLK, scores, capacity, spec,
-            ranks=setting.ranks, micro_batch=n, zero_cost=zero_cost,
+            ranks=setting.ranks, micro_batch=n, zero_cost=zero_cost, next_NLS=following,
         )  # fmt: skip
-        return spec.count(np.where(mask_NLK, expert_NLK, -1)).astype(np.int64), n
+        return spec.count(kept_NLK).astype(np.int64), n
     if capacity.group == "global" or capacity.pool > 1:
         allowed = "needs the choices of each token, and the trace has counts"
         fix = "record it with tracking.trace=choices"
@@ -226,6 +239,7 @@ def summarize(
         "pool": capacity.pool,
         "placement": setting.placement.kind,
         "copies": setting.placement.copies,
+        "bias": setting.bias,
         "drop_rate": float(dropped_L.sum() / max(1, choices_L.sum())),
         "worst_layer_drop_rate": float((dropped_L / np.maximum(choices_L, 1)).max()),
         "expert_max_over_mean": float(np.mean([step.imbalance_L for step in steps])),
@@ -243,10 +257,20 @@ HEAD = (
     *("ranks", "EP", "factor", "group", "pool", "placed", "copies", "drops"),
     *("experts\nmax/mean", "ranks\nmax/mean", "ranks\np99", "sent per\nrank, step"),
 )
+COPIES = HEAD.index("copies")
 
 
-def table_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Return the cells of the table, `HEAD` above."""
+def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return titles and cells; with a column of bias steps if there are any."""
+    cells = _cells(rows)
+    if all(row["bias"] is None for row in rows):
+        return list(HEAD), cells
+    for row, line in zip(rows, cells, strict=True):
+        line.insert(COPIES + 1, "as run" if row["bias"] is None else f"{row['bias']:g}")
+    return [*HEAD[: COPIES + 1], "bias", *HEAD[COPIES + 1 :]], cells
+
+
+def _cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     return [
         [
             str(row["ranks"]),

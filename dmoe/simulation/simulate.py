@@ -40,7 +40,8 @@ from dmoe.replay.part import ChoiceSpec
 from dmoe.replay.writer import ChoiceWriter
 from dmoe.simulation.drops import check_capacity
 from dmoe.simulation.replay import Setting, StepTraffic, copy_rule, replay_steps
-from dmoe.simulation.trace import FOLDER, Trace, open_trace
+from dmoe.simulation.selection import set_expert_costs, with_next_choices
+from dmoe.simulation.trace import FOLDER, Trace, first_placement, open_trace
 from dmoe.train.run import train_run
 
 LINES = "simulation.jsonl"
@@ -61,10 +62,11 @@ def virtual(config: Config, ranks: int) -> Config:
         raise ConfigError(
             "parallel.virtual_ranks", config.parallel.virtual_ranks, allowed, "leave it out"
         )
+    trace: Any = "scores" if config.moe.capacity.overflow == "next_choice" else "choices"
     made = replace(
         config,
         parallel=replace(config.parallel, virtual_ranks=ranks, ep=1, placement=PlacementConfig()),
-        tracking=replace(config.tracking, trace="choices"),
+        tracking=replace(config.tracking, trace=trace),
     )
     check(made)
     return made
@@ -78,9 +80,10 @@ def setting_of(config: Config, ranks: int, ep: int) -> Setting:
     """
     micro_batch = batching(config, ranks).micro_batch
     placement = config.parallel.placement
-    check_capacity(config.moe.capacity, has_scores=True)
+    check_capacity(config.moe.capacity, has_scores=True, has_next=True)
     copy_rule(placement)
-    return Setting(ranks, ep, micro_batch, config.moe.capacity, placement)
+    owned = first_placement(config, ep)
+    return Setting(ranks, ep, micro_batch, config.moe.capacity, placement, owned)
 
 
 def simulate(config: Config, text: str, ranks: int, ep: int, quiet: bool = False) -> Path:
@@ -99,7 +102,7 @@ def simulate(config: Config, text: str, ranks: int, ep: int, quiet: bool = False
     check_ep(config, ranks, ep)
     made, setting = virtual(config, ranks), setting_of(config, ranks, ep)
     run = train_run(made, text, quiet).path
-    write_lines(run, open_trace(run), setting, made)
+    write_lines(run, with_next_choices(open_trace(run), made), setting, made)
     return run
 
 
@@ -135,23 +138,27 @@ def route_only(config: Config, folder: Path, ranks: int, ep: int) -> dict[str, A
         experts=count_choices(made.moe),
         top_k=made.moe.top_k,
     )
-    writer = ChoiceWriter(folder / FOLDER, spec, str(folder), 0, field="train.run_dir")
+    all_scores = made.tracking.trace == "scores"
+    writer = ChoiceWriter(
+        folder / FOLDER, spec, str(folder), 0, field="train.run_dir", all_scores=all_scores
+    )
     for step in range(made.train.steps):
         expert_NLK, score_NLK = _route_step(made, spec, step)
         writer.add(step, expert_NLK, "", score_NLK)
     writer.flush()
-    write_lines(folder, open_trace(folder), setting, made)
+    write_lines(folder, with_next_choices(open_trace(folder), made), setting, made)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": time.perf_counter() - began, "peak_bytes": peak}
 
 
 @torch.no_grad()
 def _route_step(config: Config, spec: ChoiceSpec, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return experts and scores of the tokens of a step, [N, L, K]."""
+    """Return experts and scores of the tokens of a step, [N, L, K]; scores of all: [N, L, E]."""
     dim, seed = config.model.dim, config.train.seed
     routers = []
     for layer in range(spec.layers):
         router = build_router(config.moe.router, dim, spec.experts, spec.top_k, layer)
+        set_expert_costs(router, config)
         router.initialize(seed, layer, config.model.init_std)
         routers.append(router.train())
     experts, scores = [], []
@@ -168,7 +175,9 @@ def _route_step(config: Config, spec: ChoiceSpec, step: int) -> tuple[np.ndarray
         experts.append(
             torch.stack([r.expert_TK.masked_fill(~r.is_selected_TK, -1) for r in made], 1)
         )
-        scores.append(torch.stack([r.score_TE.gather(1, r.expert_TK) for r in made], 1))
+        all_scores = config.tracking.trace == "scores"
+        found = [r.score_TE if all_scores else r.score_TE.gather(1, r.expert_TK) for r in made]
+        scores.append(torch.stack(found, 1))
     return torch.cat(experts).numpy(), torch.cat(scores).float().numpy()
 
 

@@ -9,6 +9,11 @@ A collective takes its latency plus its bytes over the slowest link that it cros
 model, Hockney 1994). The all-to-alls of a layer are waited for; sums and gathers of parameters run
 beside the computation of the same stage, and only what is longer is added.
 
+Copies to the memory of the host take their bytes over its link. Those of activations are on the
+stream of the computation, so nothing hides them; those of moments run beside the update.
+
+Where the cluster file has measured times (`measured.py`), they are taken instead of both.
+
 Letters: n ranks of a group, g of them on each node.
 """
 
@@ -21,8 +26,9 @@ from dataclasses import dataclass, fields
 from dmoe.distributed.fake_world import Collective
 from dmoe.simulation.cluster import Cluster
 from dmoe.simulation.dry_run import DryRun
-from dmoe.simulation.memory import repeated
-from dmoe.simulation.recorder import Kernel
+from dmoe.simulation.measured import at
+from dmoe.simulation.memory import repeated, state_of, totals
+from dmoe.simulation.recording.kernel import Kernel
 
 SHARES = {"gemm": "gemm", "grouped_gemm": "grouped_gemm"}
 
@@ -42,12 +48,12 @@ class StepTime:
     """The all-to-alls of the MoE layers."""
     gradients: float
     """Sums and gathers of parameters and gradients, as far as nothing hides them."""
+    copies: float = 0.0
+    """Activations and moments, to the memory of the host and back: `host_seconds`."""
 
     @property
     def total(self) -> float:
-        return (
-            self.matrix + self.attention + self.memory + self.host + self.exchange + self.gradients
-        )
+        return float(sum(getattr(self, part.name) for part in fields(self)))
 
     def scaled(self, factor: float) -> StepTime:
         """Return the times of a step that takes `factor` times as long, part by part."""
@@ -56,7 +62,10 @@ class StepTime:
 
 def step_time(run: DryRun, cluster: Cluster, ep: int) -> StepTime:
     """Return the time of one optimizer step."""
+    if cluster.measured:
+        return _measured(run, cluster)
     parts: defaultdict[str, float] = defaultdict(float)
+    update = 0.0  # of the last stage
     for stage, times in repeated(run):
         seconds: defaultdict[str, float] = defaultdict(float)
         for kernel, count in stage.kernels.items():
@@ -75,10 +84,39 @@ def step_time(run: DryRun, cluster: Cluster, ep: int) -> StepTime:
         seconds["gradients"] = max(
             hidden - cluster.overlap * device, hidden * (1 - cluster.overlap)
         )
+        seconds["copies"] = stage.host_bytes / cluster.host_bandwidth
+        update = seconds["memory"]
         for part, value in seconds.items():
             parts[part] += times * value
-    names = ("matrix", "attention", "memory", "host", "exchange", "gradients")
-    return StepTime(*(parts[name] for name in names))
+    parts["copies"] += moment_seconds(run, update, cluster)
+    return StepTime(*(parts[field.name] for field in fields(StepTime)))
+
+
+def moment_seconds(run: DryRun, update: float, cluster: Cluster) -> float:
+    """Return what the copies of moments on the host (`optim.offload`) add to an update.
+
+    They run both ways at a time beside the update, bucket by bucket, so the longer of the two is
+    waited for. `update`: its seconds without them.
+    """
+    return max(0.0, state_of(run).host_moments / cluster.host_bandwidth - update)
+
+
+def _measured(run: DryRun, cluster: Cluster) -> StepTime:
+    """Return the time of a step from measured kernels and collectives, one after the other.
+
+    Ranks that share a core take turns. Nothing is hidden: gloo computes on the same cores.
+    """
+    kernels, collectives = totals(run)
+    world = max((collective.ranks for collective in collectives), default=1)
+    compute, shared, link = at(list(cluster.measured), world)
+    parts: defaultdict[str, float] = defaultdict(float)
+    for kernel, count in kernels.items():
+        parts[_part(kernel)] += shared * count * compute.kernel_seconds(kernel)
+        parts["host"] += shared * count * compute.host_seconds
+    for collective, count in collectives.items():
+        part = "exchange" if collective.name == "all_to_all" else "gradients"
+        parts[part] += count * link.collective_seconds(collective)
+    return StepTime(*(parts[field.name] for field in fields(StepTime)))
 
 
 def _part(kernel: Kernel) -> str:

@@ -1,8 +1,9 @@
 """The routing of a run, as `tracking.trace` has written it to RUN/trace.
 
-`choices`: every token's experts, -1 where it chose fewer than K, and their scores. `counts`: the
-choices of each expert by sample. Both by global sample and before any drop, so that they say what
-any number of ranks, any EP and any micro-batch would have done with the same choices:
+`choices`: every token's experts, -1 where it chose fewer than K, and their scores. `scores`: the
+same with the scores of all experts. `counts`: the choices of each expert by sample. All by global
+sample and before any drop, so that they say what any number of ranks, any EP and any micro-batch
+would have done with the same choices:
 
     ranks W, micro-batch n:   accumulation step a has the samples a W n .. (a + 1) W n - 1, rank by
                               rank (`dmoe.train.step.training_batches`)
@@ -15,6 +16,7 @@ experts per token, W ranks, A accumulation steps, n samples per rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,15 +24,17 @@ from pathlib import Path
 import numpy as np
 
 from dmoe.config.errors import ConfigError
-from dmoe.config.expert_shapes import count_choices
+from dmoe.config.expert_shapes import count_choices, expert_shapes, multiply_adds
 from dmoe.config.rules import moe_blocks
 from dmoe.config.schema import Config
+from dmoe.moe.placement import ExpertPlacement, balanced_placement
 from dmoe.replay.part import NONE, ChoiceSpec, Part, signed
 from dmoe.replay.reader import open_parts
 from dmoe.replay.writer import check_whole
 
 FIELD = "--replay"
 FOLDER = "trace"
+ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -49,42 +53,69 @@ class Trace:
     def has_scores(self) -> bool:
         return all(part.scores is not None for part in self.parts)
 
+    @cached_property
+    def has_all_scores(self) -> bool:
+        return self.has_scores and all("scores" in part.kind for part in self.parts)
+
     @property
-    def steps(self) -> range:
+    def has_next_choices(self) -> bool:
+        return False
+
+    @property
+    def steps(self) -> Sequence[int]:
         """The steps that it has, counted from 0."""
         return range(self.parts[0].first_step, self.parts[-1].end_step)
 
-    def choices(self, step: int) -> np.ndarray:
-        """Return the experts of every token of a step, int64 [N, L, K], -1 for none."""
+    def choices(self, step: int, samples: slice = ALL) -> np.ndarray:
+        """Return the experts of every token of a step, int64 [N, L, K], -1 for none.
+
+        `samples`: those of the step to read; the same below.
+        """
         assert self.has_choices, "a trace of counts has no choices"
-        part, rows = self._rows(step, self.spec.tokens_per_step)
+        part, rows = self._rows(step, samples, self.spec.seq_len)
         return signed(part.experts[rows])
 
-    def scores(self, step: int) -> np.ndarray:
+    def scores(self, step: int, samples: slice = ALL) -> np.ndarray:
         """Return the scores of the choices of a step, float32 [N, L, K]."""
-        part, rows = self._rows(step, self.spec.tokens_per_step)
+        part, rows = self._rows(step, samples, self.spec.seq_len)
         assert part.scores is not None, "the trace has no scores"
+        if "scores" not in part.kind:
+            return np.asarray(part.scores[rows])
+        chosen_NLK = np.maximum(self.choices(step, samples), 0)
+        return np.take_along_axis(self.all_scores(step, samples), chosen_NLK, 2)
+
+    def all_scores(self, step: int, samples: slice = ALL) -> np.ndarray:
+        """Return the scores of all experts, float32 [N, L, E]; -1 of padding tokens."""
+        part, rows = self._rows(step, samples, self.spec.seq_len)
+        assert part.scores is not None, "the trace has no scores"
+        assert "scores" in part.kind, "the trace has the scores of the choices"
         return np.asarray(part.scores[rows])
 
-    def counts(self, step: int) -> np.ndarray:
+    def next_choices(self, step: int, samples: slice = ALL) -> np.ndarray:
+        """Return the experts after those that a token selects, int64 [N, L, S], -1 for none."""
+        raise AssertionError("only selected again (`selection.py`) a trace has next choices")
+
+    def counts(self, step: int, samples: slice = ALL) -> np.ndarray:
         """Return the choices of each expert by sample, int64 [B, L, E]."""
         if self.has_choices:
-            return self.spec.count(self.choices(step)).astype(np.int64)
-        part, rows = self._rows(step, self.spec.global_batch)
+            return self.spec.count(self.choices(step, samples)).astype(np.int64)
+        part, rows = self._rows(step, samples, 1)
         return part.experts[rows].astype(np.int64)
 
-    def _rows(self, step: int, per_step: int) -> tuple[Part, slice]:
+    def _rows(self, step: int, samples: slice, rows_per_sample: int) -> tuple[Part, slice]:
         part = next(part for part in self.parts if part.first_step <= step < part.end_step)
-        start = (step - part.first_step) * per_step
-        return part, slice(start, start + per_step)
+        first, end, _ = samples.indices(self.spec.global_batch)
+        start = (step - part.first_step) * self.spec.global_batch
+        return part, slice((start + first) * rows_per_sample, (start + end) * rows_per_sample)
 
 
-def open_trace(path: Path, config: Config | None = None) -> Trace:
+def open_trace(path: Path, config: Config | None = None, any_batch: bool = False) -> Trace:
     """Open the trace of a run, or a directory that holds one, and check every byte of it.
 
     Args:
         path: the run directory, or RUN/trace.
         config: one whose model the trace must be of.
+        any_batch: its `train.global_batch` may be another.
 
     Raises:
         ConfigError: there is none, or it is of another model.
@@ -101,7 +132,7 @@ def open_trace(path: Path, config: Config | None = None) -> Trace:
         before = part
     trace = Trace(folder, parts, parts[0].spec)
     if config is not None:
-        check_model(trace, config)
+        check_model(trace, config, any_batch)
     return trace
 
 
@@ -117,6 +148,11 @@ def _check_part(part: Part, before: Part | None) -> None:
     if part.experts.shape != shape:
         allowed = f"holds {list(part.experts.shape)}, not {list(shape)} of its header"
         raise ConfigError(FIELD, part.path, allowed, "record it again")
+    if part.scores is not None:
+        last = spec.experts if "scores" in part.kind else spec.top_k
+        if part.scores.shape != (rows, spec.layers, last):
+            allowed = f"holds scores of {list(part.scores.shape)}, not of its {last} experts"
+            raise ConfigError(FIELD, part.path, allowed, "record it again")
     if before is not None and (part.first_step != before.end_step or spec != before.spec):
         allowed = f"does not go on at step {before.end_step + 1} of the same run"
         raise ConfigError(FIELD, part.path, allowed, "record it again")
@@ -127,8 +163,8 @@ def _check_part(part: Part, before: Part | None) -> None:
             raise ConfigError(FIELD, part.path, allowed, "record it again")
 
 
-def check_model(trace: Trace, config: Config) -> None:
-    """Refuse a trace of another model or batch than the config's.
+def check_model(trace: Trace, config: Config, any_batch: bool = False) -> None:
+    """Refuse a trace of another model or batch than the config's; with `any_batch`, of a model.
 
     Raises:
         ConfigError: names the first number that differs.
@@ -141,10 +177,27 @@ def check_model(trace: Trace, config: Config) -> None:
         "positions per sequence (data.seq_len)": (spec.seq_len, config.data.seq_len),
         "sequences per step (train.global_batch)": (spec.global_batch, config.train.global_batch),
     }
+    if any_batch:
+        numbers.popitem()
     for words, (found, wanted) in numbers.items():
         if found != wanted and config.model.source is None:
             allowed = f"has {found} {words}, and the config {wanted}"
             raise ConfigError(FIELD, trace.path, allowed, "use the config of its run")
+
+
+def slots_of(placement: ExpertPlacement, unused: int) -> list[int]:
+    """List the experts of all ranks, equally many of each: `unused` where a rank has fewer."""
+    size = placement.experts_per_rank
+    return [e for own in placement.experts for e in (*own, *[unused] * (size - len(own)))]
+
+
+def first_placement(config: Config, ep: int) -> ExpertPlacement | None:
+    """Return where experts of different shapes are, as training places them; None: equal runs."""
+    moe, dim = config.moe, config.model.dim
+    if not moe.experts.shapes or ep > moe.num_experts:
+        return None
+    costs = [multiply_adds(shape, dim, dim, moe.experts.kind) for shape in expert_shapes(moe)]
+    return balanced_placement(costs, [tuple(shape) for shape in moe.experts.shapes], ep)
 
 
 def by_rank(count_BLE: np.ndarray, ranks: int, ep: int, micro_batch: int) -> np.ndarray:
@@ -191,10 +244,12 @@ def load_per_rank(trace: Trace, ranks: int, ep: int, micro_batch: int) -> np.nda
     )
 
 
-def check_layout(spec: ChoiceSpec, ranks: int, ep: int, micro_batch: int, zero: int = 0) -> None:
+def check_layout(
+    spec: ChoiceSpec, ranks: int, ep: int, micro_batch: int, experts: int | None = None
+) -> None:
     """Refuse a layout that does not divide the batch, the ranks or the experts.
 
-    `zero`: zero-cost experts, which no rank holds. Raises ConfigError.
+    `experts`: those that ranks hold, without zero-cost ones. Raises ConfigError.
     """
     if spec.global_batch % (ranks * micro_batch):
         allowed = (
@@ -203,7 +258,7 @@ def check_layout(spec: ChoiceSpec, ranks: int, ep: int, micro_batch: int, zero: 
         )
         fits = [n for n in range(1, spec.global_batch + 1) if spec.global_batch % n == 0]
         raise ConfigError("--ranks", ranks, allowed, f"use one of {fits} with micro_batch=1")
-    experts = spec.experts - zero
+    experts = spec.experts if experts is None else experts
     if ep < 1 or ranks % ep or experts % ep:
         allowed = f"must divide the {ranks} ranks and the {experts} experts"
         fits = [n for n in range(1, ranks + 1) if ranks % n == 0 and experts % n == 0]

@@ -12,6 +12,7 @@ from torch import nn
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.rules import Batching, batching, expert_parallel
+from dmoe.config.rules.exchange import check_exchange
 from dmoe.config.rules.memory import explain_out_of_memory
 from dmoe.config.schema import Config
 from dmoe.distributed.accelerate_env import make_accelerator
@@ -25,11 +26,12 @@ from dmoe.distributed.data_parallel import (
 )
 from dmoe.distributed.expert_parallel import shard_experts
 from dmoe.distributed.init import ProcessInfo
-from dmoe.distributed.mesh import ParallelMesh, build_mesh
+from dmoe.distributed.mesh import ParallelMesh, build_mesh, ranks_per_node
 from dmoe.distributed.placement.copy_cost import measure_break_even
 from dmoe.distributed.placement.moves import PeriodicPlacement
 from dmoe.models.base import Model, ModelOutput, check_own_model
 from dmoe.moe.copy_planner import CopyRule
+from dmoe.moe.kernels import check_kernels
 from dmoe.moe.rng import generator
 from dmoe.observability.profiler import DTYPES
 from dmoe.train.modular.attach import (
@@ -113,9 +115,12 @@ def build_engine(
         is_trained: False for an engine that only evaluates: no warm-up, so no gradients.
     """
     precision = resolve_precision(config.train.precision, process.device, config.model.dim)
-    mesh = build_mesh(
-        expert_parallel(config, process.world_size), process.device, config.parallel.start_timeout
-    )
+    check_exchange(config, precision)
+    if is_trained:
+        check_kernels(config.moe.kernels, process.device)
+    ep, device = expert_parallel(config, process.world_size), process.device
+    node_size = ranks_per_node(config.parallel.exchange, ep, process.host_size, device)
+    mesh = build_mesh(ep, device, config.parallel.start_timeout, node_size)
     checker = (
         CollectiveChecker(mesh.ep_group, config.parallel.timeout)
         if config.debug.collectives and mesh.ep_group
@@ -129,7 +134,7 @@ def build_engine(
         model = _build_model(task, mesh, checker, process, dtype, copies)
     else:
         check_own_model(model, config)
-        shard_experts(model, mesh, checker, copies=copies)
+        shard_experts(model, mesh, checker, copies=copies, exchange=config.parallel.exchange)
         model.to(process.device)
     model.offload = offloads(config, process.device)
     broadcast_weights(model, mesh)
@@ -167,9 +172,18 @@ def build_engine(
     if periodic.kind == "periodic" and mesh.ep > 1 and layers:
         engine.placement = PeriodicPlacement(periodic, layers, optimizer, mesh, process.host_size)
     if is_trained:
-        with explain_out_of_memory(config, process.world_size, "batch"):
-            _warm_up(engine)
+        warm_up(engine)
     return engine
+
+
+def warm_up(engine: Engine) -> None:
+    """Use every communicator once, before the first step; see `_warm_up`. Collective.
+
+    Raises:
+        ConfigError: a step does not fit into the memory.
+    """
+    with explain_out_of_memory(engine.config, engine.process.world_size, "batch"):
+        _warm_up(engine)
 
 
 def _warm_up(engine: Engine) -> None:
@@ -209,7 +223,7 @@ def _build_model(
         model = task.build_model(config.parallel.virtual_ranks, config.train.recompute)
         attach_modules(model, config, config.parallel.virtual_ranks)
     model = model.to(dtype)
-    shard_experts(model, mesh, checker, copies=copies)
+    shard_experts(model, mesh, checker, copies=copies, exchange=config.parallel.exchange)
     model.to_empty(device=process.device)
     model.initialize(config.train.seed)
     initialize_modules(model, config)
@@ -220,10 +234,17 @@ def _build_model(
 
 
 def offloads(config: Config, device: torch.device) -> bool:
-    """Return whether blocks save for the backward in main memory. Raises ConfigError on a CPU."""
-    if config.train.offload != "none" and device.type == "cpu":
-        why = "needs a GPU: on a CPU activations are in main memory already"
-        raise ConfigError("train.offload", config.train.offload, why, "leave it out")
+    """Return whether blocks save for the backward in main memory.
+
+    Raises ConfigError on a CPU, for activations and for moments.
+    """
+    for field, value, off, what in (
+        ("train.offload", config.train.offload, "none", "activations"),
+        ("optim.offload", config.optim.offload, False, "moments"),
+    ):
+        if value != off and device.type == "cpu":
+            why = f"needs a GPU: on a CPU {what} are in main memory already"
+            raise ConfigError(field, value, why, "leave it out")
     return config.train.offload == "activations"
 
 

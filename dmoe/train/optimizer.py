@@ -15,6 +15,7 @@ from dmoe.config.plugin_loader import construct, plugin_class
 from dmoe.config.schema import OptimConfig
 from dmoe.distributed.expert_parallel import expert_locations
 from dmoe.distributed.optimizers.muon import Muon, Parts
+from dmoe.distributed.optimizers.offloaded_adamw import OffloadedAdamW
 from dmoe.distributed.optimizers.rounded_adamw import RoundedAdamW
 from dmoe.distributed.state_dict import MOMENTS
 from dmoe.hf.moefy import moefied_layers
@@ -98,6 +99,8 @@ def build_optimizer(
         return Muon(groups, config.lr, betas, config.eps, config.momentum)
     if config.moments == "bf16":
         return RoundedAdamW(groups, config.lr, betas, config.eps, model, ep_rank, seed)
+    if config.offload:
+        return OffloadedAdamW(groups, config.lr, betas, config.eps)
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmoe.models.base import ModelOutput
+from dmoe.models.base import IGNORE_INDEX, ModelOutput
 from dmoe.moe.metrics import LayerStats
 from dmoe.moe.routing import MetricsFn
 
@@ -98,6 +99,8 @@ class ReducedStep:
     layers: list[LayerTotals]
     modules: list[LayerTotals] = field(default_factory=list)
     """The same for each adapter layer."""
+    taken: bool = False
+    """The device has taken the step, if it was finite."""
 
     @property
     def loss(self) -> float:
@@ -184,6 +187,33 @@ def _aux_losses(output: ModelOutput) -> list[dict[str, Tensor]]:
 def _layer_stats(output: ModelOutput) -> list[LayerStats]:
     """Return the counts of MoE layers, then of adapter layers."""
     return [*output.stats, *output.module_stats]
+
+
+def count_batches(batches: Sequence[Any], target_bytes: int = 0) -> BatchCounts:
+    """Count the targets that are predicted and the tokens that are not padding."""
+    targets = sum(int((batch.target != IGNORE_INDEX).sum()) for batch in batches)
+    tokens = sum(
+        batch.target.numel() if batch.valid_BS is None else int(batch.valid_BS.sum())
+        for batch in batches
+    )
+    return BatchCounts(targets, tokens, target_bytes)
+
+
+def detached(output: ModelOutput) -> ModelOutput:
+    """Return the output without its graph, which would keep all micro-batches' activations."""
+    assert output.loss_sum is not None
+    return ModelOutput(
+        None,
+        output.loss_sum.detach(),
+        [_detach_all(layer) for layer in output.aux],
+        output.stats,
+        module_aux=[_detach_all(layer) for layer in output.module_aux],
+        module_stats=output.module_stats,
+    )
+
+
+def _detach_all(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in losses.items()}
 
 
 class NullStepRecorder:

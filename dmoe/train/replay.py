@@ -1,8 +1,9 @@
 """Choices of experts of a run: recorded (`moe.replay.record`, `tracking.trace`), or given
 (`moe.replay.from`).
 
-Recording costs one all-gather of a step's ids over all ranks per step, one read by the host, and
-the memory of a part on rank 0. Replaying reads the ids of this rank's samples from mapped files.
+Recording costs one all-gather of a step's ids (and for a trace one of its scores) over all ranks
+per step, one read of each by the host, and the memory of a part on rank 0. Replaying reads the ids
+of this rank's samples from mapped files.
 
 Letters: A accumulation steps, W ranks, n sequences per forward, S positions, L MoE layers, K
 experts per token, T = n S tokens.
@@ -23,8 +24,15 @@ from dmoe.config.router_kinds import router_spec
 from dmoe.distributed.init import run_on_rank0
 from dmoe.distributed.mesh import ProcessGroupComm
 from dmoe.models.base import ModelOutput
-from dmoe.moe.routers.replayed import choices, choices_with_scores
+from dmoe.moe.routers.replayed import (
+    choices,
+    choices_with_all_scores,
+    choices_with_scores,
+    count_own,
+    sampled_scores,
+)
 from dmoe.moe.routing import DispatchPlan, MetricsFn, Routing, TokenContext
+from dmoe.observability.logger import RunLogger
 from dmoe.replay import ChoiceReader, ChoiceSpec, ChoiceWriter
 from dmoe.train.checkpointer import Checkpointer
 from dmoe.train.engine import Engine
@@ -34,6 +42,47 @@ from dmoe.train.tasks import DataSplits
 
 TRACE = "trace"
 """Folder of the trace in the run directory."""
+SCORES = {
+    "choices": ("score_TK", choices_with_scores),
+    "scores": ("score_TE", choices_with_all_scores),
+}
+"""The scores that a trace has, and what computes them."""
+
+
+def check_replay(engine: Engine, data: DataSplits) -> None:
+    """Refuse choices that are not there, too few, or of another shape. Collective if any are given.
+
+    Before a run directory is made; `Replay` checks what they hold, once the next step is known.
+    Cost: 1 broadcast of 4 KiB, no read of ids.
+
+    Raises on all ranks:
+        ConfigError: the choices belong to another model or other data, or end too early.
+        CheckpointError: a file cannot be read.
+    """
+    config = engine.config
+    if config.moe.replay.from_ is None:
+        return
+    path = Path(config.moe.replay.from_).expanduser()
+
+    def check() -> str:
+        ChoiceReader(path, choice_spec(engine, data)).check_end(config.train.steps)
+        return ""
+
+    run_on_rank0(engine.process, check)
+
+
+def choice_spec(engine: Engine, data: DataSplits) -> ChoiceSpec:
+    """Return what the choices of a run belong to."""
+    config, layers = engine.config, engine.model.moe_layers()
+    return ChoiceSpec(
+        data=data.fingerprint,
+        seed=config.train.seed,
+        global_batch=config.train.global_batch,
+        seq_len=engine.task.targets_per_sample,
+        layers=len(layers),
+        experts=layers[0].num_experts,
+        top_k=config.moe.top_k,
+    )
 
 
 class Replay:
@@ -63,11 +112,14 @@ class Replay:
         self.records = config.record is not None or self.trace != "none"
         if config.from_ is not None:
             self.reader = self._open_reader(Path(config.from_).expanduser(), step)
+        self.unknown_tokens = self.reader is not None and not self.reader.recorded
+        """Whether the next step compares the given experts with the router's own."""
         if config.record is not None:
             folder = Path(config.record).expanduser()
             self._on_rank0(lambda: self._open_writer(folder, run, step))
         if self.trace != "none":
-            options = {"field": "tracking.trace", "counts": self.trace == "counts"}
+            kinds = {"counts": self.trace == "counts", "all_scores": self.trace == "scores"}
+            options = {"field": "tracking.trace", **kinds}
             self._on_rank0(lambda: self._open_writer(run / TRACE, run, step, **options))
 
     def given(self, batches: list[Batch], step: int) -> list[Batch]:
@@ -81,10 +133,17 @@ class Replay:
 
     def recorder(self, recorder: NullStepRecorder) -> NullStepRecorder:
         """Return a recorder of a step that collects the choices too, if they are recorded."""
-        return ChoiceRecorder(recorder, self.trace == "choices") if self.records else recorder
+        if self.records:
+            recorder = ChoiceRecorder(recorder, self.trace)
+        return OwnChoiceRecorder(recorder, self.engine) if self.unknown_tokens else recorder
 
-    def record(self, step: int, recorder: NullStepRecorder) -> None:
+    def record(self, step: int, recorder: NullStepRecorder, logger: RunLogger) -> None:
         """Record the choices of a step, from its recorder. Collective if they are recorded."""
+        if isinstance(recorder, OwnChoiceRecorder):  # the first step, choices of another program
+            self.unknown_tokens = False
+            if warning := self._compare(recorder.own_L2):
+                logger.alert(step + 1, "replay", warning)
+            recorder = recorder.inner
         if not isinstance(recorder, ChoiceRecorder):
             return
         expert_NLK = self._gather(recorder.choice_ATLK)
@@ -99,6 +158,26 @@ class Replay:
                 writer.add(step, expert_NLK.numpy(), digest, scores)
 
         self._on_rank0(add)
+
+    def _compare(self, own_L2: Tensor) -> str:
+        """Describe the layer whose router agrees least with the given experts, if near chance.
+
+        Args:
+            own_L2: the counts of `count_own` on this rank, by MoE layer.
+        """
+        if self.engine.mesh.world_size > 1:
+            own_L2 = ProcessGroupComm(self.engine.mesh).gather(own_L2).sum(0)
+        share_L = own_L2[:, 0] / own_L2[:, 1].clamp(min=1)
+        layer = int(share_L.argmin())
+        spec, share = choice_spec(self.engine, self.data), float(share_L[layer])
+        chance = spec.top_k / spec.experts
+        if share >= min(2 * chance, 0.5):
+            return ""
+        return (
+            f"of the experts that moe.replay.from gives in MoE layer {layer}, its router would "
+            f"have chosen {share:.0%} itself, and {chance:.0%} is chance: check the order of the "
+            "tokens and layers in the file, and that it is of this model"
+        )
 
     def flush(self) -> None:
         """Write what was recorded; before every checkpoint, so that none is ahead of its choices.
@@ -118,7 +197,8 @@ class Replay:
     def _open_reader(self, path: Path, step: int) -> ChoiceReader:
         """Check all files on rank 0, then map them on each."""
         config = self.engine.config
-        spec, partly = self.spec(), router_spec(config.moe.router.kind).variable_k
+        spec = choice_spec(self.engine, self.data)
+        partly = router_spec(config.moe.router.kind).variable_k
         end = config.train.steps
         self._on_rank0(
             lambda: ChoiceReader(path, spec).check(step, end, self.batch_digest, partly=partly)
@@ -136,20 +216,8 @@ class Replay:
             writer.flush()
 
     def _open_writer(self, folder: Path, run: Path, step: int, **options: Any) -> None:
-        self.writers.append(ChoiceWriter(folder, self.spec(), str(run), step, **options))
-
-    def spec(self) -> ChoiceSpec:
-        """Return what the choices of this run belong to."""
-        config, layers = self.engine.config, self.engine.model.moe_layers()
-        return ChoiceSpec(
-            data=self.data.fingerprint,
-            seed=config.train.seed,
-            global_batch=config.train.global_batch,
-            seq_len=self.engine.task.targets_per_sample,
-            layers=len(layers),
-            experts=layers[0].num_experts,
-            top_k=config.moe.top_k,
-        )
+        spec = choice_spec(self.engine, self.data)
+        self.writers.append(ChoiceWriter(folder, spec, str(run), step, **options))
 
     def _given(self, reader: ChoiceReader, batch: Batch, step: int) -> Tensor:
         """Return the choices of a batch, int64 [L, T, K]."""
@@ -176,10 +244,10 @@ class Replay:
 class ChoiceRecorder(NullStepRecorder):
     """Collects the choices of a step beside what another recorder collects."""
 
-    def __init__(self, inner: NullStepRecorder, with_scores: bool = False) -> None:
+    def __init__(self, inner: NullStepRecorder, trace: str = "none") -> None:
         self.inner, self.choice_ATLK = inner, torch.empty(0)
         self.score_ATLK: Tensor | None = None
-        self.own_fn = choices_with_scores if with_scores else choices
+        self.scores, self.own_fn = SCORES.get(trace, ("", choices))
         self.metrics_fn: MetricsFn | None = self._metrics
 
     def mark(self, phase: str) -> None:
@@ -191,8 +259,8 @@ class ChoiceRecorder(NullStepRecorder):
             return torch.stack([torch.stack(layers, 1) for layers in steps])
 
         self.choice_ATLK = stacked("choice_TK")
-        if self.own_fn is choices_with_scores:
-            self.score_ATLK = stacked("score_TK")
+        if self.scores:
+            self.score_ATLK = stacked(self.scores)
         self.inner.collect(outputs)
 
     def _metrics(
@@ -201,3 +269,31 @@ class ChoiceRecorder(NullStepRecorder):
         inner = self.inner.metrics_fn
         more = {} if inner is None else inner(routing, plan, context)
         return more | self.own_fn(routing, plan, context)
+
+
+class OwnChoiceRecorder(NullStepRecorder):
+    """Counts the given experts that the routers would have chosen, beside another recorder."""
+
+    def __init__(self, inner: NullStepRecorder, engine: Engine) -> None:
+        self.inner, self.engine, self.own_L2 = inner, engine, torch.empty(0)
+        self.metrics_fn: MetricsFn | None = self._metrics
+
+    def mark(self, phase: str) -> None:
+        self.inner.mark(phase)
+
+    def collect(self, outputs: Sequence[ModelOutput]) -> None:
+        counts = []
+        for index, layer in enumerate(self.engine.model.moe_layers()):
+            found = [output.stats[index].metrics for output in outputs]
+            choice_NK = torch.cat([metrics["sampled_choice_TK"] for metrics in found])
+            score_NE = torch.cat([metrics["sampled_score_TE"] for metrics in found])
+            counts.append(count_own(choice_NK, score_NE, layer.balance_bias))
+        self.own_L2 = torch.stack(counts)
+        self.inner.collect(outputs)
+
+    def _metrics(
+        self, routing: Routing, plan: DispatchPlan, context: TokenContext
+    ) -> dict[str, Tensor]:
+        inner = self.inner.metrics_fn
+        more = {} if inner is None else inner(routing, plan, context)
+        return more | sampled_scores(routing, plan, context)

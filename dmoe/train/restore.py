@@ -120,9 +120,12 @@ STATE_FIELDS = ("optim.kind", "optim.trainable", "moe.router.freeze")
 """Fields on which the tensors of the optimizer depend."""
 
 
-FREE_FIELDS = ("moe.exchange", "moe.replay.record", "modular.core", "modular.compositions")
-"""Fields of those sections that may differ: they change no number beyond rounding (exchange), only
-write (record), or only the start or the end of a run (weights to start from, evaluation at the
+FREE_FIELDS = (
+    *("moe.exchange", "moe.kernels", "moe.replay.record"),
+    *("modular.core", "modular.compositions"),
+)
+"""Fields of those sections that may differ: they change no number beyond rounding (the first two),
+only write (record), or only the start or the end of a run (weights to start from, evaluation at the
 end)."""
 
 

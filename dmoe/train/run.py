@@ -43,6 +43,7 @@ from dmoe.train.modular.stages import (
     needs_base_model,
     train_base_model,
 )
+from dmoe.train.replay import check_replay
 from dmoe.train.run_session import open_session
 from dmoe.train.signals import StopRequested
 from dmoe.train.tasks import task_of
@@ -130,7 +131,10 @@ def check_document_mask(engine: Engine, data: Any) -> None:
     name, fix = type(engine.model).__name__, "use data.document_mask=false"
     if not engine.model.reads_positions:
         allowed = f"needs a model that reads context.position_T, and {name} does not"
-        fix = f"set reads_positions = True in {name} once it does, or {fix}"
+        if engine.config.model.source is not None:
+            allowed = "needs dmoe's transformer: a published model does not keep documents apart"
+        else:  # code of the user's own
+            fix = f"set reads_positions = True in {name} once it does, or {fix}"
         raise ConfigError("data.document_mask", True, allowed, fix)
     if engine.config.modular.bank in PREFIX_BANKS:
         raise prefix_error(engine.config.modular.bank)
@@ -188,6 +192,7 @@ def _train(
         with explain_out_of_memory(config, process.world_size, "model"):
             engine = build_engine(config, process, task.num_outputs, model=model)
         check_document_mask(engine, data)
+        check_replay(engine, data)  # here, so that a refused run leaves no directory
         session = open_session(config.train, process) if session is None else session
         liveness = LivenessResponder() if process.world_size > 1 else nullcontext()
         with liveness, explain_out_of_memory(config, process.world_size, "batch"):

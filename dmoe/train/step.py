@@ -20,8 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmoe.distributed.gradients import all_reduce_sum, clip_grads_, squared_grad_norms
-from dmoe.models.base import IGNORE_INDEX, ModelOutput
+from dmoe.distributed.gradients import (
+    all_reduce_sum,
+    clip_factor,
+    clip_grads_,
+    decide_step,
+    folds_clip,
+    set_learning_rate,
+    squared_grad_norms,
+    start_host_copy,
+    step_as_decided,
+)
+from dmoe.models.base import ModelOutput
 from dmoe.moe.load_balancing import coefficients, updated_bias
 from dmoe.moe.routing import MetricsFn, TokenContext
 from dmoe.train.engine import Engine
@@ -32,6 +42,8 @@ from dmoe.train.reduction import (
     NullStepRecorder,
     ReducedStep,
     Requests,
+    count_batches,
+    detached,
     pack,
     unpack,
 )
@@ -110,6 +122,7 @@ def compute_gradients(
     target_bytes: int = 0,
     requests: Requests = NO_REQUESTS,
     recorder: NullStepRecorder = NULL_RECORDER,
+    take_at: float | None = None,
 ) -> ReducedStep:
     """Compute the gradient of the global batch's loss in every parameter's `grad`. Collective.
 
@@ -124,6 +137,9 @@ def compute_gradients(
         target_bytes: bytes of text of this rank's targets.
         requests: of this rank.
         recorder: collects further metrics in a step that is logged.
+        take_at: learning rate of a step that is taken if it is finite. With fused AdamW the device
+            then decides and updates before the host reads the sums (`taken`); `update` does the
+            rest.
 
     Returns:
         The reduced sums, equal on all ranks.
@@ -135,7 +151,12 @@ def compute_gradients(
         engine.accelerator.unscale_gradients(engine.optimizer)
     recorder.collect(outputs)
     vector = pack(squared_grad_norms(engine.model, engine.mesh), outputs, counts, requests)
-    totals = unpack(all_reduce_sum(vector, engine.mesh).tolist(), outputs[0])
+    read = start_host_copy(all_reduce_sum(vector, engine.mesh))
+    taken = take_at is not None and folds_clip(engine.optimizer, engine.accelerator.scaler)
+    if taken:
+        set_learning_rate(engine.optimizer, take_at)
+        step_as_decided(engine.optimizer, decide_step(vector[:3], engine.config.optim.clip))
+    totals = replace(unpack(read(), outputs[0]), taken=taken)
     recorder.mark("other")
     return totals
 
@@ -153,18 +174,22 @@ def update(
         learning_rate: of this step.
         apply: the decision of the step guard.
     """
-    for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
     norm, max_norm = grad_norm(totals), engine.config.optim.clip
     finite = math.isfinite(norm) and math.isfinite(totals.loss_sum)
     apply = apply and finite
-    factor = 1.0
-    if apply and max_norm is not None:
-        factor = clip_grads_(engine.model, norm, max_norm)
+    assert apply == finite or not totals.taken, "the step has been taken"
+    factor = clip_factor(norm, max_norm) if apply else 1.0
     scaler = engine.accelerator.scaler
-    if apply:
-        engine.optimizer.step()
-    elif scaler is not None:
+    set_learning_rate(engine.optimizer, learning_rate)
+    if apply and not totals.taken:
+        if folds_clip(engine.optimizer, scaler):
+            # not by way of float32: the bits of the step that the device decides alone
+            sums = torch.tensor([totals.squared_grad_norm, 0, totals.loss_sum], dtype=torch.float64)
+            step_as_decided(engine.optimizer, decide_step(sums, max_norm))
+        else:
+            clip_grads_(engine.model, norm, max_norm)
+            engine.optimizer.step()
+    elif scaler is not None and not apply:
         # It has unscaled the gradients of a step that is skipped, and refuses to do so again; and
         # it lowers its scale if one of them overflowed. Its own `step` would take this step where
         # only the norm did: the squares of finite gradients are infinite above 1.8e19.
@@ -203,16 +228,6 @@ def forward(engine: Engine, batch: Batch, prior_LE: Tensor | None) -> ModelOutpu
     return output
 
 
-def count_batches(batches: Sequence[Batch], target_bytes: int = 0) -> BatchCounts:
-    """Count the targets that are predicted and the tokens that are not padding."""
-    targets = sum(int((batch.target != IGNORE_INDEX).sum()) for batch in batches)
-    tokens = sum(
-        batch.target.numel() if batch.valid_BS is None else int(batch.valid_BS.sum())
-        for batch in batches
-    )
-    return BatchCounts(targets, tokens, target_bytes)
-
-
 def _global_targets(
     engine: Engine, batches: Sequence[Batch], counts: BatchCounts
 ) -> float | Tensor:
@@ -243,7 +258,7 @@ def _accumulate(
             recorder.mark("forward")
             engine.accelerator.backward(_loss(output, engine, len(batches), num_targets))
             recorder.mark("backward")
-        outputs.append(_detach(output))
+        outputs.append(detached(output))
         if engine.config.moe.balance.switch_level == "global" and not last and output.stats:
             count_LE = torch.stack([stats.choice_E for stats in output.stats])
             count_LE = all_reduce_sum(count_LE, engine.mesh)
@@ -262,23 +277,6 @@ def _loss(
         for layer in (*output.aux, *filter(None, output.module_aux)):
             loss = loss + coefficient / num_batches * layer[name]
     return loss
-
-
-def _detach(output: ModelOutput) -> ModelOutput:
-    """Return the output without its graph, which would keep all micro-batches' activations."""
-    assert output.loss_sum is not None
-    return ModelOutput(
-        None,
-        output.loss_sum.detach(),
-        [_detach_all(layer) for layer in output.aux],
-        output.stats,
-        module_aux=[_detach_all(layer) for layer in output.module_aux],
-        module_stats=output.module_stats,
-    )
-
-
-def _detach_all(losses: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in losses.items()}
 
 
 def _update_router_biases(engine: Engine, totals: ReducedStep) -> None:

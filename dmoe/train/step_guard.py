@@ -20,7 +20,7 @@ from typing import Any
 
 from dmoe.config.errors import NumbersError
 from dmoe.config.schema import GuardConfig
-from dmoe.distributed.full_tensors import full_norm
+from dmoe.distributed.full_tensors import full_norm, on_device_of
 from dmoe.train.engine import Engine
 from dmoe.train.step import StepResult
 
@@ -60,6 +60,11 @@ class StepGuard:
         """Bad steps in a row."""
         self.rollback_step: int | None = None
         """Step that caused the last rollback; until it is passed, a second rollback is no help."""
+
+    @property
+    def takes_finite_steps(self) -> bool:
+        """True if the next step is taken at any finite loss and norm."""
+        return self.config.spike == "warn" and self.bad_steps + 1 < self.config.patience
 
     def check(self, step: int, loss: float, norm: float) -> tuple[StepHealth, StepAction]:
         """Classify a step and decide what to do with it; add its loss to the history if it is good.
@@ -184,8 +189,12 @@ def check_first_step(engine: Engine, result: StepResult) -> str | None:
             "lower optim.lr or use train.precision=fp32"
         )
     for layer in engine.model.moe_layers():
-        states = (engine.optimizer.state.get(weight, {}) for weight in layer.router.parameters())
-        moments = [state["exp_avg"] for state in states if state.get("exp_avg") is not None]
+        states = ((p, engine.optimizer.state.get(p, {})) for p in layer.router.parameters())
+        moments = [
+            on_device_of(weight, state["exp_avg"])
+            for weight, state in states
+            if state.get("exp_avg") is not None
+        ]
         if result.updated and moments and not any(full_norm(moment) > 0 for moment in moments):
             raise NumbersError(
                 f"the router of MoE layer {layer.layer} got no gradient in the first step: "

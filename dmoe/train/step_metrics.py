@@ -17,7 +17,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from dmoe.distributed.all_to_all import CommTimer, comm_timers
+from dmoe.distributed.exchange.comm_timer import CommTimer, comm_timers
 from dmoe.distributed.gradients import all_reduce_max, all_reduce_sum, squared_router_grad_norm
 from dmoe.models.base import ModelOutput
 from dmoe.moe.copy_planner import CopyTotals
@@ -172,7 +172,9 @@ class StepRecorder(NullStepRecorder):
     def _copies(self) -> list[CopyTotals]:
         """Those of this rank and each MoE layer; none without copies for the step."""
         has_copies = self.engine.config.parallel.placement.copies != 0
-        return [timer.copies for timer in self.timer.comm_timers] if has_copies else []
+        packed = [layer.packed for layer in self.engine.model.moe_layers()] if has_copies else []
+        groups = [getattr(dispatcher, "expert_group", None) for dispatcher in packed]
+        return [group.timer.copies for group in groups if group is not None]
 
     @property
     def _has_bias(self) -> bool:

@@ -70,6 +70,8 @@ def log_start(
         "world": process.world_size,
         "ep": engine.mesh.ep,
         "precision": engine.precision,
+        "device": process.device.type,
+        "vocabulary": engine.task.num_outputs,
         "data": data.fingerprint,
         "resumed_from": start_step,
         "attempt": process.restart_count,

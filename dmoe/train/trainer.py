@@ -67,9 +67,8 @@ class Trainer:
         config = engine.config
         self.engine, self.data, self.session = engine, data, session
         self.config, self.task = config.train, engine.task
-        self.step_guard = StepGuard(
-            config.guard, loss_scaling=engine.accelerator.scaler is not None
-        )
+        has_scaler = engine.accelerator.scaler is not None
+        self.step_guard = StepGuard(config.guard, loss_scaling=has_scaler)
         self.checkpointer = Checkpointer(engine, data, session.directory, self.step_guard)
         self.signals = Signals()
         self.start_step = self.steps_done = self.checkpointer.resume()
@@ -177,10 +176,11 @@ class Trainer:
                 target_bytes=count_target_bytes(engine, self.data, batches),
                 requests=self.signals.take_requests(self.checkpoint_scheduler.failed),
                 recorder=recorder,
+                take_at=lr if self.step_guard.takes_finite_steps else None,
             )
             health, action = self.step_guard.check(step, totals.loss, grad_norm(totals))
             result = update(engine, totals, lr, apply=action is StepAction.APPLY)
-            self.replay.record(step, recorder)
+            self.replay.record(step, recorder, self.logger)
         self.steps_done = step + 1
         self.checkpointer.tokens += totals.num_tokens
         self._after_first_step(step, result)

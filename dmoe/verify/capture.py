@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dmoe.config.schedule import learning_rate
 from dmoe.distributed.expert_parallel import expert_buffers, expert_locations, expert_parameters
-from dmoe.distributed.full_tensors import broadcast_expert, gather_full
+from dmoe.distributed.full_tensors import broadcast_expert, gather_full, on_device_of
 from dmoe.models import fusion
 from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.placement import ExpertPlacement
@@ -192,7 +192,7 @@ def state_arrays(engine: Engine) -> Capture:
     kinds = {m for group in engine.optimizer.param_groups for m in group.get("moments", ())}
     for moment in sorted(kinds):
         values = {
-            n: engine.optimizer.state[p][moment]
+            n: on_device_of(p, engine.optimizer.state[p][moment])
             for n, p in named.items()
             if moment in engine.optimizer.state.get(p, {})
         }

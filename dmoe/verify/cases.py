@@ -23,7 +23,7 @@ from dmoe.config.datasets import DATASETS
 from dmoe.config.errors import ConfigError
 from dmoe.config.expert_shapes import expert_shapes, multiply_adds
 from dmoe.config.router_kinds import router_spec
-from dmoe.config.rules import can_share, check, moe_widths, shares_something
+from dmoe.config.rules import can_share, check, check_two_nodes, moe_widths, shares_something
 from dmoe.config.schema import Config, DataConfig, ModelConfig, ModularConfig, MoEConfig
 from dmoe.data.token_streams import masks_by_default
 from dmoe.train.modular.attach import BANK_FIELDS
@@ -136,6 +136,7 @@ def plan_cases(config: Config, worlds: list[int], groups: int, device: str = "cp
         for planned in _cases_of_world(config, world, groups, exchanges):
             case = replace(planned, cuda=device == "cuda")
             try:
+                check_two_nodes(config, case.ep)
                 check(case.config(config), world)
                 cases.append(case)
             except ConfigError as error:
@@ -167,11 +168,10 @@ def _can_shard(config: Config, ep: int) -> bool:
 
 
 def prepare(config: Config, groups: int) -> Config:
-    """Return `config` with synthetic data, three accumulation steps of small batches, and float32.
-
-    The model is not changed. One accumulation step has two sequences per token group.
-    """
-    parallel = replace(config.parallel, backend="gloo")
+    """Return `config` with synthetic data, three accumulation steps of two sequences per token
+    group, and float32, on the wire too. The model is not changed."""
+    full = replace(config.parallel.exchange, wire="full", library="torch")
+    parallel = replace(config.parallel, backend="gloo", exchange=full)
     if parallel.placement.kind == "periodic":  # experts move after every step
         parallel = replace(parallel, placement=replace(parallel.placement, every=1))
     return replace(

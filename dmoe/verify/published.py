@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from dmoe.config.errors import ConfigError
 from dmoe.config.published import FIELD_NAMES, read_config, with_source
 from dmoe.config.schema import Config, ModelConfig
+from dmoe.config.transformers_log import quiet
 from dmoe.hf.layer import LayerRecord, MoefiedLayer
-from dmoe.hf.model import REENTRANT_FREE, PublishedModel
+from dmoe.hf.model import REENTRANT_FREE, PublishedModel, causal_classes, from_config
 from dmoe.hf.moefy import forward_of
-from dmoe.hf.transformers_log import quiet
 from dmoe.models.base import Model
 from dmoe.moe.rng import generator
 from dmoe.verify.arrays import as_array, computed_experts
@@ -89,13 +89,11 @@ def shrink(config: Config, folder: Path) -> Config:
     """
     if config.model.source is None:
         return config
-    import transformers
-
     settings = narrow(read_config(config.model.source))
-    auto: Any = transformers.AutoModelForCausalLM
+    auto = causal_classes(settings, config.model.source)
+    model: Any = from_config(auto, settings, config.model.source).to(torch.float64)
+    randomize(model)
     with quiet():
-        model = auto.from_config(settings).to(torch.float64)
-        randomize(model)
         model.save_pretrained(folder)
     defaults = ModelConfig(source=str(folder))
     data = replace(config.data, tokenizer="bytes", tokenizer_vocab=None)
@@ -168,10 +166,19 @@ def _narrow_experts(text: Any) -> None:
 
 
 def randomize(model: nn.Module) -> None:
-    """Draw all weights and the biases of choices, each from its name; norms stay."""
+    """Draw all weights, biases of choices and tables of choices, each from its name; norms stay.
+
+    transformers makes a table (`tid2eid` of DeepSeek-V4: token id to K experts) of zeros, which is
+    one expert K times. Files have K different ones in each row.
+    """
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         is_bias = "bias" in name and value.is_floating_point()
-        if is_bias or (isinstance(value, nn.Parameter) and value.ndim > 1):
+        if name.endswith("tid2eid"):
+            router: Any = model.get_submodule(name.rpartition(".")[0])
+            shape = len(value), router.num_experts
+            drawn = torch.rand(shape, generator=generator("verify", name))
+            value.copy_(drawn.argsort(1)[:, : value.shape[1]])
+        elif is_bias or (isinstance(value, nn.Parameter) and value.ndim > 1):
             drawn = torch.randn(value.shape, generator=generator("verify", name))
             value.data.copy_((0.1 if is_bias else WEIGHT_STD) * drawn)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dmoe.cli import main
 from tests.cli.commands import dmoe, environment, refused
 from tests.config.refusals import REFUSALS
 
@@ -130,6 +131,21 @@ def test_configs_that_this_machine_cannot_run(
 ) -> None:
     overrides, words = machine_refusals(place)[name]
     refused(dmoe("train", *small, *overrides, f"train.run_dir={unused_run}", cwd=place), *words)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_silent_rank_leaves_rank_0_the_time_to_print(
+    rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 1 was the first to exit on a busy machine: the launcher ended rank 0, and nothing said
+    what was wrong."""
+    waits = list[float]()
+    monkeypatch.setattr(main.time, "sleep", waits.append)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main.print_error("data.source=x: is empty", 2) == 2
+    assert bool(waits) == (rank == 1)
+    assert capsys.readouterr().err == ("" if rank else "dmoe: data.source=x: is empty\n")
 
 
 @pytest.mark.parametrize("name", ["empty corpus", pytest.param("no CUDA", marks=pytest.mark.ranks)])

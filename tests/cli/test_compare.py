@@ -51,6 +51,22 @@ def test_one_row_per_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all("2.8750" in row for row in rows)
 
 
+def test_what_could_not_be_read_is_said(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The report said it, and `compare`, also as JSON and with --full, showed a dash or less."""
+    other = shutil.copytree(run, tmp_path / "other")
+    with (other / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "eval", "st\n')
+    (other / "metrics.layers.bin").unlink(missing_ok=True)
+    (other / "resolved.yaml").write_text("moe: {experts_: 1}\n")
+    for options in ({}, {"as_json": True}, {"full": True}):
+        compare([run, other], **options)
+        text = capsys.readouterr().out
+        assert "other: 1 line(s) of metrics.jsonl could not be read" in text, options
+        assert "cannot read the run's resolved.yaml" in " ".join(text.split()), options
+
+
 def sweep_run(path: Path, seed: int, top_k: int, bits: float) -> Path:
     lines = [line("start", 0, world=1, ep=1), line("eval", 1, loss=2.0, bits_per_byte=bits)]
     return write(path, [*lines, line("end", 1)], f"train.seed={seed}", f"moe.top_k={top_k}")

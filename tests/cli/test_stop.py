@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import SMALL, dmoe, environment, refused
+from tests.cli.commands import SMALL, dmoe, environment, metrics, refused
+from tests.forked import ForkedProcess
 
 pytestmark = pytest.mark.ranks
 
@@ -25,15 +24,11 @@ ENDLESS = [
 ]
 
 
-def events(run: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def wait_for_steps(run: Path, process: subprocess.Popen[str], count: int = 3) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         if (run / "metrics.jsonl").exists() and sum(
-            event["event"] == "train" for event in events(run)
+            event["event"] == "train" for event in metrics(run)
         ) >= count:
             return
         time.sleep(0.05)
@@ -43,21 +38,13 @@ def wait_for_steps(run: Path, process: subprocess.Popen[str], count: int = 3) ->
 @pytest.mark.parametrize("ranks", [[], ["--ranks", "2"]], ids=["alone", "two ranks"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits(tmp_path: Path, ranks: list[str], number: signal.Signals) -> None:
-    command = [sys.executable, "-m", "dmoe", "train", *ENDLESS, *ranks]
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = ForkedProcess("dmoe", ["train", *ENDLESS, *ranks], tmp_path, environment())
     wait_for_steps(tmp_path / "run", process)
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number, errors
     assert "Traceback" not in errors
-    last = events(tmp_path / "run")[-1]
+    last = metrics(tmp_path / "run")[-1]
     assert last["event"] == "end"
     assert f"stopped after step {last['step']}" in output
     assert (
@@ -71,6 +58,6 @@ def test_a_signal_saves_and_exits(tmp_path: Path, ranks: list[str], number: sign
     more = f"train.steps={last['step'] + 1}"
     result = dmoe(*command, more, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert events(tmp_path / "run")[-1]["step"] == last["step"] + 1
+    assert metrics(tmp_path / "run")[-1]["step"] == last["step"] + 1
     refused(dmoe(*command, "train.run_dir=x", cwd=tmp_path), "does not go with --resume")
     refused(dmoe("train", "--resume", "no", cwd=tmp_path), "RUN=no: is not a run directory")

@@ -133,6 +133,10 @@ def test_a_long_directory_for_temporary_files(
 def errors_of_surroundings() -> dict[str, Exception]:
     """Return real exceptions of Python where it can be brought to raise them."""
     found: dict[str, Exception] = {"ulimit -n": OSError(24, "Too many open files")}
+    try:
+        Path("a" * 300).is_dir()
+    except OSError as error:
+        found["path=aaa"] = error
     with mock.patch.object(os.path, "expanduser", lambda path: path):
         try:
             Path("~/run").expanduser()
@@ -151,7 +155,7 @@ def errors_of_surroundings() -> dict[str, Exception]:
     return found
 
 
-@pytest.mark.parametrize("name", ["ulimit -n", "HOME", "TMPDIR"])
+@pytest.mark.parametrize("name", ["ulimit -n", "HOME", "TMPDIR", "path=aaa"])
 def test_errors_of_the_surroundings_are_a_sentence(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

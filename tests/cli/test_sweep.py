@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +12,8 @@ from dmoe.cli.sweep import plan
 from dmoe.config.errors import ConfigError
 from dmoe.config.load import load
 from tests.cli.commands import SMALL, dmoe, environment, refused
+from tests.forked import ForkedProcess
+from tests.json_lines import json_lines
 
 
 def test_every_combination_is_a_run() -> None:
@@ -80,14 +79,7 @@ def test_a_sweep_is_stopped_goes_on_and_ends_with_a_table(tmp_path: Path) -> Non
 
     seeds = ["sweep", *SMALL, "train.steps=100000", "train.log_every=1", "train.eval_every=0"]
     seeds += ["train.seed=0,1", "--dir", "t"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dmoe", *seeds],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = ForkedProcess("dmoe", seeds, tmp_path, environment())
     log = tmp_path / "t" / "seed=0" / "metrics.jsonl"
     deadline = time.monotonic() + 90
     while not (log.exists() and '"train"' in log.read_text()) and time.monotonic() < deadline:
@@ -98,7 +90,7 @@ def test_a_sweep_is_stopped_goes_on_and_ends_with_a_table(tmp_path: Path) -> Non
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert "to go on after a stop: dmoe sweep" in output
     assert "seed=1: started" not in output
-    stopped = json.loads(log.read_text().splitlines()[-1])
+    stopped = json_lines(log)[-1]
     assert stopped["stopped"] is True
 
     steps = stopped["step"] + 1

@@ -81,7 +81,7 @@ def read_until_line(process: subprocess.Popen[str], words: str) -> list[str]:
     raise AssertionError(f"{words!r} is not in {lines}")
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_run_is_followed_from_before_its_start_to_its_end(
     writer: TextIO, watcher: subprocess.Popen[str]
 ) -> None:
@@ -94,10 +94,10 @@ def test_run_is_followed_from_before_its_start_to_its_end(
     read_until_line(watcher, "step 2: validation loss 5.500, 7.000 bits/byte")
     writer.write(metrics_line("end", 2))
     assert read_until_line(watcher, "the run has ended after step 2")
-    assert watcher.wait(timeout=20) == 0
+    assert watcher.wait(timeout=60) == 0
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_killed_run_is_followed_into_the_next_attempt(
     run: Path, writer: TextIO, watcher: subprocess.Popen[str]
 ) -> None:
@@ -113,7 +113,7 @@ def test_killed_run_is_followed_into_the_next_attempt(
     printed = read_until_line(watcher, "step 6/60")
     assert "the run was resumed after step 4" in printed
     watcher.send_signal(signal.SIGINT)
-    _, errors = watcher.communicate(timeout=20)
+    _, errors = watcher.communicate(timeout=60)
     assert (watcher.returncode, errors) == (130, "")
 
 

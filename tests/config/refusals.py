@@ -68,6 +68,7 @@ moe.router.hot=2 | moe.router.hot | has no meaning for moe.router.kind=top_k
 tracking.trace=all | tracking.trace | all
 tracking.trace=counts model.moe_every=0 | tracking.trace | needs a model with MoE layers
 tracking.trace=choices @soft | tracking.trace | moe.router.kind=soft makes none
+tracking.trace=scores moe.router.kind=hash | tracking.trace | kind=hash does not
 @table tracking.trace=counts | tracking.trace | has no meaning for train.task=classification
 
 # a language model reads none of it
@@ -105,6 +106,52 @@ moe.exchange=padded moe.capacity.factor=1 parallel.placement.copies=auto
     | parallel.placement.copies | saves nothing with moe.exchange=padded & use packed
 moe.experts.kind=own.py:Mine parallel.placement.copies=2
     | parallel.placement.copies | needs dmoe's own experts, not own.py:Mine
+parallel.exchange.overlap=true moe.capacity.factor=1 moe.capacity.pool=2
+    | parallel.exchange.overlap | does not work with pooled slots & use false
+parallel.exchange.overlap=true parallel.placement.copies=2
+    | parallel.exchange.overlap | does not work with copies for the step
+parallel.exchange.overlap=true modular.bank=low_rank
+    | parallel.exchange.overlap | needs dmoe's own MoE layers
+parallel.exchange.overlap=true model.moe_every=0
+    | parallel.exchange.overlap | needs a model with MoE layers
+parallel.exchange.once_per_rank=true moe.capacity.factor=1 moe.exchange=padded
+    | parallel.exchange.once_per_rank | needs moe.exchange=packed & use false
+parallel.exchange.once_per_rank=true parallel.exchange.overlap=true
+    | parallel.exchange.once_per_rank | works with neither overlap
+parallel.exchange.once_per_rank=true parallel.placement.copies=2
+    | parallel.exchange.once_per_rank | nor parallel.placement.copies
+parallel.exchange.once_per_rank=true moe.top_k=1 moe.router.renormalize=false
+    | parallel.exchange.once_per_rank | saves nothing with moe.top_k=1
+parallel.exchange.once_per_rank=true modular.bank=low_rank
+    | parallel.exchange.once_per_rank | not the modules of bank=low_rank
+parallel.exchange.once_per_rank=true parallel.exchange.chunks=2
+    | parallel.exchange.once_per_rank | works with neither overlap nor chunks
+parallel.exchange.chunks=2 moe.capacity.factor=1 moe.capacity.pool=2
+    | parallel.exchange.chunks | does not work with pooled slots & use 1
+parallel.exchange.chunks=2 moe.experts.kind=own.py:Mine
+    | parallel.exchange.chunks | needs experts of one shape
+parallel.exchange.levels=2 parallel.exchange.chunks=2
+    | parallel.exchange.levels | works with neither overlap nor chunks & use 1
+parallel.exchange.levels=2 parallel.placement.copies=2
+    | parallel.exchange.levels | does not work with copies
+moe.kernels=triton parallel.exchange.once_per_rank=true
+    | moe.kernels | does not know the rows of exchange.once_per_rank & use torch
+moe.kernels=triton parallel.placement.copies=2 | moe.kernels | does not know the rows of
+moe.kernels=triton modular.bank=low_rank | moe.kernels | needs dmoe's own MoE layers
+parallel.exchange.library=deep_ep moe.exchange=padded moe.capacity.factor=1
+    | parallel.exchange.library | needs moe.exchange=packed & use torch
+parallel.exchange.library=deep_ep parallel.exchange.overlap=true
+    | parallel.exchange.library | has an exchange of its own
+parallel.exchange.library=deep_ep train.device=cpu
+    | parallel.exchange.library | moves rows between GPUs
+parallel.exchange.library=deep_ep train.precision=fp32 train.device=cuda
+    | parallel.exchange.library | sends rows of bfloat16
+parallel.exchange.library=deep_ep debug.collectives=true train.device=cuda train.precision=bf16
+    | parallel.exchange.library | cannot be compared by debug.collectives
+parallel.exchange.wire=bf16 train.precision=bf16
+    | parallel.exchange.wire | saves nothing with train.precision=bf16
+parallel.exchange.wire=bf16 moe.exchange=padded moe.capacity.factor=1 moe.capacity.pool=2
+    | parallel.exchange.wire | does not work with padded pooled slots
 parallel.timeout=1e300 | parallel.timeout | parallel.timeout=1e+300: must be at most
 model.dim=1048576 moe.num_experts=65536 moe.expert_dim=1048576
     | moe.num_experts | moe.num_experts=65536: gives
@@ -172,6 +219,8 @@ moe.num_experts=3 moe.experts.shapes=[[],[1.5],[5]] | moe.experts.shapes | lists
 @shapes model.dense_first=1 | model.dense_dim | dense blocks
 @shapes train.recompute=activation | train.recompute | of one shape & use experts or block
 @shapes optim.moments=bf16 | optim.moments | does not work with moe.experts.shapes & use fp32
+optim.moments=bf16 optim.offload=true | optim.offload | moments in fp32 & use optim.moments=fp32
+optim.kind=muon optim.offload=true | optim.offload | only for adamw
 optim.kind=muon optim.moments=bf16 | optim.moments | only for adamw
 @shapes parallel.ep=2 | parallel.ep | needs 2 ranks & this is one process & --ranks 2
 moe.experts.zero=-1 | moe.experts.zero | must not be negative

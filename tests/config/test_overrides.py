@@ -72,6 +72,16 @@ def test_an_override_cannot_leave_its_comment() -> None:
     assert load_text(given, "config.yaml") == Config()
 
 
+def test_a_load_leaves_nothing_for_the_next() -> None:
+    """The schema is built once per process: what one config holds must not be in another."""
+    changed = load(
+        None, ["moe.top_k=1", "tracking.trackers=[]", "optim.groups={router: {lr: 2.0}}"]
+    )
+    assert changed.moe.top_k == 1
+    load(None).tracking.trackers.append("mine")
+    assert load(None) == Config()
+
+
 def test_the_first_argument_may_be_a_file_with_an_equals_sign(tmp_path: Path) -> None:
     file = tmp_path / "lr=0.1.yaml"
     assert split([str(file), "moe.top_k=1"]) == (None, [str(file), "moe.top_k=1"])

@@ -15,6 +15,7 @@ from dmoe.conversion.expert_copies import ExpertInit, copy_weights
 from dmoe.conversion.upcycle import upcycle, upcycle_published
 from dmoe.conversion.upcycle_rules import check_upcycle
 from dmoe.models.base import Model
+from dmoe.moe.experts import grouped_mlp
 from dmoe.runs.directory import RunDir
 from dmoe.train.restore import restore_model
 from dmoe.train.tasks import task_of
@@ -117,6 +118,19 @@ def test_how_much_the_function_changes_is_said(tmp_path: Path) -> None:
     assert differences[0] < 1e-4 < differences[1] < differences[2]
     assert results["copies"].loss == pytest.approx(results["copies"].dense_loss, rel=1e-5)
     assert results["drop"].loss != pytest.approx(results["drop"].dense_loss, rel=1e-3)
+
+
+def test_each_expert_is_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The constructor draws nothing: of 637 M weights of experts each draw takes seconds."""
+    run, drawn = dense_run(tmp_path / "dense"), 0
+
+    def count(tensor: torch.Tensor, *_: object) -> None:
+        nonlocal drawn
+        drawn += not tensor.is_meta
+
+    monkeypatch.setattr(grouped_mlp, "normal_", count)
+    result = upcycle(run, tiny(*SPARSE, f"train.run_dir={tmp_path / 'sparse'}"), "")
+    assert drawn == 2 * len(result.layers) * result.experts, "two matrices per expert"
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dmoe import MoE
 from dmoe.config.schema import CapacityConfig, ExpertsConfig
-from dmoe.moe.experts import grouped_mlp
-from dmoe.moe.experts.grouped_mlp import feed_forward_in_steps, grouped_linear
+from dmoe.moe.experts import grouped_product
+from dmoe.moe.experts.grouped_mlp import feed_forward_in_steps
+from dmoe.moe.experts.grouped_product import grouped_linear
 from dmoe.moe.routing import TokenContext
 
 WIDTHS = [
@@ -81,7 +82,7 @@ def test_more_groups_than_the_kernel_takes_are_computed_one_by_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """torch checks `group_count < 1024`; a bank of 1,024 modules on one GPU is allowed here."""
-    monkeypatch.setattr(grouped_mlp, "grouped_mm", None)
+    monkeypatch.setattr(grouped_product, "grouped_mm", None)
     counts = torch.ones(1024, dtype=torch.int64)
     assert grouped_linear(torch.ones(1024, 8), torch.ones(1024, 8, 8), counts).shape == (1024, 8)
 
@@ -115,7 +116,7 @@ def test_an_expert_without_rows_has_a_zero_gradient_on_blackwell(
     What was in memory became the gradient of an unused expert: at worst NaN, at best another
     number in each run. Hopper needs no second pass over the gradient, so it has none.
     """
-    real = grouped_mlp.grouped_mm
+    real = grouped_product.grouped_mm
 
     def unset_without_rows(left: Tensor, right: Tensor, offs: Tensor) -> Tensor:
         out = real(left, right, offs=offs)
@@ -123,7 +124,7 @@ def test_an_expert_without_rows_has_a_zero_gradient_on_blackwell(
             out[offs.diff(prepend=offs.new_zeros(1)) == 0] = torch.nan
         return out
 
-    monkeypatch.setattr(grouped_mlp, "grouped_mm", unset_without_rows)
+    monkeypatch.setattr(grouped_product, "grouped_mm", unset_without_rows)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     weight = torch.randn(4, 8, 8, requires_grad=True)
     grouped_linear(torch.randn(6, 8), weight, torch.tensor([0, 4, 0, 2])).sin().sum().backward()

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from dmoe.bench.measure import saved_bytes
-from dmoe.config.schema import BalanceConfig, CapacityConfig
+from dmoe.config.schema import BalanceConfig, CapacityConfig, ExchangeConfig
 from dmoe.distributed.expert_parallel import shard_experts
 from dmoe.distributed.mesh import build_mesh
+from dmoe.moe.chunks import RowChunks
 from dmoe.moe.interfaces import TokensPerExpert
 from dmoe.moe.layer import MoE
 from tests.ranks import run_ranks
@@ -33,12 +34,21 @@ READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "non
 class CountingExperts(nn.Module):
     """Experts without host reads: the real ones loop over counts on the CPU, not on CUDA."""
 
+    sends_gradient = takes_tokens = False
+    takes_chunks = True
+
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
         self.num_experts = experts.num_experts
 
-    def forward(self, rows_RD: Tensor, per_expert: TokensPerExpert) -> Tensor:
+    def forward(self, rows_RD: Any, per_expert: TokensPerExpert | RowChunks) -> Any:
+        if isinstance(per_expert, RowChunks):
+            experts = len(per_expert.chunks) * per_expert.per_chunk
+            stacks = {"weight": self.weight.expand(experts)}
+            return per_expert.compute(
+                lambda _, weights, rows, count: rows * weights["weight"][0], stacks, rows_RD
+            )
         return rows_RD * self.weight
 
 
@@ -57,6 +67,7 @@ def costs(
     factor: float | None,
     level: str,
     limits: dict[str, Any] | None = None,
+    options: ExchangeConfig | None = None,
 ) -> list[tuple[int, int]]:
     """Count (collectives, host reads) of one layer's forward and of its backward."""
     torch.manual_seed(rank)
@@ -69,7 +80,9 @@ def costs(
         capacity=CapacityConfig(factor=factor, **limits or {}),
         balance=BalanceConfig(switch_level=level),
     )
-    shard_experts(layer, build_mesh(world, torch.device("cpu")))
+    levels = 1 if options is None else options.levels
+    mesh = build_mesh(world, torch.device("cpu"), node_size=None if levels == 1 else world // 2)
+    shard_experts(layer, mesh, exchange=options)
     layer.experts = CountingExperts(layer.experts)
     x = torch.randn(2, 24, 16, requires_grad=True)
     layer(x).y.sum().backward()  # first-time reads of gloo and autograd do not count

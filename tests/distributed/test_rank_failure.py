@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,51 +20,12 @@ import torch
 from torch.distributed import TCPStore
 
 from dmoe.distributed.rank_failure import is_collective_failure
+from tests.forked import ForkedProcess
 
 pytestmark = pytest.mark.ranks
 
+ROOT = Path(__file__).parents[2]
 TIMEOUT = 3.0
-WORKER = """
-import json, os, signal, sys, time
-import torch, torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from dmoe.distributed.init import init_distributed, set_timeouts
-from dmoe.distributed.rank_failure import LivenessResponder, is_collective_failure, lost_rank_error
-
-operation, fault, victim, timeout = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-process = init_distributed("cpu", "gloo", 60.0)
-model = DistributedDataParallel(torch.nn.Linear(8, 8))
-
-def exchange():
-    if operation == "all_reduce":
-        dist.all_reduce(torch.ones(8))
-    elif operation == "all_to_all":
-        dist.all_to_all_single(torch.empty(process.world_size), torch.ones(process.world_size))
-    else:
-        model(torch.ones(4, 8)).sum().backward()
-
-exchange()
-set_timeouts([dist.group.WORLD], timeout)
-listener = LivenessResponder()
-dist.barrier()
-if process.rank == victim and fault == "late":
-    time.sleep(timeout + 2)
-elif process.rank == victim:
-    os.kill(os.getpid(), getattr(signal, fault))
-elif process.rank == 2:
-    time.sleep(0.9)
-began = time.monotonic()
-try:
-    exchange()
-    exchange()
-    said = "nothing"
-except RuntimeError as error:
-    if not is_collective_failure(error):
-        raise
-    said = str(lost_rank_error(error, 12, time.monotonic() - began))
-print(json.dumps({"said": said, "seconds": time.monotonic() - began}), flush=True)
-os._exit(1)  # like `dmoe train`: threads that wait for the lost rank must not delay or abort it
-"""
 
 
 @contextmanager
@@ -86,23 +46,16 @@ def survivors(
 ) -> dict[int, dict[str, Any]]:
     """Return the answer of each rank except `victim`."""
     with store_of(keeper) as environment:
-        environment = {
-            **os.environ,
-            **environment,
-            "MASTER_ADDR": "127.0.0.1",
-            "OMP_NUM_THREADS": "1",
-            "WORLD_SIZE": str(world),
-        }
-        command = [sys.executable, "-c", WORKER, operation, fault, str(victim), str(TIMEOUT)]
+        arguments = [operation, fault, str(victim), str(TIMEOUT)]
+        everywhere = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
         ranks = [
-            subprocess.Popen(
-                command,
-                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
+            ForkedProcess(
+                "tests.distributed.losing_rank",
+                arguments,
+                ROOT,
+                os.environ | environment | everywhere | {"RANK": str(n), "LOCAL_RANK": str(n)},
             )
-            for rank in range(world)
+            for n in range(world)
         ]
         try:
             told = {

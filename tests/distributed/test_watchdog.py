@@ -35,6 +35,7 @@ def wait_in_step_2(rank: int, world: int, fault: str, folder: Path) -> None:
     responder = LivenessResponder()
     dog = Watchdog(TIMEOUT, [lambda: (folder / "before exit").touch()])
     dog.start()
+    dist.barrier()  # a rank that starts late would be late in step 1
     with dog.watch("step 1"):
         dist.barrier()
     with dog.watch("step 2"):

@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "first_steps.ipynb"
 
 
@@ -17,6 +19,7 @@ def cells() -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_every_cell_runs() -> None:
     """The last experiment shows what its text says: a larger coefficient, a more even load."""
     printed, names = io.StringIO(), dict[str, Any]()

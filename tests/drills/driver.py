@@ -17,6 +17,7 @@ Points:
     exchange        first dispatch of tokens in a step, in MoE layer 0; for skip
     move            in the middle of a move of experts: their tensors are at the new places, and
                     tokens are still sent to the old ones
+    evaluation      after each batch of an evaluation
     shard           in the middle of this rank's shard file: half of it is written
     fsync           before the os.fsync number `call` (from 0) of the save of `step`
     before-rename   before, after-rename: after the rename that creates the checkpoint of `step`
@@ -107,9 +108,11 @@ class FaultInjector:
         """Replace the functions."""
         from dmoe.distributed.all_to_all import ExpertGroup
         from dmoe.distributed.placement import moves as expert_moves
+        from dmoe.train import evaluation, trainer
         from dmoe.train import step as steps
-        from dmoe.train import trainer
 
+        batch_sums = self._after(evaluation._batch_sums, lambda: self._reach("evaluation"))
+        evaluation._batch_sums = batch_sums  # type: ignore[assignment]
         self._wrap(trainer, "training_batches", before=self._at_batches)
         move_layer = self._after(expert_moves._move_layer, lambda: self._reach("move"))
         expert_moves._move_layer = move_layer  # type: ignore[assignment]

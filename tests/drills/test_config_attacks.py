@@ -27,7 +27,7 @@ def train_config(place: Path, content: bytes) -> subprocess.CompletedProcess[str
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=20,
+        timeout=60,
         check=False,
     )
 

@@ -9,6 +9,7 @@ Packets are lost and no connection is reset, as with a failed switch: only a tim
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -21,8 +22,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.commands import dmoe, environment
 from tests.drills.conftest import Reference
 from tests.drills.jobs import Job, events, finish, job, processes_of, wait_until
+from tests.fork_server import LAUNCHER
+from tests.forked import ForkedProcess
 
 pytestmark = pytest.mark.drills
 
@@ -33,8 +37,11 @@ SMALL = [
     "train.log_every=1",
     "model.dim=32",
     "model.layers=2",
-    "data.source=stdlib",
+    "data.source=synthetic:zipf",
     "train.eval_every=0",
+    "train.sample_tokens=0",
+    "train.global_batch=8",
+    "data.seq_len=32",
 ]
 TIMEOUT = 6
 """`parallel.timeout` in seconds."""
@@ -150,7 +157,7 @@ def start_nodes(
             restarts=3,
             fault=fault,
             trace=True,
-            prefix=("ip", "netns", "exec", name),
+            network=name,
             rendezvous=rendezvous,
             GLOO_SOCKET_IFNAME=hosts.interfaces[host],
             TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
@@ -193,32 +200,62 @@ def test_two_hosts_train_bit_for_bit_like_one(tmp_path: Path, hosts: Hosts) -> N
 
     With EP 2, inside each host, the same was seen; one of the two is enough time in CI.
     """
-    script = str(ROOT / "launch" / "multi_node.sh")
     settings = [*SMALL, "parallel.ep=4"]
     alone, apart = tmp_path / "one", tmp_path / "two"
-    one = [sys.executable, "-m", "dmoe", "train", CONFIG, *settings, "--ranks", "4"]
-    subprocess.run([*one, f"train.run_dir={alone}"], cwd=ROOT, check=True, timeout=180)
-    nodes = [
-        subprocess.Popen(
-            ["ip", "netns", "exec", name, "bash", script, CONFIG, *settings],
-            cwd=ROOT,
-            env=os.environ
-            | {
-                "NNODES": "2",
-                "NODE_RANK": str(host),
-                "MASTER_ADDR": hosts.address(0),
-                "LOCAL_ADDR": hosts.address(host),
-                "RANKS_PER_NODE": "2",
-                "RUN_DIR": str(apart),
-                "MAX_RESTARTS": "0",
-                "GLOO_SOCKET_IFNAME": hosts.interfaces[host],
-            },
-        )
-        for host, name in enumerate(hosts.names)
-    ]
-    assert [node.wait(timeout=180) for node in nodes] == [0, 0]
+    arguments = ["train", CONFIG, *settings, f"train.run_dir={alone}", "--ranks", "4"]
+    assert dmoe(*arguments, cwd=ROOT).returncode == 0
+    with ExitStack() as stack:
+        nodes = [
+            stack.enter_context(
+                start_script(tmp_path, hosts, host, [CONFIG, *settings], RUN_DIR=str(apart))
+            )
+            for host in range(len(hosts.names))
+        ]
+        assert [node.wait(timeout=180) for node in nodes] == [0, 0]
     assert numbers(apart) == numbers(alone)
     assert len(numbers(alone)) == 3
+
+
+def start_script(
+    folder: Path, hosts: Hosts, host: int, arguments: list[str], **env: str
+) -> ForkedProcess:
+    """Run `launch/multi_node.sh` on one host: what it would start is started as a fork.
+
+    Its `torchrun` is a fake that writes down arguments and environment.
+    """
+    fake, said = folder / f"bin-{host}" / "torchrun", folder / f"torchrun-{host}"
+    fake.parent.mkdir()
+    fake.write_text(FAKE.format(python=sys.executable, said=str(said)), encoding="utf-8")
+    fake.chmod(0o755)
+    node = {
+        "NNODES": "2",
+        "NODE_RANK": str(host),
+        "MASTER_ADDR": hosts.address(0),
+        "LOCAL_ADDR": hosts.address(host),
+        "RANKS_PER_NODE": "2",
+        "MAX_RESTARTS": "0",
+        "GLOO_SOCKET_IFNAME": hosts.interfaces[host],
+        "PATH": f"{fake.parent}:{os.environ['PATH']}",
+    }
+    script = ["bash", str(ROOT / "launch" / "multi_node.sh"), *arguments]
+    subprocess.run(script, cwd=ROOT, env=environment() | node | env, check=True, timeout=60)
+    launch = json.loads(said.read_text(encoding="utf-8"))
+    return ForkedProcess(
+        LAUNCHER,
+        launch["arguments"],
+        ROOT,
+        launch["environment"],
+        stdout=None,
+        stderr=None,
+        network=hosts.names[host],
+    )
+
+
+FAKE = """#!{python}
+import json, os, sys
+with open({said!r}, "w", encoding="utf-8") as file:
+    json.dump({{"arguments": sys.argv[1:], "environment": dict(os.environ)}}, file)
+"""
 
 
 def numbers(run: Path) -> list[tuple[object, ...]]:

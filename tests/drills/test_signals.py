@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,11 +27,13 @@ from tests.drills.jobs import (
     processes_of,
     wait_until,
 )
+from tests.forked import ForkedProcess
 
 pytestmark = pytest.mark.drills
 
 RUN = ("train.steps=80", "checkpoint.every=10")
-"""About three seconds of training: a signal in the first 1.5 comes before the end."""
+LATEST = 50
+"""Last step after which a signal is sent: it comes before the end."""
 GRACE = 10.0
 """Target time in seconds to save and exit after a stop signal."""
 BUSY = 2.5
@@ -75,19 +75,19 @@ def seconds_to_exit(started: Job, signalled: float) -> float:
 def test_a_stop_at_a_random_time_loses_nothing(
     receiver: str, tmp_path: Path, reference: Reference
 ) -> None:
-    """Drills 7 and 8. DMOE_SEED repeats a random time."""
+    """Drills 7 and 8. DMOE_SEED repeats a random time: a step, and how long after it."""
     seed = int(os.environ.get("DMOE_SEED", random.SystemRandom().randrange(10**6)))
     rng, run = random.Random(seed), tmp_path / "run"
     with job(run, *RUN, ranks=2) as started:
-        wait_until(lambda: started.steps() >= 1, started, what="step 1")
-        wait = rng.uniform(0, 1.5)
+        after, wait = rng.randint(1, LATEST), rng.uniform(0, 0.05)
+        wait_until(lambda: started.steps() >= after, started, what=f"step {after}")
         time.sleep(wait)
         signalled = time.monotonic()
         if receiver == "launcher":
             started.signal(signal.SIGTERM)
         else:
             os.kill(started.workers()[rng.randrange(2)], signal.SIGTERM)
-        print(f"DMOE_SEED={seed}: SIGTERM {wait:.2f} s after step 1", end=", ")
+        print(f"DMOE_SEED={seed}: SIGTERM {wait:.2f} s after step {after}", end=", ")
         seconds_to_exit(started, signalled)
     step = assert_stopped_after(run)
     assert 1 <= step < 80, f"seed {seed}: the signal came too late to stop anything"
@@ -143,15 +143,12 @@ def test_a_stop_during_an_evaluation_does_not_wait_for_its_end(
 ) -> None:
     """The next start repeats the interrupted evaluation with the same numbers."""
     run = tmp_path / "run"
-    slow = ("train.steps=6", "train.eval_every=4", "train.eval_sequences=2000")
-    with job(run, *slow, ranks=2) as started:
-        wait_until(
-            lambda: started.steps() >= 4 and bool(events(run, "checkpoint")),
-            started,
-            what="the evaluation after step 4",
-        )
+    slow = ("train.steps=6", "train.eval_every=4", "train.eval_sequences=100")
+    with job(run, *slow, ranks=2, fault="hold@evaluation rank=1 step=4") as started:
+        wait_until(Path(f"{run}.held").exists, started, what="the evaluation after step 4")
         signalled = time.monotonic()
         os.kill(started.workers()[1], signal.SIGTERM)
+        Path(f"{run}.go").touch()
         seconds_to_exit(started, signalled)
     assert assert_stopped_after(run) == 4
     assert events(run, "eval") == []
@@ -165,21 +162,26 @@ def held_out(run: Path) -> list[tuple[int, str]]:
     return [(line["step"], line["loss"].hex()) for line in events(run, "eval")]
 
 
-def additional_saves(run: Path) -> set[int]:
+def additional_saves(run: Path, every: int = 10) -> set[int]:
     """Return the saved steps that `checkpoint.every` does not require."""
-    return {line["step"] for line in events(run, "checkpoint") if line["step"] % 10}
+    saved = {line["step"] for line in events(run, "checkpoint")}
+    return {step for step in saved if step % every and step != 80}
 
 
 def test_usr1_to_one_rank_saves_on_all_and_changes_nothing_else(
     tmp_path: Path, reference: Reference
 ) -> None:
+    """Rank 1 waits in step 13; a signal at any time could ask for a step that is saved anyway."""
     run = tmp_path / "run"
-    with job(run, *RUN, "checkpoint.keep=9", ranks=2) as started:
-        wait_until(lambda: started.steps() >= 3, started, what="step 3")
+    fault = "hold@step rank=1 step=13"
+    with job(run, *RUN, "checkpoint.keep=9", ranks=2, fault=fault) as started:
+        wait_until(Path(f"{run}.held").exists, started, what="step 13")
         os.kill(started.workers()[1], signal.SIGUSR1)
+        Path(f"{run}.go").touch()
         outcome = finish(started)
     assert outcome.code == 0, outcome.errors
     (step,) = additional_saves(run)
+    assert step in (13, 14), "this step or the next"
     assert verify(run / "checkpoints" / f"step-{step:08d}").step == step
     reference.assert_equals(run)
 
@@ -187,21 +189,9 @@ def test_usr1_to_one_rank_saves_on_all_and_changes_nothing_else(
 @contextmanager
 def own_launcher(run: Path, *overrides: str) -> Iterator[Job]:
     """Run `dmoe train --ranks 2 ...`; kill all its processes at the end."""
-    command = [
-        sys.executable,
-        "-m",
-        "dmoe",
-        "train",
-        *DRILL,
-        f"train.run_dir={run}",
-        *overrides,
-        "--ranks",
-        "2",
-    ]
+    arguments = ["train", *DRILL, f"train.run_dir={run}", *overrides, "--ranks", "2"]
     env = environment() | {"PYTHONPATH": str(ROOT), "DMOE_DRILL": str(run)}
-    process = subprocess.Popen(
-        command, cwd=run.parent, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = ForkedProcess("dmoe", arguments, run.parent, env)
     try:
         yield Job(process, run)
     finally:
@@ -211,17 +201,19 @@ def own_launcher(run: Path, *overrides: str) -> Iterator[Job]:
 
 
 def test_usr1_to_the_launcher_of_dmoe_train_reaches_the_ranks(
-    tmp_path: Path, reference: Reference
+    tmp_path: Path, uninterrupted: UninterruptedRuns
 ) -> None:
     """torch's launcher forwards TERM, INT, HUP and QUIT only and dies of USR1; ours forwards USR1.
 
-    The ranks get it one after another, which once made two checkpoints: one per rank's signal.
+    The ranks get it one after another, which once made two checkpoints: one per rank's signal. No
+    step is saved that the signal could hit by chance.
     """
-    run = tmp_path / "run"
-    with own_launcher(run, *RUN, "checkpoint.keep=9") as started:
+    run, rare = tmp_path / "run", ("train.steps=80", "checkpoint.every=100")
+    reference = uninterrupted(*rare, ranks=2)
+    with own_launcher(run, *rare, "checkpoint.keep=9") as started:
         wait_until(lambda: started.steps() >= 3, started, what="step 3")
         started.signal(signal.SIGUSR1)
         outcome = finish(started)
     assert outcome.code == 0, outcome.errors
-    assert len(additional_saves(run)) == 1
+    assert len(additional_saves(run, every=100)) == 1
     reference.assert_equals(run)

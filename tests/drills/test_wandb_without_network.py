@@ -19,7 +19,8 @@ from tests.cli.commands import SMALL, dmoe, metrics, train_lines
 pytestmark = pytest.mark.drills
 
 KEY = "ab12cd34" * 5
-BOUND = 15.0
+BOUND = 45.0
+"""Seconds; wandb itself would wait for 90. A loaded machine has taken 30."""
 
 
 class FakeServer(http.server.ThreadingHTTPServer):
@@ -103,7 +104,10 @@ CASES = {
     "closed port": (closed(), "cannot be reached"),
     "unroutable address": (unroutable(), "http://192.0.2.1"),
     "no such host": (unresolvable(), "https://wandb.invalid"),
-    "never answers": (silent(), "does not answer within"),
+    "never answers": (
+        silent(),
+        "does not answer within|timed out",
+    ),  # the second: of the connection
     "falls silent": (serving(FallsSilent), "resume status"),
     "takes no key": (serving(RefusesKey), "401"),
     "not wandb": (serving(OtherServer), "is not a wandb server"),
@@ -137,7 +141,7 @@ def assert_trained_offline(place: Path, lines: list[dict[str, Any]], output: str
         line["text"] for line in lines if line["event"] == "alert" and "wandb" in line["text"]
     ]
     assert len(alerts) == 1
-    assert why in alerts[0]
+    assert any(cause in alerts[0] for cause in why.split("|")), alerts
     assert alerts[0] in output
     logs = place / "run/logs/wandb"
     assert len(list(logs.glob("offline-run-*"))) == 1

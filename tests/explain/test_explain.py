@@ -17,7 +17,7 @@ from dmoe.config.keywords import shown
 from dmoe.config.load import load
 from dmoe.config.schema import Config
 from dmoe.explain import explain
-from tests.cli.commands import dmoe, refused
+from tests.cli.commands import SMALL, dmoe, refused, run_in_process
 from tests.launch.test_configs import FILES, count
 from tests.launch.test_configs import load as load_file
 from tests.tiny import tiny
@@ -155,3 +155,17 @@ def test_the_machines_of_an_ep_group(ep: int, ranks_per_node: int, nodes: int) -
     said = " ".join(experts.sentences)
     assert ("cross the network. An EP" in said) == (nodes > 1)
     assert ("never cross the network" in said) == (nodes == 1 and ep > 1)
+
+
+def test_explain_names_the_plan_and_the_cards_that_are_too_small(tmp_path: Path) -> None:
+    arguments = ("configs/mixtral_8x7b.yaml", "--world", "16")
+    done = run_in_process("explain", *arguments, cwd=tmp_path)
+    words = " ".join(done.stdout.split())
+    cards = "8 x H100 SXM 80 GB or 8 x A100 SXM 80 GB"
+    assert f"No card of {cards} holds the 112 GB per rank" in words
+    assert "Cards that do: 8 x H200" in words
+    assert words.endswith("dmoe plan configs/mixtral_8x7b.yaml --ranks 16")
+    small = run_in_process("explain", *SMALL, "moe.top_k=4", "--json", cwd=tmp_path)
+    plan = json.loads(small.stdout)["plan"]
+    assert plan["numbers"]["command"].endswith("moe.top_k=4 --ranks 1")
+    assert not plan["numbers"]["cards_too_small"]

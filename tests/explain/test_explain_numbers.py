@@ -190,6 +190,17 @@ def balanced(layer: MoE, sequences: int, length: int) -> Tensor:
     return x.view(sequences, length, -1).requires_grad_()
 
 
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [("chunks=4", (9, 8, 1)), ("levels=2", (6, 4, 1)), ("once_per_rank=true", (3, 2, 1))],
+)
+def test_collectives_of_an_option(option: str, expected: tuple[int, int, int]) -> None:
+    """Those that tests/distributed/test_exchange_costs.py counts."""
+    found = numbers(tiny(f"parallel.exchange.{option}"), 2)["exchange"]
+    names = ("collectives_forward", "collectives_backward", "host_syncs")
+    assert tuple(found[name] for name in names) == expected
+
+
 @pytest.mark.parametrize("pool", [1, 8])
 def test_bytes_parameters_and_owners_equal_two_real_ranks(pool: int) -> None:
     """A pool of all eight experts has rows for all its slots on either rank."""

@@ -1,4 +1,4 @@
-"""The checks of benchmarks/gpu_check.py: on a GPU as tests, on the CPU as the script runs them.
+"""The checks of benchmarks/gpu_check: on a GPU as tests, on the CPU as the script runs them.
 
 On a machine without the plugins of pytest that pyproject.toml names:
 `python -m pytest -o addopts= -m gpu tests/gpu`.
@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check
-from benchmarks.gpu_check import CHECKS, Found, Machine, run_checks
+from benchmarks.gpu_check import __main__ as command
+from benchmarks.gpu_check import table
+from benchmarks.gpu_check.checks import Found, Machine, limited
+from benchmarks.gpu_check.table import CHECKS, Listed, run_checks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,7 +48,7 @@ def test_the_script_runs_on_the_cpu_all_that_needs_no_gpu(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = json.loads(report.read_text(encoding="utf-8"))["rows"]
     run = {row["check"] for row in rows if row["ok"]}
-    needs_gpu = {name for name, (_, needs, _) in CHECKS.items() if needs}
+    needs_gpu = {name for name, listed in CHECKS.items() if listed.needs_gpu}
     assert run == set(CHECKS) - needs_gpu - {"speed"}
     assert {row["check"] for row in rows if row["got"] == "not run"} == needs_gpu
     lines = [line for line in done.stdout.splitlines() if line.startswith(("ok ", "-  "))]
@@ -56,16 +58,16 @@ def test_the_script_runs_on_the_cpu_all_that_needs_no_gpu(tmp_path: Path) -> Non
 @pytest.fixture
 def two_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(machine: Machine) -> Found:
-        yield gpu_check.limited("of a number", float("nan"), 1e-3)
+        yield limited("of a number", float("nan"), 1e-3)
         yield "of a word", "left", "right", False
 
     def broken(machine: Machine) -> Found:
         yield "before", 1, "1", True
         raise RuntimeError("CUDA error: an illegal memory access\nmore")
 
-    monkeypatch.setattr(
-        gpu_check, "CHECKS", {"wrong": ("first", False, wrong), "broken": ("second", False, broken)}
-    )
+    checks = {"wrong": Listed("first", wrong), "broken": Listed("second", broken)}
+    monkeypatch.setattr(table, "CHECKS", checks)
+    monkeypatch.setattr(command, "CHECKS", checks)
 
 
 @pytest.mark.usefixtures("two_checks")
@@ -78,7 +80,7 @@ def test_a_check_that_fails_or_raises_is_a_line_and_the_exit_code(
     arguments = ["gpu_check", "all", "--dry-run", "--json", str(report)]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as ended:
-        gpu_check.main()
+        command.main()
     torch.set_num_threads(threads)
     assert ended.value.code == 1
     said = json.loads(report.read_text(encoding="utf-8"))
@@ -102,5 +104,5 @@ def test_without_a_gpu_the_script_says_so(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="no GPU is visible; --dry-run runs what a CPU can"):
-        gpu_check.main()
+        command.main()
     assert not list(tmp_path.iterdir())

@@ -175,7 +175,7 @@ def _drops(family: str, rank: int, world: int, ids: Tensor) -> tuple[int, int]:
     import torch.distributed as dist
 
     one = dmoe.moefy(tiny(family), LIMITED)
-    with torch.no_grad():
+    with torch.no_grad(), float32_is_float64():
         one(input_ids=ids, use_cache=False)
         model = dmoe.parallelize(dmoe.moefy(tiny(family), LIMITED), ep=world)
         model(input_ids=ids.chunk(world)[rank], use_cache=False)
@@ -241,11 +241,12 @@ def _logits(model: Any) -> Tensor:
     return logits
 
 
-def written_families() -> list[str]:
-    """Return the families of the table in the document."""
+def written_rows(start: str = START, end: str = END) -> dict[str, list[str]]:
+    """Return the other cells of each family in a table of the document."""
     text = DOCUMENT.read_text(encoding="utf-8")
-    table = text[text.index(START) : text.index(END)]
-    return [line.split("|")[1].strip() for line in table.splitlines()[3:] if line.startswith("|")]
+    table = text[text.index(start) : text.index(end)].splitlines()[3:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+    return {family: cells for family, *cells in rows}
 
 
 def write(start: str, end: str, header: str, rows: list[str]) -> None:

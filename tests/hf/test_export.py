@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from dmoe.hf.compare import Comparison, compare_directories
 from dmoe.hf.disk_format import DiskFormat
 from dmoe.hf.published import PublishedDirectory
 from tests.cli.commands import run_in_process
-from tests.hf.families import FAMILIES
+from tests.hf.families import FAMILIES, read
 from tests.hf.tiny_hf import save_tokenizer, tiny_directory, tokens
 
 Tensors = dict[str, Tensor]
@@ -45,9 +46,7 @@ def make_source(family: str, folder: Path, *, mtp: bool = False, **changes: Any)
 
 def make_checkpoint(source: Path, folder: Path, noise: float = 0.0) -> Path:
     """Save a checkpoint as of a run from the source, its weights trained by adding noise."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = read(source)
     trim_identities(model)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -67,7 +66,7 @@ def weights(folder: Path) -> Tensors:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_import_and_export_are_the_identity(family: str, tmp_path: Path) -> None:
     """The same bytes by the same names, in bfloat16 too; it loads, and generates the same."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     source = make_source(
         family,
@@ -86,16 +85,17 @@ def test_import_and_export_are_the_identity(family: str, tmp_path: Path) -> None
     )
     assert done.files > 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "out", "source"]
-    model, info = AutoModelForCausalLM.from_pretrained(
-        out, dtype=torch.float32, output_loading_info=True
-    )
+    model, info = read(out, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
-    before = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    before = read(source)
     prompt = tokens(1, 6)
     assert torch.equal(model.eval()(prompt).logits, before.eval()(prompt).logits)
-    assert model.generate(prompt, max_new_tokens=3, do_sample=False).shape == (1, 9)
+    assert model.generate(prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (
+        1,
+        9,
+    )
     assert (
         AutoTokenizer.from_pretrained(out).chat_template
         == AutoTokenizer.from_pretrained(source).chat_template
@@ -260,6 +260,71 @@ def test_the_command_exports_and_verifies(
     )
     assert bad.returncode == 3
     assert not json.loads(bad.stdout)["ok"]
+
+
+PLANTED: list[tuple[str, Any, str]] = [
+    ("rope_parameters.rope_theta", 5.0, "rope_parameters.rope_theta=5.0, and 10000.0 in the"),
+    ("num_experts_per_tok", 1, "num_experts_per_tok=1, and 2 in the source"),
+    ("norm_topk_prob", False, "norm_topk_prob=False, and True in the source"),
+    ("tie_word_embeddings", True, "tie_word_embeddings=True, and False in the source"),
+    ("routed_scaling_factor", None, "no routed_scaling_factor, which is 1.5 in the source"),
+    ("dtype", "bfloat16", "dtype=bfloat16, and float32 in the source"),
+    ("first_k_dense_replace", True, "first_k_dense_replace=True, and 1 in the source"),
+    ("of_tomorrow", 1, "of_tomorrow=1, and the source has none"),
+]
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A published directory, and a copy of it by another version of transformers."""
+    folder = tmp_path_factory.mktemp("copied")
+    source = make_source("deepseek_v3", folder / "source")
+    (source / "generation_config.json").write_text('{"do_sample": false}')
+    shutil.copytree(source, folder / "copy")
+    config = json.loads((source / "config.json").read_text()) | {"transformers_version": "9.0"}
+    (folder / "copy" / "config.json").write_text(json.dumps(config, sort_keys=True))
+    (folder / "copy" / "README.md").write_text("of another hand")
+    return source, folder / "copy"
+
+
+@pytest.mark.parametrize(("key", "value", "sentence"), PLANTED, ids=[key for key, *_ in PLANTED])
+def test_another_config_is_found(
+    key: str, value: Any, sentence: str, copied: tuple[Path, Path]
+) -> None:
+    """One sentence, and no other: every key counts, those of a part too."""
+    source, copy = copied
+    file, *parts = copy / "config.json", *key.split(".")
+    text = file.read_text()
+    config = json.loads(text)
+    owner = config[parts[0]] if len(parts) > 1 else config
+    owner[parts[-1]] = value
+    if value is None:
+        del owner[parts[-1]]
+    file.write_text(json.dumps(config))
+    result = compare_directories(PublishedDirectory(copy), PublishedDirectory(source))
+    file.write_text(text)
+    assert [problem for problem in result.problems if sentence in problem] == result.problems
+    assert len(result.problems) == 1
+    assert compare_directories(PublishedDirectory(copy), PublishedDirectory(source)).problems == []
+
+
+def test_another_tokenizer_and_generation_config_are_found(
+    copied: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, copy = copied
+    broken = shutil.copytree(copy, tmp_path / "broken")
+    (broken / "generation_config.json").write_text('{"do_sample": true}')
+    (broken / "tokenizer.json").unlink()
+    (broken / "merges.txt").write_text("a b")
+    bad = run_in_process(
+        "checkpoint", "verify", str(broken), "--against", str(source), cwd=tmp_path
+    )
+    assert bad.returncode == 3
+    assert bad.stdout.splitlines() == [
+        "generation_config.json has other bytes than the source's",
+        "merges.txt is new, and is not in the source",
+        "tokenizer.json is missing, and is in the source",
+    ]
 
 
 def test_what_does_not_fit_is_refused_and_leaves_nothing(

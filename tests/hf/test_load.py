@@ -143,21 +143,38 @@ def test_a_tensor_in_two_files_is_refused(source: Path) -> None:
     [
         ("missing", "lacks 1 tensors of the model, such as model.norm.weight"),
         ("shape", r"gives model.norm.weight the shape \[7\], and config.json says \[\d+\]"),
-        ("expert", r"experts.down_proj the shape \[7, .*\], and config.json says \[8, "),
+        ("expert", r"lacks model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight"),
+        ("rows", r"experts\.3\.up_proj\.weight the shape \[7, .*\], and of the other experts \["),
+        ("experts", r"experts.down_proj the shape \[7, .*\], and config.json says \[8, "),
+        ("nan", r"gives model\.layers\.1\.mlp\.experts\.gate_up_proj numbers that are not finite"),
+        ("inf", r"gives model\.norm\.weight numbers that are not finite"),
         ("damaged", "cannot be read"),
         ("cut off", "cannot be read"),
         ("no files", r"has no \*.safetensors"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(source: Path, change: str, message: str) -> None:
-    """A file of half the size was a traceback; another shape, transformers' "report above"."""
+    """A file of half the size was a traceback; another shape, transformers' "report above".
+
+    That again for a tensor of one expert, which is stacked with another one: gate and up. One NaN
+    was found in the first step, whose advice was a lower learning rate.
+    """
     tensors = load_file(source / FILE)
+    up = next(n for n in tensors if n.endswith("experts.3.up_proj.weight"))
     if change == "missing":
         del tensors["model.norm.weight"]
     elif change == "shape":
         tensors["model.norm.weight"] = torch.zeros(7)
     elif change == "expert":
-        del tensors[next(n for n in tensors if n.endswith("experts.3.down_proj.weight"))]
+        del tensors[up]
+    elif change == "rows":
+        tensors[up] = tensors[up][:7].contiguous()
+    elif change == "nan":
+        tensors[up][0, 0] = torch.nan
+    elif change == "inf":
+        tensors["model.norm.weight"][1] = -torch.inf
+    elif change == "experts":
+        tensors = {n: v for n, v in tensors.items() if ".experts.7." not in n}
     write(source, tensors)
     if change == "damaged":
         (source / FILE).write_bytes((source / FILE).read_bytes()[:-100])

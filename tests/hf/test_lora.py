@@ -168,7 +168,10 @@ def test_targets_may_overlap_and_a_refusal_leaves_the_model_alone() -> None:
     model = dmoe.moefy(tiny("mixtral"))
     for wrong, words in (
         ({"targets": ["q_proj", "query"]}, "matches no linear layer"),
-        ({"alpha": float("nan")}, "must be a positive number"),
+        ({"alpha": float("nan")}, "must be a finite number"),
+        ({"alpha": 0.0}, "must be greater than 0"),
+        ({"alpha": "16"}, "must be a finite number"),
+        ({"targets": 5}, "must be a list"),
     ):
         with pytest.raises(ConfigError, match=words):
             add_lora(model, 2, **wrong)
@@ -178,6 +181,39 @@ def test_targets_may_overlap_and_a_refusal_leaves_the_model_alone() -> None:
     assert len(list(lora_places(model))) == model.config.num_hidden_layers
     one = add_lora(dmoe.moefy(tiny("mixtral")), 2, targets="experts")
     assert all(place.is_stack for place in lora_places(one))
+
+
+def test_merging_leaves_frozen_what_was_frozen() -> None:
+    """A second adapter was trained on a model that its user had frozen: all of it was trained."""
+    model = dmoe.moefy(tiny("mixtral"))
+    model.get_input_embeddings().requires_grad_(False)
+    model.model.layers[0].mlp.experts.down_proj.requires_grad_(False)
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    assert [*before.values()].count(False) == 2
+    merge_lora(add_lora(model, 2))
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+    add_lora(model, 2)  # and it can be done again
+    assert all(is_lora(n) == p.requires_grad for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"num_hidden_layers": 1}, r"layers\.1\.\S* is in the model only"),
+        ({"num_local_experts": 6}, "has factors of another shape than the model's"),
+        ({"hidden_size": 64}, "has factors of another shape than the model's"),
+    ],
+)
+def test_an_adapter_of_another_base_leaves_the_model_alone(
+    other: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """Six experts for eight were a traceback of `view`, and left the model frozen, with LoRA."""
+    save_lora(add_lora(dmoe.moefy(tiny("mixtral", **other)), 2), tmp_path / "a")
+    model = dmoe.moefy(tiny("mixtral"))
+    with pytest.raises(CheckpointError, match=words):
+        load_lora(model, tmp_path / "a")
+    assert not any(map(is_lora, model.state_dict()))
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_a_head_that_is_the_embedding_is_no_target() -> None:

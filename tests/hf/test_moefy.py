@@ -165,6 +165,8 @@ REFUSED = {
         {"capacity": CapacityConfig(factor=1.0, pool=3)},
         r"must divide moe\.num_experts=8",
     ),
+    "a name": (lambda: "mistralai/Mixtral-8x7B", {}, "must be a model of transformers"),
+    "virtual ranks": (lambda: tiny("mixtral"), {"virtual_ranks": 0}, "must be 1 or more"),
     "no mixture": (lambda: nn.Linear(2, 2), {}, "has no MoE block"),
     "twice": (lambda: dmoe.moefy(tiny("mixtral")), {}, "is moefied already"),
     "no bias": (

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import dmoe
 from dmoe.config.errors import CheckpointError
 from dmoe.distributed.mesh import ParallelMesh
-from dmoe.hf import save
+from dmoe.hf import export, save
 from dmoe.hf.published import PublishedDirectory
 from tests.hf.test_export import make_source
 from tests.ranks import run_ranks
@@ -108,3 +109,39 @@ def test_one_process_saves_alike_and_refuses_a_model_without_a_source(tmp_path: 
     model.config._name_or_path = ""
     with pytest.raises(dmoe.ConfigError, match="does not say from which directory"):
         dmoe.hf.save_pretrained(model, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")]
+)
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(error: Exception, tmp_path: Path) -> None:
+    """`dmoe checkpoint export`, also with --adapter, ended in a traceback of the write."""
+    out = tmp_path / "out"
+    export.reserve(out)
+
+    def write() -> None:
+        with export.commit(out) as folder:
+            (folder / "half").write_bytes(b"x")
+            raise error
+
+    with pytest.raises(CheckpointError, match=r"writing .*/out failed: .*; nothing of it is left"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (".", "is a directory that exists"),
+        ("x" * 250, "cannot be created .File name too long"),
+        ("x" * 300, "cannot be created .File name too long"),
+    ],
+)
+def test_a_directory_that_cannot_be_created(
+    name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each was a traceback: of `--to .` in an empty directory, and of the system's refusal."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(dmoe.ConfigError, match=words):
+        export.reserve(Path(name))
+    assert list(tmp_path.iterdir()) == []

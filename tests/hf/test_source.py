@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +20,7 @@ from dmoe.config.published import with_source
 from dmoe.config.rules import check
 from dmoe.config.schema import Config, ModelConfig
 from dmoe.explain import explain
+from dmoe.train.run import check_document_mask
 from dmoe.train.tasks import task_of
 from tests.hf.families import tiny
 
@@ -94,6 +100,16 @@ def refused(folder: Path, *more: str) -> str:
     return str(error.value)
 
 
+def test_the_fix_of_a_document_mask_is_one_that_its_user_can_do(source: Path) -> None:
+    """Instruct data ask for the mask by themselves; the advice was to change a class of dmoe."""
+    config = load(None, [f"model.source={source}", BYTES])
+    engine: Any = SimpleNamespace(config=config, model=task_of(config).build_model())
+    with pytest.raises(ConfigError) as refused:
+        check_document_mask(engine, SimpleNamespace(document_mask=True))
+    assert str(refused.value).endswith("documents apart; use data.document_mask=false")
+    assert "reads_positions" not in str(refused.value)
+
+
 def test_directories_that_are_no_model(tmp_path: Path) -> None:
     assert "must be the directory" in refused(tmp_path / "missing" / "deep")
     assert "has no config.json" in refused(tmp_path)
@@ -104,6 +120,43 @@ def test_directories_that_are_no_model(tmp_path: Path) -> None:
     assert "a_family_of_tomorrow" in refused(tmp_path)
     file.write_text(json.dumps({"model_type": "llama"}))
     assert "gives no num_local_experts" in refused(tmp_path)
+
+
+def test_a_file_is_not_looked_for_on_the_hub(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`model.source=mixtral/config.json` was taken for a name on the hub, and tried for 30 s."""
+    monkeypatch.chdir(source.parent)
+    monkeypatch.setattr("dmoe.config.published._download", lambda *_: pytest.fail("the hub"))
+    assert "must be the directory of a published model" in refused(Path("mixtral/config.json"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("hidden_act", "nope", "from the MixtralConfig of its config.json: KeyError: 'nope'"),
+        ("rope_parameters", {"rope_type": "none_such"}, "KeyError: 'none_such'"),
+        ("attention_dropout", 2.0, "says attention_dropout=2.0 in config.json, which must be from"),
+    ],
+)
+def test_a_config_of_which_no_model_can_be_built(
+    field: str, value: object, words: str, source: Path, tmp_path: Path
+) -> None:
+    """A traceback of transformers each: it checks few fields before it uses them.
+
+    With lines of its own before it, one for each time that dmoe reads the config.
+    """
+    settings = json.loads((source / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {field: value}))
+    printed = io.StringIO()
+    handler = logging.StreamHandler(printed)
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        config = load(None, [f"model.source={tmp_path}", BYTES])
+        with pytest.raises(ConfigError, match=re.escape(words)) as error:
+            task_of(config).build_model()
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert error.value.field == "model.source"
+    assert printed.getvalue() == ""
 
 
 def test_a_tokenizer_that_is_missing_is_named(source: Path) -> None:

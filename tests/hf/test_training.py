@@ -261,5 +261,5 @@ def test_files_that_lack_an_expert_of_one_rank_are_an_error_on_both(
 ) -> None:
     """Rank 1 alone read the damaged expert and ended; rank 0 ended in a traceback of gloo."""
     for rank in runs["lacking"]:
-        assert "on rank 1: gives model.layers." in rank.error
+        assert "on rank 1: lacks model.layers." in rank.error
         assert rank.error.count("model.source=") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from dmoe.config.errors import ConfigError
 from dmoe.config.load import load
 from dmoe.config.schema import Config
+from dmoe.hf.experts import expert_rows
+from dmoe.moe.capacity import apply_capacity
 from dmoe.verify.published import narrow, randomize
 from dmoe.verify.verify import verify
 from tests.hf.families import FAMILIES, SAMPLED, tiny
@@ -59,6 +62,53 @@ def test_every_family_is_verified(
     report = verify(config_of(tmp_path, family, *settings), [1])
     assert report.ok, report.first
     assert len(report.cases) >= 2, report.cases
+
+
+def dropless(routing: Any, shape: Any, capacity: Any, *more: Any) -> Any:
+    """A bug of the layer: the choices beyond an expert's capacity are kept."""
+    return apply_capacity(routing, replace(shape, capacity=None), capacity, *more)
+
+
+def swapped_rows(experts: Any, rows_RD: torch.Tensor, tokens_per_expert: Any) -> torch.Tensor:
+    """A bug of the experts: gate and up are taken for each other."""
+    stack = experts.gate_up_proj
+    stack.data = torch.cat(stack.data.chunk(2, 1)[::-1], 1)
+    try:
+        return expert_rows(experts, rows_RD, tokens_per_expert)
+    finally:
+        stack.data = torch.cat(stack.data.chunk(2, 1)[::-1], 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "part", "bug", "quantity"),
+    [
+        ("deepseek_v4", "moe.base_layer.apply_capacity", dropless, "capacity slots"),
+        ("inkling2_text", "hf.layer.expert_rows", swapped_rows, "layer outputs"),
+    ],
+)
+def test_a_bug_in_a_layer_is_found(
+    family: str,
+    part: str,
+    bug: Any,
+    quantity: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both families were left out of verify, which was red of them without any bug.
+
+    Of DeepSeek-V4 it had no table of choices by token id, but zeros: expert 0 twice. Inkling-2 ran
+    once before `torch.float32` meant float64, which its router does not survive.
+    """
+    monkeypatch.setattr("dmoe.verify.verify.run_ranks", in_this_process)
+
+    def put_in() -> None:
+        monkeypatch.setattr(f"dmoe.{part}", bug)
+
+    report = verify(config_of(tmp_path, family, "moe.capacity.factor=0.75"), [1], patch=put_in)
+    assert not report.ok
+    assert report.first is not None
+    assert report.first.quantity == quantity
 
 
 def gate_and_up_swapped() -> None:

@@ -13,11 +13,13 @@ import pytest
 
 from dmoe.distributed.launcher import exit_with_launcher
 
-pytestmark = pytest.mark.ranks
-
-pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="only Linux tells a process of its parent's death"
-)
+pytestmark = [
+    pytest.mark.ranks,
+    pytest.mark.skipif(
+        not sys.platform.startswith("linux"),
+        reason="only Linux tells a process of its parent's death",
+    ),
+]
 
 WORKER = """
 import os, sys, time

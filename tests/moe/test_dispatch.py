@@ -16,10 +16,10 @@ from dmoe.moe.capacity import dropless_plan
 from dmoe.moe.dispatch import (
     Permutation,
     packed_permutation,
-    padded_permutation,
     permute,
     unpermute,
 )
+from dmoe.moe.padded_slots import padded_permutation
 from dmoe.moe.routing import DispatchPlan, Routing
 from tests.moe.strategies import drawn, limit_to, random_routing, routings
 from tests.references.dispatch import permute_reference, unpermute_reference

@@ -11,7 +11,8 @@ from torch.nn.functional import grouped_mm
 from dmoe.config.expert_shapes import GATED
 from dmoe.moe.experts import FeedForward, MLPExperts
 from dmoe.moe.experts.activation import ACTIVATION_FNS, swiglu
-from dmoe.moe.experts.grouped_mlp import feed_forward, feed_forward_in_steps, grouped_linear
+from dmoe.moe.experts.grouped_mlp import feed_forward, feed_forward_in_steps
+from dmoe.moe.experts.grouped_product import grouped_linear
 from tests.references.experts import grouped_linear_reference, swiglu_reference
 
 COUNTS = [[3, 0, 5, 1], [0, 0, 0, 9], [4, 4, 4, 4], [0, 0, 0, 0]]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from dmoe.config.schema import CapacityConfig
 from dmoe.moe.capacity import apply_capacity
-from dmoe.moe.dispatch import padded_permutation
 from dmoe.moe.interfaces import DataParallelComm
+from dmoe.moe.padded_slots import padded_permutation
 from dmoe.moe.routing import BatchShape, DispatchPlan, Routing
 from tests.moe.layers import close, make, tokens_of
 from tests.moe.next_choice_cases import crowded_routing, next_choice_routings, with_next_experts

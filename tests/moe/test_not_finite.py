@@ -23,10 +23,11 @@ from torch import Tensor
 from dmoe import MoE
 from dmoe.config.schema import BalanceConfig, CapacityConfig, ExpertsConfig, RouterConfig
 from dmoe.moe.capacity import apply_capacity
-from dmoe.moe.dispatch import packed_permutation, padded_permutation, permute, unpermute
-from dmoe.moe.experts.activation import gated_sum
+from dmoe.moe.dispatch import packed_permutation, permute, unpermute
+from dmoe.moe.experts.gated_fusion import gated_sum
 from dmoe.moe.interfaces import NoComm
 from dmoe.moe.load_balancing import auxiliary_losses
+from dmoe.moe.padded_slots import padded_permutation
 from dmoe.moe.routing import BatchShape, Noise, Routing, TokenContext
 from tests.moe.layers import gradients, make, tokens_of
 from tests.moe.strategies import drawn, limit_to, random_routing, routings

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoe.moe.capacity import dropless_plan
-from dmoe.moe.dispatch import packed_permutation, padded_permutation
+from dmoe.moe.dispatch import packed_permutation
+from dmoe.moe.padded_slots import padded_permutation
 from dmoe.moe.placement import (
     ExpertPlacement,
     balanced_placement,

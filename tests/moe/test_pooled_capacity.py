@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from dmoe.config.errors import ConfigError
 from dmoe.config.schema import CapacityConfig, ExpertsConfig, RouterConfig
 from dmoe.moe.capacity import apply_capacity
-from dmoe.moe.dispatch import pooled_rows
 from dmoe.moe.experts.grouped_mlp import feed_forward, feed_forward_in_steps
+from dmoe.moe.padded_slots import pooled_rows
 from dmoe.moe.placement import ExpertPlacement, to_physical_experts
 from dmoe.moe.routing import BatchShape, DispatchPlan, Routing, TokenContext
 from tests.moe.layers import close, gradients, make, tokens_of

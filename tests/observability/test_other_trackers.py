@@ -21,6 +21,7 @@ from dmoe.config.rules.tracking import LIBRARIES, check_tracking
 from dmoe.observability.trackers import Trackers
 from dmoe.runs.directory import RunDir
 from tests.cli.commands import refused, run_in_process
+from tests.json_lines import json_lines
 
 RECORD = """
 import json, os
@@ -134,7 +135,7 @@ def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 def calls(path: Path) -> list[tuple[str, list[object]]]:
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = json_lines(path)
     return [(name, args) for name, args, _ in lines]
 
 

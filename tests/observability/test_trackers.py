@@ -1,4 +1,7 @@
-"""TensorBoard and wandb have each step once after kills and resumes, read with their own types."""
+"""TensorBoard and wandb have each step once after kills and resumes, read with their own types.
+
+Starts of wandb take seconds: the slow tier has most of these tests.
+"""
 
 from __future__ import annotations
 
@@ -109,6 +112,7 @@ def assert_each_step_once(folder: Path, steps: int) -> None:
         assert in_tensorboard(folder, f"{event}/loss") == approximate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["close", "kill"])
 def test_resumed_run_has_each_step_once(end: str, tmp_path: Path) -> None:
     """wandb drops rows below its newest, and loses logged rows when killed.
@@ -126,6 +130,7 @@ def test_resumed_run_has_each_step_once(end: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_rollback_in_the_same_process(tmp_path: Path) -> None:
     assert train(tmp_path, "offline", 0, 5, "rewind") == ""
     assert_each_step_once(tmp_path, 5)
@@ -150,6 +155,7 @@ def test_figures_are_limited_per_run(tmp_path: Path) -> None:
     assert drawn[MAX_FIGURES - 1 :] == [999]
 
 
+@pytest.mark.slow
 def test_uploaded_steps_are_not_sent_again(tmp_path: Path) -> None:
     """`wandb sync` writes a marker beside the file: the server has these rows, void ones too."""
     train(tmp_path, "offline", 0, 6)
@@ -161,6 +167,7 @@ def test_uploaded_steps_are_not_sent_again(tmp_path: Path) -> None:
     assert [step for step, _ in in_wandb(tmp_path)] == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_failing_tracker_is_removed_with_one_line(tmp_path: Path) -> None:
     printed = train(tmp_path, "offline", 0, 3, "break").splitlines()
     assert len(printed) == 1

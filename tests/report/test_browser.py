@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from dmoe.report import write_report
+from dmoe.report import PANELS, write_report
+from dmoe.report.run import load_runs
 from dmoe.runs.metrics_log import read_metrics_tolerant
 from tests.report.browser import Browser
 from tests.report.runs import line, write
@@ -376,11 +377,11 @@ def test_printing_uses_light_colours_and_paper_width(
 
 
 def test_a_run_without_steps_has_no_chart(browser: Browser, tmp_path: Path) -> None:
-    browser.open(
-        write_report(
-            [write(tmp_path / "run", [line("start", 0, world=1, ep=1)])], tmp_path / "report.html"
-        )
-    )
+    """A count written here by hand was forgotten when the plan's panel came: it is asked of the
+    builders of panels."""
+    run = write(tmp_path / "run", [line("start", 0, world=1, ep=1)])
+    browser.open(write_report([run], tmp_path / "report.html"))
+    built = [panel for build in PANELS if (panel := build(load_runs([run]))) is not None]
     assert browser.problems == []
     assert browser.run("document.querySelectorAll('figure').length") == 0
-    assert browser.run("document.querySelectorAll('details.panel').length") == 12
+    assert browser.run("document.querySelectorAll('details.panel').length") == len(built) + 1

@@ -248,6 +248,7 @@ def test_the_security_policy_lists_the_scripts(one: Path) -> None:
     assert "unsafe-eval" not in policy
 
 
+@pytest.mark.slow
 def test_size_of_the_report_of_a_large_run(tmp_path: Path) -> None:
     """100,000 steps, and 48 layers of 64 experts: within 5 MB, and the only spike is kept."""
     lines = [

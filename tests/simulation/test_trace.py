@@ -19,8 +19,9 @@ from dmoe.moe.placement import contiguous_placement
 from dmoe.moe.placement_plan import plan_placement
 from dmoe.replay.part import ChoiceSpec
 from dmoe.replay.writer import ChoiceWriter
+from dmoe.report import write_report
 from dmoe.runs.metrics_log import read_metrics
-from dmoe.simulation.drops import as_routing, kept
+from dmoe.simulation.drops import as_routing, kept_experts
 from dmoe.simulation.formats import export_trace, open_any
 from dmoe.simulation.oracle import best_with_copies, max_over_mean
 from dmoe.simulation.replay import Setting, replay_steps
@@ -67,7 +68,7 @@ def test_drops_at_another_capacity_are_those_of_a_real_run(
     capacity = replace(config.moe.capacity, factor=1.0)
     predicted = np.concatenate(
         [
-            kept(
+            kept_experts(
                 trace.choices(step), trace.scores(step), capacity, trace.spec,
                 ranks=ranks, micro_batch=micro,
             )
@@ -75,7 +76,7 @@ def test_drops_at_another_capacity_are_those_of_a_real_run(
         ]
     )  # fmt: skip
     found = kept_FLTK.transpose(1, 2).flatten(0, 1).numpy()
-    assert 0.02 < 1 - predicted.mean() < 0.6
+    assert 0.02 < (predicted < 0).mean() < 0.6
     layers = 1 if capacity.priority == "score" else 2
     assert (predicted[:, :layers] == found[:, :layers]).all()
 
@@ -96,7 +97,7 @@ def test_drops_and_traffic_equal_the_queues_walked_in_order(
     expert_NLK[random.random(expert_NLK.shape) < 0.2] = -1
     score_NLK = random.random(expert_NLK.shape).astype(np.float32)
     capacity = CapacityConfig(0.8, group=group, priority=priority)  # type: ignore[arg-type]
-    found = kept(expert_NLK, score_NLK, capacity, spec, ranks=ranks, micro_batch=n)
+    found = kept_experts(expert_NLK, score_NLK, capacity, spec, ranks=ranks, micro_batch=n)
     accumulation, tokens = 4 // (ranks * n), ranks * n * 3
     groups = {"rank": ranks, "sequence": ranks * n, "global": 1}[group]
     slots = max(1, int(np.ceil(0.8 * 2 * (tokens // groups) / 4 - 1e-9)))
@@ -106,11 +107,12 @@ def test_drops_and_traffic_equal_the_queues_walked_in_order(
             part = slice(a * tokens, (a + 1) * tokens), layer
             routing = as_routing(expert_NLK[part], score_NLK[part], 4)
             expected, _ = apply_capacity_reference(routing, capacity, groups, slots)
-            assert (expected.numpy() == found[part]).all()
-            for t, k in np.argwhere(found[part]):
+            kept_TK = expected.numpy()
+            assert (np.where(kept_TK, expert_NLK[part], -1) == found[part]).all()
+            for t, k in np.argwhere(kept_TK):
                 owner = expert_NLK[part][t, k] // (4 // ep)
                 sent[a, layer, t // (n * 3), owner] += 1
-    count_BLE = spec.count(np.where(found, expert_NLK, -1))
+    count_BLE = spec.count(found)
     assert (by_rank(count_BLE, ranks, ep, n) == sent).all()
     rows = np.zeros((accumulation, 2, ranks), int)
     for source in range(ranks):
@@ -135,12 +137,14 @@ def test_counts_say_what_choices_say(recorded: Path, tmp_path: Path) -> None:
         next(replay_steps(counts, Setting(4, 2, 2, CapacityConfig(1.0, group="global"))))
 
 
-def test_a_trace_that_goes_on_is_cut_with_its_scores(tmp_path: Path) -> None:
+@pytest.mark.parametrize("last", [2, 8])
+def test_a_trace_that_goes_on_is_cut_with_its_scores(last: int, tmp_path: Path) -> None:
     spec, random = ChoiceSpec("", 0, 2, 3, 1, 8, 2), np.random.default_rng(0)
     ids = random.integers(0, 8, (4, 6, 1, 2))
-    scores = random.random(ids.shape).astype(np.float32)
+    scores = random.random((*ids.shape[:-1], last)).astype(np.float32)
     for start in (0, 2):  # killed behind step 4, resumed behind step 2
-        writer = ChoiceWriter(tmp_path, spec, "run", start, field="tracking.trace")
+        options = {"field": "tracking.trace", "all_scores": last == 8}
+        writer = ChoiceWriter(tmp_path, spec, "run", start, **options)  # type: ignore[arg-type]
         for step in range(start, 4):
             writer.add(step, ids[step], "", scores[step])
         writer.flush()
@@ -148,7 +152,9 @@ def test_a_trace_that_goes_on_is_cut_with_its_scores(tmp_path: Path) -> None:
     assert trace.steps == range(4)
     for step in trace.steps:
         assert (trace.choices(step) == ids[step]).all()
-        assert (trace.scores(step) == scores[step]).all()
+        read = trace.all_scores if last == 8 else trace.scores
+        assert (read(step) == scores[step]).all()
+        assert trace.scores(step).shape == ids[step].shape
 
 
 @pytest.mark.parametrize("layout", ["flame", "megatron"])
@@ -239,10 +245,15 @@ def test_the_command(recorded: Path, tmp_path: Path) -> None:
         ("--replay", "nowhere"): (2, "is no directory with a trace"),
         ("--ranks", "8", "--ep", "3"): (2, "parallel.ep=3: must divide the world of 8"),
         ("--factor", "1"): (2, "belongs to --replay"),
+        ("--bias", "0.1"): (2, "moe.balance.bias=0.1"),
+        ("--replay", str(recorded), "--bias", "0.1"): (2, "record it with tracking.trace=scores"),
         ("--replay", str(recorded), "--group", "host"): (2, "rank, sequence, global"),
+        # a capacity that no config may have was replayed; a plot ended in a traceback
+        ("--replay", str(recorded), "--factor", "0"): (2, "moe.capacity.factor=0"),
+        ("--replay", str(recorded), "--plot", "none/x.html"): (2, "--plot=none/x.html: cannot be"),
         ("--replay", str(recorded), "--factor", "1", "moe.capacity.overflow=next_choice"): (
             2,
-            "recorded choices have none",
+            "tracking.trace=scores",
         ),
     }
     for arguments, (wanted, sentence) in refused.items():
@@ -272,6 +283,19 @@ def test_a_simulated_run_and_its_report(tmp_path: Path) -> None:
     ]
     dropped = [layer["drop_rate"] for line in logged for layer in line["layers"]]
     assert [line["drop_rate"] for line in lines] == pytest.approx(dropped)
+    _with_damaged_lines(tmp_path / "run")
+
+
+def _with_damaged_lines(run: Path) -> None:
+    """A cut line ended `dmoe report` with a traceback, and one without a brace left no word."""
+    texts = (run / "simulation.jsonl").read_text().splitlines()
+    cut = [texts[0][:30], "nothing", texts[2].replace("straggler", "stranger"), texts[3]]
+    for kept, words in ((cut, "3 line(s)"), (cut[:3], "3 line(s)"), (texts, "")):
+        (run / "simulation.jsonl").write_text("\n".join(kept) + "\n")
+        page = write_report([run], run / "report.html").read_text(encoding="utf-8")
+        assert ("of simulation.jsonl could not be read" in page) == bool(words)
+        assert words in page
+        assert ("4 ranks, EP 2" in page) == (len(kept) == 4)
 
 
 def test_a_cut_or_changed_trace_is_refused(recorded: Path, tmp_path: Path) -> None:

@@ -125,10 +125,12 @@ CHANGES = [
 ]
 NO_CHANGE = {
     "moe.exchange": "the same result in another way",
+    "moe.kernels": "the same result by other kernels: tests/moe/test_triton_kernels.py",
     "moe.router.allow_future_leak": "a permission",
     "moe.replay.record": "only writes: test_replay.py",
     "moe.replay.from_": "read by the trainer, not by a step: test_replay.py",
     "moe.balance.pooled": "of a published model: tests/hf/test_pooled_loss.py",
+    "optim.offload": "the same bits, on a GPU: tests/distributed/test_offloaded_adamw.py",
     "model.source": "another network: tests/hf/test_training.py",
     "model.lora.rank": "of a published model: tests/hf/test_fine_tuning.py",
     "model.lora.alpha": "of a published model: tests/hf/test_fine_tuning.py",

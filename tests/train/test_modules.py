@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from dmoe.train.engine import Engine
 from dmoe.train.modular.base_model import load_base_model
 from dmoe.train.modular.session import ModularSession, check_domains
 from dmoe.train.step import train_step, training_batches
+from tests.json_lines import json_lines
 from tests.ranks import run_ranks
 from tests.tiny import VOCAB, tiny
 
@@ -65,7 +65,7 @@ def saved(engine: Engine, root: Path, step: int = 3) -> Path:
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return json_lines(run / "metrics.jsonl")
 
 
 REFUSED = {

@@ -116,3 +116,13 @@ def test_explain_counts_one_moment_of_muon() -> None:
     assert muon_matrices(engine.model).keys() <= dict(engine.model.named_parameters()).keys()
     assert "Muon, momentum 0.95" in " ".join(optimizer_sentences(config))
     assert "0.001" in " ".join(optimizer_sentences(tiny(OWN)))
+
+
+def test_explain_leaves_moments_on_the_host_out_of_the_sum() -> None:
+    config = tiny("optim.offload=true")
+    size = next(section for section in explain(config, 1) if section.key == "size")
+    held = size.numbers["rank_bytes"]
+    assert held["total"] == held["weights"] + held["gradients"] + held["casts"]
+    assert held["moments"] == 2 * held["weights"]
+    assert any("on the host, not in the sum" in sentence for sentence in size.sentences)
+    assert "moments in the main memory of the host" in " ".join(optimizer_sentences(config))

@@ -56,6 +56,8 @@ def on_two_ranks(rank: int, world: int, folder: Path) -> list[list[float]]:
     again = f"moe.replay.record={folder / 'again'}"
     settings = ("parallel.ep=2", "parallel.mode=fsdp", "train.micro_batch=1")
     settings += ("train.recompute=true", "moe.exchange=padded")
+    moved = f"moe.replay.from={folder / 'moved.npy'}"
+    train(folder, "run moved", moved, *settings, "train.steps=1")
     return [
         train(folder, "run of two", record, "train.micro_batch=2"),
         train(folder, "run again", replay, again, *settings),
@@ -66,8 +68,10 @@ def on_two_ranks(rank: int, world: int, folder: Path) -> list[list[float]]:
 def test_choices_do_not_depend_on_who_computes_them(recorded: Recorded) -> None:
     """One process has recorded. Two ranks replay it: EP 2, accumulation, recomputation, padded.
 
-    Two ranks that record give the files of one process, byte for byte.
+    Two ranks that record give the files of one process, byte for byte. They compare choices of
+    another program with those of all ranks.
     """
+    np.save(recorded.folder / "moved.npy", np.roll(stored(recorded.folder / "one"), 1, 0))
     files = contents(recorded.folder / "one")
     assert stored(recorded.folder / "one").shape == (4 * 8 * 16, 2, 2)
     for found in run_ranks(2, on_two_ranks, recorded.folder, timeout=120):
@@ -75,6 +79,8 @@ def test_choices_do_not_depend_on_who_computes_them(recorded: Recorded) -> None:
             assert losses == pytest.approx(recorded.losses, rel=1e-5)
     for name in ("two", "again"):
         assert contents(recorded.folder / name) == files, name
+    logged = (recorded.folder / "run moved" / "metrics.jsonl").read_text()
+    assert logged.count("its router would have chosen") == 1
 
 
 def test_a_replay_has_the_choices_of_the_recording_and_not_its_own(
@@ -135,17 +141,56 @@ def test_choices_of_other_programs(
 
 
 @pytest.mark.parametrize(
+    ("change", "layer"),
+    [("none", None), ("layers swapped", 0), ("one layer", 1), ("tokens moved", 0)],
+)
+def test_choices_that_are_not_those_of_the_tokens_are_an_alert(
+    change: str,
+    layer: int | None,
+    recorded: Recorded,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A file of an engine whose layers were swapped trained in silence, with experts of no token.
+
+    The own choices of the same run, without the header, are no reason for an alert. Nor does the
+    comparison change a number.
+    """
+    given = stored(recorded.folder / "one")
+    if change == "layers swapped":
+        given = given[:, ::-1]
+    elif change == "one layer":
+        given = np.stack([given[:, 0], (given[:, 1] + 4) % 8], 1)
+    elif change == "tokens moved":
+        given = np.roll(given, 1, 0)
+    np.save(tmp_path / "x.npy", given)
+    losses = train(tmp_path, "run", f"moe.replay.from={tmp_path / 'x.npy'}")
+    said = capsys.readouterr().out
+    if layer is None:
+        assert losses == recorded.losses
+    assert said.count("alert: of the experts that moe.replay.from gives") == (layer is not None)
+    if layer is not None:
+        assert f"in MoE layer {layer}, its router would have chosen" in said
+        assert "itself, and 25% is chance" in said
+
+
+@pytest.mark.parametrize(
     ("overrides", "words"),
     [
         (["data.temperature=3"], "was recorded with data of fingerprint"),
         (["train.steps=5"], "holds no choices of step 5, and the run has 5; use train.steps=4"),
         (["train.seed=1"], "was recorded with train.seed 0, and this run has 1"),
         (["moe.num_experts=4"], "has 8 experts, and this run 4"),
+        (["moe.replay.from=nothing.npy"], "nothing.npy"),
     ],
 )
-def test_runs_on_other_data_are_refused(
+def test_refused_choices_leave_no_run_directory(
     overrides: list[str], words: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
+    """What can be seen without a read of the ids is refused before anything is written.
+
+    The run directory was made first: it stayed behind, and the next try went on in it.
+    """
     shared = tmp_path_factory.getbasetemp() / "recorded"
     texts = [f"{n} times {m} is {n * m}\n" * 20 for n in range(9) for m in range(9)]
     if not shared.exists():
@@ -154,4 +199,4 @@ def test_runs_on_other_data_are_refused(
     with pytest.raises(ConfigError) as refusal:
         train(tmp_path, "run", given, *overrides, data=texts)
     assert words in str(refusal.value)
-    assert not (tmp_path / "run" / "resolved.yaml").exists()
+    assert not (tmp_path / "run").exists(), "a refused run left a lock, checkpoints and attempts"

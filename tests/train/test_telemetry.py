@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dmoe.config.schema import Config
-from dmoe.distributed.all_to_all import CommTimer
+from dmoe.distributed.exchange.comm_timer import CommTimer
 from dmoe.moe.routers.base import LearnedRouter
 from dmoe.runs.metrics_log import read_metrics
 from dmoe.train.run import train

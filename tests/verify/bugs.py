@@ -139,6 +139,13 @@ def router_detached() -> None:
     """8: detach the combine weights from the main loss (Automodel#2995)."""
     combine_weights = base.combine_weights
     base.combine_weights = lambda *args, **kwargs: combine_weights(*args, **kwargs).detach()
+    renormalized = base.renormalized_softmax
+
+    def detached(*args: Any) -> tuple[Tensor, Tensor]:
+        weight_TK, logit_TE = renormalized(*args)
+        return weight_TK.detach(), logit_TE
+
+    base.renormalized_softmax = detached
 
 
 def race() -> None:

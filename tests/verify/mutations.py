@@ -57,7 +57,7 @@ MUTATIONS = [
         CAPACITY,
     ),
     Mutation(
-        "moe/dispatch.py",
+        "moe/padded_slots.py",
         "row_TK = (plan.expert_TK * groups + group_T1) * capacity + plan.slots.position_TK",
         "row_TK = (group_T1 * plan.num_experts + plan.expert_TK) * capacity"
         " + plan.slots.position_TK",
@@ -162,9 +162,9 @@ MUTATIONS = [
         "moe.router.jitter=0.1",
     ),
     Mutation(
-        "moe/routers/base.py",
-        "weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)",
-        "weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True).detach() + 1e-20)",
+        "moe/routers/projection.py",
+        "_softmax_backward_data(grad_TK, weight_TK, -1, weight_TK.dtype)",
+        "_softmax_backward_data(grad_TK, weight_TK.square(), -1, weight_TK.dtype)",
         "router gradient",
     ),
     Mutation(
@@ -312,8 +312,8 @@ MUTATIONS = [
     ),
     Mutation(
         "distributed/gradients.py",
-        "factor = min(1.0, max_norm / (norm + 1e-6))",
-        "factor = min(1.0, max_norm / (norm * norm + 1e-6))",
+        "else min(1.0, max_norm / (norm + 1e-6))",
+        "else min(1.0, max_norm / (norm * norm + 1e-6))",
         "clip coefficient",
         "optim.clip=0.1",
     ),
@@ -364,8 +364,8 @@ MUTATIONS = [
     ),
     Mutation(
         "models/layers.py",
-        "grad_x = (grad * weight).sub_(normed.mul_(mean)).mul_(rstd)",
-        "grad_x = (grad * weight).mul_(rstd)",
+        ".addcmul_(wide, share, value=-1).mul_(rstd)",
+        ".mul_(rstd)",
         BACKWARD,
     ),
     Mutation(
@@ -498,14 +498,14 @@ MUTATIONS = [
         "moe.capacity.factor=0.8 moe.capacity.group=global moe.capacity.pool=2",
     ),
     Mutation(
-        "moe/dispatch.py",
+        "moe/padded_slots.py",
         "count_Pn.cumsum(1) - count_Pn",
         "count_Pn.cumsum(1) - count_Pn.roll(1, 1)",
         "layer outputs",
         f"{POOL} moe.capacity.group=sequence",
     ),
     Mutation(
-        "distributed/pooled_all_to_all.py",
+        "distributed/padded_all_to_all.py",
         "metadata.unused_R[order_R]",
         "metadata.unused_R",
         "layer outputs",

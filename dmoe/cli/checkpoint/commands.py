@@ -73,7 +73,8 @@ def verify(
     """Hash all bytes of all checkpoints and compare with the manifests.
 
     With --against, RUN_OR_DIR is an exported directory: tensors that are missing, at the wrong
-    place, copied or of another type are found. Exit code 3 if one is damaged or wrong.
+    place, copied or of another type are found, and any other key of config.json, and another
+    tokenizer or generation config. Exit code 3 if one is damaged or wrong.
 
     Example: dmoe checkpoint verify runs/latest
     """

@@ -2,14 +2,20 @@
 
 Bounds of single values stand beside their fields (`dmoe/config/schema`). model: the network, its
 task and its MoE layers. layer: one MoE layer, from a config file or from Python. modular: modules.
-published: a model of transformers. parallel: ranks
-and batches. memory: what fits.
+published: a model of transformers. parallel: ranks and batches. exchange: options of the exchange.
+memory: what fits.
 """
 
 from __future__ import annotations
 
 from dmoe.config.fields import check_accept_changes
 from dmoe.config.plugins import check_options
+from dmoe.config.rules.exchange import (
+    check_chunks_divide,
+    check_exchange,
+    check_row_kernels,
+    check_two_nodes,
+)
 from dmoe.config.rules.layer import check_arguments, check_fields_read, check_router
 from dmoe.config.rules.memory import check_memory
 from dmoe.config.rules.model import (
@@ -47,6 +53,7 @@ __all__ = [
     "check_arguments",
     "check_memory",
     "check_router",
+    "check_two_nodes",
     "expert_parallel",
     "head_dim",
     "moe_blocks",
@@ -81,8 +88,10 @@ def check(config: Config, world: int = 1) -> None:
     check_replay(config)
     check_optim(config)
     check_placement(config)
+    check_exchange(config)
+    check_row_kernels(config)
     check_size(config)
-    expert_parallel(config, world)
+    check_chunks_divide(config, expert_parallel(config, world))
     batching(config, world)
     check_profile(config.train, world)
     check_accept_changes(config.checkpoint.accept_changes)

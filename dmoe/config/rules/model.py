@@ -61,6 +61,9 @@ def check_optim(config: Config) -> None:
     }.items():
         if config.optim.moments == "bf16" and used:
             raise ConfigError("optim.moments", "bf16", f"does not work with {field}", "use fp32")
+    if config.optim.offload and config.optim.moments == "bf16":
+        why = "is for moments in fp32: those in bf16 are rounded on the GPU"
+        raise ConfigError("optim.offload", True, why, "use optim.moments=fp32, or leave it out")
     for pattern, own in config.optim.groups.items():
         for name, value in own.items():
             shown = f"{pattern}: {name}={value:g}"

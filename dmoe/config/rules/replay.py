@@ -52,6 +52,9 @@ def _check_trace(config: Config) -> None:
         allowed = f"has no meaning for train.task={config.train.task}"
         raise ConfigError(field, value, allowed, "leave it out")
     _check_layers(config, field, value)
+    if value == "scores" and not router_spec(kind).ranks_experts:
+        allowed = f"needs a router that ranks experts, and moe.router.kind={label(kind)} does not"
+        raise ConfigError(field, value, allowed, "use counts or none")
     if not router_spec(kind).ordered_choices:
         allowed = f"writes the choices of a token, and moe.router.kind={label(kind)} makes none"
         raise ConfigError(field, value, allowed, "use none")

@@ -32,6 +32,7 @@ from dmoe.config.schema.observability import (
 )
 from dmoe.config.schema.run import (
     DataConfig,
+    ExchangeConfig,
     OptimConfig,
     ParallelConfig,
     PlacementConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DebugConfig",
+    "ExchangeConfig",
     "ExpertsConfig",
     "GuardConfig",
     "LoraConfig",

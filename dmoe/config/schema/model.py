@@ -256,6 +256,10 @@ class MoEConfig:
     exchange: Literal["packed", "padded"] = "packed"
     """The all-to-all: packed sends exactly the assigned rows (one host synchronization); padded
     sends a fixed number of slots (no synchronization, needs a capacity)."""
+    kernels: Literal["torch", "triton"] = "torch"
+    """Kernels that move rows, and compute activations of uniform experts, on a GPU: torch's, or
+    Triton's, one launch in place of up to seven. Triton's are compared with torch's in its
+    interpreter, and have not run on a GPU. A CPU evaluates with torch's, and does not train."""
     router: RouterConfig = field(default_factory=RouterConfig)
     capacity: CapacityConfig = field(default_factory=CapacityConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)

@@ -91,9 +91,10 @@ class TrackingConfig:
     """User or team in wandb; null: your default one."""
     notes: Optional[str] = None
     """A longer description of the run in wandb."""
-    trace: Literal["none", "counts", "choices"] = "none"
+    trace: Literal["none", "counts", "choices", "scores"] = "none"
     """Write the routing of every step to RUN/trace, for `dmoe simulate --replay RUN`: counts per
-    sequence and expert, or every token's choices with their scores (docs/simulation.md)."""
+    sequence and expert, every token's choices with their scores, or with the scores of all experts
+    (docs/simulation.md)."""
     wandb_mode: Literal["online", "offline", "disabled"] = "offline"
     """online: wandb (and comet_ml, clearml, swanlab) connects to its server; offline: it writes to
     the run directory. disabled: no wandb."""

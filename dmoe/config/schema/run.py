@@ -51,6 +51,35 @@ class PlacementConfig:
 
 
 @dataclass(frozen=True)
+class ExchangeConfig:
+    """Options of the exchange of tokens between ranks; docs/parallel.md."""
+
+    overlap: bool = False
+    """Compute while rows are under way: the shared experts, in forward and backward, and in the
+    backward the experts' weight gradients. Same numbers, 3 expert_dim more of them per row in the
+    backward of a layer."""
+    chunks: Annotated[int, at_least(1), at_most(1 << 16)] = 1
+    """Send rows in this many chunks of local experts, which compute one chunk while others are
+    under way, in forward and backward. Same numbers and bytes, chunks times as many all-to-alls of
+    rows. Must divide the experts of a rank."""
+    levels: Annotated[int, at_least(1), at_most(2)] = 1
+    """2: rows go inside their node first, to the rank with the place of the destination, and then
+    between nodes: one message per other node in place of one per rank there, as many times larger.
+    Same numbers, twice the all-to-alls. For EP groups of several whole nodes."""
+    once_per_rank: bool = False
+    """Send a token once to each rank that has one of its experts, not once per choice, and return
+    one sum per such rank: a quarter of the bytes at top_k=8 and ep=2, two thirds at ep=8. Same
+    choices and drops, same numbers within rounding. Needs moe.exchange=packed."""
+    library: Literal["torch", "deep_ep"] = "torch"
+    """deep_ep: the package DeepEP moves the tokens, with kernels of its own between GPUs; rows and
+    numbers are those of once_per_rank, in bfloat16. Needs moe.exchange=packed and
+    train.precision=bf16."""
+    wire: Literal["full", "bf16"] = "full"
+    """bf16: rows, and their gradients on the way back, are rounded to bfloat16 when they are sent
+    between ranks, half the bytes of float32. Only for train.precision=fp32."""
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     ep: Annotated[Union[int, str], at_most(1 << 20)] = "auto"
     """Expert-parallel size: ranks that share one copy of the experts. Must divide the world size
@@ -63,6 +92,7 @@ class ParallelConfig:
     """Routing groups per process: W processes with V virtual ranks train exactly as W*V processes
     with one."""
     placement: PlacementConfig = field(default_factory=PlacementConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Communication library; auto is nccl on CUDA and gloo on CPU."""
     start_timeout: Annotated[float, at_most(YEAR, " seconds, a year", "use 600"), above(0)] = 600.0
@@ -234,6 +264,9 @@ class OptimConfig:
     moments: Annotated[Literal["fp32", "bf16"], only_for("optim.kind", "adamw")] = "fp32"
     """bf16: AdamW's two moments are kept in bfloat16, rounded up or down at random so that their
     expectation is exact; the same bits on any number of ranks. 4 bytes less per weight."""
+    offload: Annotated[bool, only_for("optim.kind", "adamw")] = False
+    """AdamW's moments are in the main memory of the host, and a step copies them to the GPU and
+    back, in buckets. The same bits, 8 bytes less per weight on the GPU, which it needs."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of an optimizer of your own."""
     momentum: Annotated[float, only_for("optim.kind", "muon"), fraction("[)")] = 0.95

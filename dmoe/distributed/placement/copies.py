@@ -43,6 +43,7 @@ from dmoe.distributed.all_to_all import (
 from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.copy_planner import CopyPlan, CopyRule, plan_copies
 from dmoe.moe.dispatch import Permutation, packed_permutation, permute
+from dmoe.moe.inputs import first_derivative_only
 from dmoe.moe.interfaces import RowsWithCopies
 from dmoe.moe.routing import DispatchPlan
 
@@ -187,6 +188,7 @@ class _SendWeights(Function):
         return (*stacks, *(exchange.send(stacks) if exchange.has_copies else ()))
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # added to in place: the experts' backward made them for this; an expanded one is copied
         own = [grad.clone() if 0 in grad.stride() else grad for grad in grads[: ctx.num_stacks]]

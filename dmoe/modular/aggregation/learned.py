@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dmoe.modular.aggregation.base import Aggregation, DispatchedModules, ModuleChoice
 from dmoe.modular.banks.base import AdapterBank
-from dmoe.moe.experts.activation import gated_sum, gated_sum_reference
+from dmoe.moe.experts.gated_fusion import gated_sum, gated_sum_reference
 from dmoe.moe.rng import normal_
 from dmoe.moe.routing import DispatchPlan
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dmoe.config.errors import ConfigError
-from dmoe.moe.experts.grouped_mlp import grouped_linear
+from dmoe.moe.experts.grouped_product import grouped_linear
 from dmoe.moe.interfaces import TokensPerExpert
 
 Composition = Literal["parameter", "input", "function"]

@@ -1,27 +1,15 @@
-"""Elementwise functions: the activations of experts, and gated fusion.
+"""The activations of experts, forward and backward.
 
 A gated activation is memory traffic, not arithmetic: written plainly it makes two temporaries in
 forward and five in backward, which on a CPU cost as much as a third of the GEMMs. The activations
 here keep only their input and work in place.
 
-Gated fusion (Arevalo et al. 2017, "Gated Multimodal Units"): a gate for each element, computed from
-all streams together.
-
-    two streams:   g = sigmoid([f_1 | f_2] G + c),                     y = g * f_1 + (1 - g) * f_2
-    S streams:     g = softmax over s of ([f_1 | ... | f_S] G_s + c_s),   y = sum_s g_s * f_s
-
-The last stream's logit is 0, which makes the softmax of two exactly the sigmoid. A missing stream
-is left out of the softmax. G = 0 and c = 0 give the mean. Cost: 2 S (S-1) W^2 FLOPs per token and T
-* S * W values of memory. No collective, no host sync.
-
-Letters: R rows, F hidden width, H = 2F for gated kinds, else F; T tokens, S streams, W width of
-each stream, X = (S-1) * W, A = S * W.
+Letters: R rows, F hidden width, H = 2F for gated kinds, else F.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -31,6 +19,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from dmoe.config.expert_shapes import GATED
+from dmoe.moe import kernels
+from dmoe.moe.inputs import first_derivative_only
 
 aten = torch.ops.aten
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]] = {
@@ -47,11 +37,14 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]]]
 """The nonlinearity of each kind, and its derivative times a gradient, written to `grad_input`."""
 
 
-def activate(kind: str, hidden_RH: Tensor) -> Tensor:
+def activate(kind: str, hidden_RH: Tensor, by: str = "torch") -> Tensor:
     """Compute the activation without autograd, [R, F].
 
-    `f(gate) * up` of [gate | up] for gated kinds (Shazeer 2020), else `f(hidden)`.
+    `f(gate) * up` of [gate | up] for gated kinds (Shazeer 2020), else `f(hidden)`. `by`:
+    `moe.kernels`.
     """
+    if by == "triton":
+        return kernels.activate(kind, hidden_RH)
     nonlinearity, _ = ACTIVATIONS[kind]
     if kind not in GATED:
         return nonlinearity(hidden_RH)
@@ -60,7 +53,11 @@ def activate(kind: str, hidden_RH: Tensor) -> Tensor:
 
 
 def activate_backward(
-    kind: str, hidden_RH: Tensor, grad_RF: Tensor, weight_R: Tensor | None = None
+    kind: str,
+    hidden_RH: Tensor,
+    grad_RF: Tensor,
+    weight_R: Tensor | None = None,
+    by: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Recompute `activate` and compute the gradient of its input.
 
@@ -71,10 +68,14 @@ def activate_backward(
         hidden_RH: input of `activate`.
         grad_RF: gradient of `activate(hidden) * weight`; overwritten if there are weights.
         weight_R: factor of each row. None: 1.
+        by: `moe.kernels`; triton knows no weights.
 
     Returns:
         `activate(hidden) * weight`, [R, F]; the gradients of `hidden`, [R, H], and of `weight`.
     """
+    if by == "triton":
+        assert weight_R is None
+        return (*kernels.activate_backward(kind, hidden_RH, grad_RF), None)
     nonlinearity, derivative = ACTIVATIONS[kind]
     grad_RH = torch.empty_like(hidden_RH)
     if kind not in GATED:
@@ -113,45 +114,53 @@ def _row_dots(one_RF: Tensor, two_RF: Tensor) -> Tensor:
 
 class _Activate(Function):
     @staticmethod
-    def forward(ctx: Any, hidden_RH: Tensor, kind: str) -> Tensor:
-        ctx.kind = kind
+    def forward(ctx: Any, hidden_RH: Tensor, kind: str, by: str) -> Tensor:
+        ctx.kind, ctx.by = kind, by
         ctx.save_for_backward(hidden_RH)
-        return activate(kind, hidden_RH)
+        return activate(kind, hidden_RH, by)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    @first_derivative_only
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (hidden_RH,) = ctx.saved_tensors
-        return activate_backward(ctx.kind, hidden_RH, grads[0])[1], None
+        return activate_backward(ctx.kind, hidden_RH, grads[0], by=ctx.by)[1], None, None
 
 
-def differentiable(kind: str, hidden_RH: Tensor) -> Tensor:
-    """Compute `activate` with autograd, for any [..., H]."""
-    out: Tensor = _Activate.apply(hidden_RH, kind)
+def differentiable(kind: str, hidden_RH: Tensor, by: str = "torch") -> Tensor:
+    """Compute `activate` with autograd, for any [..., H]; with Triton for [R, H]."""
+    out: Tensor = _Activate.apply(hidden_RH, kind, by)
     return out
 
 
 class _ActivatedProduct(Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_RH: Tensor, weight: Tensor, kind: str, count: Any, *rules: Any
+        ctx: Any, hidden_RH: Tensor, weight: Tensor, kind: str, count: Any, by: str, *rules: Any
     ) -> Tensor:
-        ctx.kind, ctx.count, ctx.rules = kind, count, rules
+        ctx.kind, ctx.count, ctx.by, ctx.rules = kind, count, by, rules
         ctx.save_for_backward(hidden_RH, weight)
-        return rules[0](activate(kind, hidden_RH), weight, count)  # type: ignore[no-any-return]
+        return rules[0](activate(kind, hidden_RH, by), weight, count)  # type: ignore[no-any-return]
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (hidden_RH, weight), (product, weight_grads) = ctx.saved_tensors, ctx.rules
         grad_RF = product(grads[0].contiguous(), weight.transpose(1, 2), ctx.count)
-        activated_RF, grad_RH = activate_backward(ctx.kind, hidden_RH, grad_RF)[:2]
+        activated_RF, grad_RH = activate_backward(ctx.kind, hidden_RH, grad_RF, by=ctx.by)[:2]
         grad = None
         if ctx.needs_input_grad[1]:
             grad = weight_grads(activated_RF, grads[0], weight, ctx.count)
-        return grad_RH, grad, None, None, None, None
+        return grad_RH, grad, *[None] * 5
 
 
 def activated_product(
-    kind: str, hidden_RH: Tensor, weight: Tensor, count: Any, product: Any, weight_grads: Any
+    kind: str,
+    hidden_RH: Tensor,
+    weight: Tensor,
+    count: Any,
+    product: Any,
+    weight_grads: Any,
+    by: str = "torch",
 ) -> Tensor:
     """Compute `product(activate(hidden), weight, count)`; keep hidden for backward, no activated.
 
@@ -164,8 +173,70 @@ def activated_product(
         count: rows of each expert.
         product: rows, weight, count -> rows.
         weight_grads: rows, gradient, weight, count -> gradient of the weight.
+        by: `moe.kernels`.
     """
-    out: Tensor = _ActivatedProduct.apply(hidden_RH, weight, kind, count, product, weight_grads)
+    rules = (product, weight_grads)
+    out: Tensor = _ActivatedProduct.apply(hidden_RH, weight, kind, count, by, *rules)
+    return out
+
+
+class _TwoProducts(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_RD: Tensor,
+        w_in: Tensor,
+        w_out: Tensor,
+        kind: str,
+        count: Any,
+        by: str,
+        *rules: Any,
+    ) -> Tensor:
+        ctx.kind, ctx.count, ctx.by, ctx.rules = kind, count, by, rules
+        hidden_RH = rules[0](rows_RD, w_in, count)
+        ctx.save_for_backward(rows_RD, w_in, w_out, hidden_RH)
+        return rules[0](activate(kind, hidden_RH, by), w_out, count)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows_RD, w_in, w_out, hidden_RH = ctx.saved_tensors
+        product, weight_grads, send_gradient = ctx.rules
+        grad_RF = product(grads[0].contiguous(), w_out.transpose(1, 2), ctx.count)
+        activated_RF, grad_RH = activate_backward(ctx.kind, hidden_RH, grad_RF, by=ctx.by)[:2]
+        grad_rows = grad_in = grad_out = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = product(grad_RH, w_in.transpose(1, 2), ctx.count)
+            send_gradient(grad_rows)
+        if ctx.needs_input_grad[1]:
+            grad_in = weight_grads(rows_RD, grad_RH, w_in, ctx.count)
+        if ctx.needs_input_grad[2]:
+            grad_out = weight_grads(activated_RF, grads[0], w_out, ctx.count)
+        return grad_rows, grad_in, grad_out, *[None] * 6
+
+
+def two_products(
+    kind: str,
+    rows_RD: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    count: Any,
+    product: Any,
+    weight_grads: Any,
+    send_gradient: Callable[[Tensor], None],
+    by: str = "torch",
+) -> Tensor:
+    """Compute `product(activate(product(rows, w_in)), w_out)`, weight gradients last in backward.
+
+    Args:
+        kind, count, product, weight_grads, by: see `activated_product`.
+        rows_RD: rows.
+        w_in: [e, D, H].
+        w_out: [e, F, M].
+        send_gradient: called with the rows' gradient before the weights' gradients are computed.
+    """
+    rules = (product, weight_grads, send_gradient)
+    out: Tensor = _TwoProducts.apply(rows_RD, w_in, w_out, kind, count, by, *rules)
     return out
 
 
@@ -181,46 +252,3 @@ ACTIVATION_FNS: dict[str, Callable[[Tensor], Tensor]] = {
     kind: partial(differentiable, kind) for kind in ACTIVATIONS
 }
 """The differentiable activation of each kind."""
-
-
-def gated_sum(
-    stream_TSW: Tensor, present_TS: Tensor | None, gate_AX: Tensor, bias_X: Tensor
-) -> Tensor:
-    """Sum the streams, weighted elementwise by the gate; 0 for tokens without any stream.
-
-    Args:
-        stream_TSW: the streams; any values where missing.
-        present_TS: bool, False where a stream is missing. None: all present.
-        gate_AX: G.
-        bias_X: c.
-
-    Returns:
-        [T, W], in the dtype of the streams.
-    """
-    if present_TS is not None:
-        stream_TSW = stream_TSW.masked_fill(~present_TS.unsqueeze(-1), 0.0)
-    logit_TX = stream_TSW.flatten(1) @ gate_AX.to(stream_TSW.dtype) + bias_X.to(stream_TSW.dtype)
-    logit_TSW = torch.cat([logit_TX, torch.zeros_like(stream_TSW[:, 0])], 1).view(stream_TSW.shape)
-    if present_TS is not None:
-        missing_TS1 = ~present_TS.unsqueeze(-1)
-        # padding has no stream at all, and a softmax over nothing is NaN
-        none_T11 = missing_TS1.all(1, keepdim=True)
-        logit_TSW = logit_TSW.masked_fill(missing_TS1 & ~none_T11, -math.inf)
-    return (logit_TSW.softmax(1) * stream_TSW).sum(1)
-
-
-def gated_sum_reference(
-    streams: Sequence[Tensor | None], gate_AX: Tensor, bias_X: Tensor
-) -> Tensor:
-    """Compute `gated_sum` of one token from the formula, [W]; None marks a missing stream.
-
-    The naive twin of adapters' gated fusion (`dmoe verify`) uses it.
-    """
-    width = bias_X.shape[0] // (len(streams) - 1)
-    input_A = torch.cat([bias_X.new_zeros(width) if f is None else f for f in streams])
-    logits = [*(input_A @ gate_AX + bias_X).view(-1, width), bias_X.new_zeros(width)]
-    total_W, mass_W = bias_X.new_zeros(width), bias_X.new_zeros(width)
-    for f, logit_W in zip(streams, logits, strict=True):
-        if f is not None:
-            total_W, mass_W = total_W + logit_W.exp() * f, mass_W + logit_W.exp()
-    return total_W / mass_W if any(f is not None for f in streams) else total_W

@@ -17,16 +17,22 @@ class Experts(nn.Module):
     `matrices`: (rows, columns) of the matrices of every expert of all ranks, first to last.
     """
 
+    kernels = "torch"
+    """`moe.kernels`; kinds that know no other compute with torch's."""
+    takes_chunks = False
+    """Whether `forward` takes `chunks.RowChunks`, and returns what has departed of each."""
     takes_copies = False
     """Whether `forward` takes `RowsWithCopies`."""
     takes_tokens = False
     """Whether `forward` takes tokens and a `TokenRows` on the CPU, and returns their sums."""
+    sends_gradient = False
+    """Whether `forward` takes a function that sends the rows' gradient back."""
 
     def __init_subclass__(cls) -> None:
         """Take no more than the arguments of this class's own `forward`, unless it says so."""
         super().__init_subclass__()
         if "forward" in cls.__dict__:
-            for name in ("takes_copies", "takes_tokens"):
+            for name in ("takes_chunks", "takes_copies", "takes_tokens", "sends_gradient"):
                 setattr(cls, name, cls.__dict__.get(name, False))
 
     def __init__(self, kind: str, matrices: tuple[tuple[tuple[int, int], ...], ...]) -> None:

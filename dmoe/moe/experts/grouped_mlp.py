@@ -9,30 +9,27 @@ and O: input and output width of one product; E experts, e local experts.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.nn.functional import grouped_mm
 
 from dmoe.config.expert_shapes import matrix_shapes
-from dmoe.moe.experts.activation import ACTIVATION_FNS, activated_product
+from dmoe.moe.chunks import RowChunks
+from dmoe.moe.experts.activation import activated_product, differentiable, two_products
 from dmoe.moe.experts.base import Experts
 from dmoe.moe.experts.copies import Weights, compute_experts
+from dmoe.moe.experts.grouped_product import any_weight_grads, grouped_linear, groups_of
 from dmoe.moe.experts.one_by_one import (
+    SendGradient,
     TokenRows,
     rows_through_experts,
     tokens_through_experts,
-    weight_grad,
 )
 from dmoe.moe.interfaces import RowCounts, TokensPerExpert
 from dmoe.moe.placement import ExpertPlacement, contiguous_placement
 from dmoe.moe.rng import normal_
-
-ROW_ALIGNMENT = 16
-"""Bytes; each row of a matrix in `grouped_mm` starts at a multiple of it."""
 
 
 class MLPExperts(Experts):
@@ -46,8 +43,10 @@ class MLPExperts(Experts):
     weights).
     """
 
+    takes_chunks = True
     takes_copies = True
     takes_tokens = True
+    sends_gradient = True
 
     def __init__(
         self, kind: str, dim: int, expert_dim: int, num_experts: int, out_dim: int
@@ -60,28 +59,38 @@ class MLPExperts(Experts):
         self.w_out = nn.Parameter(torch.empty(num_experts, *shapes[1]))
 
     def forward(
-        self, rows_RD: Tensor, tokens_per_expert: RowCounts, tokens: TokenRows | None = None
-    ) -> Tensor:
-        """Compute rows_RM; with `tokens`, the sum over each token's experts from tokens x_TD."""
+        self,
+        rows_RD: Any,
+        tokens_per_expert: RowCounts | RowChunks,
+        tokens: TokenRows | None = None,
+        send_gradient: SendGradient | None = None,
+    ) -> Any:
+        """Compute rows_RM; with `tokens`, the sum over each token's experts from tokens x_TD.
+
+        With `send_gradient`, the backward gives it the rows' gradient before it computes others.
+        With chunks, `rows_RD` is what has departed, and so is the result.
+        """
         if tokens is not None:
             assert isinstance(tokens_per_expert, Tensor), "packed, all experts local"
             return tokens_through_experts(
                 self.kind, rows_RD, self.w_in, self.w_out, tokens_per_expert.tolist(), *tokens
             )
-        weights = {name: getattr(self, name).to(rows_RD.dtype) for name in ("w_in", "w_out")}
-        return compute_experts(self._rows, weights, rows_RD, tokens_per_expert)
+        stacks = {"w_in": self.w_in, "w_out": self.w_out}
+        if isinstance(tokens_per_expert, RowChunks):
+            return tokens_per_expert.compute(self._rows, stacks, rows_RD)
+        weights = {name: stack.to(rows_RD.dtype) for name, stack in stacks.items()}
+        function = partial(self._rows, send_gradient)
+        return compute_experts(function, weights, rows_RD, tokens_per_expert)
 
     def _rows(
-        self, weights: Weights, rows_RD: Tensor, tokens_per_expert: TokensPerExpert
+        self,
+        send_gradient: SendGradient | None,
+        weights: Weights,
+        rows_RD: Tensor,
+        tokens_per_expert: TokensPerExpert,
     ) -> Tensor:
-        return feed_forward(
-            self.kind,
-            rows_RD,
-            weights["w_in"],
-            weights["w_out"],
-            tokens_per_expert,
-            self.recompute_activation,
-        )
+        more = (tokens_per_expert, self.recompute_activation, send_gradient, self.kernels)
+        return feed_forward(self.kind, rows_RD, weights["w_in"], weights["w_out"], *more)
 
     def placement(self, ranks: int) -> ExpertPlacement:
         return contiguous_placement(self.num_experts, ranks)
@@ -100,6 +109,8 @@ class MLPExperts(Experts):
 
     def initialize(self, seed: int, layer: int, std: float, out_std: float) -> None:
         """Draw each expert from a generator keyed by its global id: the same at any EP size."""
+        if self.w_in.is_meta:
+            return  # thousands of experts take a second
         for local in range(len(self.w_in)):
             expert = self.first + local
             normal_(self.w_in[local], std, seed, "expert", layer, expert, "in")
@@ -113,6 +124,8 @@ def feed_forward(
     w_out: Tensor,
     tokens_per_expert: TokensPerExpert,
     recompute_activation: bool = False,
+    send_gradient: SendGradient | None = None,
+    kernels: str = "torch",
 ) -> Tensor:
     """Compute `activation(rows @ w_in[e]) @ w_out[e]`, [R, D] -> [R, M].
 
@@ -126,17 +139,24 @@ def feed_forward(
         w_in: [e, D, H], in the rows' dtype.
         w_out: [e, F, M], in the rows' dtype.
         tokens_per_expert: rows of each local expert; of unused rows, the result is zero.
-        recompute_activation: compute the activated rows again in backward; always so on the CPU.
+        recompute_activation: compute the activated rows again in backward; always so on the CPU
+            and with `send_gradient`.
+        send_gradient: called with the rows' gradient before the weights' gradients are computed.
+        kernels: `moe.kernels`; not read on the CPU.
     """
     if rows_RD.is_cuda:
-        weights = (w_in, w_out, tokens_per_expert, recompute_activation)
+        if send_gradient is not None:
+            rules = (grouped_linear, any_weight_grads, send_gradient)
+            groups = groups_of(rows_RD, w_in, tokens_per_expert)
+            return two_products(kind, rows_RD, w_in, w_out, groups, *rules, kernels)
+        weights = (w_in, w_out, tokens_per_expert, recompute_activation, kernels)
         return feed_forward_in_steps(kind, rows_RD, *weights)
     sizes = (
         [tokens_per_expert] * len(w_in)
         if isinstance(tokens_per_expert, int)
         else tokens_per_expert.tolist()
     )
-    return rows_through_experts(kind, rows_RD, w_in, w_out, sizes)
+    return rows_through_experts(kind, rows_RD, w_in, w_out, sizes, send_gradient)
 
 
 def feed_forward_in_steps(
@@ -146,134 +166,12 @@ def feed_forward_in_steps(
     w_out: Tensor,
     tokens_per_expert: TokensPerExpert,
     recompute_activation: bool = False,
+    kernels: str = "torch",
 ) -> Tensor:
     """Compute `feed_forward` in three steps: the CUDA path, and the tests' reference."""
-    hidden_RH = grouped_linear(rows_RD, w_in, tokens_per_expert)
+    groups = groups_of(rows_RD, w_in, tokens_per_expert)
+    hidden_RH = grouped_linear(rows_RD, w_in, groups)
     if not recompute_activation:
-        return grouped_linear(ACTIVATION_FNS[kind](hidden_RH), w_out, tokens_per_expert)
-    more = (tokens_per_expert, grouped_linear, _any_weight_grads)
+        return grouped_linear(differentiable(kind, hidden_RH, kernels), w_out, groups)
+    more = (groups, grouped_linear, any_weight_grads, kernels)
     return activated_product(kind, hidden_RH, w_out, *more)
-
-
-def _any_weight_grads(
-    rows_RI: Tensor, grad_RO: Tensor, weight_eIO: Tensor, count: TokensPerExpert
-) -> Tensor:
-    """Compute the weights' gradient for all that `grouped_linear` takes, [e, I, O]."""
-    grad_RO = _contiguous(grad_RO)
-    if isinstance(count, int):
-        groups = (len(weight_eIO), count, -1)
-        return torch.bmm(rows_RI.view(groups).mT, grad_RO.view(groups))
-    multiple = ROW_ALIGNMENT // rows_RI.element_size() if rows_RI.is_cuda else 1
-    rows, grad = (F.pad(t, (0, -t.shape[1] % multiple)) for t in (rows_RI, grad_RO))
-    return _weight_grads(rows, grad, count[: len(weight_eIO)])[
-        :, : rows_RI.shape[1], : grad_RO.shape[1]
-    ]
-
-
-def grouped_linear(
-    rows_RI: Tensor, weight_eIO: Tensor, tokens_per_expert: TokensPerExpert
-) -> Tensor:
-    """Compute `rows @ weight[e]` for rows grouped by expert, [R, O].
-
-    An expert without rows gets a zero gradient. Equal groups (an int) are one batched GEMM. Unequal
-    ones are `torch.nn.functional.grouped_mm` on CUDA, which reads the group ends on the device; on
-    the CPU a loop of GEMMs that write into the result, measured at 0.6 times the time of
-    `grouped_mm` there (`dmoe bench layer`). In float64, and with more groups than `grouped_mm`
-    takes, CUDA computes the loop too, with one host read. Unused rows give zero.
-
-    `grouped_mm` takes matrices whose rows start at multiples of 16 bytes. Other widths are padded
-    with zeros, which change no number; the cost is a copy of what is padded.
-    """
-    if isinstance(tokens_per_expert, int):
-        experts, width, out = weight_eIO.shape
-        return torch.bmm(rows_RI.view(experts, tokens_per_expert, width), weight_eIO).view(
-            experts * tokens_per_expert, out
-        )
-    multiple = ROW_ALIGNMENT // rows_RI.element_size() if rows_RI.is_cuda else 1
-    more_in, more_out = (-size % multiple for size in weight_eIO.shape[1:])
-    if not more_in and not more_out:
-        result: Tensor = _GroupedLinear.apply(rows_RI, weight_eIO, tokens_per_expert)
-        return result
-    padded_RO: Tensor = _GroupedLinear.apply(
-        F.pad(rows_RI, (0, more_in)),
-        F.pad(weight_eIO, (0, more_out, 0, more_in)),
-        tokens_per_expert,
-    )
-    return padded_RO[:, : weight_eIO.shape[2]]
-
-
-class _GroupedLinear(Function):
-    @staticmethod
-    def forward(ctx: Any, rows_RI: Tensor, weight_eIO: Tensor, count_e: Tensor) -> Tensor:
-        ctx.save_for_backward(rows_RI, weight_eIO, count_e)
-        return _rows_times_weight(rows_RI, weight_eIO, count_e)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        rows_RI, weight_eIO, count_e = ctx.saved_tensors
-        grad_RO = _contiguous(grads[0])
-        grad_rows = (
-            _rows_times_weight(grad_RO, weight_eIO.transpose(1, 2), count_e)
-            if ctx.needs_input_grad[0]
-            else None
-        )
-        count_e, grad_weight = count_e[: len(weight_eIO)], None
-        if ctx.needs_input_grad[1]:
-            grad_weight = _weight_grads(rows_RI, grad_RO, count_e)
-        return grad_rows, grad_weight, None
-
-
-def _contiguous(tensor: Tensor) -> Tensor:
-    """Return the tensor with the strides of a new one.
-
-    Without elements `contiguous()` keeps any strides, such as the (0, 0) of an expanded gradient,
-    which `grouped_mm` refuses.
-    """
-    if tensor.numel():
-        return tensor.contiguous()
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _uses_grouped_mm(rows_RI: Tensor, count_e: Tensor) -> bool:
-    """Return whether `grouped_mm` computes this product: not in float64, at most 1,023 groups."""
-    return rows_RI.is_cuda and rows_RI.dtype != torch.float64 and len(count_e) < 1024
-
-
-def _rows_times_weight(rows_RI: Tensor, weight_eIO: Tensor, count_e: Tensor) -> Tensor:
-    if _uses_grouped_mm(rows_RI, count_e):
-        end_e = count_e[: len(weight_eIO)].cumsum(0, dtype=torch.int32)
-        out_RO = grouped_mm(rows_RI, weight_eIO, offs=end_e)
-        if len(count_e) == len(weight_eIO):
-            return out_RO
-        row_R1 = torch.arange(len(out_RO), device=out_RO.device).unsqueeze(1)
-        return out_RO.masked_fill_(row_R1 >= end_e[-1], 0.0)  # the kernel leaves them unset
-    out_RO = rows_RI.new_empty(len(rows_RI), weight_eIO.shape[2])
-    sizes = count_e.tolist()
-    parts = zip(rows_RI.split(sizes), weight_eIO, out_RO.split(sizes), strict=False)
-    for rows, weight, out in parts:
-        torch.mm(rows, weight, out=out)
-    _zero_unused(out_RO, sizes, weight_eIO)
-    return out_RO
-
-
-def _weight_grads(rows_RI: Tensor, grad_RO: Tensor, count_e: Tensor) -> Tensor:
-    """Compute the weights' gradient, `rows^T @ grad` of each expert, [e, I, O]."""
-    if _uses_grouped_mm(rows_RI, count_e):
-        grad_eIO = grouped_mm(rows_RI.t(), grad_RO, offs=count_e.cumsum(0, dtype=torch.int32))
-        if torch.cuda.get_device_capability(rows_RI.device)[0] >= 10:
-            # Blackwell's kernel leaves the gradient of an expert without rows unset
-            # (pytorch/pytorch#172439, cutlass#2674). A product would keep its NaN.
-            grad_eIO.masked_fill_((count_e == 0)[:, None, None], 0.0)
-        return grad_eIO
-    out_eIO = rows_RI.new_empty(len(count_e), rows_RI.shape[1], grad_RO.shape[1])
-    sizes = count_e.tolist()
-    rows_RI, grad_RO = rows_RI[: sum(sizes)], grad_RO[: sum(sizes)]
-    for rows, grad, out in zip(rows_RI.split(sizes), grad_RO.split(sizes), out_eIO, strict=True):
-        weight_grad(rows, grad, out)
-    return out_eIO
-
-
-def _zero_unused(rows: Tensor, sizes: list[int], experts: Tensor) -> None:
-    """Set the unused rows after those of the last expert to zero, if there are any."""
-    if len(sizes) > len(experts):
-        rows[len(rows) - sizes[-1] :] = 0.0

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from dmoe.config.expert_shapes import matrix_shapes
 from dmoe.moe.experts.activation import ACTIVATION_FNS
 from dmoe.moe.experts.base import Experts
-from dmoe.moe.experts.grouped_mlp import feed_forward, grouped_linear
+from dmoe.moe.experts.grouped_mlp import feed_forward
+from dmoe.moe.experts.grouped_product import grouped_linear
 from dmoe.moe.interfaces import TokensPerExpert
 from dmoe.moe.placement import ExpertPlacement, balanced_placement
 from dmoe.moe.rng import normal_
@@ -82,7 +83,9 @@ class HeterogeneousExperts(Experts):
 
     def weight(self, expert: int, n: int) -> Tensor:
         """Return the n-th matrix of a local expert, by its global id."""
-        return self.get_submodule(str(expert)).get_parameter(f"w{n}")
+        # by name: torch.func.functional_call puts plain tensors there
+        matrix: Tensor = getattr(self.get_submodule(str(expert)), f"w{n}")
+        return matrix
 
     def placement(self, ranks: int) -> ExpertPlacement:
         """Place experts by longest processing time first (`placement.py`)."""

@@ -23,7 +23,8 @@ R rows, r rows of one expert, e local experts, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,9 @@ from torch.autograd import Function
 
 from dmoe.moe.dispatch import Permutation, profiled, sum_over_choices
 from dmoe.moe.experts.activation import activate, activate_backward
+from dmoe.moe.inputs import first_derivative_only
+
+SendGradient = Callable[[Tensor], None]
 
 
 class TokenRows(NamedTuple):
@@ -43,7 +47,12 @@ class TokenRows(NamedTuple):
 
 
 def rows_through_experts(
-    kind: str, rows_RD: Tensor, w_in: Tensor, w_out: Tensor, sizes: list[int]
+    kind: str,
+    rows_RD: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    sizes: list[int],
+    send_gradient: SendGradient | None = None,
 ) -> Tensor:
     """Compute `activation(rows @ w_in[e]) @ w_out[e]`, [R, D] -> [R, M].
 
@@ -53,8 +62,9 @@ def rows_through_experts(
         w_in: [e, D, H], of any dtype; computed in the rows'.
         w_out: [e, F, M].
         sizes: rows of each expert; after them maybe those of unused rows, whose result is zero.
+        send_gradient: called with the rows' gradient before the weights' gradients are computed.
     """
-    out: Tensor = _OneByOne.apply(rows_RD, w_in, w_out, None, None, sizes, kind)
+    out: Tensor = _OneByOne.apply(rows_RD, w_in, w_out, None, None, sizes, kind, send_gradient)
     return out
 
 
@@ -81,7 +91,7 @@ def tokens_through_experts(
         weight_TK: combine weights.
     """
     permutation = permutation.first_rows(sum(sizes))
-    out: Tensor = _OneByOne.apply(x_TD, w_in, w_out, weight_TK, permutation, sizes, kind)
+    out: Tensor = _OneByOne.apply(x_TD, w_in, w_out, weight_TK, permutation, sizes, kind, None)
     return out
 
 
@@ -96,6 +106,7 @@ class _OneByOne(Function):
         permutation: Permutation | None,
         sizes: list[int],
         kind: str,
+        send_gradient: SendGradient | None,
     ) -> Tensor:
         blocks = _Blocks(sizes[: len(w_in)], x.dtype, permutation)
         out_RM = x.new_empty(blocks.end, w_out.shape[2])
@@ -106,6 +117,7 @@ class _OneByOne(Function):
                 activate(kind, hidden[-1]), w_out[e].to(x.dtype), out=out_RM[blocks.padded(part)]
             )
         ctx.blocks, ctx.kind, ctx.permutation = blocks, kind, permutation
+        ctx.send_gradient = send_gradient
         ctx.save_for_backward(x, w_in, w_out, weight_TK, *hidden)
         if permutation is None:
             return _with_unused(out_RM, blocks.total, len(x))
@@ -116,6 +128,7 @@ class _OneByOne(Function):
             return sum_over_choices(out_RM[: blocks.total], weight_TK.to(x.dtype), permutation)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, w_in, w_out, weight_TK, *hidden = ctx.saved_tensors
         blocks, permutation, grad_y = ctx.blocks, ctx.permutation, grads[0]
@@ -128,6 +141,7 @@ class _OneByOne(Function):
         weight_R, dot_R = None, x.new_empty(blocks.end)
         if permutation is not None:
             weight_R = weight_TK.flatten()[permutation.assignment_R].to(x.dtype)
+        delayed = list[Callable[[], None]]()
         for e, part in blocks:
             h, grad = hidden[e], blocks.rows(grad_y, part)
             weight_r = None if weight_R is None else blocks.pad(weight_R[part], len(h))
@@ -136,15 +150,21 @@ class _OneByOne(Function):
             )
             if dot_r is not None:
                 dot_R[blocks.padded(part)] = dot_r
-            if grad_out is not None:
-                weight_grad(activated, grad, grad_out[e])
-            if grad_in is not None:
-                weight_grad(blocks.rows(x, part), grad_h, grad_in[e])
             if grad_rows is not None:
                 torch.mm(grad_h, w_in[e].to(x.dtype).t(), out=grad_rows[blocks.padded(part)])
+            if grad_out is not None:
+                delayed.append(partial(weight_grad, activated, grad, grad_out[e]))
+            if grad_in is not None:
+                rows = blocks.rows(x, part)
+                delayed.append(partial(weight_grad, rows, grad_h, grad_in[e]))
+            if ctx.send_gradient is None:
+                _call(delayed)
         if permutation is None:
             grad_x = None if grad_rows is None else _with_unused(grad_rows, blocks.total, len(x))
-            return grad_x, grad_in, grad_out, None, None, None, None
+            if grad_x is not None and ctx.send_gradient is not None:
+                ctx.send_gradient(grad_x)
+            _call(delayed)
+            return grad_x, grad_in, grad_out, None, None, None, None, None
         keep_TK, grad_x = permutation.keep_TK, None
         if grad_rows is not None:
             kept_TK = None if keep_TK is None else keep_TK.to(x.dtype)
@@ -152,7 +172,14 @@ class _OneByOne(Function):
         grad_weight_TK = dot_R[permutation.row_TK] if blocks.total else torch.zeros_like(weight_TK)
         if keep_TK is not None:
             grad_weight_TK = grad_weight_TK.masked_fill(~keep_TK, 0.0)
-        return grad_x, grad_in, grad_out, grad_weight_TK.to(weight_TK.dtype), None, None, None
+        return grad_x, grad_in, grad_out, grad_weight_TK.to(weight_TK.dtype), *[None] * 4
+
+
+def _call(delayed: list[Callable[[], None]]) -> None:
+    """Call all and forget them, and with them the rows that they hold."""
+    for call in delayed:
+        call()
+    delayed.clear()
 
 
 class _Blocks:

@@ -41,7 +41,11 @@ class AdaptiveRouter(LearnedRouter):
         self, x_TD: Tensor, context: TokenContext, shape: BatchShape = ONE_SEQUENCE
     ) -> Routing:
         logit_TE = self.logits(x_TD, context, shape)
-        score_TE = gate_scores(logit_TE, self.config)
+        return self.select(logit_TE, gate_scores(logit_TE, self.config), context, shape)
+
+    def select(
+        self, logit_TE: Tensor, score_TE: Tensor, context: TokenContext, shape: BatchShape
+    ) -> Routing:
         order_TE = sort_experts(score_TE.detach() + self.bias_E)
         expert_TK = order_TE[:, : self.top_k]
         taken_TK = until_top_p(

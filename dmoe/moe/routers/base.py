@@ -17,8 +17,7 @@ token's next eligible expert, at the weight that expert would have:
     weights_from: chosen   exp(logit[next]) / sum over the selected of exp(logit)
 
 times `scale`: the rule and the denominator of the selected ones. So a token's weights need not sum
-to 1 after rerouting, as they need not after a drop. Computed only with a capacity: without one
-nothing overflows.
+to 1 after rerouting or a drop. Computed only with a capacity: without one nothing overflows.
 
 Cost: one [T, D] x [D, E] product, one sort of E values per token, a few operations on [T, K]. No
 collective, no host sync.
@@ -39,12 +38,8 @@ from torch import Tensor, nn
 from dmoe.config.router_kinds import RouterSpec
 from dmoe.config.schema import RouterConfig
 from dmoe.moe.rng import keyed_noise, normal_
-from dmoe.moe.routers.projection import project, router_dtype
-from dmoe.moe.routing import (
-    BatchShape,
-    Routing,
-    TokenContext,
-)
+from dmoe.moe.routers.projection import project, renormalized_softmax, router_dtype
+from dmoe.moe.routing import BatchShape, Routing, TokenContext
 
 
 class RouterModule(nn.Module):
@@ -78,7 +73,7 @@ class RouterModule(nn.Module):
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> RouterModule:
         """Move and cast like any module, but keep the router's own buffers at least float32.
 
-        In bf16 a bias of 0.5 loses steps of 0.001, and a constant weight of 1/3 is 0.334.
+        In bf16 a bias of 0.5 loses steps of 0.001.
         """
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
@@ -138,6 +133,12 @@ class LearnedRouter(RouterModule):
         """Return the logits, float [T, E]."""
         return project(self.router_input(x_TD, context, shape), self.weight)
 
+    def select(
+        self, logit_TE: Tensor, score_TE: Tensor, context: TokenContext, shape: BatchShape
+    ) -> Routing:
+        """Select experts by the gate's scores and the bias: of a forward, or recorded ones."""
+        return self.route(logit_TE, score_TE, context, shape)
+
     def route(
         self,
         logit_TE: Tensor,
@@ -150,15 +151,15 @@ class LearnedRouter(RouterModule):
         """Select the K experts of largest score + bias.
 
         Args:
-            logit_TE: float32 or float64.
-            score_TE: the gate's scores of them.
+            logit_TE, score_TE: float32 or float64; the gate's scores of them.
             context: `valid_T`.
             shape: `capacity`; next experts are computed only with one.
             eligible_TE: bool, at least K per token. None: all experts.
         """
         order_TE = sort_experts(score_TE.detach() + self.bias_E, eligible_TE)
         expert_TK = order_TE[:, : self.top_k]
-        weight_TK = combine_weights(logit_TE, score_TE, expert_TK, self.config)
+        rule = (logit_TE, score_TE, expert_TK, self.config)
+        weight_TK, loss_logit_TE = weights_and_logits(*rule)
         routing = Routing(
             expert_TK,
             weight_TK,
@@ -167,12 +168,28 @@ class LearnedRouter(RouterModule):
             scale=self.config.scale,
             selected_TK=valid_choices(expert_TK, context),
             sums_to_one=self.config.score == "softmax",
-        )
+        ).with_loss_logits(loss_logit_TE)
         if shape.capacity is None:
             return routing
         next_TS = order_TE[:, self.top_k : 2 * self.top_k]
         exists_TS = None if eligible_TE is None else eligible_TE.gather(1, next_TS)
         return with_next_experts(routing, next_TS, self.config, exists_TS=exists_TS)
+
+
+def weights_and_logits(
+    logit_TE: Tensor,
+    score_TE: Tensor,
+    expert_TK: Tensor,
+    config: RouterConfig,
+    mask_TK: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute `combine_weights`, and `Routing.loss_logit_TE` where the scores are a softmax."""
+    if config.score != "softmax" or mask_TK is not None:
+        return combine_weights(logit_TE, score_TE, expert_TK, config, mask_TK), None
+    if config.weights_from == "chosen" or not config.renormalize:
+        return combine_weights(logit_TE, score_TE, expert_TK, config), logit_TE
+    weight_TK, loss_logit_TE = renormalized_softmax(logit_TE, score_TE, expert_TK)
+    return _scaled(weight_TK, config), loss_logit_TE
 
 
 def valid_choices(expert_TK: Tensor, context: TokenContext) -> Tensor | None:
@@ -188,8 +205,7 @@ def gate_scores(logit_TE: Tensor, config: RouterConfig) -> Tensor:
 def sort_experts(score_TE: Tensor, eligible_TE: Tensor | None = None) -> Tensor:
     """Sort experts by descending score, ties to the lower id, ineligible ones last; int64 [T, E].
 
-    A stable descending sort keeps equal scores in index order on CPU and CUDA; `torch.topk`
-    promises no order among ties.
+    The sort is stable on CPU and CUDA; `torch.topk` promises no order among ties.
     """
     if eligible_TE is not None:
         score_TE = score_TE.masked_fill(~eligible_TE, -math.inf)
@@ -208,21 +224,17 @@ def combine_weights(
     config: RouterConfig,
     selected_TK: Tensor | None = None,
 ) -> Tensor:
-    """Compute the combine weights of the selected experts.
+    """Compute the combine weights of the selected experts, [T, K], in the dtype of the scores.
 
     `weights_from: chosen` takes the softmax over the K selected logits (Megatron's default),
     otherwise the scores over all E are used; `renormalize` divides by the selected sum (+1e-20);
     `scale` multiplies last.
 
     Args:
-        logit_TE: float32 or float64.
-        score_TE: the gate's scores of them.
+        logit_TE, score_TE: float32 or float64; the gate's scores of them.
         expert_TK: int64, the experts listed for each token.
         config: weights_from, score, renormalize, scale.
         selected_TK: bool; the weight is 0 where False. None: all are selected.
-
-    Returns:
-        [T, K], the dtype of the scores.
     """
     if config.weights_from == "chosen":
         selected_logit_TK = logit_TE.gather(1, expert_TK)
@@ -233,6 +245,10 @@ def combine_weights(
         weight_TK = _selected_scores(score_TE, expert_TK, selected_TK)
     if config.renormalize:
         weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
+    return _scaled(weight_TK, config)
+
+
+def _scaled(weight_TK: Tensor, config: RouterConfig) -> Tensor:
     return weight_TK if config.scale == 1.0 else weight_TK * config.scale
 
 
@@ -247,9 +263,7 @@ def with_next_experts(
     """Return `routing` with next experts and the weights they would have.
 
     Args:
-        routing: the selection.
         next_TS: int64, next experts, best first.
-        config: weights_from, score, renormalize, scale.
         exists_TS: bool; id -1 and weight 0 where False. None: all exist.
         selected_TK: bool, the experts of the list that are selected (adaptive). None: all.
     """
@@ -257,7 +271,8 @@ def with_next_experts(
     if exists_TS is not None:
         next_TS = next_TS.masked_fill(~exists_TS, -1)
         weight_TS = weight_TS.masked_fill(~exists_TS, 0.0)
-    return replace(routing, next_expert_TS=next_TS, next_weight_TS=weight_TS)
+    routing_with = replace(routing, next_expert_TS=next_TS, next_weight_TS=weight_TS)
+    return routing_with.with_loss_logits(routing.loss_logit_TE)
 
 
 def next_weights(

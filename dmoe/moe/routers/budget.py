@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from dmoe.config.schema import RouterConfig
+from dmoe.moe.constants import HostConstant
 from dmoe.moe.load_balancing.losses import mean_over_tokens
-from dmoe.moe.placement import HostConstant
 from dmoe.moe.routers.base import LearnedRouter, combine_weights, sort_experts
 from dmoe.moe.routers.projection import project
 from dmoe.moe.routing import ONE_SEQUENCE, BatchShape, Routing, TokenContext
@@ -57,11 +57,15 @@ class BudgetRouter(LearnedRouter):
     ) -> Routing:
         x_TD = self.router_input(x_TD, context, shape)
         logit_TE = self.logits_per_token_or_sequence(x_TD, context, shape.sequences)
-        score_TE = logit_TE.softmax(-1)
+        return self.select(logit_TE, logit_TE.softmax(-1), context, shape)
+
+    def select(
+        self, logit_TE: Tensor, score_TE: Tensor, context: TokenContext, shape: BatchShape
+    ) -> Routing:
         expert_TK = sort_experts(score_TE.detach() + self.bias_E)[:, : self.top_k]
         enough_TK = score_TE.detach().gather(1, expert_TK) > self.config.min_weight
         budget = self.config.budget if context.budget is None else context.budget
-        cost_TK = self.multiply_adds.on(x_TD.device)[expert_TK]
+        cost_TK = self.multiply_adds.on(score_TE.device)[expert_TK]
         taken_TK = affordable(enough_TK, cost_TK, allowance(budget, self.multiply_adds.values))
         expert_TK, taken_TK = taken_first(expert_TK, taken_TK)
         return Routing(

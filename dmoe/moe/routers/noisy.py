@@ -59,5 +59,5 @@ class NoisyRouter(LearnedRouter):
                 torch.randn, "noise", clean_TE, self.num_experts, self.layer, context, shape
             )
             logit_TE = clean_TE + std_TE * normal_TE
-        routing = self.route(logit_TE, gate_scores(logit_TE, self.config), context, shape)
+        routing = self.select(logit_TE, gate_scores(logit_TE, self.config), context, shape)
         return replace(routing, noise=Noise(clean_TE, std_TE, raw_TE))

@@ -50,17 +50,15 @@ class TopKRouter(LearnedRouter):
         self, x_TD: Tensor, context: TokenContext, shape: BatchShape = ONE_SEQUENCE
     ) -> Routing:
         logit_TE = self.logits(x_TD, context, shape)
-        return self.route(logit_TE, gate_scores(logit_TE, self.config), context, shape)
+        return self.select(logit_TE, gate_scores(logit_TE, self.config), context, shape)
 
 
-class GroupLimitedRouter(LearnedRouter):
+class GroupLimitedRouter(TopKRouter):
     """Selects the K experts of largest score within the token's best groups of experts."""
 
-    def forward(
-        self, x_TD: Tensor, context: TokenContext, shape: BatchShape = ONE_SEQUENCE
+    def select(
+        self, logit_TE: Tensor, score_TE: Tensor, context: TokenContext, shape: BatchShape
     ) -> Routing:
-        logit_TE = self.logits(x_TD, context, shape)
-        score_TE = gate_scores(logit_TE, self.config)
         eligible_TE = eligible(
             score_TE.detach() + self.bias_E, self.config.groups, self.config.topk_groups
         )

@@ -1,20 +1,20 @@
 """The panel of a simulated run: rows between its ranks, and how long a step waits for one of them.
 
-Read from RUN/simulation.jsonl (`dmoe simulate`). Letters: W ranks.
+Read from RUN/simulation.jsonl (`dmoe simulate`). A line that is damaged is left out, and the panel
+says so. Letters: W ranks.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
 from dmoe.report.charts import View, build_matrix_chart, make_curve
+from dmoe.report.lost import SIMULATION, simulated_lines
 from dmoe.report.page import Chart, Panel, Selector
 from dmoe.report.run import Run
 
-LINES = "simulation.jsonl"
 CURVES: dict[str, Callable[[list[float]], float]] = {"mean": fmean, "largest": max}
 
 
@@ -24,9 +24,15 @@ def _summary(of: Callable[[list[float]], float]) -> Callable[[dict[str, Any]], f
 
 def simulation_panel(runs: Sequence[Run]) -> Panel | None:
     """Build straggler factor by step and traffic by layer; None if no run was simulated."""
-    lines = [_read(run) for run in runs]
+    read = [simulated_lines(run) for run in runs]
+    lines = [whole for whole, _ in read]
+    lost = [
+        f"{run.name}: {count} line(s) of {SIMULATION} could not be read and are left out."
+        for run, (_, count) in zip(runs, read, strict=True)
+        if count
+    ]
     if not any(lines):
-        return None
+        return Panel("simulation", "Simulated ranks", lost) if lost else None
     views: dict[str, Any] = {}
     for index, run_lines in enumerate(lines):
         by_step: dict[int, list[float]] = {}
@@ -64,17 +70,9 @@ def simulation_panel(runs: Sequence[Run]) -> Panel | None:
     return Panel(
         "simulation",
         "Simulated ranks",
-        [f"One process computed what {'; '.join(sizes)} would have exchanged."],
+        [f"One process computed what {'; '.join(sizes)} would have exchanged.", *lost],
         charts=[straggler, *([built] if built is not None else [])],
     )
-
-
-def _read(run: Run) -> list[dict[str, Any]]:
-    path = run.path / LINES
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
 def _matrices(lines: Sequence[dict[str, Any]]) -> dict[str, View]:

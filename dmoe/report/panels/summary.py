@@ -16,6 +16,7 @@ from dmoe.report.format import (
     format_utc,
     plural,
 )
+from dmoe.report.lost import lost_lines, unused_lines
 from dmoe.report.overview import count_alerts, describe_commit
 from dmoe.report.page import Panel, Table, TextBlock
 from dmoe.report.run import (
@@ -28,7 +29,6 @@ from dmoe.report.run import (
 from dmoe.report.sentences import config_sentences
 from dmoe.runs.metrics_log import Line, finite, number
 
-MEASUREMENTS = ("train", "eval")
 EVENT_NAMES = {"held": "training waited"}
 """Words for fields of an event whose names say too little."""
 EVENT_FIELDS = ("event", "step", "time", "text", "title", "sample", "data", "attempt")
@@ -175,7 +175,7 @@ def events_panel(runs: Sequence[Run]) -> Panel:
             head = ["Event", "Step", "Details", "Time (UTC)"]
             rows = [_event_row(*pair) for pair in events]
             tables.append(Table(f"Events of {run.name}", head, rows))
-        sentences += _lost_lines(run)
+        sentences += [*lost_lines(run, run.name), *unused_lines(run)]
     if not tables and not sentences:
         sentences = ["No event was recorded."]
     return Panel("events", "Events", sentences, tables=tables)
@@ -228,32 +228,6 @@ def _event_row(line: Line, is_void: bool) -> list[str]:
     details = [_event_details(line), "void after a later restart" if is_void else ""]
     text = "; ".join(part for part in details if part)
     return [_event_kind(line), f"{line['step']:,}", text, format_utc(finite(line.get("time")))]
-
-
-def _lost_lines(run: Run) -> list[str]:
-    sentences = []
-    if run.metrics.unreadable:
-        sentences.append(
-            f"{run.name}: {run.metrics.unreadable} line(s) of metrics.jsonl could not be read and "
-            "are left out."
-        )
-    if run.metrics.without_layers:
-        sentences.append(
-            f"{run.name}: the layers of {run.metrics.without_layers} line(s) are missing in "
-            "metrics.layers.bin, or damaged, and left out."
-        )
-    if run.metrics.skipped_layers:
-        sentences.append(
-            f"{run.name}: the numbers per layer of {run.metrics.skipped_layers:,} logged steps, "
-            "evenly spread, are not shown; they are in metrics.layers.bin."
-        )
-    void = sum(line["event"] in MEASUREMENTS for line in run.metrics.void)
-    if void:
-        sentences.append(
-            f"{run.name}: {void} measurement(s) of steps that a restart repeated are left out of "
-            "the curves."
-        )
-    return sentences
 
 
 def samples_panel(runs: Sequence[Run]) -> Panel:

@@ -121,7 +121,7 @@ def evaluate_run(
     process = init_distributed(
         config.train.device, config.parallel.backend, config.parallel.start_timeout
     )
-    config = _config_for(config, run, process.world_size, sequences)
+    config = _config_for(config, run, process, sequences)
     check(config, process.world_size)
     engine = _load_engine(config, run, step, process, model)
     counter = _LoadCounter()
@@ -157,8 +157,9 @@ def _open_data(config: Config, source: str | None) -> DataSplits:
     return open_whole_text(config.data, config.train.seed, source)
 
 
-def _config_for(config: Config, run: RunDir, world: int, sequences: int | None) -> Config:
-    """Return the config for this number of ranks, with the forwards of the training."""
+def _config_for(config: Config, run: RunDir, process: ProcessInfo, sequences: int | None) -> Config:
+    """Return the config for these ranks, with the forwards of the training."""
+    world = process.world_size
     lines = read_metrics(run.metrics) if run.metrics.exists() else []
     trained = [line.get("world") for line in lines if line["event"] in ("start", "restart")]
     before = trained[-1] if trained and isinstance(trained[-1], int) else 1
@@ -168,13 +169,17 @@ def _config_for(config: Config, run: RunDir, world: int, sequences: int | None) 
         parallel = replace(parallel, ep="auto")
     if world == 1:
         parallel = replace(parallel, mode="ddp")
+    if process.device.type == "cpu":  # a library moves rows between GPUs
+        parallel = replace(parallel, exchange=replace(parallel.exchange, library="torch"))
     train = replace(
         train,
         micro_batch=micro_batch,
+        offload="none",  # there is no backward, and a CPU refuses it
         global_batch=micro_batch * world * parallel.virtual_ranks,
         eval_sequences=train.eval_sequences if sequences is None else sequences,
     )
-    return replace(config, parallel=parallel, train=train)
+    optim = replace(config.optim, offload=False)
+    return replace(config, parallel=parallel, train=train, optim=optim)
 
 
 def _load_engine(

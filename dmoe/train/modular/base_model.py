@@ -28,7 +28,7 @@ from dmoe.modular.attach import CHILD
 from dmoe.moe.rng import normal_
 from dmoe.train.engine import Engine
 
-IGNORED_FIELDS = ("moe.exchange",)
+IGNORED_FIELDS = ("moe.exchange", "moe.kernels")
 """Fields that may differ from the base model's config: they change no number."""
 SHARED_MODULE_FIELDS = ("bank", "at", "rank", "alpha", "hidden", "reads", "length", "density")
 """Fields of `modular` that must equal those of the base model if it has modules."""

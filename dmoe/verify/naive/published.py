@@ -72,15 +72,15 @@ def _drop(
     if isinstance(layer, ZayaLayer):  # what skips the layer has weight 0, and is no expert
         expert_TK = expert_TK.where(weight_TK != 0, layer.num_experts - 1)
     context, sequences = layer.record.context, layer.record.sequences
+    rows = expert_TK.tolist()
+    assert all(len({*row}) == len(row) for row in rows), "a router chose an expert twice"
     choices = _choices(layer, expert_TK, weight_TK, context)
     if context.noise_key is not None:
         before_E = prior.add(context.noise_key[1], choices, layer.num_experts)
         context = replace(context, prior_count_LE=torch.tensor([before_E] * (layer.layer + 1)))
     view = cast(Any, layer)
     kept = apply_capacity(view, choices, sequences)
-    kept_TK = torch.tensor(
-        [[e in kept.experts_T[t] for e in row] for t, row in enumerate(expert_TK.tolist())]
-    )
+    kept_TK = torch.tensor([[e in kept.experts_T[t] for e in row] for t, row in enumerate(rows)])
     layer.record.layers.append(
         LayerRecord(
             auxiliary_losses(view, choices, context, sequences),

@@ -1,19 +1,24 @@
-"""The padded all-to-all of pooled slots: equal splits, though experts get any number of rows.
+"""Dispatchers with fixed slots, so with equal splits and without a host read; pooled slots too.
 
-An expert of a pool may fill any of its P*C slots, so it has no fixed number of rows. Instead each
-EP rank gets one block of a fixed size: the rows of its experts, sorted by expert, then unused rows
-of zeros, then the number of rows of each expert, as bytes in the last X rows. The receiver sorts
-the blocks' rows by expert, unused ones last, which no expert computes.
+Padded sends C slots for each (group, expert). Forward 2 collectives, backward 2, no host read: all
+shapes follow from the config, so they need equally many tokens on all ranks. Bytes per rank and
+direction: (EP-1)/EP * E * G * C * M * itemsize.
+
+Pooled slots: equal splits, though experts get any number of rows. An expert of a pool may fill any
+of its P*C slots, so it has no fixed number of rows. Instead each EP rank gets one block of a fixed
+size: the rows of its experts, sorted by expert, then unused rows of zeros, then the number of rows
+of each expert, as bytes in the last X rows. The receiver sorts the blocks' rows by expert, unused
+ones last, which no expert computes.
 
     block of 2 experts, B = 6, X = 1      0 0 0 1 - - #       # = (3, 1)
 
 The counts ride in the rows' own message because one of their own would be a third collective in
 forward. X is 1 if a row has 4e bytes.
 
-Cost: forward 2 collectives, backward 2, no host read, as without a pool. Bytes per rank and
-direction: (EP-1) * (B + X) * M * itemsize, with B = G * pools * min(P*C, K*T_g) rows and `pools`
-the most pools of which one rank has experts. Where no pool spans ranks, B is the G*C*e rows of
-slots that are not pooled. A pool that spans ranks has rows for all its slots on each of them.
+Cost: the collectives of padded. Bytes per rank and direction: (EP-1) * (B + X) * M * itemsize,
+with B = G * pools * min(P*C, K*T_g) rows and `pools` the most pools of which one rank has experts.
+Where no pool spans ranks, B is the G*C*e rows of slots that are not pooled. A pool that spans ranks
+has rows for all its slots on each of them.
 
 Letters: T_g tokens of a group on this rank, D width, M row width, e local experts, K experts per
 token, P experts of a pool, N EP ranks, R rows, G groups, C slots of one (group, expert).
@@ -28,9 +33,70 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dmoe.distributed.all_to_all import ExpertGroup, reorder
-from dmoe.moe.dispatch import Permutation, permute, pooled_rows, unpermute
+from dmoe.moe.dispatch import Permutation, permute, unpermute
 from dmoe.moe.interfaces import TokensPerExpert
+from dmoe.moe.padded_slots import padded_permutation, pooled_rows
 from dmoe.moe.routing import DispatchPlan
+
+Blocks = tuple[int, int, int]
+"""Sizes of blocks of rows in two dimensions, and the rows of one block: slots G * C."""
+
+
+@dataclass(frozen=True)
+class PaddedDispatchMetadata:
+    """State of one padded dispatch that `combine` needs."""
+
+    permutation: Permutation
+    by_rank: Blocks
+    """Blocks of rows by source rank and local expert, as they are sent."""
+
+    @property
+    def by_expert(self) -> Blocks:
+        """The same blocks by local expert and source rank, as experts compute them."""
+        ranks, experts, slots = self.by_rank
+        return experts, ranks, slots
+
+
+def swapped(blocks: Blocks, rows: Tensor) -> Tensor:
+    """Swap the two dimensions of blocks of rows.
+
+    All sizes are given: torch cannot infer a -1 where no rank has a token.
+    """
+    return rows.view(*blocks, rows.shape[1]).transpose(0, 1).flatten(0, 2)
+
+
+class PaddedAllToAll:
+    """Dispatcher with fixed slots and equal splits: no counts, no host read."""
+
+    def __init__(self, expert_group: ExpertGroup) -> None:
+        self.expert_group, self.num_ranks = expert_group, dist.get_world_size(expert_group.group)
+
+    def dispatch(
+        self, x_TD: Tensor, plan: DispatchPlan
+    ) -> tuple[Tensor, TokensPerExpert, PaddedDispatchMetadata]:
+        """Send each token to the ranks of its experts; see `moe.interfaces.Dispatcher`."""
+        metadata, rows = self.place(plan)
+        rows_RD = self.expert_group.all_to_all_autograd(
+            permute(x_TD, metadata.permutation), None, None, "dispatch"
+        )
+        return swapped(metadata.by_rank, rows_RD), rows, metadata
+
+    def place(self, plan: DispatchPlan) -> tuple[PaddedDispatchMetadata, int]:
+        """Return the places of the rows to send, and the rows that each local expert gets."""
+        assert plan.slots is not None, "the padded exchange needs a capacity"
+        slots = plan.slots.rows_per_expert
+        by_rank = (self.num_ranks, plan.num_experts // self.num_ranks, slots)
+        metadata = PaddedDispatchMetadata(padded_permutation(plan), by_rank)
+        return metadata, self.num_ranks * slots
+
+    def combine(
+        self, rows_RD: Tensor, weight_TK: Tensor, metadata: PaddedDispatchMetadata
+    ) -> Tensor:
+        """Return the rows to their tokens and sum them with their weights."""
+        rows_ND = self.expert_group.all_to_all_autograd(
+            swapped(metadata.by_expert, rows_RD), None, None, "combine"
+        )
+        return unpermute(rows_ND, weight_TK, metadata.permutation)
 
 
 @dataclass(frozen=True)
