@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dmoe.config.errors import ConfigError
+from dmoe.distributed.coalesced import broadcast_experts, gather_stacks, unsharded
 from dmoe.distributed.expert_parallel import (
     ExpertLocation,
     expert_buffers,
@@ -33,8 +33,8 @@ def gather_full(
 ) -> dict[str, Tensor]:
     """Gather every tensor in full, on every rank.
 
-    Cost: one all-gather per expert stack over the EP group, one broadcast per matrix of
-    `locations`, and DTensor's all-gather for each sharded tensor.
+    Cost per dtype and 32 MiB: one all-gather of sharded tensors, one of expert stacks over the EP
+    group, and one broadcast per EP rank of its matrices of `locations` (`coalesced.py`).
 
     Args:
         values: this rank's tensors by name, all of its own experts' among them, or none at all.
@@ -46,50 +46,10 @@ def gather_full(
         Full tensors by name; expert stacks as [E, ...] in global order.
     """
     locations = locations or {}
-    full = {}
-    if values:
-        full = {
-            name: broadcast_expert(values.get(name), location, mesh)
-            for name, location in locations.items()
-        }
-    for name, value in values.items():
-        if name not in locations:
-            tensor = _unsharded(value).detach()
-            full[name] = _gather_experts(tensor, mesh) if name in experts else tensor
-    return full
-
-
-def broadcast_expert(
-    value: Tensor | None,
-    location: ExpertLocation,
-    mesh: ParallelMesh,
-    shape: tuple[int, ...] | None = None,
-) -> Tensor:
-    """Send one expert's tensor from its EP rank to all ranks.
-
-    Args:
-        value: the tensor on the EP rank that holds it, None on the others.
-        location: where the expert's matrix is.
-        mesh: the ranks.
-        shape: shape of the tensor, if it is not the matrix's own.
-
-    Returns:
-        The full tensor, on every rank.
-    """
-    full = None if value is None else _unsharded(value)
-    if mesh.ep_group is None:
-        assert full is not None, "with EP = 1 every rank has every expert"
-        return full.detach()
-    if full is None:
-        buffer = torch.empty(
-            location.shape if shape is None else shape,
-            dtype=location.dtype,
-            device=location.device,
-        )
-    else:
-        buffer = full.detach().contiguous()
-    dist.broadcast(buffer, group=mesh.ep_group, group_src=location.ep_rank)
-    return buffer
+    full = broadcast_experts(values, locations, mesh) if values else {}
+    rest = unsharded({name: value for name, value in values.items() if name not in locations})
+    stacks = {name: value for name, value in rest.items() if name in experts}
+    return full | rest | gather_stacks(stacks, mesh)
 
 
 def full_state(model: nn.Module, mesh: ParallelMesh) -> dict[str, Any]:
@@ -246,11 +206,3 @@ def copy_full_into_shard(value: Tensor, full: Tensor) -> None:
 
 def _unsharded(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def _gather_experts(local: Tensor, mesh: ParallelMesh) -> Tensor:
-    if mesh.ep_group is None:
-        return local
-    parts = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(mesh.ep)]
-    dist.all_gather(parts, local.contiguous(), group=mesh.ep_group)
-    return torch.cat(parts)

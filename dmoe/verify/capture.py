@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from dmoe.config.schedule import learning_rate
+from dmoe.distributed.coalesced import broadcast_experts
 from dmoe.distributed.expert_parallel import expert_buffers, expert_locations, expert_parameters
-from dmoe.distributed.full_tensors import broadcast_expert, gather_full, on_device_of
+from dmoe.distributed.full_tensors import gather_full, on_device_of
 from dmoe.models import fusion
 from dmoe.moe.base_layer import MoELayer
 from dmoe.moe.placement import ExpertPlacement
@@ -211,13 +212,8 @@ def state_arrays(engine: Engine) -> Capture:
     }
     # all parameters have a step count, or none
     if steps:
-        step_locations = {
-            name: replace(location, dtype=torch.float32) for name, location in locations.items()
-        }
-        steps |= {
-            name: broadcast_expert(steps.get(name), location, mesh, ())
-            for name, location in step_locations.items()
-        }
+        at = {name: replace(location, dtype=torch.float32) for name, location in locations.items()}
+        steps |= broadcast_experts(steps, at, mesh, ())
     arrays |= {f"buffer.{name}": as_array(value) for name, value in buffers.items()}
     return arrays | {f"step.{name}": as_array(value) for name, value in steps.items()}
 

@@ -225,18 +225,18 @@ def difference_of(quantity: str, where: str, actual: Array, expected: Array) -> 
         return Difference(
             quantity, where, np.inf, finding=f"shape {actual.shape}, not {expected.shape}"
         )
-    a, b = actual.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
-    scale = float(np.linalg.norm(b))
+    a, b = (x.astype(np.float64, copy=False).ravel() for x in (actual, expected))
     gap = float(np.linalg.norm(a - b))
     if gap == 0.0:
         return Difference(quantity, where, 0.0)
     if not np.isfinite(gap):
         return Difference(quantity, where, np.inf, finding="not finite")
+    scale = float(np.linalg.norm(b))
     size = gap / scale if scale > 0 else np.inf
+    if size <= 1e-6:
+        return Difference(quantity, where, size)
     ratio = float(a @ b) / scale**2 if scale > 0 else None
-    explained = (
-        ratio is not None and size > 1e-6 and float(np.linalg.norm(a - ratio * b)) < 1e-4 * gap
-    )
+    explained = ratio is not None and float(np.linalg.norm(a - ratio * b)) < 1e-4 * gap
     return Difference(
         quantity,
         where,
