@@ -7,7 +7,8 @@ other half. So every pair of router, factor, ranks, EP, exchange and mode is com
 `test_every_pair_is_compared` counts. A bug that needs three of them at once, in one router, would
 not be found. Every other capacity runs a half on four ranks, where experts are both sharded and
 replicated. The shipped configs, whose routers and capacities are in the other rows too, run on two,
-but for the two of `ON_FOUR`: shared experts after a dense block, and grouped-query attention.
+but for the two of `ON_FOUR`: shared experts after a dense block, and grouped-query attention. Both
+leave out EP 1, where every rank has all experts: the rows of the routers compare it.
 
 All combinations, and a second factor, about six times as long: `DMOE_FULL_MATRIX=1 pytest -m slow
 tests/verify/test_matrix.py`.
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -26,6 +26,7 @@ import pytest
 import dmoe.verify.verify as verification
 from dmoe.config.load import load
 from dmoe.verify.cases import Case, CasePlan, plan_cases, prepare, shrink
+from tests.verify.halves import half_of, in_half
 from tests.verify.test_verify import lines
 
 FULL = os.environ.get("DMOE_FULL_MATRIX") == "1"
@@ -106,18 +107,6 @@ ROWS = [(router, factor) for router in ROUTERS for factor in FACTORS]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-def in_half(case: Case, half: int) -> bool:
-    """Return True if the case is in this half (0 or 1).
-
-    Both halves have the cases of one process; recomputation is in half 0.
-    """
-    if case.world == 1:
-        return True
-    if case.recompute:
-        return half == 0
-    return (case.ep.bit_length() + (case.exchange == "padded") + (case.mode == "fsdp")) % 2 == half
-
-
 def row(router: str, factor: str) -> tuple[list[str], int, int]:
     """Return overrides, ranks and half.
 
@@ -132,12 +121,16 @@ def row(router: str, factor: str) -> tuple[list[str], int, int]:
 def verify_half(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Verify one half of the cases of some worlds; all cases on request."""
 
-    def check(overrides: list[str], worlds: list[int], half: int, path: Path | None = None) -> None:
+    def check(
+        overrides: list[str],
+        worlds: list[int],
+        half: int,
+        path: Path | None = None,
+        min_ep: int = 1,
+    ) -> None:
         def half_of_the_plan(*arguments: object) -> CasePlan:
             plan = plan_cases(*arguments)  # type: ignore[arg-type]
-            if FULL:
-                return plan
-            return replace(plan, cases=[case for case in plan.cases if in_half(case, half)])
+            return plan if FULL else half_of(plan, half, min_ep)
 
         monkeypatch.setattr(verification, "plan_cases", half_of_the_plan)
         report = verification.verify(load(path, overrides), worlds=[1, 2, 4] if FULL else worlds)
@@ -159,12 +152,14 @@ def test_capacities(capacity: str, verify_half: Callable[..., None]) -> None:
         [*CAPACITIES[capacity], "moe.capacity.factor=1.0"],
         [4],
         list(CAPACITIES).index(capacity) % 2,
+        min_ep=2,
     )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs(path: Path, verify_half: Callable[..., None]) -> None:
-    verify_half([], [4 if path.stem in ON_FOUR else 2], len(path.stem) % 2, path)
+    ranks = 4 if path.stem in ON_FOUR else 2
+    verify_half([], [ranks], len(path.stem) % 2, path, min_ep=2)
 
 
 def pairs(row: tuple[str, str], cases: list[Case]) -> Iterator[frozenset[tuple[str, object]]]:
