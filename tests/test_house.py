@@ -9,7 +9,7 @@ from __future__ import annotations
 from tests.house import files_of_a_step, measure
 
 LIMITS = {
-    "product files": 440,
+    "product files": 441,
     "product lines": 71_800,
     "files of one MoE forward": 17,
     "files of one training step": 46,
