@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 
 from dmoe.config.errors import ConfigError
 from dmoe.config.launch_env import FOREIGN_LAUNCHERS, PREFIXES, VARIABLES, clear_environment
-from dmoe.distributed import accelerate_env
+from dmoe.distributed import accelerate_env, local_ranks
 from dmoe.distributed.accelerate_env import make_accelerator
 from dmoe.distributed.init import ProcessInfo, init_distributed
 from dmoe.train.engine import build_engine
@@ -204,6 +204,22 @@ def test_verify_s_ranks_do_not_follow_the_environment(tmp_path: Path) -> None:
         ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4",
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("3", "3")])
+def test_numpy_has_one_thread_in_the_ranks(
+    given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each dot product of `dmoe verify` waited for a second thread that had no core."""
+    name, seen = local_ranks.BLAS_THREADS, list[str | None]()
+    monkeypatch.delenv(name, raising=False)
+    if given is not None:
+        monkeypatch.setenv(name, given)
+    started = lambda: seen.append(os.environ.get(name))  # noqa: E731
+    monkeypatch.setattr(local_ranks.forkserver, "ensure_running", started)
+    local_ranks._start_fork_server()
+    assert seen == [expected]
+    assert os.environ.get(name) == given, "the process that starts them keeps its own"
 
 
 def test_a_transport_that_gloo_has_not_is_refused(tmp_path: Path) -> None:
