@@ -23,6 +23,7 @@ from dmoe.distributed.gradients import local_tensor
 from dmoe.distributed.mesh import ParallelMesh
 
 BUCKET_BYTES = 32 << 20
+"""Large enough that the start of a collective is a small part of it, small beside a model."""
 Names = list[str]
 
 
@@ -79,6 +80,8 @@ def _gather_shards(
     group = sharded[names[0]].group
     ranks = dist.get_world_size(group)
     shapes = {n: _shard_shapes(whole[n].shape, sharded[n].dim, ranks) for n in names}
+    own = dist.get_rank(group)
+    assert all(shards[n].shape == shapes[n][own] for n in names), "not the shards of torch.chunk"
     length = sum(shapes[n][0].numel() for n in names)
     own_L = _flat([shards[n] for n in names], length)
     parts: dict[str, list[Tensor]] = {n: [] for n in names}
