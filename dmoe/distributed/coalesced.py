@@ -10,7 +10,7 @@ Letters: N ranks of a group, L numbers of a buffer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,22 +41,18 @@ def unsharded(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     or in another form than `Shard`, is gathered by `DTensor.full_tensor`.
     """
     full = {name: value.detach() for name, value in values.items()}
-    sharded, groups = dict[str, _Sharding](), dict[object, dict[str, Tensor]]()
+    sharded = dict[str, _Sharding]()
     for name, value in full.items():
-        if not isinstance(value, DTensor):
-            continue
-        sharding = _sharding_of(value)
-        if sharding is None:
-            full[name] = value.full_tensor()
-            continue
-        sharded[name] = sharding
-        local = local_tensor(value)
-        key = (sharding.group.group_name, local.dtype, local.device)
-        groups.setdefault(key, {})[name] = local
-    for shards in groups.values():
-        # by sizes of full tensors, which are the same on every rank
-        for names in _buckets({name: full[name] for name in shards}):
-            full |= _gather_shards(names, shards, full, sharded)
+        if isinstance(value, DTensor):
+            sharding = _sharding_of(value)
+            if sharding is None:
+                full[name] = value.full_tensor()
+            else:
+                sharded[name] = sharding
+    # by sizes of full tensors, which are the same on every rank
+    divided = {name: full[name] for name in sharded}
+    for names in _buckets(divided, lambda name: sharded[name].group.group_name):
+        full |= _gather_shards({name: divided[name] for name in names}, sharded)
     return full
 
 
@@ -68,18 +64,16 @@ def _sharding_of(value: DTensor) -> _Sharding | None:
 
 
 def _gather_shards(
-    names: Names,
-    shards: Mapping[str, Tensor],
-    whole: Mapping[str, Tensor],
-    sharded: Mapping[str, _Sharding],
+    bucket: Mapping[str, Tensor], sharded: Mapping[str, _Sharding]
 ) -> dict[str, Tensor]:
     """Gather one bucket and put the shards of each tensor together.
 
     Shards are those of `torch.chunk`: rank 0 has the largest, which the buffers are as long as.
     """
-    group = sharded[names[0]].group
+    names = list(bucket)
+    shards, group = {n: local_tensor(bucket[n]) for n in names}, sharded[names[0]].group
     ranks = dist.get_world_size(group)
-    shapes = {n: _shard_shapes(whole[n].shape, sharded[n].dim, ranks) for n in names}
+    shapes = {n: _shard_shapes(bucket[n].shape, sharded[n].dim, ranks) for n in names}
     own = dist.get_rank(group)
     assert all(shards[n].shape == shapes[n][own] for n in names), "not the shards of torch.chunk"
     length = sum(shapes[n][0].numel() for n in names)
@@ -108,16 +102,13 @@ def gather_stacks(stacks: Mapping[str, Tensor], mesh: ParallelMesh) -> dict[str,
     """
     if mesh.ep_group is None:
         return dict(stacks)
-    full, groups = dict[str, Tensor](), dict[object, dict[str, Tensor]]()
-    for name, stack in stacks.items():
-        groups.setdefault((stack.dtype, stack.device), {})[name] = stack
-    for alike in groups.values():
-        for names in _buckets(alike):
-            own = [alike[name] for name in names]
-            sizes = [stack.numel() for stack in own]
-            ranks = [buffer.split(sizes) for buffer in _all_gather(_flat(own), mesh.ep_group)]
-            for name, stack, parts in zip(names, own, zip(*ranks, strict=True), strict=True):
-                full[name] = torch.cat([part.view(stack.shape) for part in parts])
+    full = dict[str, Tensor]()
+    for names in _buckets(stacks):
+        own = [stacks[name] for name in names]
+        sizes = [stack.numel() for stack in own]
+        ranks = [buffer.split(sizes) for buffer in _all_gather(_flat(own), mesh.ep_group)]
+        for name, stack, parts in zip(names, own, zip(*ranks, strict=True), strict=True):
+            full[name] = torch.cat([part.view(stack.shape) for part in parts])
     return full
 
 
@@ -143,34 +134,39 @@ def broadcast_experts(
     held = unsharded({n: values[n] for n, at in locations.items() if at.ep_rank == mesh.ep_rank})
     if mesh.ep_group is None:
         return held
-    full, groups = dict[str, Tensor](), dict[object, dict[str, Tensor]]()
-    for name, at in locations.items():
-        like = torch.empty(at.shape if shape is None else shape, dtype=at.dtype, device="meta")
-        groups.setdefault((at.ep_rank, at.dtype), {})[name] = like
-    for likes in groups.values():
-        for names in _buckets(likes):
-            at, sizes = locations[names[0]], [likes[name].numel() for name in names]
-            if at.ep_rank == mesh.ep_rank:
-                buffer = _flat([held[name] for name in names])
-            else:
-                buffer = torch.empty(sum(sizes), dtype=at.dtype, device=at.device)
-            dist.broadcast(buffer, group=mesh.ep_group, group_src=at.ep_rank)
-            for name, part in zip(names, buffer.split(sizes), strict=True):
-                full[name] = part.view(likes[name].shape)
+    full = dict[str, Tensor]()
+    likes = {
+        name: torch.empty(at.shape if shape is None else shape, dtype=at.dtype, device="meta")
+        for name, at in locations.items()
+    }
+    for names in _buckets(likes, lambda name: locations[name].ep_rank):
+        at, sizes = locations[names[0]], [likes[name].numel() for name in names]
+        if at.ep_rank == mesh.ep_rank:
+            buffer = _flat([held[name] for name in names])
+        else:
+            buffer = torch.empty(sum(sizes), dtype=at.dtype, device=at.device)
+        dist.broadcast(buffer, group=mesh.ep_group, group_src=at.ep_rank)
+        for name, part in zip(names, buffer.split(sizes), strict=True):
+            full[name] = part.view(likes[name].shape)
     return {name: full[name] for name in locations}
 
 
-def _buckets(tensors: Mapping[str, Tensor]) -> Iterator[Names]:
-    """Yield runs of names whose tensors have at most `BUCKET_BYTES` together, or are alone."""
-    names, size = Names(), 0
+def _buckets(
+    tensors: Mapping[str, Tensor], key: Callable[[str], object] = lambda name: None
+) -> Iterator[Names]:
+    """Yield names of one key, dtype and device, of at most `BUCKET_BYTES` together, or alone."""
+    groups = dict[object, Names]()
     for name, tensor in tensors.items():
-        bytes_ = tensor.numel() * tensor.element_size()
-        if names and size + bytes_ > BUCKET_BYTES:
-            yield names
-            names, size = Names(), 0
-        names.append(name)
-        size += bytes_
-    if names:
+        groups.setdefault((key(name), tensor.dtype, tensor.device), []).append(name)
+    for group in groups.values():
+        names, size = Names(), 0
+        for name in group:
+            bytes_ = tensors[name].numel() * tensors[name].element_size()
+            if names and size + bytes_ > BUCKET_BYTES:
+                yield names
+                names, size = Names(), 0
+            names.append(name)
+            size += bytes_
         yield names
 
 
