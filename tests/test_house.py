@@ -10,7 +10,7 @@ from tests.house import files_of_a_step, measure
 
 LIMITS = {
     "product files": 441,
-    "product lines": 71_800,
+    "product lines": 72_000,
     "files of one MoE forward": 17,
     "files of one training step": 46,
     "files that name a router kind": 6,

@@ -31,7 +31,7 @@ from dmoe.moe.dispatch import (
     unpermute,
 )
 from dmoe.moe.inputs import first_derivative_only
-from dmoe.moe.interfaces import RowCounts
+from dmoe.moe.interfaces import RowCounts, RowDispatcher, SentRows
 from dmoe.moe.routing import DispatchPlan
 
 
@@ -199,7 +199,7 @@ class PackedDispatchMetadata:
     """int64: the inverse of `order_R`."""
 
 
-class PackedAllToAll:
+class PackedAllToAll(RowDispatcher):
     """Dispatcher that sends only the rows that exist; 1 host read per forward."""
 
     def __init__(self, expert_group: ExpertGroup) -> None:
@@ -209,13 +209,18 @@ class PackedAllToAll:
         self, x_TD: Tensor, plan: DispatchPlan
     ) -> tuple[Tensor, RowCounts, PackedDispatchMetadata]:
         """Send each token to the ranks of its experts; see `moe.interfaces.Dispatcher`."""
+        rows_RD, order_R, count_e, metadata = self.send_rows(x_TD, plan)
+        return reorder(rows_RD, order_R, metadata.inverse_R), count_e, metadata
+
+    def send_rows(self, x_TD: Tensor, plan: DispatchPlan) -> SentRows:
+        """Send them, without a pass that groups them by expert."""
         permutation, recv_count_Pe, send_counts, recv_counts = self.count(plan)
         rows_RD = self.expert_group.all_to_all_autograd(
             permute(x_TD, permutation), send_counts, recv_counts, "dispatch"
         )
         order_R, inverse_R = local_expert_order(recv_count_Pe, sum(recv_counts))
         metadata = PackedDispatchMetadata(permutation, send_counts, recv_counts, order_R, inverse_R)
-        return reorder(rows_RD, order_R, inverse_R), recv_count_Pe.sum(0), metadata
+        return SentRows(rows_RD, order_R, recv_count_Pe.sum(0), metadata)
 
     def count(self, plan: DispatchPlan) -> tuple[Permutation, Tensor, list[int], list[int]]:
         """Exchange the rows per expert: one all-to-all, one host read.
@@ -242,10 +247,16 @@ class PackedAllToAll:
             f"experts returned {len(rows_RD)} rows for {sum(metadata.recv_counts)}"
         )
         rows_by_source_RD = reorder(rows_RD, metadata.inverse_R, metadata.order_R)
-        rows_ND = self.expert_group.all_to_all_autograd(
-            rows_by_source_RD, metadata.recv_counts, metadata.send_counts, "combine"
+        return self.return_rows(rows_by_source_RD, weight_TK, metadata)
+
+    def return_rows(
+        self, rows_RM: Tensor, weight_TK: Tensor, metadata: PackedDispatchMetadata
+    ) -> Tensor:
+        """Return rows that are in the order of their source ranks, and sum them."""
+        rows_NM = self.expert_group.all_to_all_autograd(
+            rows_RM, metadata.recv_counts, metadata.send_counts, "combine"
         )
-        return unpermute(rows_ND, weight_TK, metadata.permutation)
+        return unpermute(rows_NM, weight_TK, metadata.permutation)
 
 
 def local_expert_order(recv_count_Pe: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ token, P experts of a pool, N EP ranks, R rows, G groups, C slots of one (group,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from dmoe.distributed.all_to_all import ExpertGroup, reorder
 from dmoe.moe.dispatch import Permutation, permute, unpermute
-from dmoe.moe.interfaces import TokensPerExpert
+from dmoe.moe.interfaces import RowDispatcher, SentRows, TokensPerExpert
 from dmoe.moe.padded_slots import padded_permutation, pooled_rows
 from dmoe.moe.routing import DispatchPlan
 
@@ -56,6 +57,11 @@ class PaddedDispatchMetadata:
         ranks, experts, slots = self.by_rank
         return experts, ranks, slots
 
+    def order_R(self, device: torch.device) -> Tensor:
+        """Return the places, by source rank, of the rows by local expert, int64 [R]."""
+        place_R = self.permutation.ranges.get(math.prod(self.by_rank), device)
+        return place_R.view(self.by_rank).transpose(0, 1).flatten()
+
 
 def swapped(blocks: Blocks, rows: Tensor) -> Tensor:
     """Swap the two dimensions of blocks of rows.
@@ -65,7 +71,7 @@ def swapped(blocks: Blocks, rows: Tensor) -> Tensor:
     return rows.view(*blocks, rows.shape[1]).transpose(0, 1).flatten(0, 2)
 
 
-class PaddedAllToAll:
+class PaddedAllToAll(RowDispatcher):
     """Dispatcher with fixed slots and equal splits: no counts, no host read."""
 
     def __init__(self, expert_group: ExpertGroup) -> None:
@@ -76,10 +82,17 @@ class PaddedAllToAll:
     ) -> tuple[Tensor, TokensPerExpert, PaddedDispatchMetadata]:
         """Send each token to the ranks of its experts; see `moe.interfaces.Dispatcher`."""
         metadata, rows = self.place(plan)
-        rows_RD = self.expert_group.all_to_all_autograd(
-            permute(x_TD, metadata.permutation), None, None, "dispatch"
-        )
-        return swapped(metadata.by_rank, rows_RD), rows, metadata
+        return swapped(metadata.by_rank, self.send(x_TD, metadata)), rows, metadata
+
+    def send_rows(self, x_TD: Tensor, plan: DispatchPlan) -> SentRows:
+        """Send them, without a pass that groups them by expert."""
+        metadata, rows = self.place(plan)
+        return SentRows(self.send(x_TD, metadata), metadata.order_R(x_TD.device), rows, metadata)
+
+    def send(self, x_TD: Tensor, metadata: PaddedDispatchMetadata) -> Tensor:
+        """Return the rows that this rank receives, by source rank."""
+        rows_RD = permute(x_TD, metadata.permutation)
+        return self.expert_group.all_to_all_autograd(rows_RD, None, None, "dispatch")
 
     def place(self, plan: DispatchPlan) -> tuple[PaddedDispatchMetadata, int]:
         """Return the places of the rows to send, and the rows that each local expert gets."""
@@ -93,10 +106,14 @@ class PaddedAllToAll:
         self, rows_RD: Tensor, weight_TK: Tensor, metadata: PaddedDispatchMetadata
     ) -> Tensor:
         """Return the rows to their tokens and sum them with their weights."""
-        rows_ND = self.expert_group.all_to_all_autograd(
-            swapped(metadata.by_expert, rows_RD), None, None, "combine"
-        )
-        return unpermute(rows_ND, weight_TK, metadata.permutation)
+        return self.return_rows(swapped(metadata.by_expert, rows_RD), weight_TK, metadata)
+
+    def return_rows(
+        self, rows_RM: Tensor, weight_TK: Tensor, metadata: PaddedDispatchMetadata
+    ) -> Tensor:
+        """Return rows that are in the order of their source ranks, and sum them."""
+        rows_NM = self.expert_group.all_to_all_autograd(rows_RM, None, None, "combine")
+        return unpermute(rows_NM, weight_TK, metadata.permutation)
 
 
 @dataclass(frozen=True)
@@ -112,7 +129,7 @@ class PooledDispatchMetadata:
     """bool, by source rank: rows that hold no assignment."""
 
 
-class PooledAllToAll:
+class PooledAllToAll(RowDispatcher):
     """Dispatcher of pooled slots with equal splits: no host read."""
 
     def __init__(self, expert_group: ExpertGroup) -> None:
@@ -122,6 +139,15 @@ class PooledAllToAll:
         self, x_TD: Tensor, plan: DispatchPlan
     ) -> tuple[Tensor, TokensPerExpert, PooledDispatchMetadata]:
         """Send each token to the ranks of its experts; see `moe.interfaces.Dispatcher`."""
+        rows_RD, order_R, counts, metadata = self.send_rows(x_TD, plan)
+        return (
+            reorder(rows_RD, order_R, metadata.inverse_R, metadata.unused_R),
+            counts,
+            metadata,
+        )
+
+    def send_rows(self, x_TD: Tensor, plan: DispatchPlan) -> SentRows:
+        """Send them, without a pass that groups them by expert; unused rows are not cleared."""
         extra = count_rows(plan.num_experts // self.num_ranks, x_TD.shape[1] * x_TD.element_size())
         permutation, count_Ne = pooled_rows(plan, self.num_ranks, extra)
         rows_RD = permute(x_TD, permutation)
@@ -139,7 +165,7 @@ class PooledAllToAll:
         unused_R = expert_R == count_Ne.shape[1]
         metadata = PooledDispatchMetadata(permutation, order_R, inverse_R, unused_R)
         counts = torch.cat([count_Ne.sum(0), unused_R.sum().view(1)])
-        return reorder(rows_RD, order_R, inverse_R, unused_R), counts, metadata
+        return SentRows(rows_RD, order_R, counts, metadata)
 
     def combine(
         self, rows_RD: Tensor, weight_TK: Tensor, metadata: PooledDispatchMetadata
@@ -147,8 +173,14 @@ class PooledAllToAll:
         """Return the rows to their tokens and sum them with their weights."""
         order_R, inverse_R = metadata.order_R, metadata.inverse_R
         rows_by_source_RD = reorder(rows_RD, inverse_R, order_R, metadata.unused_R[order_R])
-        rows_ND = self.expert_group.all_to_all_autograd(rows_by_source_RD, None, None, "combine")
-        return unpermute(rows_ND, weight_TK, metadata.permutation)
+        return self.return_rows(rows_by_source_RD, weight_TK, metadata)
+
+    def return_rows(
+        self, rows_RM: Tensor, weight_TK: Tensor, metadata: PooledDispatchMetadata
+    ) -> Tensor:
+        """Return rows that are in the order of their source ranks, and sum them."""
+        rows_NM = self.expert_group.all_to_all_autograd(rows_RM, None, None, "combine")
+        return unpermute(rows_NM, weight_TK, metadata.permutation)
 
 
 def count_rows(num_experts: int, row_bytes: int) -> int:

@@ -20,6 +20,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.profiler import record_function
@@ -66,7 +67,7 @@ class Permutation:
     """The row of every assignment and its inverse; int64 or bool tensors on the tokens' device."""
 
     assignment_R: Tensor
-    """The assignment n = t*K + k of each row; meaningless where `filled_R` is False."""
+    """The assignment n = t*K + k of each row; N, behind the last one, where it is empty."""
     row_TK: Tensor
     """The row of each assignment; where it has none, one of its token's own rows, else 0."""
     keep_TK: Tensor | None
@@ -85,7 +86,7 @@ class Permutation:
 
     @cached_property
     def token_R(self) -> Tensor:
-        """int64: the token of each row."""
+        """int64: the token of each row; T, behind the last one, where it is empty."""
         return self.assignment_R // self.row_TK.shape[1]
 
     def first_rows(self, count: int) -> Permutation:
@@ -188,9 +189,10 @@ class _Unpermute(Function):
             grad_RD, grad_TK = kernels.sum_rows_backward(grads[0], rows_RD, weight_TK, *more)
             return grad_RD, grad_TK.to(ctx.weight_dtype), None
         grad_RD = _rows_of_tokens(grads[0], permutation)
-        weight_R = weight_TK.flatten()[permutation.assignment_R]
+        weight_N = weight_TK.flatten()
         if permutation.filled_R is not None:
-            weight_R = weight_R.masked_fill(~permutation.filled_R, 0.0)
+            weight_N = F.pad(weight_N, (0, 1))
+        weight_R = weight_N[permutation.assignment_R]
         if rows_RD.is_cuda:
             grad_weight_TK = row_dots_cuda(grad_RD, rows_RD, permutation)
         else:
@@ -205,10 +207,11 @@ def _rows_of_tokens(x_TD: Tensor, permutation: Permutation) -> Tensor:
         return x_TD.new_zeros(len(permutation.assignment_R), x_TD.shape[1])
     if permutation.kernels == "triton":
         return kernels.gather_rows(x_TD, permutation.token_R, permutation.filled_R)
-    rows_RD = x_TD.index_select(0, permutation.token_R)
     if permutation.filled_R is None:
-        return rows_RD
-    return rows_RD.masked_fill_(~permutation.filled_R.unsqueeze(1), 0.0)
+        return x_TD.index_select(0, permutation.token_R)
+    # Empty slots copy a row of zeros behind the tokens. To clear them would be a pass over all
+    # rows, of which there are K times as many as tokens.
+    return F.pad(x_TD, (0, 0, 0, 1)).index_select(0, permutation.token_R)
 
 
 def sum_over_choices(rows_RD: Tensor, weight_TK: Tensor | None, permutation: Permutation) -> Tensor:

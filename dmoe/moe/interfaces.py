@@ -107,6 +107,35 @@ class OverlappingDispatcher:
         raise NotImplementedError
 
 
+class SentRows(NamedTuple):
+    """Rows on the ranks of their experts, in the order of arrival (`RowDispatcher`)."""
+
+    rows_RD: Tensor
+    order_R: Tensor
+    """int64: the places in `rows_RD` of the rows grouped by local expert."""
+    tokens_per_expert: TokensPerExpert
+    metadata: Any
+    """For `return_rows`."""
+
+
+class RowDispatcher:
+    """A `Dispatcher` whose rows need not be grouped by expert, where experts gather their own.
+
+    `dispatch` and `combine` are these two and a pass over all rows each, forward and backward.
+    """
+
+    sends_rows = True
+    """False: a subclass with another `dispatch`, whose rows must be grouped by expert."""
+
+    def send_rows(self, x_TD: Tensor, plan: DispatchPlan) -> SentRows:
+        """Send each token's rows to the ranks of its experts."""
+        raise NotImplementedError
+
+    def return_rows(self, rows_RM: Tensor, weight_TK: Tensor, metadata: Any) -> Tensor:
+        """Return rows in the order of arrival, and sum each token's with their weights, y_TM."""
+        raise NotImplementedError
+
+
 class SentTokens(NamedTuple):
     """Tokens on the ranks of their experts (`TokenDispatcher`)."""
 

@@ -22,18 +22,19 @@ from dmoe.moe.base_layer import MoELayer, with_budget
 from dmoe.moe.chunks import ChunkingDispatcher
 from dmoe.moe.compute_usage import ComputeUsage
 from dmoe.moe.constants import IndexRanges
-from dmoe.moe.dispatch import (
-    PackedLocal,
-    expert_dtype,
-    packed_permutation,
-    profiled,
-)
+from dmoe.moe.dispatch import PackedLocal, expert_dtype, packed_permutation, profiled
 from dmoe.moe.experts import FeedForward, ZeroCost, build_experts
 from dmoe.moe.experts.base import Experts
 from dmoe.moe.experts.dense import InSteps
 from dmoe.moe.experts.one_by_one import TokenRows
 from dmoe.moe.inputs import MaskAgreement
-from dmoe.moe.interfaces import Dispatcher, NoComm, OverlappingDispatcher, TokenDispatcher
+from dmoe.moe.interfaces import (
+    Dispatcher,
+    NoComm,
+    OverlappingDispatcher,
+    RowDispatcher,
+    TokenDispatcher,
+)
 from dmoe.moe.load_balancing import PendingCounts, auxiliary_losses
 from dmoe.moe.metrics import MoEOutput, layer_stats
 from dmoe.moe.overlapped import in_chunks, overlapped
@@ -262,6 +263,8 @@ class MoE(MoELayer):
                 y_RM = self.sum_of_experts(x_RD, count_e, tokens)
             with profiled("combine"):
                 return dispatcher.return_sums(y_RM, sent)
+        if isinstance(dispatcher, RowDispatcher) and self.takes_unsorted(dispatcher, x_TD):
+            return self.unsorted(dispatcher, x_TD, physical)
         with profiled("dispatch"):
             rows_RD, tokens_per_expert, metadata = dispatcher.dispatch(x_TD, physical)
         with profiled("experts"):

@@ -74,7 +74,6 @@ def _scattered(plan: DispatchPlan, row_TK: Tensor, rows: int) -> Permutation:
     assignment_R.scatter_(0, target_N, plan.ranges.get(empty, row_TK.device))
     assignment_R = assignment_R[:rows]
     filled_R = assignment_R < empty
-    assignment_R = assignment_R.masked_fill(~filled_R, 0)
     row_TK = own_rows(row_TK, keep_TK)
     more = (plan.ranges, plan.kernels)
     return Permutation(assignment_R, row_TK, keep_TK, filled_R, *more)

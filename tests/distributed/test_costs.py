@@ -37,12 +37,12 @@ class CountingExperts(nn.Module):
     sends_gradient = takes_tokens = False
     takes_chunks = True
 
-    def __init__(self, experts: nn.Module) -> None:
+    def __init__(self, experts: nn.Module, takes_order: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
-        self.num_experts = experts.num_experts
+        self.num_experts, self.takes_order = experts.num_experts, takes_order
 
-    def forward(self, rows_RD: Any, per_expert: TokensPerExpert | RowChunks) -> Any:
+    def forward(self, rows_RD: Any, per_expert: TokensPerExpert | RowChunks, *more: Any) -> Any:
         if isinstance(per_expert, RowChunks):
             experts = len(per_expert.chunks) * per_expert.per_chunk
             stacks = {"weight": self.weight.expand(experts)}
@@ -68,6 +68,7 @@ def costs(
     level: str,
     limits: dict[str, Any] | None = None,
     options: ExchangeConfig | None = None,
+    takes_order: bool = False,
 ) -> list[tuple[int, int]]:
     """Count (collectives, host reads) of one layer's forward and of its backward."""
     torch.manual_seed(rank)
@@ -83,7 +84,7 @@ def costs(
     levels = 1 if options is None else options.levels
     mesh = build_mesh(world, torch.device("cpu"), node_size=None if levels == 1 else world // 2)
     shard_experts(layer, mesh, exchange=options)
-    layer.experts = CountingExperts(layer.experts)
+    layer.experts = CountingExperts(layer.experts, takes_order)
     x = torch.randn(2, 24, 16, requires_grad=True)
     layer(x).y.sum().backward()  # first-time reads of gloo and autograd do not count
     made, read = Counter[str](), Counter[str]()
@@ -99,6 +100,7 @@ def costs(
     return [forward, (made.total(), read.total())]
 
 
+@pytest.mark.parametrize("takes_order", [False, True])
 @pytest.mark.parametrize(
     ("exchange", "factor", "level", "expected"),
     [
@@ -109,10 +111,10 @@ def costs(
     ],
 )
 def test_collectives_and_host_reads_of_a_layer(
-    exchange: str, factor: float | None, level: str, expected: list[Any]
+    exchange: str, factor: float | None, level: str, expected: list[Any], takes_order: bool
 ) -> None:
     """Packed: 3 + 2, one host read; padded: 2 + 2, none; global balance: 1 all-reduce more."""
-    for rank in run_ranks(2, costs, exchange, factor, level):
+    for rank in run_ranks(2, costs, exchange, factor, level, None, None, takes_order):
         assert rank == expected
 
 

@@ -10,6 +10,7 @@ from dmoe import MoE
 from dmoe.bench.measure import saved_bytes
 from dmoe.config.schema import CapacityConfig, ExpertsConfig
 from dmoe.moe.experts.grouped_mlp import MLPExperts, feed_forward, feed_forward_in_steps
+from dmoe.moe.experts.one_by_one import rows_through_experts
 from dmoe.moe.routing import TokenContext
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.02}
@@ -68,6 +69,34 @@ def test_round_blocks_take_no_row_of_the_next_expert(dtype: torch.dtype) -> None
     for weight in grads:
         assert weight.isnan().flatten(1).any(1).tolist() == [False, False, False, True]
         assert weight[1].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["swiglu", "relu"])
+def test_rows_in_another_order_have_the_same_bits(kind: str, dtype: torch.dtype) -> None:
+    """As rows that are sorted before and put back after; unused rows are not read, and give zero."""
+    sizes, rows = [7, 0, 21, 9], 41
+    x, grad = torch.randn(2, rows, 16, dtype=dtype)
+    order_R = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    x[order_R[37:]] = grad[order_R[37:]] = torch.nan
+    w_in, w_out = torch.randn(4, 16, 8, dtype=dtype), torch.randn(4, 8, 16, dtype=dtype)
+    if kind == "swiglu":
+        w_out = w_out[:, :4].contiguous()
+    found = []
+    for sorts in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, w_in, w_out)]
+        if sorts:
+            used_R = order_R[:37]
+            y_used = rows_through_experts(kind, leaves[0][used_R], *leaves[1:], sizes)
+            y = torch.zeros_like(x).index_copy(0, used_R, y_used)
+        else:
+            y = rows_through_experts(kind, *leaves, sizes, order_R=order_R)
+        y.backward(grad)
+        found.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    for one, two in zip(*found, strict=True):
+        assert one.isfinite().all()
+        assert torch.equal(one, two)
+    assert found[0][0][order_R[37:]].eq(0).all()
 
 
 def test_float32_weights_are_cast_expert_by_expert() -> None:

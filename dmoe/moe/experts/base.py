@@ -23,6 +23,8 @@ class Experts(nn.Module):
     """Whether `forward` takes `chunks.RowChunks`, and returns what has departed of each."""
     takes_copies = False
     """Whether `forward` takes `RowsWithCopies`."""
+    takes_order = False
+    """Whether `forward` takes rows in any order, and `order_R`, on the CPU."""
     takes_tokens = False
     """Whether `forward` takes tokens and a `TokenRows` on the CPU, and returns their sums."""
     sends_gradient = False
@@ -32,7 +34,13 @@ class Experts(nn.Module):
         """Take no more than the arguments of this class's own `forward`, unless it says so."""
         super().__init_subclass__()
         if "forward" in cls.__dict__:
-            for name in ("takes_chunks", "takes_copies", "takes_tokens", "sends_gradient"):
+            for name in (
+                "takes_chunks",
+                "takes_copies",
+                "takes_order",
+                "takes_tokens",
+                "sends_gradient",
+            ):
                 setattr(cls, name, cls.__dict__.get(name, False))
 
     def __init__(self, kind: str, matrices: tuple[tuple[tuple[int, int], ...], ...]) -> None:

@@ -45,6 +45,7 @@ class MLPExperts(Experts):
 
     takes_chunks = True
     takes_copies = True
+    takes_order = True
     takes_tokens = True
     sends_gradient = True
 
@@ -64,12 +65,19 @@ class MLPExperts(Experts):
         tokens_per_expert: RowCounts | RowChunks,
         tokens: TokenRows | None = None,
         send_gradient: SendGradient | None = None,
+        order_R: Tensor | None = None,
     ) -> Any:
         """Compute rows_RM; with `tokens`, the sum over each token's experts from tokens x_TD.
 
         With `send_gradient`, the backward gives it the rows' gradient before it computes others.
-        With chunks, `rows_RD` is what has departed, and so is the result.
+        With chunks, `rows_RD` is what has departed, and so is the result. With `order_R` (on the
+        CPU), rows and results are in another order: it has the places of the rows by expert.
         """
+        if order_R is not None:
+            assert isinstance(tokens_per_expert, Tensor | int), "no copies and no chunks"
+            sizes = sizes_of(tokens_per_expert, len(self.w_in))
+            more = (sizes, send_gradient, order_R)
+            return rows_through_experts(self.kind, rows_RD, self.w_in, self.w_out, *more)
         if tokens is not None:
             assert isinstance(tokens_per_expert, Tensor), "packed, all experts local"
             return tokens_through_experts(
@@ -151,12 +159,16 @@ def feed_forward(
             return two_products(kind, rows_RD, w_in, w_out, groups, *rules, kernels)
         weights = (w_in, w_out, tokens_per_expert, recompute_activation, kernels)
         return feed_forward_in_steps(kind, rows_RD, *weights)
-    sizes = (
-        [tokens_per_expert] * len(w_in)
-        if isinstance(tokens_per_expert, int)
-        else tokens_per_expert.tolist()
-    )
+    sizes = sizes_of(tokens_per_expert, len(w_in))
     return rows_through_experts(kind, rows_RD, w_in, w_out, sizes, send_gradient)
+
+
+def sizes_of(tokens_per_expert: TokensPerExpert, experts: int) -> list[int]:
+    """Return the rows of each expert as numbers; on the CPU they are in host memory."""
+    if isinstance(tokens_per_expert, int):
+        return [tokens_per_expert] * experts
+    sizes: list[int] = tokens_per_expert.tolist()
+    return sizes
 
 
 def feed_forward_in_steps(

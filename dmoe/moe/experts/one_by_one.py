@@ -13,6 +13,9 @@ combine weight needs no output (SonicMoE, Guo et al. 2025):
 
 with a_tk the activated hidden row, recomputed from the hidden row.
 
+Behind an exchange rows may stay in the order of their source ranks: each expert gathers its own and
+writes its output to their places, so that neither rows nor outputs are sorted as a whole.
+
 Below float32 the rows of an expert are computed in a round number, zeros at the end: oneDNN keeps a
 compiled primitive per shape (hundreds of MB, and a millisecond for each new one), and the numbers
 of rows change in every step. At most one part in 16 is computed in vain.
@@ -53,18 +56,23 @@ def rows_through_experts(
     w_out: Tensor,
     sizes: list[int],
     send_gradient: SendGradient | None = None,
+    order_R: Tensor | None = None,
 ) -> Tensor:
     """Compute `activation(rows @ w_in[e]) @ w_out[e]`, [R, D] -> [R, M].
 
     Args:
         kind: activation, a key of `ACTIVATIONS`.
-        rows_RD: rows grouped by expert.
+        rows_RD: rows grouped by expert, or in any order with `order_R`.
         w_in: [e, D, H], of any dtype; computed in the rows'.
         w_out: [e, F, M].
         sizes: rows of each expert; after them maybe those of unused rows, whose result is zero.
         send_gradient: called with the rows' gradient before the weights' gradients are computed.
+        order_R: int64, the places in `rows_RD` of the rows by expert: each place once. The result
+            has the order of `rows_RD`.
     """
-    out: Tensor = _OneByOne.apply(rows_RD, w_in, w_out, None, None, sizes, kind, send_gradient)
+    out: Tensor = _OneByOne.apply(
+        rows_RD, w_in, w_out, None, order_R, None, sizes, kind, send_gradient
+    )
     return out
 
 
@@ -91,7 +99,9 @@ def tokens_through_experts(
         weight_TK: combine weights.
     """
     permutation = permutation.first_rows(sum(sizes))
-    out: Tensor = _OneByOne.apply(x_TD, w_in, w_out, weight_TK, permutation, sizes, kind, None)
+    out: Tensor = _OneByOne.apply(
+        x_TD, w_in, w_out, weight_TK, None, permutation, sizes, kind, None
+    )
     return out
 
 
@@ -103,24 +113,24 @@ class _OneByOne(Function):
         w_in: Tensor,
         w_out: Tensor,
         weight_TK: Tensor | None,
+        order_R: Tensor | None,
         permutation: Permutation | None,
         sizes: list[int],
         kind: str,
         send_gradient: SendGradient | None,
     ) -> Tensor:
-        blocks = _Blocks(sizes[: len(w_in)], x.dtype, permutation)
-        out_RM = x.new_empty(blocks.end, w_out.shape[2])
+        token_R = None if permutation is None else permutation.token_R
+        blocks = _Blocks(sizes[: len(w_in)], x.dtype, token_R, order_R)
+        out_RM = blocks.memory(x, w_out.shape[2])
         hidden = []
         for e, part in blocks:
             hidden.append(blocks.rows(x, part) @ w_in[e].to(x.dtype))
-            torch.mm(
-                activate(kind, hidden[-1]), w_out[e].to(x.dtype), out=out_RM[blocks.padded(part)]
-            )
+            blocks.write_product(activate(kind, hidden[-1]), w_out[e].to(x.dtype), out_RM, part)
         ctx.blocks, ctx.kind, ctx.permutation = blocks, kind, permutation
         ctx.send_gradient = send_gradient
         ctx.save_for_backward(x, w_in, w_out, weight_TK, *hidden)
         if permutation is None:
-            return _with_unused(out_RM, blocks.total, len(x))
+            return blocks.with_unused(out_RM, len(x))
         assert weight_TK is not None
         if permutation.keep_TK is not None:
             weight_TK = weight_TK.masked_fill(~permutation.keep_TK, 0.0)
@@ -137,7 +147,7 @@ class _OneByOne(Function):
             torch.empty_like(weight) if needed else None
             for weight, needed in ((w_in, needs_in), (w_out, needs_out))
         )
-        grad_rows = x.new_empty(blocks.end, x.shape[1]) if needs_x else None
+        grad_rows = blocks.memory(x, x.shape[1]) if needs_x else None
         weight_R, dot_R = None, x.new_empty(blocks.end)
         if permutation is not None:
             weight_R = weight_TK.flatten()[permutation.assignment_R].to(x.dtype)
@@ -151,7 +161,7 @@ class _OneByOne(Function):
             if dot_r is not None:
                 dot_R[blocks.padded(part)] = dot_r
             if grad_rows is not None:
-                torch.mm(grad_h, w_in[e].to(x.dtype).t(), out=grad_rows[blocks.padded(part)])
+                blocks.write_product(grad_h, w_in[e].to(x.dtype).t(), grad_rows, part)
             if grad_out is not None:
                 delayed.append(partial(weight_grad, activated, grad, grad_out[e]))
             if grad_in is not None:
@@ -160,11 +170,11 @@ class _OneByOne(Function):
             if ctx.send_gradient is None:
                 _call(delayed)
         if permutation is None:
-            grad_x = None if grad_rows is None else _with_unused(grad_rows, blocks.total, len(x))
+            grad_x = None if grad_rows is None else blocks.with_unused(grad_rows, len(x))
             if grad_x is not None and ctx.send_gradient is not None:
                 ctx.send_gradient(grad_x)
             _call(delayed)
-            return grad_x, grad_in, grad_out, None, None, None, None, None
+            return grad_x, grad_in, grad_out, *[None] * 6
         keep_TK, grad_x = permutation.keep_TK, None
         if grad_rows is not None:
             kept_TK = None if keep_TK is None else keep_TK.to(x.dtype)
@@ -172,7 +182,7 @@ class _OneByOne(Function):
         grad_weight_TK = dot_R[permutation.row_TK] if blocks.total else torch.zeros_like(weight_TK)
         if keep_TK is not None:
             grad_weight_TK = grad_weight_TK.masked_fill(~keep_TK, 0.0)
-        return grad_x, grad_in, grad_out, grad_weight_TK.to(weight_TK.dtype), *[None] * 4
+        return grad_x, grad_in, grad_out, grad_weight_TK.to(weight_TK.dtype), *[None] * 5
 
 
 def _call(delayed: list[Callable[[], None]]) -> None:
@@ -186,12 +196,25 @@ class _Blocks:
     """The rows of each expert, in round numbers below float32.
 
     A padded block reaches into the next one, which is computed after it and overwrites its end.
+
+    Args:
+        sizes: rows of each expert.
+        dtype: of the rows.
+        token_R: the token of each row, where rows are gathered from tokens.
+        order_R: the place of each row, where rows are in another order, and their results too.
     """
 
-    def __init__(self, sizes: list[int], dtype: torch.dtype, permutation: Permutation | None):
+    def __init__(
+        self,
+        sizes: list[int],
+        dtype: torch.dtype,
+        token_R: Tensor | None = None,
+        order_R: Tensor | None = None,
+    ) -> None:
         self.sizes, self.total = sizes, sum(sizes)
         self.rounds = dtype.itemsize < 4
-        self.token_R = None if permutation is None else permutation.token_R
+        self.order_R = order_R
+        self.source_R = token_R if order_R is None else order_R
         ends = [self.padded(part).stop for _, part in self]
         self.end = max(ends, default=0)
         """Rows of a buffer that all padded blocks fit in."""
@@ -210,17 +233,43 @@ class _Blocks:
         return slice(part.start, part.start - (-size // step) * step)
 
     def rows(self, x: Tensor, part: slice) -> Tensor:
-        """Return the rows of a block, gathered from the tokens, with zeros at its end."""
+        """Return the rows of a block, gathered if they are elsewhere, with zeros at its end."""
         padded = self.padded(part)
-        if self.token_R is None:
+        if self.source_R is None:
             return self.pad(x[part], padded.stop - padded.start)
         if padded == part:
-            return x.index_select(0, self.token_R[part])
+            return x.index_select(0, self.source_R[part])
         rows = x.new_empty(padded.stop - padded.start, x.shape[1])
         size = part.stop - part.start
-        torch.index_select(x, 0, self.token_R[part], out=rows[:size])
+        torch.index_select(x, 0, self.source_R[part], out=rows[:size])
         rows[size:].zero_()
         return rows
+
+    def memory(self, x: Tensor, width: int) -> Tensor:
+        """Return memory for the results of all blocks, which `write_product` fills."""
+        if self.order_R is None:
+            return x.new_empty(self.end, width)
+        is_full = self.total == len(x)
+        return x.new_empty(len(x), width) if is_full else x.new_zeros(len(x), width)
+
+    def write_product(self, left: Tensor, right: Tensor, out: Tensor, part: slice) -> None:
+        """Write `left @ right` of a block, of its padded rows, to the places of its rows."""
+        if self.order_R is None:
+            torch.mm(left, right, out=out[self.padded(part)])
+        else:
+            # the product is still in the cache
+            size = part.stop - part.start
+            out.index_copy_(0, self.order_R[part], (left @ right)[:size])
+
+    def with_unused(self, rows: Tensor, total: int) -> Tensor:
+        """Return the results, `total` rows: zeros for the rows that no expert computes."""
+        if self.order_R is not None:
+            return rows
+        if total == self.total:
+            return rows[:total] if len(rows) > total else rows
+        out = rows.new_zeros(total, rows.shape[1])
+        out[: self.total] = rows[: self.total]
+        return out
 
     def pad(self, rows: Tensor, size: int) -> Tensor:
         """Return the rows with zeros at the end."""
@@ -229,15 +278,6 @@ class _Blocks:
         padded = rows.new_zeros(size, *rows.shape[1:])
         padded[: len(rows)] = rows
         return padded
-
-
-def _with_unused(rows: Tensor, used: int, total: int) -> Tensor:
-    """Return the `used` first rows, and zeros for the rows that no expert computes."""
-    if total == used:
-        return rows[:used] if len(rows) > used else rows
-    out = rows.new_zeros(total, rows.shape[1])
-    out[:used] = rows[:used]
-    return out
 
 
 def weight_grad(rows_RI: Tensor, grad_RO: Tensor, out_IO: Tensor) -> None:

@@ -84,6 +84,9 @@ def _sum_backward(
 ):
     row = tl.program_id(0).to(tl.int64)
     assignment = tl.load(assignment_of + row)
+    if HAS_FILLED:
+        # an empty row has the assignment behind the last one
+        assignment = assignment * tl.load(filled + row).to(tl.int64)
     token = assignment // TOP_K
     factor = tl.load(weight + assignment).to(rows.dtype.element_ty).to(ACCUMULATE)
     dot = tl.zeros([BLOCK], dtype=ACCUMULATE)
