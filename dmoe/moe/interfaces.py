@@ -125,7 +125,13 @@ class RowDispatcher:
     """
 
     sends_rows = True
-    """False: a subclass with another `dispatch`, whose rows must be grouped by expert."""
+    """False: a subclass that defines `dispatch` or `combine` alone, which must be called."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        own = cls.__dict__
+        if "dispatch" in own or "combine" in own:
+            cls.sends_rows = "send_rows" in own and "return_rows" in own
 
     def send_rows(self, x_TD: Tensor, plan: DispatchPlan) -> SentRows:
         """Send each token's rows to the ranks of its experts."""

@@ -9,10 +9,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmoe.config.schema import CapacityConfig
+from dmoe.distributed.all_to_all import PackedAllToAll
 from dmoe.distributed.expert_parallel import shard_experts
 from dmoe.distributed.mesh import build_mesh
+from dmoe.distributed.padded_all_to_all import PaddedAllToAll
+from dmoe.distributed.placement.copies import CopyingAllToAll
 from dmoe.moe.experts.grouped_mlp import MLPExperts
 from dmoe.moe.layer import MoE
+from dmoe.moe.routing import DispatchPlan
 from tests.ranks import run_ranks
 
 LIMITS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -88,3 +92,23 @@ def test_rows_in_the_order_of_arrival_change_no_bit(
     for equal, (few, more) in run_ranks(2, both_orders, limits, recompute, dtype):
         assert equal == [True] * 5
         assert more - few == 4
+
+
+def test_a_dispatcher_with_a_dispatch_of_its_own_is_asked_for_it() -> None:
+    """A subclass that changed `dispatch` alone would be passed by in silence."""
+
+    class Own(PackedAllToAll):
+        def dispatch(self, x_TD: torch.Tensor, plan: DispatchPlan) -> Any:
+            raise NotImplementedError
+
+    class Combines(PackedAllToAll):
+        def combine(self, rows_RD: torch.Tensor, weight_TK: torch.Tensor, metadata: Any) -> Any:
+            raise NotImplementedError
+
+    class Same(PackedAllToAll):
+        pass
+
+    assert PackedAllToAll.sends_rows
+    assert PaddedAllToAll.sends_rows
+    assert Same.sends_rows
+    assert not any(changed.sends_rows for changed in (Own, Combines, CopyingAllToAll))

@@ -51,8 +51,6 @@ from dmoe.moe.routing import DispatchPlan
 class CopyingAllToAll(PackedAllToAll):
     """The packed dispatcher with copies for the step; 1 host read per forward."""
 
-    sends_rows = False
-
     def __init__(self, expert_group: ExpertGroup, rule: CopyRule) -> None:
         super().__init__(expert_group)
         self.rule, self.rank = rule, dist.get_rank(expert_group.group)
