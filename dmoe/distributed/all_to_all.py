@@ -198,6 +198,11 @@ class PackedDispatchMetadata:
     inverse_R: Tensor
     """int64: the inverse of `order_R`."""
 
+    def check(self, rows: Tensor) -> None:
+        """Assert that the experts return as many rows as they were given."""
+        expected = sum(self.recv_counts)
+        assert len(rows) == expected, f"experts returned {len(rows)} rows for {expected}"
+
 
 class PackedAllToAll(RowDispatcher):
     """Dispatcher that sends only the rows that exist; 1 host read per forward."""
@@ -243,9 +248,7 @@ class PackedAllToAll(RowDispatcher):
         self, rows_RD: Tensor, weight_TK: Tensor, metadata: PackedDispatchMetadata
     ) -> Tensor:
         """Return the rows to their tokens and sum them with their weights."""
-        assert len(rows_RD) == sum(metadata.recv_counts), (
-            f"experts returned {len(rows_RD)} rows for {sum(metadata.recv_counts)}"
-        )
+        metadata.check(rows_RD)
         rows_by_source_RD = reorder(rows_RD, metadata.inverse_R, metadata.order_R)
         return self.return_rows(rows_by_source_RD, weight_TK, metadata)
 
@@ -253,6 +256,7 @@ class PackedAllToAll(RowDispatcher):
         self, rows_RM: Tensor, weight_TK: Tensor, metadata: PackedDispatchMetadata
     ) -> Tensor:
         """Return rows that are in the order of their source ranks, and sum them."""
+        metadata.check(rows_RM)
         rows_NM = self.expert_group.all_to_all_autograd(
             rows_RM, metadata.recv_counts, metadata.send_counts, "combine"
         )

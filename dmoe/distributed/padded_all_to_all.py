@@ -7,7 +7,7 @@ direction: (EP-1)/EP * E * G * C * M * itemsize.
 Pooled slots: equal splits, though experts get any number of rows. An expert of a pool may fill any
 of its P*C slots, so it has no fixed number of rows. Instead each EP rank gets one block of a fixed
 size: the rows of its experts, sorted by expert, then unused rows of zeros, then the number of rows
-of each expert, as bytes in the last X rows. The receiver sorts the blocks' rows by expert, unused
+of each expert, as bytes in the last X rows. The receiver orders the blocks' rows by expert, unused
 ones last, which no expert computes.
 
     block of 2 experts, B = 6, X = 1      0 0 0 1 - - #       # = (3, 1)
@@ -57,7 +57,7 @@ class PaddedDispatchMetadata:
         ranks, experts, slots = self.by_rank
         return experts, ranks, slots
 
-    def order_R(self, device: torch.device) -> Tensor:
+    def order_by_expert(self, device: torch.device) -> Tensor:
         """Return the places, by source rank, of the rows by local expert, int64 [R]."""
         place_R = self.permutation.ranges.get(math.prod(self.by_rank), device)
         return place_R.view(self.by_rank).transpose(0, 1).flatten()
@@ -87,7 +87,8 @@ class PaddedAllToAll(RowDispatcher):
     def send_rows(self, x_TD: Tensor, plan: DispatchPlan) -> SentRows:
         """Send them, without a pass that groups them by expert."""
         metadata, rows = self.place(plan)
-        return SentRows(self.send(x_TD, metadata), metadata.order_R(x_TD.device), rows, metadata)
+        order_R = metadata.order_by_expert(x_TD.device)
+        return SentRows(self.send(x_TD, metadata), order_R, rows, metadata)
 
     def send(self, x_TD: Tensor, metadata: PaddedDispatchMetadata) -> Tensor:
         """Return the rows that this rank receives, by source rank."""

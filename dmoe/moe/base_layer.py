@@ -79,15 +79,15 @@ class MoELayer(nn.Module):
         """Count the weights of the experts that one token uses at most, over all ranks."""
         return sum(sorted(self.weights_of_experts, reverse=True)[: self.top_k])
 
-    def run_experts(self, *args: Any) -> Tensor:
+    def run_experts(self, *args: Any, **named: Any) -> Tensor:
         """Call the experts; with `recompute_experts` keep their arguments alone for backward.
 
         Then the backward computes the experts again, but neither routes nor exchanges again.
         """
         if not (self.recompute_experts and torch.is_grad_enabled()):
-            return self.experts(*args)  # type: ignore[no-any-return]
+            return self.experts(*args, **named)  # type: ignore[no-any-return]
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        return again(self.experts, *args)  # type: ignore[no-any-return]
+        return again(self.experts, *args, **named)  # type: ignore[no-any-return]
 
     def sum_of_experts(self, x_TD: Tensor, count_E: Tensor, tokens: TokenRows) -> Tensor:
         """Compute the weighted sum of each token's experts, all on this rank.
@@ -101,7 +101,8 @@ class MoELayer(nn.Module):
 
     def takes_unsorted(self, dispatcher: RowDispatcher, x_TD: Tensor) -> bool:
         """Return whether the experts take the dispatcher's rows in the order of arrival."""
-        return dispatcher.sends_rows and self.experts.takes_order and not x_TD.is_cuda
+        takes_order: bool = getattr(self.experts, "takes_order", False)
+        return takes_order and dispatcher.sends_rows and not x_TD.is_cuda
 
     def unsorted(self, dispatcher: RowDispatcher, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
         """Dispatch, run the experts and combine, with rows in the order of arrival.
@@ -112,7 +113,7 @@ class MoELayer(nn.Module):
         with profiled("dispatch"):
             rows_RD, order_R, tokens_per_expert, sent = dispatcher.send_rows(x_TD, plan)
         with profiled("experts"):
-            rows_RM = self.run_experts(rows_RD, tokens_per_expert, None, None, order_R)
+            rows_RM = self.run_experts(rows_RD, tokens_per_expert, order_R=order_R)
         with profiled("combine"):
             return dispatcher.return_rows(rows_RM, plan.weight_TK, sent)
 

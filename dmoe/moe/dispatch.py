@@ -20,7 +20,6 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.profiler import record_function
@@ -191,7 +190,7 @@ class _Unpermute(Function):
         grad_RD = _rows_of_tokens(grads[0], permutation)
         weight_N = weight_TK.flatten()
         if permutation.filled_R is not None:
-            weight_N = F.pad(weight_N, (0, 1))
+            weight_N = with_zero_row(weight_N)
         weight_R = weight_N[permutation.assignment_R]
         if rows_RD.is_cuda:
             grad_weight_TK = row_dots_cuda(grad_RD, rows_RD, permutation)
@@ -211,7 +210,12 @@ def _rows_of_tokens(x_TD: Tensor, permutation: Permutation) -> Tensor:
         return x_TD.index_select(0, permutation.token_R)
     # Empty slots copy a row of zeros behind the tokens. To clear them would be a pass over all
     # rows, of which there are K times as many as tokens.
-    return F.pad(x_TD, (0, 0, 0, 1)).index_select(0, permutation.token_R)
+    return with_zero_row(x_TD).index_select(0, permutation.token_R)
+
+
+def with_zero_row(tensor: Tensor) -> Tensor:
+    """Return the tensor with zeros behind the last row."""
+    return torch.cat([tensor, tensor.new_zeros(1, *tensor.shape[1:])])
 
 
 def sum_over_choices(rows_RD: Tensor, weight_TK: Tensor | None, permutation: Permutation) -> Tensor:

@@ -16,8 +16,8 @@ from dmoe.moe.routing import DispatchPlan
 
 TokensPerExpert = Tensor | int
 """Rows of each local expert: int64 [e], or one number if all are equal (padded slots: no host
-read). With one entry more, int64 [e + 1], the last rows are unused: zeros that no expert computes
-(pooled slots)."""
+read). With one entry more, int64 [e + 1], the last rows are unused: no expert computes them, and
+their results are zero (pooled slots)."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,12 @@ class OverlappingDispatcher:
         raise NotImplementedError
 
 
+def depth_of(cls: type, name: str) -> int:
+    """Return how many classes are asked for an attribute before the one that defines it."""
+    mro = cls.__mro__
+    return next((n for n, base in enumerate(mro) if name in base.__dict__), len(mro))
+
+
 class SentRows(NamedTuple):
     """Rows on the ranks of their experts, in the order of arrival (`RowDispatcher`)."""
 
@@ -121,17 +127,19 @@ class SentRows(NamedTuple):
 class RowDispatcher:
     """A `Dispatcher` whose rows need not be grouped by expert, where experts gather their own.
 
-    `dispatch` and `combine` are these two and a pass over all rows each, forward and backward.
+    `dispatch` and `combine`, which it has too, are these two and a pass over all rows each, forward
+    and backward.
     """
 
     sends_rows = True
-    """False: a subclass that defines `dispatch` or `combine` alone, which must be called."""
+    """False: `dispatch` or `combine` has been overridden alone, and must be called."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        own = cls.__dict__
-        if "dispatch" in own or "combine" in own:
-            cls.sends_rows = "send_rows" in own and "return_rows" in own
+        if "sends_rows" not in cls.__dict__:
+            grouped = min(depth_of(cls, "dispatch"), depth_of(cls, "combine"))
+            unsorted = max(depth_of(cls, "send_rows"), depth_of(cls, "return_rows"))
+            cls.sends_rows = unsorted <= grouped
 
     def send_rows(self, x_TD: Tensor, plan: DispatchPlan) -> SentRows:
         """Send each token's rows to the ranks of its experts."""

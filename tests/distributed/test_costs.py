@@ -42,7 +42,7 @@ class CountingExperts(nn.Module):
         self.weight = nn.Parameter(torch.ones(()))
         self.num_experts, self.takes_order = experts.num_experts, takes_order
 
-    def forward(self, rows_RD: Any, per_expert: TokensPerExpert | RowChunks, *more: Any) -> Any:
+    def forward(self, rows_RD: Any, per_expert: TokensPerExpert | RowChunks, **order: Any) -> Any:
         if isinstance(per_expert, RowChunks):
             experts = len(per_expert.chunks) * per_expert.per_chunk
             stacks = {"weight": self.weight.expand(experts)}

@@ -105,10 +105,80 @@ def test_a_dispatcher_with_a_dispatch_of_its_own_is_asked_for_it() -> None:
         def combine(self, rows_RD: torch.Tensor, weight_TK: torch.Tensor, metadata: Any) -> Any:
             raise NotImplementedError
 
+    class Mixin:
+        def dispatch(self, x_TD: torch.Tensor, plan: DispatchPlan) -> Any:
+            raise NotImplementedError
+
+    class Inherits(Mixin, PackedAllToAll):  # type: ignore[misc]
+        pass
+
+    class Declares(PackedAllToAll):
+        sends_rows = False
+
     class Same(PackedAllToAll):
         pass
 
     assert PackedAllToAll.sends_rows
     assert PaddedAllToAll.sends_rows
     assert Same.sends_rows
-    assert not any(changed.sends_rows for changed in (Own, Combines, CopyingAllToAll))
+    assert not any(
+        changed.sends_rows for changed in (Own, Combines, Inherits, Declares, CopyingAllToAll)
+    )
+
+
+def test_experts_with_a_forward_from_another_class_get_grouped_rows() -> None:
+    """A class before `MLPExperts` in the order of resolution does not know `order_R`."""
+
+    class Mixin:
+        def forward(self, rows_RD: torch.Tensor, tokens_per_expert: Any) -> torch.Tensor:
+            return rows_RD
+
+    class Inherits(Mixin, MLPExperts):  # type: ignore[misc]
+        pass
+
+    class Same(MLPExperts):
+        pass
+
+    flags = ("takes_chunks", "takes_copies", "takes_order", "takes_tokens", "sends_gradient")
+    assert not any(getattr(Inherits, name) for name in flags)
+    assert all(getattr(Same, name) for name in flags)
+
+
+class Doubled(torch.nn.Module):
+    """Experts that are no `Experts`."""
+
+    def forward(self, rows_RD: torch.Tensor, tokens_per_expert: Any) -> torch.Tensor:
+        return rows_RD * 2
+
+
+def other_experts(rank: int, world: int, exchange: str) -> bool:
+    """Return whether experts that know nothing of any order compute what they should."""
+    capacity = CapacityConfig(factor=None if exchange == "packed" else 8.0)
+    layer = MoE(16, 24, 8, 3, exchange=exchange, capacity=capacity)
+    shard_experts(layer, build_mesh(world, torch.device("cpu")))
+    layer.experts = Doubled()
+    x = torch.randn(2, 20, 16)
+    # the weights of a token sum to 1
+    return torch.allclose(layer(x).y, 2 * x, atol=1e-5)
+
+
+@pytest.mark.parametrize("exchange", ["packed", "padded"])
+def test_any_module_may_be_the_experts(exchange: str) -> None:
+    """What a class does not declare is not asked of it."""
+    assert run_ranks(2, other_experts, exchange) == [True, True]
+
+
+def backward_under_autocast(rank: int, world: int) -> list[torch.dtype]:
+    """Return the dtypes of gradients of a float32 forward, whose backward is under autocast."""
+    layer = MoE(16, 24, 8, 3)
+    layer.initialize(0, 0.5, 0.5)
+    shard_experts(layer, build_mesh(world, torch.device("cpu")))
+    y = layer(torch.randn(2, 20, 16)).y
+    with torch.autocast("cpu", torch.bfloat16):
+        y.square().sum().backward()
+    return [weight.grad.dtype for weight in layer.parameters() if weight.grad is not None]
+
+
+def test_a_backward_under_autocast_alone_keeps_the_dtypes() -> None:
+    """The product that is written to places of rows was bfloat16 there, and the write an error."""
+    assert run_ranks(2, backward_under_autocast) == [[torch.float32] * 3] * 2

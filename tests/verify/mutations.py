@@ -71,9 +71,9 @@ MUTATIONS = [
         "layer outputs",
     ),
     Mutation(
-        "distributed/all_to_all.py",
-        "ctx.save_for_backward(*others)",
-        "ctx.save_for_backward(order_R, others[1])",
+        "moe/experts/one_by_one.py",
+        "blocks = _Blocks(ctx.sizes, x.dtype, permutation, order_R)",
+        "blocks = _Blocks(ctx.sizes, x.dtype, permutation, None)",
         "expert gradients",
     ),
     # capacity and its queues

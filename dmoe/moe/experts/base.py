@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dmoe.moe.interfaces import TokensPerExpert
+from dmoe.moe.interfaces import TokensPerExpert, depth_of
 from dmoe.moe.placement import ExpertPlacement
+
+FORWARD_TAKES = ("takes_chunks", "takes_copies", "takes_order", "takes_tokens", "sends_gradient")
 
 
 class Experts(nn.Module):
@@ -24,7 +26,7 @@ class Experts(nn.Module):
     takes_copies = False
     """Whether `forward` takes `RowsWithCopies`."""
     takes_order = False
-    """Whether `forward` takes rows in any order, and `order_R`, on the CPU."""
+    """Whether `forward` takes rows in any order and, by name, `order_R`, on the CPU."""
     takes_tokens = False
     """Whether `forward` takes tokens and a `TokenRows` on the CPU, and returns their sums."""
     sends_gradient = False
@@ -33,15 +35,9 @@ class Experts(nn.Module):
     def __init_subclass__(cls) -> None:
         """Take no more than the arguments of this class's own `forward`, unless it says so."""
         super().__init_subclass__()
-        if "forward" in cls.__dict__:
-            for name in (
-                "takes_chunks",
-                "takes_copies",
-                "takes_order",
-                "takes_tokens",
-                "sends_gradient",
-            ):
-                setattr(cls, name, cls.__dict__.get(name, False))
+        for name in FORWARD_TAKES:
+            if depth_of(cls, "forward") < depth_of(cls, name):
+                setattr(cls, name, False)
 
     def __init__(self, kind: str, matrices: tuple[tuple[tuple[int, int], ...], ...]) -> None:
         super().__init__()

@@ -119,16 +119,15 @@ class _OneByOne(Function):
         kind: str,
         send_gradient: SendGradient | None,
     ) -> Tensor:
-        token_R = None if permutation is None else permutation.token_R
-        blocks = _Blocks(sizes[: len(w_in)], x.dtype, token_R, order_R)
+        blocks = _Blocks(sizes[: len(w_in)], x.dtype, permutation, order_R)
         out_RM = blocks.memory(x, w_out.shape[2])
         hidden = []
         for e, part in blocks:
             hidden.append(blocks.rows(x, part) @ w_in[e].to(x.dtype))
             blocks.write_product(activate(kind, hidden[-1]), w_out[e].to(x.dtype), out_RM, part)
-        ctx.blocks, ctx.kind, ctx.permutation = blocks, kind, permutation
+        ctx.sizes, ctx.kind, ctx.permutation = blocks.sizes, kind, permutation
         ctx.send_gradient = send_gradient
-        ctx.save_for_backward(x, w_in, w_out, weight_TK, *hidden)
+        ctx.save_for_backward(x, w_in, w_out, weight_TK, order_R, *hidden)
         if permutation is None:
             return blocks.with_unused(out_RM, len(x))
         assert weight_TK is not None
@@ -140,8 +139,9 @@ class _OneByOne(Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, w_in, w_out, weight_TK, *hidden = ctx.saved_tensors
-        blocks, permutation, grad_y = ctx.blocks, ctx.permutation, grads[0]
+        x, w_in, w_out, weight_TK, order_R, *hidden = ctx.saved_tensors
+        permutation, grad_y = ctx.permutation, grads[0]
+        blocks = _Blocks(ctx.sizes, x.dtype, permutation, order_R)
         needs_x, needs_in, needs_out = ctx.needs_input_grad[:3]
         grad_in, grad_out = (
             torch.empty_like(weight) if needed else None
@@ -195,12 +195,13 @@ def _call(delayed: list[Callable[[], None]]) -> None:
 class _Blocks:
     """The rows of each expert, in round numbers below float32.
 
-    A padded block reaches into the next one, which is computed after it and overwrites its end.
+    Where results are grouped by expert, a padded block reaches into the next one, which is computed
+    after it and overwrites its end.
 
     Args:
         sizes: rows of each expert.
         dtype: of the rows.
-        token_R: the token of each row, where rows are gathered from tokens.
+        permutation: the token of each row, where rows are gathered from tokens.
         order_R: the place of each row, where rows are in another order, and their results too.
     """
 
@@ -208,13 +209,13 @@ class _Blocks:
         self,
         sizes: list[int],
         dtype: torch.dtype,
-        token_R: Tensor | None = None,
+        permutation: Permutation | None = None,
         order_R: Tensor | None = None,
     ) -> None:
         self.sizes, self.total = sizes, sum(sizes)
         self.rounds = dtype.itemsize < 4
         self.order_R = order_R
-        self.source_R = token_R if order_R is None else order_R
+        self.source_R = order_R if permutation is None else permutation.token_R
         ends = [self.padded(part).stop for _, part in self]
         self.end = max(ends, default=0)
         """Rows of a buffer that all padded blocks fit in."""
@@ -257,9 +258,9 @@ class _Blocks:
         if self.order_R is None:
             torch.mm(left, right, out=out[self.padded(part)])
         else:
-            # the product is still in the cache
-            size = part.stop - part.start
-            out.index_copy_(0, self.order_R[part], (left @ right)[:size])
+            # the product is still in the cache; autocast would change the dtype of `left @ right`
+            rows = torch.mm(left, right, out=left.new_empty(len(left), out.shape[1]))
+            out.index_copy_(0, self.order_R[part], rows[: part.stop - part.start])
 
     def with_unused(self, rows: Tensor, total: int) -> Tensor:
         """Return the results, `total` rows: zeros for the rows that no expert computes."""

@@ -25,8 +25,17 @@ class Kernel(NamedTuple):
 
 GEMMS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_grouped_mm": 0}
 """Matrix products, with the position of their first factor; in place too."""
-MOVERS = {"gather": 2, "index_select": 2, "embedding": 1, "scatter_": 2, "scatter_add_": 2}
+MOVERS = {
+    "gather": 2,
+    "index_select": 2,
+    "index_copy_": 2,
+    "embedding": 1,
+    "scatter_": 2,
+    "scatter_add_": 2,
+}
 """Operators that touch only the rows of their index, with its position."""
+SOURCES = {"index_copy_": 3, "scatter_": 3, "scatter_add_": 3}
+"""Those that write into a tensor, with the position of what they write there."""
 
 
 def tensors_of(tree: Any) -> Iterator[Tensor]:
@@ -44,7 +53,7 @@ def describe(name: str, args: Any, out: Any) -> Kernel:
     if name in MOVERS and len(args) > MOVERS[name]:
         # one operand may be large and be touched in few places
         index = args[MOVERS[name]]
-        rest = args[3] if "scatter" in name and len(args) > 3 else made[0]
+        rest = args[SOURCES[name]] if len(args) > SOURCES.get(name, len(args)) else made[0]
         each = rest if isinstance(rest, Tensor) else index
         moved = index.numel() * index.element_size() + 2 * each.numel() * given[0].element_size()
     if (name := name.rstrip("_") if name.rstrip("_") in GEMMS else name) in GEMMS:
