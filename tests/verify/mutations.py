@@ -506,8 +506,8 @@ MUTATIONS = [
     ),
     Mutation(
         "distributed/padded_all_to_all.py",
-        "metadata.unused_R[order_R]",
-        "metadata.unused_R",
+        "counts = torch.cat([count_Ne.sum(0), unused_R.sum().view(1)])",
+        "counts = torch.cat([count_Ne.sum(0).roll(1), unused_R.sum().view(1)])",
         "layer outputs",
         POOL,
     ),
