@@ -22,6 +22,7 @@ from dmoe.config.schema import BalanceConfig, CapacityConfig, RouterConfig
 from dmoe.moe.capacity import apply_capacity, expert_capacity
 from dmoe.moe.constants import IndexRanges
 from dmoe.moe.dispatch import permute, profiled, unpermute
+from dmoe.moe.experts.base import FORWARD_TAKES
 from dmoe.moe.experts.one_by_one import TokenRows
 from dmoe.moe.inputs import MaskAgreement
 from dmoe.moe.interfaces import DataParallelComm, Dispatcher, RowDispatcher
@@ -94,14 +95,14 @@ class MoELayer(nn.Module):
 
         On the CPU, the experts gather their rows from the tokens.
         """
-        if self.experts.takes_tokens and not x_TD.is_cuda:
+        if forward_takes(self.experts, "takes_tokens") and not x_TD.is_cuda:
             return self.run_experts(x_TD, count_E, tokens)
         rows_RM = self.run_experts(permute(x_TD, tokens.permutation), count_E)
         return unpermute(rows_RM, tokens.weight_TK, tokens.permutation)
 
     def takes_unsorted(self, dispatcher: RowDispatcher, x_TD: Tensor) -> bool:
         """Return whether the experts take the dispatcher's rows in the order of arrival."""
-        takes_order: bool = getattr(self.experts, "takes_order", False)
+        takes_order = forward_takes(self.experts, "takes_order")
         return takes_order and dispatcher.sends_rows and not x_TD.is_cuda
 
     def unsorted(self, dispatcher: RowDispatcher, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
@@ -177,6 +178,15 @@ class MoELayer(nn.Module):
         """Move the balance bias by the assignments of all ranks."""
         bias_E = self.balance_bias
         bias_E.copy_(updated_bias(bias_E, count_E, self.balance.bias, self.balance.recenter))
+
+
+def forward_takes(experts: nn.Module, name: str) -> bool:
+    """Return whether the experts' `forward` takes one of `FORWARD_TAKES`; it must be declared.
+
+    Any module that takes rows and rows per expert may be a layer's experts.
+    """
+    assert name in FORWARD_TAKES, name
+    return bool(getattr(experts, name, False))
 
 
 def with_budget(

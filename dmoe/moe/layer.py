@@ -18,7 +18,7 @@ from dmoe.config.router_kinds import router_spec
 from dmoe.config.rules import check_arguments
 from dmoe.config.schema import BalanceConfig, CapacityConfig, ExpertsConfig, MoEConfig, RouterConfig
 from dmoe.config.schema.constraints import check_type
-from dmoe.moe.base_layer import MoELayer, with_budget
+from dmoe.moe.base_layer import MoELayer, forward_takes, with_budget
 from dmoe.moe.chunks import ChunkingDispatcher
 from dmoe.moe.compute_usage import ComputeUsage
 from dmoe.moe.constants import IndexRanges
@@ -251,7 +251,8 @@ class MoE(MoELayer):
             return overlapped(self, dispatcher, x_TD, physical, shared)
         if isinstance(dispatcher, ChunkingDispatcher):
             return in_chunks(self, dispatcher, x_TD, physical, shared)
-        if type(dispatcher) is PackedLocal and self.experts.takes_tokens and not x_TD.is_cuda:
+        takes_tokens = forward_takes(self.experts, "takes_tokens")
+        if type(dispatcher) is PackedLocal and takes_tokens and not x_TD.is_cuda:
             with profiled("dispatch"):
                 permutation, count_E = packed_permutation(physical)
             with profiled("experts"):

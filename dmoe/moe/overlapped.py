@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dmoe.moe.base_layer import MoELayer
+from dmoe.moe.base_layer import MoELayer, forward_takes
 from dmoe.moe.chunks import ChunkingDispatcher
 from dmoe.moe.dispatch import profiled
 from dmoe.moe.experts.dense import InSteps
@@ -41,7 +41,8 @@ def overlapped(
     with profiled("dispatch"):
         rows_RD, row_counts, metadata, send_gradient = arrive()
     with profiled("experts"):
-        more = (None, send_gradient) if layer.experts.sends_gradient else ()
+        sends_gradient = forward_takes(layer.experts, "sends_gradient")
+        more = (None, send_gradient) if sends_gradient else ()
         rows_RM = layer.run_experts(rows_RD, row_counts, *more)
     with profiled("combine"):
         returned = dispatcher.start_combine(rows_RM, plan.weight_TK, metadata)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dmoe.config.schema import CapacityConfig
+from dmoe.config.schema import CapacityConfig, ExchangeConfig
 from dmoe.distributed.all_to_all import PackedAllToAll
 from dmoe.distributed.expert_parallel import shard_experts
 from dmoe.distributed.mesh import build_mesh
@@ -153,19 +153,26 @@ class Doubled(torch.nn.Module):
 
 def other_experts(rank: int, world: int, exchange: str) -> bool:
     """Return whether experts that know nothing of any order compute what they should."""
-    capacity = CapacityConfig(factor=None if exchange == "packed" else 8.0)
-    layer = MoE(16, 24, 8, 3, exchange=exchange, capacity=capacity)
-    shard_experts(layer, build_mesh(world, torch.device("cpu")))
+    padded = exchange == "padded"
+    capacity = CapacityConfig(factor=8.0 if padded else None)
+    layer = MoE(16, 24, 8, 3, exchange="padded" if padded else "packed", capacity=capacity)
+    options = ExchangeConfig(overlap=exchange == "overlapped")
+    shard_experts(layer, build_mesh(world, torch.device("cpu")), exchange=options)
     layer.experts = Doubled()
     x = torch.randn(2, 20, 16)
     # the weights of a token sum to 1
     return torch.allclose(layer(x).y, 2 * x, atol=1e-5)
 
 
-@pytest.mark.parametrize("exchange", ["packed", "padded"])
-def test_any_module_may_be_the_experts(exchange: str) -> None:
-    """What a class does not declare is not asked of it."""
-    assert run_ranks(2, other_experts, exchange) == [True, True]
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("exchange", ["packed", "padded", "overlapped"])
+def test_any_module_may_be_the_experts(exchange: str, ranks: int) -> None:
+    """What a class does not declare is not asked of it.
+
+    Each exchange read another attribute, so that packed raised on one process, and the others on
+    two.
+    """
+    assert run_ranks(ranks, other_experts, exchange) == [True] * ranks
 
 
 def backward_under_autocast(rank: int, world: int) -> list[torch.dtype]:

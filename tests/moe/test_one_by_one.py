@@ -74,7 +74,7 @@ def test_round_blocks_take_no_row_of_the_next_expert(dtype: torch.dtype) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["swiglu", "relu"])
 def test_rows_in_another_order_have_the_same_bits(kind: str, dtype: torch.dtype) -> None:
-    """As rows that are sorted before and put back after; unused rows are not read, and give zero."""
+    """As rows that are sorted before and put back after; unused rows are not read, give zero."""
     sizes, rows = [7, 0, 21, 9], 41
     x, grad = torch.randn(2, rows, 16, dtype=dtype)
     order_R = torch.randperm(rows, generator=torch.Generator().manual_seed(0))

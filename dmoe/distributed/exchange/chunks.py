@@ -39,6 +39,7 @@ from dmoe.distributed.all_to_all import (
 from dmoe.distributed.exchange.overlap import Arrange, RowExchange, gathered, unchanged
 from dmoe.distributed.exchange.two_level import TwoLevelGroup
 from dmoe.distributed.padded_all_to_all import PaddedAllToAll, swapped
+from dmoe.moe.base_layer import forward_takes
 from dmoe.moe.chunks import ChunkingDispatcher, RowChunk, RowChunks
 from dmoe.moe.dispatch import (
     Permutation,
@@ -184,7 +185,7 @@ def check_chunks(layer: ExpertLayer, chunks: int, ranks: int) -> None:
     field, why, fix = "parallel.exchange.chunks", None, "use 1"
     if not isinstance(layer, MoE):
         why = f"needs dmoe's own MoE layers, not {type(layer).__name__}"
-    elif not layer.experts.takes_chunks:
+    elif not forward_takes(layer.experts, "takes_chunks"):
         why = f"needs experts of one shape and of dmoe, not {type(layer.experts).__name__}"
     elif layer.capacity.pool > 1:
         why = "does not work with pooled slots (moe.capacity.pool)"

@@ -40,7 +40,7 @@ from dmoe.distributed.all_to_all import (
     local_expert_order,
     reorder,
 )
-from dmoe.moe.base_layer import MoELayer
+from dmoe.moe.base_layer import MoELayer, forward_takes
 from dmoe.moe.copy_planner import CopyPlan, CopyRule, plan_copies
 from dmoe.moe.dispatch import Permutation, packed_permutation, permute
 from dmoe.moe.inputs import first_derivative_only
@@ -97,7 +97,7 @@ def check_copies(layer: MoELayer, rule: CopyRule) -> None:
     if layer.padded is not None:
         why = "saves nothing with padded slots, of which every rank computes equally many"
         raise ConfigError("copies", value, why, "use exchange=packed")
-    if not getattr(layer.experts, "takes_copies", False):
+    if not forward_takes(layer.experts, "takes_copies"):
         why = f"needs dmoe's own experts of one shape, not {type(layer.experts).__name__}"
         raise ConfigError("copies", value, why, "use 0")
 

@@ -11,6 +11,7 @@ from dmoe.moe.interfaces import TokensPerExpert, depth_of
 from dmoe.moe.placement import ExpertPlacement
 
 FORWARD_TAKES = ("takes_chunks", "takes_copies", "takes_order", "takes_tokens", "sends_gradient")
+"""What a `forward` may take besides rows and rows per expert: attributes of `Experts`."""
 
 
 class Experts(nn.Module):
