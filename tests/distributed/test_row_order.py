@@ -180,12 +180,13 @@ def backward_under_autocast(rank: int, world: int) -> list[torch.dtype]:
     layer = MoE(16, 24, 8, 3)
     layer.initialize(0, 0.5, 0.5)
     shard_experts(layer, build_mesh(world, torch.device("cpu")))
-    y = layer(torch.randn(2, 20, 16)).y
+    x = torch.randn(2, 20, 16, requires_grad=True)
+    y = layer(x).y
     with torch.autocast("cpu", torch.bfloat16):
         y.square().sum().backward()
-    return [weight.grad.dtype for weight in layer.parameters() if weight.grad is not None]
+    return [leaf.grad.dtype for leaf in (x, *layer.parameters()) if leaf.grad is not None]
 
 
 def test_a_backward_under_autocast_alone_keeps_the_dtypes() -> None:
     """The product that is written to places of rows was bfloat16 there, and the write an error."""
-    assert run_ranks(2, backward_under_autocast) == [[torch.float32] * 3] * 2
+    assert run_ranks(2, backward_under_autocast) == [[torch.float32] * 4] * 2
